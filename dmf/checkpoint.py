@@ -1,0 +1,136 @@
+"""Checkpoints: the training state on disk, through Orbax.
+
+A checkpoint is a step folder with four items, `params`, `ema`, `opt_state` and `step`, and metadata that hold the run's
+whole config; so weights can be read without building the optimiser, and a folder explains itself. A save is complete or
+absent: Orbax writes into a temporary folder and renames it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from dmf.errors import DmfError
+from dmf.state import TrainState
+
+ITEMS = ("params", "ema", "opt_state", "step")
+FOLDER = "checkpoints"
+log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of one run: stage boundaries are kept for good, and the newest few besides."""
+
+    def __init__(self, workdir: Path, keep: int, boundaries: Sequence[int], metadata: dict[str, Any]):
+        self.directory = workdir / FOLDER
+        self._metadata = metadata
+        policies = ocp.training.preservation_policies
+        self._checkpointer = ocp.training.Checkpointer(
+            self.directory.absolute(),
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), policies.CustomSteps(boundaries)]),
+            cleanup_tmp_directories=True,
+        )
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Writes the state after `step` steps and returns when it is safe on disk."""
+        items = {name: getattr(state, name) for name in ITEMS}
+        try:
+            self._checkpointer.save_checkpointables(step, items, force=True, overwrite=True,
+                                                    custom_metadata=self._metadata)
+        except OSError as error:
+            raise DmfError(f"checkpoint of step {step} could not be written to {self.directory}: {error}; "
+                           "older checkpoints are untouched") from error
+
+    def restore_latest(self, state: TrainState) -> TrainState | None:
+        """The newest readable state, placed like `state`; None where there is no checkpoint at all.
+
+        A damaged newest folder is named and the one before it taken. Raises DmfError if none of them can be read.
+        """
+        steps = sorted((c.step for c in self._checkpointer.checkpoints), reverse=True)
+        target = {name: _abstract(getattr(state, name)) for name in ITEMS}
+        for step in steps:
+            try:
+                return TrainState(**ocp.load_checkpointables((self.directory / str(step)).absolute(), target))
+            except Exception as error:  # storage, metadata and structure errors have no common base in Orbax
+                log.warning("checkpoint %s cannot be read and is skipped: %s", self.directory / str(step), _short(error))
+        if steps:
+            raise DmfError(f"{self.directory}: none of the checkpoints of steps {steps} can be read; expected at least one intact "
+                           "step folder, or none to start afresh")
+        return None
+
+    def close(self) -> None:
+        self._checkpointer.close()
+
+
+def find(path: str | Path) -> Path:
+    """The step folder meant by `path`: itself, or the newest one of a work directory or of its checkpoints folder."""
+    path = Path(path)
+    if not path.exists():
+        raise DmfError(f"checkpoint {path}: no such file or directory; expected a work directory or one of its step folders")
+    if (path / "params").is_dir():
+        return path
+    folder = path / FOLDER if (path / FOLDER).is_dir() else path
+    steps = [p for p in folder.iterdir() if p.name.isdigit() and (p / "params").is_dir()] if folder.is_dir() else []
+    if not steps:
+        raise DmfError(f"checkpoint {path}: expected a step folder with an item 'params', or a work directory that holds one")
+    return max(steps, key=lambda p: int(p.name))
+
+
+def metadata(folder: Path) -> dict[str, Any]:
+    """What was written beside the weights: the run's config and the step."""
+    try:
+        found = ocp.metadata(folder.absolute()).custom_metadata
+    except Exception as error:
+        raise DmfError(f"checkpoint {folder}: metadata cannot be read: {_short(error)}") from error
+    if not isinstance(found, dict) or "config" not in found:
+        raise DmfError(f"checkpoint {folder}: no config in its metadata; expected a checkpoint that dmf has written")
+    return found
+
+
+def read_params(folder: Path, ema: int | None, like: Any) -> Any:
+    """Weights of one checkpoint, placed and checked like the abstract tree `like` (shape, dtype, sharding per leaf).
+
+    ema: which of its EMAs, None for the raw weights. Raises DmfError naming the first leaf that does not fit.
+    """
+    item = "params" if ema is None else "ema"
+    try:
+        stored = ocp.checkpointables_metadata(folder.absolute()).metadata[item]
+        chosen = stored if ema is None else stored[ema]
+        _check_like(chosen, like, folder)
+        target = like if ema is None else [_with_sharding(s, like) if i != ema else like for i, s in enumerate(stored)]
+        loaded = ocp.load_checkpointables(folder.absolute(), {item: target})[item]
+    except DmfError:
+        raise
+    except Exception as error:
+        raise DmfError(f"checkpoint {folder}: {item} cannot be read ({_short(error)}); expected an intact checkpoint") from error
+    return loaded if ema is None else loaded[ema]
+
+
+def _check_like(stored: Any, like: Any, folder: Path) -> None:
+    found = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(stored)}
+    wanted = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(like)}
+    for name in [*wanted, *found]:
+        if name not in found or name not in wanted:
+            which = "lacks" if name not in found else "has an unexpected"
+            raise DmfError(f"checkpoint {folder} {which} weight {name}: expected the {len(wanted)} weights of config.network")
+    for name, w in wanted.items():
+        f = found[name]
+        if tuple(f.shape) != tuple(w.shape) or f.dtype != w.dtype:
+            raise DmfError(f"checkpoint {folder}: weight {name} is {f.dtype}{list(f.shape)}, expected {w.dtype}{list(w.shape)}")
+
+
+def _with_sharding(stored: Any, like: Any) -> Any:
+    return jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w.sharding), stored, like)
+
+
+def _abstract(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

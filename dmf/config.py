@@ -1,0 +1,204 @@
+"""The run as data: one typed, checked tree of values, and the way to it from a config file and flags.
+
+A config file's `get_config` returns `complete({...})`: a ConfigDict with every field present, so that any of them can be
+set by a flag (`--config.curriculum.q=4`). `parse` turns the ConfigDict back into a `Config`, and `check` rejects what
+cannot work before anything is allocated. All errors name the key, the value and what was expected.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ml_collections import config_dict
+
+from dmf.curriculum import CurriculumConfig, Stage, build_stages
+from dmf.data import DataConfig
+from dmf.errors import DmfError
+from dmf.flow import TimeLaw
+from dmf.networks import DiTConfig, MLPConfig, UNetConfig
+from dmf.objectives import LossConfig
+from dmf.optim import EMAConfig, OptimizerConfig
+
+NETWORKS = {"unet": UNetConfig, "dit": DiTConfig, "mlp": MLPConfig}
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """Matmul precision (jax.default_matmul_precision) per kind of stage; only accelerators tell them apart.
+
+    Differences of nearby outputs (discrete) and tangents (jvp) need "highest"; plain flow matching does not.
+    """
+
+    flow: str = "high"
+    trajectory: str = "high"
+    discrete: str = "highest"
+    jvp: str = "highest"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What a run writes, and when. Nothing here changes the weights it ends with."""
+
+    log_every_steps: int = 100
+    checkpoint_every_steps: int = 1000  # besides every stage boundary, which is always kept
+    keep_checkpoints: int = 2  # newest ones kept apart from the stage boundaries
+    sample_rows: int = 8  # the sample grid has this many rows and columns
+    score_samples: int = 2000  # samples per score; 0 = no scores
+    score_steps: tuple[int, ...] = (1, 2, 4, 32)  # sampling steps scored before and after the curriculum; between: the first
+    sampler: str = "few_step"  # few_step | euler | heun
+    tensorboard: bool = True  # write event files where tensorflow and tensorboard are installed
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run. Field by field in the dataclasses of the modules that read them."""
+
+    seed: int = 0
+    init: str = ""  # checkpoint or work directory of a flow model to start from; "" = fresh weights
+    batch_size: int = 1024  # global, over all devices and microbatches
+    microbatches: int = 1  # gradient accumulation inside one program
+    compute_dtype: str = "float32"  # float32 | bfloat16; parameters, times, EMAs and loss stay float32
+    label_dropout: float = 0.0  # share of rows trained with the null class
+    network: UNetConfig | DiTConfig | MLPConfig = field(default_factory=UNetConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    times: TimeLaw = field(default_factory=TimeLaw)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def num_classes(self) -> int:
+        """Classes the network is conditioned on, 0 if none; as a label, this number is the null class."""
+        return getattr(self.network, "num_classes", 0)
+
+
+def complete(values: Mapping[str, Any]) -> config_dict.ConfigDict:
+    """A ConfigDict with every field of `Config`, the given ones set. Raises DmfError for an unknown or misspelt key."""
+    return config_dict.ConfigDict(to_dict(parse(values)), convert_dict=True)
+
+
+def parse(values: Mapping[str, Any] | config_dict.ConfigDict) -> Config:
+    """Nested mapping (ConfigDict, dict, JSON) -> Config, every key known and every value of its field's type."""
+    plain = values.to_dict() if isinstance(values, config_dict.ConfigDict) else values
+    return _build(Config, plain, "config")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The Config as nested plain values, fit for JSON; `parse` inverts it."""
+    return dataclasses.asdict(config)
+
+
+def check(config: Config, image_shape: tuple[int, ...], num_classes: int, dataset_size: int, has_jvp: bool,
+          ) -> tuple[Stage, ...]:
+    """The run's stages, after everything that can be known to fail before training has been tried.
+
+    image_shape: (H, W, C) of the data; num_classes: of the data; has_jvp: whether the network can be differentiated
+    forwards. Raises DmfError.
+    """
+    _positive(config, "batch_size", "microbatches")
+    if config.compute_dtype not in DTYPES:
+        raise DmfError(f"config.compute_dtype = {config.compute_dtype!r}: expected {' or '.join(DTYPES)}")
+    if not 0 <= config.label_dropout < 1:
+        raise DmfError(f"config.label_dropout = {config.label_dropout}: expected a share in [0, 1)")
+    if not 0 <= config.loss.p <= 2 or not config.loss.eps > 0:
+        raise DmfError(f"config.loss.p = {config.loss.p}, config.loss.eps = {config.loss.eps}: expected 0 <= p <= 2, eps > 0")
+    if not 0 <= config.loss.product_rule <= 1:
+        raise DmfError(f"config.loss.product_rule = {config.loss.product_rule}: expected c between 0 and 1")
+    if config.loss.residual_scale not in ("raw", "unit"):
+        raise DmfError(f"config.loss.residual_scale = {config.loss.residual_scale!r}: expected 'raw' or 'unit'")
+    if not config.optimizer.learning_rate > 0:
+        raise DmfError(f"config.optimizer.learning_rate = {config.optimizer.learning_rate}: expected a positive number")
+    config.ema.index()
+    _check_labels(config, num_classes)
+    stages = build_stages(config.curriculum, config.batch_size, dataset_size)
+    _check_kinds(config, stages, has_jvp)
+    return stages
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "config") -> list[str]:
+    """Keys whose values differ between two nested mappings, as 'config.a.b: old -> new'."""
+    found = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key, "(absent)"), new.get(key, "(absent)")
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{prefix}.{key}")
+        elif (list(a) if isinstance(a, tuple) else a) != (list(b) if isinstance(b, tuple) else b):
+            found.append(f"{prefix}.{key}: {a} -> {b}")
+    return found
+
+
+def _build(cls: type, values: Any, path: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise DmfError(f"{path} = {values!r:.100}: expected a section with the fields {', '.join(_names(cls))}")
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, 1, 0.0)
+            raise DmfError(f"{path}.{key}: no such field; did you mean {path}.{near[0]}?")
+    return cls(**{key: _value(hints[key], values[key], f"{path}.{key}") for key in values})
+
+
+def _value(hint: Any, value: Any, path: str) -> Any:
+    if path == "config.network":
+        return _build(_network_class(value), value, path)
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, path)
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, tuple | list):
+            raise DmfError(f"{path} = {value!r}: expected a tuple")
+        item = typing.get_args(hint)[0]
+        return tuple(_value(item, v, path) for v in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise DmfError(f"{path} = {value!r}: expected {hint.__name__}")
+    return value
+
+
+def _network_class(values: Any) -> type:
+    kind = values.get("kind", "") if isinstance(values, Mapping) else ""
+    if kind not in NETWORKS:
+        raise DmfError(f"config.network.kind = {kind!r}: expected one of {', '.join(NETWORKS)}")
+    return NETWORKS[kind]
+
+
+def _names(cls: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def _positive(config: Config, *keys: str) -> None:
+    for key in keys:
+        if getattr(config, key) < 1:
+            raise DmfError(f"config.{key} = {getattr(config, key)}: expected at least 1")
+
+
+def _check_labels(config: Config, num_classes: int) -> None:
+    wanted = config.num_classes
+    if wanted and wanted != num_classes:
+        raise DmfError(f"config.network.num_classes = {wanted}: expected 0 or the {num_classes} classes of {config.data.name}")
+    if config.label_dropout and not wanted:
+        raise DmfError(f"config.label_dropout = {config.label_dropout}: expected 0, as config.network takes no classes")
+    augment_dim = getattr(config.network, "augment_dim", 0)
+    if config.data.augment and augment_dim != 6:
+        raise DmfError(f"config.data.augment = {config.data.augment}: expected 0, or a network with config.network.augment_dim = 6 "
+                       f"(it has {augment_dim})")
+
+
+def _check_kinds(config: Config, stages: tuple[Stage, ...], has_jvp: bool) -> None:
+    kinds = {s.kind for s in stages}
+    if "jvp" in kinds and not has_jvp:
+        raise DmfError(f"config.network.attention = {getattr(config.network, 'attention', '')!r} has no forward-mode derivative: "
+                       "expected 'xla' with a jvp stage in config.curriculum.kinds")
+    for kind in ("discrete", "jvp"):
+        if kind in kinds and not config.times.r_neq_t_fraction:
+            raise DmfError(f"config.times.r_neq_t_fraction = 0: expected a positive share, as a {kind} stage learns from rows "
+                           "with r < t")

@@ -1,0 +1,170 @@
+"""The curriculum: which identity is enforced at which step, and how far the finite difference looks back.
+
+Discrete MeanFlow (Hsu & Wood, arXiv 2604.08837, Eq. 5) runs K stages of equal length from a pretrained flow model:
+
+    stage 0            "trajectory"  u(z,r,t) = v for every r <= t
+    stages 1 .. K-2    "discrete"    finite difference over D_i = d_i (t - r), d_i = q^-i (linear) or its dagger form
+    stage K-1          "jvp"         the MeanFlow identity with the exact derivative
+
+A fourth kind, "flow", is plain flow matching on r = t with the interval branch frozen: the pretraining of v itself.
+The stage is a pure function of the step number, so a resumed run cannot disagree with its curriculum; within a kind the
+interval is a traced number, so a switch between two discrete stages compiles nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+
+from dmf.errors import DmfError
+
+Array = jax.Array
+
+# Kind -> (forward passes per row, extra passes per row with r < t); a backward pass counts as two forward passes.
+PASSES = {"flow": (3, 0), "trajectory": (3, 0), "discrete": (3, 1), "jvp": (3, 1)}
+UNITS = ("steps", "epochs", "images")
+
+
+def linear(rho: Array, r: Array, t: Array) -> Array:
+    """d = rho: the interval is the same share of t - r everywhere (arXiv 2604.08837, Eq. 5). r, t: (B,)."""
+    return rho + 0 * (t - r)
+
+
+def dagger(rho: Array, r: Array, t: Array) -> Array:
+    """d = rho (1 - t) / ((1 - rho)(1 - r) + rho (1 - t)): the share rho taken in the noise ratio t / (1 - t).
+
+    Closed form of t' = s' / (1 + s'), s' = F(t) - rho (F(t) - F(r)), F(t) = t / (1 - t), D = t - t' = d (t - r) (the
+    paper's dagger variant). The literal form is inf / inf at t = 1 and loses half its digits near it; this one is finite
+    on all of 0 <= r <= t <= 1 except r = t = 1. rho in (0, 1]; r, t: (B,). Returns d (B,) in [0, rho].
+    """
+    return rho * (1 - t) / ((1 - rho) * (1 - r) + rho * (1 - t))
+
+
+INTERVALS = {"linear": linear, "dagger": dagger}
+
+
+@dataclass(frozen=True)
+class CurriculumConfig:
+    """The curriculum as data. Unknown in the paper and chosen here: K = 10 and q = 2 (read off its Figure 1)."""
+
+    stages: int = 10  # K, pretraining not counted
+    kinds: tuple[str, ...] = ()  # one per stage; () = trajectory, discrete x (K - 2), jvp
+    q: float = 2.0  # d_i = q^-i
+    interval: str = "dagger"  # linear | dagger
+    length: float = 96000.0  # of the K stages together, in length_unit
+    stage_lengths: tuple[float, ...] = ()  # explicit lengths that add up to `length`; () = equal
+    length_unit: str = "steps"  # steps | epochs | images; also of pretrain_length
+    pretrain_length: float = 0.0  # a "flow" stage before the curriculum; 0 = start from config.init
+    stage_learning_rates: tuple[float, ...] = ()  # factor on the learning rate per stage; () = 1
+    switch_optimizer: str = "keep"  # keep | reset the optimiser state at a stage switch
+    switch_ema: str = "keep"  # keep | reset the EMAs to the raw weights at a stage switch
+    switch_warmup_steps: int = 0  # linear warm-up of the learning rate after a switch
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run: steps first .. first + steps - 1. index counts within the curriculum; pretraining is -1."""
+
+    index: int
+    kind: str
+    rho: float
+    first: int
+    steps: int
+
+    @property
+    def last(self) -> int:
+        """The first step that no longer belongs to the stage."""
+        return self.first + self.steps
+
+    @property
+    def name(self) -> str:
+        return "pretrain" if self.index < 0 else f"stage {self.index}"
+
+
+def build_stages(config: CurriculumConfig, batch_size: int, dataset_size: int) -> tuple[Stage, ...]:
+    """The run as consecutive stages, in steps. Raises DmfError naming the config key where the curriculum makes no sense."""
+    kinds = _kinds(config)
+    _check(config, kinds)
+    per_unit = {"steps": 1.0, "epochs": dataset_size // batch_size, "images": 1 / batch_size}[config.length_unit]
+    lengths = config.stage_lengths or (config.length / len(kinds),) * len(kinds)
+    stages = []
+    first = 0
+    if config.pretrain_length:
+        first = round(config.pretrain_length * per_unit)
+        stages.append(Stage(-1, "flow", 1.0, 0, first))
+    start, done = first, 0.0
+    for i, (kind, length) in enumerate(zip(kinds, lengths, strict=True)):
+        done += length
+        end = start + round(done * per_unit)  # the cumulated length is rounded, so that the stages add up to the whole
+        if end <= first:
+            raise DmfError(f"config.curriculum: stage {i} has no step; expected length {config.length:g} {config.length_unit} "
+                           f"to give each of the {len(kinds)} stages at least one")
+        stages.append(Stage(i, kind, config.q**-i if kind == "discrete" else 1.0, first, end - first))
+        first = end
+    return tuple(stages)
+
+
+def stage_at(stages: tuple[Stage, ...], step: int) -> Stage:
+    """The stage that step (0-based) belongs to; the last one for step = total."""
+    for stage in stages:
+        if step < stage.last:
+            return stage
+    return stages[-1]
+
+
+def passes(stage: Stage, r_neq_t_fraction: float) -> float:
+    """Forward passes per row that a step of this stage needs (backward = 2; one JVP tangent = 1)."""
+    base, extra = PASSES[stage.kind]
+    return base + extra * r_neq_t_fraction
+
+
+def table(stages: tuple[Stage, ...], config: CurriculumConfig, r_neq_t_fraction: float) -> str:
+    """The curriculum as a printed table: stage, kind, d, steps, cost in forward passes per row."""
+    lines = [f"{'stage':<10}{'kind':<12}{'d':>12}{'steps':>10}{'first':>10}{'passes/row':>12}"]
+    for s in stages:
+        d = f"{s.rho:.6g}{'+' if config.interval == 'dagger' else ''}" if s.kind == "discrete" else "-"
+        cost = passes(s, r_neq_t_fraction)
+        lines.append(f"{s.name:<10}{s.kind:<12}{d:>12}{s.steps:>10}{s.first:>10}{cost:>12.2f}")
+    total = sum(s.steps * passes(s, r_neq_t_fraction) for s in stages)
+    steps = stages[-1].last
+    lines.append(f"{'all':<10}{'':<12}{'':>12}{steps:>10}{'':>10}{total / steps:>12.2f}")
+    if config.interval == "dagger" and any(s.kind == "discrete" for s in stages):
+        lines.append("+ largest d of the stage: the dagger interval is d at t = r and shrinks towards t = 1")
+    return "\n".join(lines)
+
+
+def _kinds(config: CurriculumConfig) -> tuple[str, ...]:
+    if config.kinds:
+        return config.kinds
+    if config.stages < 3:
+        raise DmfError(f"config.curriculum.stages = {config.stages}: expected at least 3 (trajectory, discrete, jvp), "
+                       "or config.curriculum.kinds with one kind per stage")
+    return ("trajectory", *("discrete",) * (config.stages - 2), "jvp")
+
+
+def _check(config: CurriculumConfig, kinds: tuple[str, ...]) -> None:
+    for kind in kinds:
+        if kind not in PASSES:
+            raise DmfError(f"config.curriculum.kinds has {kind!r}: expected only {', '.join(PASSES)}")
+    if len(kinds) != config.stages:
+        raise DmfError(f"config.curriculum.kinds has {len(kinds)} entries: expected config.curriculum.stages = {config.stages}")
+    if not config.q > 1:
+        raise DmfError(f"config.curriculum.q = {config.q}: expected a ratio above 1 (d = q^-i has to shrink)")
+    if config.interval not in INTERVALS:
+        raise DmfError(f"config.curriculum.interval = {config.interval!r}: expected {' or '.join(INTERVALS)}")
+    if config.length_unit not in UNITS:
+        raise DmfError(f"config.curriculum.length_unit = {config.length_unit!r}: expected one of {', '.join(UNITS)}")
+    if config.stage_lengths and len(config.stage_lengths) != len(kinds):
+        raise DmfError(f"config.curriculum.stage_lengths has {len(config.stage_lengths)} entries: expected {len(kinds)}, "
+                       "one per stage")
+    total = sum(config.stage_lengths)
+    if config.stage_lengths and abs(total - config.length) > 1e-6 * max(total, config.length):
+        raise DmfError(f"config.curriculum.stage_lengths add up to {total:g}: expected config.curriculum.length = "
+                       f"{config.length:g} {config.length_unit}")
+    if config.stage_learning_rates and len(config.stage_learning_rates) != len(kinds):
+        raise DmfError(f"config.curriculum.stage_learning_rates has {len(config.stage_learning_rates)} entries: expected "
+                       f"{len(kinds)}, one per stage")
+    for key in ("switch_optimizer", "switch_ema"):
+        if getattr(config, key) not in ("keep", "reset"):
+            raise DmfError(f"config.curriculum.{key} = {getattr(config, key)!r}: expected 'keep' or 'reset'")

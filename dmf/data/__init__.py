@@ -1,0 +1,151 @@
+"""Images in memory, and batches that are a pure function of (seed, step).
+
+There is no iterator state, so a resumed run sees the examples the interrupted one would have seen, and the
+global batch of a step is the same whatever the number of hosts. Reading needs no TensorFlow and no network.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from dmf.data import cifar10, digits
+from dmf.errors import DmfError
+
+Split = Literal["train", "heldout"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images are read, and what is done to them on the device before a training step."""
+
+    name: str = "digits"
+    """A key of `DATASETS`."""
+    data_dir: str = ""
+    """cifar10: where TFDS data is prepared; "" is $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    holdout_fraction: float = 0.25
+    """digits: the share of its one set that is "heldout"; the split does not depend on the training seed."""
+    mock: bool = False
+    """cifar10: random images instead of the real ones, for trying the code path only; reads no file."""
+    flip: bool = False
+    """Mirror each training image with probability 1/2, not telling the network (`augment.random_flip`)."""
+    augment: float = 0.0
+    """Probability p of the EDM pipe, which does tell the network (`augment.edm_augment`); 0 is off."""
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """One split in memory; `to_float` maps stored values [0, max_value] to [-1, 1]."""
+
+    images: np.ndarray
+    """(N, H, W, C), as stored (uint8)."""
+    labels: np.ndarray
+    """(N,) int32, in [0, num_classes)."""
+    num_classes: int
+    max_value: float
+    name: str
+    split: str
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to_float(self, images: np.ndarray) -> np.ndarray:
+        """Returns stored values as network input, x = 2 * stored / max_value - 1, float32, any shape."""
+        return images.astype(np.float32) / np.float32(self.max_value / 2) - np.float32(1)
+
+
+def _load_digits(config: DataConfig, split: Split) -> Dataset:
+    if config.mock:
+        raise DmfError("config.data.mock is True for 'digits': expected False, they need no preparing")
+    images, labels = digits.read(split, config.holdout_fraction)
+    return Dataset(images, labels, digits.NUM_CLASSES, digits.MAX_VALUE, "digits", split)
+
+
+def _load_cifar10(config: DataConfig, split: Split) -> Dataset:
+    images, labels = cifar10.read(split, config.data_dir, mock=config.mock)
+    return Dataset(images, labels, cifar10.NUM_CLASSES, cifar10.MAX_VALUE, "cifar10", split)
+
+
+DATASETS: dict[str, Callable[[DataConfig, Split], Dataset]] = {
+    "digits": _load_digits,
+    "cifar10": _load_cifar10,
+}
+
+
+def load(config: DataConfig, split: Split) -> Dataset:
+    """Reads one split of the configured data set into memory.
+
+    Raises:
+      DmfError: unknown name or split, a field out of range, or data that is not prepared or is damaged.
+    """
+    if config.name not in DATASETS:
+        raise DmfError(f"config.data.name is {config.name!r}: expected one of {', '.join(DATASETS)}")
+    if split not in ("train", "heldout"):
+        raise DmfError(f"split is {split!r}: expected 'train' or 'heldout'")
+    if not 0 <= config.augment <= 1:
+        raise DmfError(f"config.data.augment is {config.augment}: expected a probability in [0, 1]")
+    return DATASETS[config.name](config, split)
+
+
+def steps_per_epoch(dataset_size: int, batch_size: int) -> int:
+    """Returns the number of full batches in one epoch, floor(N / B); the rest of each permutation is dropped.
+
+    Raises:
+      DmfError: batch_size is not in [1, dataset_size].
+    """
+    if not 1 <= batch_size <= dataset_size:
+        raise DmfError(f"batch_size is {batch_size}: expected 1 to {dataset_size}, the number of images")
+    return dataset_size // batch_size
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
+    """Returns the order of one epoch, (size,) int64, from Philox keyed by (seed, epoch).
+
+    Sorts raw words, because NumPy keeps the stream of a bit generator stable between releases but not that of
+    `Generator.permutation`: a NumPy upgrade must not change the order of a resumed run.
+    """
+    key = np.array([seed % 2**64, epoch], dtype=np.uint64)
+    order = np.argsort(np.random.Philox(key=key).random_raw(size), kind="stable")
+    order.flags.writeable = False
+    return order
+
+
+def batch(
+    dataset: Dataset, seed: int, step: int, batch_size: int, *, host: int = 0, hosts: int = 1
+) -> dict[str, np.ndarray]:
+    """Returns this host's rows of the global batch of one step: a pure function of (seed, step).
+
+    Epoch `step // floor(N / B)` is a fresh permutation of the N images; host k of K holds the rows
+    [k B / K, (k + 1) B / K) of the global batch.
+
+    Args:
+      dataset: the split to draw from.
+      seed: the run's seed.
+      step: counts from 0.
+      batch_size: images in the global batch, over all hosts.
+      host: this host's index, 0 <= host < hosts.
+      hosts: the number of hosts.
+
+    Returns:
+      x (B / hosts, H, W, C) float32 in [-1, 1] and label (B / hosts,) int32.
+
+    Raises:
+      DmfError: batch_size exceeds the split or is no multiple of hosts, host is out of range, or step < 0.
+    """
+    steps = steps_per_epoch(len(dataset), batch_size)
+    if hosts < 1 or batch_size % hosts:
+        raise DmfError(f"batch_size is {batch_size}: expected a multiple of the number of hosts, {hosts}")
+    if not 0 <= host < hosts:
+        raise DmfError(f"host is {host}: expected 0 to {hosts - 1}")
+    if step < 0:
+        raise DmfError(f"step is {step}: expected 0 or more")
+    epoch, step_in_epoch = divmod(int(step), steps)
+    per_host = batch_size // hosts
+    start = step_in_epoch * batch_size + host * per_host
+    rows = _permutation(len(dataset), int(seed), epoch)[start : start + per_host]
+    return {"x": dataset.to_float(dataset.images[rows]), "label": dataset.labels[rows]}

@@ -1,0 +1,99 @@
+"""CIFAR-10 through TFDS random access: 50,000 training and 10,000 test images, 32x32x3 uint8.
+
+Reads data that was prepared once as array_record. Preparing needs TensorFlow and a network connection;
+reading needs neither, and downloads nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from dmf.errors import DmfError
+
+NUM_CLASSES = 10
+MAX_VALUE = 255.0
+IMAGE_SHAPE = (32, 32, 3)
+MOCK_EXAMPLES = 256
+SPLITS = {"train": "train", "heldout": "test"}
+
+_HOW_TO_PREPARE = (
+    "run `python -c \"import tensorflow_datasets as tfds; tfds.builder('cifar10', data_dir='DIR', "
+    "file_format='array_record').download_and_prepare()\"` on a machine with internet access, TensorFlow and "
+    "importlib_resources, then pass --config.data.data_dir=DIR"
+)
+
+
+def read(split: str, data_dir: str = "", *, mock: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Returns images (N, 32, 32, 3) uint8 in [0, 255] and labels (N,) int32; "heldout" is the test split.
+
+    Args:
+      split: "train" or "heldout".
+      data_dir: the directory that TFDS prepared; "" is the TFDS default.
+      mock: 256 random images instead of the real ones, for trying the code path only; data_dir is ignored.
+
+    Raises:
+      DmfError: the data is not prepared there, is prepared in a format without random access, or is damaged.
+    """
+    import tensorflow_datasets as tfds
+
+    with _quiet_tfds():
+        if mock:
+            with tfds.testing.mock_data(num_examples=MOCK_EXAMPLES):
+                return _decode(tfds.data_source("cifar10", split=SPLITS[split], download=False))
+        return _read_prepared(SPLITS[split], data_dir)
+
+
+def _read_prepared(tfds_split: str, data_dir: str) -> tuple[np.ndarray, np.ndarray]:
+    import tensorflow_datasets as tfds
+    from google.protobuf.json_format import ParseError
+
+    try:
+        source = tfds.data_source("cifar10", split=tfds_split, data_dir=data_dir or None, download=False)
+        return _decode(source)
+    except NotImplementedError as error:  # what TFDS raises for an unprepared data set too
+        builder = tfds.builder("cifar10", data_dir=data_dir or None)
+        if not (builder.data_dir / "dataset_info.json").exists():
+            raise DmfError(f"CIFAR-10 is not prepared in {builder.data_dir}: {_HOW_TO_PREPARE}") from error
+        found = builder.info.file_format.value
+        raise DmfError(
+            f"CIFAR-10 in {builder.data_dir} is prepared as {found}, expected array_record; TFDS keeps one "
+            f"format per directory, so choose another DIR: {_HOW_TO_PREPARE}"
+        ) from error
+    # Damage: RuntimeError in shards, ValueError for splits and images, OSError and ParseError in metadata.
+    except (RuntimeError, ValueError, OSError, ParseError) as error:
+        where = data_dir or "the TFDS default directory"
+        raise DmfError(
+            f"CIFAR-10 in {where} cannot be read, expected an undamaged array_record data set "
+            f"({_first_line(error)}); delete its cifar10 folder and {_HOW_TO_PREPARE}"
+        ) from error
+
+
+def _decode(source: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Decodes every example once; 50,000 take seconds, and 150 MB stay in memory."""
+    images = np.empty((len(source), *IMAGE_SHAPE), dtype=np.uint8)
+    labels = np.empty(len(source), dtype=np.int32)
+    for i in range(len(source)):  # one at a time: TFDS's mock source has no working __getitems__
+        example = source[i]
+        images[i], labels[i] = example["image"], example["label"]
+    return images, labels
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+@contextlib.contextmanager
+def _quiet_tfds() -> Iterator[None]:
+    """Drops TFDS's warnings on missing metadata and OpenCV, which would bury the one sentence that helps."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,8 @@
+"""The one exception a user is meant to read."""
+
+
+class DmfError(ValueError):
+    """Bad input, stated in one sentence: the thing, its value, and what was expected instead.
+
+    `main.py` prints it as one line and exits with status 2; everything else keeps its traceback, since it is our bug.
+    """

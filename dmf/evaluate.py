@@ -1,0 +1,136 @@
+"""Samples and scores of a checkpoint or of a running model, at several numbers of steps from the same noise."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dmf import checkpoint, data, networks, pictures, sharding
+from dmf.config import Config, parse
+from dmf.data import Dataset
+from dmf.errors import DmfError
+from dmf.metrics.digits import DigitsScorer
+from dmf.optim import EMAConfig
+from dmf.sample import SAMPLERS
+
+CHUNK = 512  # rows per sampling call
+Score = Callable[[np.ndarray, np.ndarray], dict[str, float]]
+# Data set -> (what scores its samples, the score a curve shows). A set without an entry is only pictured.
+SCORERS = {"digits": (DigitsScorer, "fd_hidden")}
+
+
+class Sampler:
+    """Draws samples from weights: same seed, same noise and labels, whatever the weights or the number of steps."""
+
+    def __init__(self, network: networks.Network, config: Config, image_shape: tuple[int, ...], labels: np.ndarray,
+                 mesh: Mesh):
+        self._shape, self._mesh, self._labels = image_shape, mesh, labels
+        self._key = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)  # no training step has this number
+        self._conditional = bool(config.num_classes)
+        rows = -(-CHUNK // mesh.devices.size) * mesh.devices.size
+        self._rows = rows
+
+        @jax.jit
+        def draw(params: Any, key: jax.Array, label: jax.Array, steps: jax.Array) -> jax.Array:
+            e = sharding.constrain_rows(mesh, jax.random.normal(key, (rows, *image_shape)))
+
+            def u(z: jax.Array, r: jax.Array, t: jax.Array) -> jax.Array:
+                return network.apply(params, z, r, t, label=label if self._conditional else None)
+
+            return SAMPLERS[config.run.sampler](u, e, steps)
+
+        self._draw = draw
+
+    def labels(self, count: int) -> np.ndarray:
+        """(count,) int32: the training labels in their order, so that classes come as often as in the data."""
+        return np.resize(self._labels, count)
+
+    def __call__(self, params: Any, count: int, steps: int) -> np.ndarray:
+        """(count, H, W, C) float32: samples after `steps` network evaluations, exactly `count` of them."""
+        parts = []
+        padded = np.resize(self._labels, -(-count // self._rows) * self._rows)
+        for i in range(0, count, self._rows):
+            label = sharding.put_rows(self._mesh, {"label": padded[i : i + self._rows]})["label"]
+            parts.append(np.asarray(self._draw(params, jax.random.fold_in(self._key, i), label, np.int32(steps))))
+        return np.concatenate(parts)[:count]
+
+
+def make_scorer(name: str, train: Dataset, heldout: Dataset) -> tuple[Any, str] | None:
+    """(scorer, name of its main score) of a data set, or None where samples can only be pictured."""
+    if name not in SCORERS:
+        return None
+    scorer, main = SCORERS[name]
+    real = [a for d in (train, heldout) for a in (d.to_float(d.images), d.labels)]
+    return scorer(*real), main
+
+
+def score(sampler: Sampler, scorer: Score, params: Any, count: int, steps: Sequence[int]) -> list[dict[str, float]]:
+    """One row of scores per number of sampling steps, from the same noise."""
+    return [{"nfe": n, **scorer(sampler(params, count, n), sampler.labels(count))} for n in steps]
+
+
+def format_scores(rows: Sequence[dict[str, Any]]) -> str:
+    """Scores as a printed table, one row per number of steps."""
+    keys = [k for k in rows[0] if k not in ("nfe", "n_samples", "step", "stage", "kind")]
+    lines = [f"{'steps':>6}" + "".join(f"{k:>{len(k) + 2}}" for k in keys)]
+    lines += [f"{row['nfe']:>6}" + "".join(f"{row[k]:>{len(k) + 2}.3f}" for k in keys) for row in rows]
+    return "\n".join(lines)
+
+
+def load(path: str | Path, ema: float | None = None) -> tuple[networks.Network, Any, Config]:
+    """(network, params, config) of a checkpoint: what sampling, scoring and a notebook need.
+
+    path: a work directory or one of its step folders. ema: half-life in images of the average to take, 0 for the raw
+    weights, None for the one the run evaluates. Raises DmfError where the folder is missing or damaged.
+    """
+    folder = checkpoint.find(path)
+    stored = checkpoint.metadata(folder)
+    config = parse(stored["config"])
+    shape = tuple(stored["image_shape"])
+    network = networks.build(config.network, shape, jnp.dtype(config.compute_dtype))
+    averages = config.ema if ema is None else EMAConfig(config.ema.halflife_images, evaluate=ema)
+    return network, checkpoint.read_params(folder, averages.index(), abstract_params(network, sharding.make_mesh())), config
+
+
+def write_samples(path: str | Path, steps: Sequence[int], count: int, out: str) -> Path:
+    """Draws `count` samples of a checkpoint at each number of steps, from the same noise, into one PNG."""
+    sampler, params, _ = _open(path)
+    side = math.isqrt(count - 1) + 1
+    target = Path(out or Path(path) / f"samples_{'_'.join(map(str, steps))}.png")
+    pictures.panels(target, {f"{n} step{'s' * (n > 1)}": sampler(params, count, n) for n in steps}, side)
+    print(f"samples   {target}")
+    return target
+
+
+def write_scores(path: str | Path, steps: Sequence[int], count: int, out: str) -> list[dict[str, float]]:
+    """Scores a checkpoint at each number of steps, prints the table and writes it as JSON where `out` is given."""
+    sampler, params, config = _open(path)
+    scorer = make_scorer(config.data.name, data.load(config.data, "train"), data.load(config.data, "heldout"))
+    if scorer is None:
+        raise DmfError(f"config.data.name = {config.data.name!r} has no score: expected one of {', '.join(SCORERS)}")
+    rows = score(sampler, scorer[0], params, count or config.run.score_samples, steps)
+    print(format_scores(rows))
+    if out:
+        Path(out).write_text(json.dumps(rows, indent=1) + "\n")
+    return rows
+
+
+def _open(path: str | Path) -> tuple[Sampler, Any, Config]:
+    network, params, config = load(path)
+    train = data.load(config.data, "train")
+    return Sampler(network, config, train.images.shape[1:], train.labels, sharding.make_mesh()), params, config
+
+
+def abstract_params(network: networks.Network, mesh: Mesh) -> Any:
+    """Shapes, dtypes and placement of the network's weights, nothing allocated."""
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    place = sharding.replicated(mesh)
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)

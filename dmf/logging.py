@@ -1,0 +1,97 @@
+"""What a run says while it goes: JSON lines always, TensorBoard where it is installed, one progress line on the terminal."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class JsonLines:
+    """A file of JSON objects, one per line, each with the step it belongs to; flushed at every line."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def resume(self, step: int) -> None:
+        """Drops what a killed run wrote beyond the step it resumes from, and a line it left half-written."""
+        kept = [row for row in self.read() if row["step"] <= step]
+        if self.path.exists():
+            partial = self.path.with_suffix(".tmp")
+            partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            partial.replace(self.path)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """All complete rows; a last line that was cut by a kill is ignored."""
+        rows = []
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return rows
+
+
+class TensorBoard:
+    """Scalars as event files through clu; silently nothing where tensorflow or tensorboard is not installed."""
+
+    def __init__(self, directory: Path, wanted: bool):
+        self._writer: Any = None
+        if wanted and all(importlib.util.find_spec(name) for name in ("tensorflow", "tensorboard")):
+            from clu import metric_writers  # imports tensorflow, so only here
+
+            self._writer = metric_writers.SummaryWriter(str(directory))
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        if self._writer is not None:
+            self._writer.write_scalars(step, dict(scalars))
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class Progress:
+    """One line with stage, step, loss, rate and time left: rewritten on a terminal, every ten seconds elsewhere."""
+
+    def __init__(self, total: int, start: int):
+        self._total, self._count, self._mark = total, start, time.monotonic()
+        self._printed = float("-inf")
+        self._rate = 0.0
+
+    def show(self, step: int, stage: str, loss: float) -> None:
+        """Called at the logged steps; the rate is that since the last call."""
+        now = time.monotonic()
+        rate = (step - self._count) / max(now - self._mark, 1e-9)
+        self._rate = rate if not self._rate else 0.7 * self._rate + 0.3 * rate
+        self._count, self._mark = step, now
+        live = sys.stdout.isatty()
+        if not live and now - self._printed < 10 and step < self._total:
+            return
+        self._printed = now
+        left = (self._total - step) / max(self._rate, 1e-9)
+        text = f"{stage:<10} step {step}/{self._total}  loss {loss:.4g}  {self._rate:.1f} steps/s  {_clock(left)} left"
+        print(f"\r{text}\033[K" if live else text, end="" if live else "\n", flush=True)
+
+    def pause(self) -> None:
+        """Ends the rewritten line before something else is printed."""
+        if sys.stdout.isatty():
+            print()
+
+    def restart(self, step: int) -> None:
+        """Time spent since the last `show` was not training: leave it out of the rate."""
+        self._count, self._mark = step, time.monotonic()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"

@@ -1,0 +1,247 @@
+"""The diffusion transformer of SiT and MeanFlow on ImageNet latents: adaLN-zero, velocity output only.
+
+Parameter names follow SiT's state dict: '.' reads as '/', and a number that indexes a list is joined by
+'_', so `blocks.3.adaLN_modulation.1.weight` is blocks_3/adaLN_modulation_1/kernel; `t_embedder.mlp.0` is
+t_embedder/mlp_0. New against SiT is `interval`, a second embedder like `t_embedder`, for h = t - r; its
+output is added to the conditioning vector.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dmf.errors import DmfError
+from dmf.networks import layers
+
+TIME_FEATURES = 256
+ATTENTIONS = ("xla", "cudnn")
+
+DIT_SIZES: dict[str, dict[str, int]] = {
+    "S": {"depth": 12, "width": 384, "heads": 6},
+    "B": {"depth": 12, "width": 768, "heads": 12},
+    "M": {"depth": 16, "width": 1024, "heads": 16},
+    "L": {"depth": 24, "width": 1024, "heads": 16},
+    "XL": {"depth": 28, "width": 1152, "heads": 16},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTConfig:
+    """The transformer's shape; DIT_SIZES has depth, width and heads of the named sizes.
+
+    `num_classes` = 0 means no label; otherwise the label table has num_classes + 1 rows, the last of which is
+    the null class. `attention` "cudnn" is NVIDIA's fused kernel: bfloat16 only, and without a JVP.
+    `interval_init` "zero" makes u(z, r, t) = u(z, t, t) at the start, bit for bit.
+    """
+
+    kind: str = "dit"
+    depth: int
+    width: int
+    heads: int
+    patch: int = 2
+    mlp_ratio: float = 4.0
+    num_classes: int = 0
+    attention: str = "xla"
+    interval_init: str = "zero"
+
+
+def position_embedding(height: int, width: int, dim: int) -> np.ndarray:
+    """Fixed embedding (height * width, dim), float64: [sin | cos] of the column, then of the row."""
+    freqs = layers.frequencies(dim // 4, endpoint=False)
+
+    def one_axis(position: np.ndarray) -> np.ndarray:
+        angle = position.reshape(-1, 1) * freqs
+        return np.concatenate((np.sin(angle), np.cos(angle)), axis=1)
+
+    row, column = np.mgrid[:height, :width].astype(np.float64)
+    return np.concatenate((one_axis(column), one_axis(row)), axis=1)
+
+
+def _modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    return x * (1 + scale) + shift
+
+
+def _norm(dtype: jnp.dtype | None) -> nn.LayerNorm:
+    return nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False, use_fast_variance=False, dtype=dtype)
+
+
+def _modulation(cond: jax.Array, parts: int, width: int, dtype: jnp.dtype | None) -> list[jax.Array]:
+    """adaLN-zero: `parts` vectors (B, 1, width) from the conditioning (B, width), all zero at the start."""
+    zeros = nn.initializers.zeros
+    dense = nn.Dense(parts * width, dtype=dtype, kernel_init=zeros, name="adaLN_modulation_1")
+    return jnp.split(dense(nn.silu(cond))[:, None, :], parts, axis=-1)
+
+
+class PatchEmbed(nn.Module):
+    """Linear map of patches, (B, H, W, C) -> (B, H/p * W/p, width), row by row."""
+
+    patch: int
+    width: int
+    dtype: jnp.dtype | None
+
+    @nn.compact
+    def __call__(self, z: jax.Array) -> jax.Array:
+        """Cut z into patches and project them."""
+        # Xavier for the matrix (p * p * C, width) that this is, not for a sliding convolution.
+        limit = math.sqrt(6 / (self.patch**2 * z.shape[-1] + self.width))
+        window, init = (self.patch, self.patch), layers.uniform_within(limit)
+        proj = nn.Conv(self.width, window, window, "VALID", dtype=self.dtype, kernel_init=init, name="proj")
+        x = proj(z)
+        return x.reshape(x.shape[0], -1, self.width)
+
+
+class TimeEmbedder(nn.Module):
+    """Two-layer MLP on the sine-cosine features of a raw time, (B,) -> (B, width), in float32 always."""
+
+    width: int
+    zero_last: bool = False
+
+    @nn.compact
+    def __call__(self, time: jax.Array) -> jax.Array:
+        """Embed times (B,); identically zero at the start when `zero_last`."""
+        normal = nn.initializers.normal(0.02)
+        last = nn.initializers.zeros if self.zero_last else normal
+        freqs = layers.frequencies(TIME_FEATURES // 2, endpoint=False)
+        x = layers.time_features(time, freqs, sin_first=False)
+        x = nn.silu(nn.Dense(self.width, kernel_init=normal, name="mlp_0")(x))
+        return nn.Dense(self.width, kernel_init=last, name="mlp_2")(x)
+
+
+class LabelEmbedder(nn.Module):
+    """Table of num_classes + 1 rows; the last row is the null class."""
+
+    num_classes: int
+    width: int
+
+    @nn.compact
+    def __call__(self, label: jax.Array | None, batch: int) -> jax.Array:
+        """Embed classes (B,); None is the null class for every row. An index beyond the table gives NaN."""
+        if label is None:
+            label = jnp.full((batch,), self.num_classes, jnp.int32)
+        init = nn.initializers.normal(0.02)
+        return nn.Embed(self.num_classes + 1, self.width, embedding_init=init, name="embedding_table")(label)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; the columns of qkv are [q | k | v], each head-major."""
+
+    heads: int
+    kernel: str
+    dtype: jnp.dtype | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Mix tokens (B, N, width)."""
+        batch, tokens, width = x.shape
+        qkv = nn.Dense(3 * width, dtype=self.dtype, kernel_init=layers.xavier(), name="qkv")(x)
+        qkv = qkv.reshape(batch, tokens, 3, self.heads, width // self.heads)
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        if self.kernel == "cudnn":
+            y = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+        else:
+            y = layers.attention(q, k, v)
+        y = y.reshape(batch, tokens, width)
+        return nn.Dense(width, dtype=self.dtype, kernel_init=layers.xavier(), name="proj")(y)
+
+
+class FeedForward(nn.Module):
+    """Two-layer MLP with the tanh form of GELU."""
+
+    hidden: int
+    dtype: jnp.dtype | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map tokens (B, N, width) one by one."""
+        y = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=layers.xavier(), name="fc1")(x)
+        y = nn.gelu(y, approximate=True)
+        return nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=layers.xavier(), name="fc2")(y)
+
+
+class DiTBlock(nn.Module):
+    """Transformer block with adaLN-zero: the identity at the start."""
+
+    config: DiTConfig
+    dtype: jnp.dtype | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, cond: jax.Array) -> jax.Array:
+        """Map tokens (B, N, width) given the conditioning vector (B, width)."""
+        c, dtype = self.config, self.dtype
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = _modulation(cond, 6, c.width, dtype)
+        attn = Attention(c.heads, c.attention, dtype, name="attn")
+        x = x + gate_a * attn(_modulate(_norm(dtype)(x), shift_a, scale_a))
+        mlp = FeedForward(int(c.width * c.mlp_ratio), dtype, name="mlp")
+        return x + gate_m * mlp(_modulate(_norm(dtype)(x), shift_m, scale_m))
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and projection to patches, zero at the start, in float32 whatever the compute dtype."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, cond: jax.Array) -> jax.Array:
+        """Map tokens (B, N, width) to (B, N, features)."""
+        # In bfloat16 this layer would put u itself on a grid of relative spacing 2^-8.
+        x = layers.at_least_float32(x)
+        shift, scale = _modulation(cond, 2, x.shape[-1], None)
+        x = _modulate(_norm(None)(x), shift, scale)
+        return nn.Dense(self.features, kernel_init=nn.initializers.zeros, name="linear")(x)
+
+
+class DiT(nn.Module):
+    """u(z, r, t) by a transformer conditioned on t, on h = t - r and on a class."""
+
+    config: DiTConfig
+    dtype: jnp.dtype | None
+
+    @nn.compact
+    def __call__(
+        self, z: jax.Array, r: jax.Array, t: jax.Array, label: jax.Array | None, rngs: jax.Array | None
+    ) -> jax.Array:
+        """Map z (B, H, W, C), r, t (B,), label (B,) or None to u, as z; without dropout, `rngs` is unused."""
+        c = self.config
+        batch, height, width, channels = z.shape
+        rows, columns = height // c.patch, width // c.patch
+        x = PatchEmbed(c.patch, c.width, self.dtype, name="x_embedder")(z)
+        x = x + jnp.asarray(position_embedding(rows, columns, c.width), x.dtype)
+        cond = TimeEmbedder(c.width, name="t_embedder")(t)
+        cond = cond + TimeEmbedder(c.width, c.interval_init == "zero", name="interval")(t - r)
+        if c.num_classes:
+            cond = cond + LabelEmbedder(c.num_classes, c.width, name="y_embedder")(label, batch)
+        for i in range(c.depth):
+            x = DiTBlock(c, self.dtype, name=f"blocks_{i}")(x, cond)
+        x = FinalLayer(c.patch**2 * channels, name="final_layer")(x, cond)
+        x = x.reshape(batch, rows, columns, c.patch, c.patch, channels)
+        return x.transpose(0, 1, 3, 2, 4, 5).reshape(z.shape)
+
+
+def make_dit(config: DiTConfig, image_shape: tuple[int, ...], dtype: jnp.dtype | None) -> DiT:
+    """Check `config` against images (H, W, C) and return the module; raises DmfError naming the field."""
+    if len(image_shape) != 3:
+        raise DmfError(f"image_shape is {image_shape}; the DiT expects (H, W, C).")
+    for field in ("depth", "width", "heads", "patch"):
+        layers.check_positive(f"network.{field}", getattr(config, field))
+    if config.width % config.heads or config.width % 4:
+        raise DmfError(
+            f"network.width is {config.width}; expected a multiple of 4 and of network.heads, {config.heads}."
+        )
+    if image_shape[0] % config.patch or image_shape[1] % config.patch:
+        raise DmfError(
+            f"network.patch is {config.patch}; expected a divisor of the image size, "
+            f"{image_shape[0]}x{image_shape[1]}."
+        )
+    if config.num_classes < 0:
+        raise DmfError(f"network.num_classes is {config.num_classes}; expected 0 (no label) or more.")
+    layers.check_choice("network.attention", config.attention, ATTENTIONS)
+    layers.check_choice("network.interval_init", config.interval_init, layers.INTERVAL_INITS)
+    if config.attention == "cudnn" and dtype != jnp.bfloat16:
+        raise DmfError("network.attention is 'cudnn', a half-precision kernel; expected dtype bfloat16.")
+    return DiT(config, dtype)

@@ -1,0 +1,145 @@
+"""What the networks share: time features, row-wise dropout, attention, resampling, initialisers, checks."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dmf.errors import DmfError
+
+Initializer = Callable[..., jax.Array]
+
+INTERVAL_INITS = ("zero", "random")
+
+
+def check_choice(field: str, value: str, choices: Sequence[str]) -> None:
+    """Raise DmfError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise DmfError(f"{field} is {value!r}; expected one of {', '.join(map(repr, choices))}.")
+
+
+def check_positive(field: str, value: int) -> None:
+    """Raise DmfError unless `value` is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise DmfError(f"{field} is {value!r}; expected an integer of at least 1.")
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """Lift half precision to float32; float32 and float64 pass through unchanged."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def frequencies(count: int, *, endpoint: bool) -> np.ndarray:
+    """Geometric frequencies in radians per unit of time, from 1 down to 1e-4.
+
+    f_k = 1e4 ** (-k / n), k = 0 .. count - 1; n = count - 1 when `endpoint` (EDM), n = count otherwise (DiT).
+    """
+    steps = count - 1 if endpoint else count
+    return 1e4 ** (-np.arange(count) / max(steps, 1))
+
+
+def time_features(time: jax.Array, freqs: np.ndarray, *, sin_first: bool) -> jax.Array:
+    """Sine and cosine of raw times: (B,) -> (B, 2 * len(freqs)), never below float32."""
+    time = at_least_float32(time)
+    angle = time[:, None] * jnp.asarray(freqs, time.dtype)
+    halves = (jnp.sin(angle), jnp.cos(angle)) if sin_first else (jnp.cos(angle), jnp.sin(angle))
+    return jnp.concatenate(halves, axis=-1)
+
+
+def uniform_within(limit: float) -> Initializer:
+    """Initialiser U(-limit, limit), for kernels whose fans are not the ones their shape suggests.
+
+    Drawn flat: a counter-based generator over several axes takes XLA twice as long to compile.
+    """
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, (math.prod(shape),), dtype, -limit, limit).reshape(shape)
+
+    return init
+
+
+def xavier(gain: float = 1.0) -> Initializer:
+    """Initialiser U(-a, a), a = gain * sqrt(6 / (fan_in + fan_out)); a kernel window counts in both fans."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+        fans = math.prod(shape[:-2]) * (shape[-2] + shape[-1])
+        return uniform_within(gain * math.sqrt(6 / fans))(key, shape, dtype)
+
+    return init
+
+
+class RowDropout(nn.Module):
+    """Dropout with one key per row, so that a row's mask depends on that row's key and on nothing else.
+
+    mask_i = bernoulli(fold_in(rngs[i], crc32(module path)), 1 - rate)
+
+    Two evaluations of the same rows, one of them perhaps on a part of the batch or on another device layout,
+    share their masks exactly. A finite difference of the network needs that: independent masks drown it.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rngs: jax.Array | None) -> jax.Array:
+        """Drop entries of `x` (B, ...) with typed keys `rngs` (B,); None, or a rate of 0, is the identity."""
+        if rngs is None or self.rate == 0.0:
+            return x
+        salt = zlib.crc32("/".join(self.path).encode())
+        keep = 1.0 - self.rate
+
+        def row_mask(key: jax.Array) -> jax.Array:
+            # float32 also under jax_enable_x64, where a Python float would draw different bits
+            return jax.random.bernoulli(jax.random.fold_in(key, salt), np.float32(keep), x.shape[1:])
+
+        return jnp.where(jax.vmap(row_mask)(rngs), x / keep, 0)
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Softmax attention on (B, N, heads, head_dim) each, logits and softmax in at least float32.
+
+    softmax(q k^T / sqrt(head_dim)) v
+
+    Written out because `jax.nn.dot_product_attention` rounds the softmax to float32 even for float64 inputs,
+    which would spoil the float64 oracles; in float32 the two are the same computation. Has a JVP.
+    """
+    logits_dtype = jnp.promote_types(q.dtype, jnp.float32)
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=logits_dtype)
+    weights = jax.nn.softmax(logits / math.sqrt(q.shape[-1]), axis=-1)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v)
+
+
+def _shifted(x: jax.Array, axis: int, by: int) -> jax.Array:
+    """Move `x` by `by` places along `axis` and fill with zeros."""
+    padding = [(by, -by, 0) if i == axis else (0, 0, 0) for i in range(x.ndim)]
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), padding)
+
+
+def blur_down(x: jax.Array) -> jax.Array:
+    """Halve (B, H, W, C): depthwise filter outer([1, 3, 3, 1]) / 64, stride 2, padding 1 (EDM resampling).
+
+    Per axis: y_i = (x_{2i-1} + 3 x_{2i} + 3 x_{2i+1} + x_{2i+2}) / 8. Sums of shifted halves instead of a
+    grouped convolution: the same filter, without the convolution's reduced precision on accelerators.
+    """
+    for axis in (1, 2):
+        pairs = x.reshape(*x.shape[:axis], x.shape[axis] // 2, 2, *x.shape[axis + 1 :])
+        even, odd = jnp.take(pairs, 0, axis + 1), jnp.take(pairs, 1, axis + 1)
+        x = (3 * (even + odd) + _shifted(odd, axis, 1) + _shifted(even, axis, -1)) / 8
+    return x
+
+
+def blur_up(x: jax.Array) -> jax.Array:
+    """Double (B, H, W, C): transposed filter outer([1, 3, 3, 1]) / 16, stride 2, padding 1 (EDM resampling).
+
+    Per axis: y_{2i} = (3 x_i + x_{i-1}) / 4 and y_{2i+1} = (3 x_i + x_{i+1}) / 4, zero outside.
+    """
+    for axis in (1, 2):
+        even, odd = (3 * x + _shifted(x, axis, 1)) / 4, (3 * x + _shifted(x, axis, -1)) / 4
+        pairs = jnp.stack((even, odd), axis=axis + 1)
+        x = pairs.reshape(*x.shape[:axis], 2 * x.shape[axis], *x.shape[axis + 1 :])
+    return x

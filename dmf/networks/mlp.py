@@ -1,0 +1,61 @@
+"""A small smooth MLP for flat data: oracles, examples in the plane, tests."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dmf.networks import layers
+
+# Radians per unit of time. Higher ones cost more than they give: du/dt grows with the largest frequency.
+FREQUENCIES = np.array([1.0, 2.0, 4.0, 8.0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLPConfig:
+    """`depth` hidden layers of `width` units; `interval_init` "zero" starts from u(z, r, t) = u(z, t, t)."""
+
+    kind: str = "mlp"
+    width: int = 128
+    depth: int = 3
+    interval_init: str = "zero"
+
+
+class MLP(nn.Module):
+    """u(z, r, t) by an MLP on z and the sine-cosine features of t and of h = t - r."""
+
+    config: MLPConfig
+    dtype: jnp.dtype | None
+
+    @nn.compact
+    def __call__(
+        self, z: jax.Array, r: jax.Array, t: jax.Array, label: jax.Array | None, rngs: jax.Array | None
+    ) -> jax.Array:
+        """Map z (B, ...) and r, t (B,) to u, shaped as z; there is no label and no dropout."""
+        width = self.config.width
+        of_t = layers.time_features(t, FREQUENCIES, sin_first=True)
+        of_h = layers.time_features(t - r, FREQUENCIES, sin_first=True)
+        init = nn.initializers.lecun_normal()
+        interval_init = init if self.config.interval_init == "random" else nn.initializers.zeros
+        x = nn.Dense(width, dtype=self.dtype, name="input")(z.reshape(z.shape[0], -1))
+        x = x + nn.Dense(width, use_bias=False, name="time")(of_t)
+        x = nn.silu(x + nn.Dense(width, use_bias=False, kernel_init=interval_init, name="interval")(of_h))
+        for i in range(1, self.config.depth):
+            x = nn.silu(nn.Dense(width, dtype=self.dtype, name=f"hidden_{i}")(x))
+        x = layers.at_least_float32(x)
+        return nn.Dense(math.prod(z.shape[1:]), name="output")(x).reshape(z.shape)
+
+
+def make_mlp(config: MLPConfig, image_shape: tuple[int, ...], dtype: jnp.dtype | None) -> MLP:
+    """Check `config` and return the module; raises DmfError naming the field."""
+    for size in image_shape:
+        layers.check_positive("image_shape", size)
+    for field in ("width", "depth"):
+        layers.check_positive(f"network.{field}", getattr(config, field))
+    layers.check_choice("network.interval_init", config.interval_init, layers.INTERVAL_INITS)
+    return MLP(config, dtype)

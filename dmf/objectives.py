@@ -1,0 +1,146 @@
+"""Targets: the identity that each kind of stage enforces on the average velocity u(z, r, t).
+
+Every kind gives a residual per row whose gradient flows through the first u only:
+
+    flow, trajectory   e = u - v                                            flow matching; for r = t, or for every r
+    discrete           e = u - T,  T = w v + (1 - w) sg u',  w = a / (1 + c a)
+                       u' = u(z - D v, r, t - D),  D = a (t - r)            c = 1: arXiv 2604.08837 Eq. 5; c = 0: alpha-Flow
+    jvp                e = u - sg(v - (t - r) du/dt)                        MeanFlow, arXiv 2505.13447 Eq. 11
+
+Rows with r = t always have the target v. With a -> 0 the discrete residual divided by w tends to the jvp residual, so
+`residual_scale = "unit"` makes all kinds commensurate, while "raw" (the paper's) shrinks with w.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dmf.curriculum import INTERVALS
+from dmf.errors import DmfError
+from dmf.flow import Rows, RowSplit, expand
+
+Array = jax.Array
+Net = Callable[[object, Rows], Array]  # (params, rows) -> u(z, r, t), (B, ...)
+sg = jax.lax.stop_gradient
+
+# Keeps "unit" finite where a = 0 exactly (t = 1 under dagger): there u = u', so the residual is 0 / 1e-12 = 0.
+TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The loss. Unknown in the paper and taken from the official MeanFlow recipes: p and eps."""
+
+    p: float = 0.75  # adaptive weight 1 / (|e|^2 + eps)^p; 0 = plain squared error
+    eps: float = 1e-3  # calibrated to the sum over pixels, not the mean
+    product_rule: float = 1.0  # c in w = a / (1 + c a): 1 = discrete MeanFlow, 0 = alpha-Flow
+    residual_scale: str = "raw"  # raw = the paper's u - T; unit = (u - T) / w with unit derivative in u
+
+
+class Residuals(NamedTuple):
+    """Residuals of one batch, rows with r = t and rows with r < t apart (None where the batch has none of a kind).
+
+    change: mean over the r < t rows of |u - u'| / |u| (discrete) or of |(t - r) du/dt| / |u| (jvp), else 0.
+    """
+
+    border: Array | None
+    pairs: Array | None
+    change: Array
+
+
+def discrete_weight(a: Array, r: Array, t: Array, c: float) -> Array:
+    """w = a / (1 + c a), and 1 where r = t, so that such rows have the target v whatever the interval. All (B,)."""
+    return jnp.where(r < t, a / (1 + c * a), 1.0)
+
+
+def discrete_residual(u: Array, u_next: Array, v: Array, w: Array, scale: str) -> Array:
+    """e = u - T with T = w v + (1 - w) sg u'; scale "unit": the same divided by w, with unit derivative in u.
+
+    u, u_next, v: (B, ...); w: (B,). Dividing by w without the stop-gradient would bring the factor 1/w back into the
+    gradient, which is what "unit" is there to remove.
+    """
+    wb = expand(w, u)
+    raw = u - sg(wb * v + (1 - wb) * u_next)
+    if scale == "raw":
+        return raw
+    if scale == "unit":
+        return u + sg(raw / jnp.maximum(wb, TINY) - u)
+    raise DmfError(f"config.loss.residual_scale = {scale!r}: expected 'raw' or 'unit'")
+
+
+def shift_back(rows: Rows, a: Array) -> Rows:
+    """The rows moved back along their own straight line: (z - D v, r, t - D), D = a (t - r). a: (B,) in [0, 1].
+
+    Same label and same random keys: the two evaluations of a row share their dropout mask, without which the difference
+    u - u' of a fine stage drowns in mask noise.
+    """
+    D = a * (rows.t - rows.r)
+    t_next = jnp.maximum(rows.t - D, rows.r)  # a = 1 may round to just below r
+    return rows._replace(z=rows.z - expand(D, rows.z) * rows.v, t=t_next)
+
+
+def flow_matching(net: Net, params: object, rows: Rows, split: RowSplit, rho: Array, interval: str,
+                  config: LossConfig) -> Residuals:
+    """e = u(z, r, t) - v on every row (r as drawn: kinds "flow" and "trajectory")."""
+    e = net(params, rows) - rows.v
+    return _apart(split, e, e, jnp.zeros(()))
+
+
+def discrete(net: Net, params: object, rows: Rows, split: RowSplit, rho: Array, interval: str,
+             config: LossConfig) -> Residuals:
+    """Finite-difference MeanFlow; the frozen second evaluation runs on the rows with r < t only."""
+    u = net(params, rows)
+    pairs, u_pairs = split.pairs_of(rows), split.pairs_of(u)
+    a = INTERVALS[interval](rho, pairs.r, pairs.t)
+    u_next = net(sg(params), shift_back(pairs, a))
+    w = discrete_weight(a, pairs.r, pairs.t, config.product_rule)
+    e = discrete_residual(u_pairs, u_next, pairs.v, w, config.residual_scale)
+    return _apart(split, u - rows.v, e, _relative(u_pairs - u_next, u_pairs), pairs_cut=True)
+
+
+def jvp(net: Net, params: object, rows: Rows, split: RowSplit, rho: Array, interval: str,
+        config: LossConfig) -> Residuals:
+    """MeanFlow with du/dt along (dz, dr, dt) = (v, 0, 1); the JVP runs on the rows with r < t only."""
+    pairs, border = split.pairs_of(rows), split.border_of(rows)
+
+    def along(z: Array, r: Array, t: Array) -> Array:
+        return net(params, pairs._replace(z=z, r=r, t=t))
+
+    tangents = (pairs.v, jnp.zeros_like(pairs.r), jnp.ones_like(pairs.t))
+    u, dudt = jax.jvp(along, (pairs.z, pairs.r, pairs.t), tangents)
+    drift = expand(pairs.t - pairs.r, dudt) * dudt
+    e = u - sg(pairs.v - drift)
+    e_border = net(params, border) - border.v if split.n_border else None
+    return Residuals(e_border, e, _relative(drift, u))
+
+
+OBJECTIVES = {"flow": flow_matching, "trajectory": flow_matching, "discrete": discrete, "jvp": jvp}
+
+
+def weighted_loss(e: Array, p: float, eps: float) -> tuple[Array, Array]:
+    """Per-row loss s / sg(s + eps)^p with s = sum of e^2 over pixels (MeanFlow, arXiv 2505.13447, Eq. 22).
+
+    e: (B, ...). Returns (loss, s), both (B,) float32 (float64 for float64 residuals).
+    """
+    e = e.astype(jnp.promote_types(e.dtype, jnp.float32))
+    s = jnp.sum(jnp.square(e), axis=tuple(range(1, e.ndim)))
+    return s * sg(s + eps) ** -p, s
+
+
+def _apart(split: RowSplit, e_border: Array, e_pairs: Array, change: Array, pairs_cut: bool = False) -> Residuals:
+    """Both kinds of rows apart; `pairs_cut` says that e_pairs already holds the r < t rows alone."""
+    border = split.border_of(e_border) if split.n_border else None
+    if not split.n_pairs:
+        return Residuals(border, None, change)
+    return Residuals(border, e_pairs if pairs_cut else split.pairs_of(e_pairs), change)
+
+
+def _relative(change: Array, u: Array) -> Array:
+    axes = tuple(range(1, u.ndim))
+    norm = jnp.sqrt(jnp.sum(jnp.square(u), axes))
+    return sg(jnp.mean(jnp.sqrt(jnp.sum(jnp.square(change), axes)) / jnp.maximum(norm, TINY)))

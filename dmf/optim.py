@@ -1,0 +1,120 @@
+"""Optimiser, learning rate and EMAs, each a pure function of the step number.
+
+The learning rate and the EMA decays are computed outside the jitted step and handed in as traced numbers, so that a stage
+switch, a warm-up or an EMA ramp compiles nothing and a resumed run needs no scheduler state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dmf.curriculum import CurriculumConfig, Stage, stage_at
+from dmf.errors import DmfError
+
+Array = jax.Array
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam. The paper's values are unknown; each config says whose recipe its numbers are.
+
+    The pretrain_* fields hold for a "flow" stage before the curriculum; *_decay_fraction: share of the phase at its end over
+    which the rate falls linearly to zero (0 = constant).
+    """
+
+    learning_rate: float = 6e-4
+    warmup_steps: int = 9600
+    decay_fraction: float = 0.0
+    pretrain_learning_rate: float = 6e-4
+    pretrain_warmup_steps: int = 9600
+    pretrain_decay_fraction: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # decoupled (AdamW)
+    clip_norm: float = 0.0  # global gradient norm; 0 = off
+
+
+@dataclass(frozen=True)
+class EMAConfig:
+    """Exponential moving averages of the weights, all kept at once.
+
+    A decay b per step of B images is the half-life B ln(1/2) / ln(b) images. rampup_ratio: the half-life never exceeds this
+    share of the images seen since the last reset, so that a young average does not hold the start (0 = no ramp).
+    """
+
+    halflife_images: tuple[float, ...] = (709e3, 1.774e6, 7.098e6, 14.195e6)
+    rampup_ratio: float = 0.05
+    evaluate: float = 1.774e6  # half-life of the EMA that is sampled, scored and handed over; 0 = the raw weights
+
+    def index(self) -> int | None:
+        """Position of the evaluated EMA, None for the raw weights."""
+        if not self.evaluate:
+            return None
+        if self.evaluate not in self.halflife_images:
+            raise DmfError(f"config.ema.evaluate = {self.evaluate:g}: expected 0 (raw weights) or one of "
+                           f"config.ema.halflife_images = {self.halflife_images}")
+        return self.halflife_images.index(self.evaluate)
+
+
+def build(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Gradient -> direction; the step multiplies by minus the learning rate."""
+    parts = [optax.scale_by_adam(config.b1, config.b2, config.eps)]
+    if config.clip_norm:
+        parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    if config.weight_decay:
+        parts.append(optax.add_decayed_weights(config.weight_decay))
+    return optax.chain(*parts)
+
+
+def learning_rate(step: int, stages: tuple[Stage, ...], curriculum: CurriculumConfig, config: OptimizerConfig) -> float:
+    """The rate of a step (0-based): warm-up and decay of its phase, times its stage's factor and switch warm-up."""
+    stage = stage_at(stages, step)
+    if stage.index < 0:
+        phase = (stage.first, stage.last, config.pretrain_learning_rate, config.pretrain_warmup_steps,
+                 config.pretrain_decay_fraction)
+    else:
+        first = next(s.first for s in stages if s.index == 0)
+        phase = (first, stages[-1].last, config.learning_rate, config.warmup_steps, config.decay_fraction)
+    first, last, rate, warmup, decay = phase
+    rate *= _ramp(step - first + 1, warmup)
+    if decay:
+        rate *= min(1.0, (last - step) / max(1.0, decay * (last - first)))
+    if stage.index > 0:
+        rate *= _ramp(step - stage.first + 1, curriculum.switch_warmup_steps)
+    if stage.index >= 0 and curriculum.stage_learning_rates:
+        rate *= curriculum.stage_learning_rates[stage.index]
+    return rate
+
+
+def ema_decays(step: int, stages: tuple[Stage, ...], curriculum: CurriculumConfig, config: EMAConfig,
+               batch_size: int) -> tuple[float, ...]:
+    """Decay of every EMA at a step: .5 ** (batch / half-life), the half-life ramped since the last reset."""
+    stage = stage_at(stages, step)
+    since = stage.first
+    if stage.index > 0 and curriculum.switch_ema == "keep":
+        since = next(s.first for s in stages if s.index == 0)
+    images = (step - since + 1) * batch_size
+    limit = config.rampup_ratio * images if config.rampup_ratio else float("inf")
+    return tuple(0.5 ** (batch_size / min(halflife, limit)) for halflife in config.halflife_images)
+
+
+def update_ema(ema: Any, params: Any, decay: Array) -> Any:
+    """decay * ema + (1 - decay) * params, written as a correction so that equal weights stay equal bit for bit."""
+    return jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), ema, params)
+
+
+def global_norm(tree: Any) -> tuple[Array, Array]:
+    """(norm over all leaves, index of the first leaf that is not finite or -1), both scalars."""
+    squares = jnp.stack([jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree)])
+    bad = ~jnp.isfinite(squares)
+    return jnp.sqrt(jnp.sum(squares)), jnp.where(jnp.any(bad), jnp.argmax(bad), -1)
+
+
+def _ramp(count: int, steps: int) -> float:
+    return min(1.0, count / steps) if steps else 1.0

@@ -1,0 +1,96 @@
+"""Pictures of a run: grids of samples and curves of loss and score, as PNG files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from dmf.curriculum import Stage
+
+GAP = 2  # pixels between samples
+CAPTION = 14  # pixels above a grid
+BACKGROUND = 40
+
+
+def grid(samples: np.ndarray, columns: int, enlarge: int) -> Image.Image:
+    """(N, H, W, C) in [-1, 1], C = 1 or 3 -> one image, `columns` to a row, each pixel drawn `enlarge` times."""
+    pixels = np.clip(np.round((samples + 1) * 127.5), 0, 255).astype(np.uint8)
+    if pixels.shape[-1] == 1:
+        pixels = np.repeat(pixels, 3, axis=-1)
+    n, height, width, _ = pixels.shape
+    pixels = pixels.repeat(enlarge, 1).repeat(enlarge, 2)
+    height, width = height * enlarge + GAP, width * enlarge + GAP
+    sheet = Image.new("RGB", (columns * width, -(-n // columns) * height), (BACKGROUND,) * 3)
+    for i, p in enumerate(pixels):
+        sheet.paste(Image.fromarray(p), (i % columns * width, i // columns * height))
+    return sheet
+
+
+def panels(path: Path, named: Mapping[str, np.ndarray], columns: int) -> None:
+    """Grids side by side, each under its caption, written to `path` (whole or not at all)."""
+    size = next(iter(named.values())).shape[1]
+    sheets = {name: grid(x, columns, max(1, 32 // size)) for name, x in named.items()}
+    width = sum(s.width for s in sheets.values()) + 4 * GAP * (len(sheets) - 1)
+    page = Image.new("RGB", (width, max(s.height for s in sheets.values()) + CAPTION), (BACKGROUND,) * 3)
+    left = 0
+    for name, sheet in sheets.items():
+        ImageDraw.Draw(page).text((left + 1, 1), name, fill=(255, 255, 255))
+        page.paste(sheet, (left, CAPTION))
+        left += sheet.width + 4 * GAP
+    _write(page, path)
+
+
+def stack(path: Path, parts: Sequence[Path]) -> None:
+    """Pictures below each other, written to `path`."""
+    images = [Image.open(p) for p in parts]
+    page = Image.new("RGB", (max(i.width for i in images), sum(i.height for i in images)), (BACKGROUND,) * 3)
+    top = 0
+    for image in images:
+        page.paste(image, (0, top))
+        top += image.height
+    _write(page, path)
+
+
+def curves(path: Path, metrics: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]],
+           stages: Sequence[Stage], score: str) -> None:
+    """Squared residuals of both kinds of rows and the one-step score over the steps, stages marked."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    fig, axes = plt.subplots(2 if scores else 1, 1, figsize=(9, 6 if scores else 3.5), sharex=True, squeeze=False)
+    top = axes[0, 0]
+    for key, label in (("squares_border", "rows with r = t"), ("squares_pairs", "rows with r < t")):
+        rows = [(m["step"], m[key]) for m in metrics if key in m]
+        if rows:
+            top.semilogy(*zip(*rows, strict=True), lw=0.8, label=label)
+    top.set_ylabel("mean squared residual")
+    top.legend(loc="upper right", fontsize=8)
+    if scores:
+        for nfe in sorted({s["nfe"] for s in scores}):
+            rows = [(s["step"], s[score]) for s in scores if s["nfe"] == nfe]
+            axes[1, 0].semilogy(*zip(*rows, strict=True), marker="o", ms=4, lw=1, label=f"{nfe} step{'s' * (nfe > 1)}")
+        axes[1, 0].set_ylabel(score)
+        axes[1, 0].legend(loc="upper right", fontsize=8)
+    for ax in axes[:, 0]:
+        for s in stages:
+            ax.axvline(s.first, color="0.8", lw=0.8, zorder=0)
+    for s in stages:
+        top.text(s.first, 1.02, f"{s.name} {s.kind}", transform=top.get_xaxis_transform(), fontsize=6, rotation=20)
+    axes[-1, 0].set_xlabel("step")
+    partial = path.with_suffix(".tmp.png")
+    fig.savefig(partial, dpi=110, bbox_inches="tight")
+    plt.close(fig)
+    partial.replace(path)
+
+
+def _write(image: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".tmp.png")
+    image.save(partial)
+    partial.replace(path)

@@ -1,0 +1,52 @@
+"""Where arrays live: the device mesh and the placement of state and batch.
+
+One axis, "data", over all devices of all hosts: rows are sharded, the state is replicated. Sharding the state as well
+means another axis in `make_mesh` and another rule in `state_sharding`; nothing else in the code names an axis.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dmf.errors import DmfError
+
+
+def make_mesh() -> Mesh:
+    """A mesh over every device. Axes are Auto: the default Explicit axes reject the reshapes of ordinary networks."""
+    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+
+
+def rows(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """Rows split over the data axis, all other axes whole. axis: position of the row axis."""
+    return NamedSharding(mesh, PartitionSpec(*(None,) * axis, "data"))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def state_sharding(mesh: Mesh, state: Any) -> Any:
+    """A sharding per leaf of a training state (concrete or abstract)."""
+    return jax.tree.map(lambda _: replicated(mesh), state)
+
+
+def check_batch(mesh: Mesh, batch_size: int) -> None:
+    """Raises DmfError where the batch cannot be split evenly over the devices."""
+    devices = mesh.devices.size
+    if batch_size % devices:
+        raise DmfError(f"config.batch_size = {batch_size}: expected a multiple of the {devices} devices")
+
+
+def put_rows(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """This host's rows -> global arrays sharded over the data axis; only local devices are written."""
+    return {k: jax.make_array_from_process_local_data(rows(mesh), v) for k, v in batch.items()}
+
+
+def constrain_rows(mesh: Mesh, tree: Any, axis: int = 0) -> Any:
+    """Inside jit: every leaf is split over the data axis along `axis`."""
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, rows(mesh, axis)), tree)

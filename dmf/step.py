@@ -1,0 +1,154 @@
+"""One training step: draw (z, r, t, v), evaluate the stage's residual, weigh it, take the gradient, move weights and EMAs.
+
+    batch x -> augment -> flow.draw_times, flow.interpolate -> objectives.OBJECTIVES[kind] -> weighted_loss -> Adam -> EMAs
+
+`make_train_step` gives one jitted, donated, sharded program per kind of stage. All that changes from step to step or from
+stage to stage within a kind comes in as traced numbers (`Scalars`); all randomness comes from one key, the step number and
+a named purpose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from dmf import flow, objectives, optim, sharding
+from dmf.config import Config
+from dmf.curriculum import Stage
+from dmf.data import augment
+from dmf.flow import Rows, RowSplit
+from dmf.networks import Network, is_interval_path
+from dmf.state import TrainState
+
+Array = jax.Array
+Metrics = dict[str, Array]
+PURPOSES = ("flip", "augment", "label", "noise", "times", "network")
+
+
+class Scalars(NamedTuple):
+    """What a step is told from outside: rho = q^-i, learning rate, one decay per EMA."""
+
+    rho: np.ndarray
+    learning_rate: np.ndarray
+    ema_decays: np.ndarray
+
+
+def step_scalars(step: int, stage: Stage, stages: tuple[Stage, ...], config: Config) -> Scalars:
+    """The traced numbers of a step, in float32."""
+    rate = optim.learning_rate(step, stages, config.curriculum, config.optimizer)
+    decays = optim.ema_decays(step, stages, config.curriculum, config.ema, config.batch_size)
+    return Scalars(np.float32(stage.rho), np.float32(rate), np.asarray(decays, np.float32))
+
+
+def make_train_step(kind: str, network: Network, optimizer: optax.GradientTransformation, config: Config, mesh: Mesh,
+                    ) -> Callable[[TrainState, dict[str, Array], Scalars], tuple[TrainState, Metrics]]:
+    """The jitted step of one kind of stage: (state, batch, scalars) -> (state, metrics). The given state is consumed.
+
+    batch: x (B, H, W, C) float32 in [-1, 1] and label (B,) int32, rows sharded over the mesh's data axis.
+    metrics: scalars. loss (weighted), squares_border and squares_pairs (mean sum of squares of the rows with r = t and
+    with r < t), change (|u - u'| / |u|), grad_norm before clipping, nonfinite_leaf (index in jax.tree.leaves, or -1).
+    """
+    split = split_for(kind, config, mesh)
+    draw = partial(draw_rows, split=split, config=config)
+    loss = partial(stage_loss, kind=kind, network=network, config=config, split=split.micro(config.microbatches))
+
+    def train_step(state: TrainState, batch: dict[str, Array], scalars: Scalars) -> tuple[TrainState, Metrics]:
+        rows = sharding.constrain_rows(mesh, draw(state.step, batch))
+        grads, metrics = _gradient(loss, state.params, rows, scalars.rho, split, config.microbatches, mesh)
+        metrics["grad_norm"], metrics["nonfinite_leaf"] = optim.global_norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, u: p - scalars.learning_rate * u, state.params, updates)
+        ema = tuple(optim.update_ema(e, params, scalars.ema_decays[i]) for i, e in enumerate(state.ema))
+        return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+    with_precision = jax.default_matmul_precision(getattr(config.precision, kind))(train_step)
+    whole = sharding.replicated(mesh)
+    return jax.jit(with_precision, donate_argnums=0, in_shardings=(None, sharding.rows(mesh), whole))
+
+
+def split_for(kind: str, config: Config, mesh: Mesh) -> RowSplit:
+    """The rows with r < t of a step of this kind; pure flow matching has none."""
+    fraction = 0.0 if kind == "flow" else config.times.r_neq_t_fraction
+    return flow.row_split(config.batch_size, fraction, mesh.devices.size * config.microbatches)
+
+
+def step_keys(seed: int, step: Array) -> dict[str, Array]:
+    """One key per named purpose, from the run's seed and the step number alone."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return dict(zip(PURPOSES, jax.random.split(key, len(PURPOSES)), strict=True))
+
+
+def draw_rows(step: Array, batch: dict[str, Array], *, split: RowSplit, config: Config) -> Rows:
+    """Augment the data, draw noise and times, and lay out the rows of a step (each drawn by its global row number)."""
+    keys = step_keys(config.seed, step)
+    x, label = _condition(keys, batch, config)
+    e = jax.random.normal(keys["noise"], x.shape)
+    r, t = flow.draw_times(keys["times"], config.times, split)
+    z, v = flow.interpolate(x, e, t)
+    row_keys = jax.vmap(partial(jax.random.fold_in, keys["network"]))(jnp.arange(split.batch))
+    return Rows(z, r, t, v, label, row_keys)
+
+
+def stage_loss(params: Any, rows: Rows, rho: Array, *, kind: str, network: Network, config: Config,
+               split: RowSplit) -> tuple[Array, Metrics]:
+    """Mean weighted loss of the rows under the kind's identity, and what is logged of it."""
+    if kind == "flow":
+        params = freeze_interval(params)
+
+    def net(params: Any, rows: Rows) -> Array:
+        return network.apply(params, rows.z, rows.r, rows.t, label=rows.label, train=True, rngs=rows.keys)
+
+    found = objectives.OBJECTIVES[kind](net, params, rows, split, rho, config.curriculum.interval, config.loss)
+    total, metrics = jnp.zeros(()), {"change": found.change}
+    for name, e in (("border", found.border), ("pairs", found.pairs)):
+        if e is None:
+            continue
+        loss, squares = objectives.weighted_loss(e, config.loss.p, config.loss.eps)
+        total += jnp.sum(loss) / split.batch
+        metrics[f"squares_{name}"] = jnp.mean(squares)
+    return total, metrics | {"loss": total}
+
+
+def freeze_interval(params: Any) -> Any:
+    """No gradient into the interval branch: pure flow matching leaves it at its zero start, so u = v for every r."""
+
+    def freeze(path: tuple[Any, ...], x: Array) -> Array:
+        return jax.lax.stop_gradient(x) if is_interval_path(tuple(p.key for p in path)) else x
+
+    return jax.tree_util.tree_map_with_path(freeze, params)
+
+
+def _condition(keys: dict[str, Array], batch: dict[str, Array], config: Config) -> tuple[Array, Array | None]:
+    """Data after augmentation, and the label the network is given: augmentation vector, class, or None."""
+    x = batch["x"]
+    if config.data.flip:
+        x = augment.random_flip(keys["flip"], x)
+    if config.data.augment:
+        return augment.edm_augment(keys["augment"], x, config.data.augment)
+    if not config.num_classes:
+        return x, None
+    drop = jax.random.bernoulli(keys["label"], config.label_dropout, batch["label"].shape)
+    return x, jnp.where(drop, config.num_classes, batch["label"])
+
+
+def _gradient(loss: Callable[..., tuple[Array, Metrics]], params: Any, rows: Rows, rho: Array, split: RowSplit,
+              count: int, mesh: Mesh) -> tuple[Any, Metrics]:
+    """Gradient and metrics, averaged over `count` microbatches inside the same program."""
+    grad = jax.grad(loss, has_aux=True)
+    if count == 1:
+        return grad(params, rows, rho)
+    micro = sharding.constrain_rows(mesh, split.microbatches(rows, count), axis=1)
+    shapes = jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], micro), rho)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def add(total: Any, part: Rows) -> tuple[Any, None]:
+        return jax.tree.map(lambda a, b: a + b / count, total, grad(params, part, rho)), None
+
+    return jax.lax.scan(add, zeros, micro)[0]

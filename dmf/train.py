@@ -1,0 +1,245 @@
+"""The run: data, network and curriculum become a trained model in a work directory.
+
+    workdir/config.json       the run's config; a later command with another one is refused
+    workdir/checkpoints/N     state after N steps; every stage boundary is kept
+    workdir/metrics.jsonl     logged steps;  workdir/scores.jsonl  scores at the stage boundaries
+    workdir/samples/*.png     a grid per stage boundary;  samples.png, curves.png  at the end
+
+Running the same command again resumes from the newest checkpoint and ends in the same bits: data and randomness are
+functions of (seed, step), and a boundary is scored, pictured and switched by the step number alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dmf import checkpoint, curriculum, data, evaluate, networks, optim, pictures, sharding, state, step
+from dmf.config import Config, check, differences, to_dict
+from dmf.curriculum import Stage
+from dmf.errors import DmfError
+from dmf.logging import JsonLines, Progress, TensorBoard
+from dmf.state import TrainState
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """A step at which the model is scored and pictured: the start of a run from `init`, or the end of a stage."""
+
+    step: int
+    name: str
+    kind: str
+    full: bool  # all numbers of sampling steps, not only the first
+
+
+def train(config: Config, workdir: str | Path) -> list[dict[str, Any]]:
+    """Trains, or goes on training, in `workdir`; returns the rows of scores.jsonl. Raises DmfError on bad input."""
+    run = Run(config, Path(workdir))
+    try:
+        run.loop()
+        return run.finish()
+    finally:
+        run.close()
+
+
+class Run:
+    """Everything a run holds open, put together once; the loop itself is `loop`."""
+
+    def __init__(self, config: Config, workdir: Path):
+        self.config, self.workdir = config, workdir
+        self.dataset = data.load(config.data, "train")
+        shape = self.dataset.images.shape[1:]
+        self.network = networks.build(config.network, shape, jnp.dtype(config.compute_dtype))
+        self.stages = check(config, shape, self.dataset.num_classes, len(self.dataset.labels), self.network.has_jvp)
+        self.mesh = sharding.make_mesh()
+        sharding.check_batch(self.mesh, config.batch_size)
+        for kind in {s.kind for s in self.stages}:
+            step.split_for(kind, config, self.mesh)
+        _claim(workdir, config)
+        self.optimizer = optim.build(config.optimizer)
+        boundaries = [s.last for s in self.stages]
+        self.checkpoints = checkpoint.Checkpoints(workdir, config.run.keep_checkpoints, boundaries, {
+            "config": to_dict(config), "image_shape": list(shape)})
+        self.metrics, self.scores = JsonLines(workdir / "metrics.jsonl"), JsonLines(workdir / "scores.jsonl")
+        self.tensorboard = TensorBoard(workdir / "tensorboard", config.run.tensorboard)
+        self.sampler = evaluate.Sampler(self.network, config, shape, self.dataset.labels, self.mesh)
+        self.scorer = evaluate.make_scorer(config.data.name, self.dataset, data.load(config.data, "heldout")) \
+            if config.run.score_samples else None
+        self.steps = {kind: step.make_train_step(kind, self.network, self.optimizer, config, self.mesh)
+                      for kind in {s.kind for s in self.stages}}
+        self.boundaries = {b.step: b for b in _boundaries(self.stages, bool(config.init))}
+
+    def loop(self) -> None:
+        """Step by step to the end: boundary work, one step dispatched, the metrics of the step before it read."""
+        now = self._start()
+        total, start = self.stages[-1].last, int(now.step)
+        self._announce(start, now)
+        progress = Progress(total, start)
+        pending: tuple[int, Stage, Any] | None = None
+        for n in range(start, total + 1):
+            if n in self.boundaries:
+                self._report(pending, progress)
+                pending = None
+                self._at_boundary(self.boundaries[n], now, progress)
+            if n == total:
+                break
+            stage = curriculum.stage_at(self.stages, n)
+            if n == stage.first and stage is not self.stages[0]:
+                before = self.stages[self.stages.index(stage) - 1]
+                now = state.switch(now, before, self.config.curriculum, self.config.ema, self.optimizer)
+            batch = data.batch(self.dataset, self.config.seed, n, self.config.batch_size,
+                               host=jax.process_index(), hosts=jax.process_count())
+            scalars = step.step_scalars(n, stage, self.stages, self.config)
+            now, metrics = self.steps[stage.kind](now, sharding.put_rows(self.mesh, batch), scalars)
+            self._report(pending, progress)
+            pending = (n + 1, stage, metrics)
+            if (n + 1) % self.config.run.checkpoint_every_steps == 0 and n + 1 not in self.boundaries:
+                self._report(pending, progress)  # never save a state whose step has not been checked
+                pending = None
+                self.checkpoints.save(n + 1, now)
+
+    def finish(self) -> list[dict[str, Any]]:
+        """The closing table and pictures, made from what the run wrote down."""
+        scores = self.scores.read()
+        main = self.scorer[1] if self.scorer else ""
+        pictures.curves(self.workdir / "curves.png", self.metrics.read(), scores if self.scorer else [], self.stages, main)
+        full = [b for b in self.boundaries.values() if b.full]
+        pictures.stack(self.workdir / "samples.png", [self._picture(b) for b in full])
+        print(curriculum.table(self.stages, self.config.curriculum, self.config.times.r_neq_t_fraction))
+        if self.scorer:
+            self._print_scores(scores, main, full)
+        print(f"samples   {self.workdir / 'samples.png'}\ncurves    {self.workdir / 'curves.png'}\n"
+              f"weights   {self.workdir / checkpoint.FOLDER / str(self.stages[-1].last)}")
+        return scores
+
+    def close(self) -> None:
+        self.checkpoints.close()
+        self.tensorboard.close()
+
+    def _start(self) -> TrainState:
+        fresh = jax.jit(lambda key: state.create(self.network.init(key), self.optimizer, self.config.ema),
+                        out_shardings=sharding.replicated(self.mesh))
+        now = fresh(jax.random.key(self.config.seed))
+        found = self.checkpoints.restore_latest(now)
+        if found is None and self.config.init:
+            params = load_init(self.config, evaluate.abstract_params(self.network, self.mesh))
+            create = jax.jit(lambda p: state.create(p, self.optimizer, self.config.ema),
+                             out_shardings=sharding.replicated(self.mesh))
+            found = create(params)
+        now = found if found is not None else now
+        self.metrics.resume(int(now.step))
+        self.scores.resume(int(now.step))
+        return now
+
+    def _announce(self, start: int, now: TrainState) -> None:
+        count = sum(x.size for x in jax.tree.leaves(now.params))
+        print(f"network   {self.config.network.kind}, {count:,} parameters ({count / 1e6:.2f} M), {self.config.compute_dtype}")
+        print(f"data      {self.dataset.name}, {len(self.dataset.labels):,} images {self.dataset.images.shape[1:]}, "
+              f"batch {self.config.batch_size} on {self.mesh.devices.size} device(s)")
+        print(curriculum.table(self.stages, self.config.curriculum, self.config.times.r_neq_t_fraction))
+        if start:
+            print(f"resuming  after step {start} of {self.stages[-1].last}")
+
+    def _report(self, pending: tuple[int, Stage, Any] | None, progress: Progress) -> None:
+        """Reads a step's metrics, stops on the first non-finite one, logs at the configured steps."""
+        if pending is None:
+            return
+        n, stage, device_values = pending
+        values = {k: float(v) for k, v in jax.device_get(device_values).items()}
+        self._stop_if_not_finite(n, stage, values)
+        values.pop("nonfinite_leaf")
+        if n % self.config.run.log_every_steps == 0 or n == 1 or n == self.stages[-1].last:
+            rate = optim.learning_rate(n - 1, self.stages, self.config.curriculum, self.config.optimizer)
+            self.metrics.write({"step": n, "stage": stage.index, "kind": stage.kind, "rho": stage.rho,
+                                "learning_rate": rate, **values})
+            self.tensorboard.write(n, {"stage": stage.index, "rho": stage.rho, "learning_rate": rate, **values})
+            progress.show(n, stage.name, values["loss"])
+
+    def _stop_if_not_finite(self, n: int, stage: Stage, values: dict[str, float]) -> None:
+        bad = [k for k, v in values.items() if not math.isfinite(v)]
+        if bad:
+            leaf = int(values["nonfinite_leaf"])
+            names = [jax.tree_util.keystr(p) for p, _ in
+                     jax.tree_util.tree_leaves_with_path(evaluate.abstract_params(self.network, self.mesh))]
+            where = f", first in the gradient of {names[leaf]}" if leaf >= 0 else ""
+            raise DmfError(f"step {n} ({stage.name}, {stage.kind}): {bad[0]} = {values[bad[0]]}{where}; expected finite values. "
+                           f"The last good checkpoint is in {self.checkpoints.directory}")
+
+    def _at_boundary(self, boundary: Boundary, now: TrainState, progress: Progress) -> None:
+        """Keeps the state, then pictures and scores it; a part that an earlier run has done is not done again."""
+        if boundary.step:
+            self.checkpoints.save(boundary.step, now)
+        if any(row["step"] == boundary.step for row in self.scores.read()):
+            return
+        progress.pause()
+        params = state.evaluated(now, self.config.ema)
+        nfes = self.config.run.score_steps if boundary.full else self.config.run.score_steps[:1]
+        side = self.config.run.sample_rows
+        grids = {f"{boundary.name}: {n} step{'s' * (n > 1)}": self.sampler(params, side * side, n) for n in nfes}
+        pictures.panels(self._picture(boundary), grids, side)
+        rows: list[dict[str, Any]] = [{}]
+        if self.scorer:
+            rows = evaluate.score(self.sampler, self.scorer[0], params, self.config.run.score_samples, nfes)
+            print(f"after {boundary.name} ({boundary.kind}), step {boundary.step}\n{evaluate.format_scores(rows)}", flush=True)
+        for row in rows:
+            self.scores.write({"step": boundary.step, "stage": boundary.name, "kind": boundary.kind, **row})
+            self.tensorboard.write(boundary.step, {f"score/{row['nfe']}_steps/{k}": v for k, v in row.items() if k != "nfe"})
+        progress.restart(boundary.step)
+
+    def _picture(self, boundary: Boundary) -> Path:
+        return self.workdir / "samples" / f"{boundary.step:08}_{boundary.name.replace(' ', '_')}.png"
+
+    def _print_scores(self, scores: list[dict[str, Any]], main: str, full: list[Boundary]) -> None:
+        first = self.config.run.score_steps[0]
+        print(f"\n{main} by stage, {first} step(s), {self.config.run.score_samples} samples; lower is better; "
+              f"floor between two halves of the real data: {self.scorer[0].floor[main]:.3f}")
+        for row in scores:
+            if row["nfe"] == first:
+                print(f"  {row['stage']:<10}{row['kind']:<12}step {row['step']:<8}{row[main]:.3f}")
+        for b in full:
+            print(f"\n{b.name}\n{evaluate.format_scores([r for r in scores if r['step'] == b.step])}")
+
+
+def load_init(config: Config, like: Any) -> Any:
+    """Weights of the flow model that config.init names: the average it was evaluated with. Raises DmfError."""
+    folder = checkpoint.find(config.init)
+    from_config = checkpoint.metadata(folder)["config"]
+    mine = to_dict(config)["network"]
+    theirs = dict(from_config["network"])
+    for free in ("dropout", "interval_init", "attention"):  # these leave the meaning of the weights alone
+        theirs[free] = mine.get(free)
+    changed = differences({k: v for k, v in theirs.items() if v is not None}, mine, "config.network")
+    if changed:
+        raise DmfError(f"config.init = {config.init}: its network differs: {'; '.join(changed)}; expected the same network")
+    averages = optim.EMAConfig(tuple(from_config["ema"]["halflife_images"]), evaluate=from_config["ema"]["evaluate"])
+    return checkpoint.read_params(folder, averages.index(), like)
+
+
+def _boundaries(stages: tuple[Stage, ...], from_init: bool) -> list[Boundary]:
+    start = [Boundary(0, "init", "given", True)] if from_init else []
+    return start + [Boundary(s.last, s.name, s.kind, s.index < 0 or s is stages[-1]) for s in stages]
+
+
+def _claim(workdir: Path, config: Config) -> None:
+    """Makes the work directory and ties it to the config; a directory of another run is refused."""
+    path = workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            partial = path.with_suffix(".tmp")
+            partial.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+            partial.replace(path)
+    except OSError as error:
+        raise DmfError(f"--workdir={workdir} cannot be written: {error.strerror}; expected a writable directory") from error
+    mine = to_dict(config)
+    theirs = json.loads(path.read_text())
+    changed = [d for d in differences(theirs, mine) if not d.startswith("config.run.")]
+    if changed:
+        raise DmfError(f"--workdir={workdir} holds a run with another config: {'; '.join(changed)}; expected the same config, or "
+                       "another directory")

@@ -1,0 +1,83 @@
+"""Train, sample, score or time a one-step generator.
+
+    python main.py --config=configs/digits.py --workdir=runs/digits              train, or go on training
+    python main.py --mode=sample --workdir=runs/digits --steps=1 --out=grid.png  a grid of samples
+    python main.py --mode=score --workdir=runs/digits --steps=1,2,4,32           scores of a trained model
+    python main.py --mode=benchmark --config=configs/digits.py                   step times side by side
+    python main.py --config=configs/cifar10.py --config.curriculum.q=4           any field of a config is a flag
+
+Running a training command again resumes it. Fields and their meaning: dmf/config.py.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from dmf.errors import DmfError
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with an optional variant: configs/digits.py:linear.")
+MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "score", "benchmark"], "What to do.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: written by train, read by sample and score.")
+STEPS = flags.DEFINE_list("steps", ["1"], "Sampling steps, comma-separated (sample, score).")
+COUNT = flags.DEFINE_integer("count", 0, "Number of samples; 0 = 64 for sample, the config's for score.", lower_bound=0)
+OUT = flags.DEFINE_string("out", "", "File to write: PNG for sample, JSON for score and benchmark.")
+
+
+def main(argv: list[str]) -> None:
+    """One mode, after the flags have been read."""
+    if len(argv) > 1:
+        raise DmfError(f"argument {argv[1]!r}: expected only flags, such as --config=configs/digits.py")
+    logging.set_verbosity(logging.WARNING)
+    MODES[MODE.value]()
+
+
+def train() -> None:
+    from dmf.config import parse  # imported per mode, after flag parsing: --help loads no jax
+    from dmf.train import train as run
+
+    run(parse(_need(CONFIG, "config")), _need(WORKDIR, "workdir"))
+
+
+def sample() -> None:
+    from dmf.evaluate import write_samples
+
+    write_samples(_need(WORKDIR, "workdir"), _steps(), COUNT.value or 64, OUT.value)
+
+
+def score() -> None:
+    from dmf.evaluate import write_scores
+
+    write_scores(_need(WORKDIR, "workdir"), _steps(), COUNT.value, OUT.value)
+
+
+def benchmark() -> None:
+    from dmf.benchmark import benchmark as run
+    from dmf.config import parse
+
+    run(parse(_need(CONFIG, "config")), OUT.value)
+
+
+MODES = {"train": train, "sample": sample, "score": score, "benchmark": benchmark}
+
+
+def _steps() -> list[int]:
+    if not all(n.isdigit() and int(n) > 0 for n in STEPS.value):
+        raise DmfError(f"--steps={','.join(STEPS.value)}: expected positive whole numbers, such as 1,2,4")
+    return [int(n) for n in STEPS.value]
+
+
+def _need(flag: flags.FlagHolder, name: str):
+    if flag.value is None:
+        raise DmfError(f"--{name} is missing: expected it with --mode={MODE.value}; see --help")
+    return flag.value
+
+
+if __name__ == "__main__":
+    try:
+        app.run(main)
+    except DmfError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
