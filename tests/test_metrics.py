@@ -162,7 +162,7 @@ def test_balls_are_closed_and_exclude_the_point_itself() -> None:
 def test_precision_recall_matches_brute_force_across_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision_recall_module, "_ROWS_PER_CHUNK", 64)
     rng = np.random.RandomState(8)
-    real, fake = rng.randn(300, 6) + 1e4, 1.1 * rng.randn(210, 6) + 1e4  # the offset must not eat the digits
+    real, fake = rng.randn(300, 6) + 1e6, 1.1 * rng.randn(210, 6) + 1e6  # the offset must not eat the digits
 
     def inside(points: np.ndarray, centres: np.ndarray) -> float:
         tree = NearestNeighbors(n_neighbors=4, algorithm="kd_tree").fit(centres)
@@ -260,6 +260,13 @@ def test_training_digits_score_as_memorised(scorer: DigitsScorer, split: Split) 
     assert score["fd_hidden"] < 1e-9 and score["fd_pixels"] < 1e-9
     assert score["fd_hidden_heldout"] == pytest.approx(scorer.floor["fd_hidden_heldout"], rel=1e-9)
     assert score["fd_pixels_heldout"] == pytest.approx(scorer.floor["fd_pixels_heldout"], rel=1e-9)
+
+
+def test_dropping_half_of_the_classes_costs_recall_alone(scorer: DigitsScorer, split: Split) -> None:
+    kept = split[1] < 5
+    score = scorer(split[0][kept], split[1][kept])
+    assert score["precision"] == 1.0 and score["accuracy"] > 0.99
+    assert 0.5 < score["recall"] < 0.6
 
 
 def test_near_copies_of_training_digits_fall_well_below_the_reference_ratio(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ def read(split: str, data_dir: str = "", *, mock: bool = False) -> tuple[np.ndar
 
     Args:
       split: "train" or "heldout".
-      data_dir: the directory that TFDS prepared; "" is the TFDS default.
+      data_dir: the directory that TFDS prepared; "" is $TFDS_DATA_DIR, else ~/tensorflow_datasets.
       mock: 256 random images instead of the real ones, for trying the code path only; data_dir is ignored.
 
     Raises:
@@ -52,25 +53,27 @@ def _read_prepared(tfds_split: str, data_dir: str) -> tuple[np.ndarray, np.ndarr
     import tensorflow_datasets as tfds
     from google.protobuf.json_format import ParseError
 
+    # Spelled out, because TFDS reports the same trouble in other ways when it fills in its default itself.
+    root = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     try:
-        source = tfds.data_source("cifar10", split=tfds_split, data_dir=data_dir or None, download=False)
-        return _decode(source)
-    except NotImplementedError as error:  # what TFDS raises for an unprepared data set too
-        builder = tfds.builder("cifar10", data_dir=data_dir or None)
-        if not (builder.data_dir / "dataset_info.json").exists():
-            raise DmfError(f"CIFAR-10 is not prepared in {builder.data_dir}: {_HOW_TO_PREPARE}") from error
-        found = builder.info.file_format.value
-        raise DmfError(
-            f"CIFAR-10 in {builder.data_dir} is prepared as {found}, expected array_record; TFDS keeps one "
-            f"format per directory, so choose another DIR: {_HOW_TO_PREPARE}"
-        ) from error
-    # Damage: RuntimeError in shards, ValueError for splits and images, OSError and ParseError in metadata.
-    except (RuntimeError, ValueError, OSError, ParseError) as error:
-        where = data_dir or "the TFDS default directory"
-        raise DmfError(
-            f"CIFAR-10 in {where} cannot be read, expected an undamaged array_record data set "
-            f"({_first_line(error)}); delete its cifar10 folder and {_HOW_TO_PREPARE}"
-        ) from error
+        return _decode(tfds.data_source("cifar10", split=tfds_split, data_dir=root, download=False))
+    # Whatever the parsers behind TFDS raise for what they meet: shards, images, splits, version, metadata.
+    except (RuntimeError, ValueError, OSError, LookupError, AssertionError, ParseError) as error:
+        folder = tfds.core.Path(root).expanduser() / "cifar10" / str(tfds.builder_cls("cifar10").VERSION)
+        raise DmfError(_explanation(error, folder)) from error
+
+
+def _explanation(error: Exception, folder: Any) -> str:
+    """Returns one sentence on what is wrong with the version folder that TFDS could not read."""
+    if not (folder / "dataset_info.json").exists():
+        return f"CIFAR-10 is not prepared in {folder}: {_HOW_TO_PREPARE}"
+    if isinstance(error, NotImplementedError):
+        return (
+            f"CIFAR-10 in {folder} is prepared without random access, expected the format array_record; "
+            f"TFDS keeps one format per directory, so choose another DIR: {_HOW_TO_PREPARE}"
+        )
+    reason = str(error).strip().split("\n")[0]
+    return f"CIFAR-10 in {folder} is damaged ({reason}): delete this folder and {_HOW_TO_PREPARE}"
 
 
 def _decode(source: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
@@ -81,10 +84,6 @@ def _decode(source: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
         example = source[i]
         images[i], labels[i] = example["image"], example["label"]
     return images, labels
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
 
 
 @contextlib.contextmanager

@@ -128,8 +128,8 @@ def _memorisation(pixels: np.ndarray, train: np.ndarray, heldout: np.ndarray) ->
     """Median distances to the nearest image of each set, whole sets.
 
     The larger set is nearer by its size alone. Cutting it to the size of the smaller would remove that bias,
-    and the signal with it, since a copy of a dropped image no longer shows: copies of the training images have
-    ratio 0 here and would have about .85. The bias stays, and floor["nn_ratio"] has the same.
+    and the signal with it, since a copy of a dropped image no longer shows: the training images themselves
+    score 0 here and would score about .85. The bias stays, and floor["nn_ratio"] has the same.
     """
     nn_train = float(np.median(nearest_distances(pixels, train)))
     nn_heldout = float(np.median(nearest_distances(pixels, heldout)))

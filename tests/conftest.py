@@ -1,0 +1,31 @@
+"""Shared test set-up: strict rank promotion, and float64 where an oracle needs it."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def float64():
+    """Oracles are compared in float64; everything else runs in float32 as in training."""
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def golden():
+    """Opens an array file of tests/golden."""
+    return lambda name: np.load(GOLDEN / name, allow_pickle=False)

@@ -1,0 +1,84 @@
+"""The path, the laws of (r, t) and the exact split into rows with r = t and r < t."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmf import flow
+from dmf.errors import DmfError
+from dmf.flow import TIME_LAWS, RowSplit, TimeLaw, row_split
+
+
+def test_path_ends_at_data_and_noise_and_v_is_its_derivative(rng):
+    x, e = rng.normal(size=(2, 5, 3, 3, 1)).astype(np.float32)
+    z0, v = flow.interpolate(x, e, jnp.zeros(5))
+    z1, _ = flow.interpolate(x, e, jnp.ones(5))
+    np.testing.assert_array_equal(z0, x)
+    np.testing.assert_array_equal(z1, e)
+    t = jnp.full(5, 0.3)
+    _, dz = jax.jvp(lambda s: flow.interpolate(x, e, s)[0], (t,), (jnp.ones(5),))
+    np.testing.assert_allclose(dz, v, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", TIME_LAWS)
+def test_times_are_ordered_and_the_share_of_pairs_is_exact(name):
+    law = TIME_LAWS[name]
+    split = row_split(4096, law.r_neq_t_fraction)
+    r, t = flow.draw_times(jax.random.key(1), law, split)
+    assert (r <= t).all() and (r > 0).all() and (t < 1).all()
+    border_r, border_t = split.border_of((r, t))
+    np.testing.assert_array_equal(border_r, border_t)
+    assert split.n_pairs == law.r_neq_t_fraction * 4096
+    if law.pairing == "sorted":
+        assert (np.asarray(r < t) == np.asarray(split.is_pair())).all()
+
+
+def test_cifar_v1_keeps_seventy_percent_of_rows_apart():
+    # 75 % of rows try; r = min(r, t) sends some back to r = t, leaving .700 (and median gap .34 among all pairs' r < t).
+    split = row_split(400_000, 0.75)
+    r, t = flow.draw_times(jax.random.key(0), TIME_LAWS["cifar_v1"], split)
+    assert abs(float(jnp.mean(r < t)) - 0.700) < 0.003
+    assert abs(float(jnp.median((t - r)[r < t])) - 0.34) < 0.01
+
+
+def test_logit_normal_quantiles():
+    law = TimeLaw("min", -0.4, 1.0, -4.0, 1.6, 0.0)
+    _, t = flow.draw_times(jax.random.key(0), law, row_split(200_000, 0.0))
+    expected = 1 / (1 + np.exp(-(-0.4 + np.array([-1.0, 0.0, 1.0]))))
+    np.testing.assert_allclose(np.quantile(t, [0.158655, 0.5, 0.841345]), expected, atol=0.005)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4, 8])
+def test_split_takes_the_same_rows_whatever_the_number_of_devices(parts):
+    assert row_split(64, 0.75, parts) == RowSplit(64, 4, 3)
+
+
+def test_split_recovers_every_row_once_and_in_order():
+    split = row_split(24, 0.25)
+    rows = {"a": jnp.arange(24), "b": jnp.arange(48.0).reshape(24, 2)}
+    pairs, border = split.pairs_of(rows), split.border_of(rows)
+    assert pairs["a"].shape == (6,) and border["b"].shape == (18, 2)
+    np.testing.assert_array_equal(pairs["a"], np.arange(0, 24, 4))
+    assert sorted([*pairs["a"].tolist(), *border["a"].tolist()]) == list(range(24))
+    np.testing.assert_array_equal(split.is_pair()[pairs["a"]], True)
+
+
+def test_microbatches_keep_groups_whole_and_every_device_its_rows():
+    split = row_split(32, 0.25, 2 * 2)
+    micro = split.microbatches(jnp.arange(32), 2)
+    assert micro.shape == (2, 16) and split.micro(2) == RowSplit(16, 4, 1)
+    assert sorted(micro.ravel().tolist()) == list(range(32))
+    for rows in micro:
+        np.testing.assert_array_equal(rows.reshape(-1, 4)[:, 0] % 4, 0)  # each starts a group
+        assert (rows[:8] < 16).all() and (rows[8:] >= 16).all()  # the first half stays on the first of two devices
+
+
+@pytest.mark.parametrize(("batch", "fraction", "parts", "message"), [
+    (64, 0.3, 1, "19.2 rows, expected a whole number: 0.296875 or 0.3125"),
+    (64, 1.5, 1, "r_neq_t_fraction = 1.5: expected a share between 0 and 1"),
+    (64, 19 / 64, 8, "cannot be shared by 8 parts"),
+])
+def test_impossible_splits_say_what_would_do(batch, fraction, parts, message):
+    with pytest.raises(DmfError, match=message):
+        row_split(batch, fraction, parts)

@@ -1,0 +1,59 @@
+"""Samplers against the exact flow of Gaussian data, where velocity and flow map are known in closed form."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmf.errors import DmfError
+from dmf.sample import euler, few_step, heun, one_step
+
+SIGMA = 0.4
+
+
+def std(t):
+    return jnp.sqrt((1 - t) ** 2 * SIGMA**2 + t**2)
+
+
+def velocity(z, r, t):
+    """v(z, t) = s'(t) / s(t) z for data N(0, SIGMA^2)."""
+    return ((t - (1 - t) * SIGMA**2) / std(t) ** 2)[:, None] * z
+
+
+def average(z, r, t):
+    """The exact average velocity: the flow map multiplies by s(r) / s(t)."""
+    return ((1 - std(r) / std(t)) / jnp.where(t > r, t - r, 1))[:, None] * z
+
+
+@pytest.fixture
+def noise(rng, float64):
+    return jnp.asarray(rng.normal(size=(6, 3)))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 32])
+def test_an_exact_average_velocity_gives_the_exact_sample_in_any_number_of_steps(noise, steps):
+    np.testing.assert_allclose(few_step(average, noise, steps), SIGMA * noise, atol=1e-14)
+
+
+def test_one_step_is_e_minus_u_at_exactly_zero_and_one(noise):
+    seen = []
+    x = one_step(lambda z, r, t: seen.append((r, t)) or 2 * z, noise)
+    np.testing.assert_array_equal(x, -noise)
+    np.testing.assert_array_equal(seen[0][0], 0.0)
+    np.testing.assert_array_equal(seen[0][1], 1.0)
+    np.testing.assert_array_equal(few_step(average, noise, 1), one_step(average, noise))
+
+
+@pytest.mark.parametrize(("sampler", "order"), [(euler, 1), (heun, 2)])
+def test_order_of_convergence(noise, sampler, order):
+    errors = [float(jnp.abs(sampler(velocity, noise, n) - SIGMA * noise).max()) for n in (64, 128, 256)]
+    for coarse, fine in zip(errors, errors[1:], strict=False):
+        assert np.log2(coarse / fine) == pytest.approx(order, abs=0.1)
+
+
+def test_a_flow_model_is_sampled_alike_by_its_average_and_by_euler(noise):
+    np.testing.assert_array_equal(few_step(velocity, noise, 5), euler(velocity, noise, 5))
+
+
+def test_no_steps_is_an_error(noise):
+    with pytest.raises(DmfError, match="sampling steps = 0: expected at least 1"):
+        euler(velocity, noise, 0)
