@@ -6,6 +6,7 @@ means another axis in `make_mesh` and another rule in `state_sharding`; nothing 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,9 +16,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from dmf.errors import DmfError
 
 
-def make_mesh() -> Mesh:
-    """A mesh over every device. Axes are Auto: the default Explicit axes reject the reshapes of ordinary networks."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over the given devices, by default all. Axes are Auto: Explicit ones reject ordinary networks' reshapes."""
+    devices = devices or jax.devices()
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def rows(mesh: Mesh, axis: int = 0) -> NamedSharding:

@@ -222,6 +222,11 @@ def test_jit_gives_the_same_and_compiles_once_for_all_probabilities() -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5), eager, compiled)
 
 
+def test_filters_are_applied_in_full_float32_on_accelerators() -> None:
+    program = apply_transform.lower(jnp.zeros((8, 8, 3)), transform()).as_text()
+    assert program.count("stablehlo.dot_general") == program.count("precision = [HIGHEST, HIGHEST]") > 0
+
+
 def test_random_flip_mirrors_half_of_the_rows() -> None:
     x = np.random.default_rng(7).uniform(-1, 1, (4096, 2, 3, 1)).astype(np.float32)
     out = np.asarray(augment.random_flip(jax.random.key(5), x))

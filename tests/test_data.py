@@ -39,21 +39,29 @@ def cifar_images(split: str) -> np.ndarray:
     return np.random.default_rng(SIZES[split]).integers(0, 256, (SIZES[split], 32, 32, 3), dtype=np.uint8)
 
 
+def write_shard(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    features = tfds.features.FeaturesDict({
+        "id": tfds.features.Text(),
+        "image": tfds.features.Image(shape=images.shape[1:]),
+        "label": tfds.features.ClassLabel(num_classes=100),
+    })  # fmt: skip
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        png = io.BytesIO()
+        Image.fromarray(image).save(png, "png")
+        example = {"id": str(i), "image": png.getvalue(), "label": label}
+        writer.write(features.serialize_example(features.encode_example(example)))
+    writer.close()
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny CIFAR-10 in the layout that TFDS prepares, written without TensorFlow."""
     data_dir = tmp_path_factory.mktemp("tfds")
-    builder = tfds.builder("cifar10", data_dir=data_dir, file_format="array_record")
-    folder, features = Path(builder.data_dir), builder.info.features
+    folder = data_dir / "cifar10" / str(tfds.builder_cls("cifar10").VERSION)
     folder.mkdir(parents=True)
-    for split in SIZES:
-        writer = ArrayRecordWriter(str(folder / SHARD.format(split)), "group_size:1")
-        for i, image in enumerate(cifar_images(split)):
-            png = io.BytesIO()
-            Image.fromarray(image).save(png, "png")
-            example = {"id": str(i), "image": png.getvalue(), "label": i % 10}
-            writer.write(features.serialize_example(features.encode_example(example)))
-        writer.close()
+    for split, size in SIZES.items():
+        write_shard(folder / SHARD.format(split), cifar_images(split), np.arange(size) % 10)
     template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
     splits = [{"name": s, "shardLengths": [str(n)], "filepathTemplate": template} for s, n in SIZES.items()]
     info = {"name": "cifar10", "version": folder.name, "fileFormat": "array_record", "splits": splits}
@@ -242,6 +250,14 @@ def flip_one_bit(folder: Path) -> None:
     (folder / SHARD.format("train")).write_bytes(content)
 
 
+def other_data(image_size: int, first_label: int) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        images = np.zeros((SIZES["train"], image_size, image_size, 3), np.uint8)
+        write_shard(folder / SHARD.format("train"), images, first_label + np.arange(SIZES["train"]) % 10)
+
+    return damage
+
+
 def rewrite_info(change: Callable[[str], str]) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         info = folder / "dataset_info.json"
@@ -256,6 +272,8 @@ DAMAGE = {
     "half a shard": truncate(0.5),
     "99 % of a shard": truncate(0.99),
     "flipped bit": flip_one_bit,
+    "small images": other_data(image_size=16, first_label=0),
+    "labels out of range": other_data(image_size=32, first_label=1),
     "fewer images than stated": rewrite_info(lambda text: text.replace('["24"]', '["30"]')),
     "no train split": rewrite_info(lambda text: text.replace('"train"', '"other"')),
     "half the metadata": rewrite_info(lambda text: text[: len(text) // 2]),

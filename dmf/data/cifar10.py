@@ -72,8 +72,7 @@ def _explanation(error: Exception, folder: Any) -> str:
             f"CIFAR-10 in {folder} is prepared without random access, expected the format array_record; "
             f"TFDS keeps one format per directory, so choose another DIR: {_HOW_TO_PREPARE}"
         )
-    reason = str(error).strip().split("\n")[0]
-    return f"CIFAR-10 in {folder} is damaged ({reason}): delete this folder and {_HOW_TO_PREPARE}"
+    return f"CIFAR-10 in {folder} is damaged ({error}): delete this folder and {_HOW_TO_PREPARE}"
 
 
 def _decode(source: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
@@ -83,6 +82,8 @@ def _decode(source: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
     for i in range(len(source)):  # one at a time: TFDS's mock source has no working __getitems__
         example = source[i]
         images[i], labels[i] = example["image"], example["label"]
+    if labels.min() < 0 or labels.max() >= NUM_CLASSES:
+        raise ValueError(f"labels are {labels.min()} to {labels.max()}, expected 0 to {NUM_CLASSES - 1}")
     return images, labels
 
 

@@ -1,0 +1,181 @@
+"""One training step as a program: what it moves, what it leaves alone, and that devices and microbatches do not show."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmf import flow, objectives, step
+from dmf.networks import is_interval_path
+from tests.tiny import TINY, UNET, Setup, merged
+
+KINDS = ("flow", "trajectory", "discrete", "jvp")
+
+
+def largest_difference(a, b):
+    return max(float(jnp.max(jnp.abs(np.asarray(x) - np.asarray(y)))) for x, y in
+               zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def interval_leaves(params):
+    found = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(p): x for p, x in found if is_interval_path(tuple(k.key for k in p))}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_device_and_eight_take_the_same_five_steps(kind):
+    # Adam divides by the gradient's size, so where the true gradient is zero (key biases, by the softmax's invariance) it turns
+    # rounding into steps of the full rate; a larger eps keeps the comparison about the program.
+    values = merged(TINY, optimizer=dict(eps=1e-4))
+    one, eight = (Setup(values, devices=n).run(kind, 5) for n in (1, 8))
+    assert abs(one[1]["loss"] - eight[1]["loss"]) < 1e-6 * abs(one[1]["loss"])
+    assert largest_difference(one[0].params, eight[0].params) < 1e-6
+    assert largest_difference(one[0].ema, eight[0].ema) < 1e-6
+
+
+@pytest.mark.parametrize("values", [TINY, UNET], ids=["dit", "unet"])
+@pytest.mark.parametrize("kind", ["discrete", "jvp"])
+def test_splitting_rows_costs_no_communication(kind, values):
+    setup = Setup(merged(values, microbatches=2, batch_size=64), devices=8)
+    compiled = setup.step(kind).lower(setup.state(), setup.batch(0), setup.scalars(0, kind)).compile().as_text()
+    used = set(re.findall(r"\b(all-gather|all-to-all|collective-permute|reduce-scatter|all-reduce)\b", compiled))
+    assert used == {"all-reduce"}  # the gradient's, and nothing else
+
+
+@pytest.mark.parametrize("values", [TINY, UNET], ids=["dit", "unet"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_microbatches_accumulate_to_the_whole_batch(kind, values):
+    whole, parts = (Setup(merged(values, microbatches=n, batch_size=16)) for n in (1, 4))
+    grads = []
+    for setup in (whole, parts):
+        split = step.split_for(kind, setup.config, setup.mesh)
+        rows = step.draw_rows(jnp.int32(3), setup.batch(0), split=split, config=setup.config)
+        loss = jax.tree_util.Partial(lambda *a, s=setup, r=split: step.stage_loss(
+            *a, kind=kind, network=s.network, config=s.config, split=r.micro(s.config.microbatches)))
+        grads.append(step._gradient(loss, setup.state().params, rows, jnp.float32(0.25), split,
+                                    setup.config.microbatches, setup.mesh))
+    assert largest_difference(grads[0][0], grads[1][0]) < 2e-5 * max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads[0][0]))
+    for name, value in grads[0][1].items():
+        assert float(grads[1][1][name]) == pytest.approx(float(value), rel=2e-5), name
+
+
+def test_flow_matching_leaves_the_interval_branch_at_its_start_so_that_u_ignores_r():
+    setup = Setup()
+    now, _ = setup.run("flow", 4, randomise=False)
+    fresh = interval_leaves(setup.state(randomise=False).params)
+    found = interval_leaves(now.params)
+    assert found and all((found[k] == fresh[k]).all() for k in fresh)
+    z, t = jax.random.normal(jax.random.key(0), (5, 8, 8, 1)), jnp.linspace(0.1, 1, 5)
+    u = [setup.network.apply(now.params, z, r, t) for r in (t, 0 * t, 0.3 * t)]
+    assert float(jnp.abs(u[0]).max()) > 0
+    np.testing.assert_array_equal(u[0], u[1])
+    np.testing.assert_array_equal(u[0], u[2])
+
+
+@pytest.mark.parametrize("kind", ["trajectory", "discrete", "jvp"])
+def test_the_curriculum_does_train_the_interval_branch(kind):
+    setup = Setup()
+    now, _ = setup.run(kind, 4, randomise=False)
+    fresh = interval_leaves(setup.state(randomise=False).params)
+    assert any((x != fresh[k]).any() for k, x in interval_leaves(now.params).items())
+
+
+def test_both_evaluations_of_a_row_share_their_dropout_mask():
+    # With one mask |u - u'| falls with the interval; independent masks at rate .3 would leave it near |u|.
+    setup = Setup(UNET)
+    change = {rho: setup.step("discrete")(setup.state(), setup.batch(0), setup.scalars(0, "discrete", rho))[1]["change"]
+              for rho in (2.0**-4, 2.0**-10)}
+    assert float(change[2.0**-10]) < 1e-2 and float(change[2.0**-4] / change[2.0**-10]) == pytest.approx(64, rel=0.3)
+    split = step.split_for("discrete", setup.config, setup.mesh)
+    rows = split.pairs_of(step.draw_rows(jnp.int32(0), setup.batch(0), split=split, config=setup.config))
+    params = setup.state().params
+
+    def u(keys):
+        return setup.network.apply(params, rows.z, rows.r, rows.t, label=rows.label, train=True, rngs=keys)
+
+    apart = jnp.linalg.norm(u(rows.keys) - u(jnp.roll(rows.keys, 1))) / jnp.linalg.norm(u(rows.keys))
+    assert float(apart) > 100 * float(change[2.0**-10])
+
+
+def test_a_stage_switch_within_a_kind_compiles_nothing():
+    setup = Setup()
+    train_step, now = setup.step("discrete"), setup.state()
+    for n, rho in enumerate((0.5, 0.25, 0.125, 2.0**-8)):
+        now, _ = train_step(now, setup.batch(n), setup.scalars(n, "discrete", rho))
+    assert train_step._cache_size() == 1
+
+
+def test_the_state_is_donated():
+    setup = Setup()
+    before = setup.state()
+    setup.step("trajectory")(before, setup.batch(0), setup.scalars(0, "trajectory"))
+    assert all(x.is_deleted() for x in jax.tree.leaves((before.params, before.ema)))
+
+
+def test_a_step_is_a_function_of_seed_step_and_batch():
+    setup = Setup()
+    again = [setup.run("discrete", 3)[0].params for _ in range(2)]
+    assert largest_difference(*again) == 0
+    other = Setup(merged(TINY, seed=1)).run("discrete", 3)[0].params
+    assert largest_difference(again[0], other) > 0
+
+
+def test_every_purpose_and_step_has_its_own_key():
+    keys = [jax.random.key_data(k) for n in range(3) for k in step.step_keys(0, jnp.int32(n)).values()]
+    assert len({tuple(k.tolist()) for k in keys}) == 3 * len(step.PURPOSES)
+
+
+def test_label_dropout_gives_the_null_class_at_its_rate_on_both_kinds_of_rows():
+    setup = Setup(merged(TINY, label_dropout=0.25, batch_size=4096))
+    split = step.split_for("discrete", setup.config, setup.mesh)
+    rows = step.draw_rows(jnp.int32(0), setup.batch(0), split=split, config=setup.config)
+    for part in (split.pairs_of(rows.label), split.border_of(rows.label)):
+        assert abs(float(jnp.mean(part == 10)) - 0.25) < 5 * np.sqrt(0.25 * 0.75 / len(part))
+
+
+def test_bfloat16_compute_keeps_parameters_times_and_loss_in_float32():
+    setup = Setup(merged(TINY, compute_dtype="bfloat16"))
+    from dmf import networks
+
+    setup.network = networks.build(setup.config.network, (8, 8, 1), jnp.bfloat16)
+    now, metrics = setup.run("discrete", 2)
+    reference = Setup().run("discrete", 2)
+    assert {x.dtype for x in jax.tree.leaves((now.params, now.ema))} == {jnp.dtype("float32")}
+    assert metrics["squares_border"] == pytest.approx(reference[1]["squares_border"], rel=0.02)
+    assert largest_difference(now.params, reference[0].params) > 0  # bfloat16 was really used
+
+
+def test_reported_norm_and_squares_are_those_of_the_batch():
+    setup = Setup(merged(TINY, optimizer=dict(clip_norm=1e-3)))
+    now = setup.state()
+    split = step.split_for("trajectory", setup.config, setup.mesh)
+    rows = step.draw_rows(jnp.int32(0), setup.batch(0), split=split, config=setup.config)
+    e = setup.network.apply(now.params, rows.z, rows.r, rows.t, label=rows.label) - rows.v
+    loss, squares = objectives.weighted_loss(e, 0.5, 1e-3)
+    _, metrics = setup.step("trajectory")(now, setup.batch(0), setup.scalars(0, "trajectory"))
+    assert float(metrics["squares_pairs"]) == pytest.approx(float(jnp.mean(split.pairs_of(squares))), rel=1e-5)
+    assert float(metrics["squares_border"]) == pytest.approx(float(jnp.mean(split.border_of(squares))), rel=1e-5)
+    assert float(metrics["loss"]) == pytest.approx(float(jnp.mean(loss)), rel=1e-5)
+    assert float(metrics["grad_norm"]) > 1e-2  # before clipping
+    assert int(metrics["nonfinite_leaf"]) == -1
+
+
+def test_the_first_leaf_with_a_bad_gradient_is_named():
+    setup = Setup()
+    now = setup.state()
+    batch = setup.batch(0)
+    batch["x"] = batch["x"].at[3, 0, 0, 0].set(jnp.nan)
+    _, metrics = setup.step("trajectory")(now, batch, setup.scalars(0, "trajectory"))
+    assert int(metrics["nonfinite_leaf"]) >= 0 and not np.isfinite(metrics["grad_norm"])
+
+
+def test_rows_of_a_step_lie_on_the_path_with_the_law_of_the_config():
+    setup = Setup(merged(TINY, batch_size=64))
+    split = step.split_for("discrete", setup.config, setup.mesh)
+    rows = step.draw_rows(jnp.int32(7), setup.batch(0), split=split, config=setup.config)
+    x = setup.batch(0)["x"]
+    t = flow.expand(rows.t, x)
+    np.testing.assert_allclose(rows.z - t * rows.v, x, atol=1e-5)
+    assert int((rows.r < rows.t).sum()) == 48

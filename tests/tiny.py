@@ -1,0 +1,79 @@
+"""The smallest complete runs: a config of seconds, its network, data, mesh and state."""
+
+import jax
+import numpy as np
+
+from dmf import networks, optim, sharding, state, step
+from dmf.config import parse
+from dmf.curriculum import build_stages
+
+TINY = dict(
+    batch_size=32,
+    network=dict(kind="dit", depth=1, width=32, heads=2, patch=4, num_classes=10),
+    data=dict(name="digits"),
+    times=dict(r_neq_t_fraction=0.75),
+    loss=dict(p=0.5, eps=1e-3),
+    label_dropout=0.1,
+    curriculum=dict(stages=4, length=8.0, length_unit="steps", pretrain_length=4.0),
+    optimizer=dict(learning_rate=1e-3, warmup_steps=2, pretrain_learning_rate=1e-3, pretrain_warmup_steps=2, clip_norm=1.0),
+    ema=dict(halflife_images=(200.0, 800.0), evaluate=200.0),
+    run=dict(log_every_steps=1, checkpoint_every_steps=3, score_samples=0, score_steps=(1, 2), sample_rows=2, tensorboard=False),
+)
+
+UNET = dict(
+    TINY,
+    label_dropout=0.0,
+    network=dict(kind="unet", channels=16, channel_mult=(1, 2), blocks=1, attention_resolutions=(4,), dropout=0.3, augment_dim=6),
+    data=dict(name="digits", flip=True, augment=0.12),
+)
+
+
+def merged(base, **changes):
+    """A config as a nested dict with the given sections updated and other keys replaced."""
+    out = dict(base)
+    for key, value in changes.items():
+        out[key] = {**base[key], **value} if isinstance(value, dict) and key in base else value
+    return out
+
+
+class Setup:
+    """Everything a step needs, on the given number of devices."""
+
+    def __init__(self, values=None, devices=1):
+        self.config = parse(values or TINY)
+        self.mesh = sharding.make_mesh(jax.devices()[:devices])
+        self.network = networks.build(self.config.network, (8, 8, 1))
+        self.optimizer = optim.build(self.config.optimizer)
+        self.stages = build_stages(self.config.curriculum, self.config.batch_size, 1000)
+
+    def state(self, randomise=True):
+        """A fresh state; by default no weight is at its zero start, so that no branch is dead."""
+        params = self.network.init(jax.random.key(1))
+        if randomise:
+            leaves, tree = jax.tree.flatten(params)
+            keys = jax.random.split(jax.random.key(2), len(leaves))
+            noise = [0.05 * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+            params = jax.tree.unflatten(tree, [a + b for a, b in zip(leaves, noise, strict=True)])
+        fresh = state.create(params, self.optimizer, self.config.ema)
+        return jax.device_put(fresh, sharding.replicated(self.mesh))
+
+    def step(self, kind):
+        return step.make_train_step(kind, self.network, self.optimizer, self.config, self.mesh)
+
+    def batch(self, n):
+        rng = np.random.default_rng(n)
+        return sharding.put_rows(self.mesh, {
+            "x": rng.uniform(-1, 1, (self.config.batch_size, 8, 8, 1)).astype(np.float32),
+            "label": rng.integers(0, 10, self.config.batch_size).astype(np.int32),
+        })
+
+    def scalars(self, n, kind, rho=0.25):
+        stage = next(s for s in self.stages if s.kind == kind)
+        return step.step_scalars(n, stage, self.stages, self.config)._replace(rho=np.float32(rho))
+
+    def run(self, kind, steps, **start):
+        """(state, metrics of the last step) after some steps of one kind."""
+        train_step, now = self.step(kind), self.state(**start)
+        for n in range(steps):
+            now, metrics = train_step(now, self.batch(n), self.scalars(n, kind))
+        return now, {k: float(v) for k, v in metrics.items()}
