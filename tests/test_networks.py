@@ -98,11 +98,12 @@ def small_network(kind):
 
 @functools.cache
 def u_and_gradient(kind):
-    """Compiled (params, z, r, t, label) -> u and the gradient of sum(u^2) with respect to params."""
+    """Compiled (params, z, r, t, label) -> u and the gradient of sum(u^2) in params."""
     network = small_network(kind)
 
     def loss(params, z, r, t, label):
-        u = network.apply(params, z, r, t, label=label)
+        ignored = jax.random.split(jax.random.key(0), BATCH)
+        u = network.apply(params, z, r, t, label=label, rngs=ignored)
         return jnp.sum(u**2), u
 
     @fast_compile
@@ -423,7 +424,7 @@ def test_dropout_masks_belong_to_their_rows():
 
 
 def test_dropout_layers_of_the_unet_are_independent():
-    """Every block draws a mask of its own, out of the keys of its rows; without `train` there is none."""
+    """Every block draws a mask of its own, out of the keys of its rows; without `train` keys are ignored."""
     module, network = make_unet(UNET, (8, 8, 2), None), small_network("unet")
     z, r, t, label, _ = small("unet")
     keys = jax.random.split(jax.random.key(0), BATCH)

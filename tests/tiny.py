@@ -23,7 +23,7 @@ TINY = dict(
 UNET = dict(
     TINY,
     label_dropout=0.0,
-    network=dict(kind="unet", channels=16, channel_mult=(1, 2), blocks=1, attention_resolutions=(4,), dropout=0.3, augment_dim=6),
+    network=dict(kind="unet", channels=16, channel_mult=(1,), blocks=1, attention_resolutions=(8,), dropout=0.3, augment_dim=6),
     data=dict(name="digits", flip=True, augment=0.12),
 )
 

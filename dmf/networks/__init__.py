@@ -72,21 +72,13 @@ def build(config: NetworkConfig, image_shape: tuple[int, ...], dtype: Any = jnp.
     norm statistics, the last layer and u are float32 in both cases; with float32, parameters and inputs in
     float64 give a computation in float64. Raises DmfError naming the field that does not fit.
     """
-    if config.kind not in KINDS or not isinstance(config, KINDS[config.kind][0]):
-        raise DmfError(
-            f"network.kind is {config.kind!r} in a {type(config).__name__}; expected one of "
-            f"{', '.join(KINDS)}, each with the config class of its name."
-        )
-    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
-        raise DmfError(f"dtype is {jnp.dtype(dtype).name}; expected float32 or bfloat16.")
     shape = tuple(image_shape)
-    # Linen reads None as "follow parameters and inputs", which lets float64 through.
-    module = KINDS[config.kind][1](config, shape, None if jnp.dtype(dtype) == jnp.float32 else jnp.bfloat16)
+    module = _module(config, shape, dtype)
+    augment_dim = config.augment_dim if isinstance(config, UNetConfig) else 0
 
     def init(key: jax.Array) -> Params:
         z, time = jax.ShapeDtypeStruct((1, *shape), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
-        augments = isinstance(config, UNetConfig) and config.augment_dim > 0
-        label = jax.ShapeDtypeStruct((1, config.augment_dim), jnp.float32) if augments else None
+        label = jax.ShapeDtypeStruct((1, augment_dim), jnp.float32) if augment_dim else None
         return module.lazy_init(key, z, time, time, label, None)["params"]
 
     def apply(
@@ -110,6 +102,19 @@ def build(config: NetworkConfig, image_shape: tuple[int, ...], dtype: Any = jnp.
     return Network(init, apply, has_jvp)
 
 
+def _module(config: NetworkConfig, shape: tuple[int, ...], dtype: Any) -> Any:
+    if config.kind not in KINDS or not isinstance(config, KINDS[config.kind][0]):
+        raise DmfError(
+            f"network.kind is {config.kind!r} in a {type(config).__name__}; expected one of "
+            f"{', '.join(KINDS)}, each with the config class of its name."
+        )
+    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
+        raise DmfError(f"dtype is {jnp.dtype(dtype).name}; expected float32 or bfloat16.")
+    # Linen reads None as "follow parameters and inputs", which lets float64 through.
+    compute_dtype = None if jnp.dtype(dtype) == jnp.float32 else jnp.bfloat16
+    return KINDS[config.kind][1](config, shape, compute_dtype)
+
+
 def _check_inputs(
     config: NetworkConfig, shape: tuple[int, ...], z: jax.Array, r: jax.Array, t: jax.Array
 ) -> None:
@@ -123,12 +128,14 @@ def _check_inputs(
 
 def _check_label(config: NetworkConfig, label: jax.Array, batch: int) -> None:
     if isinstance(config, UNetConfig) and config.augment_dim:
-        shape, dtype, name = (batch, config.augment_dim), jnp.floating, "floats"
+        shape: tuple[int, ...] = (batch, config.augment_dim)
+        fits, name = jnp.issubdtype(label.dtype, jnp.floating), "floats"
     elif isinstance(config, DiTConfig) and config.num_classes:
-        shape, dtype, name = (batch,), jnp.integer, "integers"
+        shape = (batch,)
+        fits, name = jnp.issubdtype(label.dtype, jnp.integer), "integers"
     else:
         raise DmfError(f"label has shape {label.shape}; expected None: this network has no labels.")
-    if label.shape != shape or not jnp.issubdtype(label.dtype, dtype):
+    if label.shape != shape or not fits:
         raise DmfError(f"label has shape {label.shape} of {label.dtype}; expected {shape} of {name}.")
 
 
