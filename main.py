@@ -12,6 +12,7 @@ Running a training command again resumes it. Fields and their meaning: dmf/confi
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -69,7 +70,7 @@ def _steps() -> list[int]:
     return [int(n) for n in STEPS.value]
 
 
-def _need(flag: flags.FlagHolder, name: str):
+def _need(flag: flags.FlagHolder, name: str) -> Any:
     if flag.value is None:
         raise DmfError(f"--{name} is missing: expected it with --mode={MODE.value}; see --help")
     return flag.value

@@ -19,21 +19,36 @@ VARIANTS = ("dagger", "linear", "flow", "meanflow")
 def get_config(variant: str = "dagger"):
     if variant not in VARIANTS:
         raise ValueError(f"configs/digits.py:{variant}: expected one of {', '.join(VARIANTS)}")
-    config = complete(dict(
-        seed=0,
-        batch_size=64,
-        label_dropout=0.1,
-        network=dict(kind="dit", depth=3, width=96, heads=4, patch=2, num_classes=10),
-        data=dict(name="digits", holdout_fraction=0.25),
-        times=dict(pairing="sorted", t_mean=-0.4, t_std=1.0, r_mean=-0.4, r_std=1.0, r_neq_t_fraction=0.75),
-        loss=dict(p=0.5, eps=1e-3, product_rule=1.0, residual_scale="raw"),
-        curriculum=dict(stages=6, q=2.0, interval="dagger", length=2400.0, length_unit="steps", pretrain_length=3000.0),
-        optimizer=dict(learning_rate=2e-3, warmup_steps=100, decay_fraction=0.4, pretrain_learning_rate=2e-3,
-                       pretrain_warmup_steps=100, pretrain_decay_fraction=0.4, b2=0.99, clip_norm=1.0),
-        ema=dict(halflife_images=(2200.0, 4400.0), rampup_ratio=0.05, evaluate=4400.0),
-        run=dict(log_every_steps=50, checkpoint_every_steps=500, score_samples=2000, score_steps=(1, 2, 4, 32),
-                 tensorboard=False),
-    ))
+    config = complete(
+        dict(
+            seed=0,
+            batch_size=64,
+            label_dropout=0.1,
+            network=dict(kind="dit", depth=3, width=96, heads=4, patch=2, num_classes=10),
+            data=dict(name="digits", holdout_fraction=0.25),
+            times=dict(pairing="sorted", t_mean=-0.4, t_std=1.0, r_mean=-0.4, r_std=1.0, r_neq_t_fraction=0.75),
+            loss=dict(p=0.5, eps=1e-3, product_rule=1.0, residual_scale="raw"),
+            curriculum=dict(stages=6, q=2.0, interval="dagger", length=2400.0, length_unit="steps", pretrain_length=3000.0),
+            optimizer=dict(
+                learning_rate=2e-3,
+                warmup_steps=100,
+                decay_fraction=0.4,
+                pretrain_learning_rate=2e-3,
+                pretrain_warmup_steps=100,
+                pretrain_decay_fraction=0.4,
+                b2=0.99,
+                clip_norm=1.0,
+            ),
+            ema=dict(halflife_images=(2200.0, 4400.0), rampup_ratio=0.05, evaluate=4400.0),
+            run=dict(
+                log_every_steps=50,
+                checkpoint_every_steps=500,
+                score_samples=2000,
+                score_steps=(1, 2, 4, 32),
+                tensorboard=False,
+            ),
+        )
+    )
     if variant == "linear":
         config.curriculum.interval = "linear"
     elif variant == "flow":

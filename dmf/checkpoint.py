@@ -40,11 +40,11 @@ class Checkpoints:
         """Writes the state after `step` steps and returns when it is safe on disk."""
         items = {name: getattr(state, name) for name in ITEMS}
         try:
-            self._checkpointer.save_checkpointables(step, items, force=True, overwrite=True,
-                                                    custom_metadata=self._metadata)
+            self._checkpointer.save_checkpointables(step, items, force=True, overwrite=True, custom_metadata=self._metadata)
         except OSError as error:
-            raise DmfError(f"checkpoint of step {step} could not be written to {self.directory}: {error}; "
-                           "older checkpoints are untouched") from error
+            raise DmfError(
+                f"checkpoint of step {step} could not be written to {self.directory}: {error}; older checkpoints are untouched"
+            ) from error
 
     def restore_latest(self, state: TrainState) -> TrainState | None:
         """The newest readable state, placed like `state`; None where there is no checkpoint at all.
@@ -59,8 +59,10 @@ class Checkpoints:
             except Exception as error:  # storage, metadata and structure errors have no common base in Orbax
                 log.warning("checkpoint %s cannot be read and is skipped: %s", self.directory / str(step), _short(error))
         if steps:
-            raise DmfError(f"{self.directory}: none of the checkpoints of steps {steps} can be read; expected at least one intact "
-                           "step folder, or none to start afresh")
+            raise DmfError(
+                f"{self.directory}: none of the checkpoints of steps {steps} can be read; expected at least one intact "
+                "step folder, or none to start afresh"
+            )
         return None
 
     def close(self) -> None:
@@ -107,7 +109,9 @@ def read_params(folder: Path, ema: int | None, like: Any) -> Any:
     except DmfError:
         raise
     except Exception as error:
-        raise DmfError(f"checkpoint {folder}: {item} cannot be read ({_short(error)}); expected an intact checkpoint") from error
+        raise DmfError(
+            f"checkpoint {folder}: {item} cannot be read ({_short(error)}); expected an intact checkpoint"
+        ) from error
     return loaded if ema is None else loaded[ema]
 
 

@@ -50,7 +50,12 @@ class RunConfig:
     keep_checkpoints: int = 2  # newest ones kept apart from the stage boundaries
     sample_rows: int = 8  # the sample grid has this many rows and columns
     score_samples: int = 2000  # samples per score; 0 = no scores
-    score_steps: tuple[int, ...] = (1, 2, 4, 32)  # sampling steps scored before and after the curriculum; between: the first
+    score_steps: tuple[int, ...] = (
+        1,
+        2,
+        4,
+        32,
+    )  # sampling steps scored before and after the curriculum; between: the first
     sampler: str = "few_step"  # few_step | euler | heun
     tensorboard: bool = True  # write event files where tensorflow and tensorboard are installed
 
@@ -97,8 +102,13 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def check(config: Config, image_shape: tuple[int, ...], num_classes: int, dataset_size: int, has_jvp: bool,
-          ) -> tuple[Stage, ...]:
+def check(
+    config: Config,
+    image_shape: tuple[int, ...],
+    num_classes: int,
+    dataset_size: int,
+    has_jvp: bool,
+) -> tuple[Stage, ...]:
     """The run's stages, after everything that can be known to fail before training has been tried.
 
     image_shape: (H, W, C) of the data; num_classes: of the data; has_jvp: whether the network can be differentiated
@@ -189,16 +199,21 @@ def _check_labels(config: Config, num_classes: int) -> None:
         raise DmfError(f"config.label_dropout = {config.label_dropout}: expected 0, as config.network takes no classes")
     augment_dim = getattr(config.network, "augment_dim", 0)
     if config.data.augment and augment_dim != 6:
-        raise DmfError(f"config.data.augment = {config.data.augment}: expected 0, or a network with config.network.augment_dim = 6 "
-                       f"(it has {augment_dim})")
+        raise DmfError(
+            f"config.data.augment = {config.data.augment}: expected 0, or a network with config.network.augment_dim = 6 "
+            f"(it has {augment_dim})"
+        )
 
 
 def _check_kinds(config: Config, stages: tuple[Stage, ...], has_jvp: bool) -> None:
     kinds = {s.kind for s in stages}
     if "jvp" in kinds and not has_jvp:
-        raise DmfError(f"config.network.attention = {getattr(config.network, 'attention', '')!r} has no forward-mode derivative: "
-                       "expected 'xla' with a jvp stage in config.curriculum.kinds")
+        raise DmfError(
+            f"config.network.attention = {getattr(config.network, 'attention', '')!r} has no forward-mode derivative: "
+            "expected 'xla' with a jvp stage in config.curriculum.kinds"
+        )
     for kind in ("discrete", "jvp"):
         if kind in kinds and not config.times.r_neq_t_fraction:
-            raise DmfError(f"config.times.r_neq_t_fraction = 0: expected a positive share, as a {kind} stage learns from rows "
-                           "with r < t")
+            raise DmfError(
+                f"config.times.r_neq_t_fraction = 0: expected a positive share, as a {kind} stage learns from rows with r < t"
+            )

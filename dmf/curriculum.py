@@ -98,8 +98,10 @@ def build_stages(config: CurriculumConfig, batch_size: int, dataset_size: int) -
         done += length
         end = start + round(done * per_unit)  # the cumulated length is rounded, so that the stages add up to the whole
         if end <= first:
-            raise DmfError(f"config.curriculum: stage {i} has no step; expected length {config.length:g} {config.length_unit} "
-                           f"to give each of the {len(kinds)} stages at least one")
+            raise DmfError(
+                f"config.curriculum: stage {i} has no step; expected length {config.length:g} {config.length_unit} "
+                f"to give each of the {len(kinds)} stages at least one"
+            )
         stages.append(Stage(i, kind, config.q**-i if kind == "discrete" else 1.0, first, end - first))
         first = end
     return tuple(stages)
@@ -138,8 +140,10 @@ def _kinds(config: CurriculumConfig) -> tuple[str, ...]:
     if config.kinds:
         return config.kinds
     if config.stages < 3:
-        raise DmfError(f"config.curriculum.stages = {config.stages}: expected at least 3 (trajectory, discrete, jvp), "
-                       "or config.curriculum.kinds with one kind per stage")
+        raise DmfError(
+            f"config.curriculum.stages = {config.stages}: expected at least 3 (trajectory, discrete, jvp), "
+            "or config.curriculum.kinds with one kind per stage"
+        )
     return ("trajectory", *("discrete",) * (config.stages - 2), "jvp")
 
 
@@ -156,15 +160,20 @@ def _check(config: CurriculumConfig, kinds: tuple[str, ...]) -> None:
     if config.length_unit not in UNITS:
         raise DmfError(f"config.curriculum.length_unit = {config.length_unit!r}: expected one of {', '.join(UNITS)}")
     if config.stage_lengths and len(config.stage_lengths) != len(kinds):
-        raise DmfError(f"config.curriculum.stage_lengths has {len(config.stage_lengths)} entries: expected {len(kinds)}, "
-                       "one per stage")
+        raise DmfError(
+            f"config.curriculum.stage_lengths has {len(config.stage_lengths)} entries: expected {len(kinds)}, one per stage"
+        )
     total = sum(config.stage_lengths)
     if config.stage_lengths and abs(total - config.length) > 1e-6 * max(total, config.length):
-        raise DmfError(f"config.curriculum.stage_lengths add up to {total:g}: expected config.curriculum.length = "
-                       f"{config.length:g} {config.length_unit}")
+        raise DmfError(
+            f"config.curriculum.stage_lengths add up to {total:g}: expected config.curriculum.length = "
+            f"{config.length:g} {config.length_unit}"
+        )
     if config.stage_learning_rates and len(config.stage_learning_rates) != len(kinds):
-        raise DmfError(f"config.curriculum.stage_learning_rates has {len(config.stage_learning_rates)} entries: expected "
-                       f"{len(kinds)}, one per stage")
+        raise DmfError(
+            f"config.curriculum.stage_learning_rates has {len(config.stage_learning_rates)} entries: expected "
+            f"{len(kinds)}, one per stage"
+        )
     for key in ("switch_optimizer", "switch_ema"):
         if getattr(config, key) not in ("keep", "reset"):
             raise DmfError(f"config.curriculum.{key} = {getattr(config, key)!r}: expected 'keep' or 'reset'")

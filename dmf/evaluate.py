@@ -30,8 +30,7 @@ SCORERS = {"digits": (DigitsScorer, "fd_hidden")}
 class Sampler:
     """Draws samples from weights: same seed, same noise and labels, whatever the weights or the number of steps."""
 
-    def __init__(self, network: networks.Network, config: Config, image_shape: tuple[int, ...], labels: np.ndarray,
-                 mesh: Mesh):
+    def __init__(self, network: networks.Network, config: Config, image_shape: tuple[int, ...], labels: np.ndarray, mesh: Mesh):
         self._shape, self._mesh, self._labels = image_shape, mesh, labels
         self._key = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)  # no training step has this number
         self._conditional = bool(config.num_classes)
@@ -97,7 +96,11 @@ def load(path: str | Path, ema: float | None = None) -> tuple[networks.Network, 
     shape = tuple(stored["image_shape"])
     network = networks.build(config.network, shape, jnp.dtype(config.compute_dtype))
     averages = config.ema if ema is None else EMAConfig(config.ema.halflife_images, evaluate=ema)
-    return network, checkpoint.read_params(folder, averages.index(), abstract_params(network, sharding.make_mesh())), config
+    return (
+        network,
+        checkpoint.read_params(folder, averages.index(), abstract_params(network, sharding.make_mesh())),
+        config,
+    )
 
 
 def write_samples(path: str | Path, steps: Sequence[int], count: int, out: str) -> Path:

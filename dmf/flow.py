@@ -133,8 +133,8 @@ def row_split(batch: int, fraction: float, parts: int = 1) -> RowSplit:
     groups = math.gcd(pairs, batch)
     if groups % parts:
         raise DmfError(
-            f"config.batch_size = {batch} with {pairs} rows of r < t repeats every {batch // groups} rows; that pattern cannot "
-            f"be shared by {parts} parts (devices x microbatches): expected batch_size to be a multiple of {batch // groups * parts}"
+            f"config.batch_size = {batch} with {pairs} rows of r < t repeats every {batch // groups} rows; that "
+            f"pattern cannot be shared by {parts} devices x microbatches: expected a multiple of {batch // groups * parts}"
         )
     return RowSplit(batch, batch // groups, pairs // groups)
 

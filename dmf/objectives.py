@@ -84,15 +84,15 @@ def shift_back(rows: Rows, a: Array) -> Rows:
     return rows._replace(z=rows.z - expand(D, rows.z) * rows.v, t=t_next)
 
 
-def flow_matching(net: Net, params: object, rows: Rows, split: RowSplit, rho: Array, interval: str,
-                  config: LossConfig) -> Residuals:
+def flow_matching(
+    net: Net, params: object, rows: Rows, split: RowSplit, rho: Array, interval: str, config: LossConfig
+) -> Residuals:
     """e = u(z, r, t) - v on every row (r as drawn: kinds "flow" and "trajectory")."""
     e = net(params, rows) - rows.v
     return _apart(split, e, e, jnp.zeros(()))
 
 
-def discrete(net: Net, params: object, rows: Rows, split: RowSplit, rho: Array, interval: str,
-             config: LossConfig) -> Residuals:
+def discrete(net: Net, params: object, rows: Rows, split: RowSplit, rho: Array, interval: str, config: LossConfig) -> Residuals:
     """Finite-difference MeanFlow; the frozen second evaluation runs on the rows with r < t only."""
     u = net(params, rows)
     pairs, u_pairs = split.pairs_of(rows), split.pairs_of(u)
@@ -103,8 +103,7 @@ def discrete(net: Net, params: object, rows: Rows, split: RowSplit, rho: Array, 
     return _apart(split, u - rows.v, e, _relative(u_pairs - u_next, u_pairs), pairs_cut=True)
 
 
-def jvp(net: Net, params: object, rows: Rows, split: RowSplit, rho: Array, interval: str,
-        config: LossConfig) -> Residuals:
+def jvp(net: Net, params: object, rows: Rows, split: RowSplit, rho: Array, interval: str, config: LossConfig) -> Residuals:
     """MeanFlow with du/dt along (dz, dr, dt) = (v, 0, 1); the JVP runs on the rows with r < t only."""
     pairs, border = split.pairs_of(rows), split.border_of(rows)
 

@@ -48,7 +48,7 @@ class EMAConfig:
     share of the images seen since the last reset, so that a young average does not hold the start (0 = no ramp).
     """
 
-    halflife_images: tuple[float, ...] = (709e3, 1.774e6, 7.098e6, 14.195e6)
+    halflife_images: tuple[float, ...] = (709e3, 1.774e6, 7.097e6, 14.195e6)
     rampup_ratio: float = 0.05
     evaluate: float = 1.774e6  # half-life of the EMA that is sampled, scored and handed over; 0 = the raw weights
 
@@ -57,8 +57,10 @@ class EMAConfig:
         if not self.evaluate:
             return None
         if self.evaluate not in self.halflife_images:
-            raise DmfError(f"config.ema.evaluate = {self.evaluate:g}: expected 0 (raw weights) or one of "
-                           f"config.ema.halflife_images = {self.halflife_images}")
+            raise DmfError(
+                f"config.ema.evaluate = {self.evaluate:g}: expected 0 (raw weights) or one of "
+                f"config.ema.halflife_images = {self.halflife_images}"
+            )
         return self.halflife_images.index(self.evaluate)
 
 
@@ -76,8 +78,13 @@ def learning_rate(step: int, stages: tuple[Stage, ...], curriculum: CurriculumCo
     """The rate of a step (0-based): warm-up and decay of its phase, times its stage's factor and switch warm-up."""
     stage = stage_at(stages, step)
     if stage.index < 0:
-        phase = (stage.first, stage.last, config.pretrain_learning_rate, config.pretrain_warmup_steps,
-                 config.pretrain_decay_fraction)
+        phase = (
+            stage.first,
+            stage.last,
+            config.pretrain_learning_rate,
+            config.pretrain_warmup_steps,
+            config.pretrain_decay_fraction,
+        )
     else:
         first = next(s.first for s in stages if s.index == 0)
         phase = (first, stages[-1].last, config.learning_rate, config.warmup_steps, config.decay_fraction)
@@ -92,8 +99,9 @@ def learning_rate(step: int, stages: tuple[Stage, ...], curriculum: CurriculumCo
     return rate
 
 
-def ema_decays(step: int, stages: tuple[Stage, ...], curriculum: CurriculumConfig, config: EMAConfig,
-               batch_size: int) -> tuple[float, ...]:
+def ema_decays(
+    step: int, stages: tuple[Stage, ...], curriculum: CurriculumConfig, config: EMAConfig, batch_size: int
+) -> tuple[float, ...]:
     """Decay of every EMA at a step: .5 ** (batch / half-life), the half-life ramped since the last reset."""
     stage = stage_at(stages, step)
     since = stage.first

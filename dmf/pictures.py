@@ -55,8 +55,13 @@ def stack(path: Path, parts: Sequence[Path]) -> None:
     _write(page, path)
 
 
-def curves(path: Path, metrics: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]],
-           stages: Sequence[Stage], score: str) -> None:
+def curves(
+    path: Path,
+    metrics: Sequence[Mapping[str, Any]],
+    scores: Sequence[Mapping[str, Any]],
+    stages: Sequence[Stage],
+    score: str,
+) -> None:
     """Squared residuals of both kinds of rows and the one-step score over the steps, stages marked."""
     import matplotlib
 

@@ -37,8 +37,13 @@ def evaluated(state: TrainState, ema: EMAConfig) -> Params:
     return state.params if index is None else state.ema[index]
 
 
-def switch(state: TrainState, before: Stage, curriculum: CurriculumConfig, ema: EMAConfig,
-           optimizer: optax.GradientTransformation) -> TrainState:
+def switch(
+    state: TrainState,
+    before: Stage,
+    curriculum: CurriculumConfig,
+    ema: EMAConfig,
+    optimizer: optax.GradientTransformation,
+) -> TrainState:
     """The state as the stage after `before` starts.
 
     After pretraining the run goes on as if the flow model had been loaded from its file: from the evaluated weights, with a

@@ -35,9 +35,9 @@ PURPOSES = ("flip", "augment", "label", "noise", "times", "network")
 class Scalars(NamedTuple):
     """What a step is told from outside: rho = q^-i, learning rate, one decay per EMA."""
 
-    rho: np.ndarray
-    learning_rate: np.ndarray
-    ema_decays: np.ndarray
+    rho: np.float32 | Array
+    learning_rate: np.float32 | Array
+    ema_decays: np.ndarray | Array
 
 
 def step_scalars(step: int, stage: Stage, stages: tuple[Stage, ...], config: Config) -> Scalars:
@@ -47,8 +47,13 @@ def step_scalars(step: int, stage: Stage, stages: tuple[Stage, ...], config: Con
     return Scalars(np.float32(stage.rho), np.float32(rate), np.asarray(decays, np.float32))
 
 
-def make_train_step(kind: str, network: Network, optimizer: optax.GradientTransformation, config: Config, mesh: Mesh,
-                    ) -> Callable[[TrainState, dict[str, Array], Scalars], tuple[TrainState, Metrics]]:
+def make_train_step(
+    kind: str,
+    network: Network,
+    optimizer: optax.GradientTransformation,
+    config: Config,
+    mesh: Mesh,
+) -> jax.stages.Wrapped:
     """The jitted step of one kind of stage: (state, batch, scalars) -> (state, metrics). The given state is consumed.
 
     batch: x (B, H, W, C) float32 in [-1, 1] and label (B,) int32, rows sharded over the mesh's data axis.
@@ -96,8 +101,9 @@ def draw_rows(step: Array, batch: dict[str, Array], *, split: RowSplit, config: 
     return Rows(z, r, t, v, label, row_keys)
 
 
-def stage_loss(params: Any, rows: Rows, rho: Array, *, kind: str, network: Network, config: Config,
-               split: RowSplit) -> tuple[Array, Metrics]:
+def stage_loss(
+    params: Any, rows: Rows, rho: Array, *, kind: str, network: Network, config: Config, split: RowSplit
+) -> tuple[Array, Metrics]:
     """Mean weighted loss of the rows under the kind's identity, and what is logged of it."""
     if kind == "flow":
         params = freeze_interval(params)
@@ -138,8 +144,15 @@ def _condition(keys: dict[str, Array], batch: dict[str, Array], config: Config) 
     return x, jnp.where(drop, config.num_classes, batch["label"])
 
 
-def _gradient(loss: Callable[..., tuple[Array, Metrics]], params: Any, rows: Rows, rho: Array, split: RowSplit,
-              count: int, mesh: Mesh) -> tuple[Any, Metrics]:
+def _gradient(
+    loss: Callable[..., tuple[Array, Metrics]],
+    params: Any,
+    rows: Rows,
+    rho: np.float32 | Array,
+    split: RowSplit,
+    count: int,
+    mesh: Mesh,
+) -> tuple[Any, Metrics]:
     """Gradient and metrics, averaged over `count` microbatches inside the same program."""
     grad = jax.grad(loss, has_aux=True)
     if count == 1:

@@ -64,15 +64,21 @@ class Run:
         _claim(workdir, config)
         self.optimizer = optim.build(config.optimizer)
         boundaries = [s.last for s in self.stages]
-        self.checkpoints = checkpoint.Checkpoints(workdir, config.run.keep_checkpoints, boundaries, {
-            "config": to_dict(config), "image_shape": list(shape)})
+        self.checkpoints = checkpoint.Checkpoints(
+            workdir, config.run.keep_checkpoints, boundaries, {"config": to_dict(config), "image_shape": list(shape)}
+        )
         self.metrics, self.scores = JsonLines(workdir / "metrics.jsonl"), JsonLines(workdir / "scores.jsonl")
         self.tensorboard = TensorBoard(workdir / "tensorboard", config.run.tensorboard)
         self.sampler = evaluate.Sampler(self.network, config, shape, self.dataset.labels, self.mesh)
-        self.scorer = evaluate.make_scorer(config.data.name, self.dataset, data.load(config.data, "heldout")) \
-            if config.run.score_samples else None
-        self.steps = {kind: step.make_train_step(kind, self.network, self.optimizer, config, self.mesh)
-                      for kind in {s.kind for s in self.stages}}
+        self.scorer = (
+            evaluate.make_scorer(config.data.name, self.dataset, data.load(config.data, "heldout"))
+            if config.run.score_samples
+            else None
+        )
+        self.steps = {
+            kind: step.make_train_step(kind, self.network, self.optimizer, config, self.mesh)
+            for kind in {s.kind for s in self.stages}
+        }
         self.boundaries = {b.step: b for b in _boundaries(self.stages, bool(config.init))}
 
     def loop(self) -> None:
@@ -93,8 +99,14 @@ class Run:
             if n == stage.first and stage is not self.stages[0]:
                 before = self.stages[self.stages.index(stage) - 1]
                 now = state.switch(now, before, self.config.curriculum, self.config.ema, self.optimizer)
-            batch = data.batch(self.dataset, self.config.seed, n, self.config.batch_size,
-                               host=jax.process_index(), hosts=jax.process_count())
+            batch = data.batch(
+                self.dataset,
+                self.config.seed,
+                n,
+                self.config.batch_size,
+                host=jax.process_index(),
+                hosts=jax.process_count(),
+            )
             scalars = step.step_scalars(n, stage, self.stages, self.config)
             now, metrics = self.steps[stage.kind](now, sharding.put_rows(self.mesh, batch), scalars)
             self._report(pending, progress)
@@ -113,9 +125,11 @@ class Run:
         pictures.stack(self.workdir / "samples.png", [self._picture(b) for b in full])
         print(curriculum.table(self.stages, self.config.curriculum, self.config.times.r_neq_t_fraction))
         if self.scorer:
-            self._print_scores(scores, main, full)
-        print(f"samples   {self.workdir / 'samples.png'}\ncurves    {self.workdir / 'curves.png'}\n"
-              f"weights   {self.workdir / checkpoint.FOLDER / str(self.stages[-1].last)}")
+            self._print_scores(scores, self.scorer[0].floor[main], main, full)
+        print(
+            f"samples   {self.workdir / 'samples.png'}\ncurves    {self.workdir / 'curves.png'}\n"
+            f"weights   {self.workdir / checkpoint.FOLDER / str(self.stages[-1].last)}"
+        )
         return scores
 
     def close(self) -> None:
@@ -123,14 +137,17 @@ class Run:
         self.tensorboard.close()
 
     def _start(self) -> TrainState:
-        fresh = jax.jit(lambda key: state.create(self.network.init(key), self.optimizer, self.config.ema),
-                        out_shardings=sharding.replicated(self.mesh))
+        fresh = jax.jit(
+            lambda key: state.create(self.network.init(key), self.optimizer, self.config.ema),
+            out_shardings=sharding.replicated(self.mesh),
+        )
         now = fresh(jax.random.key(self.config.seed))
         found = self.checkpoints.restore_latest(now)
         if found is None and self.config.init:
             params = load_init(self.config, evaluate.abstract_params(self.network, self.mesh))
-            create = jax.jit(lambda p: state.create(p, self.optimizer, self.config.ema),
-                             out_shardings=sharding.replicated(self.mesh))
+            create = jax.jit(
+                lambda p: state.create(p, self.optimizer, self.config.ema), out_shardings=sharding.replicated(self.mesh)
+            )
             found = create(params)
         now = found if found is not None else now
         self.metrics.resume(int(now.step))
@@ -140,8 +157,10 @@ class Run:
     def _announce(self, start: int, now: TrainState) -> None:
         count = sum(x.size for x in jax.tree.leaves(now.params))
         print(f"network   {self.config.network.kind}, {count:,} parameters ({count / 1e6:.2f} M), {self.config.compute_dtype}")
-        print(f"data      {self.dataset.name}, {len(self.dataset.labels):,} images {self.dataset.images.shape[1:]}, "
-              f"batch {self.config.batch_size} on {self.mesh.devices.size} device(s)")
+        print(
+            f"data      {self.dataset.name}, {len(self.dataset.labels):,} images {self.dataset.images.shape[1:]}, "
+            f"batch {self.config.batch_size} on {self.mesh.devices.size} device(s)"
+        )
         print(curriculum.table(self.stages, self.config.curriculum, self.config.times.r_neq_t_fraction))
         if start:
             print(f"resuming  after step {start} of {self.stages[-1].last}")
@@ -156,8 +175,9 @@ class Run:
         values.pop("nonfinite_leaf")
         if n % self.config.run.log_every_steps == 0 or n == 1 or n == self.stages[-1].last:
             rate = optim.learning_rate(n - 1, self.stages, self.config.curriculum, self.config.optimizer)
-            self.metrics.write({"step": n, "stage": stage.index, "kind": stage.kind, "rho": stage.rho,
-                                "learning_rate": rate, **values})
+            self.metrics.write(
+                {"step": n, "stage": stage.index, "kind": stage.kind, "rho": stage.rho, "learning_rate": rate, **values}
+            )
             self.tensorboard.write(n, {"stage": stage.index, "rho": stage.rho, "learning_rate": rate, **values})
             progress.show(n, stage.name, values["loss"])
 
@@ -165,11 +185,15 @@ class Run:
         bad = [k for k, v in values.items() if not math.isfinite(v)]
         if bad:
             leaf = int(values["nonfinite_leaf"])
-            names = [jax.tree_util.keystr(p) for p, _ in
-                     jax.tree_util.tree_leaves_with_path(evaluate.abstract_params(self.network, self.mesh))]
+            names = [
+                jax.tree_util.keystr(p)
+                for p, _ in jax.tree_util.tree_leaves_with_path(evaluate.abstract_params(self.network, self.mesh))
+            ]
             where = f", first in the gradient of {names[leaf]}" if leaf >= 0 else ""
-            raise DmfError(f"step {n} ({stage.name}, {stage.kind}): {bad[0]} = {values[bad[0]]}{where}; expected finite values. "
-                           f"The last good checkpoint is in {self.checkpoints.directory}")
+            raise DmfError(
+                f"step {n} ({stage.name}, {stage.kind}): {bad[0]} = {values[bad[0]]}{where}; expected finite values. "
+                f"The last good checkpoint is in {self.checkpoints.directory}"
+            )
 
     def _at_boundary(self, boundary: Boundary, now: TrainState, progress: Progress) -> None:
         """Keeps the state, then pictures and scores it; a part that an earlier run has done is not done again."""
@@ -186,7 +210,10 @@ class Run:
         rows: list[dict[str, Any]] = [{}]
         if self.scorer:
             rows = evaluate.score(self.sampler, self.scorer[0], params, self.config.run.score_samples, nfes)
-            print(f"after {boundary.name} ({boundary.kind}), step {boundary.step}\n{evaluate.format_scores(rows)}", flush=True)
+            print(
+                f"after {boundary.name} ({boundary.kind}), step {boundary.step}\n{evaluate.format_scores(rows)}",
+                flush=True,
+            )
         for row in rows:
             self.scores.write({"step": boundary.step, "stage": boundary.name, "kind": boundary.kind, **row})
             self.tensorboard.write(boundary.step, {f"score/{row['nfe']}_steps/{k}": v for k, v in row.items() if k != "nfe"})
@@ -195,10 +222,12 @@ class Run:
     def _picture(self, boundary: Boundary) -> Path:
         return self.workdir / "samples" / f"{boundary.step:08}_{boundary.name.replace(' ', '_')}.png"
 
-    def _print_scores(self, scores: list[dict[str, Any]], main: str, full: list[Boundary]) -> None:
+    def _print_scores(self, scores: list[dict[str, Any]], floor: float, main: str, full: list[Boundary]) -> None:
         first = self.config.run.score_steps[0]
-        print(f"\n{main} by stage, {first} step(s), {self.config.run.score_samples} samples; lower is better; "
-              f"floor between two halves of the real data: {self.scorer[0].floor[main]:.3f}")
+        print(
+            f"\n{main} by stage, {first} step(s), {self.config.run.score_samples} samples; lower is better; "
+            f"floor between two halves of the real data: {floor:.3f}"
+        )
         for row in scores:
             if row["nfe"] == first:
                 print(f"  {row['stage']:<10}{row['kind']:<12}step {row['step']:<8}{row[main]:.3f}")
@@ -241,5 +270,7 @@ def _claim(workdir: Path, config: Config) -> None:
     theirs = json.loads(path.read_text())
     changed = [d for d in differences(theirs, mine) if not d.startswith("config.run.")]
     if changed:
-        raise DmfError(f"--workdir={workdir} holds a run with another config: {'; '.join(changed)}; expected the same config, or "
-                       "another directory")
+        raise DmfError(
+            f"--workdir={workdir} holds a run with another config: {'; '.join(changed)}; expected the same config, or "
+            "another directory"
+        )

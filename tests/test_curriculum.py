@@ -62,7 +62,18 @@ def test_the_stage_at_every_boundary_step():
     config = dataclasses.replace(PAPER, length=107.0, length_unit="steps", pretrain_length=13.0)
     stages = build_stages(config, 8, 100)
     assert stages[0].kind == "flow" and stages[0].index == -1
-    assert [s.steps for s in stages[1:]] == [11, 10, 11, 11, 11, 10, 11, 11, 10, 11]  # a length K does not divide, and 107
+    assert [s.steps for s in stages[1:]] == [
+        11,
+        10,
+        11,
+        11,
+        11,
+        10,
+        11,
+        11,
+        10,
+        11,
+    ]  # a length K does not divide, and 107
     for before, after in zip(stages, stages[1:], strict=False):
         assert before.last == after.first
         assert stage_at(stages, after.first - 1) is before and stage_at(stages, after.first) is after
@@ -78,25 +89,31 @@ def test_cost_in_forward_passes_and_the_printed_table():
     stages = build_stages(PAPER, 1024, 50_000)
     assert [passes(stages[i], 0.75) for i in (0, 1, 9)] == [3.0, 3.75, 3.75]
     text = table(stages, PAPER, 0.75)
-    assert "stage 8 discrete 0.00390625+ 9600 76800 3.75".split() in [line.split() for line in text.splitlines()]
+    assert ["stage", "8", "discrete", "0.00390625+", "9600", "76800", "3.75"] in [line.split() for line in text.splitlines()]
     assert text.splitlines()[11].split() == ["all", "96000", "3.67"]
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (dict(q=0.5), r"curriculum.q = 0.5: expected a ratio above 1"),
-    (dict(q=1.0), r"curriculum.q = 1.0"),
-    (dict(q=float("nan")), r"curriculum.q = nan"),
-    (dict(interval="dager"), r"curriculum.interval = 'dager': expected linear or dagger"),
-    (dict(stages=2), r"curriculum.stages = 2: expected at least 3"),
-    (dict(kinds=("flow", "jpv"), stages=2), r"curriculum.kinds has 'jpv'"),
-    (dict(kinds=("jvp",)), r"kinds has 1 entries: expected config.curriculum.stages = 10"),
-    (dict(stages=3, stage_lengths=(1000.0, 500.0, 400.0)), r"stage_lengths add up to 1900: expected config.curriculum.length = 2000"),
-    (dict(stage_lengths=(1.0,)), r"stage_lengths has 1 entries: expected 10"),
-    (dict(stage_learning_rates=(1.0,)), r"stage_learning_rates has 1 entries"),
-    (dict(length_unit="epoch"), r"length_unit = 'epoch': expected one of steps, epochs, images"),
-    (dict(length=4.0, length_unit="steps"), r"has no step"),
-    (dict(switch_ema="drop"), r"switch_ema = 'drop': expected 'keep' or 'reset'"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(q=0.5), r"curriculum.q = 0.5: expected a ratio above 1"),
+        (dict(q=1.0), r"curriculum.q = 1.0"),
+        (dict(q=float("nan")), r"curriculum.q = nan"),
+        (dict(interval="dager"), r"curriculum.interval = 'dager': expected linear or dagger"),
+        (dict(stages=2), r"curriculum.stages = 2: expected at least 3"),
+        (dict(kinds=("flow", "jpv"), stages=2), r"curriculum.kinds has 'jpv'"),
+        (dict(kinds=("jvp",)), r"kinds has 1 entries: expected config.curriculum.stages = 10"),
+        (
+            dict(stages=3, stage_lengths=(1000.0, 500.0, 400.0)),
+            r"stage_lengths add up to 1900: expected config.curriculum.length = 2000",
+        ),
+        (dict(stage_lengths=(1.0,)), r"stage_lengths has 1 entries: expected 10"),
+        (dict(stage_learning_rates=(1.0,)), r"stage_learning_rates has 1 entries"),
+        (dict(length_unit="epoch"), r"length_unit = 'epoch': expected one of steps, epochs, images"),
+        (dict(length=4.0, length_unit="steps"), r"has no step"),
+        (dict(switch_ema="drop"), r"switch_ema = 'drop': expected 'keep' or 'reset'"),
+    ],
+)
 def test_a_curriculum_that_makes_no_sense_names_its_key(change, message):
     with pytest.raises(DmfError, match=message):
         build_stages(dataclasses.replace(PAPER, **change), 1024, 50_000)

@@ -290,9 +290,7 @@ def test_damaged_cifar10_is_one_error_that_names_the_directory(kind: str, copy: 
     assert str(copy) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_unprepared_cifar10_is_one_error_with_the_command(
-    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unprepared_cifar10_is_one_error_with_the_command(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (copy / "dataset_info.json").unlink()  # what an interrupted preparation looks like
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "default"))
@@ -312,9 +310,7 @@ def test_unprepared_cifar10_is_one_error_with_the_command(
 def test_cifar10_prepared_as_tfrecord_is_refused(copy: Path) -> None:
     info = copy / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
-    with pytest.raises(
-        DmfError, match=r"without random access, expected the format array_record; .*another DIR: run"
-    ):
+    with pytest.raises(DmfError, match=r"without random access, expected the format array_record; .*another DIR: run"):
         data.load(cifar10(copy.parents[1]), "train")
 
 

@@ -74,11 +74,14 @@ def test_microbatches_keep_groups_whole_and_every_device_its_rows():
         assert (rows[:8] < 16).all() and (rows[8:] >= 16).all()  # the first half stays on the first of two devices
 
 
-@pytest.mark.parametrize(("batch", "fraction", "parts", "message"), [
-    (64, 0.3, 1, "19.2 rows, expected a whole number: 0.296875 or 0.3125"),
-    (64, 1.5, 1, "r_neq_t_fraction = 1.5: expected a share between 0 and 1"),
-    (64, 19 / 64, 8, "cannot be shared by 8 parts"),
-])
+@pytest.mark.parametrize(
+    ("batch", "fraction", "parts", "message"),
+    [
+        (64, 0.3, 1, "19.2 rows, expected a whole number: 0.296875 or 0.3125"),
+        (64, 1.5, 1, "r_neq_t_fraction = 1.5: expected a share between 0 and 1"),
+        (64, 19 / 64, 8, "pattern cannot be shared by 8 devices x microbatches: expected a multiple of 512"),
+    ],
+)
 def test_impossible_splits_say_what_would_do(batch, fraction, parts, message):
     with pytest.raises(DmfError, match=message):
         row_split(batch, fraction, parts)

@@ -31,9 +31,7 @@ UNET_REFERENCE = UNetConfig(
 DIT_REFERENCE = DiTConfig(depth=3, width=96, heads=4, patch=2, num_classes=10)
 
 # The same kinds at a size that compiles fast; (config, image shape, label of a row).
-UNET = UNetConfig(
-    channels=8, channel_mult=(1, 2), blocks=1, attention_resolutions=(4,), dropout=0.3, augment_dim=2
-)
+UNET = UNetConfig(channels=8, channel_mult=(1, 2), blocks=1, attention_resolutions=(4,), dropout=0.3, augment_dim=2)
 DIT = DiTConfig(depth=2, width=16, heads=2, patch=2, num_classes=3)
 MLP = MLPConfig(width=16, depth=2)
 SMALL = {
@@ -56,10 +54,7 @@ def relative_l2(got, want):
 
 def leaf_paths(tree):
     """Flat {path: leaf} of a nested dict."""
-    return {
-        tuple(getattr(k, "key", 0) for k in path): leaf
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-    }
+    return {tuple(getattr(k, "key", 0) for k in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def nested(flat):
@@ -73,9 +68,7 @@ def nested(flat):
 
 
 def shapes(network):
-    return {
-        path: leaf.shape for path, leaf in leaf_paths(jax.eval_shape(network.init, jax.random.key(0))).items()
-    }
+    return {path: leaf.shape for path, leaf in leaf_paths(jax.eval_shape(network.init, jax.random.key(0))).items()}
 
 
 def count(network):
@@ -86,9 +79,7 @@ def random_params(kind, seed=0):
     """Dense random values for every leaf of a small network, so that no branch is dead."""
     rng = np.random.default_rng(seed)
     draw = {path: rng.standard_normal(shape) for path, shape in shapes(small_network(kind)).items()}
-    return nested(
-        {p: (x / math.sqrt(max(1, math.prod(x.shape[:-1])))).astype(np.float32) for p, x in draw.items()}
-    )
+    return nested({p: (x / math.sqrt(max(1, math.prod(x.shape[:-1])))).astype(np.float32) for p, x in draw.items()})
 
 
 def small_network(kind):
@@ -190,9 +181,7 @@ def dit_reference(dtype):
     folded = cosine * np.cos(f) + sine * np.sin(f), cosine * np.sin(f) - sine * np.cos(f)
     weights["t_embedder.mlp.0.weight"] = np.concatenate(folded, axis=1)
     # 2 x 2 patches of 8 channels, of which the first 4 are the velocity, data - noise.
-    weights["final_layer.linear.weight"] = (
-        -weights["final_layer.linear.weight"].reshape(4, 8, 96)[:, :4].reshape(16, 96)
-    )
+    weights["final_layer.linear.weight"] = -weights["final_layer.linear.weight"].reshape(4, 8, 96)[:, :4].reshape(16, 96)
     weights["final_layer.linear.bias"] = -weights["final_layer.linear.bias"].reshape(4, 8)[:, :4].reshape(16)
     flat = {}
     for name, value in weights.items():
@@ -269,9 +258,7 @@ def test_resampling_is_the_convolution_with_the_4x4_filter():
         kernel = np.broadcast_to(window[:, :, None, None], (4, 4, 1, 3))
         numbers = ("NHWC", "HWIO", "NHWC")
         padding = ((1, 1), (1, 1))
-        return jax.lax.conv_general_dilated(
-            x, kernel, (2, 2), padding, dimension_numbers=numbers, feature_group_count=3
-        )
+        return jax.lax.conv_general_dilated(x, kernel, (2, 2), padding, dimension_numbers=numbers, feature_group_count=3)
 
     want, transpose = jax.vjp(down, x)
     np.testing.assert_allclose(layers.blur_down(x), want, atol=1e-6)
@@ -307,9 +294,7 @@ def test_parameters_are_a_plain_float32_tree_with_an_interval_branch():
 
 def test_initial_spread():
     """The initialisation of EDM (U-Net) and of SiT (DiT), by the standard deviation of single kernels."""
-    config = UNetConfig(
-        channels=32, channel_mult=(2,), blocks=1, attention_resolutions=(8,), interval_init="random"
-    )
+    config = UNetConfig(channels=32, channel_mult=(2,), blocks=1, attention_resolutions=(8,), interval_init="random")
     xavier = math.sqrt(2 / (128 + 128))  # one layer, 128 -> 128, officially
     expected = {
         ("map_layer0", "kernel"): xavier,
@@ -353,9 +338,7 @@ def test_zero_interval_starts_as_a_flow_model(kind):
         at_r, gradient = probe(params, z, r, t, label)
         assert np.std(at_t) > 0.05
         assert np.array_equal(at_r, at_t)
-        assert (
-            max(np.abs(g).max() for path, g in leaf_paths(gradient).items() if is_interval_path(path)) > 1e-3
-        )
+        assert max(np.abs(g).max() for path, g in leaf_paths(gradient).items() if is_interval_path(path)) > 1e-3
     alive = random_params(kind)
     assert relative_l2(probe(alive, z, r, t, label)[0], probe(alive, z, t, t, label)[0]) > 1e-3
 

@@ -92,10 +92,19 @@ def solve_fixed_point(times, look_up, rows, points, s, rho, interval, config, sw
     return k
 
 
-@pytest.mark.parametrize(("interval", "q", "s", "gain"), [
-    ("linear", 2, 0.1, 2.098), ("linear", 4, 0.5, 1.095), ("linear", 16, 2.0, 0.957), ("linear", 16, 0.02, 1.205),
-    ("dagger", 2, 0.1, 1.607), ("dagger", 4, 0.5, 1.026), ("dagger", 16, 2.0, 0.989), ("dagger", 16, 10.0, 0.985),
-])
+@pytest.mark.parametrize(
+    ("interval", "q", "s", "gain"),
+    [
+        ("linear", 2, 0.1, 2.098),
+        ("linear", 4, 0.5, 1.095),
+        ("linear", 16, 2.0, 0.957),
+        ("linear", 16, 0.02, 1.205),
+        ("dagger", 2, 0.1, 1.607),
+        ("dagger", 4, 0.5, 1.026),
+        ("dagger", 16, 2.0, 0.989),
+        ("dagger", 16, 10.0, 0.985),
+    ],
+)
 def test_training_lands_on_the_gaussian_fixed_point(float64, interval, q, s, gain):
     # The published gain is (1 - t k(t)) std(z_t) / s at t = .98, r = 0; 1 would be the exact marginal spread.
     noise_ratio = jnp.exp(jnp.linspace(np.log(1e-4), np.log(0.98 / 0.02), 3000))
@@ -117,10 +126,16 @@ def test_training_lands_on_the_gaussian_fixed_point(float64, interval, q, s, gai
     assert float(found) == pytest.approx(gain, abs=1.5e-3)  # three printed digits, interpolation on a coarser grid
 
 
-@pytest.mark.parametrize(("s", "a", "alpha_flow", "discrete"), [
-    (0.5, 1 / 2, 0.3648, 0.5949), (0.5, 1 / 8, 0.4711, 0.5254), (0.25, 1 / 4, 0.2261, 0.3105), (2.0, 1 / 2, 0.8503, 1.1619),
-    (2.0, 1 / 8, 1.7401, 1.8226),
-])
+@pytest.mark.parametrize(
+    ("s", "a", "alpha_flow", "discrete"),
+    [
+        (0.5, 1 / 2, 0.3648, 0.5949),
+        (0.5, 1 / 8, 0.4711, 0.5254),
+        (0.25, 1 / 4, 0.2261, 0.3105),
+        (2.0, 1 / 2, 0.8503, 1.1619),
+        (2.0, 1 / 8, 1.7401, 1.8226),
+    ],
+)
 def test_one_weight_family_has_both_published_fixed_points(float64, s, a, alpha_flow, discrete):
     # Moving along the marginal velocity, one step from t = 1 to 0 leaves a spread |1 - k(1)|; the truth is s.
     levels = int(np.ceil(np.log(1e-7) / np.log(1 - a)))
@@ -160,8 +175,10 @@ def test_the_exact_average_velocity_solves_the_jvp_identity(float64):
 @pytest.mark.parametrize("interval", INTERVALS)
 def test_the_discrete_identity_misses_the_exact_solution_by_order_a(float64, interval):
     net, rows = exact_rows(0.5)
-    missed = [float(jnp.linalg.norm(OBJECTIVES["discrete"](net, None, rows, ALL_PAIRS(64), a, interval, UNIT).pairs))
-              for a in (2.0**-4, 2.0**-6, 2.0**-8)]
+    missed = [
+        float(jnp.linalg.norm(OBJECTIVES["discrete"](net, None, rows, ALL_PAIRS(64), a, interval, UNIT).pairs))
+        for a in (2.0**-4, 2.0**-6, 2.0**-8)
+    ]
     assert missed[2] > 1e-4 and np.allclose([missed[0] / missed[1], missed[1] / missed[2]], 4, rtol=0.25)
 
 
@@ -184,8 +201,10 @@ def test_raw_is_unit_times_w_and_unit_is_the_meanflow_residual(float64, c, inter
     net, params = random_net(jax.random.key(0))
     rows, split = random_rows(), ALL_PAIRS(32)
     a = INTERVALS[interval](0.125, rows.r, rows.t)
-    raw, unit = (OBJECTIVES["discrete"](net, params, rows, split, 0.125, interval, LossConfig(product_rule=c, residual_scale=s)).pairs
-                 for s in ("raw", "unit"))
+    raw, unit = (
+        OBJECTIVES["discrete"](net, params, rows, split, 0.125, interval, LossConfig(product_rule=c, residual_scale=s)).pairs
+        for s in ("raw", "unit")
+    )
     np.testing.assert_allclose(raw, (a / (1 + c * a))[:, None] * unit, rtol=1e-9, atol=1e-14)
     u, u_next = net(params, rows), net(params, objectives.shift_back(rows, a))
     L, D = (rows.t - rows.r)[:, None], (a * (rows.t - rows.r))[:, None]
@@ -222,10 +241,13 @@ def test_rows_with_r_equal_t_are_flow_matching_in_every_stage(float64, kind, sca
     rows = random_rows(border=1)
     on_t = rows._replace(r=rows.t)
     config = LossConfig(residual_scale=scale)
-    for split, name in ((RowSplit(32, 4, 3), "border"), (ALL_PAIRS(32), "pairs")):  # routed apart, or fallen on r = t by chance
+    for split, name in (
+        (RowSplit(32, 4, 3), "border"),
+        (ALL_PAIRS(32), "pairs"),
+    ):  # routed apart, or fallen on r = t by chance
         rows_here = rows if name == "border" else on_t
         found = getattr(OBJECTIVES[kind](net, params, rows_here, split, 0.25, "dagger", config), name)
-        expected = (net(params, on_t) - rows.v)
+        expected = net(params, on_t) - rows.v
         expected = split.border_of(expected) if name == "border" else expected
         np.testing.assert_allclose(found, expected, atol=1e-14)
     assert bool(jnp.isfinite(gradient(kind, net, params, on_t, ALL_PAIRS(32), 0.25, config, "dagger", p=0.75)).all())

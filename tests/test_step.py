@@ -16,8 +16,10 @@ KINDS = ("flow", "trajectory", "discrete", "jvp")
 
 
 def largest_difference(a, b):
-    return max(float(jnp.max(jnp.abs(np.asarray(x) - np.asarray(y)))) for x, y in
-               zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    return max(
+        float(jnp.max(jnp.abs(np.asarray(x) - np.asarray(y))))
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
 
 
 def interval_leaves(params):
@@ -51,11 +53,18 @@ def test_microbatches_accumulate_to_the_whole_batch(kind, values):
     for setup in (whole, parts):
         split = step.split_for(kind, setup.config, setup.mesh)
         rows = step.draw_rows(jnp.int32(3), setup.batch(0), split=split, config=setup.config)
-        loss = partial(step.stage_loss, kind=kind, network=setup.network, config=setup.config,
-                       split=split.micro(setup.config.microbatches))
+        loss = partial(
+            step.stage_loss,
+            kind=kind,
+            network=setup.network,
+            config=setup.config,
+            split=split.micro(setup.config.microbatches),
+        )
         gradient = jax.jit(partial(step._gradient, loss, split=split, count=setup.config.microbatches, mesh=setup.mesh))
         grads.append(gradient(setup.state().params, rows, jnp.float32(0.25)))
-    assert largest_difference(grads[0][0], grads[1][0]) < 2e-5 * max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads[0][0]))
+    assert largest_difference(grads[0][0], grads[1][0]) < 2e-5 * max(
+        float(jnp.abs(g).max()) for g in jax.tree.leaves(grads[0][0])
+    )
     for name, value in grads[0][1].items():
         assert float(grads[1][1][name]) == pytest.approx(float(value), rel=2e-5), name
 
@@ -85,8 +94,10 @@ def test_both_evaluations_of_a_row_share_their_dropout_mask():
     # With one mask |u - u'| falls with the interval; independent masks at rate .3 would leave it near |u|.
     setup = Setup(UNET)
     train_step = setup.step("discrete")
-    change = {rho: train_step(setup.state(), setup.batch(0), setup.scalars(0, "discrete", rho))[1]["change"]
-              for rho in (2.0**-4, 2.0**-10)}
+    change = {
+        rho: train_step(setup.state(), setup.batch(0), setup.scalars(0, "discrete", rho))[1]["change"]
+        for rho in (2.0**-4, 2.0**-10)
+    }
     assert float(change[2.0**-10]) < 1e-2 and float(change[2.0**-4] / change[2.0**-10]) == pytest.approx(64, rel=0.3)
     split = step.split_for("discrete", setup.config, setup.mesh)
     rows = split.pairs_of(step.draw_rows(jnp.int32(0), setup.batch(0), split=split, config=setup.config))

@@ -17,7 +17,14 @@ TINY = dict(
     curriculum=dict(stages=4, length=8.0, length_unit="steps", pretrain_length=4.0),
     optimizer=dict(learning_rate=1e-3, warmup_steps=2, pretrain_learning_rate=1e-3, pretrain_warmup_steps=2, clip_norm=1.0),
     ema=dict(halflife_images=(200.0, 800.0), evaluate=200.0),
-    run=dict(log_every_steps=1, checkpoint_every_steps=3, score_samples=0, score_steps=(1, 2), sample_rows=2, tensorboard=False),
+    run=dict(
+        log_every_steps=1,
+        checkpoint_every_steps=3,
+        score_samples=0,
+        score_steps=(1, 2),
+        sample_rows=2,
+        tensorboard=False,
+    ),
 )
 
 UNET = dict(
@@ -62,10 +69,13 @@ class Setup:
 
     def batch(self, n):
         rng = np.random.default_rng(n)
-        return sharding.put_rows(self.mesh, {
-            "x": rng.uniform(-1, 1, (self.config.batch_size, 8, 8, 1)).astype(np.float32),
-            "label": rng.integers(0, 10, self.config.batch_size).astype(np.int32),
-        })
+        return sharding.put_rows(
+            self.mesh,
+            {
+                "x": rng.uniform(-1, 1, (self.config.batch_size, 8, 8, 1)).astype(np.float32),
+                "label": rng.integers(0, 10, self.config.batch_size).astype(np.int32),
+            },
+        )
 
     def scalars(self, n, kind, rho=0.25):
         stage = next(s for s in self.stages if s.kind == kind)

@@ -115,9 +115,7 @@ def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
-def batch(
-    dataset: Dataset, seed: int, step: int, batch_size: int, *, host: int = 0, hosts: int = 1
-) -> dict[str, np.ndarray]:
+def batch(dataset: Dataset, seed: int, step: int, batch_size: int, *, host: int = 0, hosts: int = 1) -> dict[str, np.ndarray]:
     """Returns this host's rows of the global batch of one step: a pure function of (seed, step).
 
     Epoch `step // floor(N / B)` is a fresh permutation of the N images; host k of K holds the rows

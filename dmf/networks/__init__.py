@@ -115,9 +115,7 @@ def _module(config: NetworkConfig, shape: tuple[int, ...], dtype: Any) -> Any:
     return KINDS[config.kind][1](config, shape, compute_dtype)
 
 
-def _check_inputs(
-    config: NetworkConfig, shape: tuple[int, ...], z: jax.Array, r: jax.Array, t: jax.Array
-) -> None:
+def _check_inputs(config: NetworkConfig, shape: tuple[int, ...], z: jax.Array, r: jax.Array, t: jax.Array) -> None:
     flat = isinstance(config, MLPConfig) and z.shape[1:] == (math.prod(shape),)
     if z.shape[1:] != shape and not flat:
         raise DmfError(f"z has shape {z.shape}; expected (B, {', '.join(map(str, shape))}).")

@@ -203,9 +203,7 @@ class DiT(nn.Module):
     dtype: jnp.dtype | None
 
     @nn.compact
-    def __call__(
-        self, z: jax.Array, r: jax.Array, t: jax.Array, label: jax.Array | None, rngs: jax.Array | None
-    ) -> jax.Array:
+    def __call__(self, z: jax.Array, r: jax.Array, t: jax.Array, label: jax.Array | None, rngs: jax.Array | None) -> jax.Array:
         """Map z (B, H, W, C), r, t (B,), label (B,) or None to u, as z; without dropout, `rngs` is unused."""
         c = self.config
         batch, height, width, channels = z.shape
@@ -230,13 +228,10 @@ def make_dit(config: DiTConfig, image_shape: tuple[int, ...], dtype: jnp.dtype |
     for field in ("depth", "width", "heads", "patch"):
         layers.check_positive(f"network.{field}", getattr(config, field))
     if config.width % config.heads or config.width % 4:
-        raise DmfError(
-            f"network.width is {config.width}; expected a multiple of 4 and of network.heads, {config.heads}."
-        )
+        raise DmfError(f"network.width is {config.width}; expected a multiple of 4 and of network.heads, {config.heads}.")
     if image_shape[0] % config.patch or image_shape[1] % config.patch:
         raise DmfError(
-            f"network.patch is {config.patch}; expected a divisor of the image size, "
-            f"{image_shape[0]}x{image_shape[1]}."
+            f"network.patch is {config.patch}; expected a divisor of the image size, {image_shape[0]}x{image_shape[1]}."
         )
     if config.num_classes < 0:
         raise DmfError(f"network.num_classes is {config.num_classes}; expected 0 (no label) or more.")

@@ -33,9 +33,7 @@ class MLP(nn.Module):
     dtype: jnp.dtype | None
 
     @nn.compact
-    def __call__(
-        self, z: jax.Array, r: jax.Array, t: jax.Array, label: jax.Array | None, rngs: jax.Array | None
-    ) -> jax.Array:
+    def __call__(self, z: jax.Array, r: jax.Array, t: jax.Array, label: jax.Array | None, rngs: jax.Array | None) -> jax.Array:
         """Map z (B, ...) and r, t (B,) to u, shaped as z; there is no label and no dropout."""
         width = self.config.width
         of_t = layers.time_features(t, FREQUENCIES, sin_first=True)

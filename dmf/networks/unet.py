@@ -154,9 +154,7 @@ class UNet(nn.Module):
     dtype: jnp.dtype | None
 
     @nn.compact
-    def __call__(
-        self, z: jax.Array, r: jax.Array, t: jax.Array, label: jax.Array | None, rngs: jax.Array | None
-    ) -> jax.Array:
+    def __call__(self, z: jax.Array, r: jax.Array, t: jax.Array, label: jax.Array | None, rngs: jax.Array | None) -> jax.Array:
         """Map z (B, R, R, C), r, t (B,), label (B, augment_dim) or None, keys (B,) or None to u, as z."""
         emb = self._embedding(r, t, label)
         skips = Encoder(self.config, self.dtype, name="enc")(z, emb, rngs)

@@ -1,0 +1,25 @@
+# Sourced by the other scripts: makes .venv with the exact tested packages, once, and names its interpreter in $python.
+# Needs only Python 3.11 to 3.13 (PYTHON=... picks one). Usage: . launch/environment.sh requirements.txt
+
+set -eu
+
+requirements=$1
+for candidate in ${PYTHON:-python3 python3.12 python3.11 python3.13 python}; do
+    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
+        found=$candidate
+        break
+    fi
+done
+if [ -z "${found:-}" ]; then
+    echo "error: no Python from 3.11 to 3.13 among: ${PYTHON:-python3 python3.12 python3.11 python3.13 python}; set PYTHON=/path/to/one" >&2
+    exit 2
+fi
+
+python=.venv/bin/python
+stamp=.venv/$requirements.done
+if [ ! -f "$stamp" ] || [ -n "$(find "$requirements" requirements.txt requirements.lock -newer "$stamp")" ]; then
+    echo "installing $requirements into .venv (once, about a minute)"
+    [ -x "$python" ] || "$found" -m venv .venv
+    "$python" -m pip install --quiet --disable-pip-version-check -r "$requirements" -c requirements.lock
+    touch "$stamp"
+fi

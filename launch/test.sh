@@ -1,0 +1,8 @@
+#!/bin/sh
+# All checks from nothing: packages into .venv, lint, types, tests. Further arguments go to pytest.
+cd "$(dirname "$0")/.."
+. launch/environment.sh requirements-dev.txt
+"$python" -m ruff check .
+"$python" -m ruff format --check .
+"$python" -m mypy
+exec "$python" -m pytest -n 2 --dist worksteal "$@"

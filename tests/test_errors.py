@@ -1,0 +1,135 @@
+"""Wrong input to the command line: one clear line that names the thing, and a non-zero exit."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import TINY
+
+ROOT = Path(__file__).parent.parent
+DIGITS = "--config=configs/digits.py"
+
+
+def run(*flags):
+    """(exit status, standard error) of main.py."""
+    done = subprocess.run(
+        [sys.executable, "main.py", *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "XLA_FLAGS": ""},
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A work directory with a real, tiny checkpoint."""
+    from dmf import train
+    from dmf.config import parse
+
+    workdir = tmp_path_factory.mktemp("trained")
+    train.train(parse(TINY), workdir)
+    return workdir
+
+
+def truncated(trained, tmp_path):
+    subprocess.run(["cp", "-r", trained / "checkpoints" / "4", tmp_path / "4"], check=True)
+    for file in (tmp_path / "4").rglob("*"):
+        if file.is_file() and "/d/" in str(file):
+            file.write_bytes(file.read_bytes()[:100])
+    return tmp_path / "4"
+
+
+def misspelt_file(tmp_path):
+    path = tmp_path / "bad.py"
+    path.write_text("from dmf.config import complete\ndef get_config():\n    return complete(dict(curiculum=dict(stages=3)))\n")
+    return path
+
+
+CASES = {
+    "misspelt key in a file": (
+        lambda d, t: [f"--config={misspelt_file(t)}"],
+        "config.curiculum: no such field; did you mean config.curriculum?",
+    ),
+    "misspelt flag": (lambda d, t: [DIGITS, "--config.batchsize=8"], "batchsize"),
+    "wrong type": (lambda d, t: [DIGITS, "--config.seed=one"], "seed"),
+    "unknown variant": (lambda d, t: [f"{DIGITS}:cosine"], "configs/digits.py:cosine: expected one of dagger, linear"),
+    "missing config file": (lambda d, t: ["--config=configs/nothing.py"], "configs/nothing.py"),
+    "no workdir": (lambda d, t: [DIGITS], "--workdir is missing"),
+    "q below one": (
+        lambda d, t: [DIGITS, f"--workdir={t}", "--config.curriculum.q=0.5"],
+        "config.curriculum.q = 0.5: expected a ratio above 1",
+    ),
+    "stage without steps": (
+        lambda d, t: [DIGITS, f"--workdir={t}", "--config.curriculum.length=2"],
+        "stage 0 has no step",
+    ),
+    "missing checkpoint": (
+        lambda d, t: [DIGITS, f"--workdir={t}", "--config.init=nowhere"],
+        "checkpoint nowhere: no such file or directory",
+    ),
+    "truncated checkpoint": (
+        lambda d, t: [
+            f"{DIGITS}:meanflow",
+            f"--workdir={t}/run",
+            f"--config.init={truncated(d, t)}",
+            "--config.network.depth=1",
+            "--config.network.width=32",
+            "--config.network.heads=2",
+            "--config.network.patch=4",
+        ],
+        "/4: ema cannot be read",
+    ),
+    "another network": (
+        lambda d, t: [f"{DIGITS}:meanflow", f"--workdir={t}", f"--config.init={d}"],
+        "its network differs: config.network.depth: 1 -> 3",
+    ),
+    "image not divisible by patch": (lambda d, t: [DIGITS, f"--workdir={t}", "--config.network.patch=3"], "patch"),
+    "no forward mode": (
+        lambda d, t: [DIGITS, f"--workdir={t}", "--config.network.attention=cudnn", "--config.compute_dtype=bfloat16"],
+        "config.network.attention = 'cudnn' has no forward-mode derivative",
+    ),
+    "not a whole number of rows": (
+        lambda d, t: [DIGITS, f"--workdir={t}", "--config.times.r_neq_t_fraction=0.3"],
+        "0.296875 or 0.3125 would do",
+    ),
+    "unwritable work directory": (
+        lambda d, t: [DIGITS, "--workdir=/proc/run"],
+        "--workdir=/proc/run cannot be written",
+    ),
+    "unprepared data": (
+        lambda d, t: ["--config=configs/cifar10.py", f"--workdir={t}/w", f"--config.data.data_dir={t}/none"],
+        "download_and_prepare",
+    ),
+    "sampling from nothing": (
+        lambda d, t: ["--mode=sample", f"--workdir={t}"],
+        "expected a step folder with an item 'params'",
+    ),
+    "steps that are no numbers": (
+        lambda d, t: ["--mode=sample", f"--workdir={d}", "--steps=1,x"],
+        "--steps=1,x: expected positive whole numbers",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_wrong_input_gives_one_clear_line(name, trained, tmp_path):
+    flags, message = CASES[name]
+    status, text = run(*flags(trained, tmp_path))
+    assert status != 0 and message in text, text
+    assert "Traceback" not in text
+    if "flag" not in name and "type" not in name:  # absl prints a usage line of its own after a bad flag
+        assert len(text.strip().splitlines()) == 1, text
+    assert not any(tmp_path.rglob("checkpoints/[0-9]*"))
+
+
+def test_help_names_the_modes_and_loads_no_jax():
+    done = subprocess.run([sys.executable, "-X", "importtime", "main.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    for text in ("--mode", "train|sample|score|benchmark", "--workdir", "python main.py --config=configs/digits.py"):
+        assert text in done.stdout
+    assert "jaxlib" not in done.stderr and "tensorflow" not in done.stderr

@@ -1,0 +1,228 @@
+"""Whole runs: stages, resume after a kill bit for bit, hand-over, one-call loading, stop on a bad number."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dmf import checkpoint, curriculum, evaluate, state, train
+from dmf.config import parse
+from dmf.errors import DmfError
+from tests.tiny import TINY, merged
+
+ROOT = Path(__file__).parent.parent
+ENV = {**os.environ, "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}  # one device, as on a laptop
+
+
+def main_py(*flags, **kwargs):
+    """Starts main.py; the caller waits for it or kills it."""
+    return subprocess.Popen(
+        [sys.executable, "main.py", *flags],
+        cwd=ROOT,
+        env=ENV,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        **kwargs,
+    )
+
+
+def leaves(folder):
+    """Every array of a checkpoint (weights, EMAs, optimiser), as NumPy."""
+    from orbax.checkpoint import v1 as ocp
+
+    found = ocp.load_checkpointables(folder.absolute())
+    return [np.asarray(x) for x in jax.tree.leaves({k: found[k] for k in checkpoint.ITEMS})]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished tiny run and its scores."""
+    workdir = tmp_path_factory.mktemp("finished")
+    scores = train.train(parse(TINY), workdir)
+    return workdir, scores
+
+
+def test_a_run_leaves_every_stage_boundary_its_picture_and_its_log(finished):
+    workdir, scores = finished
+    kept = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+    assert kept == [4, 6, 8, 9, 10, 12]  # boundaries for good (4, 6, 8, 10, 12), and the newest two
+    assert [(s["step"], s["stage"], s["kind"]) for s in scores] == [
+        (4, "pretrain", "flow"),
+        (6, "stage 0", "trajectory"),
+        (8, "stage 1", "discrete"),
+        (10, "stage 2", "discrete"),
+        (12, "stage 3", "jvp"),
+    ]
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == list(range(1, 13))
+    assert [r["rho"] for r in rows if r["kind"] == "discrete"] == [0.5, 0.5, 0.25, 0.25]
+    assert all(np.isfinite(r["grad_norm"]) and r["squares_border"] > 0 for r in rows)
+    assert all(("squares_pairs" in r) == (r["kind"] != "flow") for r in rows)
+    for name in ("samples.png", "curves.png", "samples/00000004_pretrain.png", "samples/00000012_stage_3.png"):
+        assert (workdir / name).stat().st_size > 500
+
+
+def test_the_same_command_on_a_finished_run_changes_nothing(finished, capsys):
+    workdir, scores = finished
+    before = (workdir / "metrics.jsonl").read_text()
+    assert train.train(parse(TINY), workdir) == scores
+    assert (workdir / "metrics.jsonl").read_text() == before
+    assert "resuming  after step 12 of 12" in capsys.readouterr().out
+
+
+def test_resume_in_every_phase_ends_in_the_same_bits(finished, tmp_path):
+    # A run stopped by an error after each number of steps, then resumed: boundaries, hand-over and mid-stage included.
+    workdir, _ = finished
+    expected = leaves(workdir / "checkpoints" / "12")
+    for n in (3, 4, 5, 8, 11):
+        run = train.Run(parse(TINY), tmp_path / str(n))
+        whole = run.stages
+
+        class Stop(Exception):
+            pass
+
+        def stop_after(before, stage, *rest, n=n, real=run._report):
+            real(before, stage)
+            if before is not None and before[0] == n:
+                raise Stop
+
+        run._report = stop_after
+        with pytest.raises(Stop):
+            run.loop()
+        run.close()
+        train.train(parse(TINY), tmp_path / str(n))
+        for a, b in zip(leaves(tmp_path / str(n) / "checkpoints" / "12"), expected, strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert (tmp_path / str(n) / "metrics.jsonl").read_text() == (workdir / "metrics.jsonl").read_text()
+        assert whole[-1].last == 12
+
+
+def test_sigkill_at_random_times_ends_in_the_same_bits(tmp_path):
+    flags = [
+        "--config=configs/digits.py",
+        "--config.curriculum.length=60",
+        "--config.curriculum.stages=3",
+        "--config.curriculum.pretrain_length=30",
+        "--config.run.checkpoint_every_steps=7",
+        "--config.run.score_samples=0",
+        "--config.network.depth=1",
+        "--config.network.width=32",
+        "--config.run.sample_rows=2",
+    ]
+    plain = main_py(*flags, f"--workdir={tmp_path / 'plain'}")
+    assert plain.wait(600) == 0, plain.stdout.read()
+    rng, kills = np.random.default_rng(int(time.time())), 0
+    while kills < 3:
+        run = main_py(*flags, f"--workdir={tmp_path / 'killed'}")
+        lines, target = 0, rng.integers(0, 4)
+        while run.poll() is None and not any((tmp_path / "killed" / "checkpoints").glob("[0-9]*")):
+            time.sleep(0.02)  # the first kill falls after the first save, the others anywhere
+        time.sleep(rng.uniform(0, 3.0) + 0 * (lines + target))
+        if run.poll() is not None:
+            break  # finished before the kill; what it left must be right all the same
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        kills += 1
+    last = main_py(*flags, f"--workdir={tmp_path / 'killed'}")
+    output, _ = last.communicate(timeout=600)
+    assert last.returncode == 0, output
+    assert kills >= 1
+    for a, b in zip(
+        leaves(tmp_path / "killed" / "checkpoints" / "90"),
+        leaves(tmp_path / "plain" / "checkpoints" / "90"),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_after_pretraining_the_run_goes_on_from_the_averaged_flow_model(finished):
+    workdir, _ = finished
+    _, ema, config = evaluate.load(workdir / "checkpoints" / "4")
+    run = train.Run(config, workdir)
+    found = run.checkpoints.restore_latest(run._start())
+    run.close()
+    before = curriculum.stage_at(run.stages, 3)
+    now = state.switch(found, before, config.curriculum, config.ema, run.optimizer)
+    for a, b in zip(jax.tree.leaves(now.params), jax.tree.leaves(state.evaluated(found, config.ema)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert int(now.opt_state[1].count) == 0 and len(now.ema) == 2
+    assert not np.array_equal(jax.tree.leaves(ema)[0], jax.tree.leaves(now.params)[0])  # step 4 is not step 12
+
+
+def test_a_run_from_a_flow_checkpoint_is_the_run_that_pretrained_it(finished, tmp_path):
+    # The hand-over inside one run and the loading of its flow checkpoint by another command are the same start; the weights
+    # part only by the random numbers, which go by the step number.
+    workdir, _ = finished
+    config = parse(merged(TINY, init=str(workdir / "checkpoints" / "4"), curriculum=dict(pretrain_length=0.0)))
+    run = train.Run(config, tmp_path)
+    start = run._start()
+    run.close()
+    _, flow_model, _ = evaluate.load(workdir / "checkpoints" / "4")
+    for a, b in zip(jax.tree.leaves(start.params), jax.tree.leaves(flow_model), strict=True):
+        np.testing.assert_array_equal(a, b)
+    z, t = jax.random.normal(jax.random.key(0), (4, 8, 8, 1)), np.linspace(0.1, 1, 4, dtype=np.float32)
+    u = [run.network.apply(start.params, z, r, t) for r in (t, 0 * t)]
+    np.testing.assert_array_equal(*u)
+
+
+def test_one_call_loads_a_model_and_any_of_its_averages(finished):
+    workdir, _ = finished
+    network, params, config = evaluate.load(workdir)
+    raw = evaluate.load(workdir, ema=0.0)[1]
+    other = evaluate.load(workdir, ema=800.0)[1]
+    first = [jax.tree.leaves(p)[0] for p in (params, raw, other)]
+    assert not np.array_equal(first[0], first[1]) and not np.array_equal(first[0], first[2])
+    u = network.apply(params, np.zeros((2, 8, 8, 1), np.float32), np.zeros(2), np.ones(2))
+    assert u.shape == (2, 8, 8, 1) and config.batch_size == 32
+    with pytest.raises(DmfError, match=r"config.ema.evaluate = 5: expected 0 \(raw weights\) or one of"):
+        evaluate.load(workdir, ema=5.0)
+
+
+def test_a_bad_number_stops_the_run_and_is_named(tmp_path):
+    config = parse(merged(TINY, optimizer=dict(pretrain_learning_rate=1e30, clip_norm=0.0)))
+    with pytest.raises(DmfError, match=r"step \d+ \(pretrain, flow\): \w+ = (nan|inf).*expected finite values"):
+        train.train(config, tmp_path)
+    assert not any((tmp_path / "checkpoints").glob("[0-9]*"))  # no bad state was saved
+
+
+def test_a_work_directory_belongs_to_one_config(finished):
+    workdir, _ = finished
+    with pytest.raises(DmfError, match=r"another config: config.loss.p: 0.5 -> 0.75; expected"):
+        train.train(parse(merged(TINY, loss=dict(p=0.75))), workdir)
+    train.Run(parse(merged(TINY, run=dict(log_every_steps=5))), workdir).close()  # logging may change
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_taken(finished, tmp_path, caplog):
+    workdir, _ = finished
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", workdir, copy], check=True)
+    for file in (copy / "checkpoints" / "12" / "params").rglob("*"):
+        if file.is_file() and "/d/" in str(file):
+            file.write_bytes(file.read_bytes()[:50])
+    (copy / "checkpoints" / "13").mkdir()  # what a crashed file system may leave
+    train.train(parse(TINY), copy)
+    assert "checkpoints/12 cannot be read and is skipped" in caplog.text
+    for a, b in zip(leaves(copy / "checkpoints" / "12"), leaves(workdir / "checkpoints" / "12"), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(network=dict(depth=2)), "its network differs: config.network.depth: 1 -> 2"),
+        (dict(init="/nowhere/at/all"), "checkpoint /nowhere/at/all: no such file or directory"),
+    ],
+)
+def test_an_unfit_start_is_refused(finished, tmp_path, change, message):
+    workdir, _ = finished
+    values = merged(merged(TINY, init=str(workdir)), **change)
+    with pytest.raises(DmfError, match=message):
+        train.train(parse(values), tmp_path / "run")
