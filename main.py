@@ -12,12 +12,15 @@ Running a training command again resumes it. Fields and their meaning: dmf/confi
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from dmf.errors import DmfError
+
+if TYPE_CHECKING:
+    from dmf.config import Config
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with an optional variant: configs/digits.py:linear.")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "score", "benchmark"], "What to do.")
@@ -36,10 +39,9 @@ def main(argv: list[str]) -> None:
 
 
 def train() -> None:
-    from dmf.config import parse  # imported per mode, after flag parsing: --help loads no jax
     from dmf.train import train as run
 
-    run(parse(_need(CONFIG, "config")), _need(WORKDIR, "workdir"))
+    run(_config(), _need(WORKDIR, "workdir"))
 
 
 def sample() -> None:
@@ -56,9 +58,8 @@ def score() -> None:
 
 def benchmark() -> None:
     from dmf.benchmark import benchmark as run
-    from dmf.config import parse
 
-    run(parse(_need(CONFIG, "config")), OUT.value)
+    run(_config(), OUT.value)
 
 
 MODES = {"train": train, "sample": sample, "score": score, "benchmark": benchmark}
@@ -70,15 +71,34 @@ def _steps() -> list[int]:
     return [int(n) for n in STEPS.value]
 
 
+def _config() -> Config:
+    from dmf.config import parse  # imported after flag parsing, so that --help loads no jax
+
+    values = _need(CONFIG, "config")
+    try:
+        return parse(values.to_dict())
+    except OSError as error:  # a missing file is only noticed when the config is first read
+        path = config_flags.get_config_filename(flags.FLAGS["config"])
+        raise DmfError(f"--config={path}: cannot be read; expected a config file such as configs/digits.py") from error
+
+
 def _need(flag: flags.FlagHolder, name: str) -> Any:
     if flag.value is None:
         raise DmfError(f"--{name} is missing: expected it with --mode={MODE.value}; see --help")
     return flag.value
 
 
+def _parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, with its errors and those of the config file as one line each."""
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, OSError) as error:  # unknown flag or bad value; unknown field; no such file
+        raise DmfError(" ".join(str(error).replace("\\n", " ").split())) from error
+
+
 if __name__ == "__main__":
     try:
-        app.run(main)
+        app.run(main, flags_parser=_parse_flags)
     except DmfError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

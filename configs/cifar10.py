@@ -15,13 +15,14 @@ To try the code path without the data: --config.data.mock --config.batch_size=8 
 """
 
 from dmf.config import complete
+from dmf.errors import DmfError
 
 VARIANTS = ("dagger", "linear")
 
 
 def get_config(variant: str = "dagger"):
     if variant not in VARIANTS:
-        raise ValueError(f"configs/cifar10.py:{variant}: expected one of {', '.join(VARIANTS)}")
+        raise DmfError(f"configs/cifar10.py:{variant}: expected one of {', '.join(VARIANTS)}")
     return complete(
         dict(
             seed=0,

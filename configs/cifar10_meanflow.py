@@ -11,13 +11,14 @@ Everything else as in configs/cifar10.py: the official recipe's law of (r, t), p
 """
 
 from configs import cifar10
+from dmf.errors import DmfError
 
 VARIANTS = ("scratch", "finetune")
 
 
 def get_config(variant: str = "scratch"):
     if variant not in VARIANTS:
-        raise ValueError(f"configs/cifar10_meanflow.py:{variant}: expected one of {', '.join(VARIANTS)}")
+        raise DmfError(f"configs/cifar10_meanflow.py:{variant}: expected one of {', '.join(VARIANTS)}")
     config = cifar10.get_config()
     config.curriculum.update(stages=1, kinds=("jvp",), length=4000.0 if variant == "scratch" else 2000.0)
     if variant == "scratch":

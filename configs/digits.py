@@ -12,13 +12,14 @@ ours, found on this set.
 """
 
 from dmf.config import complete
+from dmf.errors import DmfError
 
 VARIANTS = ("dagger", "linear", "flow", "meanflow")
 
 
 def get_config(variant: str = "dagger"):
     if variant not in VARIANTS:
-        raise ValueError(f"configs/digits.py:{variant}: expected one of {', '.join(VARIANTS)}")
+        raise DmfError(f"configs/digits.py:{variant}: expected one of {', '.join(VARIANTS)}")
     config = complete(
         dict(
             seed=0,

@@ -1,12 +1,15 @@
 """Checkpoints: the training state on disk, through Orbax.
 
 A checkpoint is a step folder with four items, `params`, `ema`, `opt_state` and `step`, and metadata that hold the run's
-whole config; so weights can be read without building the optimiser, and a folder explains itself. A save is complete or
-absent: Orbax writes into a temporary folder and renames it.
+whole config; so weights can be read without building the optimiser, and a folder explains itself. Orbax writes into a
+temporary folder and renames it; the manifest, with size and SHA-256 of every file, comes last. A folder without its manifest
+is an unfinished save, one that does not match it is damaged: neither is ever loaded.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +23,7 @@ from dmf.state import TrainState
 
 ITEMS = ("params", "ema", "opt_state", "step")
 FOLDER = "checkpoints"
+MANIFEST = "manifest.json"
 log = logging.getLogger(__name__)
 
 
@@ -41,6 +45,7 @@ class Checkpoints:
         items = {name: getattr(state, name) for name in ITEMS}
         try:
             self._checkpointer.save_checkpointables(step, items, force=True, overwrite=True, custom_metadata=self._metadata)
+            write_manifest(self.directory / str(step))
         except OSError as error:
             raise DmfError(
                 f"checkpoint of step {step} could not be written to {self.directory}: {error}; older checkpoints are untouched"
@@ -55,9 +60,9 @@ class Checkpoints:
         target = {name: _abstract(getattr(state, name)) for name in ITEMS}
         for step in steps:
             try:
-                return TrainState(**ocp.load_checkpointables((self.directory / str(step)).absolute(), target))
-            except Exception as error:  # storage, metadata and structure errors have no common base in Orbax
-                log.warning("checkpoint %s cannot be read and is skipped: %s", self.directory / str(step), _short(error))
+                return TrainState(**_load(self.directory / str(step), target))
+            except DmfError as error:
+                log.warning("%s; it is skipped", error)
         if steps:
             raise DmfError(
                 f"{self.directory}: none of the checkpoints of steps {steps} can be read; expected at least one intact "
@@ -67,6 +72,49 @@ class Checkpoints:
 
     def close(self) -> None:
         self._checkpointer.close()
+
+
+def write_manifest(folder: Path) -> None:
+    """Completes a step folder: relative path, size and SHA-256 of every file, written whole or not at all."""
+    partial = folder / f"{MANIFEST}.tmp"
+    partial.write_text(json.dumps(_contents(folder), indent=1) + "\n")
+    partial.replace(folder / MANIFEST)
+
+
+def verify(folder: Path) -> None:
+    """Raises DmfError naming the first file of a step folder that is missing, cut short or altered."""
+    try:
+        expected = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise DmfError(f"checkpoint {folder}: no readable {MANIFEST}; expected a folder that was saved to its end") from error
+    found = _contents(folder)
+    for name, (size, digest) in expected.items():
+        if name not in found:
+            raise DmfError(f"checkpoint {folder}: file {name} is missing; expected {size} bytes")
+        if found[name] != [size, digest]:
+            raise DmfError(
+                f"checkpoint {folder}: file {name} has {found[name][0]} bytes and another checksum; expected "
+                f"{size} bytes with SHA-256 {digest[:12]}..."
+            )
+
+
+def _contents(folder: Path) -> dict[str, list[Any]]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(MANIFEST))
+    found: dict[str, list[Any]] = {}
+    for path in files:
+        with path.open("rb") as file:
+            found[path.relative_to(folder).as_posix()] = [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+    return found
+
+
+def _load(folder: Path, target: dict[str, Any]) -> dict[str, Any]:
+    verify(folder)
+    try:
+        return ocp.load_checkpointables(folder.absolute(), target)
+    except Exception as error:  # storage, metadata and structure errors have no common base in Orbax
+        raise DmfError(
+            f"checkpoint {folder} cannot be read: {_short(error)}; expected the items {', '.join(target)}"
+        ) from error
 
 
 def find(path: str | Path) -> Path:
@@ -84,11 +132,9 @@ def find(path: str | Path) -> Path:
 
 
 def metadata(folder: Path) -> dict[str, Any]:
-    """What was written beside the weights: the run's config and the step."""
-    try:
-        found = ocp.metadata(folder.absolute()).custom_metadata
-    except Exception as error:
-        raise DmfError(f"checkpoint {folder}: metadata cannot be read: {_short(error)}") from error
+    """What was written beside the weights: the run's config and image shape. Verifies the folder first."""
+    verify(folder)
+    found = ocp.metadata(folder.absolute()).custom_metadata
     if not isinstance(found, dict) or "config" not in found:
         raise DmfError(f"checkpoint {folder}: no config in its metadata; expected a checkpoint that dmf has written")
     return found
@@ -97,22 +143,16 @@ def metadata(folder: Path) -> dict[str, Any]:
 def read_params(folder: Path, ema: int | None, like: Any) -> Any:
     """Weights of one checkpoint, placed and checked like the abstract tree `like` (shape, dtype, sharding per leaf).
 
-    ema: which of its EMAs, None for the raw weights. Raises DmfError naming the first leaf that does not fit.
+    ema: which of its EMAs, None for the raw weights. Raises DmfError for a damaged folder, or naming the first leaf that
+    does not fit.
     """
+    verify(folder)
     item = "params" if ema is None else "ema"
-    try:
-        stored = ocp.checkpointables_metadata(folder.absolute()).metadata[item]
-        chosen = stored if ema is None else stored[ema]
-        _check_like(chosen, like, folder)
-        target = like if ema is None else [_with_sharding(s, like) if i != ema else like for i, s in enumerate(stored)]
-        loaded = ocp.load_checkpointables(folder.absolute(), {item: target})[item]
-    except DmfError:
-        raise
-    except Exception as error:
-        raise DmfError(
-            f"checkpoint {folder}: {item} cannot be read ({_short(error)}); expected an intact checkpoint"
-        ) from error
-    return loaded if ema is None else loaded[ema]
+    stored = ocp.checkpointables_metadata(folder.absolute()).metadata[item]
+    _check_like(stored if ema is None else stored[ema], like, folder)
+    if ema is None:
+        return _load(folder, {item: like})[item]
+    return _load(folder, {item: [_with_sharding(tree, like) for tree in stored]})[item][ema]
 
 
 def _check_like(stored: Any, like: Any, folder: Path) -> None:

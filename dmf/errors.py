@@ -1,8 +1,9 @@
 """The one exception a user is meant to read."""
 
 
-class DmfError(ValueError):
+class DmfError(Exception):
     """Bad input, stated in one sentence: the thing, its value, and what was expected instead.
 
-    `main.py` prints it as one line and exits with status 2; everything else keeps its traceback, since it is our bug.
+    `main.py` prints it as one line and exits with status 2; everything else keeps its traceback, since it is our bug. Not a
+    ValueError: flag parsers catch those and bury the sentence in text of their own.
     """

@@ -83,7 +83,7 @@ CASES = {
             "--config.network.heads=2",
             "--config.network.patch=4",
         ],
-        "/4: ema cannot be read",
+        "has 100 bytes and another checksum",
     ),
     "another network": (
         lambda d, t: [f"{DIGITS}:meanflow", f"--workdir={t}", f"--config.init={d}"],

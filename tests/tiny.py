@@ -16,7 +16,7 @@ TINY = dict(
     label_dropout=0.1,
     curriculum=dict(stages=4, length=8.0, length_unit="steps", pretrain_length=4.0),
     optimizer=dict(learning_rate=1e-3, warmup_steps=2, pretrain_learning_rate=1e-3, pretrain_warmup_steps=2, clip_norm=1.0),
-    ema=dict(halflife_images=(200.0, 800.0), evaluate=200.0),
+    ema=dict(halflife_images=(50.0, 800.0), rampup_ratio=0.5, evaluate=50.0),
     run=dict(
         log_every_steps=1,
         checkpoint_every_steps=3,
