@@ -46,9 +46,10 @@ class Checkpoints:
         try:
             self._checkpointer.save_checkpointables(step, items, force=True, overwrite=True, custom_metadata=self._metadata)
             write_manifest(self.directory / str(step))
-        except OSError as error:
+        except Exception as error:  # a full disk is an OSError here and a ValueError of the storage library there
             raise DmfError(
-                f"checkpoint of step {step} could not be written to {self.directory}: {error}; older checkpoints are untouched"
+                f"checkpoint of step {step} could not be written to {self.directory}: {_short(error)}; expected room and "
+                "permission; older checkpoints are untouched"
             ) from error
 
     def restore_latest(self, state: TrainState) -> TrainState | None:

@@ -154,6 +154,9 @@ def _build(cls: type, values: Any, path: str) -> Any:
         if key not in hints:
             near = difflib.get_close_matches(str(key), hints, 1, 0.0)
             raise DmfError(f"{path}.{key}: no such field; did you mean {path}.{near[0]}?")
+    for f in dataclasses.fields(cls):
+        if f.name not in values and f.default is f.default_factory is dataclasses.MISSING:
+            raise DmfError(f"{path}.{f.name} is missing: expected a value, as it has no default")
     return cls(**{key: _value(hints[key], values[key], f"{path}.{key}") for key in values})
 
 

@@ -5,7 +5,7 @@ Every kind gives a residual per row whose gradient flows through the first u onl
     flow, trajectory   e = u - v                                            flow matching; for r = t, or for every r
     discrete           e = u - T,  T = w v + (1 - w) sg u',  w = a / (1 + c a)
                        u' = u(z - D v, r, t - D),  D = a (t - r)            c = 1: arXiv 2604.08837 Eq. 5; c = 0: alpha-Flow
-    jvp                e = u - sg(v - (t - r) du/dt)                        MeanFlow, arXiv 2505.13447 Eq. 11
+    jvp                e = u - sg(v - (t - r) du/dt)                        the MeanFlow identity, arXiv 2505.13447
 
 Rows with r = t always have the target v. With a -> 0 the discrete residual divided by w tends to the jvp residual, so
 `residual_scale = "unit"` makes all kinds commensurate, while "raw" (the paper's) shrinks with w.
@@ -122,7 +122,7 @@ OBJECTIVES = {"flow": flow_matching, "trajectory": flow_matching, "discrete": di
 
 
 def weighted_loss(e: Array, p: float, eps: float) -> tuple[Array, Array]:
-    """Per-row loss s / sg(s + eps)^p with s = sum of e^2 over pixels (MeanFlow, arXiv 2505.13447, Eq. 22).
+    """Per-row loss s / sg(s + eps)^p with s = sum of e^2 over pixels (the adaptive loss of MeanFlow, arXiv 2505.13447).
 
     e: (B, ...). Returns (loss, s), both (B,) float32 (float64 for float64 residuals).
     """

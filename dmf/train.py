@@ -199,11 +199,13 @@ class Run:
         """Keeps the state, then pictures and scores it; a part that an earlier run has done is not done again."""
         if boundary.step:
             self.checkpoints.save(boundary.step, now)
-        if any(row["step"] == boundary.step for row in self.scores.read()):
+        nfes = self.config.run.score_steps if boundary.full else self.config.run.score_steps[:1]
+        done = sum(row["step"] == boundary.step for row in self.scores.read())
+        if done == (len(nfes) if self.scorer else 1):
             return
+        self.scores.resume(boundary.step - 1)  # a kill may have left a part of the rows
         progress.pause()
         params = state.evaluated(now, self.config.ema)
-        nfes = self.config.run.score_steps if boundary.full else self.config.run.score_steps[:1]
         side = self.config.run.sample_rows
         grids = {f"{boundary.name}: {n} step{'s' * (n > 1)}": self.sampler(params, side * side, n) for n in nfes}
         pictures.panels(self._picture(boundary), grids, side)
@@ -267,7 +269,10 @@ def _claim(workdir: Path, config: Config) -> None:
     except OSError as error:
         raise DmfError(f"--workdir={workdir} cannot be written: {error.strerror}; expected a writable directory") from error
     mine = to_dict(config)
-    theirs = json.loads(path.read_text())
+    try:
+        theirs = json.loads(path.read_text())
+    except ValueError as error:
+        raise DmfError(f"{path} is not the JSON of a config: {error}; expected what dmf wrote there, or no file") from error
     changed = [d for d in differences(theirs, mine) if not d.startswith("config.run.")]
     if changed:
         raise DmfError(

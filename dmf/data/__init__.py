@@ -23,28 +23,20 @@ Split = Literal["train", "heldout"]
 class DataConfig:
     """Which images are read, and what is done to them on the device before a training step."""
 
-    name: str = "digits"
-    """A key of `DATASETS`."""
-    data_dir: str = ""
-    """cifar10: where TFDS data is prepared; "" is $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-    holdout_fraction: float = 0.25
-    """digits: the share of its one set that is "heldout"; the split does not depend on the training seed."""
-    mock: bool = False
-    """cifar10: random images instead of the real ones, for trying the code path only; reads no file."""
-    flip: bool = False
-    """Mirror each training image with probability 1/2, not telling the network (`augment.random_flip`)."""
-    augment: float = 0.0
-    """Probability p of the EDM pipe, which does tell the network (`augment.edm_augment`); 0 is off."""
+    name: str = "digits"  # a key of `DATASETS`
+    data_dir: str = ""  # cifar10: where TFDS data is prepared; "" = $TFDS_DATA_DIR, else ~/tensorflow_datasets
+    holdout_fraction: float = 0.25  # digits: share of its one set that is "heldout", whatever the training seed
+    mock: bool = False  # cifar10: random images, to try the code path only; reads no file
+    flip: bool = False  # mirror each training image with probability 1/2, without telling the network
+    augment: float = 0.0  # probability p of the EDM pipe, which does tell the network (`augment.edm_augment`); 0 = off
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """One split in memory; `to_float` maps stored values [0, max_value] to [-1, 1]."""
 
-    images: np.ndarray
-    """(N, H, W, C), as stored (uint8)."""
-    labels: np.ndarray
-    """(N,) int32, in [0, num_classes)."""
+    images: np.ndarray  # (N, H, W, C), as stored (uint8)
+    labels: np.ndarray  # (N,) int32, in [0, num_classes)
     num_classes: int
     max_value: float
     name: str

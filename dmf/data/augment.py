@@ -42,18 +42,12 @@ _DELAY = float(np.arange(_TAPS) @ SYM6 / SYM6.sum())
 class Transform(NamedTuple):
     """What is done to one image; every field is a float32 scalar, and 0 everywhere is the identity."""
 
-    flip: jax.Array
-    """1: mirrored left to right, else 0."""
-    scale: jax.Array
-    """w: magnified by 2**(0.2 w)."""
-    aniso: jax.Array
-    """w: stretched by s = 2**(0.2 w) along (cos angle, -sin angle), and by 1/s across it."""
-    angle: jax.Array
-    """Direction of the stretch in radians, counter-clockwise as seen, in [-pi, pi)."""
-    shift_x: jax.Array
-    """w: moved right by 0.125 w widths."""
-    shift_y: jax.Array
-    """w: moved down by 0.125 w heights."""
+    flip: jax.Array  # 1: mirrored left to right, else 0
+    scale: jax.Array  # w: magnified by 2**(0.2 w)
+    aniso: jax.Array  # w: stretched by s = 2**(0.2 w) along (cos angle, -sin angle), and by 1/s across it
+    angle: jax.Array  # direction of the stretch in radians, counter-clockwise as seen, in [-pi, pi)
+    shift_x: jax.Array  # w: moved right by 0.125 w widths
+    shift_y: jax.Array  # w: moved down by 0.125 w heights
 
 
 def random_flip(key: jax.Array, x: jax.Array) -> jax.Array:
