@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +32,17 @@ class Sampler:
     """Draws samples from weights: same seed, same noise and labels, whatever the weights or the number of steps."""
 
     def __init__(self, network: networks.Network, config: Config, image_shape: tuple[int, ...], labels: np.ndarray, mesh: Mesh):
-        self._shape, self._mesh, self._labels = image_shape, mesh, labels
+        self._mesh, self._labels = mesh, labels
         self._key = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)  # no training step has this number
-        self._conditional = bool(config.num_classes)
-        rows = -(-CHUNK // mesh.devices.size) * mesh.devices.size
-        self._rows = rows
 
         @jax.jit
-        def draw(params: Any, key: jax.Array, label: jax.Array, steps: jax.Array) -> jax.Array:
-            e = sharding.constrain_rows(mesh, jax.random.normal(key, (rows, *image_shape)))
+        def draw(params: Any, key: jax.Array, row: jax.Array, label: jax.Array, steps: jax.Array) -> jax.Array:
+            keys = jax.vmap(partial(jax.random.fold_in, key))(row)  # each sample has its own: chunks do not show
+            e = jax.vmap(lambda k: jax.random.normal(k, image_shape))(keys)
+            classes = label if config.num_classes else None
 
             def u(z: jax.Array, r: jax.Array, t: jax.Array) -> jax.Array:
-                return network.apply(params, z, r, t, label=label if self._conditional else None)
+                return network.apply(params, z, r, t, label=classes)
 
             return SAMPLERS[config.run.sampler](u, e, steps)
 
@@ -54,11 +54,13 @@ class Sampler:
 
     def __call__(self, params: Any, count: int, steps: int) -> np.ndarray:
         """(count, H, W, C) float32: samples after `steps` network evaluations, exactly `count` of them."""
+        devices = self._mesh.devices.size
+        chunk = -(-min(CHUNK, count) // devices) * devices
         parts = []
-        padded = np.resize(self._labels, -(-count // self._rows) * self._rows)
-        for i in range(0, count, self._rows):
-            label = sharding.put_rows(self._mesh, {"label": padded[i : i + self._rows]})["label"]
-            parts.append(np.asarray(self._draw(params, jax.random.fold_in(self._key, i), label, np.int32(steps))))
+        for first in range(0, count, chunk):
+            row = np.arange(first, first + chunk, dtype=np.int32)
+            put = sharding.put_rows(self._mesh, {"row": row, "label": self._labels[row % len(self._labels)]})
+            parts.append(np.asarray(self._draw(params, self._key, put["row"], put["label"], np.int32(steps))))
         return np.concatenate(parts)[:count]
 
 
