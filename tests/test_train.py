@@ -227,3 +227,27 @@ def test_an_unfit_start_is_refused(finished, tmp_path, change, message):
     values = merged(merged(TINY, init=str(workdir)), **change)
     with pytest.raises(DmfError, match=message):
         train.train(parse(values), tmp_path / "run")
+
+
+def test_a_whole_run_needs_no_tensorflow(tmp_path):
+    code = f"""
+import json, sys
+from tests.test_data import WITHOUT_TENSORFLOW
+exec(WITHOUT_TENSORFLOW)
+from dmf import evaluate, train
+from dmf.config import parse
+from tests.tiny import TINY, merged
+train.train(parse(merged(TINY, run=dict(tensorboard=True))), {str(tmp_path)!r})
+evaluate.write_samples({str(tmp_path)!r}, [1, 2], 5, "")
+assert not any(name.split(".")[0] in ("tensorflow", "tensorboard", "clu") for name in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENV, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "samples_1_2.png").stat().st_size > 500 and not (tmp_path / "tensorboard").exists()
+
+
+def test_importing_what_a_run_needs_imports_no_tensorflow():
+    code = (
+        "import sys, dmf.train; assert not {'tensorflow', 'tensorboard', 'clu', 'torch'} & set(sys.modules), sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENV, check=True, timeout=120)

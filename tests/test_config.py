@@ -1,0 +1,125 @@
+"""Configs: every file in configs/ is complete and valid, and what is wrong with one is said by its key."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from dmf import config, networks
+from dmf.errors import DmfError
+from tests.tiny import TINY, merged
+
+ROOT = Path(__file__).parent.parent
+VARIANTS = [
+    ("digits", "dagger"),
+    ("digits", "linear"),
+    ("digits", "flow"),
+    ("digits", "meanflow"),
+    ("cifar10", "dagger"),
+    ("cifar10", "linear"),
+    ("cifar10_flow", None),
+    ("cifar10_meanflow", "scratch"),
+    ("cifar10_meanflow", "finetune"),
+]
+SETS = {"digits": ((8, 8, 1), 10, 1352), "cifar10": ((32, 32, 3), 10, 50_000)}
+
+
+def load(name, variant=None):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*([variant] if variant else []))
+
+
+@pytest.mark.parametrize(("name", "variant"), VARIANTS)
+def test_every_config_file_is_complete_valid_and_survives_the_round_trip(name, variant):
+    values = load(name, variant)
+    parsed = config.parse(values)
+    assert config.parse(config.to_dict(parsed)) == parsed
+    assert config.differences(config.to_dict(parsed), values.to_dict()) == []
+    shape, classes, size = SETS[parsed.data.name]
+    network = networks.build(parsed.network, shape)
+    stages = config.check(parsed, shape, classes, size, network.has_jvp)
+    assert stages[-1].last > 1000
+
+
+def test_the_papers_curriculum_on_cifar():
+    stages = config.check(config.parse(load("cifar10")), *SETS["cifar10"], True)
+    assert [s.kind for s in stages] == ["trajectory", *["discrete"] * 8, "jvp"]
+    assert {s.steps for s in stages} == {9600} and stages[8].rho == 1 / 256
+    flow = config.check(config.parse(load("cifar10_flow")), *SETS["cifar10"], True)
+    assert [(s.kind, s.steps) for s in flow] == [("flow", 96_000)]
+    baseline = config.check(config.parse(load("cifar10_meanflow", "scratch")), *SETS["cifar10"], True)
+    assert [(s.kind, s.steps) for s in baseline] == [("jvp", 192_000)]
+
+
+def test_every_config_file_and_variant_is_tried_above():
+    for path in (ROOT / "configs").glob("[a-z]*.py"):
+        listed = re.search(r"VARIANTS = \((.*)\)", path.read_text())
+        variants = re.findall(r'"(\w+)"', listed[1]) if listed else [None]
+        assert {(path.stem, v) for v in variants} <= set(VARIANTS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(batchsize=3), "config.batchsize: no such field; did you mean config.batch_size?"),
+        (dict(loss=dict(power=1.0)), "config.loss.power: no such field; did you mean"),
+        (dict(seed=1.5), "config.seed = 1.5: expected int"),
+        (dict(seed=True), "config.seed = True: expected int"),
+        (dict(ema=dict(halflife_images=3.0)), "config.ema.halflife_images = 3.0: expected a tuple"),
+        (dict(ema=dict(halflife_images=("a",))), "config.ema.halflife_images = 'a': expected float"),
+        (dict(data="digits"), "config.data = 'digits': expected a section with the fields name, data_dir"),
+        (dict(network=dict(kind="cnn")), "config.network.kind = 'cnn': expected one of unet, dit, mlp"),
+    ],
+)
+def test_wrong_keys_and_types(change, message):
+    values = {**TINY, **{k: v for k, v in change.items() if not isinstance(v, dict)}}
+    values = merged(values, **{k: v for k, v in change.items() if isinstance(v, dict)})
+    with pytest.raises(DmfError, match=message.replace("?", r"\?")):
+        config.parse(values)
+
+
+def test_a_missing_value_without_default_is_named():
+    with pytest.raises(DmfError, match="config.network.depth is missing"):
+        config.parse({**TINY, "network": dict(kind="dit", width=8, heads=2)})
+
+
+def test_whole_numbers_are_taken_for_floats_also_inside_tuples():
+    parsed = config.parse(merged(TINY, curriculum=dict(q=3), ema=dict(halflife_images=[50, 800])))
+    assert parsed.curriculum.q == 3.0 and parsed.ema.halflife_images == (50.0, 800.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(batch_size=0), "config.batch_size = 0: expected at least 1"),
+        (dict(compute_dtype="float16"), "config.compute_dtype = 'float16': expected float32 or bfloat16"),
+        (dict(label_dropout=1.0), r"config.label_dropout = 1.0: expected a share in \[0, 1\)"),
+        (dict(loss=dict(p=-0.5)), "config.loss.p = -0.5"),
+        (dict(loss=dict(eps=0.0)), "config.loss.eps = 0.0"),
+        (dict(loss=dict(product_rule=2.0)), "config.loss.product_rule = 2.0: expected c between 0 and 1"),
+        (dict(loss=dict(residual_scale="mf")), "config.loss.residual_scale = 'mf': expected 'raw' or 'unit'"),
+        (dict(optimizer=dict(learning_rate=0.0)), "config.optimizer.learning_rate = 0.0"),
+        (dict(ema=dict(evaluate=7.0)), "config.ema.evaluate = 7: expected 0"),
+        (dict(network=dict(num_classes=7)), "config.network.num_classes = 7: expected 0 or the 10 classes of digits"),
+        (dict(network=dict(num_classes=0)), "config.label_dropout = 0.1: expected 0"),
+        (
+            dict(data=dict(augment=0.1)),
+            "config.data.augment = 0.1: expected 0, or a network with config.network.augment_dim = 6",
+        ),
+        (dict(times=dict(r_neq_t_fraction=0.0)), "config.times.r_neq_t_fraction = 0: expected a positive share"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_training(change, message):
+    with pytest.raises(DmfError, match=message):
+        config.check(config.parse(merged(TINY, **change)), (8, 8, 1), 10, 1352, True)
+
+
+def test_differences_name_key_and_both_values():
+    old = {"a": 1, "b": {"c": [1, 2], "d": 2}}
+    assert config.differences(old, {"a": 1, "b": {"c": (1, 2), "d": 3}, "e": 4}) == [
+        "config.b.d: 2 -> 3",
+        "config.e: (absent) -> 4",
+    ]
