@@ -14,8 +14,11 @@ To try the code path without the data: --config.data.mock --config.batch_size=8 
 --config.curriculum.stages=3 --config.curriculum.length=6 --config.run.sample_rows=2 --config.run.score_steps="(1,)".
 """
 
+from dataclasses import asdict
+
 from dmf.config import complete
 from dmf.errors import DmfError
+from dmf.flow import TIME_LAWS
 
 VARIANTS = ("dagger", "linear")
 
@@ -38,7 +41,7 @@ def get_config(variant: str = "dagger"):
                 interval_init="zero",
             ),
             data=dict(name="cifar10", flip=True, augment=0.12),
-            times=dict(pairing="min", t_mean=-0.6, t_std=1.6, r_mean=-4.0, r_std=1.6, r_neq_t_fraction=0.75),
+            times=asdict(TIME_LAWS["cifar_v1"]),
             loss=dict(p=0.75, eps=1e-3, product_rule=1.0, residual_scale="raw"),
             curriculum=dict(stages=10, q=2.0, interval=variant, length=2000.0, length_unit="epochs"),
             optimizer=dict(learning_rate=6e-4, warmup_steps=9600, decay_fraction=0.0, b1=0.9, b2=0.999, clip_norm=0.0),

@@ -78,7 +78,7 @@ def benchmark(config: Config, out: str = "", rounds: int = ROUNDS) -> list[dict[
     rows = [p.row(programs[0]) for p in programs]
     print(
         f"{config.network.kind}, batch {config.batch_size}, {shape}, {config.compute_dtype}, {jax.device_count()} x "
-        f"{jax.devices()[0].device_kind}, median of {rounds} rounds\n{_format(rows)}"
+        f"{jax.devices()[0].device_kind}, median of {rounds} rounds\n{format_rows(rows)}"
     )
     if out:
         Path(out).write_text(
@@ -134,7 +134,8 @@ def _compile(
     return programs, now, batch, scalars
 
 
-def _format(rows: list[dict[str, Any]]) -> str:
+def format_rows(rows: list[dict[str, Any]]) -> str:
+    """The rows as a printed table."""
     names = list(rows[0])
     lines = ["".join(f"{n:>14}" for n in names)]
     for row in rows:

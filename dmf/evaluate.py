@@ -64,12 +64,12 @@ class Sampler:
         return np.concatenate(parts)[:count]
 
 
-def make_scorer(name: str, train: Dataset, heldout: Dataset) -> tuple[Any, str] | None:
+def make_scorer(config: data.DataConfig, train: Dataset) -> tuple[Any, str] | None:
     """(scorer, name of its main score) of a data set, or None where samples can only be pictured."""
-    if name not in SCORERS:
+    if config.name not in SCORERS:
         return None
-    scorer, main = SCORERS[name]
-    real = [a for d in (train, heldout) for a in (d.to_float(d.images), d.labels)]
+    scorer, main = SCORERS[config.name]
+    real = [a for d in (train, data.load(config, "heldout")) for a in (d.to_float(d.images), d.labels)]
     return scorer(*real), main
 
 
@@ -107,7 +107,7 @@ def load(path: str | Path, ema: float | None = None) -> tuple[networks.Network, 
 
 def write_samples(path: str | Path, steps: Sequence[int], count: int, out: str) -> Path:
     """Draws `count` samples of a checkpoint at each number of steps, from the same noise, into one PNG."""
-    sampler, params, _ = _open(path)
+    sampler, params, _, _ = _open(path)
     side = math.isqrt(count - 1) + 1
     target = Path(out or Path(path) / f"samples_{'_'.join(map(str, steps))}.png")
     pictures.panels(target, {f"{n} step{'s' * (n > 1)}": sampler(params, count, n) for n in steps}, side)
@@ -117,8 +117,8 @@ def write_samples(path: str | Path, steps: Sequence[int], count: int, out: str) 
 
 def write_scores(path: str | Path, steps: Sequence[int], count: int, out: str) -> list[dict[str, float]]:
     """Scores a checkpoint at each number of steps, prints the table and writes it as JSON where `out` is given."""
-    sampler, params, config = _open(path)
-    scorer = make_scorer(config.data.name, data.load(config.data, "train"), data.load(config.data, "heldout"))
+    sampler, params, config, train = _open(path)
+    scorer = make_scorer(config.data, train)
     if scorer is None:
         raise DmfError(f"config.data.name = {config.data.name!r} has no score: expected one of {', '.join(SCORERS)}")
     rows = score(sampler, scorer[0], params, count or config.run.score_samples, steps)
@@ -128,10 +128,10 @@ def write_scores(path: str | Path, steps: Sequence[int], count: int, out: str) -
     return rows
 
 
-def _open(path: str | Path) -> tuple[Sampler, Any, Config]:
+def _open(path: str | Path) -> tuple[Sampler, Any, Config, Dataset]:
     network, params, config = load(path)
     train = data.load(config.data, "train")
-    return Sampler(network, config, train.images.shape[1:], train.labels, sharding.make_mesh()), params, config
+    return Sampler(network, config, train.images.shape[1:], train.labels, sharding.make_mesh()), params, config, train
 
 
 def abstract_params(network: networks.Network, mesh: Mesh) -> Any:

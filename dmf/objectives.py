@@ -45,12 +45,12 @@ class LossConfig:
 class Residuals(NamedTuple):
     """Residuals of one batch, rows with r = t and rows with r < t apart (None where the batch has none of a kind).
 
-    change: mean over the r < t rows of |u - u'| / |u| (discrete) or of |(t - r) du/dt| / |u| (jvp), else 0.
+    change: mean over the r < t rows of |u - u'| / |u| (discrete) or of |(t - r) du/dt| / |u| (jvp), else None.
     """
 
     border: Array | None
     pairs: Array | None
-    change: Array
+    change: Array | None
 
 
 def discrete_weight(a: Array, r: Array, t: Array, c: float) -> Array:
@@ -89,7 +89,7 @@ def flow_matching(
 ) -> Residuals:
     """e = u(z, r, t) - v on every row (r as drawn: kinds "flow" and "trajectory")."""
     e = net(params, rows) - rows.v
-    return _apart(split, e, e, jnp.zeros(()))
+    return _apart(split, e, e, None)
 
 
 def discrete(net: Net, params: object, rows: Rows, split: RowSplit, rho: Array, interval: str, config: LossConfig) -> Residuals:
@@ -131,7 +131,7 @@ def weighted_loss(e: Array, p: float, eps: float) -> tuple[Array, Array]:
     return s * sg(s + eps) ** -p, s
 
 
-def _apart(split: RowSplit, e_border: Array, e_pairs: Array, change: Array, pairs_cut: bool = False) -> Residuals:
+def _apart(split: RowSplit, e_border: Array, e_pairs: Array, change: Array | None, pairs_cut: bool = False) -> Residuals:
     """Both kinds of rows apart; `pairs_cut` says that e_pairs already holds the r < t rows alone."""
     border = split.border_of(e_border) if split.n_border else None
     if not split.n_pairs:

@@ -112,7 +112,7 @@ def stage_loss(
         return network.apply(params, rows.z, rows.r, rows.t, label=rows.label, train=True, rngs=rows.keys)
 
     found = objectives.OBJECTIVES[kind](net, params, rows, split, rho, config.curriculum.interval, config.loss)
-    total, metrics = jnp.zeros(()), {"change": found.change}
+    total, metrics = jnp.zeros(()), {} if found.change is None else {"change": found.change}
     for name, e in (("border", found.border), ("pairs", found.pairs)):
         if e is None:
             continue

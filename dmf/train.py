@@ -52,7 +52,7 @@ class Run:
     """Everything a run holds open, put together once; the loop itself is `loop`."""
 
     def __init__(self, config: Config, workdir: Path):
-        self.config, self.workdir = config, workdir
+        self.config, self.workdir, self.start = config, workdir, 0
         self.dataset = data.load(config.data, "train")
         shape = self.dataset.images.shape[1:]
         self.network = networks.build(config.network, shape, jnp.dtype(config.compute_dtype))
@@ -70,11 +70,7 @@ class Run:
         self.metrics, self.scores = JsonLines(workdir / "metrics.jsonl"), JsonLines(workdir / "scores.jsonl")
         self.tensorboard = TensorBoard(workdir / "tensorboard", config.run.tensorboard)
         self.sampler = evaluate.Sampler(self.network, config, shape, self.dataset.labels, self.mesh)
-        self.scorer = (
-            evaluate.make_scorer(config.data.name, self.dataset, data.load(config.data, "heldout"))
-            if config.run.score_samples
-            else None
-        )
+        self.scorer = evaluate.make_scorer(config.data, self.dataset) if config.run.score_samples else None
         self.steps = {
             kind: step.make_train_step(kind, self.network, self.optimizer, config, self.mesh)
             for kind in {s.kind for s in self.stages}
@@ -84,8 +80,8 @@ class Run:
     def loop(self) -> None:
         """Step by step to the end: boundary work, one step dispatched, the metrics of the step before it read."""
         now = self._start()
-        total, start = self.stages[-1].last, int(now.step)
-        self._announce(start, now)
+        total, start = self.stages[-1].last, self.start
+        self._announce(now)
         progress = Progress(total, start)
         pending: tuple[int, Stage, Any] | None = None
         for n in range(start, total + 1):
@@ -150,11 +146,12 @@ class Run:
             )
             found = create(params)
         now = found if found is not None else now
+        self.start = int(now.step)
         self.metrics.resume(int(now.step))
         self.scores.resume(int(now.step))
         return now
 
-    def _announce(self, start: int, now: TrainState) -> None:
+    def _announce(self, now: TrainState) -> None:
         count = sum(x.size for x in jax.tree.leaves(now.params))
         print(f"network   {self.config.network.kind}, {count:,} parameters ({count / 1e6:.2f} M), {self.config.compute_dtype}")
         print(
@@ -162,8 +159,8 @@ class Run:
             f"batch {self.config.batch_size} on {self.mesh.devices.size} device(s)"
         )
         print(curriculum.table(self.stages, self.config.curriculum, self.config.times.r_neq_t_fraction))
-        if start:
-            print(f"resuming  after step {start} of {self.stages[-1].last}")
+        origin = f"step {self.start} of {self.stages[-1].last}, resuming" if self.start else self.config.init
+        print(f"start     {origin or 'fresh weights (config.init names no flow model)'}", flush=True)
 
     def _report(self, pending: tuple[int, Stage, Any] | None, progress: Progress) -> None:
         """Reads a step's metrics, stops on the first non-finite one, logs at the configured steps."""
@@ -197,7 +194,7 @@ class Run:
 
     def _at_boundary(self, boundary: Boundary, now: TrainState, progress: Progress) -> None:
         """Keeps the state, then pictures and scores it; a part that an earlier run has done is not done again."""
-        if boundary.step:
+        if boundary.step > self.start:  # the state a run starts from is on disk already
             self.checkpoints.save(boundary.step, now)
         nfes = self.config.run.score_steps if boundary.full else self.config.run.score_steps[:1]
         done = sum(row["step"] == boundary.step for row in self.scores.read())

@@ -75,7 +75,7 @@ def test_the_same_command_on_a_finished_run_changes_nothing(finished, capsys):
     before = (workdir / "metrics.jsonl").read_text()
     assert train.train(parse(TINY), workdir) == scores
     assert (workdir / "metrics.jsonl").read_text() == before
-    assert "resuming  after step 12 of 12" in capsys.readouterr().out
+    assert "start     step 12 of 12, resuming" in capsys.readouterr().out
 
 
 def test_resume_in_every_phase_ends_in_the_same_bits(finished, tmp_path):

@@ -1,0 +1,38 @@
+"""Every number in the README's tables is the one of a stored file, written the way its command writes it."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+from dmf import benchmark
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def digits_table():
+    spec = importlib.util.spec_from_file_location("digits_table", ROOT / "launch" / "digits_table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_digits_table_is_the_stored_one():
+    stored = json.loads((ROOT / "docs" / "digits_table.json").read_text())
+    assert len(stored) >= 3  # seeds
+    text = digits_table().table(stored)
+    assert len(text.splitlines()) == 2 + 4 * 4 and text in README
+
+
+def test_the_demo_meets_its_promise_for_every_seed():
+    # One step after the curriculum: at least 5 times nearer than the flow model's one step, at most 3 times its 32 steps.
+    for seed in json.loads((ROOT / "docs" / "digits_table.json").read_text()).values():
+        one = seed["dagger"]["1"]["fd_hidden"]
+        assert one < seed["flow"]["1"]["fd_hidden"] / 5 and one < 3 * seed["flow"]["32"]["fd_hidden"]
+
+
+def test_the_benchmark_table_is_the_stored_one_and_within_its_bounds():
+    rows = json.loads((ROOT / "docs" / "benchmark_digits_cpu.json").read_text())["programs"]
+    assert benchmark.format_rows(rows) in README
+    ratio = {(r["kind"], r["r_neq_t"]): r["ratio"] for r in rows}
+    assert ratio["discrete", 0.25] <= 1.15 and ratio["discrete", 0.75] <= 1.35
