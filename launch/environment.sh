@@ -1,9 +1,9 @@
-# Sourced by the other scripts: makes .venv with the exact tested packages, once, and names its interpreter in $python.
-# Needs only Python 3.11 to 3.13 (PYTHON=... picks one). Usage: . launch/environment.sh requirements.txt
+# shellcheck shell=sh
+# Sourced by the other scripts: makes .venv with the exact tested packages of the file named in $requirements, once, and
+# names its interpreter in $python. Needs only Python 3.11 to 3.13; PYTHON=... picks one.
 
 set -eu
 
-requirements=$1
 for candidate in ${PYTHON:-python3 python3.12 python3.11 python3.13 python}; do
     if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
         found=$candidate
@@ -16,6 +16,7 @@ if [ -z "${found:-}" ]; then
 fi
 
 python=.venv/bin/python
+: "${requirements:?is set by the script that sources this one}"
 stamp=.venv/$requirements.done
 if [ ! -f "$stamp" ] || [ -n "$(find "$requirements" requirements.txt requirements.lock -newer "$stamp")" ]; then
     echo "installing $requirements into .venv (once, about a minute)"

@@ -1,7 +1,8 @@
 #!/bin/sh
 # All checks from nothing: packages into .venv, lint, types, tests. Further arguments go to pytest.
 cd "$(dirname "$0")/.."
-. launch/environment.sh requirements-dev.txt
+requirements="requirements-dev.txt"
+. launch/environment.sh
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy
