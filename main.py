@@ -11,6 +11,7 @@ Running a training command again resumes it. Fields and their meaning: dmf/confi
 
 from __future__ import annotations
 
+import pathlib
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +25,12 @@ if TYPE_CHECKING:
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with an optional variant: configs/digits.py:linear.")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "score", "benchmark"], "What to do.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: written by train, read by sample and score.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Directory of the run: written by train (default: runs/ and the config's name), read by sample and score."
+)
 STEPS = flags.DEFINE_list("steps", ["1"], "Sampling steps, comma-separated (sample, score).")
 COUNT = flags.DEFINE_integer("count", 0, "Number of samples; 0 = 64 for sample, the config's for score.", lower_bound=0)
+SAMPLER = flags.DEFINE_enum("sampler", "", ["", "few_step", "euler", "heun"], "Sampler; default: the run's (sample, score).")
 OUT = flags.DEFINE_string("out", "", "File to write: PNG for sample, JSON for score and benchmark.")
 
 
@@ -41,34 +45,50 @@ def main(argv: list[str]) -> None:
 def train() -> None:
     from dmf.train import train as run
 
-    run(_config(), _need(WORKDIR, "workdir"))
+    config = _config()
+    path = config_flags.get_config_filename(flags.FLAGS["config"])
+    run(config, WORKDIR.value or f"runs/{path.rpartition('/')[2].replace('.py', '').replace(':', '_')}")
 
 
 def sample() -> None:
+    _no_config()
     from dmf.evaluate import write_samples
 
-    write_samples(_need(WORKDIR, "workdir"), _steps(), COUNT.value or 64, OUT.value)
+    write_samples(_need(WORKDIR, "workdir"), _steps(), COUNT.value or 64, SAMPLER.value, _out(".png"))
 
 
 def score() -> None:
+    _no_config()
     from dmf.evaluate import write_scores
 
-    write_scores(_need(WORKDIR, "workdir"), _steps(), COUNT.value, OUT.value)
+    write_scores(_need(WORKDIR, "workdir"), _steps(), COUNT.value, SAMPLER.value, _out(".json"))
 
 
 def benchmark() -> None:
     from dmf.benchmark import benchmark as run
 
-    run(_config(), OUT.value)
+    run(_config(), _out(".json"))
 
 
 MODES = {"train": train, "sample": sample, "score": score, "benchmark": benchmark}
 
 
 def _steps() -> list[int]:
-    if not all(n.isdigit() and int(n) > 0 for n in STEPS.value):
+    if not STEPS.value or not all(n.isdigit() and int(n) > 0 for n in STEPS.value):
         raise DmfError(f"--steps={','.join(STEPS.value)}: expected positive whole numbers, such as 1,2,4")
     return [int(n) for n in STEPS.value]
+
+
+def _no_config() -> None:
+    if CONFIG.value is not None:
+        raise DmfError(f"--config with --mode={MODE.value}: expected none, as the checkpoint holds its own")
+
+
+def _out(suffix: str) -> str:
+    path = pathlib.Path(OUT.value)
+    if OUT.value and (path.suffix != suffix or not path.parent.is_dir()):
+        raise DmfError(f"--out={OUT.value}: expected a file name ending in {suffix}, in a directory that exists")
+    return OUT.value
 
 
 def _config() -> Config:
@@ -92,8 +112,16 @@ def _parse_flags(argv: list[str]) -> list[str]:
     """absl's parser, with its errors and those of the config file as one line each."""
     try:
         return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, OSError) as error:  # unknown flag or bad value; unknown field; no such file
-        raise DmfError(" ".join(str(error).replace("\\n", " ").split())) from error
+    except (flags.Error, AttributeError, KeyError, OSError, SyntaxError) as error:
+        from dmf.config import check_path
+
+        fields = [a.partition("=")[0].lstrip("-") for a in argv if a.lstrip("-").startswith("config.")]
+        for path in fields:  # the flag parser says little of an unknown field
+            check_path(path)
+        text = " ".join(str(error).replace("\\n", " ").split())
+        if isinstance(error, AttributeError | KeyError):
+            text = f"{', '.join(fields)}: {text} is no field of the config that --config names"
+        raise DmfError(text) from error
 
 
 if __name__ == "__main__":
@@ -102,3 +130,6 @@ if __name__ == "__main__":
     except DmfError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)

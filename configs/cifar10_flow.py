@@ -11,9 +11,12 @@ result satisfies u(z, r, t) = v(z, t) for every r, bit for bit.
 """
 
 from configs import cifar10
+from dmf.errors import DmfError
 
 
-def get_config():
+def get_config(variant: str = ""):
+    if variant:
+        raise DmfError(f"configs/cifar10_flow.py:{variant}: expected no variant")
     config = cifar10.get_config()
     config.curriculum.update(stages=1, kinds=("flow",), length=2000.0, length_unit="epochs")
     config.ema.evaluate = 7.097e6  # the start of the curriculum may be a long average

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmf import curriculum, networks, optim, sharding, state, step
-from dmf.config import Config
+from dmf.config import Config, check
 from dmf.curriculum import Stage
 from dmf.data import load
 
@@ -66,6 +66,7 @@ def benchmark(config: Config, out: str = "", rounds: int = ROUNDS) -> list[dict[
     dataset = load(config.data, "train")
     shape = dataset.images.shape[1:]
     network = networks.build(config.network, shape, jnp.dtype(config.compute_dtype))
+    check(config, dataset.num_classes, len(dataset), network.has_jvp)
     cases = [c for c in CASES if c[0] != "jvp" or network.has_jvp]
     programs, now, batch, scalars = _compile(config, network, shape, dataset.num_classes, cases)
     for i in range(rounds + 1):
@@ -100,6 +101,7 @@ def _compile(
     config: Config, network: networks.Network, shape: tuple[int, ...], num_classes: int, cases: list[tuple[str, float]]
 ) -> tuple[list[Program], Any, Any, Any]:
     mesh, optimizer = sharding.make_mesh(), optim.build(config.optimizer)
+    sharding.check_batch(mesh, config.batch_size)
     rng = np.random.default_rng(0)
     batch = sharding.put_rows(
         mesh,

@@ -46,10 +46,10 @@ class Checkpoints:
         try:
             self._checkpointer.save_checkpointables(step, items, force=True, overwrite=True, custom_metadata=self._metadata)
             write_manifest(self.directory / str(step))
-        except Exception as error:  # a full disk is an OSError here and a ValueError of the storage library there
+        except (OSError, ValueError) as error:  # a full disk is the one or the other, by who notices it
             raise DmfError(
-                f"checkpoint of step {step} could not be written to {self.directory}: {_short(error)}; expected room and "
-                "permission; older checkpoints are untouched"
+                f"checkpoint of step {step} could not be written to {self.directory}: {_short(error)}; checkpoints of other "
+                "steps are untouched; expected a writable directory with enough room"
             ) from error
 
     def restore_latest(self, state: TrainState) -> TrainState | None:
@@ -60,8 +60,10 @@ class Checkpoints:
         steps = sorted((c.step for c in self._checkpointer.checkpoints), reverse=True)
         target = {name: _abstract(getattr(state, name)) for name in ITEMS}
         for step in steps:
+            folder = self.directory / str(step)
             try:
-                return TrainState(**_load(self.directory / str(step), target))
+                verify(folder)
+                return TrainState(**_load(folder, target))
             except DmfError as error:
                 log.warning("%s; it is skipped", error)
         if steps:
@@ -109,7 +111,6 @@ def _contents(folder: Path) -> dict[str, list[Any]]:
 
 
 def _load(folder: Path, target: dict[str, Any]) -> dict[str, Any]:
-    verify(folder)
     try:
         return ocp.load_checkpointables(folder.absolute(), target)
     except Exception as error:  # storage, metadata and structure errors have no common base in Orbax
@@ -119,14 +120,14 @@ def _load(folder: Path, target: dict[str, Any]) -> dict[str, Any]:
 
 
 def find(path: str | Path) -> Path:
-    """The step folder meant by `path`: itself, or the newest one of a work directory or of its checkpoints folder."""
+    """The step folder meant by `path`: itself, or the newest complete one of a work directory or of its checkpoints folder."""
     path = Path(path)
     if not path.exists():
         raise DmfError(f"checkpoint {path}: no such file or directory; expected a work directory or one of its step folders")
     if (path / "params").is_dir():
         return path
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
-    steps = [p for p in folder.iterdir() if p.name.isdigit() and (p / "params").is_dir()] if folder.is_dir() else []
+    steps = [p for p in folder.glob("*") if p.name.isdigit() and (p / MANIFEST).is_file()]
     if not steps:
         raise DmfError(f"checkpoint {path}: expected a step folder with an item 'params', or a work directory that holds one")
     return max(steps, key=lambda p: int(p.name))
@@ -144,10 +145,9 @@ def metadata(folder: Path) -> dict[str, Any]:
 def read_params(folder: Path, ema: int | None, like: Any) -> Any:
     """Weights of one checkpoint, placed and checked like the abstract tree `like` (shape, dtype, sharding per leaf).
 
-    ema: which of its EMAs, None for the raw weights. Raises DmfError for a damaged folder, or naming the first leaf that
-    does not fit.
+    ema: which of its EMAs, None for the raw weights. Raises DmfError naming the first leaf that does not
+    fit. `metadata` has verified the folder.
     """
-    verify(folder)
     item = "params" if ema is None else "ema"
     stored = ocp.checkpointables_metadata(folder.absolute()).metadata[item]
     _check_like(stored if ema is None else stored[ema], like, folder)

@@ -9,23 +9,75 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import operator
+import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ml_collections import config_dict
 
-from dmf.curriculum import CurriculumConfig, Stage, build_stages
+from dmf.curriculum import PASSES, CurriculumConfig, Stage, build_stages
 from dmf.data import DataConfig
 from dmf.errors import DmfError
 from dmf.flow import TimeLaw
 from dmf.networks import DiTConfig, MLPConfig, UNetConfig
 from dmf.objectives import LossConfig
 from dmf.optim import EMAConfig, OptimizerConfig
+from dmf.sample import SAMPLERS
 
 NETWORKS = {"unet": UNetConfig, "dit": DiTConfig, "mlp": MLPConfig}
-DTYPES = ("float32", "bfloat16")
+LEAST = sys.float_info.min  # the least positive number: a range that excludes zero
+INF = sys.float_info.max  # a range without an upper end still excludes inf
+
+# What each field may be by itself; of a tuple, each element. Fields not listed are checked where they are read.
+CHOICES: dict[str, Collection[str]] = {
+    "compute_dtype": ("float32", "bfloat16"),
+    "times.pairing": ("sorted", "min"),
+    "loss.residual_scale": ("raw", "unit"),
+    "run.sampler": SAMPLERS,
+    **{f"precision.{kind}": ("default", "high", "highest") for kind in PASSES},
+}
+RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**32 - 1),
+    "batch_size": (1, INF),
+    "microbatches": (1, INF),
+    "label_dropout": (0, 0.999),
+    "times.t_mean": (-INF, INF),
+    "times.r_mean": (-INF, INF),
+    "times.t_std": (LEAST, INF),
+    "times.r_std": (LEAST, INF),
+    "times.r_neq_t_fraction": (0, 1),
+    "curriculum.length": (LEAST, INF),
+    "curriculum.stage_lengths": (LEAST, INF),
+    "curriculum.pretrain_length": (0, INF),
+    "curriculum.stage_learning_rates": (LEAST, INF),
+    "curriculum.switch_warmup_steps": (0, INF),
+    "loss.p": (0, 2),
+    "loss.eps": (LEAST, INF),
+    "loss.product_rule": (0, 1),
+    "optimizer.learning_rate": (LEAST, INF),
+    "optimizer.pretrain_learning_rate": (LEAST, INF),
+    "optimizer.warmup_steps": (0, INF),
+    "optimizer.pretrain_warmup_steps": (0, INF),
+    "optimizer.decay_fraction": (0, 1),
+    "optimizer.pretrain_decay_fraction": (0, 1),
+    "optimizer.b1": (0, 1 - 1e-9),
+    "optimizer.b2": (0, 1 - 1e-9),
+    "optimizer.eps": (LEAST, INF),
+    "optimizer.weight_decay": (0, INF),
+    "optimizer.clip_norm": (0, INF),
+    "ema.halflife_images": (LEAST, INF),
+    "ema.rampup_ratio": (0, INF),
+    "run.log_every_steps": (1, INF),
+    "run.checkpoint_every_steps": (1, INF),
+    "run.keep_checkpoints": (2, INF),  # the one before is all there is while the newest is being completed
+    "run.sample_rows": (1, INF),
+    "run.score_samples": (0, INF),
+    "run.score_steps": (1, INF),
+}
+NOT_EMPTY = ("ema.halflife_images", "run.score_steps")
 
 
 @dataclass(frozen=True)
@@ -94,7 +146,9 @@ def complete(values: Mapping[str, Any]) -> config_dict.ConfigDict:
 def parse(values: Mapping[str, Any] | config_dict.ConfigDict) -> Config:
     """Nested mapping (ConfigDict, dict, JSON) -> Config, every key known and every value of its field's type."""
     plain = values.to_dict() if isinstance(values, config_dict.ConfigDict) else values
-    return _build(Config, plain, "config")
+    config = _build(Config, plain, "config")
+    _check_values(config)
+    return config
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -102,36 +156,36 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def check(
-    config: Config,
-    image_shape: tuple[int, ...],
-    num_classes: int,
-    dataset_size: int,
-    has_jvp: bool,
-) -> tuple[Stage, ...]:
-    """The run's stages, after everything that can be known to fail before training has been tried.
+def check(config: Config, num_classes: int, dataset_size: int, has_jvp: bool) -> tuple[Stage, ...]:
+    """The run's stages, after the fields have been held against each other, the data and the network.
 
-    image_shape: (H, W, C) of the data; num_classes: of the data; has_jvp: whether the network can be differentiated
-    forwards. Raises DmfError.
+    num_classes, dataset_size: of the data; has_jvp: whether the network can be differentiated forwards. Raises DmfError.
     """
-    _positive(config, "batch_size", "microbatches")
-    if config.compute_dtype not in DTYPES:
-        raise DmfError(f"config.compute_dtype = {config.compute_dtype!r}: expected {' or '.join(DTYPES)}")
-    if not 0 <= config.label_dropout < 1:
-        raise DmfError(f"config.label_dropout = {config.label_dropout}: expected a share in [0, 1)")
-    if not 0 <= config.loss.p <= 2 or not config.loss.eps > 0:
-        raise DmfError(f"config.loss.p = {config.loss.p}, config.loss.eps = {config.loss.eps}: expected 0 <= p <= 2, eps > 0")
-    if not 0 <= config.loss.product_rule <= 1:
-        raise DmfError(f"config.loss.product_rule = {config.loss.product_rule}: expected c between 0 and 1")
-    if config.loss.residual_scale not in ("raw", "unit"):
-        raise DmfError(f"config.loss.residual_scale = {config.loss.residual_scale!r}: expected 'raw' or 'unit'")
-    if not config.optimizer.learning_rate > 0:
-        raise DmfError(f"config.optimizer.learning_rate = {config.optimizer.learning_rate}: expected a positive number")
+    if config.batch_size > dataset_size:
+        raise DmfError(
+            f"config.batch_size = {config.batch_size}: expected at most the {dataset_size} images of {config.data.name}"
+        )
+    if config.batch_size % config.microbatches:
+        raise DmfError(f"config.microbatches = {config.microbatches}: expected a divisor of batch_size {config.batch_size}")
     config.ema.index()
     _check_labels(config, num_classes)
     stages = build_stages(config.curriculum, config.batch_size, dataset_size)
     _check_kinds(config, stages, has_jvp)
     return stages
+
+
+def check_path(path: str) -> None:
+    """Raises DmfError where a dotted path such as config.loss.p names no field (of the network: of no kind of network)."""
+    names = path.split(".")
+    rooms: list[Any] = [Config]
+    for depth, name in enumerate(names[1:], 1):
+        hints = {k: v for room in rooms if dataclasses.is_dataclass(room) for k, v in typing.get_type_hints(room).items()}
+        parent = ".".join(names[:depth])
+        if not hints:
+            raise DmfError(f"{path}: {parent} is a value, not a section; expected {parent}")
+        if name not in hints:
+            raise _unknown(parent, name, hints)
+        rooms = list(NETWORKS.values()) if parent == "config" and name == "network" else [hints[name]]
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "config") -> list[str]:
@@ -152,12 +206,16 @@ def _build(cls: type, values: Any, path: str) -> Any:
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, 1, 0.0)
-            raise DmfError(f"{path}.{key}: no such field; did you mean {path}.{near[0]}?")
+            raise _unknown(path, key, hints)
     for f in dataclasses.fields(cls):
         if f.name not in values and f.default is f.default_factory is dataclasses.MISSING:
             raise DmfError(f"{path}.{f.name} is missing: expected a value, as it has no default")
     return cls(**{key: _value(hints[key], values[key], f"{path}.{key}") for key in values})
+
+
+def _unknown(path: str, key: Any, fields: Collection[str]) -> DmfError:
+    near = difflib.get_close_matches(str(key), fields, 1, 0.0)[0]
+    return DmfError(f"{path}.{key}: no such field; did you mean {path}.{near}?")
 
 
 def _value(hint: Any, value: Any, path: str) -> Any:
@@ -188,10 +246,22 @@ def _names(cls: type) -> list[str]:
     return [f.name for f in dataclasses.fields(cls)]
 
 
-def _positive(config: Config, *keys: str) -> None:
-    for key in keys:
-        if getattr(config, key) < 1:
-            raise DmfError(f"config.{key} = {getattr(config, key)}: expected at least 1")
+def _check_values(config: Config) -> None:
+    """Every field by itself, against `CHOICES`, `RANGES` and `NOT_EMPTY`."""
+    for key, choices in CHOICES.items():
+        value = operator.attrgetter(key)(config)
+        if value not in choices:
+            raise DmfError(f"config.{key} = {value!r}: expected one of {', '.join(choices)}")
+    for key, (low, high) in RANGES.items():
+        value = operator.attrgetter(key)(config)
+        for number in value if isinstance(value, tuple) else (value,):
+            if not low <= number <= high:
+                least = "above 0" if low == LEAST else f"of at least {low:g}" if low > -INF else "that is finite"
+                most = f" and at most {high:g}" if high < INF else ""
+                raise DmfError(f"config.{key} = {value}: expected a number {least}{most}")
+    for key in NOT_EMPTY:
+        if not operator.attrgetter(key)(config):
+            raise DmfError(f"config.{key} = (): expected at least one number")
 
 
 def _check_labels(config: Config, num_classes: int) -> None:

@@ -92,6 +92,11 @@ def build_stages(config: CurriculumConfig, batch_size: int, dataset_size: int) -
     first = 0
     if config.pretrain_length:
         first = round(config.pretrain_length * per_unit)
+        if not first:
+            raise DmfError(
+                f"config.curriculum.pretrain_length = {config.pretrain_length:g} {config.length_unit}: expected 0, or "
+                "at least one step"
+            )
         stages.append(Stage(-1, "flow", 1.0, 0, first))
     start, done = first, 0.0
     for i, (kind, length) in enumerate(zip(kinds, lengths, strict=True)):
@@ -153,7 +158,7 @@ def _check(config: CurriculumConfig, kinds: tuple[str, ...]) -> None:
             raise DmfError(f"config.curriculum.kinds has {kind!r}: expected only {', '.join(PASSES)}")
     if len(kinds) != config.stages:
         raise DmfError(f"config.curriculum.kinds has {len(kinds)} entries: expected config.curriculum.stages = {config.stages}")
-    if not config.q > 1:
+    if not 1 < config.q < float("inf"):
         raise DmfError(f"config.curriculum.q = {config.q}: expected a ratio above 1 (d = q^-i has to shrink)")
     if config.interval not in INTERVALS:
         raise DmfError(f"config.curriculum.interval = {config.interval!r}: expected {' or '.join(INTERVALS)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ class Sampler:
         return np.resize(self._labels, count)
 
     def __call__(self, params: Any, count: int, steps: int) -> np.ndarray:
-        """(count, H, W, C) float32: samples after `steps` network evaluations, exactly `count` of them."""
+        """(count, H, W, C) float32: samples after `steps` steps of the config's sampler, exactly `count` of them."""
         devices = self._mesh.devices.size
         chunk = -(-min(CHUNK, count) // devices) * devices
         parts = []
@@ -78,11 +79,12 @@ def score(sampler: Sampler, scorer: Score, params: Any, count: int, steps: Seque
     return [{"nfe": n, **scorer(sampler(params, count, n), sampler.labels(count))} for n in steps]
 
 
-def format_scores(rows: Sequence[dict[str, Any]]) -> str:
-    """Scores as a printed table, one row per number of steps."""
+def format_scores(rows: Sequence[dict[str, Any]], floor: dict[str, float]) -> str:
+    """Scores as a printed table, one row per number of steps; below them what real images score."""
     keys = [k for k in rows[0] if k not in ("nfe", "n_samples", "step", "stage", "kind")]
     lines = [f"{'steps':>6}" + "".join(f"{k:>{len(k) + 2}}" for k in keys)]
     lines += [f"{row['nfe']:>6}" + "".join(f"{row[k]:>{len(k) + 2}.3f}" for k in keys) for row in rows]
+    lines.append(f"{'real':>6}" + "".join(f"{floor.get(k, math.nan):>{len(k) + 2}.3f}" for k in keys))
     return "\n".join(lines)
 
 
@@ -105,33 +107,44 @@ def load(path: str | Path, ema: float | None = None) -> tuple[networks.Network, 
     )
 
 
-def write_samples(path: str | Path, steps: Sequence[int], count: int, out: str) -> Path:
-    """Draws `count` samples of a checkpoint at each number of steps, from the same noise, into one PNG."""
-    sampler, params, _, _ = _open(path)
+def write_samples(path: str | Path, steps: Sequence[int], count: int, sampler: str = "", out: str = "") -> Path:
+    """Draws `count` samples of a checkpoint at each number of steps, from the same noise, into one PNG.
+
+    sampler: a key of SAMPLERS, "" for the run's own. out: the file; by default beside the run's config.
+    """
+    network, params, config, shape = _open(path, sampler)
+    labels = data.load(config.data, "train").labels if config.num_classes else np.zeros(1, np.int32)
+    draw = Sampler(network, config, shape, labels, sharding.make_mesh())
     side = math.isqrt(count - 1) + 1
-    target = Path(out or Path(path) / f"samples_{'_'.join(map(str, steps))}.png")
-    pictures.panels(target, {f"{n} step{'s' * (n > 1)}": sampler(params, count, n) for n in steps}, side)
+    folder = checkpoint.find(path).parent.parent
+    target = Path(out or folder / f"samples_{config.run.sampler}_{'_'.join(map(str, steps))}.png")
+    pictures.panels(target, {f"{n} step{'s' * (n > 1)}": draw(params, count, n) for n in steps}, side)
     print(f"samples   {target}")
     return target
 
 
-def write_scores(path: str | Path, steps: Sequence[int], count: int, out: str) -> list[dict[str, float]]:
+def write_scores(
+    path: str | Path, steps: Sequence[int], count: int, sampler: str = "", out: str = ""
+) -> list[dict[str, float]]:
     """Scores a checkpoint at each number of steps, prints the table and writes it as JSON where `out` is given."""
-    sampler, params, config, train = _open(path)
-    scorer = make_scorer(config.data, train)
-    if scorer is None:
+    network, params, config, shape = _open(path, sampler)
+    train = data.load(config.data, "train")
+    found = make_scorer(config.data, train)
+    if found is None:
         raise DmfError(f"config.data.name = {config.data.name!r} has no score: expected one of {', '.join(SCORERS)}")
-    rows = score(sampler, scorer[0], params, count or config.run.score_samples, steps)
-    print(format_scores(rows))
+    draw = Sampler(network, config, shape, train.labels, sharding.make_mesh())
+    rows = score(draw, found[0], params, count or config.run.score_samples or 2000, steps)
+    print(format_scores(rows, found[0].floor))
     if out:
         Path(out).write_text(json.dumps(rows, indent=1) + "\n")
     return rows
 
 
-def _open(path: str | Path) -> tuple[Sampler, Any, Config, Dataset]:
+def _open(path: str | Path, sampler: str) -> tuple[networks.Network, Any, Config, tuple[int, ...]]:
     network, params, config = load(path)
-    train = data.load(config.data, "train")
-    return Sampler(network, config, train.images.shape[1:], train.labels, sharding.make_mesh()), params, config, train
+    if sampler:
+        config = replace(config, run=replace(config.run, sampler=sampler))
+    return network, params, config, tuple(checkpoint.metadata(checkpoint.find(path))["image_shape"])
 
 
 def abstract_params(network: networks.Network, mesh: Mesh) -> Any:

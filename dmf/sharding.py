@@ -1,7 +1,7 @@
 """Where arrays live: the device mesh and the placement of state and batch.
 
-One axis, "data", over all devices of all hosts: rows are sharded, the state is replicated. Sharding the state as well
-means another axis in `make_mesh` and another rule in `state_sharding`; nothing else in the code names an axis.
+One axis, "data", over all devices: rows are sharded, the state is replicated. Nothing outside this file names an axis, so
+sharding the state as well means another axis here and another rule where the callers now say `replicated`.
 """
 
 from __future__ import annotations
@@ -30,11 +30,6 @@ def rows(mesh: Mesh, axis: int = 0) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same array on every device."""
     return NamedSharding(mesh, PartitionSpec())
-
-
-def state_sharding(mesh: Mesh, state: Any) -> Any:
-    """A sharding per leaf of a training state (concrete or abstract)."""
-    return jax.tree.map(lambda _: replicated(mesh), state)
 
 
 def check_batch(mesh: Mesh, batch_size: int) -> None:

@@ -75,7 +75,7 @@ def make_train_step(
 
     with_precision = jax.default_matmul_precision(getattr(config.precision, kind))(train_step)
     whole = sharding.replicated(mesh)
-    return jax.jit(with_precision, donate_argnums=0, in_shardings=(None, sharding.rows(mesh), whole))
+    return jax.jit(with_precision, donate_argnums=0, in_shardings=(whole, sharding.rows(mesh), whole), out_shardings=whole)
 
 
 def split_for(kind: str, config: Config, mesh: Mesh) -> RowSplit:

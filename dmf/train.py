@@ -56,14 +56,16 @@ class Run:
         self.dataset = data.load(config.data, "train")
         shape = self.dataset.images.shape[1:]
         self.network = networks.build(config.network, shape, jnp.dtype(config.compute_dtype))
-        self.stages = check(config, shape, self.dataset.num_classes, len(self.dataset.labels), self.network.has_jvp)
+        self.stages = check(config, self.dataset.num_classes, len(self.dataset), self.network.has_jvp)
         self.mesh = sharding.make_mesh()
         sharding.check_batch(self.mesh, config.batch_size)
         for kind in {s.kind for s in self.stages}:
             step.split_for(kind, config, self.mesh)
+        if config.init:
+            checkpoint.find(config.init)  # a slip is best noticed before the directory is tied to it
         _claim(workdir, config)
         self.optimizer = optim.build(config.optimizer)
-        boundaries = [s.last for s in self.stages]
+        boundaries = [0, *(s.last for s in self.stages)]
         self.checkpoints = checkpoint.Checkpoints(
             workdir, config.run.keep_checkpoints, boundaries, {"config": to_dict(config), "image_shape": list(shape)}
         )
@@ -95,6 +97,7 @@ class Run:
             if n == stage.first and stage is not self.stages[0]:
                 before = self.stages[self.stages.index(stage) - 1]
                 now = state.switch(now, before, self.config.curriculum, self.config.ema, self.optimizer)
+                now = jax.device_put(now, sharding.replicated(self.mesh))  # fresh parts too: the step is compiled for this
             batch = data.batch(
                 self.dataset,
                 self.config.seed,
@@ -114,19 +117,20 @@ class Run:
 
     def finish(self) -> list[dict[str, Any]]:
         """The closing table and pictures, made from what the run wrote down."""
-        scores = self.scores.read()
+        scores = [row for row in self.scores.read() if "nfe" in row]
         main = self.scorer[1] if self.scorer else ""
-        pictures.curves(self.workdir / "curves.png", self.metrics.read(), scores if self.scorer else [], self.stages, main)
+        shown = scores if self.scorer else []
+        pictures.curves(self.workdir / "curves.png", self.metrics.read(), shown, self.stages, main)
         full = [b for b in self.boundaries.values() if b.full]
         pictures.stack(self.workdir / "samples.png", [self._picture(b) for b in full])
         print(curriculum.table(self.stages, self.config.curriculum, self.config.times.r_neq_t_fraction))
-        if self.scorer:
-            self._print_scores(scores, self.scorer[0].floor[main], main, full)
+        if self.scorer and shown:
+            self._print_scores(shown, self.scorer[0].floor, main)
         print(
             f"samples   {self.workdir / 'samples.png'}\ncurves    {self.workdir / 'curves.png'}\n"
             f"weights   {self.workdir / checkpoint.FOLDER / str(self.stages[-1].last)}"
         )
-        return scores
+        return self.scores.read()
 
     def close(self) -> None:
         self.checkpoints.close()
@@ -145,6 +149,7 @@ class Run:
                 lambda p: state.create(p, self.optimizer, self.config.ema), out_shardings=sharding.replicated(self.mesh)
             )
             found = create(params)
+            self.checkpoints.save(0, found)  # a resumed run starts from these weights, whatever config.init holds by then
         now = found if found is not None else now
         self.start = int(now.step)
         self.metrics.resume(int(now.step))
@@ -209,10 +214,8 @@ class Run:
         rows: list[dict[str, Any]] = [{}]
         if self.scorer:
             rows = evaluate.score(self.sampler, self.scorer[0], params, self.config.run.score_samples, nfes)
-            print(
-                f"after {boundary.name} ({boundary.kind}), step {boundary.step}\n{evaluate.format_scores(rows)}",
-                flush=True,
-            )
+            print(f"after {boundary.name} ({boundary.kind}), step {boundary.step}")
+            print(evaluate.format_scores(rows, self.scorer[0].floor), flush=True)
         for row in rows:
             self.scores.write({"step": boundary.step, "stage": boundary.name, "kind": boundary.kind, **row})
             self.tensorboard.write(boundary.step, {f"score/{row['nfe']}_steps/{k}": v for k, v in row.items() if k != "nfe"})
@@ -221,17 +224,19 @@ class Run:
     def _picture(self, boundary: Boundary) -> Path:
         return self.workdir / "samples" / f"{boundary.step:08}_{boundary.name.replace(' ', '_')}.png"
 
-    def _print_scores(self, scores: list[dict[str, Any]], floor: float, main: str, full: list[Boundary]) -> None:
+    def _print_scores(self, scores: list[dict[str, Any]], floor: dict[str, float], main: str) -> None:
         first = self.config.run.score_steps[0]
         print(
-            f"\n{main} by stage, {first} step(s), {self.config.run.score_samples} samples; lower is better; "
-            f"floor between two halves of the real data: {floor:.3f}"
+            f"\n{main} by stage, {first} step(s), {scores[0]['n_samples']:.0f} samples; lower is better; two halves of "
+            f"the real data: {floor[main]:.3f}"
         )
         for row in scores:
             if row["nfe"] == first:
                 print(f"  {row['stage']:<10}{row['kind']:<12}step {row['step']:<8}{row[main]:.3f}")
-        for b in full:
-            print(f"\n{b.name}\n{evaluate.format_scores([r for r in scores if r['step'] == b.step])}")
+        for b in self.boundaries.values():
+            rows = [r for r in scores if r["step"] == b.step]
+            if b.full and rows:
+                print(f"\n{b.name}\n{evaluate.format_scores(rows, floor)}")
 
 
 def load_init(config: Config, like: Any) -> Any:
@@ -255,22 +260,24 @@ def _boundaries(stages: tuple[Stage, ...], from_init: bool) -> list[Boundary]:
 
 
 def _claim(workdir: Path, config: Config) -> None:
-    """Makes the work directory and ties it to the config; a directory of another run is refused."""
-    path = workdir / "config.json"
+    """Makes the work directory and ties it to the config; one that holds another run's checkpoints is refused."""
+    if jax.process_count() > 1:
+        raise DmfError(f"{jax.process_count()} processes: expected one; runs over several hosts are not supported yet")
+    path, mine = workdir / "config.json", to_dict(config)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
+        if not any((workdir / checkpoint.FOLDER).glob("[0-9]*")):
             partial = path.with_suffix(".tmp")
-            partial.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+            partial.write_text(json.dumps(mine, indent=2) + "\n")
             partial.replace(path)
+        theirs = json.loads(path.read_text())
     except OSError as error:
         raise DmfError(f"--workdir={workdir} cannot be written: {error.strerror}; expected a writable directory") from error
-    mine = to_dict(config)
-    try:
-        theirs = json.loads(path.read_text())
     except ValueError as error:
-        raise DmfError(f"{path} is not the JSON of a config: {error}; expected what dmf wrote there, or no file") from error
-    changed = [d for d in differences(theirs, mine) if not d.startswith("config.run.")]
+        raise DmfError(f"{path} is not the JSON of a config: {error}; expected what dmf wrote there") from error
+    # Logging may change, and data and the flow model may have moved; a resumed run reads the latter no more.
+    free = ("config.run.", "config.data.data_dir:", "config.init:")
+    changed = [d for d in differences(theirs, mine) if not d.startswith(free)]
     if changed:
         raise DmfError(
             f"--workdir={workdir} holds a run with another config: {'; '.join(changed)}; expected the same config, or "

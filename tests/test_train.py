@@ -70,12 +70,29 @@ def test_a_run_leaves_every_stage_boundary_its_picture_and_its_log(finished):
         assert (workdir / name).stat().st_size > 500
 
 
-def test_the_same_command_on_a_finished_run_changes_nothing(finished, capsys):
+def test_the_same_command_on_a_finished_run_changes_no_file_but_the_closing_pictures(finished, capsys):
     workdir, scores = finished
-    before = (workdir / "metrics.jsonl").read_text()
+    state_of = lambda: {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in workdir.rglob("*") if p.suffix != ".png"}  # noqa: E731
+    before = {p: s for p, s in state_of().items() if p.is_file() and p.suffix != ".jsonl"}
+    logs = {p: p.read_text() for p in workdir.glob("*.jsonl")}
     assert train.train(parse(TINY), workdir) == scores
-    assert (workdir / "metrics.jsonl").read_text() == before
+    assert {p: s for p, s in state_of().items() if p in before} == before
+    assert {p: p.read_text() for p in workdir.glob("*.jsonl")} == logs
     assert "start     step 12 of 12, resuming" in capsys.readouterr().out
+
+
+def test_the_whole_run_compiles_one_program_per_kind(tmp_path):
+    # Two discrete stages and, before the curriculum, pretraining: three programs and one, whatever a switch resets.
+    for name, switch in (("keep", {}), ("reset", dict(switch_optimizer="reset", switch_ema="reset"))):
+        run = train.Run(parse(merged(TINY, curriculum=switch)), tmp_path / name)
+        run.loop()
+        run.close()
+        assert {kind: program._cache_size() for kind, program in run.steps.items()} == {
+            "flow": 1,
+            "trajectory": 1,
+            "discrete": 1,
+            "jvp": 1,
+        }
 
 
 def test_resume_in_every_phase_ends_in_the_same_bits(finished, tmp_path):
@@ -84,14 +101,13 @@ def test_resume_in_every_phase_ends_in_the_same_bits(finished, tmp_path):
     expected = leaves(workdir / "checkpoints" / "12")
     for n in (3, 4, 5, 8, 11):
         run = train.Run(parse(TINY), tmp_path / str(n))
-        whole = run.stages
 
         class Stop(Exception):
             pass
 
-        def stop_after(before, stage, *rest, n=n, real=run._report):
-            real(before, stage)
-            if before is not None and before[0] == n:
+        def stop_after(pending, progress, n=n, real=run._report):
+            real(pending, progress)
+            if pending is not None and pending[0] == n:
                 raise Stop
 
         run._report = stop_after
@@ -101,8 +117,8 @@ def test_resume_in_every_phase_ends_in_the_same_bits(finished, tmp_path):
         train.train(parse(TINY), tmp_path / str(n))
         for a, b in zip(leaves(tmp_path / str(n) / "checkpoints" / "12"), expected, strict=True):
             np.testing.assert_array_equal(a, b)
-        assert (tmp_path / str(n) / "metrics.jsonl").read_text() == (workdir / "metrics.jsonl").read_text()
-        assert whole[-1].last == 12
+        for log in ("metrics.jsonl", "scores.jsonl"):
+            assert (tmp_path / str(n) / log).read_text() == (workdir / log).read_text()
 
 
 def test_sigkill_at_random_times_ends_in_the_same_bits(tmp_path):
@@ -112,29 +128,28 @@ def test_sigkill_at_random_times_ends_in_the_same_bits(tmp_path):
         "--config.curriculum.stages=3",
         "--config.curriculum.pretrain_length=30",
         "--config.run.checkpoint_every_steps=7",
-        "--config.run.score_samples=0",
+        "--config.run.score_samples=64",
+        "--config.run.log_every_steps=1",
         "--config.network.depth=1",
         "--config.network.width=32",
         "--config.run.sample_rows=2",
     ]
     plain = main_py(*flags, f"--workdir={tmp_path / 'plain'}")
     assert plain.wait(600) == 0, plain.stdout.read()
-    rng, kills = np.random.default_rng(), 0
-    while kills < 3:
+    rng = np.random.default_rng()
+    marks = sorted(rng.choice(np.arange(1, 85), 3, replace=False))  # steps seen in the log before each kill
+    for mark in marks:
         run = main_py(*flags, f"--workdir={tmp_path / 'killed'}")
-        if not kills:  # the first kill falls after the first save, the others anywhere
-            while run.poll() is None and not any((tmp_path / "killed" / "checkpoints").glob("[0-9]*")):
-                time.sleep(0.02)
-        time.sleep(rng.uniform(0, 3))
-        if run.poll() is not None:
-            break  # finished before it could be killed; what it left must be right all the same
+        log = tmp_path / "killed" / "metrics.jsonl"
+        while run.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= mark):
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.3))  # into a save, a score or a step
+        assert run.poll() is None, f"finished before it could be killed after step {mark}"
         run.send_signal(signal.SIGKILL)
         run.wait()
-        kills += 1
     last = main_py(*flags, f"--workdir={tmp_path / 'killed'}")
     output, _ = last.communicate(timeout=600)
     assert last.returncode == 0, output
-    assert kills >= 1
     for a, b in zip(
         leaves(tmp_path / "killed" / "checkpoints" / "90"),
         leaves(tmp_path / "plain" / "checkpoints" / "90"),
@@ -157,7 +172,7 @@ def test_after_pretraining_the_run_goes_on_from_the_averaged_flow_model(finished
     assert not np.array_equal(jax.tree.leaves(ema)[0], jax.tree.leaves(now.params)[0])  # step 4 is not step 12
 
 
-def test_a_run_from_a_flow_checkpoint_is_the_run_that_pretrained_it(finished, tmp_path):
+def test_a_run_from_a_flow_checkpoint_starts_as_the_run_that_pretrained_it(finished, tmp_path):
     # The hand-over inside one run and the loading of its flow checkpoint by another command are the same start; the weights
     # part only by the random numbers, which go by the step number.
     workdir, _ = finished
@@ -198,6 +213,30 @@ def test_a_work_directory_belongs_to_one_config(finished):
     with pytest.raises(DmfError, match=r"another config: config.loss.p: 0.5 -> 0.75; expected"):
         train.train(parse(merged(TINY, loss=dict(p=0.75))), workdir)
     train.Run(parse(merged(TINY, run=dict(log_every_steps=5))), workdir).close()  # logging may change
+
+
+def test_a_failed_first_command_does_not_tie_the_directory(tmp_path):
+    with pytest.raises(DmfError, match="checkpoint nowhere: no such file"):
+        train.train(parse(merged(TINY, init="nowhere")), tmp_path)
+    with pytest.raises(DmfError, match="finite"):
+        train.train(parse(merged(TINY, optimizer=dict(pretrain_learning_rate=1e30, clip_norm=0.0))), tmp_path)
+    train.Run(parse(TINY), tmp_path).close()
+
+
+def test_scores_asked_for_only_after_the_end_do_not_break_it(finished, tmp_path):
+    workdir, _ = finished
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", workdir, copy], check=True)
+    train.train(parse(merged(TINY, run=dict(score_samples=64))), copy)
+
+
+def test_an_unfinished_newest_save_is_passed_over_by_loading(finished, tmp_path):
+    workdir, _ = finished
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", workdir, copy], check=True)
+    (copy / "checkpoints" / "12" / checkpoint.MANIFEST).unlink()
+    assert checkpoint.find(copy) == copy / "checkpoints" / "10"
+    evaluate.load(copy)
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_taken(finished, tmp_path, caplog):
