@@ -18,12 +18,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 METHODS = {"dagger": "discrete MeanFlow, dagger", "linear": "discrete MeanFlow, linear", "meanflow": "JVP MeanFlow"}
+SAMPLES = 2000  # per score
 KEYS = ("fd_hidden", "fd_hidden_heldout", "fd_pixels", "accuracy", "precision", "recall", "nn_ratio")
 
 
 def run(variant: str, workdir: Path, *flags: str) -> None:
     """Trains one run to its end, or goes on with it."""
-    command = [sys.executable, "main.py", f"--config=configs/digits.py:{variant}", f"--workdir={workdir}", *flags]
+    command = [sys.executable, "main.py", f"--config=configs/digits.py:{variant}", f"--workdir={workdir}"]
+    command += [f"--config.run.score_samples={SAMPLES}", *flags]
     print(" ".join(command[1:]), flush=True)
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
@@ -79,7 +81,9 @@ def main() -> None:
     results = {int(s): seed_results(flags.folder.absolute(), int(s)) for s in flags.seeds.split(",")}
     print(table(results))
     if flags.out:
-        flags.out.write_text(json.dumps(results, indent=1) + "\n")
+        command = f"python launch/digits_table.py --seeds={flags.seeds} --out={flags.out}"
+        stored = {"command": command, "samples_per_score": SAMPLES, "seeds": results}
+        flags.out.write_text(json.dumps(stored, indent=1) + "\n")
 
 
 if __name__ == "__main__":

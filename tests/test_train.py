@@ -282,7 +282,7 @@ assert not any(name.split(".")[0] in ("tensorflow", "tensorboard", "clu") for na
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENV, text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "samples_1_2.png").stat().st_size > 500 and not (tmp_path / "tensorboard").exists()
+    assert (tmp_path / "samples_few_step_1_2.png").stat().st_size > 500 and not (tmp_path / "tensorboard").exists()
 
 
 def test_importing_what_a_run_needs_imports_no_tensorflow():
