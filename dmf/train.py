@@ -61,8 +61,6 @@ class Run:
         sharding.check_batch(self.mesh, config.batch_size)
         for kind in {s.kind for s in self.stages}:
             step.split_for(kind, config, self.mesh)
-        if config.init:
-            checkpoint.find(config.init)  # a slip is best noticed before the directory is tied to it
         _claim(workdir, config)
         self.optimizer = optim.build(config.optimizer)
         boundaries = [0, *(s.last for s in self.stages)]
@@ -267,6 +265,8 @@ def _claim(workdir: Path, config: Config) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if not any((workdir / checkpoint.FOLDER).glob("[0-9]*")):
+            if config.init:
+                checkpoint.find(config.init)  # a slip is best noticed before the directory is tied to it
             partial = path.with_suffix(".tmp")
             partial.write_text(json.dumps(mine, indent=2) + "\n")
             partial.replace(path)

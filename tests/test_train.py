@@ -188,6 +188,20 @@ def test_a_run_from_a_flow_checkpoint_starts_as_the_run_that_pretrained_it(finis
     np.testing.assert_array_equal(*u)
 
 
+def test_a_started_run_needs_its_flow_model_no_more(finished, tmp_path):
+    workdir, _ = finished
+    subprocess.run(["cp", "-r", workdir / "checkpoints" / "4", tmp_path / "flow"], check=True)
+    values = merged(TINY, init=str(tmp_path / "flow"), curriculum=dict(pretrain_length=0.0))
+    run = train.Run(parse(values), tmp_path / "run")
+    first = run._start()
+    run.close()
+    subprocess.run(["rm", "-r", tmp_path / "flow"], check=True)
+    again = train.Run(parse(values), tmp_path / "run")
+    for a, b in zip(jax.tree.leaves(again._start()), jax.tree.leaves(first), strict=True):
+        np.testing.assert_array_equal(a, b)
+    again.close()
+
+
 def test_one_call_loads_a_model_and_any_of_its_averages(finished):
     workdir, _ = finished
     network, params, config = evaluate.load(workdir)
