@@ -120,7 +120,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
             check_path(path)
         text = " ".join(str(error).replace("\\n", " ").split())
         if isinstance(error, AttributeError | KeyError):
-            text = f"{', '.join(fields)}: {text} is no field of the config that --config names"
+            names = [path for path in fields if path.startswith("config.network.")]  # all others are known by now
+            text = f"{', '.join(names)}: expected fields of this config's kind of network"
         raise DmfError(text) from error
 
 

@@ -69,7 +69,7 @@ CASES = {
     "no config": (lambda d, t: [f"--workdir={t}"], "--config is missing"),
     "field of another network": (
         lambda d, t: [DIGITS, "--config.network.channels=8"],
-        "config.network.channels: 'channels' is no field of the config that --config names",
+        "config.network.channels: expected fields of this config's kind of network",
     ),
     "no sampler": (
         lambda d, t: [DIGITS, f"--workdir={t}", "--config.run.sampler=dpm"],
