@@ -119,8 +119,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
         for path in fields:  # the flag parser says little of an unknown field
             check_path(path)
         text = " ".join(str(error).replace("\\n", " ").split())
-        if isinstance(error, AttributeError | KeyError):
-            names = [path for path in fields if path.startswith("config.network.")]  # all others are known by now
+        names = [path for path in fields if path.startswith("config.network.")]  # all others are known by now
+        if names and isinstance(error, AttributeError | KeyError):
             text = f"{', '.join(names)}: expected fields of this config's kind of network"
         raise DmfError(text) from error
 
