@@ -293,6 +293,33 @@ def test_no_gradient_flows_through_the_frozen_evaluation(float64):
     assert float(found) == 0.0
 
 
+@pytest.mark.parametrize("scale", ["raw", "unit"])
+def test_the_target_itself_passes_no_gradient(scale):
+    u, u_next, v = jax.random.normal(jax.random.key(6), (3, 4, 2))
+    w = jnp.array([0.1, 0.3, 0.5, 1.0])
+    e = lambda u_next, v: (objectives.discrete_residual(u, u_next, v, w, scale) ** 2).sum()  # noqa: E731
+    for g in jax.grad(e, (0, 1))(u_next, v):
+        np.testing.assert_array_equal(g, 0.0)
+
+
+def test_the_frozen_evaluation_is_not_even_differentiated():
+    # Six of eight rows have r < t, so the second evaluation is told by its size; differentiating it would raise.
+    @jax.custom_jvp
+    def frozen(p, z):
+        return p * z
+
+    @frozen.defjvp
+    def refuse(primals, tangents):
+        raise AssertionError("the frozen evaluation was differentiated")
+
+    def net(p, rows):
+        return p * rows.z if len(rows.t) == 8 else frozen(p, rows.z)
+
+    rows = random_rows(8, border=1)
+    g = jax.grad(lambda p: OBJECTIVES["discrete"](net, p, rows, RowSplit(8, 4, 3), 0.5, "linear", RAW).pairs.sum())(2.0)
+    assert float(g) == pytest.approx(float(RowSplit(8, 4, 3).pairs_of(rows.z).sum()), rel=1e-5)
+
+
 def test_half_a_discrete_step_over_the_whole_interval_averages_both_ends(float64):
     net, params = random_net(jax.random.key(0))
     rows = random_rows()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -215,11 +216,12 @@ def test_one_call_loads_a_model_and_any_of_its_averages(finished):
         evaluate.load(workdir, ema=5.0)
 
 
-def test_a_bad_number_stops_the_run_and_is_named(tmp_path):
-    config = parse(merged(TINY, optimizer=dict(pretrain_learning_rate=1e30, clip_norm=0.0)))
-    with pytest.raises(DmfError, match=r"step \d+ \(pretrain, flow\): \w+ = (nan|inf).*expected finite values"):
-        train.train(config, tmp_path)
-    assert not any((tmp_path / "checkpoints").glob("[0-9]*"))  # no bad state was saved
+def test_a_bad_number_stops_the_run_is_named_and_never_saved(tmp_path):
+    change = dict(optimizer=dict(pretrain_learning_rate=1e30, clip_norm=0.0), run=dict(checkpoint_every_steps=1))
+    with pytest.raises(DmfError, match=r"step \d+ \(pretrain, flow\): \w+ = (nan|inf).*expected finite values") as caught:
+        train.train(parse(merged(TINY, **change)), tmp_path)
+    bad = int(re.match(r"step (\d+)", str(caught.value))[1])
+    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").glob("[0-9]*")) == list(range(1, bad))
 
 
 def test_a_work_directory_belongs_to_one_config(finished):

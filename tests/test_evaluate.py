@@ -1,0 +1,68 @@
+"""Samples and scores: the same noise for every model and number of steps, and no trace of how they were computed."""
+
+import jax
+import numpy as np
+import pytest
+
+from dmf import evaluate, sharding
+from dmf.data import DataConfig, load
+from dmf.evaluate import Sampler
+from tests.tiny import TINY, Setup, merged
+
+LABELS = np.arange(10, dtype=np.int32).repeat(3)
+
+
+def sampler(devices=1, **run):
+    setup = Setup(merged(TINY, run=run), devices)
+    return Sampler(setup.network, setup.config, (8, 8, 1), LABELS, setup.mesh), setup.state().params
+
+
+def test_a_sample_does_not_depend_on_count_chunk_or_devices(monkeypatch):
+    draw, params = sampler()
+    whole = draw(params, 21, 2)
+    assert whole.shape == (21, 8, 8, 1) and len({x.tobytes() for x in whole}) == 21
+    np.testing.assert_allclose(draw(params, 5, 2), whole[:5], atol=1e-5)
+    draw_on_8, same_params = sampler(devices=8)
+    np.testing.assert_allclose(draw_on_8(same_params, 21, 2), whole, atol=1e-5)
+    monkeypatch.setattr(evaluate, "CHUNK", 4)
+    np.testing.assert_allclose(draw(params, 21, 2), whole, atol=1e-5)
+
+
+def test_labels_are_those_of_the_data_in_their_order_and_reach_the_network():
+    draw, params = sampler()
+    np.testing.assert_array_equal(draw.labels(35), np.r_[LABELS, LABELS[:5]])
+    other = Sampler(
+        *(lambda s: (s.network, s.config))(Setup()), (8, 8, 1), LABELS[::-1].copy(), sharding.make_mesh(jax.devices()[:1])
+    )
+    assert np.abs(other(params, 3, 1) - draw(params, 3, 1)).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["few_step", "euler", "heun"])
+def test_one_program_serves_every_number_of_steps(name):
+    draw, params = sampler(sampler=name)
+    samples = [draw(params, 4, n) for n in (1, 2, 7)]
+    assert draw._draw._cache_size() == 1
+    assert all(np.isfinite(x).all() for x in samples) and np.abs(samples[0] - samples[2]).max() > 1e-3
+
+
+def test_the_digits_score_sees_real_images_as_real_and_is_printed_beside_them():
+    train = load(DataConfig(), "train")
+    scorer, main = evaluate.make_scorer(DataConfig(), train)
+    real = train.to_float(train.images)
+
+    class RealImages:
+        labels = staticmethod(lambda count: train.labels[:count])
+
+        def __call__(self, params, count, steps):
+            return real[:count]
+
+    rows = evaluate.score(RealImages(), scorer, None, 600, [1, 4])
+    assert [r["nfe"] for r in rows] == [1, 4] and main in rows[0]
+    assert rows[0]["nn_train"] == 0 and rows[0]["accuracy"] > 0.98 and rows[0]["n_samples"] == 600
+    text = evaluate.format_scores(rows[:1], scorer.floor).splitlines()
+    assert text[0].split()[:2] == ["steps", "fd_hidden"] and text[2].split()[0] == "real"
+    assert float(text[2].split()[1]) == pytest.approx(scorer.floor["fd_hidden"], abs=5e-4)
+
+
+def test_a_data_set_without_a_score_has_none():
+    assert evaluate.make_scorer(DataConfig(name="cifar10"), load(DataConfig(), "train")) is None
