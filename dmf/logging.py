@@ -46,7 +46,7 @@ class TensorBoard:
 
     def __init__(self, directory: Path, wanted: bool):
         self._writer: Any = None
-        if wanted and all(importlib.util.find_spec(name) for name in ("tensorflow", "tensorboard")):
+        if wanted and all(importlib.util.find_spec(name) for name in ("clu", "tensorflow", "tensorboard")):
             os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "2", "TF_ENABLE_ONEDNN_OPTS": "0"}  # no notices: it only writes files
             from clu import metric_writers  # imports tensorflow, so only here
 

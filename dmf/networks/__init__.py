@@ -105,7 +105,7 @@ def build(config: NetworkConfig, image_shape: tuple[int, ...], dtype: Any = jnp.
 def _module(config: NetworkConfig, shape: tuple[int, ...], dtype: Any) -> Any:
     if config.kind not in KINDS or not isinstance(config, KINDS[config.kind][0]):
         raise DmfError(
-            f"network.kind is {config.kind!r} in a {type(config).__name__}; expected one of "
+            f"config.network.kind is {config.kind!r} in a {type(config).__name__}; expected one of "
             f"{', '.join(KINDS)}, each with the config class of its name."
         )
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):

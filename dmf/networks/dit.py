@@ -226,17 +226,19 @@ def make_dit(config: DiTConfig, image_shape: tuple[int, ...], dtype: jnp.dtype |
     if len(image_shape) != 3:
         raise DmfError(f"image_shape is {image_shape}; the DiT expects (H, W, C).")
     for field in ("depth", "width", "heads", "patch"):
-        layers.check_positive(f"network.{field}", getattr(config, field))
+        layers.check_positive(f"config.network.{field}", getattr(config, field))
     if config.width % config.heads or config.width % 4:
-        raise DmfError(f"network.width is {config.width}; expected a multiple of 4 and of network.heads, {config.heads}.")
+        raise DmfError(
+            f"config.network.width is {config.width}; expected a multiple of 4 and of network.heads, {config.heads}."
+        )
     if image_shape[0] % config.patch or image_shape[1] % config.patch:
         raise DmfError(
-            f"network.patch is {config.patch}; expected a divisor of the image size, {image_shape[0]}x{image_shape[1]}."
+            f"config.network.patch is {config.patch}; expected a divisor of the image size, {image_shape[0]}x{image_shape[1]}."
         )
     if config.num_classes < 0:
-        raise DmfError(f"network.num_classes is {config.num_classes}; expected 0 (no label) or more.")
-    layers.check_choice("network.attention", config.attention, ATTENTIONS)
-    layers.check_choice("network.interval_init", config.interval_init, layers.INTERVAL_INITS)
+        raise DmfError(f"config.network.num_classes is {config.num_classes}; expected 0 (no label) or more.")
+    layers.check_choice("config.network.attention", config.attention, ATTENTIONS)
+    layers.check_choice("config.network.interval_init", config.interval_init, layers.INTERVAL_INITS)
     if config.attention == "cudnn" and dtype != jnp.bfloat16:
-        raise DmfError("network.attention is 'cudnn', a half-precision kernel; expected dtype bfloat16.")
+        raise DmfError("config.network.attention is 'cudnn', a half-precision kernel; expected dtype bfloat16.")
     return DiT(config, dtype)

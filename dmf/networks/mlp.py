@@ -54,6 +54,6 @@ def make_mlp(config: MLPConfig, image_shape: tuple[int, ...], dtype: jnp.dtype |
     for size in image_shape:
         layers.check_positive("image_shape", size)
     for field in ("width", "depth"):
-        layers.check_positive(f"network.{field}", getattr(config, field))
-    layers.check_choice("network.interval_init", config.interval_init, layers.INTERVAL_INITS)
+        layers.check_positive(f"config.network.{field}", getattr(config, field))
+    layers.check_choice("config.network.interval_init", config.interval_init, layers.INTERVAL_INITS)
     return MLP(config, dtype)

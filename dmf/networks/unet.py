@@ -47,7 +47,7 @@ def _group_norm(x: jax.Array, name: str, dtype: jnp.dtype | None) -> nn.GroupNor
     groups = max(1, min(32, width // 4))
     if width % groups:
         raise DmfError(
-            f"network.channels: a layer of {width} channels does not split into {groups} groups; "
+            f"config.network.channels: a layer of {width} channels does not split into {groups} groups; "
             "expected channels that are a multiple of 4 below 128 in every layer, and of 32 above."
         )
     return nn.GroupNorm(groups, epsilon=1e-6, use_fast_variance=False, dtype=dtype, name=name)
@@ -183,20 +183,20 @@ def make_unet(config: UNetConfig, image_shape: tuple[int, ...], dtype: jnp.dtype
     if len(image_shape) != 3 or image_shape[0] != image_shape[1]:
         raise DmfError(f"image_shape is {image_shape}; the U-Net expects square images (R, R, C).")
     if not config.channel_mult:
-        raise DmfError("network.channel_mult is empty; expected one factor per resolution.")
+        raise DmfError("config.network.channel_mult is empty; expected one factor per resolution.")
     for field, value in (("channels", config.channels), ("blocks", config.blocks)):
-        layers.check_positive(f"network.{field}", value)
+        layers.check_positive(f"config.network.{field}", value)
     for mult in config.channel_mult:
-        layers.check_positive("network.channel_mult", mult)
+        layers.check_positive("config.network.channel_mult", mult)
     factor = 2 ** (len(config.channel_mult) - 1)
     if image_shape[0] % factor:
         raise DmfError(
-            f"network.channel_mult has {len(config.channel_mult)} resolutions, so the image size must be "
+            f"config.network.channel_mult has {len(config.channel_mult)} resolutions, so the image size must be "
             f"divisible by {factor}; got {image_shape[0]}."
         )
     if not 0.0 <= config.dropout < 1.0:
-        raise DmfError(f"network.dropout is {config.dropout}; expected 0 <= dropout < 1.")
+        raise DmfError(f"config.network.dropout is {config.dropout}; expected 0 <= dropout < 1.")
     if config.augment_dim < 0:
-        raise DmfError(f"network.augment_dim is {config.augment_dim}; expected 0 (no label) or more.")
-    layers.check_choice("network.interval_init", config.interval_init, layers.INTERVAL_INITS)
+        raise DmfError(f"config.network.augment_dim is {config.augment_dim}; expected 0 (no label) or more.")
+    layers.check_choice("config.network.interval_init", config.interval_init, layers.INTERVAL_INITS)
     return UNet(config, dtype)
