@@ -1,4 +1,4 @@
-"""Shared test set-up: strict rank promotion, and float64 where an oracle needs it."""
+"""Shared test set-up: eight fake devices, programs compiled once, float64 where an oracle needs it."""
 
 import atexit
 import os
