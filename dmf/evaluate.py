@@ -84,7 +84,8 @@ def format_scores(rows: Sequence[dict[str, Any]], floor: dict[str, float]) -> st
     keys = [k for k in rows[0] if k not in ("nfe", "n_samples", "step", "stage", "kind")]
     lines = [f"{'steps':>6}" + "".join(f"{k:>{len(k) + 2}}" for k in keys)]
     lines += [f"{row['nfe']:>6}" + "".join(f"{row[k]:>{len(k) + 2}.3f}" for k in keys) for row in rows]
-    lines.append(f"{'real':>6}" + "".join(f"{floor.get(k, math.nan):>{len(k) + 2}.3f}" for k in keys))
+    real = {k: f"{floor[k]:.3f}" if k in floor else "-" for k in keys}
+    lines.append(f"{'real':>6}" + "".join(f"{real[k]:>{len(k) + 2}}" for k in keys))
     return "\n".join(lines)
 
 
