@@ -53,11 +53,17 @@ class Checkpoints:
             ) from error
 
     def restore_latest(self, state: TrainState) -> TrainState | None:
-        """The newest readable state, placed like `state`; None where there is no checkpoint at all.
+        """The newest readable state, placed like `state`; None where no save was ever completed.
 
-        A damaged newest folder is named and the one before it taken. Raises DmfError if none of them can be read.
+        A damaged newest folder is named and the one before it taken. Raises DmfError if there are complete saves and none of
+        them can be read: a fresh start would then bury them.
         """
-        steps = sorted((c.step for c in self._checkpointer.checkpoints), reverse=True)
+        found = sorted((c.step for c in self._checkpointer.checkpoints), reverse=True)
+        steps = [step for step in found if (self.directory / str(step) / MANIFEST).exists()]
+        for step in sorted(set(found) - set(steps)):
+            log.warning(
+                "checkpoint %s: no %s, so its save was not completed; it is skipped", self.directory / str(step), MANIFEST
+            )
         target = {name: _abstract(getattr(state, name)) for name in ITEMS}
         for step in steps:
             folder = self.directory / str(step)

@@ -102,12 +102,7 @@ class RunConfig:
     keep_checkpoints: int = 2  # newest ones kept apart from the stage boundaries
     sample_rows: int = 8  # the sample grid has this many rows and columns
     score_samples: int = 2000  # samples per score; 0 = no scores
-    score_steps: tuple[int, ...] = (
-        1,
-        2,
-        4,
-        32,
-    )  # sampling steps scored before and after the curriculum; between: the first
+    score_steps: tuple[int, ...] = (1, 2, 4, 32)  # scored before and after the curriculum; at other stages: the first
     sampler: str = "few_step"  # few_step | euler | heun
     tensorboard: bool = True  # write event files where tensorflow and tensorboard are installed
 

@@ -246,6 +246,16 @@ def test_scores_asked_for_only_after_the_end_do_not_break_it(finished, tmp_path)
     train.train(parse(merged(TINY, run=dict(score_samples=64))), copy)
 
 
+def test_a_kill_inside_the_very_first_save_is_a_fresh_start(finished, tmp_path):
+    workdir, _ = finished
+    train.Run(parse(TINY), tmp_path).close()
+    subprocess.run(["cp", "-r", workdir / "checkpoints" / "4", tmp_path / "checkpoints" / "3"], check=True)
+    (tmp_path / "checkpoints" / "3" / checkpoint.MANIFEST).unlink()  # what a kill just before the manifest leaves
+    train.train(parse(TINY), tmp_path)
+    for a, b in zip(leaves(tmp_path / "checkpoints" / "12"), leaves(workdir / "checkpoints" / "12"), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_an_unfinished_newest_save_is_passed_over_by_loading(finished, tmp_path):
     workdir, _ = finished
     copy = tmp_path / "copy"
@@ -265,7 +275,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_taken(finish
     (copy / "checkpoints" / "13").mkdir()  # what a crashed file system may leave
     train.train(parse(TINY), copy)
     assert "checkpoints/12: file params/" in caplog.text and "it is skipped" in caplog.text
-    assert "checkpoints/13: no readable manifest.json" in caplog.text
+    assert "checkpoints/13: no manifest.json, so its save was not completed" in caplog.text
     for a, b in zip(leaves(copy / "checkpoints" / "12"), leaves(workdir / "checkpoints" / "12"), strict=True):
         np.testing.assert_array_equal(a, b)
 
