@@ -1,9 +1,12 @@
-"""Train, sample, score or time a one-step generator.
+"""Train, sample, score or time a one-step generator; bring weights in from PyTorch, and take them back.
 
     python main.py --config=configs/digits.py --workdir=runs/digits              train, or go on training
     python main.py --mode=sample --workdir=runs/digits --steps=1 --out=grid.png  a grid of samples
     python main.py --mode=score --workdir=runs/digits --steps=1,2,4,32           scores of a trained model
     python main.py --mode=benchmark --config=configs/digits.py                   step times side by side
+    python main.py --mode=convert --kind=sit --source=SiT-XL-2-256x256.pt --out=sit_xl2   a checkpoint from a PyTorch file
+    python main.py --config=configs/imagenet256.py --config.init=sit_xl2         the curriculum from it
+    python main.py --mode=export --workdir=runs/imagenet256 --out=u.safetensors  torch-named weights of a checkpoint
     python main.py --config=configs/cifar10.py --config.curriculum.q=4           any field of a config is a flag
 
 Running a training command again resumes it. Fields and their meaning: dmf/config.py.
@@ -23,15 +26,62 @@ from dmf.errors import DmfError
 if TYPE_CHECKING:
     from dmf.config import Config
 
+# Kinds of weight files; dmf.convert.command has the same (a test compares them), but --help should load no jax.
+KINDS = {
+    "sit": "SiT S/B/L/XL (PyTorch)",
+    "meanflow-dit": "official MeanFlow on latents (Flax msgpack)",
+    "meanflow-unet": "MeanFlow CIFAR-10 U-Net, or a flow model in the same network (PyTorch)",
+    "edm": "EDM and ECT networks, VP DDPM++ or VE NCSN++ (pickle)",
+    "rectified-flow": "rectified flow on CIFAR-10 (score_sde layout)",
+    "torchcfm": "TorchCFM CIFAR-10 U-Net",
+    "sd-vae": "Stable Diffusion autoencoder",
+    "fid-inception": "InceptionV3 for FID",
+    "dmf": "a file that --mode=export has written in our own layout",
+}
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with an optional variant: configs/digits.py:linear.")
-MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "score", "benchmark"], "What to do.")
+MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "score", "benchmark", "convert", "export"], "What to do.")
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Directory of the run: written by train (default: runs/ and the config's name), read by sample and score."
+    "workdir",
+    None,
+    "Directory of the run: written by train (default: runs/ and the config's name), read by sample, score and export, which "
+    "also take a converted directory.",
 )
 STEPS = flags.DEFINE_list("steps", ["1"], "Sampling steps, comma-separated (sample, score).")
 COUNT = flags.DEFINE_integer("count", 0, "Number of samples; 0 = 64 for sample, the config's for score.", lower_bound=0)
 SAMPLER = flags.DEFINE_enum("sampler", "", ["", "few_step", "euler", "heun"], "Sampler; default: the run's (sample, score).")
-OUT = flags.DEFINE_string("out", "", "File to write: PNG for sample, JSON for score and benchmark.")
+OUT = flags.DEFINE_string(
+    "out",
+    "",
+    "What to write: PNG for sample, JSON for score and benchmark, a directory for convert, .safetensors or .pt for export.",
+)
+EMA = flags.DEFINE_float(
+    "ema", None, "Half-life in images of the average to take, 0 = raw weights; default: the run's (sample, score, export)."
+)
+VAE = flags.DEFINE_string("vae", "", "Directory of a converted autoencoder, to make images of latents (sample).")
+KIND = flags.DEFINE_enum(
+    "kind",
+    None,
+    list(KINDS),
+    "Kind of weights (convert), or layout to write (export; default: where they came from). "
+    + "; ".join(f"{name}: {about}" for name, about in KINDS.items()),
+)
+SOURCE = flags.DEFINE_string("source", None, "File to convert: .pt, .pth, .bin, .ckpt, .pkl, .safetensors, Flax msgpack.")
+COPY = flags.DEFINE_string(
+    "copy", "", "Which copy of the weights, where a file holds several, such as ema; default: the kind's."
+)
+SET = flags.DEFINE_list("set", [], "Fields of the network that the file does not tell, such as heads=4 (convert).")
+CHECK = flags.DEFINE_string(
+    "check",
+    "auto",
+    "Forward check: auto = against PyTorch where it is installed, none, or an .npz of inputs and outputs (convert).",
+)
+ALIGN_STEPS = flags.DEFINE_integer(
+    "align_steps",
+    0,
+    "Steps of a short regression that gives a U-Net trained on log sigma or scaled times an embedding of the raw time; "
+    "10000 is usual (convert).",
+    lower_bound=0,
+)
 
 
 def main(argv: list[str]) -> None:
@@ -54,14 +104,14 @@ def sample() -> None:
     _no_config()
     from dmf.evaluate import write_samples
 
-    write_samples(_need(WORKDIR, "workdir"), _steps(), COUNT.value or 64, SAMPLER.value, _out(".png"))
+    write_samples(_need(WORKDIR, "workdir"), _steps(), COUNT.value or 64, SAMPLER.value, _out(".png"), EMA.value, VAE.value)
 
 
 def score() -> None:
     _no_config()
     from dmf.evaluate import write_scores
 
-    write_scores(_need(WORKDIR, "workdir"), _steps(), COUNT.value, SAMPLER.value, _out(".json"))
+    write_scores(_need(WORKDIR, "workdir"), _steps(), COUNT.value, SAMPLER.value, _out(".json"), EMA.value)
 
 
 def benchmark() -> None:
@@ -70,7 +120,27 @@ def benchmark() -> None:
     run(_config(), _out(".json"))
 
 
-MODES = {"train": train, "sample": sample, "score": score, "benchmark": benchmark}
+def convert() -> None:
+    _no_config()
+    from dmf.convert.command import convert as run
+
+    kind, source, out = _need(KIND, "kind"), _need(SOURCE, "source"), OUT.value
+    if not out:
+        raise DmfError("--out is missing: expected the directory to make with --mode=convert; see --help")
+    run(kind, source, out, copy=COPY.value, given=_given(), check=CHECK.value, align_steps=ALIGN_STEPS.value)
+
+
+def export() -> None:
+    _no_config()
+    from dmf.export.weights import export as run
+
+    workdir, out = _need(WORKDIR, "workdir"), OUT.value
+    if not out:
+        raise DmfError("--out is missing: expected the .safetensors or .pt file to write with --mode=export; see --help")
+    run(workdir, out, kind=KIND.value or "", ema=EMA.value)
+
+
+MODES = {"train": train, "sample": sample, "score": score, "benchmark": benchmark, "convert": convert, "export": export}
 
 
 def _steps() -> list[int]:
@@ -79,9 +149,25 @@ def _steps() -> list[int]:
     return [int(n) for n in STEPS.value]
 
 
+def _given() -> dict[str, int | float | str]:
+    """--set=heads=4,part=decoder as {"heads": 4, "part": "decoder"}."""
+    given: dict[str, int | float | str] = {}
+    for item in SET.value:
+        name, equals, text = item.partition("=")
+        if not (name and equals and text):
+            raise DmfError(f"--set={','.join(SET.value)}: expected fields and values, such as heads=4")
+        for read in (int, float, str):
+            try:
+                given[name] = read(text)
+                break
+            except ValueError:
+                continue
+    return given
+
+
 def _no_config() -> None:
     if CONFIG.value is not None:
-        raise DmfError(f"--config with --mode={MODE.value}: expected none, as the checkpoint holds its own")
+        raise DmfError(f"--config with --mode={MODE.value}: expected none")
 
 
 def _out(suffix: str) -> str:

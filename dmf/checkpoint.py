@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -143,9 +144,36 @@ def metadata(folder: Path) -> dict[str, Any]:
     """What was written beside the weights: the run's config and image shape. Verifies the folder first."""
     verify(folder)
     found = ocp.metadata(folder.absolute()).custom_metadata
-    if not isinstance(found, dict) or "config" not in found:
+    if not isinstance(found, dict) or not {"config", "network"} & set(found):
         raise DmfError(f"checkpoint {folder}: no config in its metadata; expected a checkpoint that dmf has written")
     return found
+
+
+def check_free(folder: Path) -> None:
+    """Raises DmfError unless `save_weights` may make `folder`: it must not exist, or be empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DmfError(f"{folder} is there already and not empty: expected a new directory; nothing is overwritten")
+    if not (parent := folder.absolute().parent).is_dir():
+        raise DmfError(f"{folder} cannot be made: expected {parent} to be a directory")
+
+
+def save_weights(folder: Path, params: Any, metadata: dict[str, Any], files: dict[str, str]) -> None:
+    """Writes weights alone as a step folder, with `files` (name -> text) beside them; whole or not at all."""
+    check_free(folder)
+    partial = folder.absolute().with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
+        ocp.save_checkpointables(partial, {"params": params}, custom_metadata=metadata)
+        for name, text in files.items():
+            (partial / name).write_text(text)
+        write_manifest(partial)
+        if folder.exists():
+            folder.rmdir()
+        partial.replace(folder)
+    except (OSError, ValueError) as error:
+        raise DmfError(f"{folder} could not be written: {_short(error)}; expected a writable directory with room") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def read_params(folder: Path, ema: int | None, like: Any) -> Any:

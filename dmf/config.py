@@ -22,12 +22,12 @@ from dmf.curriculum import PASSES, CurriculumConfig, Stage, build_stages
 from dmf.data import DataConfig
 from dmf.errors import DmfError
 from dmf.flow import TimeLaw
-from dmf.networks import DiTConfig, MLPConfig, UNetConfig
+from dmf.networks import ADMConfig, DiTConfig, MLPConfig, UNetConfig
 from dmf.objectives import LossConfig
 from dmf.optim import EMAConfig, OptimizerConfig
 from dmf.sample import SAMPLERS
 
-NETWORKS = {"unet": UNetConfig, "dit": DiTConfig, "mlp": MLPConfig}
+NETWORKS = {"unet": UNetConfig, "dit": DiTConfig, "mlp": MLPConfig, "adm": ADMConfig}
 LEAST = sys.float_info.min  # the least positive number: a range that excludes zero
 INF = sys.float_info.max  # a range without an upper end still excludes inf
 
@@ -117,7 +117,7 @@ class Config:
     microbatches: int = 1  # gradient accumulation inside one program
     compute_dtype: str = "float32"  # float32 | bfloat16; parameters, times, EMAs and loss stay float32
     label_dropout: float = 0.0  # share of rows trained with the null class
-    network: UNetConfig | DiTConfig | MLPConfig = field(default_factory=UNetConfig)
+    network: UNetConfig | DiTConfig | MLPConfig | ADMConfig = field(default_factory=UNetConfig)
     data: DataConfig = field(default_factory=DataConfig)
     times: TimeLaw = field(default_factory=TimeLaw)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
@@ -141,7 +141,7 @@ def complete(values: Mapping[str, Any]) -> config_dict.ConfigDict:
 def parse(values: Mapping[str, Any] | config_dict.ConfigDict) -> Config:
     """Nested mapping (ConfigDict, dict, JSON) -> Config, every key known and every value of its field's type."""
     plain = values.to_dict() if isinstance(values, config_dict.ConfigDict) else values
-    config = _build(Config, plain, "config")
+    config = section(Config, plain, "config")
     _check_values(config)
     return config
 
@@ -195,7 +195,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "c
     return found
 
 
-def _build(cls: type, values: Any, path: str) -> Any:
+def section(cls: type, values: Any, path: str) -> Any:
+    """Nested mapping -> an instance of the dataclass `cls`, every key known and every value of its field's type."""
     if not isinstance(values, Mapping):
         raise DmfError(f"{path} = {values!r:.100}: expected a section with the fields {', '.join(_names(cls))}")
     hints = typing.get_type_hints(cls)
@@ -215,9 +216,9 @@ def _unknown(path: str, key: Any, fields: Collection[str]) -> DmfError:
 
 def _value(hint: Any, value: Any, path: str) -> Any:
     if path == "config.network":
-        return _build(_network_class(value), value, path)
+        return section(_network_class(value), value, path)
     if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, path)
+        return section(typing.cast(type, hint), value, path)
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, tuple | list):
             raise DmfError(f"{path} = {value!r}: expected a tuple")

@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dmf import checkpoint, data, networks, pictures, sharding
+from dmf import checkpoint, data, networks, pictures, pretrained, sharding
 from dmf.config import Config, parse
 from dmf.data import Dataset
 from dmf.errors import DmfError
 from dmf.metrics.digits import DigitsScorer
-from dmf.optim import EMAConfig
+from dmf.networks.vae import unscaled
 from dmf.sample import SAMPLERS
 
 CHUNK = 512  # rows per sampling call
@@ -89,46 +88,46 @@ def format_scores(rows: Sequence[dict[str, Any]], floor: dict[str, float]) -> st
     return "\n".join(lines)
 
 
-def load(path: str | Path, ema: float | None = None) -> tuple[networks.Network, Any, Config]:
-    """(network, params, config) of a checkpoint: what sampling, scoring and a notebook need.
-
-    path: a work directory or one of its step folders. ema: half-life in images of the average to take, 0 for the raw
-    weights, None for the one the run evaluates. Raises DmfError where the folder is missing or damaged.
-    """
-    folder = checkpoint.find(path)
-    stored = checkpoint.metadata(folder)
-    config = parse(stored["config"])
-    shape = tuple(stored["image_shape"])
-    network = networks.build(config.network, shape, jnp.dtype(config.compute_dtype))
-    averages = config.ema if ema is None else EMAConfig(config.ema.halflife_images, evaluate=ema)
-    return (
-        network,
-        checkpoint.read_params(folder, averages.index(), abstract_params(network, sharding.make_mesh())),
-        config,
-    )
-
-
-def write_samples(path: str | Path, steps: Sequence[int], count: int, sampler: str = "", out: str = "") -> Path:
+def write_samples(
+    path: str | Path,
+    steps: Sequence[int],
+    count: int,
+    sampler: str = "",
+    out: str = "",
+    ema: float | None = None,
+    vae: str = "",
+) -> Path:
     """Draws `count` samples of a checkpoint at each number of steps, from the same noise, into one PNG.
 
-    sampler: a key of SAMPLERS, "" for the run's own. out: the file; by default beside the run's config.
+    sampler: a key of SAMPLERS, "" for the run's own. out: the file; by default beside the run's config. ema: as for
+    `pretrained.load`. vae: directory of the converted autoencoder that makes images of latents.
     """
-    network, params, config, shape = _open(path, sampler)
-    labels = data.load(config.data, "train").labels if config.num_classes else np.zeros(1, np.int32)
+    network, params, config, shape, converted = _open(path, sampler, ema)
+    decode = _decoder(vae, shape)
+    if not config.num_classes:
+        labels = np.zeros(1, np.int32)
+    elif converted:  # no data belongs to it: every class in turn
+        labels = np.arange(config.num_classes, dtype=np.int32)
+    else:
+        labels = data.load(config.data, "train").labels
     draw = Sampler(network, config, shape, labels, sharding.make_mesh())
     side = math.isqrt(count - 1) + 1
-    folder = checkpoint.find(path).parent.parent
-    target = Path(out or folder / f"samples_{config.run.sampler}_{'_'.join(map(str, steps))}.png")
-    pictures.panels(target, {f"{n} step{'s' * (n > 1)}": draw(params, count, n) for n in steps}, side)
+    folder = checkpoint.find(path)
+    target = Path(
+        out or (folder if converted else folder.parent.parent) / f"samples_{config.run.sampler}_{'_'.join(map(str, steps))}.png"
+    )
+    pictures.panels(target, {f"{n} step{'s' * (n > 1)}": decode(draw(params, count, n)) for n in steps}, side)
     print(f"samples   {target}")
     return target
 
 
 def write_scores(
-    path: str | Path, steps: Sequence[int], count: int, sampler: str = "", out: str = ""
+    path: str | Path, steps: Sequence[int], count: int, sampler: str = "", out: str = "", ema: float | None = None
 ) -> list[dict[str, float]]:
     """Scores a checkpoint at each number of steps, prints the table and writes it as JSON where `out` is given."""
-    network, params, config, shape = _open(path, sampler)
+    network, params, config, shape, converted = _open(path, sampler, ema)
+    if converted:
+        raise DmfError(f"checkpoint {path} holds converted weights, without data to score against: expected a run's")
     train = data.load(config.data, "train")
     found = make_scorer(config.data, train)
     if found is None:
@@ -141,15 +140,25 @@ def write_scores(
     return rows
 
 
-def _open(path: str | Path, sampler: str) -> tuple[networks.Network, Any, Config, tuple[int, ...]]:
-    network, params, config = load(path)
+def _open(path: str | Path, sampler: str, ema: float | None) -> tuple[networks.Network, Any, Config, tuple[int, ...], bool]:
+    """Network, weights, config and image shape of a checkpoint, and whether it was converted."""
+    _, stored = pretrained.open_folder(path)
+    if "config" not in stored:
+        raise DmfError(f"checkpoint {path} holds a {stored['network']['kind']}: expected a flow model or a generator")
+    network, params = pretrained.load(path, ema)
+    config = parse(stored["config"])
     if sampler:
         config = replace(config, run=replace(config.run, sampler=sampler))
-    return network, params, config, tuple(checkpoint.metadata(checkpoint.find(path))["image_shape"])
+    return network, params, config, tuple(stored["image_shape"]), not config.data.name
 
 
-def abstract_params(network: networks.Network, mesh: Mesh) -> Any:
-    """Shapes, dtypes and placement of the network's weights, nothing allocated."""
-    shapes = jax.eval_shape(network.init, jax.random.key(0))
-    place = sharding.replicated(mesh)
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
+def _decoder(path: str, image_shape: tuple[int, ...]) -> Callable[[np.ndarray], np.ndarray]:
+    """What makes pictures of samples: nothing, or a converted autoencoder, eight latents at a time."""
+    if not path:
+        return lambda x: x
+    config, _ = pretrained.described(pretrained.open_folder(path)[1])
+    if config.kind != "vae" or config.latent_channels != image_shape[-1]:
+        raise DmfError(f"--vae={path}: holds a {config.kind}; expected an autoencoder of {image_shape[-1]}-channel latents")
+    network, params = pretrained.load(path)
+    decode = jax.jit(lambda p, z: network.decode(p, unscaled(z, network.scale)))
+    return lambda x: np.concatenate([np.asarray(decode(params, x[i : i + 8])) for i in range(0, len(x), 8)])

@@ -17,10 +17,12 @@ BACKGROUND = 40
 
 
 def grid(samples: np.ndarray, columns: int, enlarge: int) -> Image.Image:
-    """(N, H, W, C) in [-1, 1], C = 1 or 3 -> one image, `columns` to a row, each pixel drawn `enlarge` times."""
+    """(N, H, W, C) in [-1, 1] -> one image, `columns` to a row, each pixel drawn `enlarge` times.
+
+    Of latents, with more than three channels, the first three are shown: blurred colours, but enough to see a divergence.
+    """
     pixels = np.clip(np.round((samples + 1) * 127.5), 0, 255).astype(np.uint8)
-    if pixels.shape[-1] == 1:
-        pixels = np.repeat(pixels, 3, axis=-1)
+    pixels = np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels[..., :3]
     n, height, width, _ = pixels.shape
     pixels = pixels.repeat(enlarge, 1).repeat(enlarge, 2)
     height, width = height * enlarge + GAP, width * enlarge + GAP

@@ -2,6 +2,7 @@
 
     workdir/config.json       the run's config; a later command with another one is refused
     workdir/checkpoints/N     state after N steps; every stage boundary is kept
+    workdir/origin.json       where the weights of config.init came from, if they were converted
     workdir/metrics.jsonl     logged steps;  workdir/scores.jsonl  scores at the stage boundaries
     workdir/samples/*.png     a grid per stage boundary;  samples.png, curves.png  at the end
 
@@ -20,12 +21,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dmf import checkpoint, curriculum, data, evaluate, networks, optim, pictures, sharding, state, step
+from dmf import checkpoint, curriculum, data, evaluate, networks, optim, pictures, pretrained, sharding, state, step
 from dmf.config import Config, check, differences, to_dict
 from dmf.curriculum import Stage
 from dmf.errors import DmfError
 from dmf.logging import JsonLines, Progress, TensorBoard
 from dmf.state import TrainState
+
+ORIGIN = "origin.json"
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,8 @@ class Run:
         _claim(workdir, config)
         self.optimizer = optim.build(config.optimizer)
         boundaries = [0, *(s.last for s in self.stages)]
-        self.checkpoints = checkpoint.Checkpoints(
-            workdir, config.run.keep_checkpoints, boundaries, {"config": to_dict(config), "image_shape": list(shape)}
-        )
+        metadata = {"config": to_dict(config), "image_shape": list(shape), "source": _origin(workdir)}
+        self.checkpoints = checkpoint.Checkpoints(workdir, config.run.keep_checkpoints, boundaries, metadata)
         self.metrics, self.scores = JsonLines(workdir / "metrics.jsonl"), JsonLines(workdir / "scores.jsonl")
         self.tensorboard = TensorBoard(workdir / "tensorboard", config.run.tensorboard)
         self.sampler = evaluate.Sampler(self.network, config, shape, self.dataset.labels, self.mesh)
@@ -142,7 +144,7 @@ class Run:
         now = fresh(jax.random.key(self.config.seed))
         found = self.checkpoints.restore_latest(now)
         if found is None and self.config.init:
-            params = load_init(self.config, evaluate.abstract_params(self.network, self.mesh))
+            params = pretrained.load_init(self.config, pretrained.abstract_params(self.network, self.mesh))
             create = jax.jit(
                 lambda p: state.create(p, self.optimizer, self.config.ema), out_shardings=sharding.replicated(self.mesh)
             )
@@ -187,7 +189,7 @@ class Run:
             leaf = int(values["nonfinite_leaf"])
             names = [
                 jax.tree_util.keystr(p)
-                for p, _ in jax.tree_util.tree_leaves_with_path(evaluate.abstract_params(self.network, self.mesh))
+                for p, _ in jax.tree_util.tree_leaves_with_path(pretrained.abstract_params(self.network, self.mesh))
             ]
             where = f", first in the gradient of {names[leaf]}" if leaf >= 0 else ""
             raise DmfError(
@@ -237,24 +239,15 @@ class Run:
                 print(f"\n{b.name}\n{evaluate.format_scores(rows, floor)}")
 
 
-def load_init(config: Config, like: Any) -> Any:
-    """Weights of the flow model that config.init names: the average it was evaluated with. Raises DmfError."""
-    folder = checkpoint.find(config.init)
-    from_config = checkpoint.metadata(folder)["config"]
-    mine = to_dict(config)["network"]
-    theirs = dict(from_config["network"])
-    for free in ("dropout", "interval_init", "attention"):  # these leave the meaning of the weights alone
-        theirs[free] = mine.get(free)
-    changed = differences({k: v for k, v in theirs.items() if v is not None}, mine, "config.network")
-    if changed:
-        raise DmfError(f"config.init = {config.init}: its network differs: {'; '.join(changed)}; expected the same network")
-    averages = optim.EMAConfig(tuple(from_config["ema"]["halflife_images"]), evaluate=from_config["ema"]["evaluate"])
-    return checkpoint.read_params(folder, averages.index(), like)
-
-
 def _boundaries(stages: tuple[Stage, ...], from_init: bool) -> list[Boundary]:
     start = [Boundary(0, "init", "given", True)] if from_init else []
     return start + [Boundary(s.last, s.name, s.kind, s.index < 0 or s is stages[-1]) for s in stages]
+
+
+def _origin(workdir: Path) -> dict[str, Any] | None:
+    """What was written beside the weights the run started from, where they were converted."""
+    path = workdir / ORIGIN
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def _claim(workdir: Path, config: Config) -> None:
@@ -265,8 +258,9 @@ def _claim(workdir: Path, config: Config) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if not any((workdir / checkpoint.FOLDER).glob("[0-9]*")):
-            if config.init:
-                checkpoint.find(config.init)  # a slip is best noticed before the directory is tied to it
+            if config.init:  # a slip is best noticed before the directory is tied to it
+                origin = pretrained.open_folder(config.init)[1].get("source")
+                (workdir / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n")
             partial = path.with_suffix(".tmp")
             partial.write_text(json.dumps(mine, indent=2) + "\n")
             partial.replace(path)

@@ -18,10 +18,14 @@ OWNERS = {
     "tensorflow": set(),
     "tensorflow_datasets": {"dmf/data/cifar10.py"},
     "flax": {"dmf/networks/"},
-    "optax": {"dmf/optim.py", "dmf/state.py", "dmf/step.py"},
+    "optax": {"dmf/optim.py", "dmf/state.py", "dmf/step.py", "dmf/convert/align.py"},
     "ml_collections": {"dmf/config.py", "main.py"},
     "absl": {"main.py"},
-    "torch": set(),
+    "torch": {"dmf/convert/", "dmf/export/"},
+    "pickle": {"dmf/convert/unpickle.py"},
+    "zipfile": {"dmf/convert/read.py"},
+    "msgpack": {"dmf/convert/read.py"},
+    "safetensors": {"dmf/convert/read.py", "dmf/export/weights.py"},
     "PIL": {"dmf/pictures.py"},
     "matplotlib": {"dmf/pictures.py"},
     "sklearn": {"dmf/data/digits.py", "dmf/metrics/"},
@@ -48,6 +52,16 @@ def test_every_library_has_its_owner(path):
     for name in imports(path):
         owners = OWNERS.get(name.split(".")[0])
         assert owners is None or any(relative(path).startswith(o) for o in owners), f"{relative(path)} imports {name}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_torch_is_imported_inside_functions_alone_and_the_gates_by_main_alone(path):
+    for node in ast.parse(path.read_text()).body:
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", "")]
+        assert "torch" not in [(name or "").split(".")[0] for name in names]
+    for name in imports(path):
+        gate = name.startswith(("dmf.convert", "dmf.export"))
+        assert not gate or relative(path).startswith(("main.py", "dmf/convert/", "dmf/export/")), f"{relative(path)} imports {name}"
 
 
 @pytest.mark.parametrize("room", sorted(PURE))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dmf.errors import DmfError
-from dmf.networks import DIT_SIZES, DiTConfig, MLPConfig, UNetConfig, build, is_interval_path, layers
+from dmf.networks import DIT_SIZES, ADMConfig, DiTConfig, MLPConfig, UNetConfig, build, is_interval_path, layers
 from dmf.networks.dit import position_embedding
 from dmf.networks.unet import make_unet
 
@@ -34,10 +34,12 @@ DIT_REFERENCE = DiTConfig(depth=3, width=96, heads=4, patch=2, num_classes=10)
 UNET = UNetConfig(channels=8, channel_mult=(1, 2), blocks=1, attention_resolutions=(4,), dropout=0.3, augment_dim=2)
 DIT = DiTConfig(depth=2, width=16, heads=2, patch=2, num_classes=3)
 MLP = MLPConfig(width=16, depth=2)
+ADM = ADMConfig(channels=64, channel_mult=(1, 1), blocks=1, attention_resolutions=(), head_channels=32, dropout=0.3)
 SMALL = {
     "unet": (UNET, (8, 8, 2), np.array([0.3, -1.0], np.float32)),
     "dit": (DIT, (4, 6, 2), np.int32(1)),
     "mlp": (MLP, (5,), None),
+    "adm": (ADM, (8, 8, 2), None),
 }
 BATCH = 3
 
@@ -347,7 +349,7 @@ def test_zero_interval_starts_as_a_flow_model(kind):
 def test_r_enters_only_through_the_interval(kind):
     """With the branch of t silenced, u feels how long the interval is, and not where it lies."""
     z, _, _, label, _ = small(kind)
-    last_of_t = {"unet": ("map_layer0",), "dit": ("t_embedder", "mlp_2"), "mlp": ("time",)}[kind]
+    last_of_t = {"unet": ("map_layer0",), "dit": ("t_embedder", "mlp_2"), "mlp": ("time",), "adm": ("time_embed_2",)}[kind]
     flat = leaf_paths(random_params(kind))
     params = nested(flat | {(*last_of_t, "kernel"): 0 * flat[(*last_of_t, "kernel")]})
     probe = u_and_gradient(kind)
@@ -454,7 +456,7 @@ def test_bfloat16_compute(kind):
     assert u.dtype == jnp.float32
     assert 1e-4 < relative_l2(u, u_and_gradient(kind)(params, z, r, t, label)[0]) < 0.03
     # bfloat16 cannot tell 0.5 from 0.5 + 2^-10. Amplified, the difference survives later rounding.
-    of_t = ("map_layer0", "t_embedder", "time")
+    of_t = ("map_layer0", "t_embedder", "time", "time_embed_0")
     params = {k: jax.tree.map(lambda x: 30 * x, p) if k in of_t else p for k, p in params.items()}
     half = np.full(BATCH, 0.5, np.float32)
     later = half + np.float32(2**-10)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from dmf import checkpoint, curriculum, evaluate, state, train
+from dmf import checkpoint, curriculum, pretrained, state, train
 from dmf.config import parse
 from dmf.errors import DmfError
 from tests.tiny import TINY, merged
@@ -161,7 +161,8 @@ def test_sigkill_at_random_times_ends_in_the_same_bits(tmp_path):
 
 def test_after_pretraining_the_run_goes_on_from_the_averaged_flow_model(finished):
     workdir, _ = finished
-    _, ema, config = evaluate.load(workdir / "checkpoints" / "4")
+    _, ema = pretrained.load(workdir / "checkpoints" / "4")
+    config = parse(TINY)
     run = train.Run(config, workdir)
     found = run.checkpoints.restore_latest(run._start())
     run.close()
@@ -181,7 +182,7 @@ def test_a_run_from_a_flow_checkpoint_starts_as_the_run_that_pretrained_it(finis
     run = train.Run(config, tmp_path)
     start = run._start()
     run.close()
-    _, flow_model, _ = evaluate.load(workdir / "checkpoints" / "4")
+    _, flow_model = pretrained.load(workdir / "checkpoints" / "4")
     for a, b in zip(jax.tree.leaves(start.params), jax.tree.leaves(flow_model), strict=True):
         np.testing.assert_array_equal(a, b)
     z, t = jax.random.normal(jax.random.key(0), (4, 8, 8, 1)), np.linspace(0.1, 1, 4, dtype=np.float32)
@@ -205,15 +206,15 @@ def test_a_started_run_needs_its_flow_model_no_more(finished, tmp_path):
 
 def test_one_call_loads_a_model_and_any_of_its_averages(finished):
     workdir, _ = finished
-    network, params, config = evaluate.load(workdir)
-    raw = evaluate.load(workdir, ema=0.0)[1]
-    other = evaluate.load(workdir, ema=800.0)[1]
+    network, params = pretrained.load(workdir)
+    raw = pretrained.load(workdir, ema=0.0)[1]
+    other = pretrained.load(workdir, ema=800.0)[1]
     first = [jax.tree.leaves(p)[0] for p in (params, raw, other)]
     assert not np.array_equal(first[0], first[1]) and not np.array_equal(first[0], first[2])
     u = network.apply(params, np.zeros((2, 8, 8, 1), np.float32), np.zeros(2, np.float32), np.ones(2, np.float32))
-    assert u.shape == (2, 8, 8, 1) and config.batch_size == 32
+    assert u.shape == (2, 8, 8, 1)
     with pytest.raises(DmfError, match=r"config.ema.evaluate = 5: expected 0 \(raw weights\) or one of"):
-        evaluate.load(workdir, ema=5.0)
+        pretrained.load(workdir, ema=5.0)
 
 
 def test_a_bad_number_stops_the_run_is_named_and_never_saved(tmp_path):
@@ -262,7 +263,7 @@ def test_an_unfinished_newest_save_is_passed_over_by_loading(finished, tmp_path)
     subprocess.run(["cp", "-r", workdir, copy], check=True)
     (copy / "checkpoints" / "12" / checkpoint.MANIFEST).unlink()
     assert checkpoint.find(copy) == copy / "checkpoints" / "10"
-    evaluate.load(copy)
+    pretrained.load(copy)
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_taken(finished, tmp_path, caplog):

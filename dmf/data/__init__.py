@@ -17,6 +17,7 @@ from dmf.data import cifar10, digits
 from dmf.errors import DmfError
 
 Split = Literal["train", "heldout"]
+LATENT_MOCK = 2048  # random latents of a mock
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class DataConfig:
     name: str = "digits"  # a key of `DATASETS`
     data_dir: str = ""  # cifar10: where TFDS data is prepared; "" = $TFDS_DATA_DIR, else ~/tensorflow_datasets
     holdout_fraction: float = 0.25  # digits: share of its one set that is "heldout", whatever the training seed
-    mock: bool = False  # cifar10: random images, to try the code path only; reads no file
+    mock: bool = False  # cifar10, imagenet256_latents: random images, to try the code path only; reads no file
     flip: bool = False  # mirror each training image with probability 1/2, without telling the network
     augment: float = 0.0  # probability p of the EDM pipe, which does tell the network (`augment.edm_augment`); 0 = off
 
@@ -62,9 +63,18 @@ def _load_cifar10(config: DataConfig, split: Split) -> Dataset:
     return Dataset(images, labels, cifar10.NUM_CLASSES, cifar10.MAX_VALUE, "cifar10", split)
 
 
+def _load_imagenet256(config: DataConfig, split: Split) -> Dataset:
+    if not config.mock:
+        raise DmfError("config.data.mock = False for 'imagenet256_latents': expected True, stored latents cannot be read yet")
+    rng = np.random.default_rng(0 if split == "train" else 1)
+    images = rng.integers(0, 256, (LATENT_MOCK, 32, 32, 4), np.uint8)
+    return Dataset(images, rng.integers(0, 1000, LATENT_MOCK).astype(np.int32), 1000, 255.0, "imagenet256_latents", split)
+
+
 DATASETS: dict[str, Callable[[DataConfig, Split], Dataset]] = {
     "digits": _load_digits,
     "cifar10": _load_cifar10,
+    "imagenet256_latents": _load_imagenet256,
 }
 
 

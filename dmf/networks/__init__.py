@@ -1,6 +1,6 @@
 """The networks u(z, r, t), each behind one pure function apply(params, z, r, t, *, label, train, rngs).
 
-All three depend on r only through h = t - r, and every parameter of that branch lies under a module named
+All of them depend on r only through h = t - r, and every parameter of that branch lies under a module named
 "interval". With interval_init = "zero" a network starts as a flow model: u(z, r, t) = u(z, t, t) = v(z, t).
 """
 
@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from dmf.errors import DmfError
+from dmf.networks.adm import ADMConfig, make_adm
 from dmf.networks.dit import DIT_SIZES, DiTConfig, make_dit
 from dmf.networks.mlp import MLPConfig, make_mlp
 from dmf.networks.unet import UNetConfig, make_unet
 
 __all__ = [
+    "ADMConfig",
     "DIT_SIZES",
     "DiTConfig",
     "MLPConfig",
@@ -30,13 +32,14 @@ __all__ = [
     "is_interval_path",
 ]
 
-NetworkConfig = UNetConfig | DiTConfig | MLPConfig
+NetworkConfig = UNetConfig | DiTConfig | MLPConfig | ADMConfig
 Params = dict[str, Any]
 
 KINDS: dict[str, tuple[type, Callable[..., Any]]] = {
     "unet": (UNetConfig, make_unet),
     "dit": (DiTConfig, make_dit),
     "mlp": (MLPConfig, make_mlp),
+    "adm": (ADMConfig, make_adm),
 }
 
 
@@ -48,7 +51,7 @@ class Network(NamedTuple):
     apply(params, z, r, t, *, label=None, train=False, rngs=None) -> u, shaped as z, float32 (float64 if
     params and inputs are). z is (B, *image_shape); r and t are (B,). Wrong shapes raise DmfError.
     `label`: for the U-Net (B, augment_dim) floats, where None adds nothing; for the DiT (B,) integer classes,
-    where None is the null class; None for the MLP. A class outside the table cannot be refused under jit: one
+    where None is the null class; None for the others. A class outside the table cannot be refused under jit: one
     beyond the end turns its row into NaN, a negative one counts from the end.
     `rngs`: one typed key per row, (B,), for dropout when `train`; ignored otherwise.
 
@@ -139,7 +142,7 @@ def _check_label(config: NetworkConfig, label: jax.Array, batch: int) -> None:
 
 def _row_keys(config: NetworkConfig, rngs: jax.Array | None, batch: int) -> jax.Array | None:
     """The keys dropout uses in training, checked; None where the network has no dropout."""
-    if not (isinstance(config, UNetConfig) and config.dropout > 0):
+    if not (isinstance(config, UNetConfig | ADMConfig) and config.dropout > 0):
         return None
     if rngs is None:
         raise DmfError(f"rngs is None; expected one key per row, since network.dropout is {config.dropout}.")

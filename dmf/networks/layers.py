@@ -44,7 +44,7 @@ def frequencies(count: int, *, endpoint: bool) -> np.ndarray:
     return 1e4 ** (-np.arange(count) / max(steps, 1))
 
 
-def time_features(time: jax.Array, freqs: np.ndarray, *, sin_first: bool) -> jax.Array:
+def time_features(time: jax.Array, freqs: np.ndarray | jax.Array, *, sin_first: bool) -> jax.Array:
     """Sine and cosine of raw times: (B,) -> (B, 2 * len(freqs)), never below float32."""
     time = at_least_float32(time)
     angle = time[:, None] * jnp.asarray(freqs, time.dtype)
@@ -143,3 +143,14 @@ def blur_up(x: jax.Array) -> jax.Array:
         pairs = jnp.stack((even, odd), axis=axis + 1)
         x = pairs.reshape(*x.shape[:axis], 2 * x.shape[axis], *x.shape[axis + 1 :])
     return x
+
+
+def box_down(x: jax.Array) -> jax.Array:
+    """Halve (B, H, W, C): the mean of every 2 x 2 block."""
+    batch, height, width, channels = x.shape
+    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).mean((2, 4))
+
+
+def box_up(x: jax.Array) -> jax.Array:
+    """Double (B, H, W, C): every value four times, the nearest neighbour."""
+    return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)

@@ -1,4 +1,4 @@
-"""The U-Net of MeanFlow on CIFAR-10: EDM's SongUNet with DDPM++ blocks and [1, 3, 3, 1] resampling.
+"""EDM's SongUNet as u(z, r, t): the U-Net of MeanFlow on CIFAR-10, and with other fields DDPM++ and NCSN++.
 
 Parameter names follow the official state dict, '.' read as '/': enc/32x32_block0/conv0/kernel and so on. The
 one exception is the first layer of the embedding. Officially it acts on [features(t) | features(t - r)]; here
@@ -9,6 +9,7 @@ that a network without an interval is this one with `interval` = 0.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import flax.linen as nn
@@ -19,7 +20,15 @@ from dmf.errors import DmfError
 from dmf.networks import layers
 
 SKIP_SCALE = math.sqrt(0.5)
-RESAMPLE = {"keep": lambda x: x, "down": layers.blur_down, "up": layers.blur_up}
+RESAMPLE = {
+    "binomial": {"keep": lambda x: x, "down": layers.blur_down, "up": layers.blur_up},
+    "box": {"keep": lambda x: x, "down": layers.box_down, "up": layers.box_up},
+}
+EMBEDDINGS = ("positional", "fourier")
+TIME_INPUTS = ("t", "log_sigma")
+PRECONDS = ("none", "edm")
+FOURIER_SCALE = 16.0  # standard deviation of EDM's random frequencies
+SIGMA_RANGE = (0.002, 80.0)  # where EDM is trained and sampled; outside, c_noise stays at its end's value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +38,11 @@ class UNetConfig:
     `channel_mult` has one entry per resolution, halving from one to the next; `blocks` counts the encoder's
     blocks per resolution (the decoder has one more); `augment_dim` is the length of the augmentation label, 0
     for none; `interval_init` "zero" makes u(z, r, t) = u(z, t, t) at the start, bit for bit.
+
+    `resample`: filter "binomial", [1, 3, 3, 1], or "box", [1, 1]. `residual_encoder`: the input, shrunk, joins
+    every lower resolution (NCSN++). Each of t and t - r has `embedding_mult` * channels features; those of t are
+    "positional", or "fourier" with fixed random frequencies, of `time_scale` * t or of ln(sigma) / 4 with
+    sigma = t / (1 - t). `precond` "edm": the network is the F of EDM's denoiser (see `edm_velocity`).
     """
 
     kind: str = "unet"
@@ -39,6 +53,41 @@ class UNetConfig:
     dropout: float = 0.2
     augment_dim: int = 6
     interval_init: str = "zero"
+    resample: str = "binomial"
+    residual_encoder: bool = False
+    embedding: str = "positional"
+    embedding_mult: int = 2
+    time_input: str = "t"
+    time_scale: float = 1.0
+    precond: str = "none"
+    sigma_data: float = 0.5
+
+    @property
+    def noise_width(self) -> int:
+        """Number of features of t, and of t - r."""
+        return self.embedding_mult * self.channels
+
+
+def log_sigma(t: jax.Array) -> jax.Array:
+    """EDM's c_noise of times t (B,): ln(sigma) / 4, sigma = t / (1 - t) within [0.002, 80] (EDM, table 1).
+
+    Finite with a finite derivative at every t; the derivative is zero outside that range.
+    """
+    low, high = (sigma / (1 + sigma) for sigma in SIGMA_RANGE)
+    t = jnp.clip(layers.at_least_float32(t), low, high)
+    return (jnp.log(t) - jnp.log1p(-t)) / 4
+
+
+def edm_velocity(z: jax.Array, t: jax.Array, sigma_data: float, raw: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The velocity (z - D(x, sigma)) / t of EDM's denoiser D, x = z / (1 - t), sigma = t / (1 - t).
+
+    D = c_skip x + c_out F(c_in x)  =>  v = (t - s^2 (1 - t)) / n^2 z - s / n F(z / n),  n^2 = t^2 + s^2 (1 - t)^2
+
+    s = sigma_data, raw = F; z, v (B, ...), t (B,). The division by t is carried out, so both ends are regular.
+    """
+    t = layers.at_least_float32(t).reshape(-1, *(1,) * (z.ndim - 1))
+    n = jnp.sqrt(t**2 + (sigma_data * (1 - t)) ** 2)
+    return (t - sigma_data**2 * (1 - t)) / n**2 * z - sigma_data / n * raw(z / n)
 
 
 def _group_norm(x: jax.Array, name: str, dtype: jnp.dtype | None) -> nn.GroupNorm:
@@ -61,7 +110,7 @@ class Block(nn.Module):
     """Residual block, optionally resampling, optionally followed by single-head attention over positions."""
 
     width: int
-    dropout: float
+    config: UNetConfig
     dtype: jnp.dtype | None
     resample: str = "keep"
     attend: bool = False
@@ -69,13 +118,13 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, emb: jax.Array, rngs: jax.Array | None) -> jax.Array:
         """Map x (B, H, W, C) to (B, H', W', width), shifted by a projection of emb (B, E)."""
-        resample = RESAMPLE[self.resample]
+        resample = RESAMPLE[self.config.resample][self.resample]
         y = nn.silu(_group_norm(x, "norm0", self.dtype)(x))
         y = _conv(self.width, 3, "conv0", self.dtype)(resample(y))
         shift = nn.Dense(self.width, dtype=self.dtype, kernel_init=layers.xavier(), name="affine")(emb)
         y = y + shift[:, None, None, :]
         y = nn.silu(_group_norm(y, "norm1", self.dtype)(y))
-        y = layers.RowDropout(self.dropout, name="dropout")(y, rngs)
+        y = layers.RowDropout(self.config.dropout, name="dropout")(y, rngs)
         y = _conv(self.width, 3, "conv1", self.dtype, gain=1e-5)(y)
         if self.resample != "keep" or x.shape[-1] != self.width:
             x = _conv(self.width, 1, "skip", self.dtype)(resample(x))
@@ -100,21 +149,28 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, emb: jax.Array, rngs: jax.Array | None) -> list[jax.Array]:
         """Map z (B, R, R, C) to the list of skips, finest first."""
-        c, size, skips = self.config, x.shape[1], []
+        c, size, skips, aux = self.config, x.shape[1], [], x
         for level, mult in enumerate(c.channel_mult):
             res, width = size >> level, c.channels * mult
             tag = f"{res}x{res}"
             if level == 0:
                 x = _conv(c.channels, 3, f"{tag}_conv", self.dtype)(x)
             else:
-                x = Block(x.shape[-1], c.dropout, self.dtype, "down", name=f"{tag}_down")(x, emb, rngs)
+                x = Block(x.shape[-1], c, self.dtype, "down", name=f"{tag}_down")(x, emb, rngs)
+                if c.residual_encoder:
+                    x = aux = (x + self._shrunk(aux, x.shape[-1], f"{tag}_aux_residual")) * SKIP_SCALE
             skips.append(x)
             attend = res in c.attention_resolutions
             for k in range(c.blocks):
-                block = Block(width, c.dropout, self.dtype, attend=attend, name=f"{tag}_block{k}")
+                block = Block(width, c, self.dtype, attend=attend, name=f"{tag}_block{k}")
                 x = block(x, emb, rngs)
                 skips.append(x)
         return skips
+
+    def _shrunk(self, aux: jax.Array, width: int, name: str) -> jax.Array:
+        """3 x 3 convolution of the zero-extended image, then its halving: the filter sees beyond the border."""
+        beyond = nn.Conv(width, (3, 3), padding=3, dtype=self.dtype, kernel_init=layers.xavier(), name=name)(aux)
+        return RESAMPLE[self.config.resample]["down"](beyond)[:, 1:-1, 1:-1]
 
 
 class Decoder(nn.Module):
@@ -132,19 +188,32 @@ class Decoder(nn.Module):
             res, width = size >> level, c.channels * mult
             tag = f"{res}x{res}"
             if level == len(c.channel_mult) - 1:
-                x = Block(x.shape[-1], c.dropout, self.dtype, attend=True, name=f"{tag}_in0")(x, emb, rngs)
-                x = Block(x.shape[-1], c.dropout, self.dtype, name=f"{tag}_in1")(x, emb, rngs)
+                x = Block(x.shape[-1], c, self.dtype, attend=True, name=f"{tag}_in0")(x, emb, rngs)
+                x = Block(x.shape[-1], c, self.dtype, name=f"{tag}_in1")(x, emb, rngs)
             else:
-                x = Block(x.shape[-1], c.dropout, self.dtype, "up", name=f"{tag}_up")(x, emb, rngs)
+                x = Block(x.shape[-1], c, self.dtype, "up", name=f"{tag}_up")(x, emb, rngs)
             for k in range(c.blocks + 1):
                 x = jnp.concatenate((x, rest.pop()), axis=-1)
                 attend = k == c.blocks and res in c.attention_resolutions
-                block = Block(width, c.dropout, self.dtype, attend=attend, name=f"{tag}_block{k}")
+                block = Block(width, c, self.dtype, attend=attend, name=f"{tag}_block{k}")
                 x = block(x, emb, rngs)
         # In bfloat16 the last layer would put u itself on a grid of relative spacing 2^-8.
         x = layers.at_least_float32(x)
         x = nn.silu(_group_norm(x, f"{size}x{size}_aux_norm", None)(x))
         return _conv(self.out_channels, 3, f"{size}x{size}_aux_conv", None, gain=1e-5)(x)
+
+
+class FourierFeatures(nn.Module):
+    """Sine and cosine, in this order, at fixed random frequencies: a leaf that no gradient reaches."""
+
+    width: int
+    scale: float
+
+    @nn.compact
+    def __call__(self, time: jax.Array) -> jax.Array:
+        """Map time (B,) to (B, width)."""
+        freqs = jax.lax.stop_gradient(self.param("freqs", nn.initializers.normal(FOURIER_SCALE), (self.width // 2,)))
+        return layers.time_features(time, 2 * math.pi * self.scale * freqs, sin_first=True)
 
 
 class UNet(nn.Module):
@@ -157,15 +226,19 @@ class UNet(nn.Module):
     def __call__(self, z: jax.Array, r: jax.Array, t: jax.Array, label: jax.Array | None, rngs: jax.Array | None) -> jax.Array:
         """Map z (B, R, R, C), r, t (B,), label (B, augment_dim) or None, keys (B,) or None to u, as z."""
         emb = self._embedding(r, t, label)
-        skips = Encoder(self.config, self.dtype, name="enc")(z, emb, rngs)
-        return Decoder(self.config, z.shape[-1], self.dtype, name="dec")(skips, emb, rngs)
+        encoder = Encoder(self.config, self.dtype, name="enc")
+        decoder = Decoder(self.config, z.shape[-1], self.dtype, name="dec")
+
+        def raw(z: jax.Array) -> jax.Array:
+            return decoder(encoder(z, emb, rngs), emb, rngs)
+
+        return edm_velocity(z, t, self.config.sigma_data, raw) if self.config.precond == "edm" else raw(z)
 
     def _embedding(self, r: jax.Array, t: jax.Array, label: jax.Array | None) -> jax.Array:
         """The conditioning vector (B, 4 * channels), never below float32: it carries the times."""
-        noise_width, width = 2 * self.config.channels, 4 * self.config.channels
-        freqs = layers.frequencies(noise_width // 2, endpoint=True)
-        of_t = layers.time_features(t, freqs, sin_first=True)
-        of_h = layers.time_features(t - r, freqs, sin_first=True)
+        noise_width, width = self.config.noise_width, 4 * self.config.channels
+        of_t = self._features_of_t(t)
+        of_h = layers.time_features(t - r, layers.frequencies(noise_width // 2, endpoint=True), sin_first=True)
         if label is not None:
             init = layers.xavier()
             shift = nn.Dense(2 * noise_width, use_bias=False, kernel_init=init, name="map_augment")(label)
@@ -177,6 +250,15 @@ class UNet(nn.Module):
         emb = emb + nn.Dense(width, use_bias=False, kernel_init=interval_init, name="interval")(of_h)
         return nn.silu(nn.Dense(width, kernel_init=layers.xavier(), name="map_layer1")(nn.silu(emb)))
 
+    def _features_of_t(self, t: jax.Array) -> jax.Array:
+        """The part of the embedding's input that knows t, (B, noise_width)."""
+        c = self.config
+        time = log_sigma(t) if c.time_input == "log_sigma" else t
+        if c.embedding == "fourier":
+            return FourierFeatures(c.noise_width, c.time_scale, name="map_noise")(time)
+        freqs = c.time_scale * layers.frequencies(c.noise_width // 2, endpoint=True)
+        return layers.time_features(time, freqs, sin_first=True)
+
 
 def make_unet(config: UNetConfig, image_shape: tuple[int, ...], dtype: jnp.dtype | None) -> UNet:
     """Check `config` against images (R, R, C) and return the module; raises DmfError naming the field."""
@@ -184,8 +266,8 @@ def make_unet(config: UNetConfig, image_shape: tuple[int, ...], dtype: jnp.dtype
         raise DmfError(f"image_shape is {image_shape}; the U-Net expects square images (R, R, C).")
     if not config.channel_mult:
         raise DmfError("config.network.channel_mult is empty; expected one factor per resolution.")
-    for field, value in (("channels", config.channels), ("blocks", config.blocks)):
-        layers.check_positive(f"config.network.{field}", value)
+    for field in ("channels", "blocks", "embedding_mult"):
+        layers.check_positive(f"config.network.{field}", getattr(config, field))
     for mult in config.channel_mult:
         layers.check_positive("config.network.channel_mult", mult)
     factor = 2 ** (len(config.channel_mult) - 1)
@@ -199,4 +281,33 @@ def make_unet(config: UNetConfig, image_shape: tuple[int, ...], dtype: jnp.dtype
     if config.augment_dim < 0:
         raise DmfError(f"config.network.augment_dim is {config.augment_dim}; expected 0 (no label) or more.")
     layers.check_choice("config.network.interval_init", config.interval_init, layers.INTERVAL_INITS)
+    layers.check_choice("config.network.resample", config.resample, tuple(RESAMPLE))
+    _check_conditioning(config)
     return UNet(config, dtype)
+
+
+def _check_conditioning(config: UNetConfig) -> None:
+    """Raise DmfError for fields of the time's way in that are wrong or do not go together."""
+    c = config
+    layers.check_choice("config.network.embedding", c.embedding, EMBEDDINGS)
+    layers.check_choice("config.network.time_input", c.time_input, TIME_INPUTS)
+    layers.check_choice("config.network.precond", c.precond, PRECONDS)
+    for field, value in (("time_scale", c.time_scale), ("sigma_data", c.sigma_data)):
+        if not 0 < value < math.inf:
+            raise DmfError(f"config.network.{field} is {value}; expected a finite number above 0.")
+    if c.noise_width % 2:
+        raise DmfError(
+            f"config.network.embedding_mult * config.network.channels is {c.noise_width}; expected an even number, as half of "
+            "the features are sines."
+        )
+    if c.time_scale != 1 and c.time_input != "t":
+        raise DmfError(
+            f"config.network.time_scale is {c.time_scale} with time_input {c.time_input!r}; expected 1, or time_input 't'."
+        )
+    if c.precond == "edm" and c.time_input != "log_sigma":
+        raise DmfError(f"config.network.time_input is {c.time_input!r} with precond 'edm'; expected 'log_sigma'.")
+    if c.precond != "edm" and c.sigma_data != UNetConfig.sigma_data:
+        raise DmfError(
+            f"config.network.sigma_data is {c.sigma_data} with precond {c.precond!r}; expected {UNetConfig.sigma_data}, or "
+            "precond 'edm'."
+        )

@@ -1,0 +1,1 @@
+"""The gate for weights that others trained: see `dmf.convert.command`."""

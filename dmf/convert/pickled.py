@@ -1,0 +1,288 @@
+"""What the names in a pickled weight file stand for: which are known, what each call makes, and the tree of it all.
+
+Every name is a label that is compared with the lists below; none is looked up, imported or called.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dmf.convert.span import DTYPES, PLAIN, Cursor, Span, packed, short, strided
+from dmf.convert.tree import MAX_DEPTH, Inert, Tensor
+from dmf.errors import DmfError
+
+PYTHON2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+STORAGES = {
+    "torch.FloatStorage": "float32",
+    "torch.DoubleStorage": "float64",
+    "torch.HalfStorage": "float16",
+    "torch.BFloat16Storage": "bfloat16",
+    "torch.LongStorage": "int64",
+    "torch.IntStorage": "int32",
+    "torch.ShortStorage": "int16",
+    "torch.CharStorage": "int8",
+    "torch.ByteStorage": "uint8",
+    "torch.BoolStorage": "bool",
+    "torch.ComplexFloatStorage": "complex64",
+    "torch.ComplexDoubleStorage": "complex128",
+    "torch.storage.UntypedStorage": "uint8",
+}
+TORCH_DTYPES = {f"torch.{name}": dtype for name, dtype in DTYPES.items()}
+NUMPY_DTYPES = {np.dtype(name).str[1:]: np.dtype(name) for name in PLAIN}  # "f4" and the like
+INERT = {
+    "argparse.Namespace",
+    "collections.Counter",
+    "collections.defaultdict",
+    "dnnlib.util.EasyDict",
+    "ml_collections.config_dict.config_dict.ConfigDict",
+    "ml_collections.config_dict.config_dict.FieldReference",
+    "ml_collections.config_dict.config_dict.FrozenConfigDict",
+    "pathlib.PosixPath",
+    "pathlib.PurePosixPath",
+    "pathlib.WindowsPath",
+    "torch.device",
+    *(f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "long", "str", "tuple")),
+}
+MODULE = re.compile(r"torch\.nn\.modules\.[a-z_]+\.[A-Z]\w*")
+LOAD_FROM_BYTES = "torch.storage._load_from_bytes"
+_OPEN = object()  # stands for a node whose inside is being looked at
+
+
+@dataclass(frozen=True)
+class Global:
+    """The name of a class or function. It is never looked up."""
+
+    label: str
+
+
+@dataclass(eq=False)
+class Storage:
+    """A torch storage; its bytes may be found only after the pickle that speaks of it."""
+
+    name: str
+    dtype: np.dtype
+    count: int
+    span: Span | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """A torch tensor: a view on a storage."""
+
+    storage: Storage
+    dtype: np.dtype
+    offset: int
+    size: tuple[Any, ...]
+    stride: tuple[Any, ...]
+
+
+@dataclass(eq=False)
+class Made:
+    """An object of a foreign class, as far as the pickle has described it."""
+
+    label: str
+    args: tuple[Any, ...]
+    state: Any = None
+    items: dict[Any, Any] = field(default_factory=dict)
+
+
+def wrong(cursor: Cursor, what: str, *found: Any) -> DmfError:
+    """The refusal of something in a form that nobody writes."""
+    return cursor.span.error(f"{what} with {short(found)} in its pickle; expected the form that PyTorch or NumPy writes")
+
+
+def key_of(cursor: Cursor, value: Any) -> Any:
+    """A dictionary key or member of a set; only those whose hash costs little."""
+    plain = value if isinstance(value, tuple) else (value,)
+    if not all(isinstance(x, str | float | None) or isinstance(x, int) and abs(x) < 2**63 for x in plain):
+        raise cursor.span.error(f"a key of type {type(value).__name__} in its pickle; expected text or a number")
+    cursor.charge(len(plain) // 8)
+    return value
+
+
+def allowed(cursor: Cursor, module: str, name: str) -> Global:
+    """The label of a global, or the refusal of one that weight files do not need."""
+    label = f"{PYTHON2.get(module, module)}.{name}"
+    if "." in name or not (label in KNOWN or MODULE.fullmatch(label)):
+        raise cursor.span.error(
+            f"its pickle asks for {short(label)}; refused, nothing of it was run; expected only tensors, numbers, text "
+            "and lists or dictionaries of them (save the state_dict alone, best as safetensors)"
+        )
+    return Global(label)
+
+
+def _rebuild_tensor(cursor: Cursor, args: tuple[Any, ...]) -> Any:
+    match args:
+        case (Storage() as storage, int() as offset, tuple() as size, tuple() as stride):
+            return View(storage, storage.dtype, offset, size, stride)
+        case (Storage() as storage, int() as offset, tuple() as size, tuple() as stride, bool(), _, *extra) if not any(extra):
+            return View(storage, storage.dtype, offset, size, stride)
+    raise wrong(cursor, "a tensor", *args)
+
+
+def _rebuild_tensor_v3(cursor: Cursor, args: tuple[Any, ...]) -> Any:
+    match args:
+        case (Storage() as storage, int() as offset, tuple() as size, tuple() as stride, bool(), _, Global(label), *extra) if (
+            label in TORCH_DTYPES and not any(extra)
+        ):
+            return View(storage, TORCH_DTYPES[label], offset, size, stride)
+    raise wrong(cursor, "a tensor", *args)
+
+
+def _rebuild_parameter(cursor: Cursor, args: tuple[Any, ...]) -> Any:
+    match args:
+        case (View() as view, bool(), *_):
+            return view
+    raise wrong(cursor, "a parameter", *args)
+
+
+def _persistence(cursor: Cursor, args: tuple[Any, ...]) -> Any:
+    match args:
+        case ({"class_name": str() as name, "state": state},):
+            return Made("persistent", (name,), state)  # module_src, the code, goes no further
+    raise wrong(cursor, "a persistent object", *args)
+
+
+def _encode(cursor: Cursor, args: tuple[Any, ...]) -> Any:
+    match args:
+        case (str() as text, "latin1"):
+            cursor.charge(len(text) // 64)
+            if not text or max(text) <= "\xff":
+                return text.encode("latin1")
+    raise wrong(cursor, "a byte string", *args)
+
+
+def _size(cursor: Cursor, args: tuple[Any, ...]) -> Any:
+    match args:
+        case (tuple() as size,):
+            return size
+    raise wrong(cursor, "a torch.Size", *args)
+
+
+def _ordered_dict(cursor: Cursor, args: tuple[Any, ...]) -> Any:
+    if args:
+        raise wrong(cursor, "an OrderedDict", *args)
+    return {}
+
+
+def _set(cursor: Cursor, args: tuple[Any, ...]) -> Any:
+    match args:
+        case (list() | tuple() as values,):
+            cursor.charge(len(values))
+            return {key_of(cursor, value) for value in values}
+    raise wrong(cursor, "a set", *args)
+
+
+def _numpy_dtype(cursor: Cursor, args: tuple[Any, ...]) -> Any:
+    match args:
+        case (str() as code, *_) if code in NUMPY_DTYPES:
+            return Made("numpy.dtype", (code,))
+    raise cursor.span.error(f"a NumPy array of type {short(args[0] if args else None)} in its pickle; expected plain numbers")
+
+
+def _numpy_empty(cursor: Cursor, args: tuple[Any, ...]) -> Any:
+    match args:
+        case (Global("numpy.ndarray"), tuple(), bytes()):
+            return Made("numpy.ndarray", ())
+    raise wrong(cursor, "a NumPy array", *args)
+
+
+def _numpy_buffer(cursor: Cursor, args: tuple[Any, ...]) -> Any:
+    match args:
+        case (data, Made() as dtype, tuple() as shape, "C" | "F" as order):
+            return Made("numpy.ndarray", (), (1, shape, dtype, order == "F", data))
+    raise wrong(cursor, "a NumPy array", *args)
+
+
+def _numpy_scalar(cursor: Cursor, args: tuple[Any, ...]) -> Any:
+    match args:
+        case (Made("numpy.dtype") as made, bytes() as data) if len(data) == (dtype := _dtype(cursor.span, made)).itemsize:
+            return np.frombuffer(data, dtype)[0].item()
+    raise wrong(cursor, "a NumPy number", *args)
+
+
+def _dtype(span: Span, made: Made) -> np.dtype:
+    match made.state:
+        case None | (_, "<" | "|", *_):
+            return NUMPY_DTYPES[made.args[0]]
+    raise span.error("a NumPy array with its bytes in another order; expected little-endian numbers")
+
+
+CALLS: dict[str, Callable[[Cursor, tuple[Any, ...]], Any]] = {
+    "torch._utils._rebuild_tensor": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
+    "torch._utils._rebuild_parameter": _rebuild_parameter,
+    "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
+    "torch.Size": _size,
+    "torch_utils.persistence._reconstruct_persistent_obj": _persistence,
+    "collections.OrderedDict": _ordered_dict,
+    "builtins.set": _set,
+    "builtins.frozenset": _set,
+    "_codecs.encode": _encode,
+    "numpy.dtype": _numpy_dtype,
+    **{f"numpy.{core}.multiarray._reconstruct": _numpy_empty for core in ("core", "_core")},
+    **{f"numpy.{core}.multiarray.scalar": _numpy_scalar for core in ("core", "_core")},
+    **{f"numpy.{core}.numeric._frombuffer": _numpy_buffer for core in ("core", "_core")},
+}
+KNOWN = {*CALLS, *INERT, *STORAGES, *TORCH_DTYPES, LOAD_FROM_BYTES, "numpy.ndarray"}
+
+
+def tree_of(value: Any, span: Span) -> Any:
+    """The tree of what a pickle describes: see `dmf.convert.read.Weights`."""
+    return _tree(value, span, {}, 0)
+
+
+def _tree(value: Any, span: Span, done: dict[int, Any], depth: int) -> Any:
+    if value is None or isinstance(value, str | int | float | bytes | frozenset):
+        return value
+    if id(value) in done and done[id(value)] is not _OPEN:
+        return done[id(value)]
+    if id(value) in done or depth > MAX_DEPTH:
+        raise span.error(f"its pickle nests objects over {MAX_DEPTH} deep or within themselves; expected a plain tree")
+    done[id(value)] = _OPEN
+    below = functools.partial(_tree, span=span, done=done, depth=depth + 1)
+    done[id(value)] = made = _node(value, span, below)
+    return made
+
+
+def _node(value: Any, span: Span, below: Callable[[Any], Any]) -> Any:
+    match value:
+        case dict():
+            return {key: below(x) for key, x in value.items()}
+        case list() | tuple():
+            return {i: below(x) for i, x in enumerate(value)}
+        case set():
+            return frozenset(value)
+        case View() if value.storage.span is not None:
+            return strided(value.storage.span, value.dtype, value.size, value.stride, value.offset)
+        case Made("numpy.ndarray"):
+            return _array(value.state, span)
+        case Made("persistent", (str() as name,), state):
+            return Inert(name, below(state))
+        case Made(state=dict() | None as state) if state or value.items or not value.args:
+            return Inert(value.label, {key: below(x) for key, x in {**value.items, **(state or {})}.items()})
+        case Made():
+            return Inert(value.label, below(value.args if value.state is None else value.state))
+        case Global():
+            return Inert(value.label, {})
+        case Span() | Storage():
+            return Inert(type(value).__name__, {"name": value.name})
+    raise span.error(f"a {type(value).__name__} without its bytes in its pickle; expected the bytes of every tensor")
+
+
+def _array(state: Any, span: Span) -> Tensor:
+    match state:
+        case (_, tuple() as shape, Made("numpy.dtype") as made, fortran, Span() | bytes() as data):
+            inner = data if isinstance(data, Span) else span.memory(data, "a NumPy array in its pickle")
+            found = packed(inner, _dtype(span, made), shape)
+            columns = [math.prod(found.shape[:i]) for i in range(len(shape))]
+            return strided(inner, found.dtype, shape, columns) if fortran else found
+    raise span.error("a NumPy array without its bytes in its pickle; expected the form that NumPy writes")

@@ -1,0 +1,328 @@
+"""Checkpoints of Rectified Flow on CIFAR-10: Score SDE's NCSN++ code, configured as DDPM++ (arXiv 2209.03003).
+
+The file is {optimizer, model, ema, step}. `model` is one flat list of modules, all_modules.N, in the order in which the network
+runs; `ema` holds no names, only a list of tensors in the order of the model's parameters. A score network (VP, sub-VP) of the
+same code has the same names and shapes: a file does not tell that it is a flow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from dmf.convert.read import Tensor, flatten, strip_prefix
+from dmf.convert.rules import (
+    Arrays,
+    Kind,
+    Rule,
+    constant,
+    conv_layer,
+    linear,
+    linear_layer,
+    norm_layer,
+    optional,
+    plain,
+    tensor_of,
+)
+from dmf.errors import DmfError
+from dmf.networks import UNetConfig, layers
+
+NAME = "rectified_flow"
+TIME_SCALE = 999.0
+SIGMAS = "sigmas"  # the model's one buffer; everything else is a parameter
+GIVEN = ("image_size", "dropout")
+DEFAULTS = {"image_size": 32, "dropout": 0.15}  # CIFAR-10; the rate the flow was trained with
+
+Plan = list[tuple[str, str]]  # (sort of module, our room) of all_modules.0, 1, 2, ...
+
+
+def _select(tree: Any, which: str) -> tuple[dict[str, Tensor], str]:
+    if which not in ("", *RECTIFIED_FLOW.copies):
+        raise DmfError(f"copy {which!r} of the weights is unknown: expected one of {', '.join(RECTIFIED_FLOW.copies)}")
+    whole = isinstance(tree, Mapping) and isinstance(tree.get("model"), Mapping)
+    model = strip_prefix(flatten(tree["model"] if whole else tree, ""))
+    averaged = tree.get("ema") if whole else None
+    if averaged is None and which != "ema":
+        return model, "model"
+    if which == "model":
+        return model, which
+    shadows = flatten(averaged or {}, "")
+    found = [shadows[f"shadow_params.{i}"] for i in range(len(shadows)) if f"shadow_params.{i}" in shadows]
+    names = [name for name in model if name != SIGMAS]
+    if len(found) != len(names):
+        raise DmfError(f"ema.shadow_params holds {len(found)} tensors: expected {len(names)}, as the model has parameters")
+    for i, (name, tensor) in enumerate(zip(names, found, strict=True)):
+        if tuple(tensor.shape) != tuple(model[name].shape):
+            raise DmfError(
+                f"ema.shadow_params[{i}] has shape {list(tensor.shape)}: expected {list(model[name].shape)}, that of {name}"
+            )
+    return {**model, **dict(zip(names, found, strict=True))}, "ema"
+
+
+def _describe(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[UNetConfig, tuple[int, ...]]:
+    for field in given:
+        if field not in GIVEN:
+            raise DmfError(f"{field} is no field of kind {NAME} that can be given: expected one of {', '.join(GIVEN)}")
+    size, dropout = ({**DEFAULTS, **given}[field] for field in GIVEN)
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise DmfError(f"image_size is {size!r}: expected the side of the images in pixels")
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float):
+        raise DmfError(f"dropout is {dropout!r}: expected a number")
+    channels = _axes(tensors, "all_modules.0.weight", 2)[1]
+    image_channels = _axes(tensors, "all_modules.2.weight", 4)[1]
+    numbers = sorted(int(name.split(".")[1]) for name in tensors if name.endswith(".Conv_0.weight"))
+    into = [_axes(tensors, f"all_modules.{n}.GroupNorm_0.weight", 1)[0] for n in numbers]
+    out = [_axes(tensors, f"all_modules.{n}.Conv_0.weight", 4)[0] for n in numbers]
+    # A block that changes no width has a 1 x 1 convolution beside it only where it resamples; once down, once up.
+    resampling = sum(a == b and f"all_modules.{n}.Conv_2.weight" in tensors for n, a, b in zip(numbers, into, out, strict=True))
+    levels = resampling // 2 + 1
+    # Every level has n blocks on the way down and n + 1 on the way up; two are in the middle.
+    blocks, rest = divmod(len(numbers) - resampling - 2 - levels, 2 * levels)
+    if rest or resampling % 2 or blocks < 1:
+        raise DmfError(f"{len(numbers)} residual blocks, {resampling} of them resampling: expected a U-Net of kind {NAME}")
+    firsts = [level * (blocks + 1) for level in range(levels)]
+    mults = [out[i] / channels for i in firsts]
+    if any(mult % 1 for mult in mults):
+        raise DmfError(f"levels of {', '.join(str(out[i]) for i in firsts)} channels: expected multiples of {channels}")
+    attended = [level for level, i in enumerate(firsts) if f"all_modules.{numbers[i] + 1}.NIN_0.W" in tensors]
+    config = UNetConfig(
+        channels=channels,
+        channel_mult=tuple(int(mult) for mult in mults),
+        blocks=blocks,
+        attention_resolutions=tuple(size >> level for level in attended),
+        dropout=dropout,
+        augment_dim=0,
+        resample="box",
+        embedding_mult=1,
+        time_scale=TIME_SCALE,
+    )
+    return config, (size, size, image_channels)
+
+
+def _axes(tensors: Mapping[str, Tensor], name: str, count: int) -> tuple[int, ...]:
+    shape = tuple(tensor_of(tensors, name, NAME).shape)
+    if len(shape) != count or not all(shape):
+        raise DmfError(f"tensor {name} has shape {list(shape)}: expected {count} axes in weights of kind {NAME}")
+    return shape
+
+
+def _plan(config: UNetConfig, size: int) -> Plan:
+    """What the module of each number is, and where it stands in our network."""
+    levels = list(enumerate(config.channel_mult))
+    tags = [f"{size >> level}x{size >> level}" for level, _ in levels]
+    attended = [size >> level in config.attention_resolutions for level, _ in levels]
+    plan: Plan = [("embed", "map_layer0"), ("linear", "map_layer1"), ("conv", f"enc/{tags[0]}_conv")]
+    width = config.channels
+    for level, mult in levels:
+        if level:
+            plan.append(("skip_block", f"enc/{tags[level]}_down"))
+        for k in range(config.blocks):
+            room, wide = f"enc/{tags[level]}_block{k}", config.channels * mult
+            plan.append(("block" if width == wide else "skip_block", room))
+            plan += [("attention", room)] * attended[level]
+            width = wide
+    middle = f"dec/{tags[-1]}_in"
+    plan += [("block", f"{middle}0"), ("attention", f"{middle}0"), ("block", f"{middle}1")]
+    for level, _ in reversed(levels):
+        if level < levels[-1][0]:
+            plan.append(("skip_block", f"dec/{tags[level]}_up"))
+        plan += [("skip_block", f"dec/{tags[level]}_block{k}") for k in range(config.blocks + 1)]
+        plan += [("attention", f"dec/{tags[level]}_block{config.blocks}")] * attended[level]
+    return [*plan, ("norm", f"dec/{tags[0]}_aux_norm"), ("negated", f"dec/{tags[0]}_aux_conv")]
+
+
+def _rules(config: UNetConfig, image_shape: tuple[int, ...], tensors: Mapping[str, Tensor] | None) -> list[Rule]:
+    plan = enumerate(_plan(config, image_shape[0]))
+    found = [rule for n, (sort, room) in plan for rule in MODULES[sort](f"all_modules.{n}", room)]
+    unused = constant(SIGMAS, _sigmas, "exp of 1000 even steps from ln 50 to ln 0.01, which a flow does not use", atol=1e-5)
+    return [*found, *optional([linear("interval.weight", "interval/kernel")], "a flow has one time"), unused]
+
+
+def _sigmas() -> np.ndarray:
+    return np.exp(np.linspace(math.log(50.0), math.log(0.01), 1000))
+
+
+def _reversed_time(weight: np.ndarray) -> np.ndarray:
+    """A layer (out, in) on sin, cos of the angle 999 f (1 - t) -> the one on sin, cos of 999 f t; its own inverse."""
+    half = weight.shape[1] // 2
+    whole = TIME_SCALE * layers.frequencies(half, endpoint=True)
+    sine, cosine = weight[:, :half].astype(np.float64), weight[:, half:].astype(np.float64)
+    of_sine = cosine * np.sin(whole) - sine * np.cos(whole)
+    of_cosine = cosine * np.cos(whole) + sine * np.sin(whole)
+    return np.concatenate([of_sine, of_cosine], axis=1)
+
+
+def _embed(module: str, room: str) -> list[Rule]:
+    return [
+        Rule(
+            (f"{module}.weight",),
+            (f"{room}/kernel",),
+            lambda w: (_reversed_time(w).T,),
+            lambda k: (_reversed_time(k.T),),
+            "time reversed, t = 1 - t_source: a rotation by 999 f per frequency, in float64",
+        ),
+        plain(f"{module}.bias", f"{room}/bias"),
+    ]
+
+
+def _block(module: str, room: str) -> list[Rule]:
+    return [
+        *norm_layer(f"{module}.GroupNorm_0", f"{room}/norm0"),
+        *conv_layer(f"{module}.Conv_0", f"{room}/conv0"),
+        *linear_layer(f"{module}.Dense_0", f"{room}/affine"),
+        *norm_layer(f"{module}.GroupNorm_1", f"{room}/norm1"),
+        *conv_layer(f"{module}.Conv_1", f"{room}/conv1"),
+    ]
+
+
+def _skip_block(module: str, room: str) -> list[Rule]:
+    return [*_block(module, room), *conv_layer(f"{module}.Conv_2", f"{room}/skip")]
+
+
+def _attention(module: str, room: str) -> list[Rule]:
+    packed = "query, key and value in one layer; (in, out) in both"
+
+    def joined(*x: np.ndarray) -> Arrays:
+        return (np.concatenate([a if a.ndim == 1 else a[None, None] for a in x], axis=-1),)
+
+    def kernels(x: np.ndarray) -> Arrays:
+        return np.split(x[0, 0], 3, axis=-1)
+
+    qkv = [tuple(f"{module}.NIN_{i}.{leaf}" for i in range(3)) for leaf in ("W", "b")]
+    return [
+        *norm_layer(f"{module}.GroupNorm_0", f"{room}/norm2"),
+        Rule(qkv[0], (f"{room}/qkv/kernel",), joined, kernels, packed),
+        Rule(qkv[1], (f"{room}/qkv/bias",), joined, lambda x: np.split(x, 3), packed),
+        Rule((f"{module}.NIN_3.W",), (f"{room}/proj/kernel",), lambda w: (w[None, None],), lambda k: (k[0, 0],)),
+        plain(f"{module}.NIN_3.b", f"{room}/proj/bias"),
+    ]
+
+
+def _negated(module: str, room: str) -> list[Rule]:
+    def minus(rule: Rule) -> Rule:
+        return rule._replace(
+            forward=lambda x: [-y for y in rule.forward(x)],
+            backward=lambda x: [-y for y in rule.backward(x)],
+            note="negated: the source's velocity is data - noise",
+        )
+
+    return [minus(rule) for rule in conv_layer(module, room)]
+
+
+MODULES = {
+    "embed": _embed,
+    "linear": linear_layer,
+    "conv": conv_layer,
+    "norm": norm_layer,
+    "block": _block,
+    "skip_block": _skip_block,
+    "attention": _attention,
+    "negated": _negated,
+}
+
+
+def _outputs(network: Any, params: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    if not {"x", "t"} <= set(arrays):
+        return {}
+    z, t = jnp.asarray(arrays["x"]).transpose(0, 2, 3, 1), 1 - jnp.asarray(arrays["t"])
+    return {"v": -np.asarray(network.apply(params, z, t, t)).transpose(0, 3, 1, 2)}
+
+
+def _probe(config: UNetConfig, image_shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+    # With these times 1 - t is exact: 999 would make 1e-8 of t visible.
+    size, _, channels = image_shape
+    x = np.random.default_rng(0).standard_normal((3, channels, size, size)).astype(np.float32)
+    return {"x": x, "t": np.array([1 / 1024, 0.375, 1023 / 1024], np.float32)}
+
+
+def _torch_outputs(tensors: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Runs the modules one after the other; what each is, and where skips are taken, is read off names and widths."""
+    import torch
+    from torch.nn import functional as F
+
+    like = tensors["all_modules.2.weight"]
+    x, t = (torch.as_tensor(arrays[name]).to(like.dtype) for name in ("x", "t"))
+    half = tensors["all_modules.0.weight"].shape[1] // 2
+    angle = TIME_SCALE * t[:, None] * torch.exp(-math.log(10000) / (half - 1) * torch.arange(half, dtype=like.dtype))
+    emb = _torch_linear(tensors, "all_modules.0", torch.cat([angle.sin(), angle.cos()], 1))
+    if "interval.weight" in tensors:  # sin 0, cos 0: the interval of a velocity is empty
+        emb = emb + tensors["interval.weight"][:, half:].sum(1)
+    emb = F.silu(_torch_linear(tensors, "all_modules.1", F.silu(emb)))
+    count = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("all_modules."))
+    blocks = [n for n in range(3, count) if f"all_modules.{n}.Conv_0.weight" in tensors]
+    widths = {n: tensors[f"all_modules.{n}.Conv_0.weight"].shape[:2] for n in blocks}
+    # The first block that takes more channels than the one before it gives takes the first skip.
+    up = next(b for a, b in zip(blocks, blocks[1:], strict=False) if widths[b][1] != widths[a][0])
+    h = F.conv2d(x, like, tensors["all_modules.2.bias"], padding=1)
+    skips = [h]
+    for n in range(3, count - 2):
+        if n not in widths:
+            h = _torch_attention(tensors, f"all_modules.{n}", h)
+        else:
+            if n >= up and widths[n][1] != h.shape[1]:
+                h = torch.cat([h, skips.pop()], 1)
+            h = _torch_block(tensors, f"all_modules.{n}", h, emb, up=n >= up)
+        if n + 1 in widths and n < up - 3:
+            skips.append(h)
+    h = F.silu(_torch_norm(tensors, f"all_modules.{count - 2}", h))
+    return {"v": _torch_conv(tensors, f"all_modules.{count - 1}", h).numpy()}
+
+
+def _torch_linear(tensors: Mapping[str, Any], name: str, x: Any) -> Any:
+    return x @ tensors[f"{name}.weight"].T + tensors[f"{name}.bias"]
+
+
+def _torch_conv(tensors: Mapping[str, Any], name: str, x: Any) -> Any:
+    from torch.nn import functional as F
+
+    weight = tensors[f"{name}.weight"]
+    return F.conv2d(x, weight, tensors[f"{name}.bias"], padding=weight.shape[-1] // 2)
+
+
+def _torch_norm(tensors: Mapping[str, Any], name: str, x: Any) -> Any:
+    from torch.nn import functional as F
+
+    return F.group_norm(x, min(x.shape[1] // 4, 32), tensors[f"{name}.weight"], tensors[f"{name}.bias"], 1e-6)
+
+
+def _torch_block(tensors: Mapping[str, Any], name: str, x: Any, emb: Any, up: bool) -> Any:
+    from torch.nn import functional as F
+
+    y = F.silu(_torch_norm(tensors, f"{name}.GroupNorm_0", x))
+    if f"{name}.Conv_2.weight" in tensors:
+        if tensors[f"{name}.Conv_2.weight"].shape[0] == x.shape[1]:
+            x, y = ((F.interpolate(a, scale_factor=2.0) if up else F.avg_pool2d(a, 2)) for a in (x, y))
+        x = _torch_conv(tensors, f"{name}.Conv_2", x)
+    y = _torch_conv(tensors, f"{name}.Conv_0", y) + _torch_linear(tensors, f"{name}.Dense_0", emb)[:, :, None, None]
+    y = _torch_conv(tensors, f"{name}.Conv_1", F.silu(_torch_norm(tensors, f"{name}.GroupNorm_1", y)))
+    return (x + y) / math.sqrt(2)
+
+
+def _torch_attention(tensors: Mapping[str, Any], name: str, x: Any) -> Any:
+    def nin(i: int, y: Any) -> Any:
+        return y @ tensors[f"{name}.NIN_{i}.W"] + tensors[f"{name}.NIN_{i}.b"]
+
+    y = _torch_norm(tensors, f"{name}.GroupNorm_0", x).flatten(2).transpose(1, 2)
+    weights = (nin(0, y) @ nin(1, y).transpose(1, 2) / math.sqrt(x.shape[1])).softmax(-1)
+    y = nin(3, weights @ nin(2, y)).transpose(1, 2).reshape(x.shape)
+    return (x + y) / math.sqrt(2)
+
+
+RECTIFIED_FLOW = Kind(
+    name=NAME,
+    about="Rectified Flow's CIFAR-10 checkpoint (checkpoint_8.pth: 1-rectified flow, or one trained with the same code)",
+    licence="none stated by its authors",
+    conventions="source: t = 0 noise, t = 1 data, v = data - noise, the network sees 999 t; folded into the first layer of the "
+    "embedding (time) and the last convolution (sign); the factor 999 is the network's time_scale",
+    copies=("ema", "model"),
+    select=_select,
+    describe=_describe,
+    rules=_rules,
+    outputs=_outputs,
+    torch_outputs=_torch_outputs,
+    probe=_probe,
+)

@@ -1,0 +1,1 @@
+"""The gate for weights that leave: see `dmf.export.weights`."""

@@ -1,0 +1,112 @@
+"""Our checkpoints as files for PyTorch: `export`, one function behind `main.py --mode=export`.
+
+The key maps are those of `dmf.convert`, run backwards, so a converted file comes back as it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors.numpy
+
+from dmf import pretrained
+from dmf.convert import audit, native, read
+from dmf.convert.audit import flat, leaf_shapes
+from dmf.convert.command import KINDS
+from dmf.errors import DmfError
+
+FORMATS = (".safetensors", ".pt")
+
+
+def export(path: str | Path, out: str | Path, *, kind: str = "", ema: float | None = None) -> dict[str, np.ndarray]:
+    """Writes the weights of a checkpoint as `out`, a .safetensors or .pt file of named tensors; returns the tensors.
+
+    path: as for `pretrained.load`, as is ema. kind: layout and conventions of the file, a key of KINDS: "" = where the
+    weights came from, else "dmf", our own. A .safetensors file says in its metadata what it holds; a .pt file (which
+    needs PyTorch) is a plain state dict. Raises DmfError, and then leaves no file behind.
+    """
+    target = Path(out)
+    _check_target(target)
+    _, stored = pretrained.open_folder(path)
+    config, shape = pretrained.described(stored)
+    kind = kind or _origin(stored, config)
+    if kind not in KINDS:
+        raise DmfError(f"kind = {kind!r}: expected one of {', '.join(KINDS)}")
+    network, params = pretrained.load(path, ema)
+    tensors = _tensors(kind, config, shape, network, params)
+    about = {
+        "network": dataclasses.asdict(config),
+        "image_shape": list(shape),
+        "kind": kind,
+        "conventions": KINDS[kind].conventions,
+        "licence": (stored.get("source") or {}).get("licence", "your own"),
+        "ema_halflife_images": ema if ema is not None else stored.get("config", {}).get("ema", {}).get("evaluate", 0.0),
+    }
+    _write(target, tensors, {native.METADATA: json.dumps(about), "format": "pt"})
+    count = sum(x.size for x in tensors.values())
+    print(f"exported  {target}: {len(tensors)} tensors, {count:,} values, layout {kind}")
+    return tensors
+
+
+def _origin(stored: dict[str, Any], config: Any) -> str:
+    """The layout the weights came in, if the network is still the one it fits; else our own."""
+    source = stored.get("source")
+    if not source:
+        return native.NATIVE.name
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    same = all(now.get(k) == v for k, v in source["network"].items() if k not in pretrained.FREE)
+    return source["kind"] if same else native.NATIVE.name
+
+
+def _tensors(kind: str, config: Any, shape: tuple[int, ...], network: Any, params: Any) -> dict[str, np.ndarray]:
+    try:
+        rules = KINDS[kind].rules(config, shape, None)
+    except (AttributeError, KeyError) as error:
+        raise DmfError(f"kind = {kind}: has no layout for a network of kind {config.kind}; expected kind = dmf") from error
+    shapes = leaf_shapes(network)
+    if {leaf for rule in rules for leaf in rule.leaves} != set(shapes):
+        raise DmfError(f"kind = {kind}: has no layout for this {config.kind}; expected kind = dmf, or that of its source")
+    leaves = {name: np.asarray(x) for name, x in flat(jax.device_get(params)).items()}
+    return audit.write(rules, leaves)
+
+
+def _check_target(target: Path) -> None:
+    if target.suffix not in FORMATS or not target.parent.is_dir():
+        raise DmfError(f"{target}: expected a file name ending in {' or '.join(FORMATS)}, in a directory that exists")
+    if target.exists():
+        raise DmfError(f"{target} is there already: expected a new file; nothing is overwritten")
+
+
+def _write(target: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Writes the file beside its place, reads it back, and moves it there."""
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        if target.suffix == ".pt":
+            _write_torch(partial, tensors)
+        else:
+            safetensors.numpy.save_file(tensors, partial, metadata)
+        found = read.flatten(read.open_file(partial).tree)
+        if list(found) != list(tensors) and set(found) != set(tensors):
+            raise DmfError(f"{target}: other tensors were read back than written; expected a working disk")
+        for name, x in tensors.items():
+            if not np.array_equal(found[name].read(), x):
+                raise DmfError(f"{target}: tensor {name} was read back with other values; expected a working disk")
+        os.replace(partial, target)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        raise DmfError(f"{target} could not be written: {error}; expected a writable directory with room") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_torch(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    try:
+        import torch
+    except ImportError as error:
+        raise DmfError("a .pt file needs PyTorch, which is not installed; expected --out=FILE.safetensors") from error
+    torch.save({name: torch.from_numpy(np.array(x)) for name, x in tensors.items()}, path)

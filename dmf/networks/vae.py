@@ -1,0 +1,311 @@
+"""Stable Diffusion's autoencoder (diffusers' `AutoencoderKL`; Rombach et al. 2022, arXiv 2112.10752): images <-> latents.
+
+Two scales of a latent, told apart everywhere by name. *Unscaled* is what `encode` speaks of and `decode` takes. *Scaled* is
+unscaled times `VAEConfig.scale`, of about unit variance: what a flow on latents is trained on, and what it samples.
+`sample_latent` makes scaled latents of an encoding, `unscaled` brings them back before `decode`.
+
+Precision: every convolution and product follows `jax.default_matmul_precision` of its caller. Trace under "highest" for
+anything that is scored: an accelerator's default rounds the factors of a product to 8 or 11 bits, and images show it.
+
+Parameter names follow diffusers: '.' reads as '/', and a number that indexes a list is joined by '_', so
+`encoder.down_blocks.0.resnets.1.conv1.weight` is encoder/down_blocks_0/resnets_1/conv1/kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dmf.errors import DmfError
+from dmf.networks import layers
+
+PARTS = ("both", "decoder")
+LOGVAR_RANGE = (-30.0, 20.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEConfig:
+    """The autoencoder's shape; the defaults are Stable Diffusion's (83,653,863 parameters; the decoder part 49,490,199).
+
+    `channels` has one entry per level, finest first, each level half as fine as the one before, so that an image shrinks by
+    `factor` = 2^(levels - 1); `blocks` counts the encoder's residual blocks per level (the decoder has one more); `groups`
+    are those of every GroupNorm; `scale` is what scaled latents are multiplied by; `part` "decoder" has no encoder.
+    """
+
+    kind: str = "vae"
+    channels: tuple[int, ...] = (128, 256, 512, 512)
+    blocks: int = 2
+    latent_channels: int = 4
+    image_channels: int = 3
+    groups: int = 32
+    scale: float = 0.18215
+    part: str = "both"
+
+    @property
+    def factor(self) -> int:
+        """Side of an image over the side of its latent."""
+        return 2 ** (len(self.channels) - 1)
+
+
+class VAE(NamedTuple):
+    """An autoencoder as pure functions.
+
+    init(key) -> params: nested dict of float32 arrays.
+
+    encode(params, x) -> (mean, logvar), each (B, H / factor, W / factor, latent_channels), of the *unscaled* latent's normal
+    law; x is (B, H, W, image_channels) in [-1, 1], H and W multiples of `factor`; logvar is clamped to [-30, 20].
+
+    decode(params, latent) -> image (B, factor h, factor w, image_channels), about [-1, 1] and not clamped, of an *unscaled*
+    latent (B, h, w, latent_channels).
+
+    scale: scaled latent = scale * unscaled latent, for `sample_latent` and `unscaled`.
+
+    Results are float32 (float64 if params and inputs are). Wrong shapes, and encoding by a decoder alone, raise DmfError.
+    """
+
+    init: Callable[[jax.Array], dict[str, Any]]
+    encode: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]
+    decode: Callable[[Any, jax.Array], jax.Array]
+    scale: float
+
+
+def sample_latent(mean: jax.Array, logvar: jax.Array, noise: jax.Array, scale: float) -> jax.Array:
+    """A *scaled* latent drawn from an encoding, with `noise` standard normal and shaped as `mean` (zeros give the mode).
+
+    scale * (mean + exp(logvar / 2) * noise)
+    """
+    return scale * (mean + jnp.exp(logvar / 2) * noise)
+
+
+def unscaled(latent: jax.Array, scale: float) -> jax.Array:
+    """The unscaled latent, for `decode`, of a scaled one: latent / scale."""
+    return latent / scale
+
+
+def _norm(groups: int, dtype: jnp.dtype | None, name: str) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, epsilon=1e-6, use_fast_variance=False, dtype=dtype, name=name)
+
+
+def _conv(width: int, size: int, dtype: jnp.dtype | None, name: str | None = None) -> nn.Conv:
+    return nn.Conv(width, (size, size), dtype=dtype, kernel_init=layers.xavier(), name=name)
+
+
+class Resnet(nn.Module):
+    """Residual block: twice norm, SiLU, 3x3 convolution; a 1x1 convolution on the skip where the width changes."""
+
+    width: int
+    groups: int
+    dtype: jnp.dtype | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map x (B, H, W, C) to (B, H, W, width)."""
+        y = _conv(self.width, 3, self.dtype, "conv1")(nn.silu(_norm(self.groups, self.dtype, "norm1")(x)))
+        y = _conv(self.width, 3, self.dtype, "conv2")(nn.silu(_norm(self.groups, self.dtype, "norm2")(y)))
+        if x.shape[-1] != self.width:
+            x = _conv(self.width, 1, self.dtype, "conv_shortcut")(x)
+        return x + y
+
+
+class Attention(nn.Module):
+    """Residual single-head attention over positions."""
+
+    groups: int
+    dtype: jnp.dtype | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map x (B, H, W, C) to the same shape."""
+        batch, height, width, channels = x.shape
+        y = _norm(self.groups, self.dtype, "group_norm")(x).reshape(batch, height * width, channels)
+        q, k, v = (self._dense(channels, name)(y)[:, :, None] for name in ("to_q", "to_k", "to_v"))
+        y = self._dense(channels, "to_out_0")(layers.attention(q, k, v)[:, :, 0])
+        return x + y.reshape(x.shape)
+
+    def _dense(self, width: int, name: str) -> nn.Dense:
+        return nn.Dense(width, dtype=self.dtype, kernel_init=layers.xavier(), name=name)
+
+
+class Middle(nn.Module):
+    """The coarsest level's block, attention, block."""
+
+    groups: int
+    dtype: jnp.dtype | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map x (B, H, W, C) to the same shape."""
+        x = Resnet(x.shape[-1], self.groups, self.dtype, name="resnets_0")(x)
+        x = Attention(self.groups, self.dtype, name="attentions_0")(x)
+        return Resnet(x.shape[-1], self.groups, self.dtype, name="resnets_1")(x)
+
+
+class Downsample(nn.Module):
+    """Halves both sides by a 3x3 convolution of stride 2 that looks right and down: one row and column of zeros there."""
+
+    dtype: jnp.dtype | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map x (B, H, W, C) to (B, H / 2, W / 2, C)."""
+        padding, init = ((0, 1), (0, 1)), layers.xavier()
+        return nn.Conv(x.shape[-1], (3, 3), 2, padding, dtype=self.dtype, kernel_init=init, name="conv")(x)
+
+
+class Upsample(nn.Module):
+    """Doubles both sides by repetition, then a 3x3 convolution."""
+
+    dtype: jnp.dtype | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map x (B, H, W, C) to (B, 2 H, 2 W, C)."""
+        return _conv(x.shape[-1], 3, self.dtype, "conv")(layers.box_up(x))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, then a change of it or none."""
+
+    width: int
+    blocks: int
+    groups: int
+    dtype: jnp.dtype | None
+    resample: str = ""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map x (B, H, W, C) to (B, H', W', width)."""
+        for i in range(self.blocks):
+            x = Resnet(self.width, self.groups, self.dtype, name=f"resnets_{i}")(x)
+        if self.resample == "down":
+            return Downsample(self.dtype, name="downsamplers_0")(x)
+        return Upsample(self.dtype, name="upsamplers_0")(x) if self.resample == "up" else x
+
+
+def _last(x: jax.Array, width: int, groups: int) -> jax.Array:
+    """The last layers of encoder and decoder, float32 always: bfloat16 results would lie on a grid of spacing 2^-8."""
+    x = nn.silu(_norm(groups, None, "conv_norm_out")(layers.at_least_float32(x)))
+    return _conv(width, 3, None, "conv_out")(x)
+
+
+class Encoder(nn.Module):
+    """Images to the layer before the moments."""
+
+    config: VAEConfig
+    dtype: jnp.dtype | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map x (B, H, W, image_channels) to (B, H / factor, W / factor, 2 latent_channels)."""
+        c = self.config
+        x = _conv(c.channels[0], 3, self.dtype, "conv_in")(x)
+        for i, width in enumerate(c.channels):
+            resample = "down" if i < len(c.channels) - 1 else ""
+            x = Level(width, c.blocks, c.groups, self.dtype, resample, name=f"down_blocks_{i}")(x)
+        x = Middle(c.groups, self.dtype, name="mid_block")(x)
+        return _last(x, 2 * c.latent_channels, c.groups)
+
+
+class Decoder(nn.Module):
+    """Latents, after one 1x1 convolution, to images; levels count from the coarsest here."""
+
+    config: VAEConfig
+    dtype: jnp.dtype | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map x (B, h, w, latent_channels) to (B, factor h, factor w, image_channels)."""
+        c = self.config
+        x = _conv(c.channels[-1], 3, self.dtype, "conv_in")(x)
+        x = Middle(c.groups, self.dtype, name="mid_block")(x)
+        for i, width in enumerate(reversed(c.channels)):
+            resample = "up" if i < len(c.channels) - 1 else ""
+            x = Level(width, c.blocks + 1, c.groups, self.dtype, resample, name=f"up_blocks_{i}")(x)
+        return _last(x, c.image_channels, c.groups)
+
+
+class Autoencoder(nn.Module):
+    """Encoder and decoder with the 1x1 convolutions between them."""
+
+    config: VAEConfig
+    dtype: jnp.dtype | None
+
+    def setup(self) -> None:
+        """Names the parts; a decoder alone has no parameters of an encoder."""
+        if self.config.part == "both":
+            self.encoder = Encoder(self.config, self.dtype)
+            self.quant_conv = _conv(2 * self.config.latent_channels, 1, None)
+        self.post_quant_conv = _conv(self.config.latent_channels, 1, self.dtype)
+        self.decoder = Decoder(self.config, self.dtype)
+
+    def __call__(self, x: jax.Array, latent: jax.Array) -> Any:
+        """Everything there is, for the initialisation."""
+        return (self.encode(x) if self.config.part == "both" else None), self.decode(latent)
+
+    def encode(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Map x (B, H, W, image_channels) to mean and clamped log-variance."""
+        mean, logvar = jnp.split(self.quant_conv(self.encoder(x)), 2, axis=-1)
+        return mean, jnp.clip(logvar, *LOGVAR_RANGE)
+
+    def decode(self, latent: jax.Array) -> jax.Array:
+        """Map an unscaled latent (B, h, w, latent_channels) to an image."""
+        return self.decoder(self.post_quant_conv(latent))
+
+
+def build_vae(config: VAEConfig, dtype: Any = jnp.float32) -> VAE:
+    """Build the autoencoder; it takes images of any size that is a multiple of `config.factor`.
+
+    `dtype` is the compute dtype, float32 or bfloat16. Parameters, norm statistics, softmax, the last layers and the results
+    are float32 in both cases; with float32, parameters and inputs in float64 give a computation in float64. Raises DmfError
+    naming the field that does not fit.
+    """
+    _check(config)
+    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
+        raise DmfError(f"dtype is {jnp.dtype(dtype).name}; expected float32 or bfloat16.")
+    # Linen reads None as "follow parameters and inputs", which lets float64 through.
+    module = Autoencoder(config, None if jnp.dtype(dtype) == jnp.float32 else jnp.bfloat16)
+
+    def init(key: jax.Array) -> dict[str, Any]:
+        x = jax.ShapeDtypeStruct((1, config.factor, config.factor, config.image_channels), jnp.float32)
+        latent = jax.ShapeDtypeStruct((1, 1, 1, config.latent_channels), jnp.float32)
+        return module.lazy_init(key, x, latent)["params"]
+
+    def encode(params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if config.part != "both":
+            raise DmfError(f"VAEConfig.part is {config.part!r}: there is no encoder; expected 'both' for encode.")
+        _check_input("x", x, config.image_channels, config.factor)
+        moments: Any = module.apply({"params": params}, x, method="encode")
+        return moments
+
+    def decode(params: Any, latent: jax.Array) -> jax.Array:
+        _check_input("latent", latent, config.latent_channels, 1)
+        image: Any = module.apply({"params": params}, latent, method="decode")
+        return image
+
+    return VAE(init, encode, decode, config.scale)
+
+
+def _check(config: VAEConfig) -> None:
+    layers.check_choice("VAEConfig.part", config.part, PARTS)
+    if not config.channels:
+        raise DmfError("VAEConfig.channels is empty; expected one width per level.")
+    for field in ("blocks", "latent_channels", "image_channels", "groups"):
+        layers.check_positive(f"VAEConfig.{field}", getattr(config, field))
+    for width in config.channels:
+        layers.check_positive("VAEConfig.channels", width)
+        if width % config.groups:
+            raise DmfError(f"VAEConfig.channels has a level of {width}; expected a multiple of groups, {config.groups}.")
+    if not isinstance(config.scale, int | float) or not config.scale > 0:
+        raise DmfError(f"VAEConfig.scale is {config.scale!r}; expected a number above 0.")
+
+
+def _check_input(name: str, x: jax.Array, channels: int, factor: int) -> None:
+    fits = x.ndim == 4 and x.shape[-1] == channels and not any(side == 0 or side % factor for side in x.shape[1:3])
+    if not fits:
+        sides = f" with H and W multiples of {factor}" if factor > 1 else ""
+        raise DmfError(f"{name} has shape {x.shape}; expected (B, H, W, {channels}){sides}.")

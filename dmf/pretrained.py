@@ -1,0 +1,113 @@
+"""Weights from a checkpoint directory: `load`, the one call behind sampling, scoring, starting a run, and notebooks.
+
+A directory is a run's (several steps, raw weights and EMAs) or a converted one (one set of weights).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dmf import checkpoint, networks, sharding
+from dmf.config import Config, differences, parse, section, to_dict
+from dmf.errors import DmfError
+from dmf.networks import inception, vae
+from dmf.optim import EMAConfig
+
+# Networks that are no u(z, r, t): kind -> (config class, how one is built).
+OTHERS: dict[str, tuple[type, Any]] = {
+    "vae": (vae.VAEConfig, vae.build_vae),
+    "inception": (inception.InceptionConfig, inception.build_inception),
+}
+# Fields of a network's config that leave the meaning of its weights alone.
+FREE = ("dropout", "interval_init", "attention")
+
+
+def load(path: str | Path, ema: float | None = None) -> tuple[Any, Any]:
+    """(network, params) of a checkpoint, ready to be called.
+
+    network.apply(params, z, r, t, label=...) is u, or the velocity v of a flow model; an autoencoder has encode and decode,
+    the Inception network apply (see `dmf.networks`). path: a work directory, one of its step folders, or a converted
+    directory. ema: half-life in images of the average to take, 0 for the raw weights, None for the one the run evaluates.
+    Weights are replicated over all devices. Raises DmfError where the folder is missing or damaged.
+    """
+    folder, stored = open_folder(path)
+    network_config, shape = described(stored)
+    if "config" in stored:
+        config = parse(stored["config"])
+        network = networks.build(network_config, shape, jnp.dtype(config.compute_dtype))
+        averages = config.ema if ema is None else EMAConfig(config.ema.halflife_images, evaluate=ema)
+        index = averages.index()
+    elif ema:
+        raise DmfError(f"checkpoint {folder} has no EMA: expected ema = 0 or none, got {ema:g}")
+    else:
+        network, index = build(network_config, shape), None
+    return network, checkpoint.read_params(folder, index, abstract_params(network, sharding.make_mesh()))
+
+
+def open_folder(path: str | Path) -> tuple[Path, dict[str, Any]]:
+    """(step folder, what was written beside the weights) of a checkpoint; verified."""
+    folder = checkpoint.find(path)
+    return folder, checkpoint.metadata(folder)
+
+
+def described(stored: dict[str, Any]) -> tuple[Any, tuple[int, ...]]:
+    """(network config, image shape) from a checkpoint's metadata."""
+    if "config" in stored:
+        return parse(stored["config"]).network, tuple(stored["image_shape"])
+    return network_config(stored["network"]), tuple(stored["image_shape"])
+
+
+def network_config(values: dict[str, Any]) -> Any:
+    """The config of any network, from its fields as plain values. Raises DmfError for an unknown kind or field."""
+    kind = values.get("kind")
+    if kind in OTHERS:
+        return section(OTHERS[kind][0], values, "network")
+    return parse({"network": values}).network
+
+
+def build(config: Any, image_shape: tuple[int, ...]) -> Any:
+    """The network of a config, u(z, r, t) or one of OTHERS, in float32."""
+    if config.kind in OTHERS:
+        return OTHERS[config.kind][1](config)
+    return networks.build(config, image_shape)
+
+
+def metadata(config: Any, image_shape: tuple[int, ...], source: dict[str, Any]) -> dict[str, Any]:
+    """What is written beside converted weights: for a u(z, r, t) a whole config, so that it is read like a run's."""
+    stored = {"image_shape": list(image_shape), "source": source}
+    if config.kind in OTHERS:
+        return {"network": dataclasses.asdict(config), **stored}
+    run = parse({"network": dataclasses.asdict(config), "data": {"name": ""}, "ema": {"evaluate": 0.0}})
+    return {"config": to_dict(run), **stored}
+
+
+def load_init(config: Config, like: Any) -> Any:
+    """Weights of the flow model that config.init names, placed like `like`: the average it was evaluated with.
+
+    Raises DmfError where its network or its images are not the config's: many differences would not show in the shapes.
+    """
+    folder, stored = open_folder(config.init)
+    if "config" not in stored:
+        raise DmfError(f"config.init = {config.init}: holds a {stored['network']['kind']}; expected a flow model")
+    theirs = parse(stored["config"])
+    old, new = dataclasses.asdict(theirs.network), dataclasses.asdict(config.network)
+    for free in FREE:
+        if free in old:
+            old[free] = new.get(free)
+    changed = differences(old, new, "config.network")
+    if changed:
+        raise DmfError(f"config.init = {config.init}: its network differs: {'; '.join(changed)}; expected the same network")
+    return checkpoint.read_params(folder, theirs.ema.index(), like)
+
+
+def abstract_params(network: Any, mesh: Mesh) -> Any:
+    """Shapes, dtypes and placement of the network's weights, nothing allocated."""
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    place = sharding.replicated(mesh)
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)

@@ -1,0 +1,340 @@
+"""Conversion end to end: file -> checkpoint -> training, samples, and back to a file; and everything that can be wrong."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import main
+from dmf import checkpoint, evaluate, pretrained, train
+from dmf.config import parse
+from dmf.convert import audit, read
+from dmf.convert.command import KINDS, REPORT, convert
+from dmf.convert.dit import SIT
+from dmf.convert.rules import linear, plain
+from dmf.convert.unet import MEANFLOW_UNET
+from dmf.errors import DmfError
+from dmf.export.weights import export
+from dmf.networks import DiTConfig, UNetConfig
+from tests.conversion import export_arrays, needs_torch, recipe_weights, small_noise
+from tests.tiny import TINY, UNET, merged
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(__file__).parent / "golden"
+SIT_GIVEN = {"heads": 4}
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return recipe_weights(np.load(GOLDEN / "sit_tiny_io.npz"))
+
+
+@pytest.fixture(scope="module")
+def sit(weights, tmp_path_factory):
+    """(file, converted directory) of the stored tiny SiT, checked against its stored outputs."""
+    folder = tmp_path_factory.mktemp("sit")
+    file = folder / "sit.safetensors"
+    safetensors.numpy.save_file(weights, file)
+    convert("sit", file, folder / "converted", given=SIT_GIVEN, check=str(GOLDEN / "sit_tiny_io.npz"))
+    return file, folder / "converted"
+
+
+def random_flow(kind, config, shape, file):
+    """Writes random weights of a flow model, in the layout of `kind`, to `file`."""
+    network = pretrained.build(config, shape)
+    params = small_noise(network.init(jax.random.key(0)))
+    flat = {k: np.zeros_like(v) if k.split("/")[0] == "interval" else v for k, v in audit.flat(params).items()}
+    safetensors.numpy.save_file(export_arrays(kind, config, shape, network, audit.nested(flat)), file)
+
+
+def test_a_conversion_is_a_checkpoint_that_explains_itself(sit, weights, capsys):
+    file, folder = sit
+    report = json.loads((folder / REPORT).read_text())
+    assert report["source"] == {
+        "file": "sit.safetensors",
+        "format": "safetensors",
+        "copy": report["source"]["copy"],
+        "sha256": read.sha256(file),
+    }
+    assert report["network"]["depth"] == 3 and report["image_shape"] == [16, 16, 4]
+    assert [c["output"] for c in report["checks"]] == ["out"] and report["checks"][0]["relative_l2"] <= 5e-6
+    named = [name for row in report["tensors"] for name in row["tensors"]]
+    assert sorted(named) == sorted(weights) and len(set(named)) == len(named)
+    network, params = pretrained.load(folder)
+    leaves = [leaf for row in report["tensors"] for leaf in row["leaves"]]
+    assert sorted(leaves) == sorted(audit.flat(params))
+    stored = checkpoint.metadata(folder)
+    assert stored["source"]["kind"] == "sit" and "licence" in stored["source"] and "conventions" in stored["source"]
+    assert stored["source"]["checks"] == report["checks"]
+    data = np.load(GOLDEN / "sit_tiny_io.npz")
+    z, t = data["x"].transpose(0, 2, 3, 1), 1 - data["t"]
+    want = -data["out"].transpose(0, 2, 3, 1)
+    u = jax.jit(network.apply)
+    got = u(params, z, t, t, label=data["y"].astype(np.int32))
+    assert np.linalg.norm(got - want) <= 5e-6 * np.linalg.norm(want)
+    for r in (0 * t, t / 2):
+        np.testing.assert_array_equal(u(params, z, r, t, label=data["y"].astype(np.int32)), got)
+
+
+def test_a_conversion_comes_back_as_it_was(sit, weights, tmp_path):
+    _, folder = sit
+    found = export(folder, tmp_path / "back.safetensors")
+    assert set(found) == set(weights)
+    again = safetensors.numpy.load_file(tmp_path / "back.safetensors")
+    folded = {"t_embedder.mlp.0.weight", "pos_embed"}
+    for name, x in again.items():
+        if name.startswith("final_layer.linear"):  # the sigma half is not kept
+            x, want = (a.reshape(4, 8, -1)[:, :4] for a in (x, weights[name]))
+            np.testing.assert_array_equal(x, want)
+        elif name in folded:
+            np.testing.assert_allclose(x, weights[name], atol=1e-6, rtol=0)
+        else:
+            np.testing.assert_array_equal(x, weights[name])
+
+
+@pytest.mark.parametrize("copied", ["sit", "dmf"])
+def test_a_trained_interval_branch_survives_the_round_trip(sit, tmp_path, copied):
+    _, folder = sit
+    network, params = pretrained.load(folder)
+    params = small_noise(params)
+    config, shape = pretrained.described(checkpoint.metadata(folder))
+    checkpoint.save_weights(tmp_path / "tuned", params, checkpoint.metadata(folder), {})
+    tensors = export(tmp_path / "tuned", tmp_path / "tuned.safetensors", kind=copied)
+    given = SIT_GIVEN if copied == "sit" else {}
+    convert(copied, tmp_path / "tuned.safetensors", tmp_path / "again", given=given, check="none")
+    again = pretrained.load(tmp_path / "again")[1]
+    for (name, a), b in zip(audit.flat(again).items(), jax.tree.leaves(params), strict=True):
+        np.testing.assert_allclose(a, b, atol=0 if copied == "dmf" or "t_embedder/mlp_0" not in name else 2e-7, rtol=0)
+    assert len(tensors) == (42 + 4 if copied == "sit" else len(audit.flat(params)))
+
+
+@needs_torch
+def test_a_pt_file_is_what_torch_reads(sit, tmp_path, weights):
+    import torch
+
+    found = export(sit[1], tmp_path / "back.pt")
+    state = torch.load(tmp_path / "back.pt", weights_only=True)
+    assert set(state) == set(found) == set(weights)
+    for name, x in state.items():
+        np.testing.assert_array_equal(x.numpy(), found[name])
+
+
+@needs_torch
+def test_without_stored_outputs_pytorch_is_asked(sit, tmp_path, capsys):
+    report = convert("sit", sit[0], tmp_path / "out", given=SIT_GIVEN)
+    assert report["checks"][0]["against"].startswith("PyTorch") and report["checks"][0]["relative_l2"] <= 5e-6
+    assert "check     out against PyTorch" in capsys.readouterr().out
+
+
+TINY_DIT = DiTConfig(depth=1, width=32, heads=2, patch=4, num_classes=10)
+TINY_UNET = UNetConfig(
+    channels=16, channel_mult=(1,), blocks=1, attention_resolutions=(8,), dropout=0.3, augment_dim=6, interval_init="zero"
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "given", "base"),
+    [(SIT, TINY_DIT, {"heads": 2}, TINY), (MEANFLOW_UNET, TINY_UNET, {"dropout": 0.3}, UNET)],
+    ids=["sit", "meanflow-unet"],
+)
+def test_the_curriculum_starts_from_a_converted_flow_model(kind, config, given, base, tmp_path):
+    """Step 0 is the flow model bit for bit, whatever r; every kind of stage then trains; the result goes back to PyTorch."""
+    random_flow(kind, config, (8, 8, 1), tmp_path / "flow.safetensors")
+    convert(kind.name, tmp_path / "flow.safetensors", tmp_path / "flow", given=given, check="none")
+    network, flow = pretrained.load(tmp_path / "flow")
+    values = merged(base, init=str(tmp_path / "flow"), curriculum=dict(stages=3, length=6.0, pretrain_length=0.0))
+    run = train.Run(parse(values), tmp_path / "run")
+    start = run._start()
+    run.close()
+    z, t = jax.random.normal(jax.random.key(0), (4, 8, 8, 1)), np.linspace(0.1, 1, 4, dtype=np.float32)
+    label = np.arange(4, dtype=np.int32) if config.kind == "dit" else np.ones((4, 6), np.float32)
+    v = jax.jit(network.apply)(flow, z, t, t, label=label)
+    assert np.std(v) > 0.01
+    for r in (t, 0.3 * t, 0 * t):
+        np.testing.assert_array_equal(jax.jit(run.network.apply)(start.params, z, r, t, label=label), v)
+    train.train(parse(values), tmp_path / "run")
+    tensors = export(tmp_path / "run", tmp_path / "u.safetensors")  # in the layout it came in
+    assert any(name.startswith(("h_embedder", "map_layer0")) for name in tensors)
+    convert(kind.name, tmp_path / "u.safetensors", tmp_path / "u", given=given, check="none")
+    tuned = pretrained.load(tmp_path / "run")[1]
+    assert not np.array_equal(jax.tree.leaves(tuned)[0], jax.tree.leaves(flow)[0])
+    for a, b in zip(jax.tree.leaves(pretrained.load(tmp_path / "u")[1]), jax.tree.leaves(tuned), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-7, rtol=0)
+
+
+def test_starting_from_another_network_is_refused(sit, tmp_path):
+    values = merged(TINY, init=str(sit[1]), curriculum=dict(pretrain_length=0.0))
+    with pytest.raises(DmfError, match=r"its network differs: config.network.depth: 3 -> 1; .*expected the same network"):
+        train.train(parse(values), tmp_path / "run")
+
+
+def test_a_converted_flow_model_is_sampled(sit, tmp_path, capsys):
+    out = evaluate.write_samples(sit[1], [1, 3], 4, "euler", str(tmp_path / "grid.png"))
+    assert out.stat().st_size > 500
+    with pytest.raises(DmfError, match="holds converted weights, without data to score against"):
+        evaluate.write_scores(sit[1], [1], 4)
+
+
+def broken(tmp_path, weights, name):
+    """(kind, file, options) of a bad conversion."""
+    tensors, file, options = dict(weights), tmp_path / "bad.safetensors", {"given": SIT_GIVEN}
+    if name == "missing file":
+        return "sit", tmp_path / "none.pt", options
+    if name == "a directory":
+        return "sit", tmp_path, options
+    if name == "lost tensor":
+        del tensors["blocks.1.mlp.fc1.bias"]
+    if name == "foreign tensor":
+        tensors["blocks.1.attn.q_scale"] = np.ones(3, np.float32)
+    if name == "wrong shape":
+        tensors["blocks.1.mlp.fc1.bias"] = np.ones(7, np.float32)
+    if name == "wrong type":
+        tensors["blocks.1.mlp.fc1.bias"] = np.ones(384, np.int32)
+    if name == "not a number":
+        tensors["blocks.1.mlp.fc1.bias"] = np.full(384, np.nan, np.float32)
+    if name == "other constants":
+        tensors["pos_embed"] = tensors["pos_embed"] + 0.01
+    if name == "wrong weights":
+        tensors["final_layer.linear.bias"] = tensors["final_layer.linear.bias"] + 1
+        options["check"] = str(GOLDEN / "sit_tiny_io.npz")
+    if name == "no such copy":
+        options["copy"] = "ema9"
+    if name == "unknown field":
+        options["given"] = {"heads": 4, "colour": 1}
+    if name == "unread check":
+        options["check"] = str(tmp_path / "none.npz")
+    safetensors.numpy.save_file(tensors, file)
+    if name == "cut":
+        file.write_bytes(file.read_bytes()[:-1000])
+    return ("sd-vae" if name == "wrong kind" else "sit"), file, options
+
+
+BROKEN = {
+    "missing file": "none.pt",
+    "a directory": "directory",
+    "lost tensor": "tensor blocks.1.mlp.fc1.bias is missing: expected it",
+    "foreign tensor": "tensor blocks.1.attn.q_scale [3] has no place",
+    "wrong shape": "tensor blocks.1.mlp.fc1.bias has shape [7]: expected [384]",
+    "wrong type": "tensor blocks.1.mlp.fc1.bias is int32: expected one of",
+    "not a number": "tensor blocks.1.mlp.fc1.bias: 384 of its 384 values are not finite",
+    "other constants": "tensor pos_embed: other values than this network computes",
+    "wrong weights": "forward check of out against sit_tiny_io.npz: relative L2",
+    "no such copy": "copy",
+    "unknown field": "colour",
+    "unread check": "none.npz cannot be read",
+    "cut": "bad.safetensors",
+    "wrong kind": "expected the weights of kind sd-vae",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_bad_file_is_one_line_and_leaves_nothing(weights, tmp_path, name):
+    kind, file, options = broken(tmp_path, weights, name)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    with pytest.raises(DmfError) as caught:
+        convert(kind, file, tmp_path / "out", **{"check": "none", **options})
+    assert BROKEN[name] in str(caught.value) and "\n" not in str(caught.value)
+    assert "expected" in str(caught.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_nothing_is_overwritten(sit, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("data")
+    with pytest.raises(DmfError, match="out is there already and not empty"):
+        convert("sit", sit[0], tmp_path / "out", given=SIT_GIVEN, check="none")
+    (tmp_path / "u.safetensors").write_text("data")
+    with pytest.raises(DmfError, match="u.safetensors is there already"):
+        export(sit[1], tmp_path / "u.safetensors")
+    with pytest.raises(DmfError, match="expected a file name ending in .safetensors or .pt"):
+        export(sit[1], tmp_path / "u.onnx")
+    with pytest.raises(DmfError, match="kind = edm: has no layout for a network of kind dit"):
+        export(sit[1], tmp_path / "v.safetensors", kind="edm")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "u.safetensors"]
+
+
+FULL_DISK = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+sys.argv = ["main.py", *sys.argv[1:]]
+import runpy
+runpy.run_path("main.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("mode", ["convert", "export"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(sit, tmp_path, mode):
+    flags = ["--mode=convert", "--kind=sit", f"--source={sit[0]}", "--set=heads=4", "--check=none", f"--out={tmp_path / 'out'}"]
+    if mode == "export":
+        flags = ["--mode=export", f"--workdir={sit[1]}", f"--out={tmp_path / 'out.safetensors'}"]
+    env = {**os.environ, "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300, env=env
+    )
+    assert done.returncode == 2 and done.stderr.strip().count("\n") == 0, done.stderr
+    assert "could not be written" in done.stderr and not list(tmp_path.iterdir())
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 200_000
+
+
+def test_what_a_killed_conversion_left_is_cleared(sit, tmp_path):
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "half").write_text("data")
+    convert("sit", sit[0], tmp_path / "out", given=SIT_GIVEN, check="none")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    pretrained.load(tmp_path / "out")
+
+
+def test_a_flipped_bit_of_a_converted_directory_is_named(sit, tmp_path):
+    subprocess.run(["cp", "-r", sit[1], tmp_path / "copy"], check=True)
+    file = max((p for p in (tmp_path / "copy").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(DmfError, match=f"file .*{file.name} has .* another checksum"):
+        pretrained.load(tmp_path / "copy")
+
+
+def test_the_command_line_knows_the_kinds():
+    assert list(main.KINDS) == list(KINDS)
+    assert all(main.KINDS[name] for name in KINDS) and all(k.licence and k.conventions and k.copies for k in KINDS.values())
+
+
+def test_a_leaf_or_a_tensor_twice_is_an_error(weights):
+    """The audit itself: a key map that names a thing twice, or not at all, never converts."""
+    tensor = read.Tensor((2, 3), np.dtype(np.float32), lambda: np.ones((2, 3), np.float32))
+    leaves = {"a/kernel": (3, 2), "b/kernel": (3, 2)}
+    good = [linear("a.weight", "a/kernel"), linear("b.weight", "b/kernel")]
+    tensors = {"a.weight": tensor, "b.weight": tensor}
+    audit.check(good, tensors, leaves, "test")
+    cases = {
+        "leaf a/kernel is named twice": [*good, linear("c.weight", "a/kernel")],
+        "tensor a.weight is named twice": [good[0], linear("a.weight", "b/kernel")],
+        "leaf b/kernel is named by the network or the key map alone": good[:1],
+        "leaf c/kernel is named by the network or the key map alone": [*good, linear("c.weight", "c/kernel")],
+        r"tensor b.weight has shape \[2, 3\]: expected \[3, 2\]": [good[0], plain("b.weight", "b/kernel")],
+    }
+    for message, rules in cases.items():
+        with pytest.raises(DmfError, match=message):
+            audit.check(rules, tensors, leaves, "test")
+    with pytest.raises(DmfError, match="tensor b.weight is missing"):
+        audit.check(good, {"a.weight": tensor}, leaves, "test")
+
+
+def test_half_precision_is_lifted_and_said(sit, weights, tmp_path):
+    half = {name: np.asarray(x, jnp.bfloat16) if name != "pos_embed" else x for name, x in weights.items()}
+    safetensors.numpy.save_file(half, tmp_path / "half.safetensors")
+    report = convert("sit", tmp_path / "half.safetensors", tmp_path / "out", given=SIT_GIVEN, check="none")
+    notes = {row["tensors"][0]: row["note"] for row in report["tensors"] if row["tensors"]}
+    assert notes["x_embedder.proj.bias"] == "cast from bfloat16 to float32"
+    found = audit.flat(pretrained.load(tmp_path / "out")[1])["x_embedder/proj/bias"]
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, np.asarray(half["x_embedder.proj.bias"], np.float32))
