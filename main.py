@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 # Kinds of weight files; dmf.convert.command has the same (a test compares them), but --help should load no jax.
 KINDS = {
     "sit": "SiT S/B/L/XL (PyTorch)",
-    "meanflow-dit": "official MeanFlow on latents (Flax msgpack)",
-    "meanflow-unet": "MeanFlow CIFAR-10 U-Net, or a flow model in the same network (PyTorch)",
+    "meanflow_dit": "official MeanFlow on latents (Flax msgpack)",
+    "meanflow_unet": "MeanFlow CIFAR-10 U-Net, or a flow model in the same network (PyTorch)",
     "edm": "EDM and ECT networks, VP DDPM++ or VE NCSN++ (pickle)",
-    "rectified-flow": "rectified flow on CIFAR-10 (score_sde layout)",
+    "rectified_flow": "rectified flow on CIFAR-10 (score_sde layout)",
     "torchcfm": "TorchCFM CIFAR-10 U-Net",
-    "sd-vae": "Stable Diffusion autoencoder",
-    "fid-inception": "InceptionV3 for FID",
+    "sd_vae": "Stable Diffusion autoencoder",
+    "fid_inception": "InceptionV3 for FID",
     "dmf": "a file that --mode=export has written in our own layout",
 }
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with an optional variant: configs/digits.py:linear.")

@@ -143,7 +143,7 @@ TINY_UNET = UNetConfig(
 @pytest.mark.parametrize(
     ("kind", "config", "given", "base"),
     [(SIT, TINY_DIT, {"heads": 2}, TINY), (MEANFLOW_UNET, TINY_UNET, {"dropout": 0.3}, UNET)],
-    ids=["sit", "meanflow-unet"],
+    ids=["sit", "meanflow_unet"],
 )
 def test_the_curriculum_starts_from_a_converted_flow_model(kind, config, given, base, tmp_path):
     """Step 0 is the flow model bit for bit, whatever r; every kind of stage then trains; the result goes back to PyTorch."""
@@ -214,7 +214,7 @@ def broken(tmp_path, weights, name):
     safetensors.numpy.save_file(tensors, file)
     if name == "cut":
         file.write_bytes(file.read_bytes()[:-1000])
-    return ("sd-vae" if name == "wrong kind" else "sit"), file, options
+    return ("sd_vae" if name == "wrong kind" else "sit"), file, options
 
 
 BROKEN = {
@@ -231,7 +231,7 @@ BROKEN = {
     "unknown field": "colour",
     "unread check": "none.npz cannot be read",
     "cut": "bad.safetensors",
-    "wrong kind": "expected the weights of kind sd-vae",
+    "wrong kind": "expected the weights of kind sd_vae",
 }
 
 

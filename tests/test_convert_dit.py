@@ -279,6 +279,8 @@ def test_half_precision_file_keeps_its_weights_and_its_rounded_position_table_pa
 SIT_ERRORS = [
     ({"pos_embed": (1, 64, 96)}, {}, "no tensor x_embedder.proj.weight among 1 .*pos_embed.*kind sit"),
     ({"x_embedder.proj.weight": (96, 4)}, {}, r"x_embedder.proj.weight has shape \[96, 4\]: expected 4 axes"),
+    ({"x_embedder.proj.weight": (0, 4, 2, 2)}, {}, r"x_embedder.proj.weight has shape \[0, 4, 2, 2\]: expected .* none empty"),
+    ({"blocks.9.attn.proj.bias": (96,)}, {}, r"tensor blocks.9.attn.proj.bias \[96\] has no place"),
     ({"final_layer.linear.weight": (48, 96)}, {}, "final_layer.linear.weight has 48 rows: expected 16 .*2x2.*twice"),
     ({"pos_embed": (1, 60, 96)}, {}, "pos_embed has 60 rows: expected a square number"),
     ({"pos_embed": None}, {}, "no tensor pos_embed.*--set=resolution=N"),

@@ -63,7 +63,7 @@ def convert(
     weights = read.open_file(source)
     try:
         tensors, copy = found.select(weights.tree, copy)
-        config, shape = found.describe(tensors, {**native.described(weights), **(given or {})})
+        config, shape = found.describe(tensors, {**(native.described(weights) if found is native.NATIVE else {}), **(given or {})})
         network = pretrained.build(config, shape)
         rules = found.rules(config, shape, tensors)
         params, rows = audit.convert(rules, tensors, network, kind, _progress(kind))
@@ -109,7 +109,7 @@ def _forward_check(
 
         arrays = kind.probe(config, shape)
         against = f"PyTorch {torch.__version__}"
-        theirs = kind.torch_outputs({name: torch.from_numpy(t.read()) for name, t in tensors.items()}, arrays)
+        theirs = kind.torch_outputs({name: torch.from_numpy(_lifted(t)) for name, t in tensors.items()}, arrays)
     else:
         arrays, against = _arrays(check), Path(check).name
         theirs = arrays
@@ -132,6 +132,11 @@ def _forward_check(
                 f"{BOUND:.0e}; nothing was written"
             )
     return rows
+
+
+def _lifted(tensor: read.Tensor) -> np.ndarray:
+    """Values that PyTorch can take from NumPy: bfloat16 is not among them."""
+    return tensor.read().astype(np.float32) if tensor.dtype.name == "bfloat16" else tensor.read()
 
 
 def _arrays(path: str) -> dict[str, np.ndarray]:

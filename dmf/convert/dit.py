@@ -60,8 +60,8 @@ def _flax(module: str) -> str:
 
 def _axes(tensors: Mapping[str, Tensor], name: str, count: int, kind: str) -> Shape:
     shape = tuple(tensor_of(tensors, name, kind).shape)
-    if len(shape) != count:
-        raise DmfError(f"tensor {name} has shape {list(shape)}: expected {count} axes in weights of kind {kind}")
+    if len(shape) != count or 0 in shape:
+        raise DmfError(f"tensor {name} has shape {list(shape)}: expected {count} axes, none empty, in weights of kind {kind}")
     return shape
 
 
@@ -76,7 +76,7 @@ def _config(
     tensors: Mapping[str, Tensor], patch: int, hidden: int, width: int, table: str, block: str, heads: int | None
 ) -> DiTConfig:
     """The config from the sizes read so far, the label table's rows and the blocks' numbers, which `block` matches."""
-    depth = 1 + max((int(found[1]) for name in tensors if (found := re.match(block, name))), default=-1)
+    depth = len({found[1] for name in tensors if (found := re.match(block, name))})
     named = [size["heads"] for size in DIT_SIZES.values() if (size["width"], size["depth"]) == (width, depth)]
     if heads is None and not named:
         raise DmfError(

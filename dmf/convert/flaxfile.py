@@ -51,7 +51,7 @@ def _value(cursor: Cursor, depth: int) -> Any:
         return Inert("bytes", {"size": cursor.skip(size, "a byte string").size})
     if kind == "list":
         return {i: _value(cursor, depth + 1) for i in range(size)}
-    return _map(cursor, size, depth) if kind == "map" else _extension(cursor, size)
+    return _map(cursor, size, depth) if kind == "map" else _extension(cursor, size, depth)
 
 
 def _header(cursor: Cursor, code: int) -> tuple[str, int]:
@@ -69,22 +69,22 @@ def _header(cursor: Cursor, code: int) -> tuple[str, int]:
 def _map(cursor: Cursor, size: int, depth: int) -> Any:
     found: dict[str | int, Any] = {}
     for _ in range(size):
-        key = _value(cursor, MAX_DEPTH)
+        key = _value(cursor, depth + 1)
         if not isinstance(key, str | int) or key in found:
             raise cursor.span.error(f"key {short(key)} of a map is used twice or is no text; expected names, each once")
         found[key] = _value(cursor, depth + 1)
     return _joined(cursor.span, found) if CHUNKED in found else found
 
 
-def _extension(cursor: Cursor, size: int) -> Any:
+def _extension(cursor: Cursor, size: int, depth: int) -> Any:
     """An array: a list of shape, name of the type, and bytes in row-major order."""
     kind, end = cursor.number(">b"), cursor.left - size
     if kind not in (ARRAY, SCALAR):
         raise cursor.span.error(f"extension type {kind}; expected arrays and scalars, types {ARRAY} and {SCALAR}, of Flax")
     form, fields = _header(cursor, cursor.take(1)[0])
-    shape, name = (_value(cursor, MAX_DEPTH - 1) for _ in range(2)) if (form, fields) == ("list", 3) else (None, None)
+    shape, name = (_value(cursor, depth + 1) for _ in range(2)) if (form, fields) == ("list", 3) else (None, None)
     form, count = _header(cursor, cursor.take(1)[0])
-    if not isinstance(shape, dict) or name not in DTYPES or form != "bytes":
+    if not isinstance(shape, dict) or not isinstance(name, str) or name not in DTYPES or form != "bytes":
         raise cursor.span.error(f"an array of type {short(name)}; expected a shape, one of {', '.join(DTYPES)}, and bytes")
     data = cursor.skip(count, f"an array at byte {cursor.span.size - cursor.left}")
     tensor = packed(data, DTYPES[name], list(shape.values()))

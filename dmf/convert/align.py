@@ -1,0 +1,166 @@
+"""A new embedding for a U-Net that was pretrained with another form of time: Re-MeanFlow's alignment (arXiv 2511.23342, 4.2).
+
+Networks of ln(sigma), of 999 t or of random frequencies make poor u(z, r, t): du/dt is that of their embedding. MeanFlow's form
+takes raw t. Its layers are regressed on the vector that the old ones give,
+
+    min E_t |emb_new(t, t) - emb_old(t, t)|^2,   t ~ U(0, 1)
+
+and the rest of the network stays as it is. `interval` stays zero, so that u ignores r exactly, as the flow does. Where the old
+embedding is capped, at sigma = t / (1 - t) outside [0.002, 80], the new one learns the cap: t = 1 is where a single step starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dmf import networks
+from dmf.errors import DmfError
+from dmf.networks import UNetConfig
+from dmf.networks.unet import Embedding
+
+STEPS = 10_000
+BATCH = 1024
+CHUNK = 100  # steps between two calls of `progress`
+GRID = 1001  # times of the report, evenly over [0, 1]
+ROWS = 8  # random inputs of the report
+FORM: dict[str, Any] = {"embedding": "positional", "embedding_mult": 2, "time_input": "t", "time_scale": 1.0}
+OLD = ("map_noise", "map_augment", "map_layer0", "map_layer1", "interval")  # the whole embedding
+
+Params = dict[str, Any]
+Report = dict[str, float | int]
+
+
+def align(
+    config: UNetConfig,
+    params: Params,
+    steps: int = STEPS,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[UNetConfig, Params, Report]:
+    """Replaces the embedding of a flow by one of MeanFlow's form; every other leaf is kept, bit for bit.
+
+    Adam at 1e-3 on batches of 1024 times, half of them with a standard normal augmentation label where there are labels.
+    progress(done, total) counts steps. Deterministic in `seed`. The report holds relative L2 errors of the embedding over an
+    even grid of t (mean and max over t, before and after) and of u on random inputs (relative_change_of_u).
+    Raises DmfError where nothing is to be aligned, or r has been learnt already.
+    """
+    _check(config, params, steps)
+    new_config = dataclasses.replace(config, **FORM)
+    key, label = jax.random.key(seed), _labels(config, 1)
+    start = Embedding(new_config).init(jax.random.fold_in(key, 0), *jnp.zeros((2, 1)), label)["params"]
+    interval = jnp.zeros_like(start.pop("interval")["kernel"])
+    with jax.default_matmul_precision("highest"):
+        fitted = _regress(config, new_config, params, (start, interval), steps, jax.random.fold_in(key, 1), progress)
+        found = _with_interval(fitted, interval)
+        before = _errors(config, params, new_config, _with_interval(start, interval))
+        after = _errors(config, params, new_config, found)
+        new = {**{name: x for name, x in params.items() if name not in OLD}, **found}
+        change = _change_of_u(config, params, new_config, new)
+    report = {"steps": steps, "batch": BATCH, "seed": seed}
+    report |= {f"embedding_error_{name}_before": x for name, x in before.items()}
+    report |= {f"embedding_error_{name}_after": x for name, x in after.items()}
+    return new_config, new, {**report, "relative_change_of_u": change}
+
+
+def _check(config: UNetConfig, params: Params, steps: int) -> None:
+    if not isinstance(config, UNetConfig):
+        raise DmfError(f"network.kind is {config.kind!r}: expected 'unet', the only network whose embedding can be aligned")
+    if all(getattr(config, field) == value for field, value in FORM.items()):
+        form = ", ".join(f"{field} {value!r}" for field, value in FORM.items())
+        raise DmfError(f"the network needs no alignment: its embedding has the form already ({form})")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise DmfError(f"steps is {steps!r}: expected an integer of at least 1")
+    if np.any(params["interval"]["kernel"]):
+        raise DmfError("the network has learnt to see r (its interval layer is not zero): expected a flow, which sees t alone")
+
+
+def _labels(config: UNetConfig, rows: int) -> jax.Array | None:
+    return jnp.zeros((rows, config.augment_dim)) if config.augment_dim else None
+
+
+def _with_interval(layers: Params, interval: jax.Array) -> Params:
+    return {**layers, "interval": {"kernel": interval}}
+
+
+def _embed(config: UNetConfig, params: Params, t: jax.Array, label: jax.Array | None) -> jax.Array:
+    """The network's embedding (B, 4 * channels) of an empty interval at t (B,)."""
+    layers = {name: params[name] for name in OLD if name in params}
+    return Embedding(config).apply({"params": layers}, t, t, label)
+
+
+def _regress(
+    config: UNetConfig,
+    new_config: UNetConfig,
+    params: Params,
+    start: tuple[Params, jax.Array],
+    steps: int,
+    key: jax.Array,
+    progress: Callable[[int, int], None] | None,
+) -> Params:
+    """The layers after `steps` steps of Adam; step i draws with fold_in(key, i)."""
+    adam = optax.adam(1e-3, b2=0.99)  # the second moment as in Re-MeanFlow's code
+    layers, interval = start
+    old = {name: params[name] for name in OLD if name in params}
+
+    def step(carry: tuple[Params, Any], key: jax.Array) -> tuple[tuple[Params, Any], None]:
+        of_time, of_label, of_row = jax.random.split(key, 3)
+        t, label = jax.random.uniform(of_time, (BATCH,)), None
+        if config.augment_dim:
+            given = jax.random.bernoulli(of_row, 0.5, (BATCH, 1))
+            label = given * jax.random.normal(of_label, (BATCH, config.augment_dim))
+
+        def loss(layers: Params) -> jax.Array:
+            error = _embed(new_config, _with_interval(layers, interval), t, label) - _embed(config, old, t, label)
+            return jnp.mean(error**2)
+
+        layers, state = carry
+        updates, state = adam.update(jax.grad(loss)(layers), state)
+        return (optax.apply_updates(layers, updates), state), None
+
+    @jax.jit
+    def chunk(carry: tuple[Params, Any], numbers: jax.Array) -> tuple[Params, Any]:
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
+        return jax.lax.scan(step, carry, keys)[0]
+
+    carry = layers, adam.init(layers)
+    for done in range(0, steps, CHUNK):
+        last = min(done + CHUNK, steps)
+        carry = chunk(carry, jnp.arange(done, last))
+        if progress is not None:
+            jax.block_until_ready(carry)
+            progress(last, steps)
+    return carry[0]
+
+
+def _errors(config: UNetConfig, params: Params, new_config: UNetConfig, new: Params) -> dict[str, float]:
+    """|emb_new - emb_old| / |emb_old| without a label, mean and max over the grid of t."""
+    t, label = jnp.linspace(0.0, 1.0, GRID), _labels(config, GRID)
+    old = _embed(config, params, t, label)
+    error = jnp.linalg.norm(_embed(new_config, new, t, label) - old, axis=1) / jnp.linalg.norm(old, axis=1)
+    return {"mean": float(error.mean()), "max": float(error.max())}
+
+
+def _change_of_u(config: UNetConfig, params: Params, new_config: UNetConfig, new: Params) -> float:
+    """|u_new - u_old| / |u_old| on random z, at times evenly over [0, 1]."""
+    shape = _image_shape(params)
+    z = jax.random.normal(jax.random.key(0), (ROWS, *shape))
+    t = jnp.linspace(0.0, 1.0, ROWS)
+    old = networks.build(config, shape).apply(params, z, t, t)
+    change = networks.build(new_config, shape).apply(new, z, t, t) - old
+    return math.sqrt(float(jnp.sum(change**2) / jnp.sum(old**2)))
+
+
+def _image_shape(params: Params) -> tuple[int, int, int]:
+    """The shape of the images, which the network's first convolution has in its name and its kernel."""
+    name = next(name for name in params["enc"] if re.fullmatch(r"(\d+)x\1_conv", name))
+    size = int(name.partition("x")[0])
+    return size, size, params["enc"][name]["kernel"].shape[2]
