@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from dmf.errors import DmfError
@@ -188,6 +189,29 @@ def read_params(folder: Path, ema: int | None, like: Any) -> Any:
     if ema is None:
         return _load(folder, {item: like})[item]
     return _load(folder, {item: [_with_sharding(tree, like) for tree in stored]})[item][ema]
+
+
+def foreign(folder: Path) -> Any:
+    """Shapes and dtypes of somebody else's Orbax checkpoint, as nested dicts and lists; for `read_leaf`. Reads no values."""
+    try:
+        return ocp.metadata(folder.absolute()).metadata
+    except Exception as error:  # as in `_load`
+        raise DmfError(f"{folder} cannot be read: {_short(error)}; expected an Orbax checkpoint of one tree") from error
+
+
+def read_leaf(folder: Path, path: Sequence[str], shape: tuple[int, ...], dtype: Any) -> Any:
+    """The values of one leaf of a foreign checkpoint, below the keys `path`, as a NumPy array; nothing else is read."""
+    target: Any = np.zeros(shape, dtype)
+    for key in reversed(path):
+        target = {key: target}
+    options = ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))
+    try:
+        with ocp.Context(pytree_options=options):
+            return jax.tree.leaves(ocp.load(folder.absolute(), target))[0]
+    except Exception as error:  # as in `_load`
+        raise DmfError(
+            f"{folder}: {'.'.join(path)} cannot be read: {_short(error)}; expected an undamaged Orbax checkpoint"
+        ) from error
 
 
 def _check_like(stored: Any, like: Any, folder: Path) -> None:

@@ -69,6 +69,16 @@ def test_the_check_against_pytorch_equals_pytorch_fid():
         assert relative_l2(got[name], want[name]) <= bound, name
 
 
+@needs_torch
+def test_the_check_takes_files_of_half_precision():
+    import torch
+
+    weights, x, want = reference()
+    half = {name: torch.from_numpy(weights[name]).half() for name in weights}
+    got = FID_INCEPTION.torch_outputs(half, {"x": x[:1]})
+    assert got["pool"].dtype == np.float32 and 1e-5 < relative_l2(got["pool"], want["pool"][:1]) < 2e-3
+
+
 def test_every_tensor_and_every_leaf_is_used_once():
     """With the counters of batches and without, as both files exist; 23,885,392 values become leaves."""
     full = shapes()
@@ -105,17 +115,18 @@ def test_features_are_float32_of_the_published_sizes():
     assert {f.dtype for f in features} == {np.dtype(np.float32)}
 
 
-def test_every_product_is_in_full_float32():
-    """Whatever the default precision is, 94 convolutions and the classifier say "highest"; half precision is lifted."""
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float64])
+def test_every_product_is_in_full_float32(dtype, float64):
+    """Whatever the default precision and the image's dtype: 94 convolutions and the classifier, all "highest"."""
     network = build_inception(InceptionConfig())
     params = jax.eval_shape(network.init, jax.random.key(0))
-    x = jax.ShapeDtypeStruct((1, 299, 299, 3), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((1, 299, 299, 3), dtype)
     with jax.default_matmul_precision("bfloat16"):
         program = jax.jit(network.apply).lower(params, x).as_text()
     products = [line for line in program.splitlines() if "stablehlo.convolution" in line or "stablehlo.dot_general" in line]
     assert len(products) == 95
     for line in products:
-        assert line.count("HIGHEST") == 2 and "bf16" not in line
+        assert line.count("HIGHEST") == 2 and "bf16" not in line and "f64" not in line
 
 
 def without(name):

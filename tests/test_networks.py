@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import zlib
@@ -15,7 +16,7 @@ import pytest
 from dmf.errors import DmfError
 from dmf.networks import DIT_SIZES, ADMConfig, DiTConfig, MLPConfig, UNetConfig, build, is_interval_path, layers
 from dmf.networks.dit import position_embedding
-from dmf.networks.unet import make_unet
+from dmf.networks.unet import edm_velocity, log_sigma, make_unet
 
 GOLDEN = Path(__file__).parent / "golden"
 PARITY = 5e-6  # relative L2: float32 round-off between two implementations of the same network
@@ -42,6 +43,7 @@ SMALL = {
     "adm": (ADM, (8, 8, 2), None),
 }
 BATCH = 3
+EDM_SMALL = functools.partial(UNetConfig, time_input="log_sigma", precond="edm")  # what every network of EDM has
 
 
 def fast_compile(function):
@@ -265,6 +267,71 @@ def test_resampling_is_the_convolution_with_the_4x4_filter():
     want, transpose = jax.vjp(down, x)
     np.testing.assert_allclose(layers.blur_down(x), want, atol=1e-6)
     np.testing.assert_allclose(layers.blur_up(y), 4 * transpose(y)[0], atol=1e-6)
+
+
+def test_box_resampling():
+    """Down: the mean of each 2 x 2 block. Up: every pixel four times."""
+    x = np.arange(2 * 4 * 6 * 3, dtype=np.float32).reshape(2, 4, 6, 3)
+    want = (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4
+    np.testing.assert_allclose(layers.box_down(x), want, atol=1e-5)
+    np.testing.assert_array_equal(layers.box_up(x), np.kron(x, np.ones((1, 2, 2, 1), np.float32)))
+
+
+def test_edm_velocity_is_that_of_the_denoiser():
+    """v = (z - D(z / (1 - t), t / (1 - t))) / t with the literal D; at t = 0 and 1 the limits, -z - F(z / s) and z - s F(z)."""
+    with jax.enable_x64(True):
+        z, t = np.random.default_rng(0).standard_normal((6, 4, 4, 2)), np.array([1e-3, 0.1, 0.5, 0.9, 0.999, 0.3])
+        for s in (0.5, 1.3):
+            rows = t[:, None, None, None]
+            x, sigma = z / (1 - rows), rows / (1 - rows)
+            total = s**2 + sigma**2
+            denoised = s**2 / total * x + sigma * s / np.sqrt(total) * np.sin(3 * x / np.sqrt(total))
+            got = edm_velocity(z, jnp.asarray(t), s, lambda y: jnp.sin(3 * y))
+            np.testing.assert_allclose(got, (z - denoised) / rows, rtol=0, atol=1e-11)
+            ends = edm_velocity(z[:2], jnp.array([0.0, 1.0]), s, lambda y: jnp.sin(3 * y))
+            want = -z[0] - np.sin(3 * z[0] / s), z[1] - s * np.sin(3 * z[1])
+            np.testing.assert_allclose(ends, np.stack(want), rtol=0, atol=1e-13)
+
+
+def test_log_sigma_stays_finite():
+    """ln(t / (1 - t)) / 4 for sigma in [0.002, 80], the values of the ends beyond; so is the derivative, 1 / (4 t (1 - t)) or 0."""
+    t = np.array([0, 1e-6, 0.0019, 0.0021, 0.5, 0.98, 0.99, 1], np.float32)
+    value, slope = jax.vmap(jax.value_and_grad(lambda t: log_sigma(t[None])[0]))(t)
+    sigma = np.clip(t[3:6].astype(np.float64) / (1 - t[3:6].astype(np.float64)), 0.002, 80)
+    want = np.log([0.002] * 3 + list(sigma) + [80] * 2) / 4
+    np.testing.assert_allclose(value, want, atol=2e-6)
+    np.testing.assert_allclose(slope, [0] * 3 + list(1 / (4 * t[3:6] * (1 - t[3:6]))) + [0] * 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("embedding", ["positional", "fourier"])
+def test_time_scale_scales_t_and_not_the_interval(embedding):
+    """A network with time_scale 4 at (r, t) is the one without at (4 t - h, 4 t): powers of two make this exact."""
+    config = dataclasses.replace(UNET, embedding=embedding, embedding_mult=1, resample="box")
+    plain, scaled = build(config, (8, 8, 2)), build(dataclasses.replace(config, time_scale=4.0), (8, 8, 2))
+    draw, rng = shapes(plain), np.random.default_rng(0)
+    params = nested({path: 0.3 * rng.standard_normal(shape).astype(np.float32) for path, shape in draw.items()})
+    z, *_ = small("unet")
+    t, h = np.float32([0.125, 0.25, 0.5]), np.float32([0.125, 0.0, 0.25])
+    u = fast_compile(scaled.apply)(params, z, t - h, t)
+    np.testing.assert_array_equal(fast_compile(plain.apply)(params, z, 4 * t - h, 4 * t), u)
+    assert relative_l2(fast_compile(plain.apply)(params, z, t - h, t), u) > 1e-3
+
+
+def test_fourier_frequencies_are_drawn_and_stay():
+    """Normal with deviation 16, a leaf of the parameters, without a gradient."""
+    config = EDM_SMALL(
+        channels=8, channel_mult=(1,), blocks=1, attention_resolutions=(), embedding="fourier", embedding_mult=250
+    )
+    network = build(config, (4, 4, 1))
+    freqs = initial_leaves(network, lambda path: path[0] == "map_noise")
+    assert list(freqs) == [("map_noise", "freqs")] and freqs[("map_noise", "freqs")].shape == (1000,)
+    assert np.std(freqs[("map_noise", "freqs")]) == pytest.approx(16, rel=0.08)
+    rng = np.random.default_rng(0)
+    params = nested({path: rng.standard_normal(shape).astype(np.float32) for path, shape in shapes(network).items()})
+    z, t = rng.standard_normal((2, 4, 4, 1)).astype(np.float32), np.float32([0.2, 0.7])
+    slopes = leaf_paths(fast_compile(jax.grad(lambda p: jnp.sum(network.apply(p, z, t, t) ** 2)))(params))
+    assert not np.any(slopes.pop(("map_noise", "freqs")))
+    assert all(np.any(slope) for path, slope in slopes.items())
 
 
 def test_attention_equals_jax_nn():
@@ -523,6 +590,17 @@ def test_cudnn_attention_declares_that_it_has_no_jvp():
             "float32",
             r"interval_init is 'zeros'.*'zero', 'random'",
         ),
+        (UNetConfig(resample="bilinear"), (32, 32, 3), "float32", r"resample is 'bilinear'.*'binomial', 'box'"),
+        (UNetConfig(embedding="learned"), (32, 32, 3), "float32", r"embedding is 'learned'.*'fourier'"),
+        (UNetConfig(embedding_mult=0), (32, 32, 3), "float32", r"network\.embedding_mult is 0"),
+        (UNetConfig(channels=5, embedding_mult=1), (32, 32, 3), "float32", r"channels is 5; expected an even number"),
+        (UNetConfig(time_input="sigma"), (32, 32, 3), "float32", r"time_input is 'sigma'.*'log_sigma'"),
+        (UNetConfig(time_scale=0.0), (32, 32, 3), "float32", r"time_scale is 0\.0; expected a finite number above 0"),
+        (UNetConfig(time_input="log_sigma", time_scale=999.0), (32, 32, 3), "float32", r"time_scale is 999\.0 with time_input"),
+        (UNetConfig(precond="vp"), (32, 32, 3), "float32", r"precond is 'vp'.*'none', 'edm'"),
+        (UNetConfig(precond="edm"), (32, 32, 3), "float32", r"time_input is 't' with precond 'edm'; expected 'log_sigma'"),
+        (UNetConfig(sigma_data=0.4), (32, 32, 3), "float32", r"sigma_data is 0\.4 with precond 'none'"),
+        (EDM_SMALL(sigma_data=math.inf), (32, 32, 3), "float32", r"sigma_data is inf"),
         (UNetConfig(kind="resnet"), (32, 32, 3), "float32", r"network\.kind is 'resnet'"),
         (UNetConfig(kind="dit"), (32, 32, 3), "float32", r"network\.kind is 'dit' in a UNetConfig"),
         (MLPConfig(interval_init=""), (2,), "float32", r"interval_init is ''"),

@@ -17,7 +17,7 @@ from dmf.networks import ADMConfig, Network, layers
 from dmf.networks.adm import GROUPS, plan
 
 NAME = "torchcfm"
-GIVEN = ("head_channels", "image_size", "dropout")  # what neither names nor shapes tell
+GIVEN = ("head_channels", "resolution", "dropout")  # what neither names nor shapes tell
 RELEASED = (128, (1, 2, 2, 2), 2, (1,))  # channels, channel_mult, blocks, levels with attention; 32 pixels, 64 per head
 NEW = "the source has no interval branch"
 REVERSED = "time reversal, t -> 1 - t, folded in: a rotation of the cosines and sines of t"
@@ -29,7 +29,7 @@ def _select(tree: Any, which: str) -> tuple[dict[str, Tensor], str]:
     name = which or (copies[0] if copies else "")
     if name and name not in copies:
         raise DmfError(f"copy = {which!r}: expected {' or '.join(map(repr, copies)) or 'none, as this file holds one copy'}")
-    return strip_prefix(flatten(tree[name] if name else tree, "")), name or "weights"
+    return strip_prefix(flatten(tree[name] if name else tree, "")), name or "flat"
 
 
 def _describe(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[ADMConfig, tuple[int, ...]]:
@@ -81,11 +81,11 @@ def _levels(tensors: Mapping[str, Tensor]) -> list[list[tuple[int, bool]]]:
 
 
 def _given(given: Mapping[str, Any], released: bool) -> tuple[int, int, float]:
-    """Channels per head, image size and dropout, those of the released networks where the file is one of them."""
+    """Channels per head, resolution and dropout, those of the released networks where the file is one of them."""
     for field in given:
         if field not in GIVEN:
             raise DmfError(f"{field} is no field of kind {NAME} that can be given: expected one of {', '.join(GIVEN)}")
-    found = {"dropout": ADMConfig.dropout, **({"head_channels": 64, "image_size": 32} if released else {}), **given}
+    found = {"dropout": ADMConfig.dropout, **({"head_channels": 64, "resolution": 32} if released else {}), **given}
     for field in GIVEN[:2]:
         if field not in found:
             raise DmfError(
@@ -95,7 +95,7 @@ def _given(given: Mapping[str, Any], released: bool) -> tuple[int, int, float]:
         layers.check_positive(field, found[field])
     if isinstance(found["dropout"], str):
         raise DmfError(f"dropout is {found['dropout']!r}: expected a number")
-    return found["head_channels"], found["image_size"], float(found["dropout"])
+    return found["head_channels"], found["resolution"], float(found["dropout"])
 
 
 def _rules(config: ADMConfig, image_shape: tuple[int, ...], tensors: Mapping[str, Tensor] | None) -> list[Rule]:

@@ -127,7 +127,7 @@ def read(
         else:
             values = [start[leaf] if leaf in start else np.zeros(leaves[leaf]) for leaf in rule.leaves]
         for leaf, x in zip(rule.leaves, values, strict=True):
-            put(leaf, np.ascontiguousarray(x, np.float32))
+            put(leaf, np.asarray(x, np.float32, order="C"))
         rows.append(_row(rule, tensors, present))
         done += sum(_bytes(tensors[name]) for name in rule.tensors if name in tensors)
         progress(done, total)
@@ -151,7 +151,7 @@ def write(rules: Sequence[Rule], leaves: dict[str, np.ndarray]) -> dict[str, np.
         if rule.missing and rule.leaves and rule.missing not in used:
             continue
         for name, x in zip(rule.tensors, rule.backward(*values), strict=True):
-            out[name] = np.ascontiguousarray(x, x.dtype if np.issubdtype(x.dtype, np.integer) else np.float32)
+            out[name] = np.asarray(x, x.dtype if np.issubdtype(x.dtype, np.integer) else np.float32, order="C")
     return out
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dmf.convert.span import DTYPES, Cursor, Span, packed, short
+from dmf.convert.span import DTYPES, Cursor, Span, checked_sizes, packed, short
 from dmf.convert.tree import MAX_DEPTH, Inert, Tensor
 
 CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
@@ -94,12 +94,13 @@ def _extension(cursor: Cursor, size: int, depth: int) -> Any:
 
 
 def _joined(span: Span, found: dict[str | int, Any]) -> Tensor:
-    shape, chunks = (list(x.values()) if isinstance(x := found.get(key), dict) else [] for key in ("shape", "chunks"))
-    sizes = [math.prod(chunk.shape) for chunk in chunks if isinstance(chunk, Tensor)]
-    sane = all(isinstance(n, int) and n >= 0 for n in shape) and len(sizes) == len(chunks) > 0
-    if not sane or sum(sizes) != math.prod(shape) or len({chunk.dtype for chunk in chunks}) != 1:
-        raise span.error(f"an array in {len(chunks)} chunks that do not fill shape {short(shape)}; expected Flax's chunks")
-    return Tensor(tuple(shape), chunks[0].dtype, functools.partial(_read_chunks, tuple(shape), chunks))
+    numbered = [x if isinstance(x := found.get(key), dict) else {} for key in ("shape", "chunks")]
+    sizes, parts = ([part.get(str(i)) for i in range(len(part))] for part in numbered)
+    shape, chunks = checked_sizes(span, sizes), [part for part in parts if isinstance(part, Tensor)]
+    counted = sum(math.prod(chunk.shape) for chunk in chunks)
+    if len(chunks) != len(parts) or counted != math.prod(shape) or len({chunk.dtype for chunk in chunks}) != 1:
+        raise span.error(f"an array in {len(parts)} chunks that do not fill shape {short(shape)}; expected Flax's chunks")
+    return Tensor(shape, chunks[0].dtype, functools.partial(_read_chunks, shape, chunks))
 
 
 def _read_chunks(shape: tuple[int, ...], chunks: Sequence[Tensor]) -> np.ndarray:

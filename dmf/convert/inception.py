@@ -12,11 +12,10 @@ import numpy as np
 from dmf.convert.read import Tensor, flatten, strip_prefix
 from dmf.convert.rules import Arrays, Kind, Rule, conv_layer, linear_layer, norm_layer, plain, tensor_of
 from dmf.errors import DmfError
-from dmf.networks.inception import CLASSES, SIZE, SPATIAL_CHANNELS, Inception, InceptionConfig, build_inception
+from dmf.networks.inception import SIZE, SPATIAL_CHANNELS, Inception, InceptionConfig, build_inception
 
 NAME = "fid_inception"
 COPY = "weights"
-SHAPES = {"Conv2d_1a_3x3.conv.weight": (32, 3, 3, 3), "fc.weight": (CLASSES, 2048)}
 NOT_FID = (
     "with AuxLogits tensors or 1000 classes this is torchvision's ImageNet classifier, whose features give no FID: expected "
     "the port of the TensorFlow graph, pt_inception-2015-12-05-6726825d.pth"
@@ -34,12 +33,10 @@ def _select(tree: Any, which: str) -> tuple[dict[str, Tensor], str]:
 def _describe(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[InceptionConfig, tuple[int, ...]]:
     for field in given:
         raise DmfError(f"{field} is no field of kind {NAME} that can be given: expected none, all of it is fixed")
-    found = {name: tuple(tensor_of(tensors, name, NAME).shape) for name in SHAPES}
-    if any(name.startswith("AuxLogits.") for name in tensors) or found["fc.weight"] == (1000, 2048):
+    tensor_of(tensors, "Conv2d_1a_3x3.conv.weight", NAME)
+    classes = tensor_of(tensors, "fc.weight", NAME).shape[0]
+    if classes == 1000 or any(name.startswith("AuxLogits.") for name in tensors):
         raise DmfError(NOT_FID)
-    for name, shape in SHAPES.items():
-        if found[name] != shape:
-            raise DmfError(f"tensor {name} has shape {list(found[name])}: expected {list(shape)} in weights of kind {NAME}")
     return InceptionConfig(), (SIZE, SIZE, 3)
 
 
@@ -82,6 +79,8 @@ def _outputs(network: Inception, params: Any, arrays: Mapping[str, np.ndarray]) 
 def _torch_outputs(tensors: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     import torch
     from torch.nn import functional
+
+    tensors = {name: value.float() for name, value in tensors.items()}
 
     def unit(x: Any, name: str, stride: int = 1, padded: bool = True) -> Any:
         weight = tensors[f"{name}.conv.weight"]
@@ -133,7 +132,7 @@ def _probe(config: InceptionConfig, image_shape: tuple[int, ...]) -> dict[str, n
 FID_INCEPTION = Kind(
     name=NAME,
     about="Inception-v3 of the FID (pytorch-fid's pt_inception-2015-12-05-6726825d.pth)",
-    licence="weights: TensorFlow's 2015 release, Apache-2.0, as ported by pytorch-fid",
+    licence="published by pytorch-fid (Apache-2.0), a port of TensorFlow's inception-2015-12-05",
     conventions=(
         "no time; x RGB, channels first, 299 x 299, in about [-1, 1]: (byte - 128) / 128 or 2 byte / 255 - 1 before it; "
         "logits without the bias, spatial = the first 7 channels of Mixed_6d by (row, column, channel)"

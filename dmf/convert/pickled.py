@@ -51,6 +51,7 @@ INERT = {
     *(f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "long", "str", "tuple")),
 }
 MODULE = re.compile(r"torch\.nn\.modules\.[a-z_]+\.[A-Z]\w*")
+CLASSES = {"numpy.ndarray", "torch.Tensor", "torch.nn.parameter.Parameter"}  # only ever arguments of the calls below
 LOAD_FROM_BYTES = "torch.storage._load_from_bytes"
 _OPEN = object()  # stands for a node whose inside is being looked at
 
@@ -143,6 +144,14 @@ def _rebuild_parameter(cursor: Cursor, args: tuple[Any, ...]) -> Any:
     raise wrong(cursor, "a parameter", *args)
 
 
+def _rebuild_typed(cursor: Cursor, args: tuple[Any, ...]) -> Any:
+    """A tensor with attributes of its own, which are dropped."""
+    match args:
+        case (Global(label), Global("torch.Tensor" | "torch.nn.parameter.Parameter"), tuple() as inner, _) if label in TENSORS:
+            return TENSORS[label](cursor, inner)
+    raise wrong(cursor, "a tensor", *args)
+
+
 def _persistence(cursor: Cursor, args: tuple[Any, ...]) -> Any:
     match args:
         case ({"class_name": str() as name, "state": state},):
@@ -215,12 +224,17 @@ def _dtype(span: Span, made: Made) -> np.dtype:
     raise span.error("a NumPy array with its bytes in another order; expected little-endian numbers")
 
 
-CALLS: dict[str, Callable[[Cursor, tuple[Any, ...]], Any]] = {
+Call = Callable[[Cursor, tuple[Any, ...]], Any]
+TENSORS: dict[str, Call] = {
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
     "torch._utils._rebuild_parameter": _rebuild_parameter,
     "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
+}
+CALLS: dict[str, Call] = {
+    **TENSORS,
+    "torch._tensor._rebuild_from_type_v2": _rebuild_typed,
     "torch.Size": _size,
     "torch_utils.persistence._reconstruct_persistent_obj": _persistence,
     "collections.OrderedDict": _ordered_dict,
@@ -232,7 +246,7 @@ CALLS: dict[str, Callable[[Cursor, tuple[Any, ...]], Any]] = {
     **{f"numpy.{core}.multiarray.scalar": _numpy_scalar for core in ("core", "_core")},
     **{f"numpy.{core}.numeric._frombuffer": _numpy_buffer for core in ("core", "_core")},
 }
-KNOWN = {*CALLS, *INERT, *STORAGES, *TORCH_DTYPES, LOAD_FROM_BYTES, "numpy.ndarray"}
+KNOWN = {*CALLS, *INERT, *STORAGES, *TORCH_DTYPES, *CLASSES, LOAD_FROM_BYTES}
 
 
 def tree_of(value: Any, span: Span) -> Any:

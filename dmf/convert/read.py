@@ -47,8 +47,8 @@ class Weights:
     """A weight file.
 
     format: "safetensors", "torch zip", "torch legacy", "pickle" or "flax msgpack".
-    tree: nested dicts with `Tensor` leaves, numbers, text, None, frozensets, and `Inert` for objects of foreign classes; lists
-        and tuples are dicts with the keys 0, 1, ... Opening does not read the tensors.
+    tree: nested dicts with `Tensor` leaves, numbers, text, None, bytes, frozensets, and `Inert` for objects of foreign
+        classes; lists and tuples are dicts with the keys 0, 1, ... Opening does not read the tensors.
     metadata: the texts of a safetensors file's `__metadata__`; else empty.
     """
 

@@ -25,7 +25,7 @@ MAX_PIECES = 4_000_000  # bounds time and memory (about 1 GB): a real index take
 PIECE = 64  # bytes of text that count as one piece
 MAX_LINE = 500
 MAX_DIMS = 32
-MAX_INT = 2**62
+MAX_COUNT = 2**58  # values of a tensor: their bytes can be counted in 63 bits
 INTEGERS = ("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
 PLAIN = (*INTEGERS, "float16", "float32", "float64", "complex64", "complex128")
 NARROW = ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
@@ -209,22 +209,28 @@ class Cursor:
             )
 
 
+def checked_sizes(span: Span, shape: Sequence[Any]) -> tuple[int, ...]:
+    """A shape that NumPy can have; of a tensor without values too, whose other sizes nothing else bounds."""
+    if len(shape) <= MAX_DIMS and all(isinstance(n, int) and 0 <= n < MAX_COUNT for n in shape):
+        sizes = tuple(int(n) for n in shape)
+        if math.prod(max(n, 1) for n in sizes) < MAX_COUNT:
+            return sizes
+    raise span.error(f"shape {short(shape)}; expected up to {MAX_DIMS} sizes >= 0 of sane extent")
+
+
 def strided(span: Span, dtype: np.dtype, shape: Sequence[Any], strides: Sequence[Any] | None = None, offset: Any = 0) -> Tensor:
     """A tensor over a span; strides and offset count values, None = row-major. DmfError where it is not all inside."""
-    sane = len(shape) <= MAX_DIMS and len(strides or ()) <= MAX_DIMS
-    if not sane or not all(isinstance(n, int) and 0 <= n < MAX_INT for n in (*shape, *(strides or ()), offset)):
-        raise span.error(f"shape {short(shape)}, strides {short(strides)}, offset {short(offset)}; expected sizes >= 0")
-    sizes = tuple(int(n) for n in shape)
-    steps = _row_major(sizes) if strides is None else tuple(int(n) for n in strides)
-    if len(steps) != len(sizes) or math.prod(max(n, 1) for n in sizes) * dtype.itemsize >= MAX_INT:
-        raise span.error(f"shape {short(shape)}, strides {short(strides)}; expected one stride for each size")
+    sizes = checked_sizes(span, shape)
+    steps = _row_major(sizes) if strides is None else strides
+    if len(steps) != len(sizes) or not all(isinstance(n, int) and n >= 0 for n in (*steps, offset)):
+        raise span.error(f"strides {short(steps)} from value {short(offset)} for shape {short(shape)}; expected numbers >= 0")
     steps = tuple(step if n > 1 else 0 for n, step in zip(sizes, steps, strict=True))
     reach = 1 + sum((n - 1) * step for n, step in zip(sizes, steps, strict=True))
     count, held = math.prod(sizes), span.size // dtype.itemsize
     if count and (offset + reach > held or count > held):
         raise span.error(
             f"holds {held} values; expected those of shape {short(shape)} with strides {short(strides or steps)} from "
-            f"value {offset} (is the file cut off?)"
+            f"value {short(offset)} (is the file cut off?)"
         )
     return Tensor(sizes, dtype, functools.partial(_read, span, dtype, sizes, steps, int(offset), reach))
 

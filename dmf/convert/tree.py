@@ -10,7 +10,7 @@ import numpy as np
 
 from dmf.errors import DmfError
 
-MAX_VISITS = 4_000_000  # a few shared lists can stand for more names than memory holds
+MAX_VISITS = 1_000_000  # a few shared lists can stand for more names than memory holds
 MAX_NAME = 1000
 MAX_DEPTH = 100
 PREFIXES = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name

@@ -309,19 +309,19 @@ def _outputs_edm(network: Any, params: Any, arrays: Mapping[str, np.ndarray]) ->
 
 def _probe_meanflow(config: UNetConfig, image_shape: tuple[int, ...]) -> dict[str, np.ndarray]:
     (size, _, channels), rng = image_shape, np.random.default_rng(0)
-    z, v = rng.standard_normal((2, 3, channels, size, size)).astype(np.float32)
-    arrays = {"z": z, "v": v, "t": np.array([0.01, 0.6, 1.0], np.float32), "r": np.array([0.01, 0.25, 0.0], np.float32)}
-    label = {"aug_cond": rng.standard_normal((3, config.augment_dim)).astype(np.float32)} if config.augment_dim else {}
-    return {**arrays, **label}
+    z, v = rng.standard_normal((2, 4, channels, size, size)).astype(np.float32)
+    t, r = np.array([[0.01, 0.3, 0.6, 1.0], [0.01, 0.3, 0.25, 0.0]], np.float32)
+    label = {"aug_cond": rng.standard_normal((4, config.augment_dim)).astype(np.float32)} if config.augment_dim else {}
+    return {"z": z, "v": v, "t": t, "r": r, **label}
 
 
 def _probe_edm(config: UNetConfig, image_shape: tuple[int, ...]) -> dict[str, np.ndarray]:
     # sigma = 63 is t = 63/64 exactly: near 1, a rounded t would be another sigma, which Fourier features tell apart.
     (size, _, channels), rng = image_shape, np.random.default_rng(0)
-    sigma = np.array([0.01, 0.6, 63.0], np.float32)
-    x = rng.standard_normal((3, channels, size, size)) * np.hypot(0.5, sigma)[:, None, None, None]
+    sigma = np.array([0.01, 0.3, 1.0, 63.0], np.float32)
+    x = rng.standard_normal((4, channels, size, size)) * np.hypot(0.5, sigma)[:, None, None, None]
     arrays = {"x": x.astype(np.float32), "sigma": sigma, SIGMA_DATA: np.array(config.sigma_data, np.float32)}
-    label = {"augment_labels": rng.standard_normal((3, config.augment_dim)).astype(np.float32)} if config.augment_dim else {}
+    label = {"augment_labels": rng.standard_normal((4, config.augment_dim)).astype(np.float32)} if config.augment_dim else {}
     return {**arrays, **label}
 
 

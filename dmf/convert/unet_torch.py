@@ -38,7 +38,8 @@ def meanflow(tensors: Weights, arrays: Mapping[str, np.ndarray]) -> dict[str, np
     if "v" not in a:
         return {**out, "u_aug": u(z, t, h, a["aug_cond"]).numpy()}
     tangents = a["v"], torch.ones_like(t), torch.ones_like(h)
-    found = torch.func.jvp(lambda z, t, h: u(z, t, h, a["aug_cond"]), (z, t, h), tangents)
+    # By two reverse passes: PyTorch's forward mode first compiles for seconds.
+    found = torch.autograd.functional.jvp(lambda z, t, h: u(z, t, h, a["aug_cond"]), (z, t, h), tangents)
     return {**out, "u_aug": found[0].numpy(), "dudt_aug": found[1].numpy()}
 
 

@@ -81,9 +81,9 @@ class FrozenBatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalise x (B, H, W, C)."""
-        shape = x.shape[-1:]
-        scale, var = (self.param(name, nn.initializers.ones, shape) for name in ("scale", "var"))
-        bias, mean = (self.param(name, nn.initializers.zeros, shape) for name in ("bias", "mean"))
+        like = x.shape[-1:], jnp.float32
+        scale, var = (self.param(name, nn.initializers.ones, *like) for name in ("scale", "var"))
+        bias, mean = (self.param(name, nn.initializers.zeros, *like) for name in ("bias", "mean"))
         return (x - mean) * (scale * jax.lax.rsqrt(var + BATCH_NORM_EPS)) + bias
 
 
@@ -128,7 +128,9 @@ def _max_halve(x: jax.Array) -> jax.Array:
 
 def _mean(x: jax.Array) -> jax.Array:
     """3x3 mean over the positions inside the image: padding is not counted."""
-    return nn.avg_pool(x, (3, 3), padding="SAME", count_include_pad=False)
+    inside = jnp.ones_like(x[:1, ..., :1])
+    total, count = (nn.pool(y, 0.0, jax.lax.add, (3, 3), (1, 1), "SAME") for y in (x, inside))
+    return total / count
 
 
 def _max(x: jax.Array) -> jax.Array:
@@ -219,9 +221,9 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Map x (B, 2048) to the logits (B, 1008) without and with the bias."""
-        kernel = self.param("kernel", _he, (x.shape[-1], CLASSES))
+        kernel = self.param("kernel", _he, (x.shape[-1], CLASSES), jnp.float32)
         logits = jnp.dot(x, kernel, precision=jax.lax.Precision.HIGHEST)
-        return logits, logits + self.param("bias", nn.initializers.zeros, (CLASSES,))
+        return logits, logits + self.param("bias", nn.initializers.zeros, (CLASSES,), jnp.float32)
 
 
 class InceptionNetwork(nn.Module):

@@ -223,9 +223,16 @@ class UNet(nn.Module):
     dtype: jnp.dtype | None
 
     @nn.compact
-    def __call__(self, z: jax.Array, r: jax.Array, t: jax.Array, label: jax.Array | None, rngs: jax.Array | None) -> jax.Array:
-        """Map z (B, R, R, C), r, t (B,), label (B, augment_dim) or None, keys (B,) or None to u, as z."""
+    def __call__(
+        self, z: jax.Array | None, r: jax.Array, t: jax.Array, label: jax.Array | None, rngs: jax.Array | None
+    ) -> jax.Array:
+        """Map z (B, R, R, C), r, t (B,), label (B, augment_dim) or None, keys (B,) or None to u, as z.
+
+        Without z, to the embedding alone, (B, 4 * channels).
+        """
         emb = self._embedding(r, t, label)
+        if z is None:
+            return emb
         encoder = Encoder(self.config, self.dtype, name="enc")
         decoder = Decoder(self.config, z.shape[-1], self.dtype, name="dec")
 
@@ -304,8 +311,6 @@ def _check_conditioning(config: UNetConfig) -> None:
         raise DmfError(
             f"config.network.time_scale is {c.time_scale} with time_input {c.time_input!r}; expected 1, or time_input 't'."
         )
-    if c.precond == "edm" and c.time_input != "log_sigma":
-        raise DmfError(f"config.network.time_input is {c.time_input!r} with precond 'edm'; expected 'log_sigma'.")
     if c.precond != "edm" and c.sigma_data != UNetConfig.sigma_data:
         raise DmfError(
             f"config.network.sigma_data is {c.sigma_data} with precond {c.precond!r}; expected {UNetConfig.sigma_data}, or "
