@@ -8,10 +8,12 @@ is an unfinished save, one that does not match it is damaged: neither is ever lo
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -83,6 +85,17 @@ class Checkpoints:
 
     def close(self) -> None:
         self._checkpointer.close()
+
+
+def _clear(partial: Path) -> None:
+    """Removes an unfinished folder and Orbax's temporary one beside it, whose threads may still be writing for a moment."""
+    for _ in range(50):
+        found = list(partial.parent.glob(f"{glob.escape(partial.name)}*"))
+        for folder in found:
+            shutil.rmtree(folder, ignore_errors=True)
+        if not found:
+            return
+        time.sleep(0.1)
 
 
 def write_manifest(folder: Path) -> None:
@@ -163,7 +176,8 @@ def save_weights(folder: Path, params: Any, metadata: dict[str, Any], files: dic
     check_free(folder)
     partial = folder.absolute().with_name(f".{folder.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
+        _clear(partial)  # what a killed process left
+        logging.disable(logging.CRITICAL)  # its threads print a traceback each; the error itself arrives here
         ocp.save_checkpointables(partial, {"params": params}, custom_metadata=metadata)
         for name, text in files.items():
             (partial / name).write_text(text)
@@ -174,7 +188,8 @@ def save_weights(folder: Path, params: Any, metadata: dict[str, Any], files: dic
     except (OSError, ValueError) as error:
         raise DmfError(f"{folder} could not be written: {_short(error)}; expected a writable directory with room") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        logging.disable(logging.NOTSET)
+        _clear(partial)
 
 
 def read_params(folder: Path, ema: int | None, like: Any) -> Any:

@@ -21,8 +21,16 @@ VARIANTS = [
     ("cifar10_flow", None),
     ("cifar10_meanflow", "scratch"),
     ("cifar10_meanflow", "finetune"),
+    ("imagenet256", "XL"),
+    ("imagenet256", "L"),
+    ("imagenet256", "B"),
+    ("imagenet256", "S"),
 ]
-SETS = {"digits": ((8, 8, 1), 10, 1352), "cifar10": ((32, 32, 3), 10, 50_000)}
+SETS = {
+    "digits": ((8, 8, 1), 10, 1352),
+    "cifar10": ((32, 32, 3), 10, 50_000),
+    "imagenet256_latents": ((32, 32, 4), 1000, 1_281_167),
+}
 
 
 def load(name, variant=None):
@@ -52,6 +60,12 @@ def test_the_papers_curriculum_on_cifar():
     assert [(s.kind, s.steps) for s in flow] == [("flow", 96_000)]
     baseline = config.check(config.parse(load("cifar10_meanflow", "scratch")), 10, 50_000, True)
     assert [(s.kind, s.steps) for s in baseline] == [("jvp", 192_000)]
+
+
+def test_the_papers_curriculum_on_imagenet():
+    stages = config.check(config.parse(load("imagenet256")), 1000, 1_281_167, True)
+    assert [s.kind for s in stages] == ["trajectory", *["discrete"] * 4, "jvp"]
+    assert stages[-1].last == 48 * 1251 and stages[4].rho == 1 / 16
 
 
 def test_every_config_file_and_variant_is_tried_above():

@@ -19,7 +19,7 @@ from dmf.config import parse
 from dmf.convert import audit, read
 from dmf.convert.command import KINDS, REPORT, convert
 from dmf.convert.dit import SIT
-from dmf.convert.rules import linear, plain
+from dmf.convert.rules import constant, linear, plain
 from dmf.convert.unet import MEANFLOW_UNET
 from dmf.errors import DmfError
 from dmf.export.weights import export
@@ -209,6 +209,8 @@ def broken(tmp_path, weights, name):
         options["copy"] = "ema9"
     if name == "unknown field":
         options["given"] = {"heads": 4, "colour": 1}
+    if name == "wrong kind":
+        options["given"] = {}
     if name == "unread check":
         options["check"] = str(tmp_path / "none.npz")
     safetensors.numpy.save_file(tensors, file)
@@ -256,7 +258,7 @@ def test_nothing_is_overwritten(sit, tmp_path):
         export(sit[1], tmp_path / "u.safetensors")
     with pytest.raises(DmfError, match="expected a file name ending in .safetensors or .pt"):
         export(sit[1], tmp_path / "u.onnx")
-    with pytest.raises(DmfError, match="kind = edm: has no layout for a network of kind dit"):
+    with pytest.raises(DmfError, match="network.kind is 'dit': expected 'unet', as in weights of kind edm"):
         export(sit[1], tmp_path / "v.safetensors", kind="edm")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "u.safetensors"]
 
@@ -317,7 +319,7 @@ def test_a_leaf_or_a_tensor_twice_is_an_error(weights):
     audit.check(good, tensors, leaves, "test")
     cases = {
         "leaf a/kernel is named twice": [*good, linear("c.weight", "a/kernel")],
-        "tensor a.weight is named twice": [good[0], linear("a.weight", "b/kernel")],
+        "tensor a.weight is named twice": [*good, constant("a.weight", lambda: np.ones((2, 3)), "ones")],
         "leaf b/kernel is named by the network or the key map alone": good[:1],
         "leaf c/kernel is named by the network or the key map alone": [*good, linear("c.weight", "c/kernel")],
         r"tensor b.weight has shape \[2, 3\]: expected \[3, 2\]": [good[0], plain("b.weight", "b/kernel")],

@@ -61,7 +61,9 @@ def test_torch_is_imported_inside_functions_alone_and_the_gates_by_main_alone(pa
         assert "torch" not in [(name or "").split(".")[0] for name in names]
     for name in imports(path):
         gate = name.startswith(("dmf.convert", "dmf.export"))
-        assert not gate or relative(path).startswith(("main.py", "dmf/convert/", "dmf/export/")), f"{relative(path)} imports {name}"
+        assert not gate or relative(path).startswith(("main.py", "dmf/convert/", "dmf/export/")), (
+            f"{relative(path)} imports {name}"
+        )
 
 
 @pytest.mark.parametrize("room", sorted(PURE))

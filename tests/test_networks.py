@@ -43,7 +43,6 @@ SMALL = {
     "adm": (ADM, (8, 8, 2), None),
 }
 BATCH = 3
-EDM_SMALL = functools.partial(UNetConfig, time_input="log_sigma", precond="edm")  # what every network of EDM has
 
 
 def fast_compile(function):
@@ -294,7 +293,7 @@ def test_edm_velocity_is_that_of_the_denoiser():
 
 
 def test_log_sigma_stays_finite():
-    """ln(t / (1 - t)) / 4 for sigma in [0.002, 80], the values of the ends beyond; so is the derivative, 1 / (4 t (1 - t)) or 0."""
+    """ln(t / (1 - t)) / 4 for sigma in [0.002, 80], with derivative 1 / (4 t (1 - t)); beyond, the ends' values and 0."""
     t = np.array([0, 1e-6, 0.0019, 0.0021, 0.5, 0.98, 0.99, 1], np.float32)
     value, slope = jax.vmap(jax.value_and_grad(lambda t: log_sigma(t[None])[0]))(t)
     sigma = np.clip(t[3:6].astype(np.float64) / (1 - t[3:6].astype(np.float64)), 0.002, 80)
@@ -319,9 +318,8 @@ def test_time_scale_scales_t_and_not_the_interval(embedding):
 
 def test_fourier_frequencies_are_drawn_and_stay():
     """Normal with deviation 16, a leaf of the parameters, without a gradient."""
-    config = EDM_SMALL(
-        channels=8, channel_mult=(1,), blocks=1, attention_resolutions=(), embedding="fourier", embedding_mult=250
-    )
+    small = {"channels": 8, "channel_mult": (1,), "blocks": 1, "augment_dim": 0}
+    config = UNetConfig(**small, embedding="fourier", embedding_mult=250, time_input="log_sigma", precond="edm")
     network = build(config, (4, 4, 1))
     freqs = initial_leaves(network, lambda path: path[0] == "map_noise")
     assert list(freqs) == [("map_noise", "freqs")] and freqs[("map_noise", "freqs")].shape == (1000,)
@@ -598,9 +596,8 @@ def test_cudnn_attention_declares_that_it_has_no_jvp():
         (UNetConfig(time_scale=0.0), (32, 32, 3), "float32", r"time_scale is 0\.0; expected a finite number above 0"),
         (UNetConfig(time_input="log_sigma", time_scale=999.0), (32, 32, 3), "float32", r"time_scale is 999\.0 with time_input"),
         (UNetConfig(precond="vp"), (32, 32, 3), "float32", r"precond is 'vp'.*'none', 'edm'"),
-        (UNetConfig(precond="edm"), (32, 32, 3), "float32", r"time_input is 't' with precond 'edm'; expected 'log_sigma'"),
         (UNetConfig(sigma_data=0.4), (32, 32, 3), "float32", r"sigma_data is 0\.4 with precond 'none'"),
-        (EDM_SMALL(sigma_data=math.inf), (32, 32, 3), "float32", r"sigma_data is inf"),
+        (UNetConfig(precond="edm", sigma_data=math.inf), (32, 32, 3), "float32", r"sigma_data is inf"),
         (UNetConfig(kind="resnet"), (32, 32, 3), "float32", r"network\.kind is 'resnet'"),
         (UNetConfig(kind="dit"), (32, 32, 3), "float32", r"network\.kind is 'dit' in a UNetConfig"),
         (MLPConfig(interval_init=""), (2,), "float32", r"interval_init is ''"),

@@ -1,7 +1,7 @@
-"""A new embedding for a U-Net that was pretrained with another form of time: Re-MeanFlow's alignment (arXiv 2511.23342, 4.2).
+"""A new embedding for a U-Net that was pretrained with another form of time: Re-MeanFlow's alignment (arXiv 2511.23342).
 
-Networks of ln(sigma), of 999 t or of random frequencies make poor u(z, r, t): du/dt is that of their embedding. MeanFlow's form
-takes raw t. Its layers are regressed on the vector that the old ones give,
+In a network of ln(sigma), of 999 t or of high random frequencies, du/dt is as steep as the embedding. MeanFlow's form takes
+raw t. Its layers are regressed on the vector that the old ones give,
 
     min E_t |emb_new(t, t) - emb_old(t, t)|^2,   t ~ U(0, 1)
 

@@ -63,7 +63,9 @@ def convert(
     weights = read.open_file(source)
     try:
         tensors, copy = found.select(weights.tree, copy)
-        config, shape = found.describe(tensors, {**(native.described(weights) if found is native.NATIVE else {}), **(given or {})})
+        config, shape = found.describe(
+            tensors, {**(native.described(weights) if found is native.NATIVE else {}), **(given or {})}
+        )
         network = pretrained.build(config, shape)
         rules = found.rules(config, shape, tensors)
         params, rows = audit.convert(rules, tensors, network, kind, _progress(kind))
@@ -115,22 +117,20 @@ def _forward_check(
         theirs = arrays
     with jax.default_matmul_precision("highest"):
         ours = kind.outputs(network, params, arrays)
-    rows = [
-        {"against": against, "output": name, "relative_l2": relative_l2(ours[name], theirs[name]), "bound": BOUND}
-        for name in ours
-        if name in theirs
-    ]
-    if not rows:
+    rows = []
+    for name in [n for n in ours if n in theirs]:
+        error = relative_l2(ours[name], theirs[name])
+        print(f"check     {name} against {against}: relative L2 {error:.2e} (bound {BOUND:.0e})", flush=True)
+        if not error <= BOUND:
+            raise DmfError(
+                f"forward check of {name} against {against}: relative L2 {error:.2e}, expected at most {BOUND:.0e}; nothing "
+                "was written"
+            )
+        rows.append({"against": against, "output": name, "relative_l2": error, "bound": BOUND})
+    if not rows and check != "auto":
         raise DmfError(
             f"--check={check} has none of the arrays {', '.join(ours) or 'that an input allows'}: expected inputs and outputs"
         )
-    for row in rows:
-        print(f"check     {row['output']} against {against}: relative L2 {row['relative_l2']:.2e} (bound {BOUND:.0e})")
-        if not row["relative_l2"] <= BOUND:
-            raise DmfError(
-                f"forward check of {row['output']} against {against}: relative L2 {row['relative_l2']:.2e}, expected at most "
-                f"{BOUND:.0e}; nothing was written"
-            )
     return rows
 
 

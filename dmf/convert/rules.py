@@ -126,4 +126,4 @@ def tensor_of(tensors: Mapping[str, Tensor], name: str, kind: str) -> Tensor:
 def relative_l2(got: np.ndarray, want: np.ndarray) -> float:
     """|got - want| / |want| over all elements, in float64."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    return float(np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-300))
+    return float(np.linalg.norm(got - want)) / max(float(np.linalg.norm(want)), 1e-300)
