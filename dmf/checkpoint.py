@@ -219,9 +219,10 @@ def read_leaf(folder: Path, path: Sequence[str], shape: tuple[int, ...], dtype: 
     target: Any = np.zeros(shape, dtype)
     for key in reversed(path):
         target = {key: target}
-    options = ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
     try:
-        with ocp.Context(pytree_options=options):
+        with context:
             return jax.tree.leaves(ocp.load(folder.absolute(), target))[0]
     except Exception as error:  # as in `_load`
         raise DmfError(

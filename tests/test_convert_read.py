@@ -15,7 +15,7 @@ import pytest
 from conversion import needs_torch
 from flax import serialization
 
-from dmf.convert import read
+from dmf.convert.files import read
 from dmf.errors import DmfError
 
 BF16 = ml_dtypes.bfloat16

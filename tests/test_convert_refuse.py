@@ -11,7 +11,7 @@ import pytest
 from flax import serialization
 from test_convert_read import F32, FLAX, SAFE, entry, safetensors_bytes, same
 
-from dmf.convert import read, span, torchfile, tree
+from dmf.convert.files import read, span, torchfile, tree
 from dmf.errors import DmfError
 
 

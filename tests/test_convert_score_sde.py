@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from conversion import check_names, convert_arrays, export_arrays, key_list, needs_torch, tensors_of
 
-from dmf.convert import audit, read
+from dmf.convert import audit
+from dmf.convert.files import read
 from dmf.convert.rules import relative_l2
 from dmf.convert.score_sde import RECTIFIED_FLOW
 from dmf.errors import DmfError

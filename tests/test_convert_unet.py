@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conversion import check_names, convert_arrays, export_arrays, key_list, needs_torch, recipe_weights, tensors_of
 
-from dmf.convert.read import Inert
+from dmf.convert.files.read import Inert
 from dmf.convert.rules import relative_l2
 from dmf.convert.unet import EDM, MEANFLOW_UNET
 from dmf.errors import DmfError
@@ -177,6 +177,18 @@ VP = UNetConfig(
     precond="edm",
     sigma_data=0.7,
 )
+VE = UNetConfig(  # three resolutions: the residual encoder's second image is the first one's sum
+    channels=8,
+    channel_mult=(1, 2, 2),
+    blocks=1,
+    attention_resolutions=(4,),
+    dropout=0.13,
+    augment_dim=9,
+    residual_encoder=True,
+    embedding="fourier",
+    time_input="log_sigma",
+    precond="edm",
+)
 
 
 def drawn(config, shape, silent=()):
@@ -192,17 +204,18 @@ def drawn(config, shape, silent=()):
 
 
 @needs_torch
-@pytest.mark.parametrize("silent", [("interval",), ()], ids=["denoiser", "trained interval"])
-def test_vp_equals_pytorch_there_and_back(silent):
-    """DDPM++ with box filters and sigma_data = 0.7, exported, run by PyTorch, and read again; trained with an interval too."""
-    network, params = drawn(VP, (16, 16, 3), silent)
-    if silent:
-        params["map_augment"]["kernel"][:, VP.noise_width :] = 0
-    weights = export_arrays(EDM, VP, (16, 16, 3), network, params)
-    assert ("model.interval.weight" in weights) == (not silent)
-    assert weights["model.map_augment.weight"].shape == (8 * (1 if silent else 2), 9)
-    config, shape, _, again = convert_arrays(EDM, weights, {"sigma_data": 0.7})
-    assert (config, shape) == (VP, (16, 16, 3))
+@pytest.mark.parametrize("trained", [False, True], ids=["denoiser", "trained interval"])
+@pytest.mark.parametrize("form", [VP, VE], ids=["vp", "ve"])
+def test_edm_equals_pytorch_there_and_back(form, trained):
+    """Exported, run by PyTorch, and read again: DDPM++ with sigma_data = 0.7, NCSN++; trained with an interval too."""
+    network, params = drawn(form, (16, 16, 3), () if trained else ("interval",))
+    if not trained:
+        params["map_augment"]["kernel"][:, form.noise_width :] = 0
+    weights = export_arrays(EDM, form, (16, 16, 3), network, params)
+    assert ("model.interval.weight" in weights) == trained
+    assert weights["model.map_augment.weight"].shape == ((1 + trained) * form.noise_width, 9)
+    config, shape, _, again = convert_arrays(EDM, weights, {"sigma_data": form.sigma_data})
+    assert (config, shape) == (form, (16, 16, 3))
     assert jax.tree.all(jax.tree.map(np.array_equal, again, params))
     arrays = EDM.probe(config, shape)
     got, want = EDM.outputs(fast(config, shape), again, arrays), torch_outputs(EDM, weights, arrays)

@@ -22,9 +22,10 @@ OWNERS = {
     "ml_collections": {"dmf/config.py", "main.py"},
     "absl": {"main.py"},
     "torch": {"dmf/convert/", "dmf/export/"},
-    "pickle": {"dmf/convert/unpickle.py"},
-    "zipfile": {"dmf/convert/torchfile.py"},
-    "msgpack": {"dmf/convert/flaxfile.py"},
+    "pickle": set(),  # it runs what a file names
+    "pickletools": {"dmf/convert/files/unpickle.py"},
+    "zipfile": {"dmf/convert/files/torchfile.py"},
+    "ml_dtypes": {"dmf/convert/files/span.py"},
     "safetensors": {"dmf/export/weights.py"},
     "PIL": {"dmf/pictures.py"},
     "matplotlib": {"dmf/pictures.py"},

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dmf.convert.read import Tensor, flatten, strip_prefix
+from dmf.convert.files.read import Tensor, flatten, strip_prefix
 from dmf.convert.rules import Arrays, Kind, Rule, conv_layer, linear_layer, norm_layer, optional, plain, tensor_of
 from dmf.errors import DmfError
 from dmf.networks import ADMConfig, Network, layers

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmf.convert.read import Tensor
+from dmf.convert.files.read import Tensor
 from dmf.convert.rules import FLOATS, Rule
 from dmf.errors import DmfError
 

@@ -19,7 +19,8 @@ import jax
 import numpy as np
 
 from dmf import checkpoint, pretrained
-from dmf.convert import adm, align, audit, dit, inception, native, read, score_sde, unet, vae
+from dmf.convert import adm, align, audit, dit, inception, native, score_sde, unet, vae
+from dmf.convert.files import read
 from dmf.convert.rules import Kind, relative_l2
 from dmf.errors import DmfError
 

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from dmf.convert import read
-from dmf.convert.read import Tensor
+from dmf.convert.files import read
+from dmf.convert.files.read import Tensor
 from dmf.convert.rules import Kind, Rule, constant, conv_layer, linear_layer, optional, plain, tensor_of
 from dmf.errors import DmfError
 from dmf.networks import layers

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmf.convert.read import Tensor, flatten, strip_prefix
+from dmf.convert.files.read import Tensor, flatten, strip_prefix
 from dmf.convert.rules import Arrays, Kind, Rule, conv_layer, linear_layer, norm_layer, plain, tensor_of
 from dmf.errors import DmfError
 from dmf.networks.inception import SIZE, SPATIAL_CHANNELS, Inception, InceptionConfig, build_inception

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from dmf import pretrained
-from dmf.convert.read import Tensor, Weights, flatten
+from dmf.convert.files.read import Tensor, Weights, flatten
 from dmf.convert.rules import Kind, Rule, conv, linear, plain
 from dmf.errors import DmfError
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dmf.convert.read import Tensor
+from dmf.convert.files.read import Tensor
 from dmf.errors import DmfError
 
 Arrays = Sequence[np.ndarray]

@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from dmf.convert.read import Tensor, flatten, strip_prefix
+from dmf.convert.files.read import Tensor, flatten, strip_prefix
 from dmf.convert.rules import (
     Arrays,
     Kind,

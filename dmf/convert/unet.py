@@ -17,7 +17,7 @@ import numpy as np
 
 from dmf import networks
 from dmf.convert import unet_torch
-from dmf.convert.read import Inert, Tensor, flatten, module_tensors, strip_prefix
+from dmf.convert.files.read import Inert, Tensor, flatten, module_tensors, strip_prefix
 from dmf.convert.rules import Arrays, Kind, Rule, constant, conv, linear, optional, plain, tensor_of
 from dmf.errors import DmfError
 from dmf.networks import UNetConfig

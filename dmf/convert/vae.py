@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmf.convert.read import Tensor, flatten, strip_prefix
+from dmf.convert.files.read import Tensor, flatten, strip_prefix
 from dmf.convert.rules import Kind, Rule, conv_layer, linear_layer, norm_layer, tensor_of
 from dmf.errors import DmfError
 from dmf.networks.layers import check_choice, check_positive

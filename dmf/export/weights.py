@@ -16,9 +16,10 @@ import numpy as np
 import safetensors.numpy
 
 from dmf import pretrained
-from dmf.convert import audit, native, read
+from dmf.convert import audit, native
 from dmf.convert.audit import flat, leaf_shapes
 from dmf.convert.command import KINDS
+from dmf.convert.files import read
 from dmf.errors import DmfError
 
 FORMATS = (".safetensors", ".pt")

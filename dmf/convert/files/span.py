@@ -18,7 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from dmf.convert.tree import Tensor
+from dmf.convert.files.tree import Tensor
 from dmf.errors import DmfError
 
 MAX_PIECES = 4_000_000  # bounds time and memory (about 1 GB): a real index takes 10 to 100 thousand
@@ -64,7 +64,7 @@ class File:
         except (OSError, ValueError) as error:
             raise refusal(path, f"cannot be reached ({short(error)}); expected a file of weights") from error
         if stat.S_ISDIR(found.st_mode):
-            raise refusal(path, "is a directory; expected one file of weights (an Orbax or TensorFlow folder cannot be read)")
+            raise refusal(path, "is a directory; expected one file of weights, or an Orbax directory with its _METADATA")
         if not stat.S_ISREG(found.st_mode):
             raise refusal(path, "is a device or a pipe; expected a file of weights")
         if not found.st_size:

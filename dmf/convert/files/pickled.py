@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from dmf.convert.span import DTYPES, PLAIN, Cursor, Span, packed, short, strided
-from dmf.convert.tree import MAX_DEPTH, Inert, Tensor
+from dmf.convert.files.span import DTYPES, PLAIN, Cursor, Span, packed, short, strided
+from dmf.convert.files.tree import MAX_DEPTH, Inert, Tensor
 from dmf.errors import DmfError
 
 PYTHON2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
@@ -250,7 +250,7 @@ KNOWN = {*CALLS, *INERT, *STORAGES, *TORCH_DTYPES, *CLASSES, LOAD_FROM_BYTES}
 
 
 def tree_of(value: Any, span: Span) -> Any:
-    """The tree of what a pickle describes: see `dmf.convert.read.Weights`."""
+    """The tree of what a pickle describes: see `dmf.convert.files.read.Weights`."""
     return _tree(value, span, {}, 0)
 
 

@@ -2,7 +2,7 @@
 
 Python's own unpickler calls whatever a file names. This one has no way to call or import: a global is a label, a class of
 another library becomes an `Inert` with its fields, and byte strings and storages stay in the file until a tensor is read.
-What `dmf.convert.pickled` does not list is refused by name.
+What `dmf.convert.files.pickled` does not list is refused by name.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import pickletools
 from collections.abc import Callable
 from typing import Any
 
-from dmf.convert.pickled import CALLS, INERT, LOAD_FROM_BYTES, MODULE, Global, Made, allowed, key_of, wrong
-from dmf.convert.span import Cursor, Span
+from dmf.convert.files.pickled import CALLS, INERT, LOAD_FROM_BYTES, MODULE, Global, Made, allowed, key_of, wrong
+from dmf.convert.files.span import Cursor, Span
 from dmf.errors import DmfError
 
 MAX_PROTOCOL = 5

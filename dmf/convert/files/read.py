@@ -6,6 +6,7 @@ as EDM and ECT store it; a Flax msgpack checkpoint. Opening reads names and shap
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -14,12 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dmf.convert import flaxfile, torchfile
-from dmf.convert.span import DTYPES, File, Span, packed, short
-from dmf.convert.tree import Inert, Tensor, flatten, module_tensors, strip_prefix
+import numpy as np
+
+from dmf import checkpoint
+from dmf.convert.files import flaxfile, torchfile
+from dmf.convert.files.span import DTYPES, File, Span, packed, short
+from dmf.convert.files.tree import Inert, Tensor, flatten, module_tensors, strip_prefix
 
 __all__ = ["Inert", "Tensor", "Weights", "flatten", "module_tensors", "open_file", "sha256", "strip_prefix"]
 
+ORBAX = "_METADATA"  # in a directory of Orbax's with one tree
 MAX_HEADER = 2**24  # bytes of JSON
 SAFETENSORS = {
     **{"BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32"},
@@ -46,7 +51,7 @@ EXPECTED = "safetensors, a PyTorch .pt, .pth, .bin or .ckpt, a pickled network, 
 class Weights:
     """A weight file.
 
-    format: "safetensors", "torch zip", "torch legacy", "pickle" or "flax msgpack".
+    format: "safetensors", "torch zip", "torch legacy", "pickle", "flax msgpack" or "orbax".
     tree: nested dicts with `Tensor` leaves, numbers, text, None, bytes, frozensets, and `Inert` for objects of foreign
         classes; lists and tuples are dicts with the keys 0, 1, ... Opening does not read the tensors.
     metadata: the texts of a safetensors file's `__metadata__`; else empty.
@@ -59,7 +64,12 @@ class Weights:
 
 
 def open_file(path: str | Path) -> Weights:
-    """The weight file at `path`, told by its content; raises DmfError, in one line, for whatever is none or is damaged."""
+    """The weight file at `path`, told by its content; raises DmfError, in one line, for whatever is none or is damaged.
+
+    An Orbax directory, as newer Flax trainers write it, is read like a file.
+    """
+    if (Path(path) / ORBAX).is_file():
+        return Weights(Path(path), "orbax", _read_orbax(Path(path)))
     file = File.at(path)
     whole, place = file.whole(), Path(path)
     with file.opened() as stream:
@@ -83,9 +93,24 @@ def open_file(path: str | Path) -> Weights:
 
 
 def sha256(path: str | Path) -> str:
-    """The file's SHA-256 in hexadecimal digits."""
+    """The file's SHA-256 in hexadecimal digits; of a directory, that of the names and digests of its files."""
+    if Path(path).is_dir():
+        names = sorted(p.relative_to(path).as_posix() for p in Path(path).rglob("*") if p.is_file())
+        lines = [f"{sha256(Path(path) / name)}  {name}\n" for name in names]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
     with File.at(path).opened() as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _read_orbax(folder: Path, node: Any = None, keys: tuple[str, ...] = ()) -> Any:
+    """The tree of an Orbax directory; lists, which only optimisers have, are left out."""
+    node = checkpoint.foreign(folder) if node is None else node
+    if isinstance(node, Mapping):
+        return {name: _read_orbax(folder, below, (*keys, name)) for name, below in node.items() if below is not None}
+    if not hasattr(node, "shape") or not hasattr(node, "dtype"):
+        return str(node) if not isinstance(node, int | float | str) else node
+    shape, dtype = tuple(node.shape), np.dtype(node.dtype)
+    return Tensor(shape, dtype, functools.partial(checkpoint.read_leaf, folder, keys, shape, dtype))
 
 
 def _read_safetensors(whole: Span) -> tuple[dict[str, Tensor], dict[str, str]]:

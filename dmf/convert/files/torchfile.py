@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from dmf.convert.pickled import STORAGES, Global, Storage, tree_of, wrong
-from dmf.convert.span import DTYPES, Cursor, Span, short
-from dmf.convert.unpickle import Machine
+from dmf.convert.files.pickled import STORAGES, Global, Storage, tree_of, wrong
+from dmf.convert.files.span import DTYPES, Cursor, Span, short
+from dmf.convert.files.unpickle import Machine
 
 MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a stream
 VERSION = 1001
