@@ -6,6 +6,7 @@ leaves and one tensor.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -165,7 +166,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     parts: dict[str, list[int]] = {}
     for row in rows:
         name = (row["leaves"] or row["tensors"])[0]
-        part = parts.setdefault(name.replace(".", "/").rpartition("/")[0].split("/")[0] or name, [0, 0, 0])
+        room = name.replace(".", "/").rpartition("/")[0].split("/")[0] or name
+        part = parts.setdefault(re.sub(r"_\d+$", "_*", room), [0, 0, 0])
         for i, more in enumerate((len(row["tensors"]), len(row["leaves"]), row["values"])):
             part[i] += more
     lines = [f"{'part':<24}{'tensors':>9}{'leaves':>8}{'values':>14}"]

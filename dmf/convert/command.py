@@ -11,7 +11,7 @@ import importlib.util
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,12 +112,12 @@ def _forward_check(
 
         arrays = kind.probe(config, shape)
         against = f"PyTorch {torch.__version__}"
-        theirs = kind.torch_outputs({name: torch.from_numpy(_lifted(t)) for name, t in tensors.items()}, arrays)
+        theirs = kind.torch_outputs(_FromFile(tensors), arrays)
     else:
         arrays, against = _arrays(check), Path(check).name
         theirs = arrays
     with jax.default_matmul_precision("highest"):
-        ours = kind.outputs(network, params, arrays)
+        ours = kind.outputs(_jitted(network), params, arrays)
     rows = []
     for name in [n for n in ours if n in theirs]:
         error = relative_l2(ours[name], theirs[name])
@@ -135,9 +135,29 @@ def _forward_check(
     return rows
 
 
-def _lifted(tensor: read.Tensor) -> np.ndarray:
-    """Values that PyTorch can take from NumPy: bfloat16 is not among them."""
-    return tensor.read().astype(np.float32) if tensor.dtype.name == "bfloat16" else tensor.read()
+class _FromFile(Mapping[str, Any]):
+    """Torch tensors by name, each read when it is asked for: a large network is never in memory twice."""
+
+    def __init__(self, tensors: Mapping[str, read.Tensor]):
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Any:
+        import torch
+
+        found = self._tensors[name].read()
+        return torch.from_numpy(found.astype(np.float32) if found.dtype.name == "bfloat16" else found)  # NumPy's is foreign
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def _jitted(network: Any) -> Any:
+    """The network with its functions compiled: run one operation at a time, a large one takes twice as long."""
+    names = [name for name in ("apply", "encode", "decode") if hasattr(network, name)]
+    return network._replace(**{name: jax.jit(getattr(network, name)) for name in names})
 
 
 def _arrays(path: str) -> dict[str, np.ndarray]:
