@@ -70,8 +70,13 @@ def build(config: OptimizerConfig) -> optax.GradientTransformation:
     if config.clip_norm:
         parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
     if config.weight_decay:
-        parts.append(optax.add_decayed_weights(config.weight_decay))
+        parts.append(optax.add_decayed_weights(config.weight_decay, mask=_decays))
     return optax.chain(*parts)
+
+
+def _decays(params: Any) -> Any:
+    """False for a network's fixed frequencies, which no gradient would bring back."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1] != jax.tree_util.DictKey("freqs"), params)
 
 
 def learning_rate(step: int, stages: tuple[Stage, ...], curriculum: CurriculumConfig, config: OptimizerConfig) -> float:

@@ -21,7 +21,7 @@ from dmf.convert.command import KINDS, REPORT, convert
 from dmf.convert.dit import SIT
 from dmf.convert.files import read
 from dmf.convert.rules import constant, linear, plain
-from dmf.convert.unet import MEANFLOW_UNET
+from dmf.convert.unet import EDM, MEANFLOW_UNET
 from dmf.errors import DmfError
 from dmf.export.weights import export
 from dmf.networks import DiTConfig, UNetConfig
@@ -369,3 +369,41 @@ def test_an_orbax_directory_of_a_flax_trainer_is_read_leaf_by_leaf(tmp_path):
     with pytest.raises(DmfError, match="checkpoint_5.* cannot be read: .*; expected an"):
         convert("meanflow_dit", source, tmp_path / "bad", given=given, check="none")
     assert not (tmp_path / "bad").exists()
+
+
+TINY_EDM = UNetConfig(
+    channels=8,
+    channel_mult=(1, 2),
+    blocks=1,
+    attention_resolutions=(4,),
+    augment_dim=0,
+    embedding_mult=1,
+    resample="box",
+    time_input="log_sigma",
+    precond="edm",
+    sigma_data=0.7,
+)
+
+
+def test_an_aligned_network_leaves_in_our_own_layout_and_its_source_is_told_as_it_was(tmp_path):
+    """The source's layout would be read with the source's embedding, which the network no longer has."""
+    random_flow(EDM, TINY_EDM, (8, 8, 3), tmp_path / "edm.safetensors")
+    plain = convert("edm", tmp_path / "edm.safetensors", tmp_path / "plain", check="none")
+    assert plain["network"]["sigma_data"] == 0.7  # no weight shows it, so an export carries it
+    report = convert("edm", tmp_path / "edm.safetensors", tmp_path / "aligned", check="none", align_steps=200)
+    assert report["network"]["time_input"] == "log_sigma" and report["alignment"]["steps"] == 200
+    config, _ = pretrained.described(checkpoint.metadata(tmp_path / "aligned"))
+    assert config.time_input == "t" and config.embedding_mult == 2
+    exported = export(tmp_path / "aligned", tmp_path / "aligned.safetensors")
+    assert "map_layer0.weight" in exported and "model.map_layer0.weight" not in exported
+    convert("dmf", tmp_path / "aligned.safetensors", tmp_path / "again", check="none")
+    pairs = zip(*(jax.tree.leaves(pretrained.load(tmp_path / name)[1]) for name in ("aligned", "again")), strict=True)
+    assert all(np.array_equal(a, b) for a, b in pairs)
+    with pytest.raises(DmfError, match="network.time_input is 't': expected 'log_sigma', as in weights of kind edm"):
+        export(tmp_path / "aligned", tmp_path / "wrong.safetensors", kind="edm")
+
+
+def test_an_alignment_that_cannot_be_is_refused_before_the_work(sit, tmp_path, capsys):
+    with pytest.raises(DmfError, match="network.kind is 'dit': expected 'unet'"):
+        convert("sit", sit[0], tmp_path / "out", given=SIT_GIVEN, check="none", align_steps=10)
+    assert not capsys.readouterr().out and not list(tmp_path.iterdir())

@@ -81,3 +81,12 @@ def test_global_norm_and_the_first_bad_leaf():
     tree["b"], tree["c"] = jnp.array([jnp.inf]), jnp.array([jnp.nan])
     norm, bad = optim.global_norm(tree)
     assert not np.isfinite(norm) and int(bad) == 1
+
+
+def test_weight_decay_spares_fixed_frequencies():
+    """Fourier frequencies have no gradient: decayed, they would drift off for good."""
+    params = {"map_noise": {"freqs": np.full(3, 16.0, np.float32)}, "dense": {"kernel": np.full(3, 16.0, np.float32)}}
+    optimizer = optim.build(optim.OptimizerConfig(weight_decay=0.1))
+    update, _ = optimizer.update(jax.tree.map(np.zeros_like, params), optimizer.init(params), params)
+    np.testing.assert_array_equal(update["map_noise"]["freqs"], 0)
+    np.testing.assert_allclose(update["dense"]["kernel"], 1.6, rtol=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping
@@ -11,7 +12,19 @@ import jax
 import numpy as np
 
 from dmf.convert.files.read import Tensor, flatten, strip_prefix
-from dmf.convert.rules import Arrays, Kind, Rule, conv_layer, linear_layer, norm_layer, optional, plain, tensor_of
+from dmf.convert.rules import (
+    Kind,
+    Rule,
+    conv_layer,
+    expect,
+    linear_layer,
+    negated,
+    norm_layer,
+    optional,
+    plain,
+    reversed_layer,
+    tensor_of,
+)
 from dmf.errors import DmfError
 from dmf.networks import ADMConfig, Network, layers
 from dmf.networks.adm import GROUPS, plan
@@ -99,9 +112,10 @@ def _given(given: Mapping[str, Any], released: bool) -> tuple[int, int, float]:
 
 
 def _rules(config: ADMConfig, image_shape: tuple[int, ...], tensors: Mapping[str, Tensor] | None) -> list[Rule]:
+    expect(config, NAME, {"kind": "adm"})
     encoder, decoder = plan(config, image_shape[0])
-    first, bias = linear_layer("time_embed.0", "time_embed_0")
-    rules = [first._replace(forward=_reverse_from, backward=_reverse_to, note=REVERSED), bias]
+    angles = functools.partial(layers.frequencies, endpoint=False)
+    rules = reversed_layer("time_embed.0", "time_embed_0", angles, sin_first=False, note=REVERSED)
     rules += linear_layer("time_embed.2", "time_embed_2")
     rules += optional(linear_layer("interval.time_embed.0", "interval/time_embed_0"), NEW, fill="init")
     rules += optional(linear_layer("interval.time_embed.2", "interval/time_embed_2"), NEW)
@@ -112,7 +126,7 @@ def _rules(config: ADMConfig, image_shape: tuple[int, ...], tensors: Mapping[str
         for i, part in enumerate(row.parts):
             rules += _part(part, f"{name}.{i}", f"{name.replace('.', '_')}_{i}", i == 0 and row.inputs != row.width)
     rules += norm_layer("out.0", "out_0")
-    return rules + [_negative(rule) for rule in conv_layer("out.2", "out_2")]
+    return rules + [negated(rule, NEGATED) for rule in conv_layer("out.2", "out_2")]
 
 
 def _part(part: str, module: str, room: str, skip: bool) -> list[Rule]:
@@ -137,32 +151,6 @@ def _positionwise(module: str, room: str) -> list[Rule]:
     """A convolution over positions whose window is one: (out, in, 1) <-> (in, out)."""
     names = (f"{module}.weight",), (f"{room}/kernel",)
     return [Rule(*names, lambda x: (x[:, :, 0].T,), lambda x: (x.T[:, :, None],)), plain(f"{module}.bias", f"{room}/bias")]
-
-
-def _negative(rule: Rule) -> Rule:
-    return rule._replace(
-        forward=lambda x: [-leaf for leaf in rule.forward(x)],
-        backward=lambda x: [-tensor for tensor in rule.backward(x)],
-        note=NEGATED,
-    )
-
-
-def _reverse(weight: np.ndarray) -> np.ndarray:
-    """What acts on features of t as `weight` (out, in) does on those of 1 - t, in float64; its own inverse.
-
-    cos(f (1 - t)) = cos f cos(f t) + sin f sin(f t),  sin(f (1 - t)) = sin f cos(f t) - cos f sin(f t)
-    """
-    cosine, sine = np.split(weight.astype(np.float64), 2, axis=1)
-    f = layers.frequencies(cosine.shape[1], endpoint=False)
-    return np.concatenate((cosine * np.cos(f) + sine * np.sin(f), cosine * np.sin(f) - sine * np.cos(f)), axis=1)
-
-
-def _reverse_from(weight: np.ndarray) -> Arrays:
-    return (_reverse(weight).T,)
-
-
-def _reverse_to(kernel: np.ndarray) -> Arrays:
-    return (_reverse(kernel.T),)
 
 
 def _outputs(network: Network, params: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -53,11 +53,16 @@ def align(
     even grid of t (mean, max and at t = 1, before and after) and of u on random inputs (relative_change_of_u).
     Raises DmfError where nothing is to be aligned, or r has been learnt already.
     """
-    _check(config, params, steps)
+    check(config, steps)
+    if np.any(params["interval"]["kernel"]):
+        raise DmfError("the network has learnt to see r (its interval layer is not zero): expected a flow, which sees t alone")
     new_config = dataclasses.replace(config, **FORM)
     key, label = jax.random.key(seed), _labels(config, 1)
     start = UNet(new_config, None).init(jax.random.fold_in(key, 0), None, *jnp.zeros((2, 1)), label, None)["params"]
     interval = jnp.zeros_like(start.pop("interval")["kernel"])
+    if config.augment_dim:  # labels reach the features of t - r no more than they did: interval would pass on random ones
+        kernel = start["map_augment"]["kernel"]
+        start["map_augment"]["kernel"] = kernel.at[:, new_config.noise_width :].set(0.0)
     with jax.default_matmul_precision("highest"):
         fitted = _regress(config, new_config, params, (start, interval), steps, jax.random.fold_in(key, 1), progress)
         found = _with_interval(fitted, interval)
@@ -71,7 +76,8 @@ def align(
     return new_config, new, {**report, "relative_change_of_u": change}
 
 
-def _check(config: UNetConfig, params: Params, steps: int) -> None:
+def check(config: Any, steps: int) -> None:
+    """Raises DmfError where a network of this config has nothing that could be aligned."""
     if not isinstance(config, UNetConfig):
         raise DmfError(f"network.kind is {config.kind!r}: expected 'unet', the only network whose embedding can be aligned")
     if all(getattr(config, field) == value for field, value in FORM.items()):
@@ -79,8 +85,6 @@ def _check(config: UNetConfig, params: Params, steps: int) -> None:
         raise DmfError(f"the network needs no alignment: its embedding has the form already ({form})")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise DmfError(f"steps is {steps!r}: expected an integer of at least 1")
-    if np.any(params["interval"]["kernel"]):
-        raise DmfError("the network has learnt to see r (its interval layer is not zero): expected a flow, which sees t alone")
 
 
 def _labels(config: UNetConfig, rows: int) -> jax.Array | None:

@@ -40,6 +40,7 @@ KINDS: dict[str, Kind] = {
 }
 BOUND = 2e-5  # relative L2 of a forward check, float32; two sound implementations differ by 1e-7 to 5e-6
 REPORT = "conversion.json"
+POOR = 0.1  # mean relative error of an aligned embedding that is worth a warning
 
 
 def convert(
@@ -63,35 +64,55 @@ def convert(
     checkpoint.check_free(Path(out))
     weights = read.open_file(source)
     try:
-        tensors, copy = found.select(weights.tree, copy)
-        config, shape = found.describe(
-            tensors, {**(native.described(weights) if found is native.NATIVE else {}), **(given or {})}
-        )
-        network = pretrained.build(config, shape)
-        rules = found.rules(config, shape, tensors)
-        params, rows = audit.convert(rules, tensors, network, kind, _progress(kind))
-        print(audit.table(rows), flush=True)
-        checks = _forward_check(found, config, shape, network, params, tensors, check)
+        config, shape, params, report = _converted(found, weights, copy, given or {}, check, align_steps)
     except DmfError as error:
-        raise DmfError(f"{source}: {error}") from error
-    report = {
-        "kind": kind,
-        "source": {"file": Path(source).name, "format": weights.format, "copy": copy, "sha256": read.sha256(source)},
-        "licence": found.licence,
-        "conventions": found.conventions,
-        "network": dataclasses.asdict(config),
-        "image_shape": list(shape),
-        "checks": checks,
-        "tensors": rows,
-    }
-    if align_steps:
-        config, params, report["alignment"] = align.align(config, params, align_steps, 0, _progress("align"))
-        report["network"] = dataclasses.asdict(config)
-    about = {k: v for k, v in report.items() if k != "tensors"} | {"exceptions": audit.exceptions(rows)}
+        text = str(error)
+        raise DmfError(text if text.startswith(f"{source}: ") else f"{source}: {text}") from error
+    report["source"]["sha256"] = read.sha256(source)
+    about = {k: v for k, v in report.items() if k != "tensors"} | {"exceptions": audit.exceptions(report["tensors"])}
     metadata = pretrained.metadata(config, shape, about)
     checkpoint.save_weights(Path(out), params, metadata, {REPORT: json.dumps(report, indent=1) + "\n"})
-    print(f"converted {out} in {time.monotonic() - started:.0f} s: {sum(r['values'] for r in rows):,} values, copy {copy!r}")
+    count = sum(row["values"] for row in report["tensors"])
+    print(f"converted {out} in {time.monotonic() - started:.0f} s: {count:,} values, copy {report['source']['copy']!r}")
     return report
+
+
+def _converted(
+    kind: Kind, weights: read.Weights, copy: str, given: Mapping[str, Any], check: str, align_steps: int
+) -> tuple[Any, tuple[int, ...], Any, dict[str, Any]]:
+    """(network config, image shape, parameters, report) of the weights, audited, checked and, if asked for, aligned."""
+    tensors, copy = kind.select(weights.tree, copy)
+    config, shape = kind.describe(tensors, native.described(weights) if kind is native.NATIVE and not given else given)
+    if align_steps:
+        align.check(config, align_steps)
+    network = pretrained.build(config, shape)
+    params, rows = audit.convert(kind.rules(config, shape, tensors), tensors, network, kind.name, _progress(kind.name))
+    print(audit.table(rows), flush=True)
+    report = {
+        "kind": kind.name,
+        "source": {"file": weights.path.name, "format": weights.format, "copy": copy},
+        "licence": kind.licence,
+        "conventions": kind.conventions,
+        "network": dataclasses.asdict(config),  # as in the source: an alignment comes after it
+        "image_shape": list(shape),
+        "given": dict(given),
+        "checks": _forward_check(kind, config, shape, network, params, tensors, check),
+        "tensors": rows,
+    }
+    if given:
+        print(f"given     {', '.join(f'{k} = {v}' for k, v in given.items())}: the file does not tell, no check would notice")
+    if align_steps:
+        config, params, found = align.align(config, params, align_steps, 0, _progress("align"))
+        _say_alignment(found)
+        report["alignment"] = found
+    return config, shape, params, report
+
+
+def _say_alignment(found: Mapping[str, float]) -> None:
+    error, change = found["embedding_error_mean_after"], found["relative_change_of_u"]
+    print(f"aligned   embedding within {error:.2g} (relative L2), u within {change:.2g}")
+    if error > POOR:
+        print(f"warning: the curriculum would start from another flow; expected an embedding within {POOR}, by more steps")
 
 
 def _kind(name: str) -> Kind:

@@ -6,6 +6,7 @@ weights. MeanFlow has our conventions and the layout of Flax: all of its weights
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -16,10 +17,10 @@ import numpy as np
 
 from dmf.convert.files import read
 from dmf.convert.files.read import Tensor
-from dmf.convert.rules import Kind, Rule, constant, conv_layer, linear_layer, optional, plain, tensor_of
+from dmf.convert.rules import Kind, Rule, constant, conv_layer, expect, linear_layer, optional, plain, reversed_layer, tensor_of
 from dmf.errors import DmfError
 from dmf.networks import layers
-from dmf.networks.dit import DIT_SIZES, TIME_FEATURES, DiTConfig, position_embedding
+from dmf.networks.dit import DIT_SIZES, DiTConfig, position_embedding
 
 MEANFLOW_RESOLUTION = 32  # a constant of its code: latents of 256 x 256 images
 FIELDS = ("heads", "resolution")
@@ -83,6 +84,8 @@ def _config(
             f"the weights do not show the number of attention heads, and width {width} with depth {depth} is none of the named "
             f"sizes ({', '.join(DIT_SIZES)}): expected --set=heads=N"
         )
+    if heads is not None and named and heads != named[0]:
+        raise DmfError(f"--set=heads={heads}: expected {named[0]}, as in the named size of width {width} and depth {depth}")
     classes = tensors[table].shape[0] - 1 if table in tensors else 0
     if table in tensors and not classes:
         raise DmfError(f"tensor {table} has 1 row: expected one per class and one for the null class")
@@ -130,17 +133,6 @@ def _sit_resolution(tensors: Mapping[str, Tensor], patch: int, given: int | None
     return resolution
 
 
-def _reverse_time(weight: np.ndarray) -> np.ndarray:
-    """First layer (width, [cos | sin]) of an embedder for time t -> the one for 1 - t. It is its own inverse.
-
-    cos(f (1 - t)) = cos f cos(f t) + sin f sin(f t); sin(f (1 - t)) = sin f cos(f t) - cos f sin(f t)
-    """
-    freqs = layers.frequencies(TIME_FEATURES // 2, endpoint=False)
-    cosine, sine = np.split(weight.astype(np.float64), 2, axis=1)
-    c, s = np.cos(freqs), np.sin(freqs)
-    return np.concatenate((cosine * c + sine * s, cosine * s - sine * c), axis=1)
-
-
 def _last_layer(patch: int, channels: int, sigma: bool) -> list[Rule]:
     """Rows (patch row, patch column, channel), of which the first `channels` of a position are the velocity: keep, negate."""
     positions = patch**2
@@ -178,18 +170,13 @@ def _positions(config: DiTConfig, shape: Shape, tensors: Mapping[str, Tensor] | 
 
 def _rules_sit(config: DiTConfig, shape: Shape, tensors: Mapping[str, Tensor] | None) -> list[Rule]:
     rows = tensors["final_layer.linear.weight"].shape[0] if tensors else 2 * config.patch**2 * shape[-1]
-    reversed_time = Rule(
-        ("t_embedder.mlp.0.weight",),
-        ("t_embedder/mlp_0/kernel",),
-        lambda x: (_reverse_time(x).T,),
-        lambda x: (_reverse_time(x.T),),
-        "time reversed: the embedder of t becomes the embedder of 1 - t",
-    )
+    expect(config, "sit", {"kind": "dit"})
+    note = "time reversed: the embedder of t becomes the embedder of 1 - t"
+    angles = functools.partial(layers.frequencies, endpoint=False)
     return [
         _positions(config, shape, tensors),
         *conv_layer("x_embedder.proj", "x_embedder/proj"),
-        reversed_time,
-        plain("t_embedder.mlp.0.bias", "t_embedder/mlp_0/bias"),
+        *reversed_layer("t_embedder.mlp.0", "t_embedder/mlp_0", angles, sin_first=False, note=note),
         *optional(linear_layer("h_embedder.mlp.0", "interval/mlp_0"), NO_INTERVAL, fill="init"),
         *optional(linear_layer("h_embedder.mlp.2", "interval/mlp_2"), NO_INTERVAL),
         *_table(config, "y_embedder.embedding_table.weight"),
@@ -307,6 +294,7 @@ def _describe_meanflow(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) 
 
 
 def _rules_meanflow(config: DiTConfig, shape: Shape, tensors: Mapping[str, Tensor] | None) -> list[Rule]:
+    expect(config, "meanflow_dit", {"kind": "dit"})
     places = {_flax(module): _room(module) for module in ("t_embedder.mlp.0", *_modules(config.depth), "final_layer.linear")}
     places |= {_flax(f"h_embedder.mlp.{i}"): f"interval/mlp_{i}" for i in (0, 2)}
     places |= {"net.x_embedder.proj": "x_embedder/proj"}
@@ -347,7 +335,8 @@ SIT = Kind(
     licence="SiT's repository is under the MIT licence; the weights were trained on ImageNet.",
     conventions=(
         "SiT: t = 0 is noise, velocity data - noise; v(z, t) = -SiT(z, 1 - t). Folded into the first layer of the time "
-        "embedder and into the last layer. DiT's files have the same names and shapes but predict noise: nothing in them tells."
+        "embedder and into the last layer. DiT's files have the same names and shapes but predict noise: nothing in them tells. "
+        "The label table's last row is taken for the null class: a SiT trained without label dropout has none."
     ),
     copies=("ema", "model", "flat"),
     select=lambda tree, which: _select(tree, which, {"ema": "ema", "model": "model"}),

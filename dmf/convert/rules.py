@@ -123,6 +123,47 @@ def tensor_of(tensors: Mapping[str, Tensor], name: str, kind: str) -> Tensor:
     return tensors[name]
 
 
+def expect(config: Any, kind: str, wanted: Mapping[str, Any]) -> None:
+    """Refuses a network that the names of a kind can spell and that its program would run as another one."""
+    for field, value in wanted.items():
+        found = getattr(config, field, None)
+        if found != value:
+            raise DmfError(f"network.{field} is {found!r}: expected {value!r}, as in weights of kind {kind}")
+
+
+def reversed_time(weight: np.ndarray, angles: np.ndarray, *, sin_first: bool) -> np.ndarray:
+    """A layer (out, 2 n) on cosines and sines of f (1 - t) -> the one on those of f t, in float64; its own inverse.
+
+    cos(f (1 - t)) = cos f cos(f t) + sin f sin(f t),  sin(f (1 - t)) = sin f cos(f t) - cos f sin(f t)
+
+    angles: f (n,), radians per unit of time. sin_first: whether the sines come before the cosines.
+    """
+    first, second = np.split(weight.astype(np.float64), 2, axis=1)
+    cosine, sine = (second, first) if sin_first else (first, second)
+    halves = cosine * np.cos(angles) + sine * np.sin(angles), cosine * np.sin(angles) - sine * np.cos(angles)
+    return np.concatenate(halves[::-1] if sin_first else halves, axis=1)
+
+
+def reversed_layer(module: str, room: str, angles: Callable[[int], np.ndarray], *, sin_first: bool, note: str) -> list[Rule]:
+    """Weight and bias of the first layer of a time embedder, the weight by `reversed_time`; angles(n) -> (n,)."""
+
+    def turned(weight: np.ndarray) -> np.ndarray:
+        return reversed_time(weight, angles(weight.shape[1] // 2), sin_first=sin_first)
+
+    names = (f"{module}.weight",), (f"{room}/kernel",)
+    fold = Rule(*names, lambda w: (turned(w).T,), lambda k: (turned(k.T),), note)
+    return [fold, plain(f"{module}.bias", f"{room}/bias")]
+
+
+def negated(rule: Rule, note: str) -> Rule:
+    """The rule with the sign of its values changed."""
+    return rule._replace(
+        forward=lambda *x: [-leaf for leaf in rule.forward(*x)],
+        backward=lambda *x: [-tensor for tensor in rule.backward(*x)],
+        note=note,
+    )
+
+
 def relative_l2(got: np.ndarray, want: np.ndarray) -> float:
     """|got - want| / |want| over all elements, in float64."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)

@@ -8,6 +8,7 @@ same code has the same names and shapes: a file does not tell that it is a flow.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,11 +22,14 @@ from dmf.convert.rules import (
     Rule,
     constant,
     conv_layer,
+    expect,
     linear,
     linear_layer,
+    negated,
     norm_layer,
     optional,
     plain,
+    reversed_layer,
     tensor_of,
 )
 from dmf.errors import DmfError
@@ -36,6 +40,17 @@ TIME_SCALE = 999.0
 SIGMAS = "sigmas"  # the model's one buffer; everything else is a parameter
 GIVEN = ("image_size", "dropout")
 DEFAULTS = {"image_size": 32, "dropout": 0.15}  # CIFAR-10; the rate the flow was trained with
+FIELDS: dict[str, Any] = {
+    "kind": "unet",
+    "resample": "box",
+    "residual_encoder": False,
+    "embedding": "positional",
+    "embedding_mult": 1,
+    "time_input": "t",
+    "time_scale": TIME_SCALE,
+    "precond": "none",
+    "augment_dim": 0,
+}
 
 Plan = list[tuple[str, str]]  # (sort of module, our room) of all_modules.0, 1, 2, ...
 
@@ -74,7 +89,8 @@ def _describe(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[
         raise DmfError(f"dropout is {dropout!r}: expected a number")
     channels = _axes(tensors, "all_modules.0.weight", 2)[1]
     image_channels = _axes(tensors, "all_modules.2.weight", 4)[1]
-    numbers = sorted(int(name.split(".")[1]) for name in tensors if name.endswith(".Conv_0.weight"))
+    convolutions = [re.fullmatch(r"all_modules\.(\d+)\.Conv_0\.weight", name) for name in tensors]
+    numbers = sorted(int(found[1]) for found in convolutions if found)
     into = [_axes(tensors, f"all_modules.{n}.GroupNorm_0.weight", 1)[0] for n in numbers]
     out = [_axes(tensors, f"all_modules.{n}.Conv_0.weight", 4)[0] for n in numbers]
     # A block that changes no width has a 1 x 1 convolution beside it only where it resamples; once down, once up.
@@ -95,10 +111,7 @@ def _describe(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[
         blocks=blocks,
         attention_resolutions=tuple(size >> level for level in attended),
         dropout=dropout,
-        augment_dim=0,
-        resample="box",
-        embedding_mult=1,
-        time_scale=TIME_SCALE,
+        **{field: value for field, value in FIELDS.items() if field != "kind"},
     )
     return config, (size, size, image_channels)
 
@@ -136,6 +149,7 @@ def _plan(config: UNetConfig, size: int) -> Plan:
 
 
 def _rules(config: UNetConfig, image_shape: tuple[int, ...], tensors: Mapping[str, Tensor] | None) -> list[Rule]:
+    expect(config, NAME, FIELDS)
     plan = enumerate(_plan(config, image_shape[0]))
     found = [rule for n, (sort, room) in plan for rule in MODULES[sort](f"all_modules.{n}", room)]
     unused = constant(SIGMAS, _sigmas, "exp of 1000 even steps from ln 50 to ln 0.01, which a flow does not use", atol=1e-5)
@@ -146,27 +160,13 @@ def _sigmas() -> np.ndarray:
     return np.exp(np.linspace(math.log(50.0), math.log(0.01), 1000))
 
 
-def _reversed_time(weight: np.ndarray) -> np.ndarray:
-    """A layer (out, in) on sin, cos of the angle 999 f (1 - t) -> the one on sin, cos of 999 f t; its own inverse."""
-    half = weight.shape[1] // 2
-    whole = TIME_SCALE * layers.frequencies(half, endpoint=True)
-    sine, cosine = weight[:, :half].astype(np.float64), weight[:, half:].astype(np.float64)
-    of_sine = cosine * np.sin(whole) - sine * np.cos(whole)
-    of_cosine = cosine * np.cos(whole) + sine * np.sin(whole)
-    return np.concatenate([of_sine, of_cosine], axis=1)
+def _angles(count: int) -> np.ndarray:
+    return TIME_SCALE * layers.frequencies(count, endpoint=True)
 
 
 def _embed(module: str, room: str) -> list[Rule]:
-    return [
-        Rule(
-            (f"{module}.weight",),
-            (f"{room}/kernel",),
-            lambda w: (_reversed_time(w).T,),
-            lambda k: (_reversed_time(k.T),),
-            "time reversed, t = 1 - t_source: a rotation by 999 f per frequency, in float64",
-        ),
-        plain(f"{module}.bias", f"{room}/bias"),
-    ]
+    note = "time reversed, t = 1 - t_source: a rotation by 999 f per frequency, in float64"
+    return reversed_layer(module, room, _angles, sin_first=True, note=note)
 
 
 def _block(module: str, room: str) -> list[Rule]:
@@ -203,14 +203,7 @@ def _attention(module: str, room: str) -> list[Rule]:
 
 
 def _negated(module: str, room: str) -> list[Rule]:
-    def minus(rule: Rule) -> Rule:
-        return rule._replace(
-            forward=lambda x: [-y for y in rule.forward(x)],
-            backward=lambda x: [-y for y in rule.backward(x)],
-            note="negated: the source's velocity is data - noise",
-        )
-
-    return [minus(rule) for rule in conv_layer(module, room)]
+    return [negated(rule, "negated: the source's velocity is data - noise") for rule in conv_layer(module, room)]
 
 
 MODULES = {

@@ -18,7 +18,7 @@ import numpy as np
 from dmf import networks
 from dmf.convert import unet_torch
 from dmf.convert.files.read import Inert, Tensor, flatten, module_tensors, strip_prefix
-from dmf.convert.rules import Arrays, Kind, Rule, constant, conv, linear, optional, plain, tensor_of
+from dmf.convert.rules import Arrays, Kind, Rule, constant, conv, expect, linear, optional, plain, tensor_of
 from dmf.errors import DmfError
 from dmf.networks import UNetConfig
 
@@ -63,7 +63,8 @@ def _select_edm(tree: Any, which: str) -> tuple[dict[str, Tensor], str]:
     module = held.get(copy, tree)
     if not isinstance(module, Inert):
         tensors = strip_prefix(flatten(module))
-        return {name if name.startswith(PREFIX) else PREFIX + name: x for name, x in tensors.items()}, copy
+        bare = {name for name in tensors if name != SIGMA_DATA and not name.startswith(PREFIX)}
+        return {PREFIX + name if name in bare else name: x for name, x in tensors.items()}, copy
     if module.class_name not in WRAPPERS:
         raise DmfError(
             f"the network is a {module.class_name}: expected {' or '.join(WRAPPERS)}, whose denoiser is the only one that is "
@@ -172,15 +173,6 @@ def _describe_edm(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> tu
     return config, shape
 
 
-def _expect(config: Any, kind: str, wanted: Mapping[str, Any]) -> None:
-    """Refuse a network that the names of a kind can spell and its program would run as another."""
-    for field, value in wanted.items():
-        if getattr(config, field, None) != value:
-            raise DmfError(
-                f"network.{field} is {getattr(config, field, None)!r}: expected {value!r}, as in weights of kind {kind}"
-            )
-
-
 def _leaves(config: UNetConfig, image_shape: tuple[int, ...]) -> dict[str, int]:
     """Every leaf of the network and its number of axes."""
     shapes = jax.eval_shape(networks.build(config, image_shape).init, jax.random.key(0))
@@ -232,7 +224,7 @@ def _one_time(config: UNetConfig, tensors: Mapping[str, Tensor] | None, prefix: 
 
 
 def _rules_meanflow(config: UNetConfig, image_shape: tuple[int, ...], tensors: Mapping[str, Tensor] | None) -> list[Rule]:
-    _expect(config, MEANFLOW_UNET.name, MEANFLOW_FIELDS)
+    expect(config, MEANFLOW_UNET.name, MEANFLOW_FIELDS)
     name, leaves = "map_layer0.weight", _leaves(config, image_shape)
     if tensors and tensors[name].shape[1] == config.noise_width:
         return _completed(_one_time(config, tensors), leaves, config.resample)
@@ -246,11 +238,11 @@ def _rules_meanflow(config: UNetConfig, image_shape: tuple[int, ...], tensors: M
 
 
 def _rules_edm(config: UNetConfig, image_shape: tuple[int, ...], tensors: Mapping[str, Tensor] | None) -> list[Rule]:
-    _expect(config, EDM.name, EDM_FIELDS)
+    expect(config, EDM.name, EDM_FIELDS)
     leaves = _leaves(config, image_shape)
     packed = [_deinterleaved(_rule(leaf, ndim, PREFIX)) for leaf, ndim in leaves.items() if "/qkv/" in leaf]
     rules = _completed([*_one_time(config, tensors, PREFIX), *packed], leaves, config.resample, PREFIX)
-    if tensors and SIGMA_DATA in tensors:
+    if SIGMA_DATA in tensors if tensors else config.sigma_data != EDM_GIVEN[SIGMA_DATA]:
         note = f"an attribute of the wrapper: network.sigma_data = {config.sigma_data}"
         rules.append(Rule((SIGMA_DATA,), (), lambda _: (), lambda: (np.array(config.sigma_data),), note))
     return rules
@@ -329,7 +321,8 @@ MEANFLOW_UNET = Kind(
     name="meanflow_unet",
     about="MeanFlow's CIFAR-10 U-Net (py-meanflow), or a flow model with the same U-Net: checkpoint or state dict",
     licence="py-meanflow: CC BY-NC-SA 4.0",
-    conventions="ours: t = 1 noise, u = average of e - x; the network sees t and h = t - r",
+    conventions="ours: t = 1 noise, u = average of e - x; the network sees t and h = t - r. A flow of t alone is exported in "
+    "that form too, with zeros for h",
     copies=("net_ema1", "net_ema", "net_ema2", "net"),
     select=_select_meanflow,
     describe=_describe_meanflow,
@@ -343,7 +336,8 @@ EDM = Kind(
     about="EDM's or ECT's unconditional DDPM++ or NCSN++ (network-snapshot-*.pkl, training-state-*.pt, or a state dict)",
     licence="EDM and ECT: CC BY-NC-SA 4.0",
     conventions="source: denoiser D(x, sigma); the network's precond 'edm' writes it as the velocity v = (z - D) / t at "
-    "x = z / (1 - t), sigma = t / (1 - t). A consistency model's (ECT) is u(z, 0, t), the average velocity, and no flow",
+    "x = z / (1 - t), sigma = t / (1 - t). Of ECT it is the denoiser as trained: in evaluation ECT has sigma - 0.003 for "
+    "sigma in c_skip and c_out. A consistency model's (ECT) v is u(z, 0, t), the average velocity, and no flow",
     copies=("ema", "net"),
     select=_select_edm,
     describe=_describe_edm,

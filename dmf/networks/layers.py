@@ -30,6 +30,17 @@ def check_positive(field: str, value: int) -> None:
         raise DmfError(f"{field} is {value!r}; expected an integer of at least 1.")
 
 
+def check_attention(resolutions: Sequence[int], size: int, levels: int) -> None:
+    """Raise DmfError unless every one of `resolutions` is that of a level: size, size / 2, ..."""
+    known = [size >> level for level in range(levels)]
+    for found in resolutions:
+        if found not in known:
+            raise DmfError(
+                f"config.network.attention_resolutions has {found}; expected some of {', '.join(map(str, known))}, the "
+                f"resolutions of a network of {levels} levels on images of {size} pixels."
+            )
+
+
 def at_least_float32(x: jax.Array) -> jax.Array:
     """Lift half precision to float32; float32 and float64 pass through unchanged."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -283,6 +283,7 @@ def make_unet(config: UNetConfig, image_shape: tuple[int, ...], dtype: jnp.dtype
             f"config.network.channel_mult has {len(config.channel_mult)} resolutions, so the image size must be "
             f"divisible by {factor}; got {image_shape[0]}."
         )
+    layers.check_attention(config.attention_resolutions, image_shape[0], len(config.channel_mult))
     if not 0.0 <= config.dropout < 1.0:
         raise DmfError(f"config.network.dropout is {config.dropout}; expected 0 <= dropout < 1.")
     if config.augment_dim < 0:
