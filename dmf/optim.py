@@ -76,7 +76,7 @@ def build(config: OptimizerConfig) -> optax.GradientTransformation:
 
 def _decays(params: Any) -> Any:
     """False for a network's fixed frequencies, which no gradient would bring back."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1] != jax.tree_util.DictKey("freqs"), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1:] != (jax.tree_util.DictKey("freqs"),), params)
 
 
 def learning_rate(step: int, stages: tuple[Stage, ...], curriculum: CurriculumConfig, config: OptimizerConfig) -> float:

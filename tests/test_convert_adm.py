@@ -5,7 +5,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conversion import check_names, convert_arrays, export_arrays, hollow, key_list, needs_torch, recipe_weights, small_noise
 
 from dmf import pretrained
 from dmf.convert import audit
@@ -13,6 +12,16 @@ from dmf.convert.adm import TORCHCFM
 from dmf.convert.rules import relative_l2
 from dmf.errors import DmfError
 from dmf.networks import ADMConfig
+from tests.conversion import (
+    check_names,
+    convert_arrays,
+    export_arrays,
+    hollow,
+    key_list,
+    needs_torch,
+    recipe_weights,
+    small_noise,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 PARITY = 5e-6  # relative L2: float32 round-off between two implementations of the same network

@@ -381,7 +381,7 @@ TINY_EDM = UNetConfig(
     resample="box",
     time_input="log_sigma",
     precond="edm",
-    sigma_data=0.7,
+    sigma_data=0.75,
 )
 
 
@@ -389,7 +389,7 @@ def test_an_aligned_network_leaves_in_our_own_layout_and_its_source_is_told_as_i
     """The source's layout would be read with the source's embedding, which the network no longer has."""
     random_flow(EDM, TINY_EDM, (8, 8, 3), tmp_path / "edm.safetensors")
     plain = convert("edm", tmp_path / "edm.safetensors", tmp_path / "plain", check="none")
-    assert plain["network"]["sigma_data"] == 0.7  # no weight shows it, so an export carries it
+    assert plain["network"]["sigma_data"] == 0.75  # no weight shows it, so an export carries it
     report = convert("edm", tmp_path / "edm.safetensors", tmp_path / "aligned", check="none", align_steps=200)
     assert report["network"]["time_input"] == "log_sigma" and report["alignment"]["steps"] == 200
     config, _ = pretrained.described(checkpoint.metadata(tmp_path / "aligned"))

@@ -5,18 +5,18 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-import conversion
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conversion import needs_torch
 
 from dmf.convert.dit import MEANFLOW_DIT, SIT
 from dmf.convert.rules import relative_l2
 from dmf.errors import DmfError
 from dmf.networks import DIT_SIZES, DiTConfig
 from dmf.networks.layers import frequencies
+from tests import conversion
+from tests.conversion import needs_torch
 
 GOLDEN = Path(__file__).parent / "golden"
 PARITY = 5e-6  # relative L2: float32 round-off between two implementations of the same network

@@ -12,11 +12,11 @@ import types
 import ml_dtypes
 import numpy as np
 import pytest
-from conversion import needs_torch
 from flax import serialization
 
 from dmf.convert.files import read
 from dmf.errors import DmfError
+from tests.conversion import needs_torch
 
 BF16 = ml_dtypes.bfloat16
 F32 = (np.arange(24, dtype=np.float32) / 7).reshape(4, 6)

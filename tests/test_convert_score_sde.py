@@ -14,7 +14,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conversion import check_names, convert_arrays, export_arrays, key_list, needs_torch, tensors_of
 
 from dmf.convert import audit
 from dmf.convert.files import read
@@ -22,6 +21,7 @@ from dmf.convert.rules import relative_l2
 from dmf.convert.score_sde import RECTIFIED_FLOW
 from dmf.errors import DmfError
 from dmf.networks import UNetConfig, build
+from tests.conversion import check_names, convert_arrays, export_arrays, key_list, needs_torch, tensors_of
 
 FULL = key_list(Path(__file__).parent / "golden" / "keys_rectified_flow.txt")
 SMALL = UNetConfig(

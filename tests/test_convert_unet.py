@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conversion import check_names, convert_arrays, export_arrays, key_list, needs_torch, recipe_weights, tensors_of
 
 from dmf.convert.files.read import Inert
 from dmf.convert.rules import relative_l2
 from dmf.convert.unet import EDM, MEANFLOW_UNET
 from dmf.errors import DmfError
 from dmf.networks import UNetConfig, build
+from tests.conversion import check_names, convert_arrays, export_arrays, key_list, needs_torch, recipe_weights, tensors_of
 
 GOLDEN = Path(__file__).parent / "golden"
 PARITY = 5e-6  # relative L2: float32 round-off between two implementations of the same network

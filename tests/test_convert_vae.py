@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conversion import check_names, convert_arrays, export_arrays, hollow, key_list, needs_torch, recipe_weights
 
 from dmf.convert.audit import flat, leaf_shapes
 from dmf.convert.rules import relative_l2
 from dmf.convert.vae import SD_VAE
 from dmf.errors import DmfError
 from dmf.networks.vae import VAEConfig, build_vae, sample_latent, unscaled
+from tests.conversion import check_names, convert_arrays, export_arrays, hollow, key_list, needs_torch, recipe_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 # Relative L2, float32: round-off of two implementations; the decoder is twice as deep.

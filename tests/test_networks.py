@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import zlib
 from pathlib import Path
 
 import jax
@@ -17,6 +16,7 @@ from dmf.errors import DmfError
 from dmf.networks import DIT_SIZES, ADMConfig, DiTConfig, MLPConfig, UNetConfig, build, is_interval_path, layers
 from dmf.networks.dit import position_embedding
 from dmf.networks.unet import edm_velocity, log_sigma, make_unet
+from tests.conversion import recipe_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 PARITY = 5e-6  # relative L2: float32 round-off between two implementations of the same network
@@ -126,23 +126,6 @@ def small(kind, seed=0, batch=BATCH):
     r, t = np.sort(rng.uniform(size=(2, batch)).astype(np.float32), axis=0)
     label = None if row is None else np.stack([row] * batch)
     return z, r, t, label, v
-
-
-def recipe_weights(data):
-    """Redraw a reference network's weights, torch names and layouts, from the arrays recipe/*."""
-    weights = {}
-    for name, shape, scale, offset, sums in zip(
-        *(data[f"recipe/{field}"] for field in ("keys", "shapes", "scale", "offset", "sums")), strict=True
-    ):
-        if np.isnan(scale):
-            weights[str(name)] = data[f"fixed/{name}"]
-            continue
-        dims = [int(d) for d in str(shape).split(",")]
-        draw = np.random.RandomState((zlib.crc32(str(name).encode()) ^ int(data["recipe/seed"])) & 0xFFFFFFFF)
-        value = (offset + scale * draw.standard_normal(dims)).astype(np.float32)
-        assert np.allclose(value.sum(dtype=np.float64), sums[0], atol=1e-3)
-        weights[str(name)] = value
-    return weights
 
 
 def jax_layout(name, value):
@@ -318,7 +301,7 @@ def test_time_scale_scales_t_and_not_the_interval(embedding):
 
 def test_fourier_frequencies_are_drawn_and_stay():
     """Normal with deviation 16, a leaf of the parameters, without a gradient."""
-    small = {"channels": 8, "channel_mult": (1,), "blocks": 1, "augment_dim": 0}
+    small = {"channels": 8, "channel_mult": (1,), "blocks": 1, "augment_dim": 0, "attention_resolutions": ()}
     config = UNetConfig(**small, embedding="fourier", embedding_mult=250, time_input="log_sigma", precond="edm")
     network = build(config, (4, 4, 1))
     freqs = initial_leaves(network, lambda path: path[0] == "map_noise")
@@ -647,6 +630,28 @@ def test_apply_names_the_argument_that_does_not_fit(kind, changes, message):
 
 
 def test_channels_that_do_not_group_are_named():
-    network = build(UNetConfig(channels=132, channel_mult=(1,), blocks=1), (8, 8, 3))
+    network = build(UNetConfig(channels=132, channel_mult=(1,), blocks=1, attention_resolutions=()), (8, 8, 3))
     with pytest.raises(DmfError, match=r"network\.channels: a layer of 132 channels"):
         jax.eval_shape(network.init, jax.random.key(0))
+
+
+def test_attention_that_no_level_would_have_is_named():
+    with pytest.raises(DmfError, match=r"attention_resolutions has 16; expected some of 24, 12, 6, .* on images of 24 pixels"):
+        build(UNetConfig(), (24, 24, 3))
+
+
+@pytest.mark.parametrize("form", ["edm, log sigma", "times 999"])
+def test_the_derivative_along_time_of_the_other_forms_of_time(form):
+    """du/dt of EDM's denoiser as a velocity, and of scaled times, against a central difference in float64."""
+    fields = {"time_scale": 999.0} if form == "times 999" else {"time_input": "log_sigma", "precond": "edm"}
+    small = {"channels": 8, "channel_mult": (1,), "blocks": 1, "augment_dim": 0, "attention_resolutions": ()}
+    with jax.enable_x64(True):
+        network = build(UNetConfig(**small, **fields), (4, 4, 1))
+        rng = np.random.default_rng(0)
+        params = nested({path: rng.standard_normal(shape) / 4 for path, shape in shapes(network).items()})
+        z, t = rng.standard_normal((3, 4, 4, 1)), np.array([0.05, 0.4, 0.97])
+        u = fast_compile(lambda t: network.apply(params, z, 0.5 * t, t))
+        _, slope = jax.jvp(lambda t: network.apply(params, z, 0.5 * t, t), (jnp.asarray(t),), (jnp.ones(3),))
+        difference = (u(t + 1e-6) - u(t - 1e-6)) / 2e-6
+    assert np.linalg.norm(slope) > 0.1
+    np.testing.assert_allclose(slope, difference, rtol=0, atol=1e-5 * np.abs(slope).max())

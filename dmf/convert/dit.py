@@ -335,7 +335,7 @@ SIT = Kind(
     licence="SiT's repository is under the MIT licence; the weights were trained on ImageNet.",
     conventions=(
         "SiT: t = 0 is noise, velocity data - noise; v(z, t) = -SiT(z, 1 - t). Folded into the first layer of the time "
-        "embedder and into the last layer. DiT's files have the same names and shapes but predict noise: nothing in them tells. "
+        "embedder and into the last layer. DiT's files have the same names and shapes but predict noise: no tensor tells. "
         "The label table's last row is taken for the null class: a SiT trained without label dropout has none."
     ),
     copies=("ema", "model", "flat"),
