@@ -88,6 +88,7 @@ def main(argv: list[str]) -> None:
     """One mode, after the flags have been read."""
     if len(argv) > 1:
         raise DmfError(f"argument {argv[1]!r}: expected only flags, such as --config=configs/digits.py")
+    _check_flags()
     logging.set_verbosity(logging.WARNING)
     MODES[MODE.value]()
 
@@ -101,14 +102,12 @@ def train() -> None:
 
 
 def sample() -> None:
-    _no_config()
     from dmf.evaluate import write_samples
 
     write_samples(_need(WORKDIR, "workdir"), _steps(), COUNT.value or 64, SAMPLER.value, _out(".png"), EMA.value, VAE.value)
 
 
 def score() -> None:
-    _no_config()
     from dmf.evaluate import write_scores
 
     write_scores(_need(WORKDIR, "workdir"), _steps(), COUNT.value, SAMPLER.value, _out(".json"), EMA.value)
@@ -121,7 +120,6 @@ def benchmark() -> None:
 
 
 def convert() -> None:
-    _no_config()
     from dmf.convert.command import convert as run
 
     kind, source, out = _need(KIND, "kind"), _need(SOURCE, "source"), OUT.value
@@ -131,7 +129,6 @@ def convert() -> None:
 
 
 def export() -> None:
-    _no_config()
     from dmf.export.weights import export as run
 
     workdir, out = _need(WORKDIR, "workdir"), OUT.value
@@ -140,6 +137,14 @@ def export() -> None:
     run(workdir, out, kind=KIND.value or "", ema=EMA.value)
 
 
+FLAGS = {
+    "train": ("config", "workdir"),
+    "sample": ("workdir", "steps", "count", "sampler", "out", "ema", "vae"),
+    "score": ("workdir", "steps", "count", "sampler", "out", "ema"),
+    "benchmark": ("config", "out"),
+    "convert": ("kind", "source", "out", "copy", "set", "check", "align_steps"),
+    "export": ("workdir", "kind", "out", "ema"),
+}
 MODES = {"train": train, "sample": sample, "score": score, "benchmark": benchmark, "convert": convert, "export": export}
 
 
@@ -165,9 +170,11 @@ def _given() -> dict[str, int | float | str]:
     return given
 
 
-def _no_config() -> None:
-    if CONFIG.value is not None:
-        raise DmfError(f"--config with --mode={MODE.value}: expected none")
+def _check_flags() -> None:
+    """Refuses a flag that the mode would not read."""
+    for name in sorted({name for names in FLAGS.values() for name in names}):
+        if flags.FLAGS[name].present and name not in FLAGS[MODE.value]:
+            raise DmfError(f"--{name} with --mode={MODE.value}: expected none, this mode does not read it")
 
 
 def _out(suffix: str) -> str:
@@ -218,5 +225,6 @@ if __name__ == "__main__":
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        training = MODE.value == "train"
+        print("interrupted" + "; the same command goes on from the last checkpoint" * training, file=sys.stderr)
         sys.exit(130)

@@ -8,11 +8,13 @@ is an unfinished save, one that does not match it is damaged: neither is ever lo
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import logging
+import os
+import re
 import shutil
+import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,17 +89,6 @@ class Checkpoints:
         self._checkpointer.close()
 
 
-def _clear(partial: Path) -> None:
-    """Removes an unfinished folder and Orbax's temporary one beside it, whose threads may still be writing for a moment."""
-    for _ in range(50):
-        found = list(partial.parent.glob(f"{glob.escape(partial.name)}*"))
-        for folder in found:
-            shutil.rmtree(folder, ignore_errors=True)
-        if not found:
-            return
-        time.sleep(0.1)
-
-
 def write_manifest(folder: Path) -> None:
     """Completes a step folder: relative path, size and SHA-256 of every file, written whole or not at all."""
     partial = folder / f"{MANIFEST}.tmp"
@@ -163,33 +154,74 @@ def metadata(folder: Path) -> dict[str, Any]:
     return found
 
 
-def check_free(folder: Path) -> None:
-    """Raises DmfError unless `save_weights` may make `folder`: it must not exist, or be empty."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DmfError(f"{folder} is there already and not empty: expected a new directory; nothing is overwritten")
-    if not (parent := folder.absolute().parent).is_dir():
-        raise DmfError(f"{folder} cannot be made: expected {parent} to be a directory")
+def check_free(folder: Path) -> Path:
+    """The place that `save_weights` may make of `folder`, links followed: new or an empty directory, in one that is writable.
+
+    Raises DmfError otherwise; Orbax itself would wait for minutes where it cannot write.
+    """
+    try:
+        place = folder.resolve()
+        if place.is_file() or place.is_dir() and any(place.iterdir()):
+            what = "a file" if place.is_file() else "not empty"
+            raise DmfError(f"{folder} is there already and {what}: expected a new directory; nothing is overwritten")
+        partial = _partial(place)
+        partial.mkdir()
+        partial.rmdir()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DmfError(f"{folder} cannot be made: {_short(error)}; expected a new directory in a writable one") from error
+    return place
 
 
 def save_weights(folder: Path, params: Any, metadata: dict[str, Any], files: dict[str, str]) -> None:
     """Writes weights alone as a step folder, with `files` (name -> text) beside them; whole or not at all."""
-    check_free(folder)
-    partial = folder.absolute().with_name(f".{folder.name}.partial")
+    place = check_free(folder)
+    partial, level = _partial(place), logging.root.manager.disable
     try:
-        _clear(partial)  # what a killed process left
+        _clear(place)  # what killed processes left
         logging.disable(logging.CRITICAL)  # its threads print a traceback each; the error itself arrives here
         ocp.save_checkpointables(partial, {"params": params}, custom_metadata=metadata)
         for name, text in files.items():
             (partial / name).write_text(text)
         write_manifest(partial)
-        if folder.exists():
-            folder.rmdir()
-        partial.replace(folder)
+        if place.exists():
+            place.rmdir()
+        partial.replace(place)
     except (OSError, ValueError) as error:
         raise DmfError(f"{folder} could not be written: {_short(error)}; expected a writable directory with room") from error
     finally:
-        logging.disable(logging.NOTSET)
-        _clear(partial)
+        _clear(place)
+        logging.disable(level)
+
+
+def _partial(place: Path) -> Path:
+    """Where this process writes before it renames; another one on the same machine writes elsewhere."""
+    return place.with_name(f".{place.name}.partial-{socket.gethostname()}-{os.getpid()}")
+
+
+def _clear(place: Path) -> None:
+    """Removes unfinished folders of this process, and of dead ones of this machine, with Orbax's temporary ones beside them.
+
+    Orbax's threads may still be writing for a moment.
+    """
+    name = re.compile(re.escape(_partial(place).name.rpartition("-")[0]) + r"-(\d+)(\.orbax-checkpoint-tmp)?")
+    for _ in range(50):
+        matches = [(path, name.fullmatch(path.name)) for path in place.parent.iterdir()]
+        found = [path for path, match in matches if match and (int(match[1]) == os.getpid() or not _alive(int(match[1])))]
+        for path in found:
+            shutil.rmtree(path, ignore_errors=True)
+        if not found:
+            return
+        time.sleep(0.1)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
 
 
 def read_params(folder: Path, ema: int | None, like: Any) -> Any:
@@ -199,7 +231,10 @@ def read_params(folder: Path, ema: int | None, like: Any) -> Any:
     fit. `metadata` has verified the folder.
     """
     item = "params" if ema is None else "ema"
-    stored = ocp.checkpointables_metadata(folder.absolute()).metadata[item]
+    items = ocp.checkpointables_metadata(folder.absolute()).metadata
+    if item not in items:
+        raise DmfError(f"checkpoint {folder} holds no {item}: expected one that a run has written")
+    stored = items[item]
     _check_like(stored if ema is None else stored[ema], like, folder)
     if ema is None:
         return _load(folder, {item: like})[item]

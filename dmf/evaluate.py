@@ -99,7 +99,8 @@ def write_samples(
 ) -> Path:
     """Draws `count` samples of a checkpoint at each number of steps, from the same noise, into one PNG.
 
-    sampler: a key of SAMPLERS, "" for the run's own. out: the file; by default beside the run's config. ema: as for
+    sampler: a key of SAMPLERS, "" for the run's own. out: the file; by default in the work directory, or beside a
+    converted one. ema: as for
     `pretrained.load`. vae: directory of the converted autoencoder that makes images of latents.
     """
     network, params, config, shape, converted = _open(path, sampler, ema)
@@ -113,9 +114,8 @@ def write_samples(
     draw = Sampler(network, config, shape, labels, sharding.make_mesh())
     side = math.isqrt(count - 1) + 1
     folder = checkpoint.find(path)
-    target = Path(
-        out or (folder if converted else folder.parent.parent) / f"samples_{config.run.sampler}_{'_'.join(map(str, steps))}.png"
-    )
+    home = folder.parent if converted else folder.parent.parent
+    target = Path(out or home / f"samples_{config.run.sampler}_{'_'.join(map(str, steps))}.png")
     pictures.panels(target, {f"{n} step{'s' * (n > 1)}": decode(draw(params, count, n)) for n in steps}, side)
     print(f"samples   {target}")
     return target
@@ -142,23 +142,24 @@ def write_scores(
 
 def _open(path: str | Path, sampler: str, ema: float | None) -> tuple[networks.Network, Any, Config, tuple[int, ...], bool]:
     """Network, weights, config and image shape of a checkpoint, and whether it was converted."""
-    _, stored = pretrained.open_folder(path)
+    folder, stored = pretrained.open_folder(path)
     if "config" not in stored:
         raise DmfError(f"checkpoint {path} holds a {stored['network']['kind']}: expected a flow model or a generator")
-    network, params = pretrained.load(path, ema)
+    network, params = pretrained.load_folder(folder, stored, ema)
     config = parse(stored["config"])
     if sampler:
         config = replace(config, run=replace(config.run, sampler=sampler))
-    return network, params, config, tuple(stored["image_shape"]), not config.data.name
+    return network, params, config, tuple(stored["image_shape"]), pretrained.is_converted(stored)
 
 
 def _decoder(path: str, image_shape: tuple[int, ...]) -> Callable[[np.ndarray], np.ndarray]:
     """What makes pictures of samples: nothing, or a converted autoencoder, eight latents at a time."""
     if not path:
         return lambda x: x
-    config, _ = pretrained.described(pretrained.open_folder(path)[1])
+    folder, stored = pretrained.open_folder(path)
+    config, _ = pretrained.described(stored)
     if config.kind != "vae" or config.latent_channels != image_shape[-1]:
         raise DmfError(f"--vae={path}: holds a {config.kind}; expected an autoencoder of {image_shape[-1]}-channel latents")
-    network, params = pretrained.load(path)
+    network, params = pretrained.load_folder(folder, stored)
     decode = jax.jit(lambda p, z: network.decode(p, unscaled(z, network.scale)))
     return lambda x: np.concatenate([np.asarray(decode(params, x[i : i + 8])) for i in range(0, len(x), 8)])

@@ -37,14 +37,19 @@ def load(path: str | Path, ema: float | None = None) -> tuple[Any, Any]:
     Weights are replicated over all devices. Raises DmfError where the folder is missing or damaged.
     """
     folder, stored = open_folder(path)
+    return load_folder(folder, stored, ema)
+
+
+def load_folder(folder: Path, stored: dict[str, Any], ema: float | None = None) -> tuple[Any, Any]:
+    """`load` of what `open_folder` has found and verified."""
     network_config, shape = described(stored)
+    if ema and is_converted(stored):
+        raise DmfError(f"checkpoint {folder} has no EMA: expected ema = 0 or none, got {ema:g}")
     if "config" in stored:
         config = parse(stored["config"])
         network = networks.build(network_config, shape, jnp.dtype(config.compute_dtype))
         averages = config.ema if ema is None else EMAConfig(config.ema.halflife_images, evaluate=ema)
         index = averages.index()
-    elif ema:
-        raise DmfError(f"checkpoint {folder} has no EMA: expected ema = 0 or none, got {ema:g}")
     else:
         network, index = build(network_config, shape), None
     return network, checkpoint.read_params(folder, index, abstract_params(network, sharding.make_mesh()))
@@ -54,6 +59,11 @@ def open_folder(path: str | Path) -> tuple[Path, dict[str, Any]]:
     """(step folder, what was written beside the weights) of a checkpoint; verified."""
     folder = checkpoint.find(path)
     return folder, checkpoint.metadata(folder)
+
+
+def is_converted(stored: dict[str, Any]) -> bool:
+    """Whether a checkpoint holds converted weights, rather than those of a run."""
+    return "config" not in stored or not stored["config"]["data"]["name"]
 
 
 def described(stored: dict[str, Any]) -> tuple[Any, tuple[int, ...]]:
@@ -87,10 +97,11 @@ def metadata(config: Any, image_shape: tuple[int, ...], source: dict[str, Any]) 
     return {"config": to_dict(run), **stored}
 
 
-def load_init(config: Config, like: Any) -> Any:
-    """Weights of the flow model that config.init names, placed like `like`: the average it was evaluated with.
+def find_init(config: Config, image_shape: tuple[int, ...]) -> tuple[Path, int | None, dict[str, Any] | None]:
+    """The flow model that config.init names: (step folder, the average it was evaluated with, where it was converted from).
 
-    Raises DmfError where its network or its images are not the config's: many differences would not show in the shapes.
+    For `checkpoint.read_params`. Raises DmfError where its network or its images are not the config's: many differences would
+    not show in the shapes of the weights.
     """
     folder, stored = open_folder(config.init)
     if "config" not in stored:
@@ -103,7 +114,12 @@ def load_init(config: Config, like: Any) -> Any:
     changed = differences(old, new, "config.network")
     if changed:
         raise DmfError(f"config.init = {config.init}: its network differs: {'; '.join(changed)}; expected the same network")
-    return checkpoint.read_params(folder, theirs.ema.index(), like)
+    if tuple(stored["image_shape"]) != image_shape:
+        raise DmfError(
+            f"config.init = {config.init}: its images are {tuple(stored['image_shape'])}; expected {image_shape}, as in "
+            f"{config.data.name}"
+        )
+    return folder, theirs.ema.index(), stored.get("source")
 
 
 def abstract_params(network: Any, mesh: Mesh) -> Any:

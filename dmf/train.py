@@ -64,7 +64,9 @@ class Run:
         sharding.check_batch(self.mesh, config.batch_size)
         for kind in {s.kind for s in self.stages}:
             step.split_for(kind, config, self.mesh)
-        _claim(workdir, config)
+        fresh = not any((workdir / checkpoint.FOLDER).glob("[0-9]*"))
+        self.init = pretrained.find_init(config, shape) if config.init and fresh else None
+        _claim(workdir, config, self.init[2] if self.init else None, fresh)
         self.optimizer = optim.build(config.optimizer)
         boundaries = [0, *(s.last for s in self.stages)]
         metadata = {"config": to_dict(config), "image_shape": list(shape), "source": _origin(workdir)}
@@ -144,7 +146,8 @@ class Run:
         now = fresh(jax.random.key(self.config.seed))
         found = self.checkpoints.restore_latest(now)
         if found is None and self.config.init:
-            params = pretrained.load_init(self.config, pretrained.abstract_params(self.network, self.mesh))
+            folder, ema, _ = self.init or pretrained.find_init(self.config, self.dataset.images.shape[1:])
+            params = checkpoint.read_params(folder, ema, pretrained.abstract_params(self.network, self.mesh))
             create = jax.jit(
                 lambda p: state.create(p, self.optimizer, self.config.ema), out_shardings=sharding.replicated(self.mesh)
             )
@@ -250,20 +253,20 @@ def _origin(workdir: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def _claim(workdir: Path, config: Config) -> None:
+def _claim(workdir: Path, config: Config, origin: dict[str, Any] | None, fresh: bool) -> None:
     """Makes the work directory and ties it to the config; one that holds another run's checkpoints is refused."""
     if jax.process_count() > 1:
         raise DmfError(f"{jax.process_count()} processes: expected one; runs over several hosts are not supported yet")
     path, mine = workdir / "config.json", to_dict(config)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if not any((workdir / checkpoint.FOLDER).glob("[0-9]*")):
-            if config.init:  # a slip is best noticed before the directory is tied to it
-                origin = pretrained.open_folder(config.init)[1].get("source")
-                (workdir / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n")
-            partial = path.with_suffix(".tmp")
-            partial.write_text(json.dumps(mine, indent=2) + "\n")
-            partial.replace(path)
+        if fresh:
+            (workdir / ORIGIN).unlink(missing_ok=True)
+            for file, values in ((workdir / ORIGIN, origin), (path, mine)):
+                if values is not None:
+                    partial = file.with_suffix(".tmp")
+                    partial.write_text(json.dumps(values, indent=2) + "\n")
+                    partial.replace(file)
         theirs = json.loads(path.read_text())
     except OSError as error:
         raise DmfError(f"--workdir={workdir} cannot be written: {error.strerror}; expected a writable directory") from error

@@ -171,10 +171,43 @@ def test_the_curriculum_starts_from_a_converted_flow_model(kind, config, given, 
         np.testing.assert_allclose(a, b, atol=2e-7, rtol=0)
 
 
-def test_starting_from_another_network_is_refused(sit, tmp_path):
+def test_starting_from_another_network_or_other_images_is_refused_and_leaves_no_trace(sit, tmp_path):
     values = merged(TINY, init=str(sit[1]), curriculum=dict(pretrain_length=0.0))
     with pytest.raises(DmfError, match=r"its network differs: config.network.depth: 3 -> 1; .*expected the same network"):
         train.train(parse(values), tmp_path / "run")
+    random_flow(SIT, TINY_DIT, (16, 16, 1), tmp_path / "large.safetensors")  # not told by the shape of any leaf
+    convert("sit", tmp_path / "large.safetensors", tmp_path / "large", given={"heads": 2}, check="none")
+    values = merged(TINY, init=str(tmp_path / "large"), curriculum=dict(pretrain_length=0.0))
+    with pytest.raises(DmfError, match=r"its images are \(16, 16, 1\); expected \(8, 8, 1\), as in digits"):
+        train.train(parse(values), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_init_claims_no_origin(tmp_path):
+    (tmp_path / "origin.json").write_text('{"kind": "sit"}')  # of a start that never got to its first checkpoint
+    run = train.Run(parse(TINY), tmp_path)
+    run.close()
+    assert not (tmp_path / "origin.json").exists()
+
+
+def test_a_converted_directory_has_no_average(sit, tmp_path):
+    with pytest.raises(DmfError, match="has no EMA: expected ema = 0 or none, got 709000"):
+        pretrained.load(sit[1], ema=709e3)
+
+
+def test_what_a_converted_directory_may_be_called(sit, tmp_path, monkeypatch):
+    """A relative name, one with a slash at its end, a link; not a file, a name that is too long, a place without a parent."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".a.partial_notes").mkdir()  # somebody else's
+    (tmp_path / "link").symlink_to(tmp_path / "place")
+    for out in ("a", "b/", "link"):
+        convert("sit", sit[0], out, given=SIT_GIVEN, check="none")
+        pretrained.load(out)
+    assert (tmp_path / "place" / "params").is_dir() and (tmp_path / ".a.partial_notes").is_dir()
+    (tmp_path / "file").write_text("")
+    for out, said in {"file": "is there already and a file", "n" * 300: "cannot be made", "none/x": "cannot be made"}.items():
+        with pytest.raises(DmfError, match=said):
+            convert("sit", sit[0], out, given=SIT_GIVEN, check="none")
 
 
 def test_a_converted_flow_model_is_sampled(sit, tmp_path, capsys):
@@ -206,6 +239,16 @@ def broken(tmp_path, weights, name):
     if name == "wrong weights":
         tensors["final_layer.linear.bias"] = tensors["final_layer.linear.bias"] + 1
         options["check"] = str(GOLDEN / "sit_tiny_io.npz")
+    if name == "cut check":
+        (tmp_path / "cut.npz").write_bytes((GOLDEN / "sit_tiny_io.npz").read_bytes()[:3000])
+        options["check"] = str(tmp_path / "cut.npz")
+    if name == "check of another kind":
+        np.savez(tmp_path / "other.npz", pixels=np.zeros(3))
+        options["check"] = str(tmp_path / "other.npz")
+    if name == "check of another shape":
+        data = np.load(GOLDEN / "sit_tiny_io.npz")
+        np.savez(tmp_path / "shape.npz", x=data["x"], t=data["t"], y=data["y"], out=data["out"][:1])
+        options["check"] = str(tmp_path / "shape.npz")
     if name == "no such copy":
         options["copy"] = "ema9"
     if name == "unknown field":
@@ -229,6 +272,9 @@ BROKEN = {
     "wrong type": "tensor blocks.1.mlp.fc1.bias is int32: expected one of",
     "not a number": "tensor blocks.1.mlp.fc1.bias: 384 of its 384 values are not finite",
     "other constants": "tensor pos_embed: other values than this network computes",
+    "cut check": "cut.npz cannot be read (BadZipFile): expected an .npz of plain arrays",
+    "check of another kind": "--check: found the arrays pixels; expected inputs of kind sit, such as x, t, h, y",
+    "check of another shape": "forward check of out against shape.npz: shape (1, 4, 16, 16), expected (4, 4, 16, 16)",
     "wrong weights": "forward check of out against sit_tiny_io.npz: relative L2",
     "no such copy": "copy",
     "unknown field": "colour",
@@ -259,7 +305,7 @@ def test_nothing_is_overwritten(sit, tmp_path):
         export(sit[1], tmp_path / "u.safetensors")
     with pytest.raises(DmfError, match="expected a file name ending in .safetensors or .pt"):
         export(sit[1], tmp_path / "u.onnx")
-    with pytest.raises(DmfError, match="network.kind is 'dit': expected 'unet', as in weights of kind edm"):
+    with pytest.raises(DmfError, match="kind = edm: the layout of a unet, this is a dit; expected kind = dmf"):
         export(sit[1], tmp_path / "v.safetensors", kind="edm")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "u.safetensors"]
 
@@ -289,10 +335,14 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(sit, tmp_path, mode):
 
 
 def test_what_a_killed_conversion_left_is_cleared(sit, tmp_path):
-    (tmp_path / ".out.partial").mkdir()
-    (tmp_path / ".out.partial" / "half").write_text("data")
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    theirs = checkpoint._partial(tmp_path / "out").name.rpartition("-")[0]
+    for name in (f"{theirs}-{dead.pid}", f"{theirs}-{dead.pid}.orbax-checkpoint-tmp", f"{theirs}-{os.getppid()}"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("data")
     convert("sit", sit[0], tmp_path / "out", given=SIT_GIVEN, check="none")
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"{theirs}-{os.getppid()}", "out"]  # that one is still at work
     pretrained.load(tmp_path / "out")
 
 

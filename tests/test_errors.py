@@ -75,6 +75,26 @@ CASES = {
         lambda d, t: [DIGITS, f"--workdir={t}", "--config.run.sampler=dpm"],
         "config.run.sampler = 'dpm': expected one of",
     ),
+    "flag of another mode": (
+        lambda d, t: ["--mode=export", f"--workdir={d}", "--source=x.pt"],
+        "--source with --mode=export: expected none, this mode does not read it",
+    ),
+    "nothing to convert": (
+        lambda d, t: ["--mode=convert", "--kind=sit"],
+        "--source is missing: expected it with --mode=convert",
+    ),
+    "unknown kind": (
+        lambda d, t: ["--mode=convert", "--kind=dit", "--source=x", "--out=y"],
+        "should be one of <sit|meanflow_dit|",
+    ),
+    "missing source": (
+        lambda d, t: ["--mode=convert", "--kind=sit", f"--source={t}/x.pt", f"--out={t}/y"],
+        "x.pt: no such file; expected a file of weights",
+    ),
+    "fields without values": (
+        lambda d, t: ["--mode=convert", "--kind=sit", "--source=x", "--out=y", "--set=heads"],
+        "--set=heads: expected fields and values, such as heads=4",
+    ),
     "config where the checkpoint has its own": (
         lambda d, t: ["--mode=sample", DIGITS, f"--workdir={d}"],
         "--config with --mode=sample: expected none",

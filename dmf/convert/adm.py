@@ -241,7 +241,7 @@ def _probe(config: ADMConfig, image_shape: tuple[int, ...]) -> dict[str, np.ndar
 
 TORCHCFM = Kind(
     name=NAME,
-    about="TorchCFM's U-Net on CIFAR-10 (release 1.0.4: cfm, otcfm and fm, 400,000 steps)",
+    network="adm",
     licence="MIT, the licence of TorchCFM's repository, which says nothing of its own about the weights",
     conventions=(
         "source: t = 0 noise, t = 1 data, v = data - noise, so ours is -v(z, 1 - t); the time reversal is folded into "

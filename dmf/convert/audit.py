@@ -136,7 +136,7 @@ def read(
 
 
 def write(rules: Sequence[Rule], leaves: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Leaves -> C-contiguous tensors by name. Empties `leaves` on the way, so that memory holds the weights once.
+    """Leaves -> C-contiguous tensors by name. Empties `leaves` on the way.
 
     Rules that share a reason why a file may lack them are one branch; a branch whose leaves meant to start at zero are still
     zero has no say in the output, and is left out.

@@ -11,6 +11,8 @@ import importlib.util
 import json
 import sys
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -62,9 +64,10 @@ def convert(
     """
     started, found = time.monotonic(), _kind(kind)
     checkpoint.check_free(Path(out))
+    stored = None if check in ("auto", "none") else (Path(check).name, _arrays(check))  # a slip is best noticed before the work
     weights = read.open_file(source)
     try:
-        config, shape, params, report = _converted(found, weights, copy, given or {}, check, align_steps)
+        config, shape, params, report = _converted(found, weights, copy, given or {}, stored or check, align_steps)
     except DmfError as error:
         text = str(error)
         raise DmfError(text if text.startswith(f"{source}: ") else f"{source}: {text}") from error
@@ -78,7 +81,7 @@ def convert(
 
 
 def _converted(
-    kind: Kind, weights: read.Weights, copy: str, given: Mapping[str, Any], check: str, align_steps: int
+    kind: Kind, weights: read.Weights, copy: str, given: Mapping[str, Any], check: Any, align_steps: int
 ) -> tuple[Any, tuple[int, ...], Any, dict[str, Any]]:
     """(network config, image shape, parameters, report) of the weights, audited, checked and, if asked for, aligned."""
     tensors, copy = kind.select(weights.tree, copy)
@@ -88,7 +91,7 @@ def _converted(
     network = pretrained.build(config, shape)
     params, rows = audit.convert(kind.rules(config, shape, tensors), tensors, network, kind.name, _progress(kind.name))
     print(audit.table(rows), flush=True)
-    report = {
+    report: dict[str, Any] = {
         "kind": kind.name,
         "source": {"file": weights.path.name, "format": weights.format, "copy": copy},
         "licence": kind.licence,
@@ -104,7 +107,7 @@ def _converted(
     if align_steps:
         config, params, found = align.align(config, params, align_steps, 0, _progress("align"))
         _say_alignment(found)
-        report["alignment"] = found
+        report["alignment"] = {**found, "note": "it came after the checks, and replaced the leaves of the embedding"}
     return config, shape, params, report
 
 
@@ -122,38 +125,49 @@ def _kind(name: str) -> Kind:
 
 
 def _forward_check(
-    kind: Kind, config: Any, shape: tuple[int, ...], network: Any, params: Any, tensors: Mapping[str, read.Tensor], check: str
+    kind: Kind, config: Any, shape: tuple[int, ...], network: Any, params: Any, tensors: Mapping[str, read.Tensor], check: Any
 ) -> list[dict[str, Any]]:
-    """Our outputs against stored or PyTorch's, one row per output. Raises DmfError where they disagree."""
-    if check == "none" or (check == "auto" and not importlib.util.find_spec("torch")):
+    """Our outputs against stored ones (check: name, arrays) or PyTorch's ("auto"), one row each; DmfError if they disagree."""
+    if check == "none" or check == "auto" and not importlib.util.find_spec("torch"):
         print("check     none" + ("" if check == "none" else ": PyTorch is not installed, and no --check=FILE.npz was given"))
         return []
     if check == "auto":
         import torch
 
-        arrays = kind.probe(config, shape)
-        against = f"PyTorch {torch.__version__}"
-        theirs = kind.torch_outputs(_FromFile(tensors), arrays)
+        arrays, against = kind.probe(config, shape), f"PyTorch {torch.__version__}"
+        theirs: Mapping[str, np.ndarray] = kind.torch_outputs(_FromFile(tensors), arrays)
     else:
-        arrays, against = _arrays(check), Path(check).name
+        against, arrays = check
         theirs = arrays
-    with jax.default_matmul_precision("highest"):
-        ours = kind.outputs(_jitted(network), params, arrays)
-    rows = []
-    for name in [n for n in ours if n in theirs]:
-        error = relative_l2(ours[name], theirs[name])
-        print(f"check     {name} against {against}: relative L2 {error:.2e} (bound {BOUND:.0e})", flush=True)
-        if not error <= BOUND:
-            raise DmfError(
-                f"forward check of {name} against {against}: relative L2 {error:.2e}, expected at most {BOUND:.0e}; nothing "
-                "was written"
-            )
-        rows.append({"against": against, "output": name, "relative_l2": error, "bound": BOUND})
-    if not rows and check != "auto":
+    try:
+        with jax.default_matmul_precision("highest"):
+            ours = kind.outputs(_jitted(network), params, arrays)
+    except (TypeError, ValueError, IndexError, KeyError) as error:
         raise DmfError(
-            f"--check={check} has none of the arrays {', '.join(ours) or 'that an input allows'}: expected inputs and outputs"
+            f"--check: the network cannot take its arrays: {str(error)[:100]!r}; expected inputs of kind {kind.name}"
+        ) from error
+    rows = [_compared(name, ours[name], theirs[name], against) for name in ours if name in theirs]
+    if not rows and check == "auto":
+        print(f"check     none: there is no program for kind {kind.name} to hold the network against")
+    elif not rows:
+        raise DmfError(
+            f"--check: found the arrays {', '.join(arrays)[:100]}; expected inputs of kind {kind.name}, such as "
+            f"{', '.join(kind.probe(config, shape))}, and outputs"
         )
     return rows
+
+
+def _compared(name: str, ours: np.ndarray, theirs: np.ndarray, against: str) -> dict[str, Any]:
+    if ours.shape != theirs.shape:
+        raise DmfError(f"forward check of {name} against {against}: shape {theirs.shape}, expected {ours.shape}")
+    error = relative_l2(ours, theirs)
+    print(f"check     {name} against {against}: relative L2 {error:.2e} (bound {BOUND:.0e})", flush=True)
+    if not error <= BOUND:
+        raise DmfError(
+            f"forward check of {name} against {against}: relative L2 {error:.2e}, expected at most {BOUND:.0e}; nothing was "
+            "written"
+        )
+    return {"against": against, "output": name, "relative_l2": error, "bound": BOUND}
 
 
 class _FromFile(Mapping[str, Any]):
@@ -185,8 +199,8 @@ def _arrays(path: str) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as found:
             return {name: found[name] for name in found.files}
-    except (OSError, ValueError, AttributeError, EOFError) as error:
-        raise DmfError(f"--check={path} cannot be read: {error}; expected an .npz of plain arrays") from error
+    except (OSError, ValueError, AttributeError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise DmfError(f"--check={path} cannot be read ({type(error).__name__}): expected an .npz of plain arrays") from error
 
 
 def _progress(name: str) -> Callable[[int, int], None]:

@@ -331,7 +331,7 @@ def _torch_meanflow(tensors: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
 
 SIT = Kind(
     name="sit",
-    about="SiT on ImageNet latents (.pt of the SiT repository: bare weights, or a training checkpoint)",
+    network="dit",
     licence="SiT's repository is under the MIT licence; the weights were trained on ImageNet.",
     conventions=(
         "SiT: t = 0 is noise, velocity data - noise; v(z, t) = -SiT(z, 1 - t). Folded into the first layer of the time "
@@ -349,7 +349,7 @@ SIT = Kind(
 
 MEANFLOW_DIT = Kind(
     name="meanflow_dit",
-    about="MeanFlow on ImageNet latents (the official JAX repository's Flax train state)",
+    network="dit",
     licence="MeanFlow's repository is under the MIT licence; the weights were trained on ImageNet.",
     conventions="t = 1 is noise, u(z, t, h = t - r) of noise - data: as here, nothing is folded.",
     copies=("ema", "params", "flat"),

@@ -131,7 +131,7 @@ def _probe(config: InceptionConfig, image_shape: tuple[int, ...]) -> dict[str, n
 
 FID_INCEPTION = Kind(
     name=NAME,
-    about="Inception-v3 of the FID (pytorch-fid's pt_inception-2015-12-05-6726825d.pth)",
+    network="inception",
     licence="published by pytorch-fid (Apache-2.0), a port of TensorFlow's inception-2015-12-05",
     conventions=(
         "no time; x RGB, channels first, 299 x 299, in about [-1, 1]: (byte - 128) / 128 or 2 byte / 255 - 1 before it; "

@@ -68,7 +68,7 @@ def _nothing(*_: Any) -> dict[str, np.ndarray]:
 
 NATIVE = Kind(
     name="dmf",
-    about="a .safetensors file that --mode=export has written in our own layout (any network)",
+    network="",
     licence="that of the weights it was made from",
     conventions=CONVENTIONS,
     copies=("weights",),

@@ -44,8 +44,8 @@ class Kind(NamedTuple):
     """What a sort of checkpoint is, and how it is read. The arrays of outputs, torch_outputs and probe are named, laid out
     and scaled as in the source.
 
-    about: one line for --help. licence: note on the weights' licence. conventions: the source's time, sign and scale,
-        and where ours are folded.
+    network: the kind of network it makes, "" for any. licence: note on the weights' licence.
+    conventions: the source's time, sign and scale, and where ours are folded.
     copies: names of the copies of the weights a file may hold, the default first.
     select(tree, which) -> (flat tensors, name of the copy taken); which "" = the default.
     describe(tensors, given) -> (network config, image shape): read off names and shapes; `given` are fields the user sets.
@@ -56,7 +56,7 @@ class Kind(NamedTuple):
     """
 
     name: str
-    about: str
+    network: str
     licence: str
     conventions: str
     copies: tuple[str, ...]

@@ -307,7 +307,7 @@ def _torch_attention(tensors: Mapping[str, Any], name: str, x: Any) -> Any:
 
 RECTIFIED_FLOW = Kind(
     name=NAME,
-    about="Rectified Flow's CIFAR-10 checkpoint (checkpoint_8.pth: 1-rectified flow, or one trained with the same code)",
+    network="unet",
     licence="none stated by its authors",
     conventions="source: t = 0 noise, t = 1 data, v = data - noise, the network sees 999 t; folded into the first layer of the "
     "embedding (time) and the last convolution (sign); the factor 999 is the network's time_scale",

@@ -319,7 +319,7 @@ def _probe_edm(config: UNetConfig, image_shape: tuple[int, ...]) -> dict[str, np
 
 MEANFLOW_UNET = Kind(
     name="meanflow_unet",
-    about="MeanFlow's CIFAR-10 U-Net (py-meanflow), or a flow model with the same U-Net: checkpoint or state dict",
+    network="unet",
     licence="py-meanflow: CC BY-NC-SA 4.0",
     conventions="ours: t = 1 noise, u = average of e - x; the network sees t and h = t - r. A flow of t alone is exported in "
     "that form too, with zeros for h",
@@ -333,7 +333,7 @@ MEANFLOW_UNET = Kind(
 )
 EDM = Kind(
     name="edm",
-    about="EDM's or ECT's unconditional DDPM++ or NCSN++ (network-snapshot-*.pkl, training-state-*.pt, or a state dict)",
+    network="unet",
     licence="EDM and ECT: CC BY-NC-SA 4.0",
     conventions="source: denoiser D(x, sigma); the network's precond 'edm' writes it as the velocity v = (z - D) / t at "
     "x = z / (1 - t), sigma = t / (1 - t). Of ECT it is the denoiser as trained: in evaluation ECT has sigma - 0.003 for "

@@ -298,7 +298,7 @@ def _torch_outputs(tensors: Mapping[str, Any], arrays: Mapping[str, np.ndarray])
 
 SD_VAE = Kind(
     name=NAME,
-    about="Stable Diffusion's autoencoder (diffusers AutoencoderKL, or inside an LDM .ckpt), or its decoder alone",
+    network="vae",
     licence="stabilityai/sd-vae-ft-ema and -ft-mse: MIT; inside a Stable Diffusion 1.x checkpoint: CreativeML Open RAIL-M",
     conventions=(
         "images in [-1, 1]; the decoder takes unscaled latents; scaled = scale * unscaled, where scale is 0.18215 unless given "

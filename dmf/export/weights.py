@@ -11,7 +11,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import safetensors.numpy
 
@@ -23,6 +22,10 @@ from dmf.convert.files import read
 from dmf.errors import DmfError
 
 FORMATS = (".safetensors", ".pt")
+INTERVAL = (
+    "{} are no part of the source's layout: they are fed h = t - r, with t = 1 noise, and the network then gives the average "
+    "velocity u(z, r, t) in the source's time and sign"
+)
 
 
 def export(path: str | Path, out: str | Path, *, kind: str = "", ema: float | None = None) -> dict[str, np.ndarray]:
@@ -34,20 +37,20 @@ def export(path: str | Path, out: str | Path, *, kind: str = "", ema: float | No
     """
     target = Path(out)
     _check_target(target)
-    _, stored = pretrained.open_folder(path)
+    folder, stored = pretrained.open_folder(path)
     config, shape = pretrained.described(stored)
     kind = kind or _origin(stored, config)
     if kind not in KINDS:
         raise DmfError(f"kind = {kind!r}: expected one of {', '.join(KINDS)}")
-    network, params = pretrained.load(path, ema)
-    tensors = _tensors(kind, config, shape, network, params)
+    tensors, interval = _tensors(kind, config, shape, pretrained.load_folder(folder, stored, ema))
     about = {
         "network": dataclasses.asdict(config),
         "image_shape": list(shape),
         "kind": kind,
         "conventions": KINDS[kind].conventions,
+        "interval": INTERVAL.format(", ".join(interval)) if interval else "",
         "licence": (stored.get("source") or {}).get("licence", "your own"),
-        "ema_halflife_images": ema if ema is not None else stored.get("config", {}).get("ema", {}).get("evaluate", 0.0),
+        "weights": _which(stored, ema),
     }
     _write(target, tensors, {native.METADATA: json.dumps(about), "format": "pt"})
     count = sum(x.size for x in tensors.values())
@@ -65,16 +68,26 @@ def _origin(stored: dict[str, Any], config: Any) -> str:
     return source["kind"] if same else native.NATIVE.name
 
 
-def _tensors(kind: str, config: Any, shape: tuple[int, ...], network: Any, params: Any) -> dict[str, np.ndarray]:
-    try:
-        rules = KINDS[kind].rules(config, shape, None)
-    except (AttributeError, KeyError) as error:
-        raise DmfError(f"kind = {kind}: has no layout for a network of kind {config.kind}; expected kind = dmf") from error
-    shapes = leaf_shapes(network)
-    if {leaf for rule in rules for leaf in rule.leaves} != set(shapes):
+def _which(stored: dict[str, Any], ema: float | None) -> str:
+    """Which of the checkpoint's weights are written, in words."""
+    if pretrained.is_converted(stored):
+        return f"converted from copy {stored['source']['source']['copy']!r}"
+    halflife = stored["config"]["ema"]["evaluate"] if ema is None else ema
+    return f"average with a half-life of {halflife:g} images" if halflife else "raw"
+
+
+def _tensors(
+    kind: str, config: Any, shape: tuple[int, ...], loaded: tuple[Any, Any]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """(tensors by name, those among them that the source's layout does not know)."""
+    if KINDS[kind].network not in (config.kind, ""):
+        raise DmfError(f"kind = {kind}: the layout of a {KINDS[kind].network}, this is a {config.kind}; expected kind = dmf")
+    network, params = loaded
+    rules = KINDS[kind].rules(config, shape, None)
+    if {leaf for rule in rules for leaf in rule.leaves} != set(leaf_shapes(network)):
         raise DmfError(f"kind = {kind}: has no layout for this {config.kind}; expected kind = dmf, or that of its source")
-    leaves = {name: np.asarray(x) for name, x in flat(jax.device_get(params)).items()}
-    return audit.write(rules, leaves)
+    tensors = audit.write(rules, {name: np.asarray(x) for name, x in flat(params).items()})
+    return tensors, [name for rule in rules if rule.missing and rule.leaves for name in rule.tensors if name in tensors]
 
 
 def _check_target(target: Path) -> None:
@@ -86,14 +99,14 @@ def _check_target(target: Path) -> None:
 
 def _write(target: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
     """Writes the file beside its place, reads it back, and moves it there."""
-    partial = target.with_name(f".{target.name}.partial")
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
         if target.suffix == ".pt":
             _write_torch(partial, tensors)
         else:
             safetensors.numpy.save_file(tensors, partial, metadata)
         found = read.flatten(read.open_file(partial).tree)
-        if list(found) != list(tensors) and set(found) != set(tensors):
+        if set(found) != set(tensors):
             raise DmfError(f"{target}: other tensors were read back than written; expected a working disk")
         for name, x in tensors.items():
             if not np.array_equal(found[name].read(), x):
