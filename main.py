@@ -161,6 +161,8 @@ def _given() -> dict[str, int | float | str]:
         name, equals, text = item.partition("=")
         if not (name and equals and text):
             raise DmfError(f"--set={','.join(SET.value)}: expected fields and values, such as heads=4")
+        if name in given:
+            raise DmfError(f"--set={','.join(SET.value)}: {name} is given twice, expected it once")
         for read in (int, float, str):
             try:
                 given[name] = read(text)

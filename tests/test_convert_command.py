@@ -1,5 +1,6 @@
 """Conversion end to end: file -> checkpoint -> training, samples, and back to a file; and everything that can be wrong."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -425,7 +426,7 @@ TINY_EDM = UNetConfig(
     channels=8,
     channel_mult=(1, 2),
     blocks=1,
-    attention_resolutions=(4,),
+    attention_resolutions=(),
     augment_dim=0,
     embedding_mult=1,
     resample="box",
@@ -451,6 +452,32 @@ def test_an_aligned_network_leaves_in_our_own_layout_and_its_source_is_told_as_i
     assert all(np.array_equal(a, b) for a, b in pairs)
     with pytest.raises(DmfError, match="network.time_input is 't': expected 'log_sigma', as in weights of kind edm"):
         export(tmp_path / "aligned", tmp_path / "wrong.safetensors", kind="edm")
+
+
+def test_a_config_takes_the_network_of_a_converted_directory(tmp_path):
+    """configs/cifar10_from.py:DIRECTORY: two steps of every kind of stage from an aligned EDM network."""
+    random_flow(EDM, dataclasses.replace(TINY_EDM, channel_mult=(1, 1)), (32, 32, 3), tmp_path / "edm.safetensors")
+    convert("edm", tmp_path / "edm.safetensors", tmp_path / "edm", check="none", align_steps=10)
+    flags = [
+        f"--config=configs/cifar10_from.py:{tmp_path / 'edm'}",
+        f"--workdir={tmp_path / 'run'}",
+        "--config.data.mock",
+        "--config.batch_size=4",
+        "--config.curriculum.length_unit=steps",
+        "--config.curriculum.stages=3",
+        "--config.curriculum.length=6",
+        "--config.run.sample_rows=1",
+        "--config.run.score_steps=(1,)",
+        "--noconfig.run.tensorboard",
+    ]
+    env = {**os.environ, "XLA_FLAGS": ""}
+    done = subprocess.run([sys.executable, "main.py", *flags], cwd=ROOT, capture_output=True, text=True, timeout=500, env=env)
+    assert done.returncode == 0, done.stderr
+    stored = checkpoint.metadata(checkpoint.find(tmp_path / "run"))
+    assert stored["config"]["network"]["precond"] == "edm" and stored["source"]["kind"] == "edm"
+    start = pretrained.load(tmp_path / "run" / "checkpoints" / "0", ema=0.0)[1]
+    for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(pretrained.load(tmp_path / "edm")[1]), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_an_alignment_that_cannot_be_is_refused_before_the_work(sit, tmp_path, capsys):
