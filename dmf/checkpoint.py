@@ -241,15 +241,18 @@ def read_params(folder: Path, ema: int | None, like: Any) -> Any:
     return _load(folder, {item: [_with_sharding(tree, like) for tree in stored]})[item][ema]
 
 
-def foreign(folder: Path) -> Any:
-    """Shapes and dtypes of somebody else's Orbax checkpoint, as nested dicts and lists; for `read_leaf`. Reads no values."""
+def foreign(folder: Path, name: str) -> Any:
+    """Shapes and dtypes of somebody else's Orbax checkpoint, as nested dicts and lists; for `read_leaf`. Reads no values.
+
+    name: that of the tree in the folder, "AUTO" where it holds no other.
+    """
     try:
-        return ocp.metadata(folder.absolute()).metadata
+        return ocp.metadata(folder.absolute(), name).metadata
     except Exception as error:  # as in `_load`
         raise DmfError(f"{folder} cannot be read: {_short(error)}; expected an Orbax checkpoint of one tree") from error
 
 
-def read_leaf(folder: Path, path: Sequence[str], shape: tuple[int, ...], dtype: Any) -> Any:
+def read_leaf(folder: Path, name: str, path: Sequence[str], shape: tuple[int, ...], dtype: Any) -> Any:
     """The values of one leaf of a foreign checkpoint, below the keys `path`, as a NumPy array; nothing else is read."""
     target: Any = np.zeros(shape, dtype)
     for key in reversed(path):
@@ -258,7 +261,7 @@ def read_leaf(folder: Path, path: Sequence[str], shape: tuple[int, ...], dtype: 
     context.pytree.loading.partial_load = True
     try:
         with context:
-            return jax.tree.leaves(ocp.load(folder.absolute(), target))[0]
+            return jax.tree.leaves(ocp.load(folder.absolute(), target, checkpointable_name=name))[0]
     except Exception as error:  # as in `_load`
         raise DmfError(
             f"{folder}: {'.'.join(path)} cannot be read: {_short(error)}; expected an undamaged Orbax checkpoint"

@@ -15,6 +15,7 @@ import pytest
 import safetensors.numpy
 
 import main
+from configs import cifar10_from
 from dmf import checkpoint, evaluate, pretrained, train
 from dmf.config import parse
 from dmf.convert import audit
@@ -455,28 +456,17 @@ def test_an_aligned_network_leaves_in_our_own_layout_and_its_source_is_told_as_i
 
 
 def test_a_config_takes_the_network_of_a_converted_directory(tmp_path):
-    """configs/cifar10_from.py:DIRECTORY: two steps of every kind of stage from an aligned EDM network."""
+    """configs/cifar10_from.py:DIRECTORY starts a run from an aligned EDM network, bit for bit."""
     random_flow(EDM, dataclasses.replace(TINY_EDM, channel_mult=(1, 1)), (32, 32, 3), tmp_path / "edm.safetensors")
     convert("edm", tmp_path / "edm.safetensors", tmp_path / "edm", check="none", align_steps=10)
-    flags = [
-        f"--config=configs/cifar10_from.py:{tmp_path / 'edm'}",
-        f"--workdir={tmp_path / 'run'}",
-        "--config.data.mock",
-        "--config.batch_size=4",
-        "--config.curriculum.length_unit=steps",
-        "--config.curriculum.stages=3",
-        "--config.curriculum.length=6",
-        "--config.run.sample_rows=1",
-        "--config.run.score_steps=(1,)",
-        "--noconfig.run.tensorboard",
-    ]
-    env = {**os.environ, "XLA_FLAGS": ""}
-    done = subprocess.run([sys.executable, "main.py", *flags], cwd=ROOT, capture_output=True, text=True, timeout=500, env=env)
-    assert done.returncode == 0, done.stderr
-    stored = checkpoint.metadata(checkpoint.find(tmp_path / "run"))
+    values = cifar10_from.get_config(str(tmp_path / "edm")).to_dict()
+    assert values["data"]["augment"] == 0 and values["curriculum"]["stages"] == 10
+    run = train.Run(parse(merged(values, data=dict(mock=True), batch_size=32)), tmp_path / "run")
+    start = run._start()
+    run.close()
+    stored = checkpoint.metadata(tmp_path / "run" / "checkpoints" / "0")
     assert stored["config"]["network"]["precond"] == "edm" and stored["source"]["kind"] == "edm"
-    start = pretrained.load(tmp_path / "run" / "checkpoints" / "0", ema=0.0)[1]
-    for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(pretrained.load(tmp_path / "edm")[1]), strict=True):
+    for a, b in zip(jax.tree.leaves(start.params), jax.tree.leaves(pretrained.load(tmp_path / "edm")[1]), strict=True):
         np.testing.assert_array_equal(a, b)
 
 

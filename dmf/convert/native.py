@@ -27,7 +27,7 @@ def described(weights: Weights) -> dict[str, Any]:
     try:
         found = json.loads(weights.metadata[METADATA])
         return {"network": json.dumps(found["network"]), "image_shape": json.dumps(found["image_shape"])}
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return {}
 
 

@@ -21,7 +21,7 @@ LENGTHS = {
     **{0xDC: ("list", ">H"), 0xDD: ("list", ">I"), 0xDE: ("map", ">H"), 0xDF: ("map", ">I")},
 }
 FIXED_EXTENSIONS = {0xD4: 1, 0xD5: 2, 0xD6: 4, 0xD7: 8, 0xD8: 16}
-ARRAY, SCALAR = 1, 3  # Flax's extension types; 2, a complex number, no network has
+ARRAY, SCALAR = 1, 3  # Flax's extension types; of NumPy, and 2, a complex number, no network has
 CHUNKED = "__msgpack_chunked_array__"  # marks the map that stands for an array of over 1 GiB
 
 
@@ -90,7 +90,7 @@ def _extension(cursor: Cursor, size: int, depth: int) -> Any:
     tensor = packed(data, DTYPES[name], list(shape.values()))
     if cursor.left != end:
         raise data.error("is shorter or longer than announced; expected a whole array")
-    return tensor if kind == ARRAY else tensor.read().reshape(-1)[0].item()
+    return tensor if kind == ARRAY else Inert("scalar", {})
 
 
 def _joined(span: Span, found: dict[str | int, Any]) -> Tensor:

@@ -6,7 +6,6 @@ Every name is a label that is compared with the lists below; none is looked up, 
 from __future__ import annotations
 
 import functools
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dmf.convert.files.span import DTYPES, PLAIN, Cursor, Span, packed, short, strided
+from dmf.convert.files.span import DTYPES, MAX_LINE, PLAIN, Cursor, Span, packed, short, strided
 from dmf.convert.files.tree import MAX_DEPTH, Inert, Tensor
 from dmf.errors import DmfError
 
@@ -30,29 +29,32 @@ STORAGES = {
     "torch.CharStorage": "int8",
     "torch.ByteStorage": "uint8",
     "torch.BoolStorage": "bool",
-    "torch.ComplexFloatStorage": "complex64",
-    "torch.ComplexDoubleStorage": "complex128",
     "torch.storage.UntypedStorage": "uint8",
 }
 TORCH_DTYPES = {f"torch.{name}": dtype for name, dtype in DTYPES.items()}
 NUMPY_DTYPES = {np.dtype(name).str[1:]: np.dtype(name) for name in PLAIN}  # "f4" and the like
 INERT = {
     "argparse.Namespace",
-    "collections.Counter",
-    "collections.defaultdict",
     "dnnlib.util.EasyDict",
     "ml_collections.config_dict.config_dict.ConfigDict",
     "ml_collections.config_dict.config_dict.FieldReference",
     "ml_collections.config_dict.config_dict.FrozenConfigDict",
     "pathlib.PosixPath",
+    "pathlib._local.PosixPath",
     "pathlib.PurePosixPath",
     "pathlib.WindowsPath",
+    "pytorch_lightning.utilities.parsing.AttributeDict",
     "torch.device",
-    *(f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "long", "str", "tuple")),
+    "torch.nn.parallel.data_parallel.DataParallel",
+    *(f"{pl}.callbacks.model_checkpoint.ModelCheckpoint" for pl in ("pytorch_lightning", "lightning.pytorch")),
+    *(f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "long", "range", "str", "tuple")),
+    *(f"numpy.{name}" for name in PLAIN if name != "bool"),
+    *(f"numpy.{core}.numeric._frombuffer" for core in ("core", "_core")),
 }
 MODULE = re.compile(r"torch\.nn\.modules\.[a-z_]+\.[A-Z]\w*")
 CLASSES = {"numpy.ndarray", "torch.Tensor", "torch.nn.parameter.Parameter"}  # only ever arguments of the calls below
 LOAD_FROM_BYTES = "torch.storage._load_from_bytes"
+MAX_TENSOR_ARGS = 8
 _OPEN = object()  # stands for a node whose inside is being looked at
 
 
@@ -101,16 +103,16 @@ def wrong(cursor: Cursor, what: str, *found: Any) -> DmfError:
 
 def key_of(cursor: Cursor, value: Any) -> Any:
     """A dictionary key or member of a set; only those whose hash costs little."""
-    plain = value if isinstance(value, tuple) else (value,)
-    if not all(isinstance(x, str | float | None) or isinstance(x, int) and abs(x) < 2**63 for x in plain):
-        raise cursor.span.error(f"a key of type {type(value).__name__} in its pickle; expected text or a number")
-    cursor.charge(len(plain) // 8)
-    return value
+    if isinstance(value, str | float | None) or isinstance(value, int) and abs(value) < 2**63:
+        return value
+    if isinstance(value, Global):
+        return value.label
+    raise cursor.span.error(f"a key of type {type(value).__name__} in its pickle; expected text or a number")
 
 
 def allowed(cursor: Cursor, module: str, name: str) -> Global:
     """The label of a global, or the refusal of one that weight files do not need."""
-    label = f"{PYTHON2.get(module, module)}.{name}"
+    label = f"{PYTHON2.get(module, module)}.{name}" if len(module) + len(name) <= MAX_LINE else "a long name"
     if "." in name or not (label in KNOWN or MODULE.fullmatch(label)):
         raise cursor.span.error(
             f"its pickle asks for {short(label)}; refused, nothing of it was run; expected only tensors, numbers, text "
@@ -120,21 +122,13 @@ def allowed(cursor: Cursor, module: str, name: str) -> Global:
 
 
 def _rebuild_tensor(cursor: Cursor, args: tuple[Any, ...]) -> Any:
-    match args:
-        case (Storage() as storage, int() as offset, tuple() as size, tuple() as stride):
-            return View(storage, storage.dtype, offset, size, stride)
-        case (Storage() as storage, int() as offset, tuple() as size, tuple() as stride, bool(), _, *extra) if not any(extra):
-            return View(storage, storage.dtype, offset, size, stride)
-    raise wrong(cursor, "a tensor", *args)
-
-
-def _rebuild_tensor_v3(cursor: Cursor, args: tuple[Any, ...]) -> Any:
-    match args:
-        case (Storage() as storage, int() as offset, tuple() as size, tuple() as stride, bool(), _, Global(label), *extra) if (
-            label in TORCH_DTYPES and not any(extra)
-        ):
-            return View(storage, TORCH_DTYPES[label], offset, size, stride)
-    raise wrong(cursor, "a tensor", *args)
+    match args if len(args) <= MAX_TENSOR_ARGS else ():
+        case (Storage() as storage, int() as offset, tuple() as size, tuple() as stride, *rest):
+            extra = rest[2:]  # after requires_grad and hooks: a type, where it is not that of the storage, and marks
+            named = [TORCH_DTYPES[x.label] for x in extra[:1] if isinstance(x, Global) and x.label in TORCH_DTYPES]
+            if not any(extra[len(named) :]):
+                return View(storage, [*named, storage.dtype][0], offset, size, stride)
+    raise wrong(cursor, "a tensor", *args[:MAX_TENSOR_ARGS])
 
 
 def _rebuild_parameter(cursor: Cursor, args: tuple[Any, ...]) -> Any:
@@ -175,10 +169,34 @@ def _size(cursor: Cursor, args: tuple[Any, ...]) -> Any:
     raise wrong(cursor, "a torch.Size", *args)
 
 
-def _ordered_dict(cursor: Cursor, args: tuple[Any, ...]) -> Any:
-    if args:
-        raise wrong(cursor, "an OrderedDict", *args)
-    return {}
+def _bound_method(cursor: Cursor, args: tuple[Any, ...]) -> Any:
+    """getattr(object, name), as a loss that keeps one of its own methods has it; the object, which holds it, is dropped."""
+    match args:
+        case (Made("persistent"), str() as name):
+            return Made("method", (name,))
+    raise wrong(cursor, "a call of getattr", *args)
+
+
+def _byte_string(cursor: Cursor, args: tuple[Any, ...]) -> Any:
+    match args:
+        case ():
+            return b""
+        case (bytes() | Span() as data,):
+            return data
+    raise wrong(cursor, "a byte string", *args)
+
+
+def _dict(cursor: Cursor, args: tuple[Any, ...]) -> Any:
+    """An OrderedDict, of Python 2 with its pairs; a defaultdict with the type of its values; a Counter with a dict."""
+    match args:
+        case () | (Global(),):
+            return {}
+        case (dict() as found,):
+            return found
+        case (list() as pairs,) if all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+            cursor.charge(len(pairs))
+            return {key_of(cursor, key): value for key, value in pairs}
+    raise wrong(cursor, "a dictionary", *args)
 
 
 def _set(cursor: Cursor, args: tuple[Any, ...]) -> Any:
@@ -191,9 +209,9 @@ def _set(cursor: Cursor, args: tuple[Any, ...]) -> Any:
 
 def _numpy_dtype(cursor: Cursor, args: tuple[Any, ...]) -> Any:
     match args:
-        case (str() as code, *_) if code in NUMPY_DTYPES:
+        case (str() as code, *_):
             return Made("numpy.dtype", (code,))
-    raise cursor.span.error(f"a NumPy array of type {short(args[0] if args else None)} in its pickle; expected plain numbers")
+    raise wrong(cursor, "a NumPy type", *args)
 
 
 def _numpy_empty(cursor: Cursor, args: tuple[Any, ...]) -> Any:
@@ -203,32 +221,26 @@ def _numpy_empty(cursor: Cursor, args: tuple[Any, ...]) -> Any:
     raise wrong(cursor, "a NumPy array", *args)
 
 
-def _numpy_buffer(cursor: Cursor, args: tuple[Any, ...]) -> Any:
-    match args:
-        case (data, Made() as dtype, tuple() as shape, "C" | "F" as order):
-            return Made("numpy.ndarray", (), (1, shape, dtype, order == "F", data))
-    raise wrong(cursor, "a NumPy array", *args)
-
-
 def _numpy_scalar(cursor: Cursor, args: tuple[Any, ...]) -> Any:
     match args:
-        case (Made("numpy.dtype") as made, bytes() as data) if len(data) == (dtype := _dtype(cursor.span, made)).itemsize:
+        case (Made("numpy.dtype") as made, bytes() as data) if (dtype := _dtype(made)) and len(data) == dtype.itemsize:
             return np.frombuffer(data, dtype)[0].item()
     raise wrong(cursor, "a NumPy number", *args)
 
 
-def _dtype(span: Span, made: Made) -> np.dtype:
+def _dtype(made: Made) -> np.dtype | None:
+    """The type of plain little-endian numbers."""
     match made.state:
         case None | (_, "<" | "|", *_):
-            return NUMPY_DTYPES[made.args[0]]
-    raise span.error("a NumPy array with its bytes in another order; expected little-endian numbers")
+            return NUMPY_DTYPES.get(made.args[0])
+    return None
 
 
 Call = Callable[[Cursor, tuple[Any, ...]], Any]
 TENSORS: dict[str, Call] = {
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
-    "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
+    "torch._utils._rebuild_tensor_v3": _rebuild_tensor,
     "torch._utils._rebuild_parameter": _rebuild_parameter,
     "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
 }
@@ -237,14 +249,15 @@ CALLS: dict[str, Call] = {
     "torch._tensor._rebuild_from_type_v2": _rebuild_typed,
     "torch.Size": _size,
     "torch_utils.persistence._reconstruct_persistent_obj": _persistence,
-    "collections.OrderedDict": _ordered_dict,
+    **{f"collections.{name}": _dict for name in ("OrderedDict", "defaultdict", "Counter")},
+    **{f"builtins.{name}": _byte_string for name in ("bytes", "bytearray")},
+    "builtins.getattr": _bound_method,
     "builtins.set": _set,
     "builtins.frozenset": _set,
     "_codecs.encode": _encode,
     "numpy.dtype": _numpy_dtype,
     **{f"numpy.{core}.multiarray._reconstruct": _numpy_empty for core in ("core", "_core")},
     **{f"numpy.{core}.multiarray.scalar": _numpy_scalar for core in ("core", "_core")},
-    **{f"numpy.{core}.numeric._frombuffer": _numpy_buffer for core in ("core", "_core")},
 }
 KNOWN = {*CALLS, *INERT, *STORAGES, *TORCH_DTYPES, *CLASSES, LOAD_FROM_BYTES}
 
@@ -281,10 +294,8 @@ def _node(value: Any, span: Span, below: Callable[[Any], Any]) -> Any:
             return _array(value.state, span)
         case Made("persistent", (str() as name,), state):
             return Inert(name, below(state))
-        case Made(state=dict() | None as state) if state or value.items or not value.args:
-            return Inert(value.label, {key: below(x) for key, x in {**value.items, **(state or {})}.items()})
-        case Made():
-            return Inert(value.label, below(value.args if value.state is None else value.state))
+        case Made():  # one of the three is made a tree once, however many objects share it
+            return Inert(value.label, below(value.items or value.state or value.args or value.items))
         case Global():
             return Inert(value.label, {})
         case Span() | Storage():
@@ -292,11 +303,9 @@ def _node(value: Any, span: Span, below: Callable[[Any], Any]) -> Any:
     raise span.error(f"a {type(value).__name__} without its bytes in its pickle; expected the bytes of every tensor")
 
 
-def _array(state: Any, span: Span) -> Tensor:
+def _array(state: Any, span: Span) -> Tensor | Inert:
+    """Row-major little-endian numbers; other arrays, which no network has, are not read."""
     match state:
-        case (_, tuple() as shape, Made("numpy.dtype") as made, fortran, Span() | bytes() as data):
-            inner = data if isinstance(data, Span) else span.memory(data, "a NumPy array in its pickle")
-            found = packed(inner, _dtype(span, made), shape)
-            columns = [math.prod(found.shape[:i]) for i in range(len(shape))]
-            return strided(inner, found.dtype, shape, columns) if fortran else found
-    raise span.error("a NumPy array without its bytes in its pickle; expected the form that NumPy writes")
+        case (_, tuple() as shape, Made("numpy.dtype") as made, False, Span() | bytes() as data) if dtype := _dtype(made):
+            return packed(data if isinstance(data, Span) else span.memory(data, "a NumPy array in its pickle"), dtype, shape)
+    return Inert("numpy.ndarray", {})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,31 +20,27 @@ import numpy as np
 
 from dmf import checkpoint
 from dmf.convert.files import flaxfile, torchfile
-from dmf.convert.files.span import DTYPES, File, Span, packed, short
+from dmf.convert.files.span import DTYPES, File, Span, packed, refusal, short
 from dmf.convert.files.tree import Inert, Tensor, flatten, module_tensors, strip_prefix
 
 __all__ = ["Inert", "Tensor", "Weights", "flatten", "module_tensors", "open_file", "sha256", "strip_prefix"]
 
-ORBAX = "_METADATA"  # in a directory of Orbax's with one tree
+ORBAX = "_METADATA"  # in the folder of one tree of Orbax's
+STEP = "_CHECKPOINT_METADATA"  # in the folder that Orbax reads, which holds one tree or several
 MAX_HEADER = 2**24  # bytes of JSON
 SAFETENSORS = {
     **{"BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32"},
     **{"U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"},
-    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "C64": "complex64"},
+    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"},
 }
 LOOKS = (
     (rb"version https://git-lfs", "a git-lfs pointer, not the file itself (run `git lfs pull`)"),
-    (rb"(?i)\s*(<!doctype html|<html|<head)", "an HTML page, such as a login, a notice of a download limit or an error"),
-    (rb"\s*<", "an XML page, such as an error of the server it came from"),
+    (rb"\s*<", "an HTML or XML page, such as a login, a notice of a download limit or an error"),
     (rb"\s*[{\[]", "a JSON text, such as the index of a model in several files"),
     (rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf|Rar!", "a compressed archive (unpack it first)"),
     (rb"(?s).{257}ustar", "a tar archive (unpack it first)"),
-    (rb"\x89HDF\r\n", "an HDF5 file, such as Keras weights"),
-    (rb"\x93NUMPY", "a NumPy array"),
-    (rb"\x89PNG|\xff\xd8\xff|GIF8|%PDF", "a picture or a document"),
     (rb"model_checkpoint_path:", "the text beside a TensorFlow checkpoint"),
 )
-LEVELDB = bytes.fromhex("57fb808b247547db")  # ends the .index file of a TensorFlow checkpoint
 EXPECTED = "safetensors, a PyTorch .pt, .pth, .bin or .ckpt, a pickled network, or a Flax msgpack checkpoint"
 
 
@@ -68,8 +65,11 @@ def open_file(path: str | Path) -> Weights:
 
     An Orbax directory, as newer Flax trainers write it, is read like a file.
     """
-    if (Path(path) / ORBAX).is_file():
-        return Weights(Path(path), "orbax", _read_orbax(Path(path)))
+    for folder in (Path(path).absolute(), Path(path).absolute() / "default"):  # the latter within a CheckpointManager's step
+        if os.path.isfile(folder / ORBAX):
+            apart = not os.path.isfile(folder / STEP) and os.path.isfile(folder.parent / STEP)
+            where = (folder.parent, folder.name) if apart else (folder, "AUTO")
+            return Weights(Path(path), "orbax", _read_orbax(where, checkpoint.foreign(*where)))
     file = File.at(path)
     whole, place = file.whole(), Path(path)
     with file.opened() as stream:
@@ -85,32 +85,30 @@ def open_file(path: str | Path) -> Weights:
         return Weights(place, *torchfile.read_pickle(whole))
     if 0x81 <= head[0] <= 0x8F or head[0] in (0xDE, 0xDF):
         return Weights(place, "flax msgpack", flaxfile.read_msgpack(whole))
-    tail = whole.part(max(0, file.size - 8), min(8, file.size), "its end")
-    with tail.cursor() as cursor:
-        tensorflow = cursor.take(tail.size) == LEVELDB or re.search(r"\.(data-\d+-of-\d+|meta)$", place.name)
-    what = "looks like part of a TensorFlow checkpoint" if tensorflow else f"begins with {head[:8].hex(' ')}"
-    raise whole.error(f"{what}; expected {EXPECTED}")
+    raise whole.error(f"begins with {head[:8].hex(' ')}; expected {EXPECTED}")
 
 
 def sha256(path: str | Path) -> str:
     """The file's SHA-256 in hexadecimal digits; of a directory, that of the names and digests of its files."""
-    if Path(path).is_dir():
-        names = sorted(p.relative_to(path).as_posix() for p in Path(path).rglob("*") if p.is_file())
-        lines = [f"{sha256(Path(path) / name)}  {name}\n" for name in names]
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
-    with File.at(path).opened() as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    try:
+        if Path(path).is_dir():
+            names = sorted(p.relative_to(path).as_posix() for p in Path(path).rglob("*") if p.is_file())
+            lines = [f"{sha256(Path(path) / name)}  {name}\n" for name in names]
+            return hashlib.sha256("".join(lines).encode()).hexdigest()
+        with open(path, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise refusal(path, f"cannot be read ({short(error)}); expected a readable file") from error
 
 
-def _read_orbax(folder: Path, node: Any = None, keys: tuple[str, ...] = ()) -> Any:
-    """The tree of an Orbax directory; lists, which only optimisers have, are left out."""
-    node = checkpoint.foreign(folder) if node is None else node
+def _read_orbax(where: tuple[Path, str], node: Any, keys: tuple[str, ...] = ()) -> Any:
+    """The tree of an Orbax directory; of a list, which only optimisers have, its being there."""
     if isinstance(node, Mapping):
-        return {name: _read_orbax(folder, below, (*keys, name)) for name, below in node.items() if below is not None}
+        return {name: _read_orbax(where, below, (*keys, name)) for name, below in node.items() if below is not None}
     if not hasattr(node, "shape") or not hasattr(node, "dtype"):
-        return str(node) if not isinstance(node, int | float | str) else node
+        return node if isinstance(node, int | float | str) else Inert(type(node).__name__, {})
     shape, dtype = tuple(node.shape), np.dtype(node.dtype)
-    return Tensor(shape, dtype, functools.partial(checkpoint.read_leaf, folder, keys, shape, dtype))
+    return Tensor(shape, dtype, functools.partial(checkpoint.read_leaf, *where, keys, shape, dtype))
 
 
 def _read_safetensors(whole: Span) -> tuple[dict[str, Tensor], dict[str, str]]:

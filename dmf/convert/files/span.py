@@ -21,14 +21,15 @@ import numpy as np
 from dmf.convert.files.tree import Tensor
 from dmf.errors import DmfError
 
-MAX_PIECES = 4_000_000  # bounds time and memory (about 1 GB): a real index takes 10 to 100 thousand
+MAX_PIECES = 1_000_000  # bounds time and memory (under 1 GB): a real index takes 10 to 100 thousand
 PIECE = 64  # bytes of text that count as one piece
 MAX_LINE = 500
 MAX_DIMS = 32
+MAX_REPEATED = 2**26  # bytes of a tensor that repeats values, and so takes more memory than the file holds
 MAX_COUNT = 2**58  # values of a tensor: their bytes can be counted in 63 bits
 INTEGERS = ("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
-PLAIN = (*INTEGERS, "float16", "float32", "float64", "complex64", "complex128")
-NARROW = ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+PLAIN = (*INTEGERS, "float16", "float32", "float64")
+NARROW = ("bfloat16", "float8_e4m3fn", "float8_e5m2")
 DTYPES = {name: np.dtype(name) for name in PLAIN} | {name: np.dtype(getattr(ml_dtypes, name)) for name in NARROW}
 
 
@@ -142,9 +143,21 @@ class Span:
                 got += more
         if got < len(raw):
             raise self.error(f"ended after {got} of {len(raw)} bytes; expected all of them (is the file cut off?)")
-        if self.crc is not None and len(raw) == self.size and zlib.crc32(view) != self.crc:
-            raise self.error(f"damaged: its bytes do not match their checksum; expected CRC-32 {self.crc:08x}")
+        if len(raw) == self.size:
+            self._check(zlib.crc32(view))
         return raw != 0 if dtype == np.bool_ else raw.view(dtype)
+
+    def verify(self) -> None:
+        """DmfError where its bytes do not match their checksum; reads them all, a piece at a time."""
+        crc, left = 0, self.size
+        with self.opened() as stream:
+            while left and (data := stream.read(min(left, 2**20))):
+                crc, left = zlib.crc32(data, crc), left - len(data)
+        self._check(crc)
+
+    def _check(self, crc: int) -> None:
+        if self.crc not in (None, crc):
+            raise self.error(f"damaged: its bytes do not match their checksum; expected CRC-32 {self.crc:08x}")
 
 
 @contextlib.contextmanager
@@ -227,7 +240,9 @@ def strided(span: Span, dtype: np.dtype, shape: Sequence[Any], strides: Sequence
     steps = tuple(step if n > 1 else 0 for n, step in zip(sizes, steps, strict=True))
     reach = 1 + sum((n - 1) * step for n, step in zip(sizes, steps, strict=True))
     count, held = math.prod(sizes), span.size // dtype.itemsize
-    if count and (offset + reach > held or count > held):
+    if count > held and count * dtype.itemsize > MAX_REPEATED:
+        raise span.error(f"repeats values to fill shape {short(shape)}; expected at most {MAX_REPEATED} bytes of a tensor")
+    if count and offset + reach > held:
         raise span.error(
             f"holds {held} values; expected those of shape {short(shape)} with strides {short(strides or steps)} from "
             f"value {short(offset)} (is the file cut off?)"

@@ -38,8 +38,6 @@ def read_zip(whole: Span) -> Any:
     """The tree of a zip archive of torch.save: `<name>/data.pkl` beside `<name>/data/<key>`, one for each storage."""
     members = _members(whole)
     roots = [name.removesuffix("data.pkl") for name in members if re.fullmatch(r"[^/]+/data\.pkl", name)]
-    if not members or any(name.endswith(".npy") for name in members):
-        raise whole.error("looks like a NumPy .npz or an empty archive; expected weights, as PyTorch or safetensors store them")
     if len(roots) != 1:
         raise whole.error(f"is a zip archive with {short(list(members)[0])}; expected one of torch.save, with one data.pkl")
     root = roots[0]
@@ -49,6 +47,7 @@ def read_zip(whole: Span) -> Any:
     with members[f"{root}data.pkl"].cursor() as cursor:
         if order is not None and order.array(np.dtype(np.uint8), 0, min(order.size, 9)).tobytes() != b"little":
             raise whole.error("stores its numbers in another byte order; expected little-endian ones")
+        cursor.span.verify()
         nested = functools.partial(_nested, budget=cursor.budget)
         raw = Machine(cursor, functools.partial(_zip_storage, cursor, members, f"{root}data/"), nested).run()
         return tree_of(raw, cursor.span)
@@ -64,6 +63,9 @@ def _members(whole: Span) -> dict[str, Span]:
             raise whole.error(
                 f"its zip table of contents cannot be read ({short(error)}); expected a whole archive (is the file cut off?)"
             ) from error
+        if not any(info.filename.endswith("/data.pkl") for info in table):
+            what = short(table[0].filename) if table else "nothing"
+            raise whole.error(f"is a zip archive with {what}, not of torch.save; expected weights (unpack it first)")
         for info in table:
             if info.filename in found:
                 raise whole.error(f"holds two members named {short(info.filename)}; expected each name once")
@@ -76,7 +78,7 @@ def _members(whole: Span) -> dict[str, Span]:
 
 def _data_start(whole: Span, stream: io.BufferedReader, info: zipfile.ZipInfo) -> int:
     name = info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437", "replace")
-    stream.seek(max(info.header_offset, 0))
+    stream.seek(min(max(info.header_offset, 0), whole.size))
     header = stream.read(LOCAL_HEADER.size + len(name))
     if len(header) == LOCAL_HEADER.size + len(name) and header.endswith(name):
         signature, name_size, extra_size = LOCAL_HEADER.unpack_from(header)

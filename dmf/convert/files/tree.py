@@ -42,18 +42,17 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Tensor]:
     visits = 0
     while todo:
         name, node = todo.pop()
-        visits += 1
-        if isinstance(node, Tensor):
-            _add(found, name, node)
-        elif isinstance(node, Mapping | list | tuple):
-            items = node.items() if isinstance(node, Mapping) else enumerate(node)
-            todo.extend(reversed([(f"{name}.{key}" if name else str(key), value) for key, value in items]))
-            visits += len(node)
+        inner = node if isinstance(node, Mapping | list | tuple) else ()
+        visits += 1 + len(inner)
         if visits > MAX_VISITS or len(name) > MAX_NAME:
             raise DmfError(
                 f"the tree under {name[:40]!r} has over {MAX_VISITS} entries or a name of over {MAX_NAME} letters: "
                 "expected the weights of a network"
             )
+        if isinstance(node, Tensor):
+            _add(found, name, node)
+        items = inner.items() if isinstance(inner, Mapping) else enumerate(inner)
+        todo.extend(reversed([(f"{name}.{key}" if name else str(key), value) for key, value in items]))
     return found
 
 
@@ -80,11 +79,11 @@ def _walk(node: Any, prefix: str, depth: int) -> Iterator[tuple[str, Any]]:
     state = node.state if isinstance(node, Inert) else None
     fields = state if isinstance(state, dict) else {}
     parts = [fields.get(key) for key in ("_parameters", "_buffers", "_modules")]
-    if depth > MAX_DEPTH or not all(isinstance(part, dict) for part in parts):
+    if max(depth - MAX_DEPTH, len(prefix) - MAX_NAME) > 0 or not all(isinstance(part, dict) for part in parts):
         what = node.class_name if isinstance(node, Inert) else type(node).__name__
         raise DmfError(f"module {(prefix or 'itself')[:80]!r} is a {what[:80]!r}: expected a pickled torch.nn.Module")
     parameters, buffers, modules = (dict(part or {}) for part in parts)
-    hidden = fields.get("_non_persistent_buffers_set") or ()
+    hidden = x if isinstance(x := fields.get("_non_persistent_buffers_set"), frozenset) else ()
     yield from ((f"{prefix}{name}", value) for name, value in parameters.items())
     yield from ((f"{prefix}{name}", value) for name, value in buffers.items() if name not in hidden)
     for name, child in modules.items():

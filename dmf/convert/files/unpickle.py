@@ -131,12 +131,6 @@ def _add_items(m: Machine) -> None:
     m.top().update(key_of(m.cursor, value) for value in values)
 
 
-def _dict(m: Machine) -> None:
-    values = m.since_mark()
-    m.push({})
-    _set_items(m, values)
-
-
 def _stack_global(m: Machine) -> None:
     name, module = m.pop(), m.pop()
     if not isinstance(name, str) or not isinstance(module, str):
@@ -223,9 +217,7 @@ ACTIONS: dict[str, Callable[[Machine], None]] = {
     "TUPLE2": lambda m: _tuple(m, 2),
     "TUPLE3": lambda m: _tuple(m, 3),
     "TUPLE": lambda m: m.push(tuple(m.since_mark())),
-    "LIST": lambda m: m.push(m.since_mark()),
     "FROZENSET": lambda m: m.push(frozenset(key_of(m.cursor, value) for value in m.since_mark())),
-    "DICT": _dict,
     "APPEND": lambda m: _append(m, [m.pop()]),
     "APPENDS": lambda m: _append(m, m.since_mark()),
     "SETITEM": lambda m: _set_items(m, [m.pop(), m.pop()][::-1]),
