@@ -116,6 +116,8 @@ def test_a_trained_interval_branch_survives_the_round_trip(sit, tmp_path, copied
     again = pretrained.load(tmp_path / "again")[1]
     for (name, a), b in zip(audit.flat(again).items(), jax.tree.leaves(params), strict=True):
         np.testing.assert_allclose(a, b, atol=0 if copied == "dmf" or "t_embedder/mlp_0" not in name else 2e-7, rtol=0)
+    licence = json.loads((tmp_path / "again" / REPORT).read_text())["licence"]
+    assert licence == SIT.licence  # the weights' authors are the same, whatever the layout
     assert len(tensors) == (42 + 4 if copied == "sit" else len(audit.flat(params)))
 
 

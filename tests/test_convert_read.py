@@ -4,6 +4,7 @@ import argparse
 import collections
 import hashlib
 import json
+import pathlib
 import pickle
 import struct
 import sys
@@ -11,6 +12,7 @@ import types
 
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as checkpoint_v0
 import pytest
 from flax import serialization
 
@@ -62,6 +64,16 @@ def edm_network(torch):
     class EasyDict(dict):
         pass
 
+    class Loss:
+        def __init__(self):
+            self.t_to_r = self.sigmoid  # a bound method: getattr(self, "sigmoid") in a pickle
+
+        def sigmoid(self):
+            raise AssertionError("a reader must not call this")
+
+        def __reduce__(self):
+            return reconstruct, ({"class_name": "Loss", "state": self.__dict__},)
+
     class Net(torch.nn.Module):
         def __reduce__(self):
             source = "raise SystemExit('the source in the file was run')"
@@ -80,7 +92,7 @@ def edm_network(torch):
     outer.register_buffer("freqs", torch.tensor(NETWORK["freqs"]))
     outer.register_buffer("scratch", torch.ones(2), persistent=False)
     outer.sigma_min, outer.shape = np.float64(0.25), np.arange(3)
-    return {"ema": outer, "loss_fn": None, "dataset_kwargs": EasyDict(path="x.zip", size=EasyDict(side=32))}
+    return {"ema": outer, "loss_fn": Loss(), "dataset_kwargs": EasyDict(path="x.zip", size=EasyDict(side=32))}
 
 
 def write_golden(folder):
@@ -138,7 +150,7 @@ def test_torch_files_give_back_what_was_put_in(folder, kind):
         same(found["model"][name], wanted)
     assert list(found["ema"]["shadow_params"]) == [0, 1] and found["ema"]["decay"] == 0.999
     same(found["ema"]["shadow_params"][1], F32[1])
-    same(found["numpy"], F32)
+    assert found["numpy"] == read.Inert("numpy.ndarray", {})  # not row-major
     args = {"lr": 1e-4, "betas": {0: 0.9, 1: 0.95}, "name": "run", "device": read.Inert("torch.device", {0: "cpu"})}
     assert found["args"] == read.Inert("argparse.Namespace", args)
     assert (found["mean"], found["step"], found["last"], found["size"]) == (2.5, 2**40, None, {0: 2, 1: 3})
@@ -155,6 +167,7 @@ def test_an_edm_pickle_gives_its_tensors_and_not_its_source(folder):
         same(tensors[name], wanted)
     same(net.state["shape"], np.arange(3))
     assert net.state["sigma_min"] == 0.25 and net.state["_buffers"]["scratch"].shape == (2,)
+    assert weights.tree["loss_fn"] == read.Inert("Loss", {"t_to_r": read.Inert("method", {0: "sigmoid"})})
     size = read.Inert("dnnlib.util.EasyDict", {"side": 32})
     assert weights.tree["dataset_kwargs"] == read.Inert("dnnlib.util.EasyDict", {"path": "x.zip", "size": size})
 
@@ -180,13 +193,54 @@ def test_tensors_of_other_makes(tmp_path):
     numbers = torch.tensor([0.5, 2.0])
     noted = torch.nn.Parameter(numbers), numbers.clone()
     noted[0].note = noted[1].note = "an attribute"
-    numbers = {"f8": numbers.to(torch.float8_e4m3fn), "u16": numbers.to(torch.uint16), "noted": noted}
+    callback = type("ModelCheckpoint", (), {})
+    module("pytorch_lightning")
+    module("pytorch_lightning.callbacks")
+    module("pytorch_lightning.callbacks.model_checkpoint", ModelCheckpoint=callback)
+    state = {"callbacks": {callback: {"best_model_score": numbers}}, "wide": numbers[:1].expand(3, 64)}
+    numbers = {"f8": numbers.to(torch.float8_e4m3fn), "u16": numbers.to(torch.uint16), "noted": noted, **state}
     torch.save(numbers, tmp_path / "x.pt")
     found = read.open_file(tmp_path / "x.pt").tree
     for tensor in found["noted"].values():
         same(tensor, np.array([0.5, 2.0], np.float32))
     same(found["f8"], np.array([0.5, 2.0]).astype(ml_dtypes.float8_e4m3fn))
     same(found["u16"], np.array([0, 2], np.uint16))
+    same(found["wide"], np.full((3, 64), 0.5, np.float32))
+    same(found["callbacks"][f"{callback.__module__}.ModelCheckpoint"]["best_model_score"], np.array([0.5, 2.0], np.float32))
+
+
+@needs_torch
+def test_data_parallel_is_a_module(tmp_path):
+    import torch
+
+    torch.save(torch.nn.DataParallel(torch.nn.Linear(3, 2)), tmp_path / "x.pt")
+    assert list(read.module_tensors(read.open_file(tmp_path / "x.pt").tree)) == ["module.weight", "module.bias"]
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_what_else_stands_beside_weights(tmp_path, protocol):
+    odd = {"big": F32.astype(">f4"), "columns": np.asfortranarray(F32), "texts": np.array(["a"]), "objects": np.array([None])}
+    plain = {
+        "none": b"",
+        "array": bytearray(),
+        "count": collections.Counter(a=2),
+        "lists": collections.defaultdict(list, a=F32),
+    }
+    kept = {"range": range(3), "type": np.float32, "path": pathlib.PurePosixPath("a")}
+    saved = {**odd, **plain, **kept, "empty": np.zeros((0, 3)), "bytearray": bytearray(b"xy")}
+    (tmp_path / "x").write_bytes(pickle.dumps(saved, protocol))
+    found = read.open_file(tmp_path / "x").tree
+    assert all(isinstance(found[name], read.Inert) for name in [*odd, *kept]) and found["count"] == {"a": 2}
+    assert found["none"] == b"" and (protocol == 5 or found["array"] == b"")
+    if protocol < 5:
+        same(found["empty"], np.zeros((0, 3)))
+        same(found["lists"]["a"], F32)
+
+
+def test_an_ordered_dict_of_python_2(tmp_path):
+    call = b"ccollections\nOrderedDict\n" + pickle.dumps([["w", 5], ["v", 6]], 2)[2:-1] + b"\x85R."
+    (tmp_path / "x").write_bytes(b"\x80\x02" + call)
+    assert read.open_file(tmp_path / "x").tree == {"w": 5, "v": 6}
 
 
 def safetensors_bytes(header, data=b""):
@@ -241,11 +295,21 @@ def test_flax_checkpoints_with_whole_and_with_chunked_arrays(tmp_path, monkeypat
     monkeypatch.setattr(serialization, "MAX_CHUNK_SIZE", limit)
     (tmp_path / "checkpoint_5").write_bytes(serialization.msgpack_serialize(FLAX))
     weights = read.open_file(tmp_path / "checkpoint_5")
-    assert weights.format == "flax msgpack" and weights.tree["rate"] == 0.25 and weights.tree["step"] == 5
+    assert weights.format == "flax msgpack" and weights.tree["step"] == 5
+    assert weights.tree["rate"] == read.Inert("scalar", {})
     assert list(weights.tree["flags"].values()) == FLAX["flags"]
     assert set(read.flatten(weights.tree)) == {f"ema_params.net.{name}" for name in ("kernel", "half", "one")}
     for name, wanted in FLAX["ema_params"]["net"].items():
         same(weights.tree["ema_params"]["net"][name], wanted)
+
+
+def test_orbax_directories_of_a_manager_and_lists_in_them(tmp_path):
+    with checkpoint_v0.CheckpointManager(tmp_path) as manager:
+        manager.save(3, args=checkpoint_v0.args.StandardSave({"params": {"w": F32}, "layers": [F32[0]]}))
+    for path in (tmp_path / "3", tmp_path / "3" / "default"):
+        weights = read.open_file(path)
+        assert weights.format == "orbax" and weights.path == path and weights.tree["layers"] == read.Inert("list", {})
+        same(weights.tree["params"]["w"], F32)
 
 
 def leaf(value=0.0):
@@ -272,10 +336,17 @@ def test_prefixes_go_only_where_every_name_has_them():
 def test_what_is_no_module_is_named():
     empty = {"_parameters": {}, "_buffers": {}, "_modules": {"a": None}}
     assert read.module_tensors(read.Inert("M", empty)) == {}
+    number = {**empty, "_buffers": {"a": leaf()}, "_non_persistent_buffers_set": 5}
+    assert list(read.module_tensors(read.Inert("M", number))) == ["a"]
     with pytest.raises(DmfError, match="module 'b.' is a 'Adam': expected a pickled torch.nn.Module"):
         read.module_tensors(read.Inert("M", {**empty, "_modules": {"b": read.Inert("Adam", {})}}))
 
 
 def test_sha256(tmp_path):
     (tmp_path / "x").write_bytes(SAFE)
-    assert read.sha256(tmp_path / "x") == hashlib.sha256(SAFE).hexdigest()
+    assert read.sha256(tmp_path / "x") == (digest := hashlib.sha256(SAFE).hexdigest())
+    (tmp_path / "empty").touch()
+    lines = f"{hashlib.sha256(b'').hexdigest()}  empty\n{digest}  x\n"
+    assert read.sha256(tmp_path) == hashlib.sha256(lines.encode()).hexdigest()
+    with pytest.raises(DmfError, match="none: cannot be read .*; expected a readable file"):
+        read.sha256(tmp_path / "none")

@@ -11,6 +11,7 @@ import pytest
 from flax import serialization
 from test_convert_read import F32, FLAX, SAFE, entry, safetensors_bytes, same
 
+from dmf.convert import native
 from dmf.convert.files import read, span, torchfile, tree
 from dmf.errors import DmfError
 
@@ -106,9 +107,21 @@ def test_no_call_in_a_pickle_is_made(tmp_path, wrap):
 NAMESPACE = name_of("argparse", "Namespace") + b")\x81"
 DTYPE = name_of("numpy", "dtype") + text("f4") + b"\x85R"
 ARRAY = name_of("numpy._core.multiarray", "_reconstruct") + name_of("numpy", "ndarray") + b"K\x00\x85C\x01b\x87R"
+PERSISTENT = (
+    name_of("torch_utils.persistence", "_reconstruct_persistent_obj")
+    + b"}("
+    + text("class_name")
+    + text("Loss")
+    + text("state")
+    + b"}u\x85R"
+)
 PICKLES = {
     "eval": (pickled(name_of("builtins", "eval"), text("1"), b"\x85R"), "asks for builtins.eval"),
-    "getattr": (pickled(name_of("builtins", "getattr")), "asks for builtins.getattr"),
+    "getattr": (pickled(name_of("builtins", "getattr"), NAMESPACE, text("x"), b"\x86R"), "a call of getattr with (Made, str)"),
+    "getattr of a name": (
+        pickled(name_of("builtins", "getattr"), PERSISTENT, b"K\x01\x86R"),
+        "a call of getattr with (Made, 1)",
+    ),
     "partial": (pickled(name_of("functools", "partial")), "asks for functools.partial"),
     "python 2 name": (pickled(b"c__builtin__\napply\n"), "asks for builtins.apply"),
     "nested attribute": (pickled(name_of("torch", "nn.modules.linear.Linear")), "asks for torch.nn.modules.linear.Linear"),
@@ -132,6 +145,21 @@ PICKLES = {
     "fields for a list": (pickled(b"]}b"), "a BUILD with (list)"),
     "items for text": (pickled(text("a"), text("k"), b"Ns"), "a SETITEM with (str)"),
     "member of a tuple": (pickled(b")Na"), "an APPEND with (tuple)"),
+    "a huge name": (
+        pickled(b"\x8d" + struct.pack("<Q", 600) + b"torch.nn.modules.a" + b"a" * 582, text("A"), b"\x93"),
+        "asks for a long name",
+    ),
+    "a tensor of nine parts": (
+        pickled(name_of("torch._utils", "_rebuild_tensor_v2"), b"(", b"K\x01" * 9, b"tR"),
+        "a tensor with (1, 1, 1, 1, 1, 1, 1, 1)",
+    ),
+    "bytes of a number": (pickled(name_of("builtins", "bytes"), b"K\x05\x85R"), "a byte string with (5)"),
+    "a dictionary of three": (
+        pickled(name_of("collections", "OrderedDict"), b"](](K\x01K\x01K\x01ee\x85R"),
+        "a dictionary with",
+    ),
+    "a tuple as key": (pickled(b"})Ns"), "a key of type tuple"),
+    "a list of the text protocol": (pickled(b"(l"), "opcode LIST"),
     "a list as key": (pickled(b"}]Ns"), "a key of type list"),
     "a huge key": (pickled(b"}\x8a\x09" + b"\x01" * 9 + b"Ns"), "a key of type int"),
     "a huge integer": (pickled(b"\x8b\xff\xff\xff\x7f"), "an integer of 2147483647 bytes"),
@@ -151,10 +179,7 @@ PICKLES = {
         pickled(name_of("torch_utils.persistence", "_reconstruct_persistent_obj"), b"}" + text("class_name") + b"Ns\x85R"),
         "a persistent object with (dict)",
     ),
-    "objects in an array": (pickled(name_of("numpy", "dtype"), text("O8"), b"\x85R"), "a NumPy array of type O8"),
     "giant array": (pickled(ARRAY, b"(K\x01\x8a\x06\0\0\0\0\0\x01\x85" + DTYPE + b"\x89C\x04abcdtb"), "holds 1 values"),
-    "array with numbers in it": (pickled(ARRAY, b"(K\x01)" + DTYPE + b"\x89K\x05tb"), "a NumPy array without its bytes"),
-    "big-endian array": (pickled(ARRAY, b"(K\x01)", DTYPE, b"(K\x03" + text(">") + b"tb\x89C\x04abcdtb"), "another order"),
     "wide NumPy number": (pickled(name_of("numpy._core.multiarray", "scalar"), DTYPE, b"C\x08abcdefgh\x86R"), "a NumPy number"),
     "storage in a storage": (nested(stream(nested(stream(pickled(b"N"))))), "a storage as bytes with (Span)"),
     "bytes that are no storage": (nested(pickled(b"N")), "not what torch.save makes of a storage"),
@@ -174,6 +199,10 @@ def damaged(data, old, new):
 
 VALUES = F32.tobytes()[:24]
 GOOD = zipped(tensor_program(), data_0=VALUES)
+STRIDES = pickle.dumps((3, 1), 2)[2:-1]
+OFFSET = GOOD.index(b"PK\1\2") + 42  # of the first member in the table of contents
+FAR = GOOD[: OFFSET - 12] + struct.pack("<H", 12) + GOOD[OFFSET - 10 : OFFSET] + b"\xff" * 4 + GOOD[OFFSET + 4 : OFFSET + 14]
+FAR += struct.pack("<HHQ", 1, 8, 2**63) + GOOD[OFFSET + 14 : -10] + struct.pack("<I", len(GOOD) - OFFSET + 32) + GOOD[-6:]
 TABLE = b"PK\1\2\x14\x03\x14\0\0\0\0\0"  # begins an entry of the table of contents: versions, flags, method
 ZIPS = {
     "compressed": (zipped(tensor_program(), zipfile.ZIP_DEFLATED, data_0=VALUES), "data.pkl is compressed"),
@@ -190,13 +219,16 @@ ZIPS = {
     "flipped bit": (damaged(GOOD, VALUES, VALUES[:9] + b"\x7f" + VALUES[10:]), "x/data/0: damaged"),
     "big-endian": (zipped(tensor_program(), data_0=VALUES, byteorder=b"big"), "another byte order"),
     "TorchScript": (zipped(tensor_program(), **{"constants.pkl": b""}), "TorchScript"),
-    "npz": (zipped(b"").replace(b"data.pkl", b"data.npy"), ".npz"),
+    "npz": (zipped(b"").replace(b"data.pkl", b"data.npy"), "a zip archive with x/data.npy, not of torch.save"),
     "some other zip": (zipped(b"").replace(b"data.pkl", b"word.xml"), "a zip archive with x/word.xml"),
-    "empty zip": (b"PK\x05\x06" + bytes(18), "empty archive"),
+    "checkpoint in a zip": (zipped(bytes(9), zipfile.ZIP_DEFLATED).replace(b"data.pkl", b"net.ckpt"), "(unpack it first)"),
+    "flipped bit of the pickle": (damaged(GOOD, STRIDES, b"K\1" + STRIDES[2:]), "x/data.pkl: damaged"),
+    "member beyond 2^63": (FAR, "data.pkl is not where the table says"),
+    "empty zip": (b"PK\x05\x06" + bytes(18), "a zip archive with nothing"),
     "table beyond the file": (GOOD[:-10] + struct.pack("<I", 2**31) + GOOD[-6:], "table of contents cannot be read"),
     "beyond the storage": (zipped(tensor_program(offset=1), data_0=VALUES), "holds 6 values; expected those of shape (2, 3)"),
     "strides beyond it": (zipped(tensor_program(stride=(4, 1)), data_0=VALUES), "with strides (4, 1)"),
-    "strides that repeat": (zipped(tensor_program(size=(2**20, 2**20), stride=(0, 0)), data_0=VALUES), "holds 6 values"),
+    "strides that repeat": (zipped(tensor_program(size=(2**20, 2**20), stride=(0, 0)), data_0=VALUES), "repeats values"),
     "negative stride": (zipped(tensor_program(stride=(-3, 1), offset=3), data_0=VALUES), "strides (-3, 1)"),
     "negative size": (zipped(tensor_program(size=(-2, 3)), data_0=VALUES), "shape (-2, 3)"),
     "negative offset": (zipped(tensor_program(offset=-1), data_0=VALUES), "from value -1"),
@@ -231,7 +263,7 @@ def test_truth_values_are_true_or_false_whatever_the_byte(tmp_path):
 
 OLD, COUNTED = tensor_program(view=b"N"), struct.pack("<q", 6) + VALUES
 TWICE = pickled(
-    b"(", *(tensor_program(view=b"N", size=(1,), stride=(1,), cls=c)[2:-1] for c in ("FloatStorage", "IntStorage")), b"l"
+    b"](", *(tensor_program(view=b"N", size=(1,), stride=(1,), cls=c)[2:-1] for c in ("FloatStorage", "IntStorage")), b"e"
 )
 STREAMS = {
     "other count": (stream(OLD, "0", struct.pack("<q", 5) + VALUES), "storage 0 holds 5 values; expected 6"),
@@ -329,14 +361,13 @@ def test_flax_checkpoints_that_are_refused(tmp_path, data, words):
 
 
 LOOKS = {
-    "html": (b"<!DOCTYPE html><html><title>Google Drive - Quota exceeded</title>", "an HTML page, such as a login"),
-    "xml": (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "an XML page"),
+    "html": (b"<!DOCTYPE html><html><title>Google Drive - Quota exceeded</title>", "an HTML or XML page, such as a login"),
+    "xml": (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "an HTML or XML page"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "a git-lfs pointer"),
     "json": (b'{"weight_map": {}}', "a JSON text, such as the index"),
-    "hdf5": (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
     "gzip": (b"\x1f\x8b\x08", "a compressed archive (unpack it first)"),
     "tar": (bytes(257) + b"ustar", "a tar archive"),
-    "tensorflow": (b"\0\0" * 30 + read.LEVELDB, "part of a TensorFlow checkpoint"),
+    "tensorflow": (b"model_checkpoint_path: ", "the text beside a TensorFlow checkpoint"),
     "anything": (b"hello world", "begins with 68 65 6c 6c 6f 20 77 6f; expected safetensors"),
     "one byte": (b"h", "begins with 68;"),
     "half a pickle": (b"\x80", "1 bytes announced"),
@@ -376,10 +407,40 @@ def test_a_file_that_changes_is_not_read_on(tmp_path):
         tensor.read()
 
 
+class Unread(dict):
+    """Entries that must not be looked at."""
+
+    def items(self):
+        raise AssertionError("names were made before they were counted")
+
+
+def test_names_are_counted_before_they_are_made(monkeypatch):
+    with pytest.raises(DmfError, match="a name of over 1000 letters"):
+        read.flatten({"n" * 1001: Unread(a=1)})
+    empty = {"_parameters": {}, "_buffers": {}, "_modules": {}}
+    with pytest.raises(DmfError, match="expected a pickled torch.nn.Module"):
+        read.module_tensors(read.Inert("M", {**empty, "_modules": {"n" * 1001: read.Inert("M", empty)}}))
+    monkeypatch.setattr(tree, "MAX_VISITS", 10)
+    with pytest.raises(DmfError, match="over 10 entries"):
+        read.flatten(Unread.fromkeys(range(20)))
+
+
+def test_fields_that_objects_share_are_made_a_tree_once(tmp_path):
+    state = b"}" + text("a") + b"Ns\x94"
+    (tmp_path / "x").write_bytes(pickled(b"](", NAMESPACE, state, b"b", NAMESPACE, b"h\x00be"))
+    found = read.open_file(tmp_path / "x").tree
+    assert found[0] == read.Inert("argparse.Namespace", {"a": None}) and found[0].state is found[1].state
+
+
+def test_deep_metadata_of_ours_is_none():
+    weights = read.Weights("x", "safetensors", {}, {"dmf": "[" * 100_000})
+    assert native.described(weights) == {}
+
+
 def test_shared_lists_do_not_grow_without_end(tmp_path, monkeypatch):
     """Thirty lists, each twice the one before: a billion names from a few hundred bytes."""
     monkeypatch.setattr(tree, "MAX_VISITS", 10_000)
-    (tmp_path / "x").write_bytes(pickled(b"(]\x94", *(b"]\x94(h%ch%ce" % (i, i) for i in range(30)), b"l"))
+    (tmp_path / "x").write_bytes(pickled(b"](]\x94", *(b"]\x94(h%ch%ce" % (i, i) for i in range(30)), b"e"))
     weights = read.open_file(tmp_path / "x")
     with pytest.raises(DmfError, match="has over"):
         read.flatten(weights.tree)
@@ -394,17 +455,17 @@ def test_shared_lists_do_not_grow_without_end(tmp_path, monkeypatch):
 STORAGE_ID = b"(" + text("storage") + name_of("torch", "FloatStorage") + text("0") + text("cpu") + b"K\x01NtQ"
 STORAGE = stream(pickled(STORAGE_ID), "0", struct.pack("<q", 1) + bytes(4))
 REPEATED = {
-    "many objects": b"(" + b"]" * 2000 + b"l",
+    "many objects": b"](" + b"]" * 2000 + b"e",
     "one long text": b"\x8d" + struct.pack("<Q", 100_000) + b"a" * 100_000,
-    "a text encoded often": b"(\x8d\xa0\x0f\0\0\0\0\0\0" + b"a" * 4000 + b"\x94" + text("latin1") + b"\x94"
-    b"\x8c\x07_codecs\x8c\x06encode\x93\x94" + b"h\x02h\x00h\x01\x86R" * 100 + b"l",
-    "a list made a set often": b"(("
+    "a text encoded often": b"](\x8d\xa0\x0f\0\0\0\0\0\0" + b"a" * 4000 + b"\x94" + text("latin1") + b"\x94"
+    b"\x8c\x07_codecs\x8c\x06encode\x93\x94" + b"h\x02h\x00h\x01\x86R" * 100 + b"e",
+    "a list made a set often": b"](]("
     + b"K\x01" * 200
-    + b"l\x94\x8c\x08builtins\x8c\x03set\x93\x94"
+    + b"e\x94\x8c\x08builtins\x8c\x03set\x93\x94"
     + b"h\x01h\x00\x85R" * 20
-    + b"l",
-    "a storage read often": b"(B" + struct.pack("<I", len(STORAGE)) + STORAGE + b"\x94"
-    b"\x8c\x0dtorch.storage\x8c\x10_load_from_bytes\x93\x94" + b"h\x01h\x00\x85R" * 30 + b"l",
+    + b"e",
+    "a storage read often": b"](B" + struct.pack("<I", len(STORAGE)) + STORAGE + b"\x94"
+    b"\x8c\x0dtorch.storage\x8c\x10_load_from_bytes\x93\x94" + b"h\x01h\x00\x85R" * 30 + b"e",
 }
 
 

@@ -94,7 +94,7 @@ def _converted(
     report: dict[str, Any] = {
         "kind": kind.name,
         "source": {"file": weights.path.name, "format": weights.format, "copy": copy},
-        "licence": kind.licence,
+        "licence": native.licence(weights) if kind is native.NATIVE else kind.licence,
         "conventions": kind.conventions,
         "network": dataclasses.asdict(config),  # as in the source: an alignment comes after it
         "image_shape": list(shape),

@@ -24,11 +24,24 @@ CONVENTIONS = "t = 1 noise, t = 0 data, z = (1 - t) x + t e, v = e - x; u(z, r, 
 
 def described(weights: Weights) -> dict[str, Any]:
     """{"network", "image_shape"} as JSON text where the file is one of our exports, else nothing."""
+    found = _about(weights)
+    if not {"network", "image_shape"} <= set(found):
+        return {}
+    return {"network": json.dumps(found["network"]), "image_shape": json.dumps(found["image_shape"])}
+
+
+def licence(weights: Weights) -> str:
+    """The licence note that an export carries on."""
+    found = _about(weights).get("licence", "")
+    return found if isinstance(found, str) and found else NATIVE.licence
+
+
+def _about(weights: Weights) -> dict[str, Any]:
     try:
         found = json.loads(weights.metadata[METADATA])
-        return {"network": json.dumps(found["network"]), "image_shape": json.dumps(found["image_shape"])}
     except (KeyError, TypeError, ValueError, RecursionError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _select(tree: Any, which: str) -> tuple[dict[str, Tensor], str]:
@@ -44,7 +57,7 @@ def _describe(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[
         values, shape = json.loads(given["network"]), json.loads(given["image_shape"])
     except ValueError as error:
         raise DmfError(f"its metadata is no JSON ({error}): expected a file that dmf has exported") from error
-    if not isinstance(values, dict) or not isinstance(shape, list) or not all(isinstance(n, int) for n in shape):
+    if not isinstance(values, dict) or not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
         raise DmfError("its metadata names no network and image shape: expected a file that dmf has exported")
     return pretrained.network_config(values), tuple(shape)
 

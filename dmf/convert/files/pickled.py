@@ -47,7 +47,7 @@ INERT = {
     "torch.device",
     "torch.nn.parallel.data_parallel.DataParallel",
     *(f"{pl}.callbacks.model_checkpoint.ModelCheckpoint" for pl in ("pytorch_lightning", "lightning.pytorch")),
-    *(f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "long", "range", "str", "tuple")),
+    *(f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "long", "range", "str", "tuple", "xrange")),
     *(f"numpy.{name}" for name in PLAIN if name != "bool"),
     *(f"numpy.{core}.numeric._frombuffer" for core in ("core", "_core")),
 }

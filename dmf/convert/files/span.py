@@ -240,13 +240,13 @@ def strided(span: Span, dtype: np.dtype, shape: Sequence[Any], strides: Sequence
     steps = tuple(step if n > 1 else 0 for n, step in zip(sizes, steps, strict=True))
     reach = 1 + sum((n - 1) * step for n, step in zip(sizes, steps, strict=True))
     count, held = math.prod(sizes), span.size // dtype.itemsize
-    if count > held and count * dtype.itemsize > MAX_REPEATED:
-        raise span.error(f"repeats values to fill shape {short(shape)}; expected at most {MAX_REPEATED} bytes of a tensor")
     if count and offset + reach > held:
         raise span.error(
             f"holds {held} values; expected those of shape {short(shape)} with strides {short(strides or steps)} from "
             f"value {short(offset)} (is the file cut off?)"
         )
+    if count > held and count * dtype.itemsize > MAX_REPEATED:
+        raise span.error(f"repeats values to fill shape {short(shape)}; expected at most {MAX_REPEATED} bytes of such a tensor")
     return Tensor(sizes, dtype, functools.partial(_read, span, dtype, sizes, steps, int(offset), reach))
 
 

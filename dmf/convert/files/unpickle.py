@@ -205,6 +205,7 @@ VALUES: dict[str, Callable[[Cursor], Any]] = {
 }
 ACTIONS: dict[str, Callable[[Machine], None]] = {
     **{name: functools.partial(_value, make) for name, make in VALUES.items()},
+    "POP": lambda m: m.pop(),  # of an object that was made a second time while it was being made
     "PROTO": _protocol,
     "FRAME": lambda m: m.cursor.number("<Q"),
     "MARK": _mark,
