@@ -102,8 +102,8 @@ def _converted(
         "checks": _forward_check(kind, config, shape, network, params, tensors, check),
         "tensors": rows,
     }
-    if given:
-        print(f"given     {', '.join(f'{k} = {v}' for k, v in given.items())}: the file does not tell, no check would notice")
+    if given and isinstance(check, str):
+        print(f"given     {', '.join(f'{k} = {v}' for k, v in given.items())}: only stored outputs (--check) would tell it wrong")
     if align_steps:
         config, params, found = align.align(config, params, align_steps, 0, _progress("align"))
         _say_alignment(found)
