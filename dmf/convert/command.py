@@ -103,7 +103,7 @@ def _converted(
         "tensors": rows,
     }
     if given and isinstance(check, str):
-        print(f"given     {', '.join(f'{k} = {v}' for k, v in given.items())}: only stored outputs (--check) would tell it wrong")
+        print(f"given     {', '.join(f'{k} = {v}' for k, v in given.items())}: only stored outputs would tell it wrong")
     if align_steps:
         config, params, found = align.align(config, params, align_steps, 0, _progress("align"))
         _say_alignment(found)
