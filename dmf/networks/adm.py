@@ -224,29 +224,15 @@ class ADM(nn.Module):
 
 def make_adm(config: ADMConfig, image_shape: tuple[int, ...], dtype: jnp.dtype | None) -> ADM:
     """Check `config` against images (R, R, C) and return the module; raises DmfError naming the field."""
-    if len(image_shape) != 3 or image_shape[0] != image_shape[1]:
-        raise DmfError(f"image_shape is {image_shape}; the ADM U-Net expects square images (R, R, C).")
-    if not config.channel_mult:
-        raise DmfError("config.network.channel_mult is empty; expected one factor per resolution.")
-    for field in ("channels", "blocks", "head_channels"):
-        layers.check_positive(f"config.network.{field}", getattr(config, field))
+    layers.check_levels("ADM U-Net", config, image_shape)
+    layers.check_positive("config.network.head_channels", config.head_channels)
     for mult in config.channel_mult:
-        layers.check_positive("config.network.channel_mult", mult)
         if config.channels % 2 or config.channels * mult % GROUPS:
             raise DmfError(
                 f"config.network.channels is {config.channels}; expected an even number that makes every resolution's "
                 f"width a multiple of {GROUPS}, the groups of a norm: times {mult} it does not."
             )
-    factor = 2 ** (len(config.channel_mult) - 1)
-    if image_shape[0] % factor:
-        raise DmfError(
-            f"config.network.channel_mult has {len(config.channel_mult)} resolutions, so the image size must be "
-            f"divisible by {factor}; got {image_shape[0]}."
-        )
-    layers.check_attention(config.attention_resolutions, image_shape[0], len(config.channel_mult))
     _check_heads(config, image_shape[0])
-    if not 0.0 <= config.dropout < 1.0:
-        raise DmfError(f"config.network.dropout is {config.dropout}; expected 0 <= dropout < 1.")
     layers.check_choice("config.network.interval_init", config.interval_init, layers.INTERVAL_INITS)
     return ADM(config, dtype)
 

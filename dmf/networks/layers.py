@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -30,15 +31,31 @@ def check_positive(field: str, value: int) -> None:
         raise DmfError(f"{field} is {value!r}; expected an integer of at least 1.")
 
 
-def check_attention(resolutions: Sequence[int], size: int, levels: int) -> None:
-    """Raise DmfError unless every one of `resolutions` is that of a level: size, size / 2, ..."""
+def check_levels(name: str, config: Any, image_shape: tuple[int, ...]) -> None:
+    """Raise DmfError unless a U-Net's resolutions, size, size / 2, ..., fit images (R, R, C); `name` is the network's."""
+    if len(image_shape) != 3 or image_shape[0] != image_shape[1]:
+        raise DmfError(f"image_shape is {image_shape}; the {name} expects square images (R, R, C).")
+    if not config.channel_mult:
+        raise DmfError("config.network.channel_mult is empty; expected one factor per resolution.")
+    for field in ("channels", "blocks"):
+        check_positive(f"config.network.{field}", getattr(config, field))
+    for mult in config.channel_mult:
+        check_positive("config.network.channel_mult", mult)
+    size, levels = image_shape[0], len(config.channel_mult)
+    if size % 2 ** (levels - 1):
+        raise DmfError(
+            f"config.network.channel_mult has {levels} resolutions, so the image size must be divisible by {2 ** (levels - 1)}; "
+            f"got {size}."
+        )
     known = [size >> level for level in range(levels)]
-    for found in resolutions:
+    for found in config.attention_resolutions:
         if found not in known:
             raise DmfError(
                 f"config.network.attention_resolutions has {found}; expected some of {', '.join(map(str, known))}, the "
                 f"resolutions of a network of {levels} levels on images of {size} pixels."
             )
+    if not 0.0 <= config.dropout < 1.0:
+        raise DmfError(f"config.network.dropout is {config.dropout}; expected 0 <= dropout < 1.")
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:

@@ -269,23 +269,8 @@ class UNet(nn.Module):
 
 def make_unet(config: UNetConfig, image_shape: tuple[int, ...], dtype: jnp.dtype | None) -> UNet:
     """Check `config` against images (R, R, C) and return the module; raises DmfError naming the field."""
-    if len(image_shape) != 3 or image_shape[0] != image_shape[1]:
-        raise DmfError(f"image_shape is {image_shape}; the U-Net expects square images (R, R, C).")
-    if not config.channel_mult:
-        raise DmfError("config.network.channel_mult is empty; expected one factor per resolution.")
-    for field in ("channels", "blocks", "embedding_mult"):
-        layers.check_positive(f"config.network.{field}", getattr(config, field))
-    for mult in config.channel_mult:
-        layers.check_positive("config.network.channel_mult", mult)
-    factor = 2 ** (len(config.channel_mult) - 1)
-    if image_shape[0] % factor:
-        raise DmfError(
-            f"config.network.channel_mult has {len(config.channel_mult)} resolutions, so the image size must be "
-            f"divisible by {factor}; got {image_shape[0]}."
-        )
-    layers.check_attention(config.attention_resolutions, image_shape[0], len(config.channel_mult))
-    if not 0.0 <= config.dropout < 1.0:
-        raise DmfError(f"config.network.dropout is {config.dropout}; expected 0 <= dropout < 1.")
+    layers.check_levels("U-Net", config, image_shape)
+    layers.check_positive("config.network.embedding_mult", config.embedding_mult)
     if config.augment_dim < 0:
         raise DmfError(f"config.network.augment_dim is {config.augment_dim}; expected 0 (no label) or more.")
     layers.check_choice("config.network.interval_init", config.interval_init, layers.INTERVAL_INITS)
