@@ -44,8 +44,8 @@ def check_levels(name: str, config: Any, image_shape: tuple[int, ...]) -> None:
     size, levels = image_shape[0], len(config.channel_mult)
     if size % 2 ** (levels - 1):
         raise DmfError(
-            f"config.network.channel_mult has {levels} resolutions, so the image size must be divisible by {2 ** (levels - 1)}; "
-            f"got {size}."
+            f"config.network.channel_mult has {levels} resolutions, so the image size must be divisible by "
+            f"{2 ** (levels - 1)}; got {size}."
         )
     known = [size >> level for level in range(levels)]
     for found in config.attention_resolutions:
