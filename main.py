@@ -1,8 +1,11 @@
-"""Train, sample, score or time a one-step generator; bring weights in from PyTorch, and take them back.
+"""Train, sample, score or time a one-step generator; encode its data; bring weights in from PyTorch, and take them back.
 
     python main.py --config=configs/digits.py --workdir=runs/digits              train, or go on training
     python main.py --mode=sample --workdir=runs/digits --steps=1 --out=grid.png  a grid of samples
     python main.py --mode=score --workdir=runs/digits --steps=1,2,4,32           scores of a trained model
+    python main.py --mode=reference --protocol=cifar10 --source=tfds:cifar10 --features=inception --out=cifar10.npz
+    python main.py --mode=score --workdir=runs/cifar10 --protocol=cifar10 --features=inception --reference=cifar10.npz
+    python main.py --mode=encode --source=tfds:imagenet2012 --vae=sd_vae --out=latents       images to latents on disk
     python main.py --mode=benchmark --config=configs/digits.py                   step times side by side
     python main.py --mode=convert --kind=sit --source=SiT-XL-2-256x256.pt --out=sit_xl2   a checkpoint from a PyTorch file
     python main.py --config=configs/imagenet256.py --config.init=sit_xl2         the curriculum from it
@@ -36,10 +39,13 @@ KINDS = {
     "torchcfm": "TorchCFM CIFAR-10 U-Net",
     "sd_vae": "Stable Diffusion autoencoder",
     "fid_inception": "InceptionV3 for FID",
+    "dinov2": "DINOv2 ViT-S/B/L for FD-DINOv2",
     "dmf": "a file that --mode=export has written in our own layout",
 }
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with an optional variant: configs/digits.py:linear.")
-MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "score", "benchmark", "convert", "export"], "What to do.")
+MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "sample", "score", "reference", "encode", "benchmark", "convert", "export"], "What to do."
+)
 WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
@@ -52,12 +58,34 @@ SAMPLER = flags.DEFINE_enum("sampler", "", ["", "few_step", "euler", "heun"], "S
 OUT = flags.DEFINE_string(
     "out",
     "",
-    "What to write: PNG for sample, JSON for score and benchmark, a directory for convert, .safetensors or .pt for export.",
+    "What to write: PNG for sample, JSON for score and benchmark, .npz for reference, a directory for encode and convert, "
+    ".safetensors or .pt for export.",
 )
-EMA = flags.DEFINE_float(
-    "ema", None, "Half-life in images of the average to take, 0 = raw weights; default: the run's (sample, score, export)."
+EMA = flags.DEFINE_list(
+    "ema",
+    [],
+    "Half-life in images of the average to take, 0 = raw weights; default: the run's; several, comma-separated, for score by a "
+    "protocol (sample, score, export).",
 )
-VAE = flags.DEFINE_string("vae", "", "Directory of a converted autoencoder, to make images of latents (sample).")
+VAE = flags.DEFINE_string(
+    "vae", "", "Directory of a converted autoencoder: latents to images, or back (sample, score, encode)."
+)
+PROTOCOL = flags.DEFINE_string(
+    "protocol",
+    "",
+    "Rules of a score: cifar10, adm-imagenet256, meanflow-imagenet256, edm, edm2-dinov2, or a .json of your own; without it, "
+    "digits are scored by their own (score, reference).",
+)
+FEATURES = flags.DEFINE_string("features", "", "Directory of the protocol's converted feature network (score, reference).")
+REFERENCE = flags.DEFINE_string("reference", "", "Reference statistics: ours, ADM, EDM, EDM2, MeanFlow, clean-fid (score).")
+SEED = flags.DEFINE_integer("seed", None, "Of noise and drawn labels; default: the run's (score).", lower_bound=0)
+SELFCHECK = flags.DEFINE_bool("selfcheck", False, "Only hold the features against known answers, and stop (score).")
+SPLIT = flags.DEFINE_string("split", "train", "Split of a tfds: source, such as validation (score, reference, encode).")
+DATA_DIR = flags.DEFINE_string("data_dir", "", "Where TFDS has prepared a tfds: source (score, reference, encode).")
+SIZE = flags.DEFINE_integer(
+    "size", None, "Centre crop to this size by ADM's rule; default: 256 for encode, none for reference.", lower_bound=1
+)
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "float16"], "Of stored latents (encode).")
 KIND = flags.DEFINE_enum(
     "kind",
     None,
@@ -65,7 +93,12 @@ KIND = flags.DEFINE_enum(
     "Kind of weights (convert), or layout to write (export; default: where they came from). "
     + "; ".join(f"{name}: {about}" for name, about in KINDS.items()),
 )
-SOURCE = flags.DEFINE_string("source", None, "File to convert: .pt, .pth, .bin, .ckpt, .pkl, .safetensors, Flax msgpack.")
+SOURCE = flags.DEFINE_string(
+    "source",
+    None,
+    "File to convert: .pt, .pth, .bin, .ckpt, .pkl, .safetensors, Flax msgpack; or images to encode, to score in the place of "
+    "a checkpoint's, or to make a reference of: a folder, an .npz with arr_0, or tfds:NAME.",
+)
 COPY = flags.DEFINE_string(
     "copy", "", "Which copy of the weights, where a file holds several, such as ema; default: the kind's."
 )
@@ -104,13 +137,48 @@ def train() -> None:
 def sample() -> None:
     from dmf.evaluate import write_samples
 
-    write_samples(_need(WORKDIR, "workdir"), _steps(), COUNT.value or 64, SAMPLER.value, _out(".png"), EMA.value, VAE.value)
+    write_samples(_need(WORKDIR, "workdir"), _steps(), COUNT.value or 64, SAMPLER.value, _out(".png"), _ema(), VAE.value)
 
 
 def score() -> None:
-    from dmf.evaluate import write_scores
+    if not PROTOCOL.value:
+        for name in ("features", "reference", "source", "seed", "vae", "selfcheck"):
+            if flags.FLAGS[name].present:
+                raise DmfError(f"--{name} without --protocol: expected the name of a protocol; see --help")
+        from dmf.evaluate import write_scores
 
-    write_scores(_need(WORKDIR, "workdir"), _steps(), COUNT.value, SAMPLER.value, _out(".json"), EMA.value)
+        write_scores(_need(WORKDIR, "workdir"), _steps(), COUNT.value, SAMPLER.value, _out(".json"), _ema())
+        return
+    from dmf import scoring
+
+    setting = _setting()
+    if SELFCHECK.value:
+        scoring.self_check(setting)
+    elif SOURCE.value:
+        if WORKDIR.value:
+            raise DmfError(f"--workdir={WORKDIR.value} and --source={SOURCE.value}: expected one of them, to be scored")
+        scoring.score_images(SOURCE.value, setting, _out(".json") or "scores.json", DATA_DIR.value, SPLIT.value)
+    else:
+        path, out = _need(WORKDIR, "workdir"), _out(".json")
+        scoring.score_checkpoint(path, setting, _steps(), _emas(), SAMPLER.value, SEED.value, VAE.value, out)
+
+
+def reference() -> None:
+    from dmf.scoring import make_reference
+
+    if not PROTOCOL.value:
+        raise DmfError("--protocol is missing: expected it with --mode=reference; see --help")
+    source, out = _need(SOURCE, "source"), _needed_out("the .npz to write")
+    make_reference(source, _setting(), out, DATA_DIR.value, SPLIT.value, SIZE.value or 0)
+
+
+def encode() -> None:
+    from dmf.data.encode import encode as run
+
+    source, out = _need(SOURCE, "source"), _needed_out("the directory to make")
+    if not VAE.value:
+        raise DmfError("--vae is missing: expected the directory of a converted autoencoder (--mode=convert --kind=sd_vae)")
+    run(VAE.value, source, out, size=SIZE.value or 256, dtype=DTYPE.value, data_dir=DATA_DIR.value, split=SPLIT.value)
 
 
 def benchmark() -> None:
@@ -122,30 +190,62 @@ def benchmark() -> None:
 def convert() -> None:
     from dmf.convert.command import convert as run
 
-    kind, source, out = _need(KIND, "kind"), _need(SOURCE, "source"), OUT.value
-    if not out:
-        raise DmfError("--out is missing: expected the directory to make with --mode=convert; see --help")
+    kind, source, out = _need(KIND, "kind"), _need(SOURCE, "source"), _needed_out("the directory to make")
     run(kind, source, out, copy=COPY.value, given=_given(), check=CHECK.value, align_steps=ALIGN_STEPS.value)
 
 
 def export() -> None:
     from dmf.export.weights import export as run
 
-    workdir, out = _need(WORKDIR, "workdir"), OUT.value
-    if not out:
-        raise DmfError("--out is missing: expected the .safetensors or .pt file to write with --mode=export; see --help")
-    run(workdir, out, kind=KIND.value or "", ema=EMA.value)
+    workdir, out = _need(WORKDIR, "workdir"), _needed_out("the .safetensors or .pt file to write")
+    run(workdir, out, kind=KIND.value or "", ema=_ema())
 
 
 FLAGS = {
     "train": ("config", "workdir"),
     "sample": ("workdir", "steps", "count", "sampler", "out", "ema", "vae"),
-    "score": ("workdir", "steps", "count", "sampler", "out", "ema"),
+    "score": ("workdir", "steps", "count", "sampler", "out", "ema", "vae", "protocol", "features", "reference", "seed")
+    + ("selfcheck", "source", "split", "data_dir"),
+    "reference": ("protocol", "features", "source", "split", "data_dir", "size", "count", "out"),
+    "encode": ("source", "split", "data_dir", "size", "vae", "dtype", "out"),
     "benchmark": ("config", "out"),
     "convert": ("kind", "source", "out", "copy", "set", "check", "align_steps"),
     "export": ("workdir", "kind", "out", "ema"),
 }
-MODES = {"train": train, "sample": sample, "score": score, "benchmark": benchmark, "convert": convert, "export": export}
+MODES = {
+    **{"train": train, "sample": sample, "score": score, "reference": reference, "encode": encode},
+    **{"benchmark": benchmark, "convert": convert, "export": export},
+}
+
+
+def _setting() -> Any:
+    from dmf.scoring import Setting
+
+    return Setting(PROTOCOL.value, FEATURES.value, REFERENCE.value, COUNT.value)
+
+
+def _emas() -> list[float | None]:
+    """The half-lives of --ema, [None] for the run's own."""
+    try:
+        values = [float(text) for text in EMA.value]
+    except ValueError as error:
+        raise DmfError(f"--ema={','.join(EMA.value)}: expected half-lives in images, such as 0,1.774e6") from error
+    if not all(0 <= value < float("inf") for value in values):
+        raise DmfError(f"--ema={','.join(EMA.value)}: expected half-lives in images of at least 0")
+    return [*values] or [None]
+
+
+def _ema() -> float | None:
+    values = _emas()
+    if len(values) > 1:
+        raise DmfError(f"--ema={','.join(EMA.value)}: expected one half-life here; several need --mode=score with a --protocol")
+    return values[0]
+
+
+def _needed_out(what: str) -> str:
+    if not OUT.value:
+        raise DmfError(f"--out is missing: expected {what} with --mode={MODE.value}; see --help")
+    return OUT.value
 
 
 def _steps() -> list[int]:

@@ -19,12 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmf import curriculum, networks, optim, sharding, state, step
+from dmf import curriculum, guidance, networks, optim, sharding, state, step
 from dmf.config import Config, check
 from dmf.curriculum import Stage
 from dmf.data import load
 
 ROUNDS = 9
+# Besides these, the guided kinds of the config's own curriculum.
 CASES = (("flow", 0.0), ("discrete", 0.25), ("discrete", 0.75), ("jvp", 0.25), ("jvp", 0.75))
 
 
@@ -34,6 +35,7 @@ class Program:
 
     kind: str
     fraction: float
+    passes: float
     run: Callable[..., Any]
     compile_s: float
     flops: float
@@ -42,7 +44,6 @@ class Program:
     seconds: list[float]
 
     def row(self, base: Program) -> dict[str, Any]:
-        limit = curriculum.passes(Stage(0, self.kind, 1.0, 0, 1), self.fraction) / curriculum.PASSES["flow"][0]
         median = statistics.median(self.seconds)
         # Each round's own ratio: the two steps ran within the same second.
         ratio = statistics.median(a / b for a, b in zip(self.seconds, base.seconds, strict=True))
@@ -51,7 +52,7 @@ class Program:
             "r_neq_t": self.fraction,
             "step_ms": 1e3 * median,
             "ratio": ratio,
-            "limit": limit,
+            "limit": self.passes / base.passes,
             "gflops": self.flops / 1e9,
             "flops_ratio": self.flops / base.flops,
             "gbytes": self.bytes / 1e9,
@@ -64,10 +65,11 @@ class Program:
 def benchmark(config: Config, out: str = "", rounds: int = ROUNDS) -> list[dict[str, Any]]:
     """Times every case of `CASES` for a config's network and batch on random images; `out`: a JSON file."""
     dataset = load(config.data, "train")
-    shape = dataset.images.shape[1:]
+    shape = dataset.image_shape
     network = networks.build(config.network, shape, jnp.dtype(config.compute_dtype))
-    check(config, dataset.num_classes, len(dataset), network.has_jvp)
+    stages = check(config, dataset.num_classes, len(dataset), network.has_jvp)
     cases = [c for c in CASES if c[0] != "jvp" or network.has_jvp]
+    cases += [(kind, fraction) for kind in curriculum.GUIDED if kind in {s.kind for s in stages} for fraction in (0.25, 0.75)]
     programs, now, batch, scalars = _compile(config, network, shape, dataset.num_classes, cases)
     for i in range(rounds + 1):
         for p in programs:
@@ -120,11 +122,13 @@ def _compile(
         lowered = step.make_train_step(kind, network, optimizer, case, mesh).lower(now, batch, scalars)
         started = time.perf_counter()
         compiled = lowered.compile()
+        extra = guidance.passes(config.guidance) if kind in curriculum.GUIDED else 0
         cost = compiled.cost_analysis() or {}
         programs.append(
             Program(
                 kind,
                 fraction,
+                curriculum.passes(Stage(0, kind, 1.0, 0, 1, extra), fraction),
                 compiled,
                 time.perf_counter() - started,
                 cost.get("flops", float("nan")),
@@ -139,7 +143,8 @@ def _compile(
 def format_rows(rows: list[dict[str, Any]]) -> str:
     """The rows as a printed table."""
     names = list(rows[0])
-    lines = ["".join(f"{n:>14}" for n in names)]
+    first = max(14, 1 + max(len(row["kind"]) for row in rows))
+    lines = [f"{'kind':>{first}}" + "".join(f"{n:>14}" for n in names[1:])]
     for row in rows:
-        lines.append("".join(f"{row[n]:>14}" if isinstance(row[n], str) else f"{row[n]:>14.3f}" for n in names))
+        lines.append(f"{row['kind']:>{first}}" + "".join(f"{row[n]:>14.3f}" for n in names[1:]))
     return "\n".join(lines)

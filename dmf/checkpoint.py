@@ -16,7 +16,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +30,43 @@ from dmf.state import TrainState
 ITEMS = ("params", "ema", "opt_state", "step")
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
+BEST = "best.json"  # in a work directory: the step of the best score so far
 log = logging.getLogger(__name__)
 
 
-class Checkpoints:
-    """The checkpoints of one run: stage boundaries are kept for good, and the newest few besides."""
+class _Best:
+    """Orbax's interface of a policy: keeps the step that `best` names at the moment."""
 
-    def __init__(self, workdir: Path, keep: int, boundaries: Sequence[int], metadata: dict[str, Any]):
+    def __init__(self, best: Callable[[], int | None]):
+        self._best = best
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        best = self._best()
+        return [found.step == best for found in checkpoints]
+
+
+class Checkpoints:
+    """The checkpoints of one run: stage boundaries are kept for good, and besides the newest few and the best.
+
+    best: gives the step of the best score so far, or None.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        keep: int,
+        boundaries: Sequence[int],
+        metadata: dict[str, Any],
+        best: Callable[[], int | None] = lambda: None,
+    ):
         self.directory = workdir / FOLDER
         self._metadata = metadata
         policies = ocp.training.preservation_policies
         self._checkpointer = ocp.training.Checkpointer(
             self.directory.absolute(),
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), policies.CustomSteps(boundaries)]),
+            preservation_policy=policies.AnyPreservationPolicy(
+                [policies.LatestN(keep), policies.CustomSteps(boundaries), _Best(best)]
+            ),
             cleanup_tmp_directories=True,
         )
 
@@ -132,8 +156,13 @@ def _load(folder: Path, target: dict[str, Any]) -> dict[str, Any]:
 
 
 def find(path: str | Path) -> Path:
-    """The step folder meant by `path`: itself, or the newest complete one of a work directory or of its checkpoints folder."""
+    """The step folder meant by `path`: itself, or the newest complete one of a work directory or of its checkpoints folder.
+
+    WORKDIR/best is the one with the best score.
+    """
     path = Path(path)
+    if path.name == "best" and not path.exists():
+        path = path.parent / FOLDER / str(_best_step(path.parent))
     if not path.exists():
         raise DmfError(f"checkpoint {path}: no such file or directory; expected a work directory or one of its step folders")
     if (path / "params").is_dir():
@@ -143,6 +172,13 @@ def find(path: str | Path) -> Path:
     if not steps:
         raise DmfError(f"checkpoint {path}: expected a step folder with an item 'params', or a work directory that holds one")
     return max(steps, key=lambda p: int(p.name))
+
+
+def _best_step(workdir: Path) -> int:
+    try:
+        return int(json.loads((workdir / BEST).read_text())["step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DmfError(f"{workdir / BEST}: no best checkpoint is known; expected a run that has been scored") from error
 
 
 def metadata(folder: Path) -> dict[str, Any]:

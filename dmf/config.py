@@ -18,10 +18,12 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from dmf.curriculum import PASSES, CurriculumConfig, Stage, build_stages
+from dmf import guidance
+from dmf.curriculum import GUIDED, PASSES, CurriculumConfig, Stage, build_stages, identity_of
 from dmf.data import DataConfig
 from dmf.errors import DmfError
 from dmf.flow import TimeLaw
+from dmf.guidance import GuidanceConfig
 from dmf.networks import ADMConfig, DiTConfig, MLPConfig, UNetConfig
 from dmf.objectives import LossConfig
 from dmf.optim import EMAConfig, OptimizerConfig
@@ -57,6 +59,10 @@ RANGES: dict[str, tuple[float, float]] = {
     "loss.p": (0, 2),
     "loss.eps": (LEAST, INF),
     "loss.product_rule": (0, 1),
+    "guidance.omega": (LEAST, INF),
+    "guidance.kappa": (0, 1 - 1e-9),
+    "guidance.t_start": (0, 1),
+    "guidance.t_end": (0, 1),
     "optimizer.learning_rate": (LEAST, INF),
     "optimizer.pretrain_learning_rate": (LEAST, INF),
     "optimizer.warmup_steps": (0, INF),
@@ -76,6 +82,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "run.sample_rows": (1, INF),
     "run.score_samples": (0, INF),
     "run.score_steps": (1, INF),
+    "run.score_every_steps": (0, INF),
 }
 NOT_EMPTY = ("ema.halflife_images", "run.score_steps")
 
@@ -84,6 +91,7 @@ NOT_EMPTY = ("ema.halflife_images", "run.score_steps")
 class PrecisionConfig:
     """Matmul precision (jax.default_matmul_precision) per kind of stage; only accelerators tell them apart.
 
+    A guided kind takes that of the kind whose identity it enforces.
     Differences of nearby outputs (discrete) and tangents (jvp) need "highest"; plain flow matching does not.
     """
 
@@ -103,6 +111,11 @@ class RunConfig:
     sample_rows: int = 8  # the sample grid has this many rows and columns
     score_samples: int = 2000  # samples per score; 0 = no scores
     score_steps: tuple[int, ...] = (1, 2, 4, 32)  # scored before and after the curriculum; at other stages: the first
+    score_every_steps: int = 0  # also score, and save, every so many steps; 0 = at stage boundaries only
+    protocol: str = ""  # of dmf.metrics.protocols, or a .json; "" = the data set's own score, if it has one
+    features: str = ""  # converted feature network of the protocol
+    reference: str = ""  # the protocol's reference statistics
+    vae: str = ""  # converted autoencoder that makes images of latents, for scores and pictures
     sampler: str = "few_step"  # few_step | euler | heun
     tensorboard: bool = True  # write event files where tensorflow and tensorboard are installed
 
@@ -122,6 +135,7 @@ class Config:
     times: TimeLaw = field(default_factory=TimeLaw)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
@@ -164,8 +178,9 @@ def check(config: Config, num_classes: int, dataset_size: int, has_jvp: bool) ->
         raise DmfError(f"config.microbatches = {config.microbatches}: expected a divisor of batch_size {config.batch_size}")
     config.ema.index()
     _check_labels(config, num_classes)
-    stages = build_stages(config.curriculum, config.batch_size, dataset_size)
+    stages = build_stages(config.curriculum, config.batch_size, dataset_size, guidance.passes(config.guidance))
     _check_kinds(config, stages, has_jvp)
+    _check_guidance(config, stages)
     return stages
 
 
@@ -275,14 +290,43 @@ def _check_labels(config: Config, num_classes: int) -> None:
 
 
 def _check_kinds(config: Config, stages: tuple[Stage, ...], has_jvp: bool) -> None:
-    kinds = {s.kind for s in stages}
+    kinds = {identity_of(s.kind): s.kind for s in stages}
     if "jvp" in kinds and not has_jvp:
         raise DmfError(
             f"config.network.attention = {getattr(config.network, 'attention', '')!r} has no forward-mode derivative: "
-            "expected 'xla' with a jvp stage in config.curriculum.kinds"
+            f"expected 'xla' with a {kinds['jvp']} stage in config.curriculum.kinds"
         )
     for kind in ("discrete", "jvp"):
         if kind in kinds and not config.times.r_neq_t_fraction:
             raise DmfError(
-                f"config.times.r_neq_t_fraction = 0: expected a positive share, as a {kind} stage learns from rows with r < t"
+                f"config.times.r_neq_t_fraction = 0: expected a positive share, as a {kinds[kind]} stage learns from rows with "
+                "r < t"
             )
+
+
+def _check_guidance(config: Config, stages: tuple[Stage, ...]) -> None:
+    given, kinds = config.guidance, [s.kind for s in stages if s.kind in GUIDED]
+    if not kinds:
+        for f in dataclasses.fields(GuidanceConfig):
+            if getattr(given, f.name) != f.default:
+                raise DmfError(
+                    f"config.guidance.{f.name} = {getattr(given, f.name)}: expected {f.default}, or one of {', '.join(GUIDED)} "
+                    "in config.curriculum.kinds, as no other kind of stage is guided"
+                )
+        return
+    if not config.num_classes:
+        raise DmfError(
+            f"config.curriculum.kinds has {kinds[0]!r}: expected no guided stage, as config.network takes no classes"
+        )
+    if not config.label_dropout:
+        raise DmfError(
+            f"config.label_dropout = 0: expected a positive share, as a {kinds[0]} stage guides away from the null class, "
+            "which is learnt from dropped labels"
+        )
+    if given.omega == 1 and not given.kappa:
+        raise DmfError(
+            f"config.guidance.omega = 1 with kappa = 0: expected other values, as this guides nothing: a {kinds[0]} stage "
+            f"would be a {identity_of(kinds[0])} stage that costs more"
+        )
+    if given.t_start >= given.t_end:
+        raise DmfError(f"config.guidance.t_start = {given.t_start}: expected a time below t_end = {given.t_end}")

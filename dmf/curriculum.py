@@ -6,7 +6,9 @@ Discrete MeanFlow (Hsu & Wood, arXiv 2604.08837, Eq. 5) runs K stages of equal l
     stages 1 .. K-2    "discrete"    finite difference over D_i = d_i (t - r), d_i = q^-i (linear) or its dagger form
     stage K-1          "jvp"         the MeanFlow identity with the exact derivative
 
-A fourth kind, "flow", is plain flow matching on r = t with the interval branch frozen: the pretraining of v itself.
+A fourth kind, "flow", is plain flow matching on r = t with the interval branch frozen: the pretraining of v itself. Two
+more, "guided_discrete" and "guided_jvp", put classifier-free guidance into the weights: the identity of "discrete" and
+"jvp" with the velocity of `dmf.guidance` in place of v, for an optional stage after the others.
 The stage is a pure function of the step number, so a resumed run cannot disagree with its curriculum; within a kind the
 interval is a traced number, so a switch between two discrete stages compiles nothing.
 """
@@ -23,6 +25,8 @@ Array = jax.Array
 
 # Kind -> (forward passes per row, extra passes per row with r < t); a backward pass counts as two forward passes.
 PASSES = {"flow": (3, 0), "trajectory": (3, 0), "discrete": (3, 1), "jvp": (3, 1)}
+# Guided kind -> the kind whose identity it enforces, with the guided velocity in place of v.
+GUIDED = {"guided_discrete": "discrete", "guided_jvp": "jvp"}
 UNITS = ("steps", "epochs", "images")
 
 
@@ -50,7 +54,7 @@ class CurriculumConfig:
 
     stages: int = 10  # K, pretraining not counted
     kinds: tuple[str, ...] = ()  # one per stage; () = trajectory, discrete x (K - 2), jvp
-    q: float = 2.0  # d_i = q^-i
+    q: float = 2.0  # d_i = q^-i; a guided_discrete stage takes the d of the last discrete one before it, or q^-1
     interval: str = "dagger"  # linear | dagger
     length: float = 96000.0  # of the K stages together, in length_unit
     stage_lengths: tuple[float, ...] = ()  # explicit lengths that add up to `length`; () = equal
@@ -64,13 +68,17 @@ class CurriculumConfig:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a run: steps first .. first + steps - 1. index counts within the curriculum; pretraining is -1."""
+    """One stage of a run: steps first .. first + steps - 1. index counts within the curriculum; pretraining is -1.
+
+    guidance_passes: forward passes of every row for the guided velocity.
+    """
 
     index: int
     kind: str
     rho: float
     first: int
     steps: int
+    guidance_passes: int = 0
 
     @property
     def last(self) -> int:
@@ -82,8 +90,16 @@ class Stage:
         return "pretrain" if self.index < 0 else f"stage {self.index}"
 
 
-def build_stages(config: CurriculumConfig, batch_size: int, dataset_size: int) -> tuple[Stage, ...]:
-    """The run as consecutive stages, in steps. Raises DmfError naming the config key where the curriculum makes no sense."""
+def identity_of(kind: str) -> str:
+    """The kind whose identity a stage of this kind enforces: of a guided kind the one without guidance, else itself."""
+    return GUIDED.get(kind, kind)
+
+
+def build_stages(config: CurriculumConfig, batch_size: int, dataset_size: int, guidance_passes: int = 0) -> tuple[Stage, ...]:
+    """The run as consecutive stages, in steps. Raises DmfError naming the config key where the curriculum makes no sense.
+
+    guidance_passes: what the guided velocity costs a row of a guided stage, `guidance.passes`.
+    """
     kinds = _kinds(config)
     _check(config, kinds)
     per_unit = {"steps": 1.0, "epochs": dataset_size // batch_size, "images": 1 / batch_size}[config.length_unit]
@@ -98,7 +114,7 @@ def build_stages(config: CurriculumConfig, batch_size: int, dataset_size: int) -
                 "at least one step"
             )
         stages.append(Stage(-1, "flow", 1.0, 0, first))
-    start, done = first, 0.0
+    start, done, rho = first, 0.0, 1 / config.q
     for i, (kind, length) in enumerate(zip(kinds, lengths, strict=True)):
         done += length
         end = start + round(done * per_unit)  # the cumulated length is rounded, so that the stages add up to the whole
@@ -107,7 +123,9 @@ def build_stages(config: CurriculumConfig, batch_size: int, dataset_size: int) -
                 f"config.curriculum: stage {i} has no step; expected length {config.length:g} {config.length_unit} "
                 f"to give each of the {len(kinds)} stages at least one"
             )
-        stages.append(Stage(i, kind, config.q**-i if kind == "discrete" else 1.0, first, end - first))
+        rho = config.q**-i if kind == "discrete" else rho
+        extra = guidance_passes if kind in GUIDED else 0
+        stages.append(Stage(i, kind, rho if identity_of(kind) == "discrete" else 1.0, first, end - first, extra))
         first = end
     return tuple(stages)
 
@@ -122,21 +140,21 @@ def stage_at(stages: tuple[Stage, ...], step: int) -> Stage:
 
 def passes(stage: Stage, r_neq_t_fraction: float) -> float:
     """Forward passes per row that a step of this stage needs (backward = 2; one JVP tangent = 1)."""
-    base, extra = PASSES[stage.kind]
-    return base + extra * r_neq_t_fraction
+    base, extra = PASSES[identity_of(stage.kind)]
+    return base + stage.guidance_passes + extra * r_neq_t_fraction
 
 
 def table(stages: tuple[Stage, ...], config: CurriculumConfig, r_neq_t_fraction: float) -> str:
     """The curriculum as a printed table: stage, kind, d, steps, cost in forward passes per row."""
-    lines = [f"{'stage':<10}{'kind':<12}{'d':>12}{'steps':>10}{'first':>10}{'passes/row':>12}"]
+    lines = [f"{'stage':<10}{'kind':<16}{'d':>12}{'steps':>10}{'first':>10}{'passes/row':>12}"]
     for s in stages:
-        d = f"{s.rho:.6g}{'+' if config.interval == 'dagger' else ''}" if s.kind == "discrete" else "-"
+        d = f"{s.rho:.6g}{'+' if config.interval == 'dagger' else ''}" if identity_of(s.kind) == "discrete" else "-"
         cost = passes(s, r_neq_t_fraction)
-        lines.append(f"{s.name:<10}{s.kind:<12}{d:>12}{s.steps:>10}{s.first:>10}{cost:>12.2f}")
+        lines.append(f"{s.name:<10}{s.kind:<16}{d:>12}{s.steps:>10}{s.first:>10}{cost:>12.2f}")
     total = sum(s.steps * passes(s, r_neq_t_fraction) for s in stages)
     steps = stages[-1].last
-    lines.append(f"{'all':<10}{'':<12}{'':>12}{steps:>10}{'':>10}{total / steps:>12.2f}")
-    if config.interval == "dagger" and any(s.kind == "discrete" for s in stages):
+    lines.append(f"{'all':<10}{'':<16}{'':>12}{steps:>10}{'':>10}{total / steps:>12.2f}")
+    if config.interval == "dagger" and any(identity_of(s.kind) == "discrete" for s in stages):
         lines.append("+ largest d of the stage: the dagger interval is d at t = r and shrinks towards t = 1")
     return "\n".join(lines)
 
@@ -154,8 +172,8 @@ def _kinds(config: CurriculumConfig) -> tuple[str, ...]:
 
 def _check(config: CurriculumConfig, kinds: tuple[str, ...]) -> None:
     for kind in kinds:
-        if kind not in PASSES:
-            raise DmfError(f"config.curriculum.kinds has {kind!r}: expected only {', '.join(PASSES)}")
+        if identity_of(kind) not in PASSES:
+            raise DmfError(f"config.curriculum.kinds has {kind!r}: expected only {', '.join((*PASSES, *GUIDED))}")
     if len(kinds) != config.stages:
         raise DmfError(f"config.curriculum.kinds has {len(kinds)} entries: expected config.curriculum.stages = {config.stages}")
     if not 1 < config.q < float("inf"):

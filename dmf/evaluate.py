@@ -14,30 +14,35 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dmf import checkpoint, data, networks, pictures, pretrained, sharding
+from dmf import data, networks, pictures, pretrained, sharding
 from dmf.config import Config, parse
-from dmf.data import Dataset
+from dmf.data import Dataset, Latents
 from dmf.errors import DmfError
 from dmf.metrics.digits import DigitsScorer
 from dmf.networks.vae import unscaled
 from dmf.sample import SAMPLERS
 
-CHUNK = 512  # rows per sampling call
+ROWS_PER_DEVICE = 128  # of samples drawn at once
+DECODED_PER_DEVICE = 8  # of latents decoded at once
 Score = Callable[[np.ndarray, np.ndarray], dict[str, float]]
 # Data set -> (what scores its samples, the score a curve shows). A set without an entry is only pictured.
 SCORERS = {"digits": (DigitsScorer, "fd_hidden")}
 
 
 class Sampler:
-    """Draws samples from weights: same seed, same noise and labels, whatever the weights or the number of steps."""
+    """Draws samples from weights: same seed, same noise and labels, whatever the weights or the number of steps.
+
+    Each sample has its own random key, and each device takes the same number of rows at a time: the number of devices does
+    not show in a sample, nor, but for rounding, how many are drawn at once.
+    """
 
     def __init__(self, network: networks.Network, config: Config, image_shape: tuple[int, ...], labels: np.ndarray, mesh: Mesh):
         self._mesh, self._labels = mesh, labels
         self._key = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)  # no training step has this number
 
-        @jax.jit
-        def draw(params: Any, key: jax.Array, row: jax.Array, label: jax.Array, steps: jax.Array) -> jax.Array:
-            keys = jax.vmap(partial(jax.random.fold_in, key))(row)  # each sample has its own: chunks do not show
+        def draw(whole: tuple[Any, jax.Array, jax.Array], rows: tuple[jax.Array, jax.Array]) -> jax.Array:
+            (params, key, steps), (row, label) = whole, rows
+            keys = jax.vmap(partial(jax.random.fold_in, key))(row)
             e = jax.vmap(lambda k: jax.random.normal(k, image_shape))(keys)
             classes = label if config.num_classes else None
 
@@ -46,30 +51,36 @@ class Sampler:
 
             return SAMPLERS[config.run.sampler](u, e, steps)
 
-        self._draw = draw
+        self._draw = sharding.per_device(mesh, jax.default_matmul_precision("highest")(draw))
 
     def labels(self, count: int) -> np.ndarray:
-        """(count,) int32: the training labels in their order, so that classes come as often as in the data."""
+        """(count,) int32: the given labels in their order, so that classes come as often as in the data."""
         return np.resize(self._labels, count)
 
-    def __call__(self, params: Any, count: int, steps: int) -> np.ndarray:
-        """(count, H, W, C) float32: samples after `steps` steps of the config's sampler, exactly `count` of them."""
-        devices = self._mesh.devices.size
-        chunk = -(-min(CHUNK, count) // devices) * devices
-        parts = []
-        for first in range(0, count, chunk):
-            row = np.arange(first, first + chunk, dtype=np.int32)
-            put = sharding.put_rows(self._mesh, {"row": row, "label": self._labels[row % len(self._labels)]})
-            parts.append(np.asarray(self._draw(params, self._key, put["row"], put["label"], np.int32(steps))))
-        return np.concatenate(parts)[:count]
+    def __call__(self, params: Any, count: int, steps: int, first: int = 0) -> np.ndarray:
+        """(count, H, W, C) float32: samples first .. first + count - 1 after `steps` steps of the config's sampler."""
+        per_device, parts = min(ROWS_PER_DEVICE, count), []
+        for piece in sharding.in_pieces(self._mesh, count, per_device):
+            row = np.arange(first + piece.start, first + piece.stop, dtype=np.int32)
+            rows = (row, self._labels[row % len(self._labels)])
+            put = sharding.put_padded(self._mesh, per_device, rows)
+            drawn = self._draw((params, self._key, np.int32(steps)), put)
+            parts.append(np.asarray(drawn)[: len(row)])
+        return np.concatenate(parts)
 
 
-def make_scorer(config: data.DataConfig, train: Dataset) -> tuple[Any, str] | None:
+def evaluations(sampler: str) -> int:
+    """Evaluations of the network per step of a sampler: NFE = steps times this."""
+    return 2 if sampler == "heun" else 1
+
+
+def make_scorer(config: data.DataConfig, train: Dataset | Latents) -> tuple[Any, str] | None:
     """(scorer, name of its main score) of a data set, or None where samples can only be pictured."""
     if config.name not in SCORERS:
         return None
     scorer, main = SCORERS[config.name]
-    real = [a for d in (train, data.load(config, "heldout")) for a in (d.to_float(d.images), d.labels)]
+    sets = [d for d in (train, data.load(config, "heldout")) if isinstance(d, Dataset)]
+    real = [a for d in sets for a in (d.to_float(d.images), d.labels)]
     return scorer(*real), main
 
 
@@ -104,21 +115,26 @@ def write_samples(
     `pretrained.load`. vae: directory of the converted autoencoder that makes images of latents.
     """
     network, params, config, shape, converted = _open(path, sampler, ema)
-    decode = _decoder(vae, shape)
+    mesh = sharding.make_mesh()
+    decode = make_decoder(vae, shape, mesh)
     if not config.num_classes:
         labels = np.zeros(1, np.int32)
     elif converted:  # no data belongs to it: every class in turn
         labels = np.arange(config.num_classes, dtype=np.int32)
     else:
         labels = data.load(config.data, "train").labels
-    draw = Sampler(network, config, shape, labels, sharding.make_mesh())
+    draw = Sampler(network, config, shape, labels, mesh)
     side = math.isqrt(count - 1) + 1
-    folder = checkpoint.find(path)
-    home = folder.parent if converted else folder.parent.parent
-    target = Path(out or home / f"samples_{config.run.sampler}_{'_'.join(map(str, steps))}.png")
+    folder, stored = pretrained.open_folder(path)
+    target = Path(out or home(folder, stored) / f"samples_{config.run.sampler}_{'_'.join(map(str, steps))}.png")
     pictures.panels(target, {f"{n} step{'s' * (n > 1)}": decode(draw(params, count, n)) for n in steps}, side)
     print(f"samples   {target}")
     return target
+
+
+def home(folder: Path, stored: dict[str, Any]) -> Path:
+    """Where files about a checkpoint go: the work directory, or beside a converted directory."""
+    return folder.parent if pretrained.is_converted(stored) else folder.parent.parent
 
 
 def write_scores(
@@ -152,8 +168,8 @@ def _open(path: str | Path, sampler: str, ema: float | None) -> tuple[networks.N
     return network, params, config, tuple(stored["image_shape"]), pretrained.is_converted(stored)
 
 
-def _decoder(path: str, image_shape: tuple[int, ...]) -> Callable[[np.ndarray], np.ndarray]:
-    """What makes pictures of samples: nothing, or a converted autoencoder, eight latents at a time."""
+def make_decoder(path: str, image_shape: tuple[int, ...], mesh: Mesh) -> Callable[[np.ndarray], np.ndarray]:
+    """What makes images (N, H, W, C) of samples: nothing, or the converted autoencoder in `path` where they are latents."""
     if not path:
         return lambda x: x
     folder, stored = pretrained.open_folder(path)
@@ -161,5 +177,15 @@ def _decoder(path: str, image_shape: tuple[int, ...]) -> Callable[[np.ndarray], 
     if config.kind != "vae" or config.latent_channels != image_shape[-1]:
         raise DmfError(f"--vae={path}: holds a {config.kind}; expected an autoencoder of {image_shape[-1]}-channel latents")
     network, params = pretrained.load_folder(folder, stored)
-    decode = jax.jit(lambda p, z: network.decode(p, unscaled(z, network.scale)))
-    return lambda x: np.concatenate([np.asarray(decode(params, x[i : i + 8])) for i in range(0, len(x), 8)])
+
+    def decode(params: Any, z: jax.Array) -> jax.Array:
+        return network.decode(params, unscaled(z, network.scale))
+
+    run = sharding.per_device(mesh, jax.default_matmul_precision("highest")(decode))
+
+    def images(x: np.ndarray) -> np.ndarray:
+        pieces = sharding.in_pieces(mesh, len(x), DECODED_PER_DEVICE)
+        found = [run(params, sharding.put_padded(mesh, DECODED_PER_DEVICE, x[p])) for p in pieces]
+        return np.concatenate([np.asarray(y)[: p.stop - p.start] for p, y in zip(pieces, found, strict=True)])
+
+    return images

@@ -93,6 +93,26 @@ class Progress:
         self._count, self._mark = step, time.monotonic()
 
 
+class Count:
+    """One line with how many of many are done, the rate and the time left: rewritten on a terminal, else every ten seconds."""
+
+    def __init__(self, name: str, total: int, unit: str, start: int = 0):
+        self._name, self._total, self._unit, self._start = name, total, unit, start
+        self._began, self._printed = time.monotonic(), time.monotonic()
+
+    def show(self, done: int) -> None:
+        """Says that `done` of all are done."""
+        now, live = time.monotonic(), sys.stdout.isatty()
+        if not live and now - self._printed < 10 and done < self._total:
+            return
+        self._printed = now
+        rate = (done - self._start) / max(now - self._began, 1e-9)
+        ended = done == self._total
+        clock = _clock(now - self._began) if ended else f"{_clock((self._total - done) / max(rate, 1e-9))} left"
+        text = f"{self._name:<10} {done:,}/{self._total:,} {self._unit}  {rate:.3g}/s  {clock}"
+        print(f"\r{text}\033[K" if live else text, end="" if live and not ended else "\n", flush=True)
+
+
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -16,13 +16,14 @@ from jax.sharding import Mesh
 from dmf import checkpoint, networks, sharding
 from dmf.config import Config, differences, parse, section, to_dict
 from dmf.errors import DmfError
-from dmf.networks import inception, vae
+from dmf.networks import dinov2, inception, vae
 from dmf.optim import EMAConfig
 
 # Networks that are no u(z, r, t): kind -> (config class, how one is built).
 OTHERS: dict[str, tuple[type, Any]] = {
     "vae": (vae.VAEConfig, vae.build_vae),
     "inception": (inception.InceptionConfig, inception.build_inception),
+    "dinov2": (dinov2.DinoConfig, dinov2.build_dinov2),
 }
 # Fields of a network's config that leave the meaning of its weights alone.
 FREE = ("dropout", "interval_init", "attention")

@@ -6,7 +6,7 @@ sharding the state as well means another axis here and another rule where the ca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -42,6 +42,28 @@ def check_batch(mesh: Mesh, batch_size: int) -> None:
 def put_rows(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """This host's rows -> global arrays sharded over the data axis; only local devices are written."""
     return {k: jax.make_array_from_process_local_data(rows(mesh), v) for k, v in batch.items()}
+
+
+def per_device(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Jits `function(whole, rows) -> rows` so that each device runs it on its own rows, and no other.
+
+    Every device runs one and the same program on the same number of rows, whatever the number of devices: with rows given in
+    equal pieces per device, the results are the same bits on one device and on many. whole, rows: any trees of arrays.
+    """
+    cut = PartitionSpec("data")
+    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=(PartitionSpec(), cut), out_specs=cut, check_vma=False))
+
+
+def in_pieces(mesh: Mesh, count: int, rows_per_device: int) -> list[slice]:
+    """The slices of `count` rows that are put on the devices together, `rows_per_device` on each; the last may be short."""
+    size = rows_per_device * mesh.devices.size
+    return [slice(first, min(first + size, count)) for first in range(0, count, size)]
+
+
+def put_padded(mesh: Mesh, rows_per_device: int, tree: Any) -> Any:
+    """Rows of NumPy arrays, at most `rows_per_device` a device, padded with copies of the last to exactly so many."""
+    size = rows_per_device * mesh.devices.size
+    return jax.tree.map(lambda x: jax.device_put(x[np.minimum(np.arange(size), len(x) - 1)], rows(mesh)), tree)
 
 
 def constrain_rows(mesh: Mesh, tree: Any, axis: int = 0) -> Any:

@@ -2,6 +2,7 @@
 
     batch x -> augment -> flow.draw_times, flow.interpolate -> objectives.OBJECTIVES[kind] -> weighted_loss -> Adam -> EMAs
 
+In a guided stage v is replaced by `guidance.guided_velocity` before the objective sees it, and nothing else differs.
 `make_train_step` gives one jitted, donated, sharded program per kind of stage. All that changes from step to step or from
 stage to stage within a kind comes in as traced numbers (`Scalars`); all randomness comes from one key, the step number and
 a named purpose.
@@ -21,15 +22,16 @@ from jax.sharding import Mesh
 
 from dmf import flow, objectives, optim, sharding
 from dmf.config import Config
-from dmf.curriculum import Stage
+from dmf.curriculum import GUIDED, Stage, identity_of
 from dmf.data import augment
 from dmf.flow import Rows, RowSplit
+from dmf.guidance import guided_velocity
 from dmf.networks import Network, is_interval_path
 from dmf.state import TrainState
 
 Array = jax.Array
 Metrics = dict[str, Array]
-PURPOSES = ("flip", "augment", "label", "noise", "times", "network")
+PURPOSES = ("flip", "augment", "label", "noise", "times", "network", "latent")
 
 
 class Scalars(NamedTuple):
@@ -56,7 +58,8 @@ def make_train_step(
 ) -> jax.stages.Wrapped:
     """The jitted step of one kind of stage: (state, batch, scalars) -> (state, metrics). The given state is consumed.
 
-    batch: x (B, H, W, C) float32 in [-1, 1] and label (B,) int32, rows sharded over the mesh's data axis.
+    batch: x (B, H, W, C) float32 in [-1, 1] and label (B,) int32, rows sharded over the mesh's data axis; of encoded images
+    also std, shaped as x.
     metrics: scalars. loss (weighted), squares_border and squares_pairs (mean sum of squares of the rows with r = t and
     with r < t), change (|u - u'| / |u|), grad_norm before clipping, nonfinite_leaf (index in jax.tree.leaves, or -1).
     """
@@ -73,7 +76,7 @@ def make_train_step(
         ema = tuple(optim.update_ema(e, params, scalars.ema_decays[i]) for i, e in enumerate(state.ema))
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 
-    with_precision = jax.default_matmul_precision(getattr(config.precision, kind))(train_step)
+    with_precision = jax.default_matmul_precision(getattr(config.precision, identity_of(kind)))(train_step)
     whole = sharding.replicated(mesh)
     return jax.jit(with_precision, donate_argnums=0, in_shardings=(whole, sharding.rows(mesh), whole), out_shardings=whole)
 
@@ -108,10 +111,13 @@ def stage_loss(
     if kind == "flow":
         params = freeze_interval(params)
 
-    def net(params: Any, rows: Rows) -> Array:
-        return network.apply(params, rows.z, rows.r, rows.t, label=rows.label, train=True, rngs=rows.keys)
+    def net(params: Any, rows: Rows, train: bool = True) -> Array:
+        return network.apply(params, rows.z, rows.r, rows.t, label=rows.label, train=train, rngs=rows.keys)
 
-    found = objectives.OBJECTIVES[kind](net, params, rows, split, rho, config.curriculum.interval, config.loss)
+    if kind in GUIDED:
+        v_g = guided_velocity(partial(net, train=False), params, rows, config.num_classes, config.guidance)
+        rows = rows._replace(v=v_g)
+    found = objectives.OBJECTIVES[identity_of(kind)](net, params, rows, split, rho, config.curriculum.interval, config.loss)
     total, metrics = jnp.zeros(()), {} if found.change is None else {"change": found.change}
     for name, e in (("border", found.border), ("pairs", found.pairs)):
         if e is None:
@@ -134,7 +140,9 @@ def freeze_interval(params: Any) -> Any:
 def _condition(keys: dict[str, Array], batch: dict[str, Array], config: Config) -> tuple[Array, Array | None]:
     """Data after augmentation, and the label the network is given: augmentation vector, class, or None."""
     x = batch["x"]
-    if config.data.flip:
+    if "std" in batch:  # an encoded image is a normal law; its mirror image was encoded apart, and chosen by the batch
+        x = x + batch["std"] * jax.random.normal(keys["latent"], x.shape)
+    elif config.data.flip:
         x = augment.random_flip(keys["flip"], x)
     if config.data.augment:
         return augment.edm_augment(keys["augment"], x, config.data.augment)

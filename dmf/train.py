@@ -1,7 +1,8 @@
 """The run: data, network and curriculum become a trained model in a work directory.
 
     workdir/config.json       the run's config; a later command with another one is refused
-    workdir/checkpoints/N     state after N steps; every stage boundary is kept
+    workdir/checkpoints/N     state after N steps; every stage boundary is kept, and the best by one-step score
+    workdir/best.json         its step and score; WORKDIR/best stands for that checkpoint
     workdir/origin.json       where the weights of config.init came from, if they were converted
     workdir/metrics.jsonl     logged steps;  workdir/scores.jsonl  scores at the stage boundaries
     workdir/samples/*.png     a grid per stage boundary;  samples.png, curves.png  at the end
@@ -21,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dmf import checkpoint, curriculum, data, evaluate, networks, optim, pictures, pretrained, sharding, state, step
+from dmf import checkpoint, curriculum, data, evaluate, networks, optim, pictures, pretrained, scoring, sharding, state, step
 from dmf.config import Config, check, differences, to_dict
 from dmf.curriculum import Stage
 from dmf.errors import DmfError
@@ -33,12 +34,13 @@ ORIGIN = "origin.json"
 
 @dataclass(frozen=True)
 class Boundary:
-    """A step at which the model is scored and pictured: the start of a run from `init`, or the end of a stage."""
+    """A step at which the model is scored and pictured: the start of a run from `init`, the end of a stage, or in between."""
 
     step: int
     name: str
     kind: str
     full: bool  # all numbers of sampling steps, not only the first
+    kept: bool = True  # its checkpoint is kept for good
 
 
 def train(config: Config, workdir: str | Path) -> list[dict[str, Any]]:
@@ -57,7 +59,7 @@ class Run:
     def __init__(self, config: Config, workdir: Path):
         self.config, self.workdir, self.start = config, workdir, 0
         self.dataset = data.load(config.data, "train")
-        shape = self.dataset.images.shape[1:]
+        shape = self.dataset.image_shape
         self.network = networks.build(config.network, shape, jnp.dtype(config.compute_dtype))
         self.stages = check(config, self.dataset.num_classes, len(self.dataset), self.network.has_jvp)
         self.mesh = sharding.make_mesh()
@@ -68,18 +70,19 @@ class Run:
         self.init = pretrained.find_init(config, shape) if config.init and fresh else None
         _claim(workdir, config, self.init[2] if self.init else None, fresh)
         self.optimizer = optim.build(config.optimizer)
-        boundaries = [0, *(s.last for s in self.stages)]
+        self.boundaries = {b.step: b for b in _boundaries(self.stages, bool(config.init), config.run.score_every_steps)}
+        kept = [0, *(n for n, b in self.boundaries.items() if b.kept)]
         metadata = {"config": to_dict(config), "image_shape": list(shape), "source": _origin(workdir)}
-        self.checkpoints = checkpoint.Checkpoints(workdir, config.run.keep_checkpoints, boundaries, metadata)
+        self.checkpoints = checkpoint.Checkpoints(workdir, config.run.keep_checkpoints, kept, metadata, self._best_step)
         self.metrics, self.scores = JsonLines(workdir / "metrics.jsonl"), JsonLines(workdir / "scores.jsonl")
         self.tensorboard = TensorBoard(workdir / "tensorboard", config.run.tensorboard)
         self.sampler = evaluate.Sampler(self.network, config, shape, self.dataset.labels, self.mesh)
-        self.scorer = evaluate.make_scorer(config.data, self.dataset) if config.run.score_samples else None
+        self.scorer = scoring.make_scorer(config, self.dataset, self.mesh)
+        self.decode = evaluate.make_decoder(config.run.vae, shape, self.mesh)
         self.steps = {
             kind: step.make_train_step(kind, self.network, self.optimizer, config, self.mesh)
             for kind in {s.kind for s in self.stages}
         }
-        self.boundaries = {b.step: b for b in _boundaries(self.stages, bool(config.init))}
 
     def loop(self) -> None:
         """Step by step to the end: boundary work, one step dispatched, the metrics of the step before it read."""
@@ -146,7 +149,7 @@ class Run:
         now = fresh(jax.random.key(self.config.seed))
         found = self.checkpoints.restore_latest(now)
         if found is None and self.config.init:
-            folder, ema, _ = self.init or pretrained.find_init(self.config, self.dataset.images.shape[1:])
+            folder, ema, _ = self.init or pretrained.find_init(self.config, self.dataset.image_shape)
             params = checkpoint.read_params(folder, ema, pretrained.abstract_params(self.network, self.mesh))
             create = jax.jit(
                 lambda p: state.create(p, self.optimizer, self.config.ema), out_shardings=sharding.replicated(self.mesh)
@@ -157,13 +160,14 @@ class Run:
         self.start = int(now.step)
         self.metrics.resume(int(now.step))
         self.scores.resume(int(now.step))
+        self._note_best()
         return now
 
     def _announce(self, now: TrainState) -> None:
         count = sum(x.size for x in jax.tree.leaves(now.params))
         print(f"network   {self.config.network.kind}, {count:,} parameters ({count / 1e6:.2f} M), {self.config.compute_dtype}")
         print(
-            f"data      {self.dataset.name}, {len(self.dataset.labels):,} images {self.dataset.images.shape[1:]}, "
+            f"data      {self.dataset.name}, {len(self.dataset.labels):,} images {self.dataset.image_shape}, "
             f"batch {self.config.batch_size} on {self.mesh.devices.size} device(s)"
         )
         print(curriculum.table(self.stages, self.config.curriculum, self.config.times.r_neq_t_fraction))
@@ -212,7 +216,8 @@ class Run:
         progress.pause()
         params = state.evaluated(now, self.config.ema)
         side = self.config.run.sample_rows
-        grids = {f"{boundary.name}: {n} step{'s' * (n > 1)}": self.sampler(params, side * side, n) for n in nfes}
+        draw = {f"{boundary.name}: {n} step{'s' * (n > 1)}": self.sampler(params, side * side, n) for n in nfes}
+        grids = {name: self.decode(x) for name, x in draw.items()}
         pictures.panels(self._picture(boundary), grids, side)
         rows: list[dict[str, Any]] = [{}]
         if self.scorer:
@@ -222,7 +227,26 @@ class Run:
         for row in rows:
             self.scores.write({"step": boundary.step, "stage": boundary.name, "kind": boundary.kind, **row})
             self.tensorboard.write(boundary.step, {f"score/{row['nfe']}_steps/{k}": v for k, v in row.items() if k != "nfe"})
+        self._note_best()
         progress.restart(boundary.step)
+
+    def _best(self) -> dict[str, Any] | None:
+        """The row with the lowest main score at the first of the numbers of sampling steps, the earliest of equals."""
+        main, nfe = self.scorer[1] if self.scorer else "", self.config.run.score_steps[0]
+        rows = [row for row in self.scores.read() if row.get("nfe") == nfe and main in row]
+        return min(rows, key=lambda row: row[main], default=None)
+
+    def _best_step(self) -> int | None:
+        best = self._best()
+        return best["step"] if best else None
+
+    def _note_best(self) -> None:
+        """Writes best.json, for whoever looks for that checkpoint."""
+        best = self._best()
+        if best:
+            partial = self.workdir / f"{checkpoint.BEST}.tmp"
+            partial.write_text(json.dumps(best) + "\n")
+            partial.replace(self.workdir / checkpoint.BEST)
 
     def _picture(self, boundary: Boundary) -> Path:
         return self.workdir / "samples" / f"{boundary.step:08}_{boundary.name.replace(' ', '_')}.png"
@@ -230,8 +254,8 @@ class Run:
     def _print_scores(self, scores: list[dict[str, Any]], floor: dict[str, float], main: str) -> None:
         first = self.config.run.score_steps[0]
         print(
-            f"\n{main} by stage, {first} step(s), {scores[0]['n_samples']:.0f} samples; lower is better; two halves of "
-            f"the real data: {floor[main]:.3f}"
+            f"\n{main} by stage, {first} step(s), {scores[0]['n_samples']:.0f} samples; lower is better"
+            + (f"; two halves of the real data: {floor[main]:.3f}" if main in floor else "")
         )
         for row in scores:
             if row["nfe"] == first:
@@ -242,9 +266,12 @@ class Run:
                 print(f"\n{b.name}\n{evaluate.format_scores(rows, floor)}")
 
 
-def _boundaries(stages: tuple[Stage, ...], from_init: bool) -> list[Boundary]:
+def _boundaries(stages: tuple[Stage, ...], from_init: bool, every: int) -> list[Boundary]:
     start = [Boundary(0, "init", "given", True)] if from_init else []
-    return start + [Boundary(s.last, s.name, s.kind, s.index < 0 or s is stages[-1]) for s in stages]
+    between = range(every, stages[-1].last, every) if every else ()
+    within = [(n, curriculum.stage_at(stages, n - 1)) for n in between]
+    inner = [Boundary(n, s.name, s.kind, False, False) for n, s in within if n != s.last]
+    return start + inner + [Boundary(s.last, s.name, s.kind, s.index < 0 or s is stages[-1]) for s in stages]
 
 
 def _origin(workdir: Path) -> dict[str, Any] | None:

@@ -25,6 +25,10 @@ VARIANTS = [
     ("imagenet256", "L"),
     ("imagenet256", "B"),
     ("imagenet256", "S"),
+    ("imagenet256_guided", "XL"),
+    ("imagenet256_guided", "L"),
+    ("imagenet256_guided", "B"),
+    ("imagenet256_guided", "S"),
 ]
 SETS = {
     "digits": ((8, 8, 1), 10, 1352),

@@ -13,7 +13,7 @@ from dmf.convert.inception import FID_INCEPTION
 from dmf.convert.rules import relative_l2
 from dmf.errors import DmfError
 from dmf.networks.inception import Features, InceptionConfig, build_inception
-from tests.conversion import check_names, convert_arrays, export_arrays, hollow, needs_torch, recipe_weights
+from tests.conversion import check_names, convert_arrays, export_arrays, hollow, needs_torch, recipe_weights, tensors_of
 
 # Relative L2 to pytorch-fid 0.3.0 run in float64; run in float32, pytorch-fid itself is 2.3e-7 (pool) to 4.2e-7 away.
 OUTPUTS = {"pool": 1e-6, "spatial": 2e-6, "logits": 2e-6, "biased_logits": 2e-6}
@@ -97,6 +97,16 @@ def test_a_round_trip_is_bit_equal():
     assert all(np.array_equal(back[name], x) for name, x in weights.items())
     rest = set(back) - set(weights)
     assert len(rest) == 94 and all(name.endswith("num_batches_tracked") and back[name] == 0 for name in rest)
+
+
+def test_a_file_without_counters_has_a_report_without_them():
+    weights = reference()[0]
+    tensors = tensors_of(weights)
+    rules, network = FID_INCEPTION.rules(InceptionConfig(), (299, 299, 3), tensors), build_inception(InceptionConfig())
+    _, rows = audit.convert(rules, tensors, network, "fid_inception", lambda done, total: None)
+    assert not any(name.endswith("num_batches_tracked") for row in rows for name in row["tensors"])
+    assert sum(len(row["tensors"]) for row in rows) == len(weights) and audit.exceptions(rows) == []
+    assert audit.table(rows).splitlines()[-1].split()[:3] == ["all", str(len(weights)), str(len(weights))]
 
 
 def test_counters_of_batches_are_ignored():

@@ -23,9 +23,10 @@ def test_a_sample_does_not_depend_on_count_chunk_or_devices(monkeypatch):
     assert whole.shape == (21, 8, 8, 1) and len({x.tobytes() for x in whole}) == 21
     np.testing.assert_allclose(draw(params, 5, 2), whole[:5], atol=1e-5)
     draw_on_8, same_params = sampler(devices=8)
-    np.testing.assert_allclose(draw_on_8(same_params, 21, 2), whole, atol=1e-5)
-    monkeypatch.setattr(evaluate, "CHUNK", 4)
+    np.testing.assert_array_equal(draw_on_8(same_params, 21, 2), whole)  # the same program on every device
+    monkeypatch.setattr(evaluate, "ROWS_PER_DEVICE", 4)
     np.testing.assert_allclose(draw(params, 21, 2), whole, atol=1e-5)
+    np.testing.assert_array_equal(draw(params, 8, 2, first=4), draw(params, 12, 2)[4:])
 
 
 def test_labels_are_those_of_the_data_in_their_order_and_reach_the_network():

@@ -129,7 +129,8 @@ def read(
             values = [start[leaf] if leaf in start else np.zeros(leaves[leaf]) for leaf in rule.leaves]
         for leaf, x in zip(rule.leaves, values, strict=True):
             put(leaf, np.asarray(x, np.float32, order="C"))
-        rows.append(_row(rule, tensors, present))
+        if present or rule.leaves:  # the rule of a tensor that may be absent, and is, has nothing to report
+            rows.append(_row(rule, tensors, present))
         done += sum(_bytes(tensors[name]) for name in rule.tensors if name in tensors)
         progress(done, total)
     return rows

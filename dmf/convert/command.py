@@ -21,10 +21,11 @@ import jax
 import numpy as np
 
 from dmf import checkpoint, pretrained
-from dmf.convert import adm, align, audit, dit, inception, native, score_sde, unet, vae
+from dmf.convert import adm, align, audit, dinov2, dit, inception, native, score_sde, unet, vae
 from dmf.convert.files import read
 from dmf.convert.rules import Kind, relative_l2
 from dmf.errors import DmfError
+from dmf.metrics import features
 
 KINDS: dict[str, Kind] = {
     kind.name: kind
@@ -37,6 +38,7 @@ KINDS: dict[str, Kind] = {
         adm.TORCHCFM,
         vae.SD_VAE,
         inception.FID_INCEPTION,
+        dinov2.DINOV2,
         native.NATIVE,
     )
 }
@@ -74,7 +76,9 @@ def convert(
     report["source"]["sha256"] = read.sha256(source)
     about = {k: v for k, v in report.items() if k != "tensors"} | {"exceptions": audit.exceptions(report["tensors"])}
     metadata = pretrained.metadata(config, shape, about)
-    checkpoint.save_weights(Path(out), params, metadata, {REPORT: json.dumps(report, indent=1) + "\n"})
+    known = features.known_features(pretrained.build(config, shape), params, config.kind)
+    files = {REPORT: json.dumps(report, indent=1) + "\n"} | ({features.KNOWN: known} if known else {})
+    checkpoint.save_weights(Path(out), params, metadata, files)
     count = sum(row["values"] for row in report["tensors"])
     print(f"converted {out} in {time.monotonic() - started:.0f} s: {count:,} values, copy {report['source']['copy']!r}")
     return report

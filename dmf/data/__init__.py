@@ -1,4 +1,4 @@
-"""Images in memory, and batches that are a pure function of (seed, step).
+"""Images in memory or encoded on disk, and batches that are a pure function of (seed, step).
 
 There is no iterator state, so a resumed run sees the examples the interrupted one would have seen, and the
 global batch of a step is the same whatever the number of hosts. Reading needs no TensorFlow and no network.
@@ -13,11 +13,11 @@ from typing import Literal
 
 import numpy as np
 
-from dmf.data import cifar10, digits
+from dmf.data import cifar10, digits, latents
+from dmf.data.latents import Latents
 from dmf.errors import DmfError
 
 Split = Literal["train", "heldout"]
-LATENT_MOCK = 2048  # random latents of a mock
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,12 @@ class DataConfig:
     """Which images are read, and what is done to them on the device before a training step."""
 
     name: str = "digits"  # a key of `DATASETS`
-    data_dir: str = ""  # cifar10: where TFDS data is prepared; "" = $TFDS_DATA_DIR, else ~/tensorflow_datasets
+    # cifar10: where TFDS data is prepared, "" = $TFDS_DATA_DIR, else ~/tensorflow_datasets; imagenet256_latents: what
+    # --mode=encode has written
+    data_dir: str = ""
     holdout_fraction: float = 0.25  # digits: share of its one set that is "heldout", whatever the training seed
     mock: bool = False  # cifar10, imagenet256_latents: random images, to try the code path only; reads no file
-    flip: bool = False  # mirror each training image with probability 1/2, without telling the network
+    flip: bool = False  # mirror each training image with probability 1/2, without telling the network; latents: its own one
     augment: float = 0.0  # probability p of the EDM pipe, which does tell the network (`augment.edm_augment`); 0 = off
 
 
@@ -45,6 +47,11 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(H, W, C)."""
+        return self.images.shape[1:]
 
     def to_float(self, images: np.ndarray) -> np.ndarray:
         """Returns stored values as network input, x = 2 * stored / max_value - 1, float32, any shape."""
@@ -63,23 +70,19 @@ def _load_cifar10(config: DataConfig, split: Split) -> Dataset:
     return Dataset(images, labels, cifar10.NUM_CLASSES, cifar10.MAX_VALUE, "cifar10", split)
 
 
-def _load_imagenet256(config: DataConfig, split: Split) -> Dataset:
-    if not config.mock:
-        raise DmfError("config.data.mock = False for 'imagenet256_latents': expected True, stored latents cannot be read yet")
-    rng = np.random.default_rng(0 if split == "train" else 1)
-    images = rng.integers(0, 256, (LATENT_MOCK, 32, 32, 4), np.uint8)
-    return Dataset(images, rng.integers(0, 1000, LATENT_MOCK).astype(np.int32), 1000, 255.0, "imagenet256_latents", split)
+def _load_imagenet256(config: DataConfig, split: Split) -> Latents:
+    return latents.mock(split, config.flip) if config.mock else latents.read(config.data_dir, split, config.flip)
 
 
-DATASETS: dict[str, Callable[[DataConfig, Split], Dataset]] = {
+DATASETS: dict[str, Callable[[DataConfig, Split], Dataset | Latents]] = {
     "digits": _load_digits,
     "cifar10": _load_cifar10,
     "imagenet256_latents": _load_imagenet256,
 }
 
 
-def load(config: DataConfig, split: Split) -> Dataset:
-    """Reads one split of the configured data set into memory.
+def load(config: DataConfig, split: Split) -> Dataset | Latents:
+    """Reads one split of the configured data set into memory, or opens its files.
 
     Raises:
       DmfError: unknown name or split, a field out of range, or data that is not prepared or is damaged.
@@ -117,7 +120,19 @@ def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
-def batch(dataset: Dataset, seed: int, step: int, batch_size: int, *, host: int = 0, hosts: int = 1) -> dict[str, np.ndarray]:
+def _mirrored(seed: int, step: int, batch_size: int) -> np.ndarray:
+    """Returns which rows of a step's global batch are mirrored, (batch_size,) int64 of 0 and 1: one raw word's top bit each.
+
+    The counter starts far from that of `_permutation`, whose key may be the same.
+    """
+    key = np.array([seed % 2**64, step], dtype=np.uint64)
+    words = np.random.Philox(key=key, counter=np.array([0, 0, 0, 1], np.uint64)).random_raw(batch_size)
+    return (words >> np.uint64(63)).astype(np.int64)
+
+
+def batch(
+    dataset: Dataset | Latents, seed: int, step: int, batch_size: int, *, host: int = 0, hosts: int = 1
+) -> dict[str, np.ndarray]:
     """Returns this host's rows of the global batch of one step: a pure function of (seed, step).
 
     Epoch `step // floor(N / B)` is a fresh permutation of the N images; host k of K holds the rows
@@ -132,10 +147,13 @@ def batch(dataset: Dataset, seed: int, step: int, batch_size: int, *, host: int 
       hosts: the number of hosts.
 
     Returns:
-      x (B / hosts, H, W, C) float32 in [-1, 1] and label (B / hosts,) int32.
+      x (B / hosts, H, W, C) float32 in [-1, 1] and label (B / hosts,) int32. Of encoded images x is the mean of the scaled
+      latent, and there is also std, shaped as x: the latent is x + std * noise. With `flip` each row is that of the image
+      or of its mirror image, which is drawn by its number in the global batch.
 
     Raises:
-      DmfError: batch_size exceeds the split or is no multiple of hosts, host is out of range, or step < 0.
+      DmfError: batch_size exceeds the split or is no multiple of hosts, host is out of range, step < 0, or a file of encoded
+        images is damaged.
     """
     steps = steps_per_epoch(len(dataset), batch_size)
     if hosts < 1 or batch_size % hosts:
@@ -146,6 +164,9 @@ def batch(dataset: Dataset, seed: int, step: int, batch_size: int, *, host: int 
         raise DmfError(f"step is {step}: expected 0 or more")
     epoch, step_in_epoch = divmod(int(step), steps)
     per_host = batch_size // hosts
-    start = step_in_epoch * batch_size + host * per_host
-    rows = _permutation(len(dataset), int(seed), epoch)[start : start + per_host]
+    mine = slice(host * per_host, (host + 1) * per_host)
+    rows = _permutation(len(dataset), int(seed), epoch)[step_in_epoch * batch_size :][mine]
+    if isinstance(dataset, Latents):
+        mirrored = _mirrored(int(seed), int(step), batch_size) if dataset.flip else np.zeros(batch_size, np.int64)
+        return dataset.rows(rows, mirrored[mine])
     return {"x": dataset.to_float(dataset.images[rows]), "label": dataset.labels[rows]}

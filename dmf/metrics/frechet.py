@@ -5,6 +5,7 @@ With Inception features this is the FID. All of it is float64: float32 means alo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -50,6 +51,61 @@ def moments(features: np.ndarray) -> Moments:
         centred = features[start : start + _ROWS_PER_CHUNK] - mean
         scatter += centred.T @ centred
     return Moments(n, mean, scatter / (n - 1))
+
+
+class MomentSums:
+    """Mean and covariance of features that arrive in parts, accumulated in one pass in float64.
+
+    s = sum_i (f_i - p),   S = sum_i (f_i - p) (f_i - p)^T,   mean = p + s/N,   cov = (S - s s^T/N) / (N - 1)
+
+    The pivot p is the mean of the first part, so that features far from zero do not cancel. The result depends
+    on the order and the sizes of the parts by rounding alone, and not at all on a stop between two parts.
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._pivot, self._sum, self._outer = np.zeros(0), np.zeros(0), np.zeros((0, 0))
+
+    def add(self, features: np.ndarray) -> None:
+        """Takes the next part (n, D). Raises DmfError on no rows, non-finite values or another D than before."""
+        features = np.asarray(features)
+        check_features(features, "features", min_rows=1)
+        dim = features.shape[1]
+        if self._count == 0:
+            self._pivot = features.mean(axis=0, dtype=np.float64)
+            self._sum, self._outer = np.zeros(dim), np.zeros((dim, dim))
+        elif dim != len(self._pivot):
+            raise DmfError(f"features have {dim} dimensions, expected {len(self._pivot)} as in the parts before")
+        for start in range(0, len(features), _ROWS_PER_CHUNK):
+            shifted = features[start : start + _ROWS_PER_CHUNK] - self._pivot
+            self._sum += shifted.sum(axis=0)
+            self._outer += shifted.T @ shifted
+        self._count += len(features)
+
+    def moments(self) -> Moments:
+        """Moments of all rows so far; raises DmfError if they are fewer than 2."""
+        if self._count < 2:
+            raise DmfError(f"the sums hold {self._count} rows, at least 2 are needed for a covariance")
+        shift = self._sum / self._count
+        scatter = self._outer - np.outer(self._sum, shift)
+        return Moments(self._count, self._pivot + shift, scatter / (self._count - 1))
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Copies of count (), pivot (D,), sum (D,) and outer (D, D), from which `from_state` continues."""
+        arrays = {"pivot": self._pivot, "sum": self._sum, "outer": self._outer}
+        return {"count": np.asarray(self._count, np.int64)} | {name: x.copy() for name, x in arrays.items()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, np.ndarray]) -> MomentSums:
+        """Sums that go on bit for bit where `state` was taken; raises DmfError if its arrays do not fit together."""
+        shapes = {name: np.shape(x) for name, x in state.items()}
+        dims = shapes.get("pivot", ())
+        if shapes != {"count": (), "pivot": dims, "sum": dims, "outer": dims * 2} or len(dims) != 1:
+            raise DmfError(f"the state of moment sums has arrays {shapes}, expected count (), pivot, sum (D,), outer (D, D)")
+        sums = cls()
+        sums._count = int(state["count"])
+        sums._pivot, sums._sum, sums._outer = (np.array(state[k], np.float64) for k in ("pivot", "sum", "outer"))
+        return sums
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:

@@ -1,0 +1,274 @@
+"""Images from outside, decoded one by one when they are asked for: a folder, an .npz of samples, a TFDS data set.
+
+Every source names what it holds (`ImageSource.about`, with a SHA-256 identity), so that what is made of it can say so.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dmf.errors import DmfError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+FORMATS = ("PNG", "JPEG", "WEBP")
+TFDS = "tfds:"
+CROP_RULE = "ADM: halved by box while the shorter side >= 2 size, bicubic to shorter side = size, centre"
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSource:
+    """Images of any size, by number. Reading is safe from several threads."""
+
+    count: int
+    num_classes: int  # 0: no classes, and every label is 0
+    about: dict[str, Any]  # kind, name, split, count, sha256: plain values that JSON can hold
+    example: Callable[[int], tuple[np.ndarray, int]]  # i -> (image as `read` gives it, label)
+    read_labels: Callable[[], np.ndarray | None]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, i: int) -> np.ndarray:
+        """Image i as (H, W, 3) uint8; grey becomes RGB, and a transparency is dropped. Raises DmfError naming the image."""
+        return self.example(i)[0]
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray | None:
+        """(N,) int32, or None where there are none. Of a TFDS data set every record is read for it, at the first use."""
+        return self.read_labels()
+
+
+def open_images(spec: str, data_dir: str = "", split: str = "train") -> ImageSource:
+    """Opens a source of images; reads no pixels yet.
+
+    Args:
+      spec: a folder of PNG, JPEG and WebP files, searched to its depths and sorted by relative path, with the labels counted
+        over its sorted sub-folders if no file lies outside of one; an .npz with `arr_0` (N, H, W, 3) uint8, and perhaps
+        labels `arr_1` (N,); or tfds:NAME, a TFDS data set that is prepared as array_record.
+      data_dir: where TFDS has prepared it; "" is $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+      split: a split in TFDS's words, such as validation or train[:1%]; of other sources a mere name in `about`.
+
+    Raises:
+      DmfError: there is no such source, it is empty, or it is not what is expected.
+    """
+    path = Path(spec).expanduser()
+    if spec.startswith(TFDS):
+        return _open_tfds(spec.removeprefix(TFDS), data_dir, split)
+    if path.is_dir():
+        return _open_folder(path, split)
+    if path.suffix == ".npz" and path.is_file():
+        return _open_npz(path, split)
+    what = "is neither" if path.exists() else "does not exist"
+    raise DmfError(f"image source {spec!r} {what}: expected a folder of images, an .npz with arr_0, or tfds:NAME")
+
+
+def center_crop(image: np.ndarray, size: int) -> np.ndarray:
+    """The central square of an image (H, W, 3) uint8 as (size, size, 3) uint8, by ADM's rule (`CROP_RULE`).
+
+    Dhariwal and Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis"; box halvings come first because a single bicubic
+    step of a large factor would skip pixels in other libraries. Raises DmfError for another shape or dtype.
+    """
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape or size < 1:
+        raise DmfError(
+            f"center_crop of {image.dtype}{list(image.shape)} to {size}: expected uint8 (H, W, 3) and a side above 0"
+        )
+    picture = Image.fromarray(image)
+    while min(picture.size) >= 2 * size:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    scale = size / min(picture.size)
+    width, height = round(picture.width * scale), round(picture.height * scale)
+    _check_pixels(width, height, f"an image of {image.shape[1]} x {image.shape[0]} enlarged to a shorter side of {size}")
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.array(picture.crop((left, top, left + size, top + size)))
+
+
+def _check_pixels(width: int, height: int, name: str) -> None:
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit and width * height > limit:
+        raise DmfError(f"{name} has {width} x {height} pixels: expected at most {limit:,}, the limit of PIL")
+
+
+def _decode(file: Path | io.BytesIO, name: str) -> np.ndarray:
+    """(H, W, 3) uint8 of an image file."""
+    try:
+        with Image.open(file, formats=FORMATS) as picture:
+            _check_pixels(*picture.size, f"image {name}")
+            if picture.mode.startswith(("I", "F")):
+                raise DmfError(f"image {name} has pixels of kind {picture.mode}: expected 8 bits per channel")
+            return np.array(picture.convert("RGB"))
+    except DmfError:
+        raise
+    except Exception as error:  # the parsers behind PIL raise what they meet, with no base in common
+        why = " ".join(str(error).replace(str(file), "").split())[:200]
+        raise DmfError(
+            f"image {name} cannot be read ({type(error).__name__}: {why}): expected an undamaged PNG, JPEG or WebP"
+        ) from error
+
+
+def _open_folder(root: Path, split: str) -> ImageSource:
+    """Files in the order of their relative paths; the identity is that of names and sizes, so that no pixel is read for it."""
+    sizes: dict[str, int] = {}
+    for folder, _, names in os.walk(root, followlinks=True):
+        for name in names:
+            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+                path = Path(folder, name)
+                sizes[path.relative_to(root).as_posix()] = path.stat().st_size
+    files = sorted(sizes)
+    if not files:
+        raise DmfError(f"folder {root} holds no images: expected files ending in {', '.join(SUFFIXES)}")
+    digest = hashlib.sha256()
+    for name in files:
+        digest.update(os.fsencode(f"{name}\0{sizes[name]}\n"))
+    first = [name.partition("/")[0] for name in files]
+    classes = sorted(set(first)) if all("/" in name for name in files) else []
+    index = {name: i for i, name in enumerate(classes)}
+    labels = np.array([index.get(name, 0) for name in first], np.int32)
+    return ImageSource(
+        count=len(files),
+        num_classes=len(classes),
+        about=_about("folder", root.resolve().name, split, len(files), digest.hexdigest()),
+        example=lambda i: (_decode(root / files[i], str(root / files[i])), int(labels[i])),
+        read_labels=lambda: labels,
+    )
+
+
+def _about(kind: str, name: str, split: str, count: int, sha256: str) -> dict[str, Any]:
+    return {"kind": kind, "name": name, "split": split, "count": count, "sha256": sha256}
+
+
+def _open_npz(path: Path, split: str) -> ImageSource:
+    """Samples in ADM's format; an array that is stored as it is stays on disk, others take as much memory as they hold."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        if "arr_0.npy" not in names:
+            raise DmfError(f"{path} holds {', '.join(names)[:100] or 'nothing'}: expected arr_0, images (N, H, W, 3) uint8")
+        images = _npz_array(path, "arr_0")
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
+            found = f"{images.dtype}{list(images.shape)}"
+            raise DmfError(f"{path}: arr_0 is {found}: expected images (N, H, W, 3) uint8, with values 0 to 255")
+        labels = _npz_array(path, "arr_1") if "arr_1.npy" in names else None
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        EOFError,
+        RuntimeError,
+        zipfile.BadZipFile,
+        zlib.error,
+        struct.error,
+    ) as error:
+        why = " ".join(str(error).split())[:200]
+        raise DmfError(f"{path} cannot be read ({type(error).__name__}: {why}): expected an undamaged .npz") from error
+    if labels is not None:
+        if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+            raise DmfError(f"{path}: arr_1 is {labels.dtype}{list(labels.shape)}: expected {len(images)} labels from 0 up")
+        labels = labels.astype(np.int32)
+    return ImageSource(
+        count=len(images),
+        num_classes=0 if labels is None else int(labels.max()) + 1,
+        about=_about("npz", path.name, split, len(images), digest),
+        example=lambda i: (np.array(images[i]), 0 if labels is None else int(labels[i])),
+        read_labels=lambda: labels,
+    )
+
+
+def _npz_array(path: Path, name: str) -> np.ndarray:
+    """An array of an .npz, mapped from the file if its bytes lie there plainly; NumPy itself maps none of an archive."""
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(f"{name}.npy")
+        with archive.open(info) as member:
+            version = np.lib.format.read_magic(member)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read(member)
+            header = member.tell()
+    if info.compress_type != zipfile.ZIP_STORED or fortran or dtype.hasobject:
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays[name]
+    with path.open("rb") as file:
+        file.seek(info.header_offset + 26)  # of the two lengths that end a member's own header, 30 bytes long
+        start = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+    return np.memmap(path, dtype, "r", start + header, shape)
+
+
+def _open_tfds(name: str, data_dir: str, split: str) -> ImageSource:
+    """A prepared TFDS data set; its image files are decoded here, so that they give the same pixels whatever TFDS uses."""
+    import tensorflow_datasets as tfds
+    from google.protobuf.json_format import ParseError
+
+    # Spelled out, because TFDS reports the same trouble in other ways when it fills in its default itself.
+    root = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    path: Any = tfds.core.Path(root).expanduser() / name.partition(":")[0]
+    try:
+        builder = tfds.builder(name, data_dir=root)
+        path = builder.data_path
+        features = builder.info.features
+        if "image" not in features:
+            raise DmfError(f"TFDS data set {name} in {path} has {', '.join(features)}: expected an 'image'")
+        records = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+        count, full_name = len(records), builder.info.full_name
+    # Whatever the parsers behind TFDS raise for what they meet: names, shards, splits, version, metadata.
+    except (RuntimeError, ValueError, OSError, LookupError, AssertionError, TypeError, ParseError) as error:
+        raise DmfError(_tfds_explanation(error, name, path, split)) from error
+    labelled = "label" in features and isinstance(features["label"], tfds.features.ClassLabel)
+    classes = int(features["label"].num_classes) if labelled else 0
+    identity = json.dumps(["tfds", full_name, split, count]).encode()
+    get = functools.partial(_tfds_record, records, f"{full_name}, split {split}, in {path}")
+    return ImageSource(
+        count=count,
+        num_classes=classes,
+        about=_about("tfds", full_name, split, count, hashlib.sha256(identity).hexdigest()),
+        example=lambda i: _tfds_example(get(i), f"{i} of {full_name} {split}", classes),
+        read_labels=lambda: np.array([get(i)["label"] for i in range(count)], np.int32) if classes else None,
+    )
+
+
+def _tfds_record(records: Sequence[dict[str, Any]], name: str, i: int) -> dict[str, Any]:
+    try:
+        record = records[i]
+        if not record["image"]:
+            raise ValueError("it is empty")  # which is all that is said of a shard that was cut short
+        return record
+    except (RuntimeError, ValueError, OSError, LookupError, TypeError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise DmfError(
+            f"TFDS data set {name} is damaged (record {i}: {why}): delete its folder and prepare it again"
+        ) from error
+
+
+def _tfds_example(record: dict[str, Any], name: str, classes: int) -> tuple[np.ndarray, int]:
+    return _decode(io.BytesIO(record["image"]), name), int(record["label"]) if classes else 0
+
+
+def _tfds_explanation(error: Exception, name: str, path: Any, split: str) -> str:
+    """One sentence on what is wrong with a data set that TFDS could not open."""
+    base = name.partition(":")[0]
+    prepare = (
+        f"prepare it by `python -c \"import tensorflow_datasets as tfds; tfds.builder('{base}', data_dir='DIR', "
+        "file_format='array_record').download_and_prepare()\"` and name DIR as data_dir"
+    )
+    if not (path / "dataset_info.json").exists():
+        return f"TFDS data set {name} is not prepared in {path}: {prepare}"
+    if isinstance(error, NotImplementedError):
+        return (
+            f"TFDS data set {name} in {path} is prepared without random access, expected array_record; in another DIR {prepare}"
+        )
+    why = " ".join(str(error).split())[:200]
+    return f"TFDS data set {name} in {path} cannot be read, split {split} ({why}); expected one of its splits, undamaged"

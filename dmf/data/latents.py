@@ -1,0 +1,98 @@
+"""The data set of encoded images: the normal law of each image's latent, from the files that `dmf.data.encode` writes.
+
+Reading needs neither TensorFlow nor jax.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dmf.data import shards
+from dmf.errors import DmfError
+
+NAME = "imagenet256_latents"
+MOCK_IMAGES, MOCK_SHAPE, MOCK_CLASSES, MOCK_STD = 2048, (32, 32, 4), 1000, 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class Latents:
+    """One split of encoded images: the normal law of each image's latent, read when it is asked for."""
+
+    fetch: Callable[[np.ndarray], np.ndarray]  # record numbers (n,) -> (n, 2, h, w, c): mean and std, unscaled
+    labels: np.ndarray  # (N,) int32, in [0, num_classes)
+    num_classes: int
+    image_shape: tuple[int, ...]  # (h, w, c)
+    scale: float  # scaled latent = scale * unscaled latent
+    name: str
+    split: str
+    flip: bool  # a batch shows the mirrored copy of each image with probability 1/2
+    about: dict[str, Any]  # the metadata of the files; {} for a mock
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def rows(self, index: np.ndarray, mirrored: np.ndarray) -> dict[str, np.ndarray]:
+        """The latents of the images `index` (n,), of their mirror images where `mirrored` (n,) is 1, scaled.
+
+        x = scale * mean and std = scale * std, each (n, h, w, c) float32: a latent is x + std * noise; label (n,) int32.
+        Raises DmfError naming the file that is damaged.
+        """
+        found, scale = self.fetch(2 * index + mirrored), np.float32(self.scale)
+        mean, std = (found[:, i].astype(np.float32) for i in (0, 1))
+        return {"x": scale * mean, "std": scale * std, "label": self.labels[index]}
+
+
+def read(data_dir: str, split: str, flip: bool) -> Latents:
+    """Opens one split below `data_dir`; "train" may also be `data_dir` itself. Reads the labels, and no latents yet.
+
+    Raises:
+      DmfError: the split is not encoded, or not to its end, or a file has not the size that the metadata tell.
+    """
+    if not data_dir:
+        raise DmfError(f"config.data.data_dir is '' for {NAME!r}: expected the OUT of `--mode=encode`")
+    root = Path(data_dir).expanduser()
+    folder = root if split == "train" and (root / shards.METADATA).is_file() else root / split
+    about = shards.metadata(folder)
+    for name, size, _ in shards.files(about):
+        shards.check_size(folder / name, size)
+    labels = _labels(folder, about)
+    return Latents(
+        fetch=shards.Shards(folder, about).fetch,
+        labels=labels,
+        num_classes=about["num_classes"],
+        image_shape=tuple(about["latent_shape"]),
+        scale=about["scale"],
+        name=NAME,
+        split=split,
+        flip=flip and split == "train",
+        about=about,
+    )
+
+
+def mock(split: str, flip: bool) -> Latents:
+    """Random latents of random classes, to try the code path only; reads no file."""
+    rng = np.random.default_rng(0 if split == "train" else 1)
+    images = rng.integers(0, 256, (MOCK_IMAGES, *MOCK_SHAPE), np.uint8)
+    labels = rng.integers(0, MOCK_CLASSES, MOCK_IMAGES).astype(np.int32)
+
+    def fetch(records: np.ndarray) -> np.ndarray:
+        mean = images[records // 2].astype(np.float32) / np.float32(127.5) - np.float32(1)
+        mean = np.where((records % 2 == 1)[:, None, None, None], mean[:, :, ::-1], mean)
+        return np.stack([mean, np.full_like(mean, MOCK_STD)], axis=1)
+
+    return Latents(fetch, labels, MOCK_CLASSES, MOCK_SHAPE, 1.0, NAME, split, flip and split == "train", {})
+
+
+def _labels(folder: Path, about: dict[str, Any]) -> np.ndarray:
+    path, entry = folder / shards.LABELS, about["labels"]
+    shards.check_sum(path, entry["bytes"], entry["sha256"])
+    labels = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+    if labels.shape != (about["count"],) or labels.dtype != np.int32:
+        raise DmfError(f"{path} holds {labels.dtype}{list(labels.shape)}: expected int32[{about['count']}]")
+    return labels

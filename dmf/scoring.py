@@ -1,0 +1,314 @@
+"""Scores by a declared protocol: of a checkpoint at several numbers of steps and EMAs, of image files, or during training.
+
+    images in parts of PART -> features (`metrics.features`) -> sums in float64 (`metrics.totals`) -> scores against a reference
+
+A part is the same images in the same order on any number of devices, and its sums are kept on disk: an interrupted run goes
+on where it was and ends in the same scores. Everything a number depends on is printed and stored with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from dmf import checkpoint, data, evaluate, pretrained, sharding
+from dmf.config import Config, differences, parse
+from dmf.data import images as sources
+from dmf.errors import DmfError
+from dmf.metrics import protocols, reference
+from dmf.metrics.features import Extractor
+from dmf.metrics.judge import Judge, Setting, accumulate
+from dmf.metrics.protocols import Protocol
+from dmf.metrics.reference import Reference
+from dmf.metrics.totals import PART, Totals
+
+CHEAP = ("fid", "sfid", "is")  # what is scored during training; the others need the features of all samples at once
+READERS = 8  # threads that decode image files
+
+
+def score_checkpoint(
+    path: str | Path,
+    setting: Setting,
+    steps: Sequence[int],
+    emas: Sequence[float | None] = (None,),
+    sampler: str = "",
+    seed: int | None = None,
+    vae: str = "",
+    out: str = "",
+) -> list[dict[str, Any]]:
+    """Scores a checkpoint by a protocol, one row for each EMA and number of sampling steps; prints them, writes JSON.
+
+    path, emas, sampler, vae: as for `evaluate.write_samples`. seed: of noise and drawn labels, None for the run's own. out: the
+    JSON file, by default beside the checkpoint; rows it already holds are not made again. Raises DmfError on bad input.
+    """
+    mesh = sharding.make_mesh()
+    judge = Judge(setting, mesh)
+    folder, stored = pretrained.open_folder(path)
+    config = _config(path, stored, sampler, seed)
+    decode = evaluate.make_decoder(vae, tuple(stored["image_shape"]), mesh)
+    judge.announce()
+    labels = _labels(judge.protocol, config, pretrained.is_converted(stored))
+    results = Results(
+        Path(out) if out else evaluate.home(folder, stored) / f"scores_{Path(judge.protocol.name).stem}.json",
+        {
+            "checkpoint": {"folder": folder.name, "manifest_sha256": _sha256(folder / checkpoint.MANIFEST)},
+            "autoencoder": _sha256(pretrained.open_folder(vae)[0] / checkpoint.MANIFEST) if vae else "none",
+            "sampler": config.run.sampler,
+            "seed": config.seed,
+            "guidance": _guidance(config),
+            **_identity(judge),
+        },
+    )
+    judge.ready()
+    for ema in emas:
+        network, params = pretrained.load_folder(folder, stored, ema)
+        draw = evaluate.Sampler(network, config, tuple(stored["image_shape"]), labels, mesh)
+        half_life = config.ema.evaluate if ema is None else ema
+        for n in steps:
+            row = {"ema_halflife_images": half_life, "steps": n, "nfe": n * evaluate.evaluations(config.run.sampler)}
+            results.add(row, judge, judge.protocol.count, partial(_samples, draw, params, n, decode, judge.protocol.rounding))
+    return results.finish()
+
+
+def self_check(setting: Setting) -> None:
+    """Holds a protocol's features on this device against known answers; prints the outcome, raises DmfError if it is bad."""
+    found = protocols.load(setting.protocol)
+    extract = Extractor(found, setting.features, sharding.make_mesh())
+    print(f"protocol  {protocols.describe(found)}\n{extract.self_check()}")
+    if setting.reference:
+        stored = reference.read(setting.reference, found.space, images=False)
+        reference.check(stored, found, extract.about["network_sha256"], {})
+        print(f"reference {stored.about.get('file')}: readable, and nothing in it contradicts the protocol")
+
+
+def score_images(source: str, setting: Setting, out: str, data_dir: str = "", split: str = "train") -> list[dict[str, Any]]:
+    """Scores image files (as `data.images.open_images` takes them), all of them or the first `setting.count`.
+
+    out: the JSON file. Raises DmfError on bad input.
+    """
+    found = sources.open_images(source, data_dir, split)
+    count = setting.count or len(found)
+    if count > len(found):
+        raise DmfError(f"--count={count}: expected at most the {len(found)} images of {source}")
+    judge = Judge(replace(setting, count=count), sharding.make_mesh())
+    judge.announce()
+    results = Results(Path(out), {"images": found.about, **_identity(judge)})
+    judge.ready()
+    results.add({"images": source}, judge, count, _reader(found, 0))
+    return results.finish()
+
+
+def make_reference(
+    source: str, setting: Setting, out: str, data_dir: str = "", split: str = "train", size: int = 0
+) -> Reference:
+    """Statistics of images as a protocol's reference, with everything that went into them recorded; written to `out`.
+
+    size: of a centre crop by ADM's rule, 0 for images as they are. Raises DmfError on bad input.
+    """
+    protocol = protocols.load(setting.protocol)
+    path = Path(out)
+    found = sources.open_images(source, data_dir, split)
+    count = min(setting.count or len(found), len(found))
+    if protocol.reference_count not in (0, count):
+        raise DmfError(
+            f"{source}: {count:,} images, expected the {protocol.reference_count:,} of protocol {protocol.name} "
+            f"({protocol.reference}); for others, write a protocol of your own with another reference_count"
+        )
+    extract = Extractor(protocol, setting.features, sharding.make_mesh())
+    print(f"protocol  {protocols.describe(protocol)}\n{extract.self_check()}", flush=True)
+    metrics = tuple(m for m in ("fid", "sfid") if m == "fid" or m in protocol.metrics)
+    keep = np.unique(np.linspace(0, count - 1, min(count, protocol.reference_images)).astype(np.int64))
+    folder = _progress_folder(path, {"source": found.about, "count": count, "size": size, **extract.about})
+    totals = Totals(replace(protocol, metrics=metrics), count, folder, keep)
+    totals.restore()
+    accumulate(totals, _reader(found, size), extract, "reference")
+    crop = {"crop": f"{size}: {sources.CROP_RULE}"} if size else {}
+    made_from = json.dumps({**found.about, **crop}, sort_keys=True)
+    about: dict[str, str | int] = {
+        **{key: extract.about[key] for key in ("space", "resize", "scaling", "network_sha256")},
+        **{"dataset": str(found.about["name"]), "split": str(found.about["split"]), "count": count, "made_from": made_from},
+    }
+    reference.write(path, totals.reference(about))
+    shutil.rmtree(folder)
+    print(f"reference {path}, {count:,} images")
+    return reference.read(path, protocol.space)
+
+
+class Results:
+    """The JSON file of a run of scores: what all rows share, and the rows; one with other contents is refused."""
+
+    def __init__(self, path: Path, identity: dict[str, Any]):
+        self.path, self._identity = path, json.loads(json.dumps(identity))
+        self._rows: list[dict[str, Any]] = []
+        if path.is_file():
+            try:
+                stored = json.loads(path.read_text())
+                self._rows = stored.pop("rows")
+            except (OSError, ValueError, KeyError, AttributeError) as error:
+                raise DmfError(
+                    f"--out={path} cannot be read ({error}); expected scores that dmf wrote, or a new file"
+                ) from error
+            changed = differences(stored, self._identity, "scores")
+            if changed:
+                raise DmfError(f"--out={path} holds other scores: {'; '.join(changed)[:400]}; expected another file")
+        self._folder = _progress_folder(path, self._identity)
+
+    def add(self, row: dict[str, Any], judge: Judge, count: int, images: Callable[[int, int], np.ndarray]) -> None:
+        """Makes one row of scores, unless the file has it already, and writes it down."""
+        if any(row.items() <= old.items() for old in self._rows):
+            return
+        folder = self._folder / "_".join(f"{v}" for v in row.values()).replace("/", "_")[-100:]
+        folder.mkdir(exist_ok=True)
+        totals = judge.totals(count, folder)
+        accumulate(totals, images, judge.extract, ", ".join(f"{k} {v}" for k, v in row.items() if k in ("steps", "images")))
+        self._rows.append({**row, **totals.scores(judge.reference)})
+        shutil.rmtree(folder)
+        self._write()
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Prints the table and where it is stored; returns the rows."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        shared = {k: self._identity[k] for k in ("sampler", "seed", "guidance") if k in self._identity}
+        print("\n".join([_table(self._rows), *(f"{k:<10}{v}" for k, v in shared.items()), f"written   {self.path}"]))
+        return self._rows
+
+    def _write(self) -> None:
+        partial = self.path.with_name(f".{self.path.name}.tmp")
+        try:
+            partial.write_text(json.dumps({**self._identity, "rows": self._rows}, indent=1) + "\n")
+            partial.replace(self.path)
+        except OSError as error:
+            raise DmfError(f"--out={self.path} cannot be written: {error.strerror}; expected a folder with room") from error
+
+
+class ProtocolScorer:
+    """A cheap score during training: the protocol's FID, sFID and IS of few samples; see `evaluate.make_scorer`."""
+
+    floor: dict[str, float] = {}
+
+    def __init__(self, config: Config, image_shape: tuple[int, ...], mesh: Mesh):
+        run = config.run
+        self._judge = Judge(Setting(run.protocol, run.features, run.reference), mesh)
+        cheap = tuple(metric for metric in self._judge.protocol.metrics if metric in CHEAP)
+        self._judge.protocol = replace(self._judge.protocol, metrics=cheap)
+        self._decode = evaluate.make_decoder(run.vae, image_shape, mesh)
+        self._judge.announce()
+
+    def __call__(self, samples: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """Scores of samples (N, H, W, C) in about [-1, 1], or latents."""
+        totals = self._judge.totals(len(samples))
+        for first in range(0, len(samples), PART):
+            part = self._decode(samples[first : first + PART])
+            totals.add(self._judge.extract(protocols.to_bytes(part, self._judge.protocol.rounding)))
+        return totals.scores(self._judge.reference)
+
+
+def make_scorer(config: Config, train: data.Dataset | data.Latents, mesh: Mesh) -> tuple[Any, str] | None:
+    """(scorer, name of its main score) for a run: by config.run.protocol, else by its data set; None for pictures alone."""
+    if not config.run.score_samples:
+        return None
+    if config.run.protocol:
+        return ProtocolScorer(config, train.image_shape, mesh), "fid"
+    return evaluate.make_scorer(config.data, train)
+
+
+def _config(path: str | Path, stored: dict[str, Any], sampler: str, seed: int | None) -> Config:
+    """The config of a checkpoint with another sampler and seed, where they are given."""
+    if "config" not in stored:
+        raise DmfError(f"checkpoint {path} holds a {stored['network']['kind']}: expected a flow model or a generator")
+    config = parse(stored["config"])
+    run = replace(config.run, sampler=sampler or config.run.sampler)
+    return replace(config, run=run, seed=config.seed if seed is None else seed)
+
+
+def _samples(
+    draw: evaluate.Sampler,
+    params: Any,
+    steps: int,
+    decode: Callable[[np.ndarray], np.ndarray],
+    rounding: str,
+    first: int,
+    rows: int,
+) -> np.ndarray:
+    return protocols.to_bytes(decode(draw(params, rows, steps, first)), rounding)
+
+
+def _reader(source: sources.ImageSource, size: int) -> Callable[[int, int], np.ndarray]:
+    pool = ThreadPoolExecutor(READERS)
+
+    def one(i: int) -> np.ndarray:
+        image = source.read(i)
+        return sources.center_crop(image, size) if size else image
+
+    def images(first: int, rows: int) -> np.ndarray:
+        found = list(pool.map(one, range(first, first + rows)))
+        for i, image in enumerate(found):
+            if image.shape != found[0].shape:
+                raise DmfError(
+                    f"{source.about['name']}: image {first + i} is {image.shape}, image {first} is {found[0].shape}: expected "
+                    "one size for all, or --size for a centre crop"
+                )
+        return np.stack(found)
+
+    return images
+
+
+def _labels(protocol: Protocol, config: Config, converted: bool) -> np.ndarray:
+    """Labels of the samples in their order, (N,) int32, by the protocol's rule."""
+    classes, rule = config.num_classes, protocol.labels
+    if not classes:
+        return np.zeros(1, np.int32)
+    if rule == "balanced":
+        return np.arange(classes, dtype=np.int32)
+    if rule == "uniform":
+        return np.random.RandomState(config.seed).randint(0, classes, protocol.count).astype(np.int32)
+    if converted:
+        raise DmfError(
+            f"protocol {protocol.name} takes its labels from the training data, and a converted checkpoint has none: expected "
+            "a protocol with labels = 'uniform' or 'balanced'"
+        )
+    return data.load(config.data, "train").labels
+
+
+def _guidance(config: Config) -> str:
+    """Guidance that training put into the weights; none is added when sampling."""
+    if any(kind.startswith("guided") for kind in config.curriculum.kinds):
+        g = config.guidance
+        return f"in the weights: omega {g.omega:g}, kappa {g.kappa:g}, t in [{g.t_start:g}, {g.t_end:g}]"
+    return "none"
+
+
+def _identity(judge: Judge) -> dict[str, Any]:
+    return {"protocol": asdict(judge.protocol), "features": judge.extract.about, "reference": dict(judge.reference.about)}
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    keys = [key for key in rows[0] if key != "images"]
+    text = [{k: f"{row[k]:,.6g}" if isinstance(row.get(k), float) else f"{row.get(k, '-')}" for k in keys} for row in rows]
+    wide = {k: max(len(k), *(len(row[k]) for row in text)) + 2 for k in keys}
+    return "\n".join("".join(f"{row[k]:>{wide[k]}}" for k in keys) for row in [dict(zip(keys, keys, strict=True)), *text])
+
+
+def _progress_folder(out: Path, identity: dict[str, Any]) -> Path:
+    """Where the sums of one evaluation are kept meanwhile: beside its result, told apart by what it is of."""
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    folder = out.with_name(f".{out.name}.{digest}.progress")
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise DmfError(f"--out={out} cannot be written: {error.strerror}; expected a file in a writable directory") from error
+    return folder
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
