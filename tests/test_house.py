@@ -24,7 +24,7 @@ OWNERS = {
     "torch": {"dmf/convert/", "dmf/export/"},
     "pickle": set(),  # it runs what a file names
     "pickletools": {"dmf/convert/files/unpickle.py"},
-    "zipfile": {"dmf/convert/files/torchfile.py", "dmf/convert/command.py", "dmf/metrics/reference.py", "dmf/data/images.py"},
+    "zipfile": {"dmf/convert/files/torchfile.py", "dmf/convert/command.py", "dmf/metrics/", "dmf/data/images.py"},
     "ml_dtypes": {"dmf/convert/files/span.py"},
     "safetensors": {"dmf/export/weights.py"},
     "PIL": {"dmf/pictures.py", "dmf/data/images.py"},

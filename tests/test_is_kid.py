@@ -129,13 +129,14 @@ def test_a_stopped_and_resumed_inception_score_is_the_same_bits(seed):
 
 
 def test_a_state_of_the_inception_score_is_a_copy_both_ways():
-    first = InceptionScore(4, 2)
-    first.add(np.eye(4)[:2])
+    first, rows = InceptionScore(4, 2), np.eye(4)
+    first.add(rows[:1])
     state = first.state()
-    second, third = InceptionScore.from_state(state), InceptionScore.from_state(state)
-    for score in (first, second, third):
-        score.add(np.eye(4)[2:])
-    assert first.result() == second.result() == third.result() and int(state["seen"]) == 2
+    first.add(rows[1:])
+    for _ in range(2):  # what the sums did since, or what the first resumed ones do, is not in the state
+        resumed = InceptionScore.from_state(state)
+        resumed.add(rows[1:])
+        assert resumed.result() == first.result()
 
 
 def test_inception_score_refuses_bad_input():

@@ -283,6 +283,23 @@ def test_a_damaged_file_is_named_and_made_again(
     encode.verify(copy)
 
 
+def test_while_a_shard_is_made_again_the_directory_is_not_complete(
+    copy: Path, vae: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flip_a_byte(shard(copy, 3))
+
+    def killed(*arguments: object) -> None:
+        raise Crash
+
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(encode, "_encode_shards", killed)
+        encode.encode(vae, str(source), copy, **SETTINGS)
+    with pytest.raises(DmfError, match="train is not encoded to its end"):
+        data.load(config(copy), "train")
+    with pytest.raises(DmfError, match="train is not encoded to its end"):
+        encode.verify(copy)
+
+
 @pytest.mark.parametrize("damage", [flip_a_byte, cut, Path.unlink, lambda p: p.write_text(p.read_text().replace("[0,", "[1,"))])
 def test_what_vouches_for_a_shard_is_vouched_for_too(
     damage: Callable[[Path], object], copy: Path, whole: Path, vae: Path, source: Path
@@ -366,7 +383,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
 def test_two_processes_cannot_encode_into_one_directory(copy: Path, vae: Path, source: Path) -> None:
     handle = os.open(copy / "train", os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        fcntl.flock(handle, fcntl.LOCK_SH)
         with pytest.raises(DmfError, match="train: another process encodes into it"):
             encode.encode(vae, str(source), copy, **SETTINGS)
     finally:

@@ -130,7 +130,6 @@ def write_shard(path: Path, parts: Iterable[tuple[np.ndarray, np.ndarray]], made
     labels: list[int] = []
     try:
         with writing(path.parent):
-            _sidecar(path).unlink(missing_ok=True)
             writer = ArrayRecordWriter(str(partial), WRITER)
         for values, some in parts:
             with writing(path.parent):

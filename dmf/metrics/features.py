@@ -86,7 +86,7 @@ class Extractor:
 
     def _features(self, params: Any, images: jax.Array) -> dict[str, jax.Array]:
         x = images.astype(jnp.float32)
-        x = jnp.repeat(x, 3, axis=-1) if x.shape[-1] == 1 and self.space.size else x
+        x = jnp.repeat(x, 3, axis=-1) if x.shape[-1] == 1 else x
         if self.space.size:
             x = resizing.resize(x, self.space.size, self._protocol.resize)
         found = self.space.outputs(self._network, params, SCALINGS[self._protocol.scaling](x))
@@ -94,9 +94,11 @@ class Extractor:
 
     def __call__(self, images: Images) -> dict[str, np.ndarray]:
         """Features of images (N, H, W, 1 or 3) uint8: "pool" (N, D) and what else the protocol's scores need, float32."""
-        channels = (1, 3) if self.space.size else (1, 2, 3, 4)
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in channels or not len(images):
-            raise DmfError(f"images are {images.dtype} of shape {images.shape}: expected uint8 (N, H, W, 3), N at least 1")
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images):
+            raise DmfError(
+                f"images to score are {images.dtype} of shape {images.shape}: expected uint8 (N, H, W, 3), grey or colour; latents "
+                "need an autoencoder"
+            )
         parts = []
         for piece in sharding.in_pieces(self._mesh, len(images), self._rows):
             put = sharding.put_padded(self._mesh, self._rows, images[piece])

@@ -138,7 +138,7 @@ PROTOCOLS = {
     "edm2-dinov2": Protocol(
         name="edm2-dinov2",
         space="dinov2",
-        resize="bicubic_clean",
+        resize="bicubic_antialias",
         scaling="imagenet",
         rounding="floor_255",
         labels="uniform",

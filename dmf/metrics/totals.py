@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -119,7 +120,7 @@ class Totals:
                 self._is = InceptionScore.from_state(rooms["is"])
             if len(self._keep) and self.done:
                 self.features = self._open_features(0, "r+")
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise DmfError(
                 f"{self._folder / STATE} cannot be gone on from ({type(error).__name__}: {error}); expected what an "
                 "interrupted evaluation wrote: delete that folder to start again"
