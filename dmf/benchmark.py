@@ -25,7 +25,7 @@ from dmf.curriculum import Stage
 from dmf.data import load
 
 ROUNDS = 9
-# Besides these, the guided kinds of the config's own curriculum.
+# Besides these, the guided kinds of the config's own curriculum with its own share of r < t rows.
 CASES = (("flow", 0.0), ("discrete", 0.25), ("discrete", 0.75), ("jvp", 0.25), ("jvp", 0.75))
 
 
@@ -69,7 +69,8 @@ def benchmark(config: Config, out: str = "", rounds: int = ROUNDS) -> list[dict[
     network = networks.build(config.network, shape, jnp.dtype(config.compute_dtype))
     stages = check(config, dataset.num_classes, len(dataset), network.has_jvp)
     cases = [c for c in CASES if c[0] != "jvp" or network.has_jvp]
-    cases += [(kind, fraction) for kind in curriculum.GUIDED if kind in {s.kind for s in stages} for fraction in (0.25, 0.75)]
+    guided = {s.kind for s in stages} & set(curriculum.GUIDED)
+    cases += [(kind, config.times.r_neq_t_fraction) for kind in sorted(guided)]
     programs, now, batch, scalars = _compile(config, network, shape, dataset.num_classes, cases)
     for i in range(rounds + 1):
         for p in programs:

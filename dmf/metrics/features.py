@@ -96,8 +96,8 @@ class Extractor:
         """Features of images (N, H, W, 1 or 3) uint8: "pool" (N, D) and what else the protocol's scores need, float32."""
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images):
             raise DmfError(
-                f"images to score are {images.dtype} of shape {images.shape}: expected uint8 (N, H, W, 3), grey or colour; latents "
-                "need an autoencoder"
+                f"images to score are {images.dtype} of shape {images.shape}: expected uint8 (N, H, W, 3), grey or colour; "
+                "latents need an autoencoder"
             )
         parts = []
         for piece in sharding.in_pieces(self._mesh, len(images), self._rows):
