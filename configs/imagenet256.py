@@ -1,13 +1,15 @@
 """ImageNet 256x256 in the latents of the SD autoencoder: SiT-XL/2 to a one-step generator by the discrete MeanFlow curriculum.
 
     python main.py --mode=convert --kind=sit --source=SiT-XL-2-256x256.pt --out=sit_xl2
-    python main.py --config=configs/imagenet256.py --workdir=runs/imagenet256 --config.init=sit_xl2
+    python main.py --mode=encode --source=tfds:imagenet2012 --vae=sd_vae --out=latents
+    python main.py --config=configs/imagenet256.py --workdir=runs/imagenet256 --config.init=sit_xl2 --config.data.data_dir=latents
     python main.py --config=configs/imagenet256.py:B ...     another size of SiT: S, B, L or XL
 
 Cost: the paper's best run is 48 epochs = 60,000 steps of batch 1024; it reports 1.71 s per step on 4 H100 (114 GPU-hours) and
-one-step FID 14.53 without guidance (the SiT it starts from: 11.52 with 50 steps). We have not run it: the latents of ImageNet
-cannot be read yet. To try the code path, add --config.data.mock --config.curriculum.length_unit=steps
---config.curriculum.length=12 --config.batch_size=8 --config.run.sample_rows=2.
+one-step FID 14.53 without guidance (the SiT it starts from: 11.52 with 50 steps). We have not run it. To try the code path, add
+--config.data.mock --config.curriculum.length_unit=steps --config.curriculum.length=12 --config.batch_size=8
+--config.run.sample_rows=2. Scores at stage boundaries: --config.run.protocol=adm-imagenet256 --config.run.features=inception
+--config.run.reference=VIRTUAL_imagenet256_labeled.npz --config.run.vae=sd_vae --config.run.score_samples=5000.
 
 The paper's: SiT-XL/2, dagger, no guidance, batch 1024, equal stages, 48 epochs (96 diverged in its fifth stage).
 Unknown in the paper: K (6 here, which never gets finer than d = 1/16), q (2), and, here from the official MeanFlow recipe for
@@ -33,7 +35,7 @@ def get_config(variant: str = "XL"):
             batch_size=1024,
             label_dropout=0.1,
             network=dict(kind="dit", **DIT_SIZES[variant], patch=2, num_classes=1000, interval_init="zero"),
-            data=dict(name="imagenet256_latents"),
+            data=dict(name="imagenet256_latents", flip=True),
             times=asdict(TIME_LAWS["imagenet"]),
             loss=dict(p=1.0, eps=1e-3, product_rule=1.0, residual_scale="raw"),
             curriculum=dict(stages=6, q=2.0, interval="dagger", length=48.0, length_unit="epochs"),

@@ -198,9 +198,7 @@ class ProtocolScorer:
 
     def __init__(self, config: Config, image_shape: tuple[int, ...], mesh: Mesh):
         run = config.run
-        self._judge = Judge(Setting(run.protocol, run.features, run.reference), mesh)
-        cheap = tuple(metric for metric in self._judge.protocol.metrics if metric in CHEAP)
-        self._judge.protocol = replace(self._judge.protocol, metrics=cheap)
+        self._judge = Judge(Setting(run.protocol, run.features, run.reference, run.score_samples), mesh, CHEAP)
         self._decode = evaluate.make_decoder(run.vae, image_shape, mesh)
         self._judge.announce()
 

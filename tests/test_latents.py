@@ -200,7 +200,6 @@ def test_an_encoding_killed_at_random_moments_ends_in_the_same_bytes(
     command = [sys.executable, "-c", KILLS, str(vae), str(source), str(tmp_path), "8"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    print(done.stdout)
     kills = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("killed")]
     assert len(kills) == 8 and sum(killed == "True" for killed, _ in kills) >= 6  # a fast one may end before its kill
     assert any(0 < int(there) < TOTAL for _, there in kills)

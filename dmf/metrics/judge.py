@@ -33,11 +33,16 @@ class Setting:
 
 
 class Judge:
-    """A protocol made ready: features checked against known answers, reference read and held against the protocol."""
+    """A protocol made ready: features checked against known answers, reference read and held against the protocol.
 
-    def __init__(self, setting: Setting, mesh: Mesh):
+    only: the scores that are wanted, of those that the protocol has; () for all of them.
+    """
+
+    def __init__(self, setting: Setting, mesh: Mesh, only: tuple[str, ...] = ()):
         found = protocols.load(setting.protocol)
-        self.protocol = replace(found, count=setting.count or found.count)
+        metrics = tuple(metric for metric in found.metrics if not only or metric in only)
+        found = replace(found, count=setting.count or found.count, metrics=metrics)
+        self.protocol = found
         if not setting.reference:
             raise DmfError(
                 f"--reference is missing: expected the statistics of {found.reference} ({found.reference_source}), or those "
