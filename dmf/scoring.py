@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 
 from dmf import checkpoint, data, evaluate, pretrained, sharding
 from dmf.config import Config, differences, parse
+from dmf.curriculum import GUIDED
 from dmf.data import images as sources
 from dmf.errors import DmfError
 from dmf.metrics import protocols, reference
@@ -280,10 +281,11 @@ def _labels(protocol: Protocol, config: Config, converted: bool) -> np.ndarray:
 
 def _guidance(config: Config) -> str:
     """Guidance that training put into the weights; none is added when sampling."""
-    if any(kind.startswith("guided") for kind in config.curriculum.kinds):
-        g = config.guidance
-        return f"in the weights: omega {g.omega:g}, kappa {g.kappa:g}, t in [{g.t_start:g}, {g.t_end:g}]"
-    return "none"
+    stages = [i for i, kind in enumerate(config.curriculum.kinds) if kind in GUIDED]
+    if not stages:
+        return "none"
+    g = config.guidance
+    return f"in the weights from stage {stages[0]} on: omega {g.omega:g}, kappa {g.kappa:g}, t in [{g.t_start:g}, {g.t_end:g}]"
 
 
 def _identity(judge: Judge) -> dict[str, Any]:

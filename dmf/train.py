@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from dmf import checkpoint, curriculum, data, evaluate, networks, optim, pictures, pretrained, scoring, sharding, state, step
-from dmf.config import Config, check, differences, to_dict
+from dmf.config import Config, check, differences, parse, to_dict
 from dmf.curriculum import Stage
 from dmf.errors import DmfError
 from dmf.logging import JsonLines, Progress, TensorBoard
@@ -259,7 +259,7 @@ class Run:
         )
         for row in scores:
             if row["nfe"] == first:
-                print(f"  {row['stage']:<10}{row['kind']:<12}step {row['step']:<8}{row[main]:.3f}")
+                print(f"  {row['stage']:<10}{row['kind']:<16}step {row['step']:<8}{row[main]:.3f}")
         for b in self.boundaries.values():
             rows = [r for r in scores if r["step"] == b.step]
             if b.full and rows:
@@ -294,7 +294,7 @@ def _claim(workdir: Path, config: Config, origin: dict[str, Any] | None, fresh: 
                     partial = file.with_suffix(".tmp")
                     partial.write_text(json.dumps(values, indent=2) + "\n")
                     partial.replace(file)
-        theirs = json.loads(path.read_text())
+        theirs = to_dict(parse(json.loads(path.read_text())))  # fields that came later have their defaults
     except OSError as error:
         raise DmfError(f"--workdir={workdir} cannot be written: {error.strerror}; expected a writable directory") from error
     except ValueError as error:

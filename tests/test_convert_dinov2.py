@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import GOLDEN
+from tests.conftest import GOLDEN
 
 from dmf import pretrained
 from dmf.convert import audit

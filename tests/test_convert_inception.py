@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN
+from tests.conftest import GOLDEN
 
 from dmf.convert import audit
 from dmf.convert.inception import FID_INCEPTION
