@@ -1,8 +1,9 @@
-"""ImageNet 256x256 in the latents of the SD autoencoder: SiT-XL/2 to a one-step generator by the discrete MeanFlow curriculum.
+r"""ImageNet 256x256 in the latents of the SD autoencoder: SiT-XL/2 to a one-step generator by the discrete MeanFlow curriculum.
 
     python main.py --mode=convert --kind=sit --source=SiT-XL-2-256x256.pt --out=sit_xl2
     python main.py --mode=encode --source=tfds:imagenet2012 --vae=sd_vae --out=latents
-    python main.py --config=configs/imagenet256.py --workdir=runs/imagenet256 --config.init=sit_xl2 --config.data.data_dir=latents
+    python main.py --config=configs/imagenet256.py --workdir=runs/imagenet256 --config.init=sit_xl2 \
+        --config.data.data_dir=latents
     python main.py --config=configs/imagenet256.py:B ...     another size of SiT: S, B, L or XL
 
 Cost: the paper's best run is 48 epochs = 60,000 steps of batch 1024; it reports 1.71 s per step on 4 H100 (114 GPU-hours) and

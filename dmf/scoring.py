@@ -56,6 +56,7 @@ def score_checkpoint(
     judge = Judge(setting, mesh)
     folder, stored = pretrained.open_folder(path)
     config = _config(path, stored, sampler, seed)
+    _check_images(tuple(stored["image_shape"]), vae)
     decode = evaluate.make_decoder(vae, tuple(stored["image_shape"]), mesh)
     judge.announce()
     labels = _labels(judge.protocol, config, pretrained.is_converted(stored))
@@ -199,6 +200,7 @@ class ProtocolScorer:
 
     def __init__(self, config: Config, image_shape: tuple[int, ...], mesh: Mesh):
         run = config.run
+        _check_images(image_shape, run.vae)
         self._judge = Judge(Setting(run.protocol, run.features, run.reference, run.score_samples), mesh, CHEAP)
         self._decode = evaluate.make_decoder(run.vae, image_shape, mesh)
         self._judge.announce()
@@ -228,6 +230,14 @@ def _config(path: str | Path, stored: dict[str, Any], sampler: str, seed: int | 
     config = parse(stored["config"])
     run = replace(config.run, sampler=sampler or config.run.sampler)
     return replace(config, run=run, seed=config.seed if seed is None else seed)
+
+
+def _check_images(shape: tuple[int, ...], vae: str) -> None:
+    if shape[-1] not in (1, 3) and not vae:
+        raise DmfError(
+            f"samples of shape {shape} are latents, and no autoencoder is given (--vae, config.run.vae): expected the directory "
+            "of a converted one"
+        )
 
 
 def _samples(

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from tests.conftest import GOLDEN
 
 from dmf import pretrained
 from dmf.convert import audit
@@ -17,6 +16,7 @@ from dmf.convert.rules import relative_l2
 from dmf.errors import DmfError
 from dmf.export.weights import export
 from dmf.networks.dinov2 import DINO_SIZES, DinoConfig, build_dinov2, resampling
+from tests.conftest import GOLDEN
 from tests.conversion import check_names, convert_arrays, export_arrays, hollow, needs_torch, recipe_weights
 
 TINY = DinoConfig(depth=3, width=80, heads=5)

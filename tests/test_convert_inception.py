@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.conftest import GOLDEN
 
 from dmf.convert import audit
 from dmf.convert.inception import FID_INCEPTION
 from dmf.convert.rules import relative_l2
 from dmf.errors import DmfError
 from dmf.networks.inception import Features, InceptionConfig, build_inception
+from tests.conftest import GOLDEN
 from tests.conversion import check_names, convert_arrays, export_arrays, hollow, needs_torch, recipe_weights, tensors_of
 
 # Relative L2 to pytorch-fid 0.3.0 run in float64; run in float32, pytorch-fid itself is 2.3e-7 (pool) to 4.2e-7 away.

@@ -277,13 +277,13 @@ def inception(tmp_path_factory):
 
 def test_missing_weights_say_where_to_get_them(place):
     with pytest.raises(
-        DmfError, match=r"--features is missing: .*pt_inception-2015-12-05-6726825d.pth.*--kind=fid_inception"
+        DmfError, match=r"no feature network is given .*pt_inception-2015-12-05-6726825d.pth.*--kind=fid_inception"
     ) as e:
         Judge(Setting("cifar10", "", str(place / "ref.npz")), sharding.make_mesh())
     assert one_line(e)
     with pytest.raises(DmfError, match="no such file or directory"):
         Judge(Setting("cifar10", "nowhere", str(place / "ref.npz")), sharding.make_mesh())
-    with pytest.raises(DmfError, match="--reference is missing: .*CIFAR-10 training images"):
+    with pytest.raises(DmfError, match="no reference is given .*CIFAR-10 training images"):
         Judge(Setting("cifar10"), sharding.make_mesh())
 
 

@@ -171,7 +171,9 @@ def _fixed_bytes(size: int) -> np.ndarray:
 def _open(protocol: Protocol, kind: str, folder: str) -> tuple[Any, Any, np.ndarray, dict[str, Any]]:
     """(network, params, known features, source) of the converted weights in `folder`, which must be the protocol's."""
     if not folder:
-        raise DmfError(f"--features is missing: expected the directory of {how_to_get(protocol)}")
+        raise DmfError(
+            f"no feature network is given (--features, config.run.features): expected the directory of {how_to_get(protocol)}"
+        )
     found, stored = pretrained.open_folder(folder)
     config, _ = pretrained.described(stored)
     if config.kind != kind:

@@ -45,10 +45,11 @@ class Judge:
         self.protocol = found
         if not setting.reference:
             raise DmfError(
-                f"--reference is missing: expected the statistics of {found.reference} ({found.reference_source}), or those "
-                "that --mode=reference has written"
+                f"no reference is given (--reference, config.run.reference): expected the statistics of {found.reference} "
+                f"({found.reference_source}), or those that --mode=reference has written"
             )
-        self.reference = reference.read(setting.reference, found.space, "precision_recall" in found.metrics)
+        self._compares = bool({"kid", "precision_recall"} & set(metrics))  # sample by sample, not by moments
+        self.reference = reference.read(setting.reference, found.space, images=self._compares)
         self.extract = Extractor(found, setting.features, mesh)
         reference.check(self.reference, found, self.extract.about["network_sha256"], self.extract.dims())
 
@@ -68,7 +69,7 @@ class Judge:
     def ready(self) -> None:
         """Turns the reference's images, if it has some instead of features, into features."""
         found = self.reference
-        if found.images is None or not {"kid", "precision_recall"} & set(self.protocol.metrics):
+        if found.images is None or not self._compares:
             return
         wanted = found.images[: self.protocol.reference_images]
         counter = Count("reference", len(wanted), "images")
