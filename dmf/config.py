@@ -31,6 +31,7 @@ from dmf.sample import SAMPLERS
 
 NETWORKS = {"unet": UNetConfig, "dit": DiTConfig, "mlp": MLPConfig, "adm": ADMConfig}
 LEAST = sys.float_info.min  # the least positive number: a range that excludes zero
+BELOW_1 = 1 - 1e-9  # a range that excludes one
 INF = sys.float_info.max  # a range without an upper end still excludes inf
 
 # What each field may be by itself; of a tuple, each element. Fields not listed are checked where they are read.
@@ -60,7 +61,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "loss.eps": (LEAST, INF),
     "loss.product_rule": (0, 1),
     "guidance.omega": (LEAST, INF),
-    "guidance.kappa": (0, 1 - 1e-9),
+    "guidance.kappa": (0, BELOW_1),
     "guidance.t_start": (0, 1),
     "guidance.t_end": (0, 1),
     "optimizer.learning_rate": (LEAST, INF),
@@ -69,8 +70,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "optimizer.pretrain_warmup_steps": (0, INF),
     "optimizer.decay_fraction": (0, 1),
     "optimizer.pretrain_decay_fraction": (0, 1),
-    "optimizer.b1": (0, 1 - 1e-9),
-    "optimizer.b2": (0, 1 - 1e-9),
+    "optimizer.b1": (0, BELOW_1),
+    "optimizer.b2": (0, BELOW_1),
     "optimizer.eps": (LEAST, INF),
     "optimizer.weight_decay": (0, INF),
     "optimizer.clip_norm": (0, INF),
@@ -177,6 +178,7 @@ def check(config: Config, num_classes: int, dataset_size: int, has_jvp: bool) ->
     if config.batch_size % config.microbatches:
         raise DmfError(f"config.microbatches = {config.microbatches}: expected a divisor of batch_size {config.batch_size}")
     config.ema.index()
+    _check_scores(config)
     _check_labels(config, num_classes)
     stages = build_stages(config.curriculum, config.batch_size, dataset_size, guidance.passes(config.guidance))
     _check_kinds(config, stages, has_jvp)
@@ -268,11 +270,22 @@ def _check_values(config: Config) -> None:
         for number in value if isinstance(value, tuple) else (value,):
             if not low <= number <= high:
                 least = "above 0" if low == LEAST else f"of at least {low:g}" if low > -INF else "that is finite"
-                most = f" and at most {high:g}" if high < INF else ""
+                most = " and below 1" if high == BELOW_1 else f" and at most {high:g}" if high < INF else ""
                 raise DmfError(f"config.{key} = {value}: expected a number {least}{most}")
     for key in NOT_EMPTY:
         if not operator.attrgetter(key)(config):
             raise DmfError(f"config.{key} = (): expected at least one number")
+
+
+def _check_scores(config: Config) -> None:
+    run = config.run
+    for name in ("features", "reference"):
+        if getattr(run, name) and not run.protocol:
+            raise DmfError(
+                f"config.run.{name} = {getattr(run, name)!r}: expected config.run.protocol with it, which says its use"
+            )
+    if run.protocol and not run.score_samples:
+        raise DmfError(f"config.run.protocol = {run.protocol!r} with config.run.score_samples = 0: expected samples to score")
 
 
 def _check_labels(config: Config, num_classes: int) -> None:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from dmf import data, networks, pictures, pretrained, sharding
 from dmf.config import Config, parse
-from dmf.data import Dataset, Latents
+from dmf.data import Dataset, Latents, latents
 from dmf.errors import DmfError
 from dmf.metrics.digits import DigitsScorer
 from dmf.networks.vae import unscaled
@@ -110,22 +110,20 @@ def write_samples(
 ) -> Path:
     """Draws `count` samples of a checkpoint at each number of steps, from the same noise, into one PNG.
 
-    sampler: a key of SAMPLERS, "" for the run's own. out: the file; by default in the work directory, or beside a
-    converted one. ema: as for
-    `pretrained.load`. vae: directory of the converted autoencoder that makes images of latents.
+    sampler: a key of SAMPLERS, "" for the run's own. out: the file; by default in the work directory, or beside a converted
+    one. ema: as for `pretrained.load`. vae: directory of the converted autoencoder that makes images of latents.
     """
-    network, params, config, shape, converted = _open(path, sampler, ema)
-    mesh = sharding.make_mesh()
-    decode = make_decoder(vae, shape, mesh)
-    if not config.num_classes:
-        labels = np.zeros(1, np.int32)
-    elif converted:  # no data belongs to it: every class in turn
-        labels = np.arange(config.num_classes, dtype=np.int32)
+    folder, stored = pretrained.open_folder(path)
+    network, params, config = _load(path, folder, stored, sampler, ema)
+    mesh, shape = sharding.make_mesh(), tuple(stored["image_shape"])
+    decode = make_decoder(vae, shape, mesh, stored.get("data"))
+    in_turn = pretrained.is_converted(stored) or config.data.name == latents.NAME  # no data, or too large
+    if not config.num_classes or in_turn:
+        labels = np.arange(max(config.num_classes, 1), dtype=np.int32)
     else:
         labels = data.load(config.data, "train").labels
     draw = Sampler(network, config, shape, labels, mesh)
     side = math.isqrt(count - 1) + 1
-    folder, stored = pretrained.open_folder(path)
     target = Path(out or home(folder, stored) / f"samples_{config.run.sampler}_{'_'.join(map(str, steps))}.png")
     pictures.panels(target, {f"{n} step{'s' * (n > 1)}": decode(draw(params, count, n)) for n in steps}, side)
     print(f"samples   {target}")
@@ -141,14 +139,15 @@ def write_scores(
     path: str | Path, steps: Sequence[int], count: int, sampler: str = "", out: str = "", ema: float | None = None
 ) -> list[dict[str, float]]:
     """Scores a checkpoint at each number of steps, prints the table and writes it as JSON where `out` is given."""
-    network, params, config, shape, converted = _open(path, sampler, ema)
-    if converted:
+    folder, stored = pretrained.open_folder(path)
+    network, params, config = _load(path, folder, stored, sampler, ema)
+    if pretrained.is_converted(stored):
         raise DmfError(f"checkpoint {path} holds converted weights, without data to score against: expected a run's")
     train = data.load(config.data, "train")
     found = make_scorer(config.data, train)
     if found is None:
         raise DmfError(f"config.data.name = {config.data.name!r} has no score: expected one of {', '.join(SCORERS)}")
-    draw = Sampler(network, config, shape, train.labels, sharding.make_mesh())
+    draw = Sampler(network, config, tuple(stored["image_shape"]), train.labels, sharding.make_mesh())
     rows = score(draw, found[0], params, count or config.run.score_samples or 2000, steps)
     print(format_scores(rows, found[0].floor))
     if out:
@@ -156,20 +155,27 @@ def write_scores(
     return rows
 
 
-def _open(path: str | Path, sampler: str, ema: float | None) -> tuple[networks.Network, Any, Config, tuple[int, ...], bool]:
-    """Network, weights, config and image shape of a checkpoint, and whether it was converted."""
-    folder, stored = pretrained.open_folder(path)
+def _load(
+    path: str | Path, folder: Path, stored: dict[str, Any], sampler: str, ema: float | None
+) -> tuple[networks.Network, Any, Config]:
+    """Network, weights and config of a checkpoint, with another sampler where one is given."""
     if "config" not in stored:
         raise DmfError(f"checkpoint {path} holds a {stored['network']['kind']}: expected a flow model or a generator")
     network, params = pretrained.load_folder(folder, stored, ema)
     config = parse(stored["config"])
     if sampler:
         config = replace(config, run=replace(config.run, sampler=sampler))
-    return network, params, config, tuple(stored["image_shape"]), pretrained.is_converted(stored)
+    return network, params, config
 
 
-def make_decoder(path: str, image_shape: tuple[int, ...], mesh: Mesh) -> Callable[[np.ndarray], np.ndarray]:
-    """What makes images (N, H, W, C) of samples: nothing, or the converted autoencoder in `path` where they are latents."""
+def make_decoder(
+    path: str, image_shape: tuple[int, ...], mesh: Mesh, trained_on: dict[str, Any] | None = None
+) -> Callable[[np.ndarray], np.ndarray]:
+    """What makes images (N, H, W, C) of samples: nothing, or the converted autoencoder in `path` where they are latents.
+
+    trained_on: `data.identity` of the latents that the samples imitate, where it is known. Raises DmfError where the
+    autoencoder is not one of theirs.
+    """
     if not path:
         return lambda x: x
     folder, stored = pretrained.open_folder(path)
@@ -177,6 +183,12 @@ def make_decoder(path: str, image_shape: tuple[int, ...], mesh: Mesh) -> Callabl
     if config.kind != "vae" or config.latent_channels != image_shape[-1]:
         raise DmfError(f"--vae={path}: holds a {config.kind}; expected an autoencoder of {image_shape[-1]}-channel latents")
     network, params = pretrained.load_folder(folder, stored)
+    theirs, mine = (trained_on or {}).get("vae", {}).get("sha256"), stored.get("source", {}).get("source", {}).get("sha256")
+    scale = (trained_on or {}).get("scale", network.scale)
+    if scale != network.scale:
+        raise DmfError(f"--vae={path}: its latents are scaled by {network.scale}; expected {scale}, as in training")
+    if theirs and theirs != mine:
+        print(f"warning: the autoencoder {path} comes from another file than the one that made the training latents")
 
     def decode(params: Any, z: jax.Array) -> jax.Array:
         return network.decode(params, unscaled(z, network.scale))

@@ -57,9 +57,9 @@ def score_checkpoint(
     folder, stored = pretrained.open_folder(path)
     config = _config(path, stored, sampler, seed)
     _check_images(tuple(stored["image_shape"]), vae)
-    decode = evaluate.make_decoder(vae, tuple(stored["image_shape"]), mesh)
+    decode = evaluate.make_decoder(vae, tuple(stored["image_shape"]), mesh, stored.get("data"))
     judge.announce()
-    labels = _labels(judge.protocol, config, pretrained.is_converted(stored))
+    labels = _labels(judge.protocol, config, None if pretrained.is_converted(stored) else config.data)
     results = Results(
         Path(out) if out else evaluate.home(folder, stored) / f"scores_{Path(judge.protocol.name).stem}.json",
         {
@@ -67,7 +67,7 @@ def score_checkpoint(
             "autoencoder": _sha256(pretrained.open_folder(vae)[0] / checkpoint.MANIFEST) if vae else "none",
             "sampler": config.run.sampler,
             "seed": config.seed,
-            "guidance": _guidance(config),
+            "guidance": _guidance(config, pretrained.is_converted(stored)),
             **_identity(judge),
         },
     )
@@ -89,7 +89,7 @@ def self_check(setting: Setting) -> None:
     print(f"protocol  {protocols.describe(found)}\n{extract.self_check()}")
     if setting.reference:
         stored = reference.read(setting.reference, found.space, images=False)
-        reference.check(stored, found, extract.about["network_sha256"], {})
+        reference.check(stored, found, extract.about["network_sha256"], extract.dims())
         print(f"reference {stored.about.get('file')}: readable, and nothing in it contradicts the protocol")
 
 
@@ -99,9 +99,7 @@ def score_images(source: str, setting: Setting, out: str, data_dir: str = "", sp
     out: the JSON file. Raises DmfError on bad input.
     """
     found = sources.open_images(source, data_dir, split)
-    count = setting.count or len(found)
-    if count > len(found):
-        raise DmfError(f"--count={count}: expected at most the {len(found)} images of {source}")
+    count = _count(setting, found, source)
     judge = Judge(replace(setting, count=count), sharding.make_mesh())
     judge.announce()
     results = Results(Path(out), {"images": found.about, **_identity(judge)})
@@ -120,7 +118,9 @@ def make_reference(
     protocol = protocols.load(setting.protocol)
     path = Path(out)
     found = sources.open_images(source, data_dir, split)
-    count = min(setting.count or len(found), len(found))
+    count = _count(setting, found, source)
+    if path.suffix != ".npz":
+        raise DmfError(f"--out={out}: expected a file name ending in .npz")
     if protocol.reference_count not in (0, count):
         raise DmfError(
             f"{source}: {count:,} images, expected the {protocol.reference_count:,} of protocol {protocol.name} "
@@ -198,11 +198,11 @@ class ProtocolScorer:
 
     floor: dict[str, float] = {}
 
-    def __init__(self, config: Config, image_shape: tuple[int, ...], mesh: Mesh):
+    def __init__(self, config: Config, image_shape: tuple[int, ...], mesh: Mesh, trained_on: dict[str, Any]):
         run = config.run
         _check_images(image_shape, run.vae)
         self._judge = Judge(Setting(run.protocol, run.features, run.reference, run.score_samples), mesh, CHEAP)
-        self._decode = evaluate.make_decoder(run.vae, image_shape, mesh)
+        self._decode = evaluate.make_decoder(run.vae, image_shape, mesh, trained_on)
         self._judge.announce()
 
     def __call__(self, samples: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -219,7 +219,7 @@ def make_scorer(config: Config, train: data.Dataset | data.Latents, mesh: Mesh) 
     if not config.run.score_samples:
         return None
     if config.run.protocol:
-        return ProtocolScorer(config, train.image_shape, mesh), "fid"
+        return ProtocolScorer(config, train.image_shape, mesh, data.identity(train)), "fid"
     return evaluate.make_scorer(config.data, train)
 
 
@@ -235,8 +235,8 @@ def _config(path: str | Path, stored: dict[str, Any], sampler: str, seed: int | 
 def _check_images(shape: tuple[int, ...], vae: str) -> None:
     if shape[-1] not in (1, 3) and not vae:
         raise DmfError(
-            f"samples of shape {shape} are latents, and no autoencoder is given (--vae, config.run.vae): expected the directory "
-            "of a converted one"
+            f"samples of shape {shape} are latents, and no autoencoder is given (--vae, config.run.vae): expected one, in the "
+            "directory of its conversion"
         )
 
 
@@ -250,6 +250,13 @@ def _samples(
     rows: int,
 ) -> np.ndarray:
     return protocols.to_bytes(decode(draw(params, rows, steps, first)), rounding)
+
+
+def _count(setting: Setting, found: sources.ImageSource, source: str) -> int:
+    count = setting.count or len(found)
+    if count > len(found):
+        raise DmfError(f"--count={count}: expected at most the {len(found)} images of {source}")
+    return count
 
 
 def _reader(source: sources.ImageSource, size: int) -> Callable[[int, int], np.ndarray]:
@@ -272,8 +279,21 @@ def _reader(source: sources.ImageSource, size: int) -> Callable[[int, int], np.n
     return images
 
 
-def _labels(protocol: Protocol, config: Config, converted: bool) -> np.ndarray:
-    """Labels of the samples in their order, (N,) int32, by the protocol's rule."""
+def labels_of_run(config: Config, train: data.Dataset | data.Latents) -> np.ndarray:
+    """Labels of the samples that a run draws, (N,) int32: by its protocol, else the data's, or of latents each class in turn.
+
+    Stored latents may be sorted by class: the labels of a few of them are no sample of all.
+    """
+    if config.run.protocol:
+        protocol = replace(protocols.load(config.run.protocol), count=config.run.score_samples)
+        return _labels(protocol, config, train.labels)
+    if isinstance(train, data.Latents) and config.num_classes:
+        return np.arange(config.num_classes, dtype=np.int32)
+    return train.labels
+
+
+def _labels(protocol: Protocol, config: Config, found: data.DataConfig | np.ndarray | None) -> np.ndarray:
+    """Labels of the samples in their order, (N,) int32, by the protocol's rule; found: those of the data, or their config."""
     classes, rule = config.num_classes, protocol.labels
     if not classes:
         return np.zeros(1, np.int32)
@@ -281,19 +301,21 @@ def _labels(protocol: Protocol, config: Config, converted: bool) -> np.ndarray:
         return np.arange(classes, dtype=np.int32)
     if rule == "uniform":
         return np.random.RandomState(config.seed).randint(0, classes, protocol.count).astype(np.int32)
-    if converted:
+    if found is None:
         raise DmfError(
             f"protocol {protocol.name} takes its labels from the training data, and a converted checkpoint has none: expected "
             "a protocol with labels = 'uniform' or 'balanced'"
         )
-    return data.load(config.data, "train").labels
+    return found if isinstance(found, np.ndarray) else data.load(found, "train").labels
 
 
-def _guidance(config: Config) -> str:
-    """Guidance that training put into the weights; none is added when sampling."""
+def _guidance(config: Config, converted: bool) -> str:
+    """Guidance that training put into the weights, as far as their config tells; none is added when sampling."""
+    if converted:
+        return "none added; whether the converted weights hold some is not known"
     stages = [i for i, kind in enumerate(config.curriculum.kinds) if kind in GUIDED]
     if not stages:
-        return "none"
+        return "none" + f"; started from {config.init}" * bool(config.init)
     g = config.guidance
     return f"in the weights from stage {stages[0]} on: omega {g.omega:g}, kappa {g.kappa:g}, t in [{g.t_start:g}, {g.t_end:g}]"
 

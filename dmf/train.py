@@ -4,6 +4,7 @@
     workdir/checkpoints/N     state after N steps; every stage boundary is kept, and the best by one-step score
     workdir/best.json         its step and score; WORKDIR/best stands for that checkpoint
     workdir/origin.json       where the weights of config.init came from, if they were converted
+    workdir/data.json         what identifies the data; a later command with other data is refused
     workdir/metrics.jsonl     logged steps;  workdir/scores.jsonl  scores at the stage boundaries
     workdir/samples/*.png     a grid per stage boundary;  samples.png, curves.png  at the end
 
@@ -29,7 +30,7 @@ from dmf.errors import DmfError
 from dmf.logging import JsonLines, Progress, TensorBoard
 from dmf.state import TrainState
 
-ORIGIN = "origin.json"
+ORIGIN, DATA = "origin.json", "data.json"
 
 
 @dataclass(frozen=True)
@@ -68,17 +69,19 @@ class Run:
             step.split_for(kind, config, self.mesh)
         fresh = not any((workdir / checkpoint.FOLDER).glob("[0-9]*"))
         self.init = pretrained.find_init(config, shape) if config.init and fresh else None
-        _claim(workdir, config, self.init[2] if self.init else None, fresh)
+        about = data.identity(self.dataset)
+        _claim(workdir, config, self.init[2] if self.init else None, about, fresh)
         self.optimizer = optim.build(config.optimizer)
         self.boundaries = {b.step: b for b in _boundaries(self.stages, bool(config.init), config.run.score_every_steps)}
         kept = [0, *(n for n, b in self.boundaries.items() if b.kept)]
-        metadata = {"config": to_dict(config), "image_shape": list(shape), "source": _origin(workdir)}
+        metadata = {"config": to_dict(config), "image_shape": list(shape), "source": _origin(workdir), "data": about}
         self.checkpoints = checkpoint.Checkpoints(workdir, config.run.keep_checkpoints, kept, metadata, self._best_step)
         self.metrics, self.scores = JsonLines(workdir / "metrics.jsonl"), JsonLines(workdir / "scores.jsonl")
         self.tensorboard = TensorBoard(workdir / "tensorboard", config.run.tensorboard)
-        self.sampler = evaluate.Sampler(self.network, config, shape, self.dataset.labels, self.mesh)
+        labels = scoring.labels_of_run(config, self.dataset)
+        self.sampler = evaluate.Sampler(self.network, config, shape, labels, self.mesh)
         self.scorer = scoring.make_scorer(config, self.dataset, self.mesh)
-        self.decode = evaluate.make_decoder(config.run.vae, shape, self.mesh)
+        self.decode = evaluate.make_decoder(config.run.vae, shape, self.mesh, about)
         self.steps = {
             kind: step.make_train_step(kind, self.network, self.optimizer, config, self.mesh)
             for kind in {s.kind for s in self.stages}
@@ -280,8 +283,8 @@ def _origin(workdir: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def _claim(workdir: Path, config: Config, origin: dict[str, Any] | None, fresh: bool) -> None:
-    """Makes the work directory and ties it to the config; one that holds another run's checkpoints is refused."""
+def _claim(workdir: Path, config: Config, origin: dict[str, Any] | None, about: dict[str, Any], fresh: bool) -> None:
+    """Makes the work directory and ties it to config and data; one that holds another run's checkpoints is refused."""
     if jax.process_count() > 1:
         raise DmfError(f"{jax.process_count()} processes: expected one; runs over several hosts are not supported yet")
     path, mine = workdir / "config.json", to_dict(config)
@@ -289,19 +292,20 @@ def _claim(workdir: Path, config: Config, origin: dict[str, Any] | None, fresh: 
         workdir.mkdir(parents=True, exist_ok=True)
         if fresh:
             (workdir / ORIGIN).unlink(missing_ok=True)
-            for file, values in ((workdir / ORIGIN, origin), (path, mine)):
+            for file, values in ((workdir / ORIGIN, origin), (workdir / DATA, about), (path, mine)):
                 if values is not None:
                     partial = file.with_suffix(".tmp")
                     partial.write_text(json.dumps(values, indent=2) + "\n")
                     partial.replace(file)
         theirs = to_dict(parse(json.loads(path.read_text())))  # fields that came later have their defaults
+        seen = json.loads((workdir / DATA).read_text()) if (workdir / DATA).is_file() else about
     except OSError as error:
         raise DmfError(f"--workdir={workdir} cannot be written: {error.strerror}; expected a writable directory") from error
     except ValueError as error:
         raise DmfError(f"{path} is not the JSON of a config: {error}; expected what dmf wrote there") from error
     # Logging may change, and data and the flow model may have moved; a resumed run reads the latter no more.
     free = ("config.run.", "config.data.data_dir:", "config.init:")
-    changed = [d for d in differences(theirs, mine) if not d.startswith(free)]
+    changed = [d for d in differences(theirs, mine) if not d.startswith(free)] + differences(seen, about, "data")
     if changed:
         raise DmfError(
             f"--workdir={workdir} holds a run with another config: {'; '.join(changed)}; expected the same config, or "

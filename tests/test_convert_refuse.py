@@ -9,11 +9,11 @@ import zipfile
 import numpy as np
 import pytest
 from flax import serialization
-from test_convert_read import F32, FLAX, SAFE, entry, safetensors_bytes, same
 
 from dmf.convert import native
 from dmf.convert.files import read, span, torchfile, tree
 from dmf.errors import DmfError
+from tests.test_convert_read import F32, FLAX, SAFE, entry, safetensors_bytes, same
 
 
 def refuses(path):

@@ -278,7 +278,7 @@ def test_the_guided_recipe_for_imagenet_differs_in_its_stage_and_guidance_alone(
     ("change", "message"),
     [
         (dict(guidance=dict(omega=0.0)), "config.guidance.omega = 0.0: expected a number above 0"),
-        (dict(guidance=dict(kappa=1.0)), "config.guidance.kappa = 1.0: expected a number of at least 0 and at most 1"),
+        (dict(guidance=dict(kappa=1.0)), "config.guidance.kappa = 1.0: expected a number of at least 0 and below 1"),
         (dict(guidance=dict(kappa=-0.1)), "config.guidance.kappa = -0.1: expected a number of at least 0"),
         (dict(guidance=dict(t_end=1.5)), "config.guidance.t_end = 1.5: expected a number of at least 0 and at most 1"),
         (dict(guidance=dict(t_start=0.75)), "config.guidance.t_start = 0.75: expected a time below t_end = 0.75"),

@@ -6,11 +6,11 @@ import io
 
 import numpy as np
 import pytest
-from test_metrics import feature_pair
 
 from dmf.errors import DmfError
 from dmf.metrics.inception_score import InceptionScore
 from dmf.metrics.kid import kernel_distance
+from tests.test_metrics import feature_pair
 
 # splits, seed of torch-fidelity's shuffle or None for the order of the file
 IS_CASES = ((10, None), (1, None), (7, None), (10, 2020), (7, 3))

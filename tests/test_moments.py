@@ -4,11 +4,11 @@ import io
 
 import numpy as np
 import pytest
-from test_metrics import feature_pair
 from threadpoolctl import threadpool_limits
 
 from dmf.errors import DmfError
 from dmf.metrics.frechet import Moments, MomentSums, frechet_distance, moments
+from tests.test_metrics import feature_pair
 
 # Of feature_pair(2048, 3000, seed=12): sums of the two means, traces of the two covariances, and what public
 # implementations say of the distance. torch-fidelity's is left out: its means are float32 and it is 2e-8 off.

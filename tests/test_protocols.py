@@ -108,12 +108,14 @@ def test_rows_differ_in_what_the_public_codes_do():
     assert facts == {
         "cifar10": ("inception", "bilinear_antialias", "bytes", "floor_255"),
         "adm-imagenet256": ("inception", "tf1_bilinear", "bytes", "floor_255"),
+        "adm-imagenet256-latents": ("inception", "tf1_bilinear", "bytes", "round_127.5"),
         "meanflow-imagenet256": ("inception", "tf1_bilinear", "bytes", "round_127.5"),
         "edm": ("inception", "tf1_bilinear", "bytes", "round_127.5"),
-        "edm2-dinov2": ("dinov2", "bicubic_clean", "imagenet", "floor_255"),
+        "edm2-dinov2": ("dinov2", "bicubic_antialias", "imagenet", "floor_255"),
     }
     for protocol in PROTOCOLS.values():
         assert ("6726825d" in protocol.weights) == (protocol.space == "inception") == (protocol.weights_sha256 == "6726825d")
+        assert protocol.space != "dinov2" or protocol.weights_sha256 == "d5383ea8"
 
 
 def written(tmp_path, values, name="mine.json"):
@@ -151,7 +153,7 @@ BAD = [
     ({"base": "edm2-dinov2", "metrics": ["fid", "is"]}, r"\.metrics has 'is' with space 'dinov2'"),
     ({"base": "cifar10", "weights_sha256": "6726825D"}, r"\.weights_sha256 = '6726825D': expected up to 64 hex"),
     ({"base": "cifar10", "name": "edm"}, r"\.name = 'edm': expected a name of its own"),
-    ({"base": "cifar10", "name": "a\nb"}, r"\.name = 'a\\nb': expected a name of its own"),
+    ({"base": "cifar10", "name": "a\nb"}, r"\.name = 'a\\nb': expected letters"),
     ({"base": "cifar"}, r"base = 'cifar': expected one of cifar10, adm-imagenet256"),
     ({"base": ["cifar10"]}, r"base = \['cifar10'\]: expected one of"),
     ({"count": 5000}, r"mine\.json\.space is missing"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -94,6 +94,14 @@ def load(config: DataConfig, split: Split) -> Dataset | Latents:
     if not 0 <= config.augment <= 1:
         raise DmfError(f"config.data.augment is {config.augment}: expected a probability in [0, 1]")
     return DATASETS[config.name](config, split)
+
+
+def identity(dataset: Dataset | Latents) -> dict[str, Any]:
+    """What tells a data set from another one, as plain values: a resumed run has to find the same."""
+    found: dict[str, Any] = {"name": dataset.name, "split": dataset.split, "count": len(dataset)}
+    if isinstance(dataset, Latents) and dataset.about:
+        found |= {name: dataset.about[name] for name in ("scale", "dtype", "source", "vae", "labels") if name in dataset.about}
+    return found
 
 
 def steps_per_epoch(dataset_size: int, batch_size: int) -> int:

@@ -25,6 +25,7 @@ CPU_BOUND, BOUND = 1e-5, 2e-3  # relative L2 of the self-check: on CPU, and on a
 ROWS_PER_DEVICE = {"cpu": 8}  # of a piece; a small one stays in the caches of a CPU
 ROWS_PER_ACCELERATOR = 64
 OUTPUTS = {"fid": "pool", "kid": "pool", "precision_recall": "pool", "sfid": "spatial", "is": "logits"}
+NAMES = {"resized images": "resize", "features": "network_file"}  # what a check is of -> what `about` calls it
 IMAGENET_MEAN, IMAGENET_STD = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)
 
 Images = np.ndarray
@@ -121,7 +122,7 @@ class Extractor:
         """
         if not self.space.size:
             return "self-check: the space of pixels has nothing to check"
-        errors = {"resize": _relative(*self._resized())}
+        errors = {"resized images": _relative(*self._resized())}
         if self._known is not None:
             size, network = self.space.size, self._network
             apply = jax.jit(lambda params, x: self.space.outputs(network, params, x)["pool"])
@@ -130,8 +131,8 @@ class Extractor:
         for what, error in errors.items():
             if not error <= bound:
                 raise DmfError(
-                    f"self-check: the {what} of a fixed batch are {error:.2e} (relative L2) from the known ones, expected at "
-                    f"most {bound:.0e}: this device or its settings round too coarsely for scores"
+                    f"self-check: the {what} of a fixed batch ({self.about[NAMES[what]]}) are {error:.2e} (relative L2) from "
+                    f"the known ones, expected at most {bound:.0e}: this device, its settings or the program cannot be trusted"
                 )
         text = ", ".join(f"{what} {error:.1e}" for what, error in errors.items())
         return f"self-check passed: relative L2 to known answers: {text} (bound {bound:.0e})"
@@ -142,7 +143,7 @@ class Extractor:
         ours = jax.jit(lambda x: resizing.resize(x, size, method))(image.astype(np.float32))
         weights = resizing.RESIZES[method](64, size)
         theirs = np.einsum("ih,jw,bhwc->bijc", weights, weights, image.astype(np.float64))
-        return np.asarray(ours), np.clip(theirs, 0, 255)
+        return np.asarray(ours), np.clip(theirs, 0, 255) if method == "bicubic_clean" else theirs
 
 
 def known_batch(size: int) -> np.ndarray:
@@ -155,9 +156,17 @@ def known_features(network: Any, params: Any, kind: str) -> str | None:
     spaces = [space for space in SPACES.values() if space.kind == kind]
     if not spaces:
         return None
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+    with jax.default_device(_host()):
         found = jax.jit(lambda p, x: spaces[0].outputs(network, p, x)["pool"])(params, known_batch(spaces[0].size))
     return json.dumps({"pool": [[float(f"{v:.9g}") for v in row] for row in np.asarray(found)]}) + "\n"
+
+
+def _host() -> jax.Device | None:
+    """The host's CPU, or None, JAX's default, where JAX was told to leave it alone."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
 
 
 def _fixed_bytes(size: int) -> np.ndarray:
@@ -174,7 +183,10 @@ def _open(protocol: Protocol, kind: str, folder: str) -> tuple[Any, Any, np.ndar
         raise DmfError(
             f"no feature network is given (--features, config.run.features): expected the directory of {how_to_get(protocol)}"
         )
-    found, stored = pretrained.open_folder(folder)
+    try:
+        found, stored = pretrained.open_folder(folder)
+    except DmfError as error:
+        raise DmfError(f"--features={folder}: {error}. It is to be the directory of {how_to_get(protocol)}") from error
     config, _ = pretrained.described(stored)
     if config.kind != kind:
         raise DmfError(f"--features={folder}: holds a {config.kind}; expected the directory of {how_to_get(protocol)}")

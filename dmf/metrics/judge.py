@@ -14,7 +14,8 @@ from dmf.errors import DmfError
 from dmf.logging import Count
 from dmf.metrics import protocols, reference
 from dmf.metrics.features import Extractor
-from dmf.metrics.totals import PART, Totals
+from dmf.metrics.reference import Reference
+from dmf.metrics.totals import MOMENTS, PART, Totals
 
 SAVE_SECONDS = 30.0  # between two writings of the sums: what a kill can cost
 
@@ -48,10 +49,28 @@ class Judge:
                 f"no reference is given (--reference, config.run.reference): expected the statistics of {found.reference} "
                 f"({found.reference_source}), or those that --mode=reference has written"
             )
-        self._compares = bool({"kid", "precision_recall"} & set(metrics))  # sample by sample, not by moments
-        self.reference = reference.read(setting.reference, found.space, images=self._compares)
+        self.reference = reference.read(setting.reference, found.space, images=False)
+        if self._lacks():
+            self.reference = reference.read(setting.reference, found.space)  # perhaps it has images to make up for it
+        self._check_counts()
         self.extract = Extractor(found, setting.features, mesh)
         reference.check(self.reference, found, self.extract.about["network_sha256"], self.extract.dims())
+
+    def _lacks(self) -> list[str]:
+        """The protocol's scores that the reference holds nothing for, or only images to make something of."""
+        return reference.unserved(replace(self.reference, images=None), self.protocol.metrics)
+
+    def _check_counts(self) -> None:
+        """Before hours are spent: a FID at all, and enough samples and images of the reference for every score."""
+        p, real = self.protocol, self.reference
+        name, images = real.about.get("file"), 0 if real.images is None else len(real.images)
+        if "fid" in p.metrics and "fid" in self._lacks() and images < 2:
+            raise DmfError(f"{name}: holds neither moments nor images; expected what fid can be scored against")
+        kept = min(images if real.features is None else len(real.features), p.reference_images)
+        for metric, least in (("kid", p.kid_subset_size), ("precision_recall", p.neighbours + 1)):
+            for what, count in (("samples", p.count), (f"images of {name}", kept or least)):  # without any it is left out
+                if metric in p.metrics and count < least:
+                    raise DmfError(f"protocol {p.name}: {metric} of {count} {what}; expected at least {least}")
 
     def announce(self) -> None:
         """Prints protocol, reference and self-check; raises DmfError where the self-check fails."""
@@ -67,17 +86,19 @@ class Judge:
         print(self.extract.self_check(), flush=True)
 
     def ready(self) -> None:
-        """Turns the reference's images, if it has some instead of features, into features."""
-        found = self.reference
-        if found.images is None or not self._compares:
-            return
-        wanted = found.images[: self.protocol.reference_images]
-        counter = Count("reference", len(wanted), "images")
-        parts = []
-        for first in range(0, len(wanted), PART):
-            parts.append(self.extract(wanted[first : first + PART])["pool"])
-            counter.show(min(first + PART, len(wanted)))
-        self.reference = replace(found, images=None, features=np.concatenate(parts))
+        """Makes moments and features of the reference's images, where it holds images in their place."""
+        found, p = self.reference, self.protocol
+        images = found.images
+        if images is not None and self._lacks():
+            of_moments = replace(p, metrics=tuple(metric for metric in p.metrics if metric in MOMENTS.values()))
+            sums = Totals(of_moments, len(images), None, np.arange(min(len(images), p.reference_images)))
+            accumulate(sums, lambda first, rows: images[first : first + rows], self.extract, "reference")
+            made = sums.reference({})
+            found = Reference({**made.moments, **found.moments}, found.features, None, found.about)
+            found = replace(found, features=made.features if found.features is None else found.features)
+        if found.features is not None:
+            found = replace(found, features=found.features[: p.reference_images])
+        self.reference = found
 
     def totals(self, count: int, folder: Path | None = None) -> Totals:
         """Empty sums for `count` samples, or those that an interrupted run left in `folder`."""

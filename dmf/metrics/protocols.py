@@ -64,6 +64,9 @@ class Protocol:
 
 
 INCEPTION_WEIGHTS = "pt_inception-2015-12-05-6726825d.pth, from the release fid_weights of github.com/mseitzer/pytorch-fid"
+ADM_BATCH = (
+    "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/VIRTUAL_imagenet256_labeled.npz"
+)
 PROTOCOLS = {
     # py-meanflow: torchmetrics' FrechetInceptionDistance(normalize=True). Since torchmetrics 1.8.0 (July 2025) its default
     # antialias=True is half-pixel bilinear with antialias; up to 1.7, and with antialias=False, it is tf1_bilinear. The
@@ -94,10 +97,23 @@ PROTOCOLS = {
         metrics=("fid", "sfid", "is", "precision_recall"),
         reference="ImageNet 256x256, the ADM reference batch",
         reference_count=0,  # the file does not say
-        reference_source=(
-            "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
-            "VIRTUAL_imagenet256_labeled.npz"
-        ),
+        reference_source=ADM_BATCH,
+        weights=INCEPTION_WEIGHTS,
+        weights_sha256="6726825d",
+    ),
+    # Latent models scored with ADM's evaluator: SiT and DiT round what the autoencoder decodes to the nearest byte, where
+    # ADM's own sampler, of pixels, rounds down.
+    "adm-imagenet256-latents": Protocol(
+        name="adm-imagenet256-latents",
+        space="inception",
+        resize="tf1_bilinear",
+        scaling="bytes",
+        rounding="round_127.5",
+        labels="uniform",
+        metrics=("fid", "sfid", "is", "precision_recall"),
+        reference="ImageNet 256x256, the ADM reference batch",
+        reference_count=0,  # the file does not say
+        reference_source=ADM_BATCH,
         weights=INCEPTION_WEIGHTS,
         weights_sha256="6726825d",
     ),
@@ -147,6 +163,7 @@ PROTOCOLS = {
         reference_count=1_281_167,
         reference_source="https://nvlabs-fi-cdn.nvidia.com/edm2/dataset-refs/, such as img512.pkl",
         weights="https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
+        weights_sha256="d5383ea8",  # as ten public projects record it; the release itself names none
     ),
 }
 
@@ -234,7 +251,7 @@ def describe(protocol: Protocol) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        values = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique)
     except OSError as error:
         raise DmfError(f"{path}: cannot be read ({error.strerror}); expected a protocol as JSON") from error
     except (ValueError, RecursionError) as error:
@@ -271,7 +288,12 @@ def _check(protocol: Protocol, where: str) -> None:
         raise DmfError(
             f"{where}.weights_sha256 = {protocol.weights_sha256!r}: expected up to 64 hexadecimal digits, in lower case"
         )
-    if not protocol.name.isprintable() or protocol.name in PROTOCOLS and protocol != PROTOCOLS[protocol.name]:
+    fitting = {"inception": ("bytes", "unit"), "dinov2": ("imagenet",)}.get(protocol.space, SCALINGS)
+    if protocol.scaling not in fitting:
+        raise DmfError(f"{where}.scaling = {protocol.scaling!r} with space {protocol.space!r}: expected {' or '.join(fitting)}")
+    if not re.fullmatch(r"[\w .+-]+", protocol.name):
+        raise DmfError(f"{where}.name = {protocol.name!r}: expected letters, digits and . + - _, as files are named after it")
+    if protocol.name in PROTOCOLS and protocol != PROTOCOLS[protocol.name]:
         raise DmfError(
             f"{where}.name = {protocol.name!r}: expected a name of its own, as {protocol.name!r} is another protocol"
         )
