@@ -8,7 +8,7 @@
     python main.py --mode=encode --source=tfds:imagenet2012 --vae=sd_vae --out=latents       images to latents on disk
     python main.py --mode=benchmark --config=configs/digits.py                   step times side by side
     python main.py --mode=convert --kind=sit --source=SiT-XL-2-256x256.pt --out=sit_xl2   a checkpoint from a PyTorch file
-    python main.py --config=configs/imagenet256.py --config.init=sit_xl2         the curriculum from it
+    python main.py --config=configs/imagenet256.py --config.init=sit_xl2 --config.data.data_dir=latents   the curriculum
     python main.py --mode=export --workdir=runs/imagenet256 --out=u.safetensors  torch-named weights of a checkpoint
     python main.py --config=configs/cifar10.py --config.curriculum.q=4           any field of a config is a flag
 
@@ -53,12 +53,18 @@ WORKDIR = flags.DEFINE_string(
     "also take a converted directory.",
 )
 STEPS = flags.DEFINE_list("steps", ["1"], "Sampling steps, comma-separated (sample, score).")
-COUNT = flags.DEFINE_integer("count", 0, "Number of samples; 0 = 64 for sample, the config's for score.", lower_bound=0)
+COUNT = flags.DEFINE_integer(
+    "count",
+    0,
+    "Number of images; default: 64 for sample; for score the config's, the protocol's or all of --source; all for reference.",
+    lower_bound=0,
+)
 SAMPLER = flags.DEFINE_enum("sampler", "", ["", "few_step", "euler", "heun"], "Sampler; default: the run's (sample, score).")
 OUT = flags.DEFINE_string(
     "out",
     "",
-    "What to write: PNG for sample, JSON for score and benchmark, .npz for reference, a directory for encode and convert, "
+    "What to write: PNG for sample (default: beside the weights), JSON for score (by protocol, default: scores_*.json beside "
+    "the weights, or here with --source) and benchmark, .npz for reference, a directory for encode and convert, "
     ".safetensors or .pt for export.",
 )
 EMA = flags.DEFINE_list(
@@ -77,8 +83,13 @@ PROTOCOL = flags.DEFINE_string(
     "digits are scored by their own (score, reference).",
 )
 FEATURES = flags.DEFINE_string("features", "", "Directory of the protocol's converted feature network (score, reference).")
-REFERENCE = flags.DEFINE_string("reference", "", "Reference statistics: ours, ADM, EDM, EDM2, MeanFlow, clean-fid (score).")
-SEED = flags.DEFINE_integer("seed", None, "Of noise and drawn labels; default: the run's (score).", lower_bound=0)
+REFERENCE = flags.DEFINE_string(
+    "reference", "", "Reference statistics: ours, ADM, EDM, EDM2, MeanFlow, clean-fid, dgm-eval (score)."
+)
+SEED = flags.DEFINE_integer(
+    "seed", None, "Of noise and drawn labels; default: the run's (score).", lower_bound=0, upper_bound=2**32 - 1
+)
+BATCH = flags.DEFINE_integer("batch", 16, "Images encoded at once, on each device (encode).", lower_bound=1)
 SELFCHECK = flags.DEFINE_bool("selfcheck", False, "Only hold the features against known answers, and stop (score).")
 SPLIT = flags.DEFINE_string("split", "train", "Split of a tfds: source, such as validation (score, reference, encode).")
 DATA_DIR = flags.DEFINE_string("data_dir", "", "Where TFDS has prepared a tfds: source (score, reference, encode).")
@@ -141,10 +152,12 @@ def sample() -> None:
 
 
 def score() -> None:
-    if not PROTOCOL.value:
-        for name in ("features", "reference", "source", "seed", "vae", "selfcheck"):
-            if flags.FLAGS[name].present:
-                raise DmfError(f"--{name} without --protocol: expected the name of a protocol; see --help")
+    what = "own" if not PROTOCOL.value else "selfcheck" if SELFCHECK.value else "images" if SOURCE.value else "checkpoint"
+    for name in FLAGS["score"]:
+        if flags.FLAGS[name].present and name not in SCORE_FLAGS[what]:
+            hint = ", or --protocol with it" if what == "own" else ""
+            raise DmfError(f"--{name} with {SCORED[what]}: expected none, it would not be read{hint}")
+    if what == "own":
         from dmf.evaluate import write_scores
 
         write_scores(_need(WORKDIR, "workdir"), _steps(), COUNT.value, SAMPLER.value, _out(".json"), _ema())
@@ -152,12 +165,10 @@ def score() -> None:
     from dmf import scoring
 
     setting = _setting()
-    if SELFCHECK.value:
+    if what == "selfcheck":
         scoring.self_check(setting)
-    elif SOURCE.value:
-        if WORKDIR.value:
-            raise DmfError(f"--workdir={WORKDIR.value} and --source={SOURCE.value}: expected one of them, to be scored")
-        scoring.score_images(SOURCE.value, setting, _out(".json") or "scores.json", DATA_DIR.value, SPLIT.value)
+    elif what == "images":
+        scoring.score_images(_need(SOURCE, "source"), setting, _out(".json"), DATA_DIR.value, SPLIT.value)
     else:
         path, out = _need(WORKDIR, "workdir"), _out(".json")
         scoring.score_checkpoint(path, setting, _steps(), _emas(), SAMPLER.value, SEED.value, VAE.value, out)
@@ -178,7 +189,16 @@ def encode() -> None:
     source, out = _need(SOURCE, "source"), _needed_out("the directory to make")
     if not VAE.value:
         raise DmfError("--vae is missing: expected the directory of a converted autoencoder (--mode=convert --kind=sd_vae)")
-    run(VAE.value, source, out, size=SIZE.value or 256, dtype=DTYPE.value, data_dir=DATA_DIR.value, split=SPLIT.value)
+    run(
+        VAE.value,
+        source,
+        out,
+        size=SIZE.value or 256,
+        batch=BATCH.value,
+        dtype=DTYPE.value,
+        data_dir=DATA_DIR.value,
+        split=SPLIT.value,
+    )
 
 
 def benchmark() -> None:
@@ -207,10 +227,23 @@ FLAGS = {
     "score": ("workdir", "steps", "count", "sampler", "out", "ema", "vae", "protocol", "features", "reference", "seed")
     + ("selfcheck", "source", "split", "data_dir"),
     "reference": ("protocol", "features", "source", "split", "data_dir", "size", "count", "out"),
-    "encode": ("source", "split", "data_dir", "size", "vae", "dtype", "out"),
+    "encode": ("source", "split", "data_dir", "size", "vae", "dtype", "batch", "out"),
     "benchmark": ("config", "out"),
     "convert": ("kind", "source", "out", "copy", "set", "check", "align_steps"),
     "export": ("workdir", "kind", "out", "ema"),
+}
+# What a score is of -> how that is called, and the flags it reads.
+SCORED = {
+    "own": "a score without --protocol",
+    "checkpoint": "the score of a checkpoint",
+    "images": "the score of --source",
+    "selfcheck": "--selfcheck",
+}
+SCORE_FLAGS = {
+    "own": ("workdir", "steps", "count", "sampler", "out", "ema"),
+    "checkpoint": ("workdir", "steps", "count", "sampler", "out", "ema", "vae", "protocol", "features", "reference", "seed"),
+    "images": ("source", "split", "data_dir", "count", "out", "protocol", "features", "reference"),
+    "selfcheck": ("selfcheck", "protocol", "features", "reference"),
 }
 MODES = {
     **{"train": train, "sample": sample, "score": score, "reference": reference, "encode": encode},
@@ -327,6 +360,6 @@ if __name__ == "__main__":
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        training = MODE.value == "train"
-        print("interrupted" + "; the same command goes on from the last checkpoint" * training, file=sys.stderr)
+        goes_on = MODE.value in ("train", "score", "reference", "encode")
+        print("interrupted" + "; the same command goes on from what is on disk" * goes_on, file=sys.stderr)
         sys.exit(130)

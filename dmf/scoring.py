@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -22,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dmf import checkpoint, data, evaluate, pretrained, sharding
-from dmf.config import Config, differences, parse
+from dmf.config import Config, parse
 from dmf.curriculum import GUIDED
 from dmf.data import images as sources
 from dmf.errors import DmfError
@@ -31,6 +30,7 @@ from dmf.metrics.features import Extractor
 from dmf.metrics.judge import Judge, Setting, accumulate
 from dmf.metrics.protocols import Protocol
 from dmf.metrics.reference import Reference
+from dmf.metrics.results import Progress, Results, free_name, sha256
 from dmf.metrics.totals import PART, Totals
 
 CHEAP = ("fid", "sfid", "is")  # what is scored during training; the others need the features of all samples at once
@@ -60,25 +60,27 @@ def score_checkpoint(
     decode = evaluate.make_decoder(vae, tuple(stored["image_shape"]), mesh, stored.get("data"))
     judge.announce()
     labels = _labels(judge.protocol, config, None if pretrained.is_converted(stored) else config.data)
+    named = (judge.protocol.name, folder.name, config.run.sampler, f"seed{config.seed}")
     results = Results(
-        Path(out) if out else evaluate.home(folder, stored) / f"scores_{Path(judge.protocol.name).stem}.json",
+        Path(out) if out else evaluate.home(folder, stored) / f"scores_{free_name('_'.join(map(str, named)))}.json",
         {
-            "checkpoint": {"folder": folder.name, "manifest_sha256": _sha256(folder / checkpoint.MANIFEST)},
-            "autoencoder": _sha256(pretrained.open_folder(vae)[0] / checkpoint.MANIFEST) if vae else "none",
+            "checkpoint": {"folder": folder.name, "manifest_sha256": sha256(folder / checkpoint.MANIFEST)},
+            "autoencoder": sha256(pretrained.open_folder(vae)[0] / checkpoint.MANIFEST) if vae else "none",
             "sampler": config.run.sampler,
             "seed": config.seed,
+            "compute_dtype": config.compute_dtype,
             "guidance": _guidance(config, pretrained.is_converted(stored)),
             **_identity(judge),
         },
     )
-    judge.ready()
+    draw: evaluate.Sampler | None = None
     for ema in emas:
         network, params = pretrained.load_folder(folder, stored, ema)
-        draw = evaluate.Sampler(network, config, tuple(stored["image_shape"]), labels, mesh)
+        draw = draw or evaluate.Sampler(network, config, tuple(stored["image_shape"]), labels, mesh)
         half_life = config.ema.evaluate if ema is None else ema
         for n in steps:
             row = {"ema_halflife_images": half_life, "steps": n, "nfe": n * evaluate.evaluations(config.run.sampler)}
-            results.add(row, judge, judge.protocol.count, partial(_samples, draw, params, n, decode, judge.protocol.rounding))
+            results.add(row, judge, partial(_samples, draw, params, n, decode, judge.protocol.rounding))
     return results.finish()
 
 
@@ -96,15 +98,15 @@ def self_check(setting: Setting) -> None:
 def score_images(source: str, setting: Setting, out: str, data_dir: str = "", split: str = "train") -> list[dict[str, Any]]:
     """Scores image files (as `data.images.open_images` takes them), all of them or the first `setting.count`.
 
-    out: the JSON file. Raises DmfError on bad input.
+    out: the JSON file, "" for one in the current directory. Raises DmfError on bad input.
     """
     found = sources.open_images(source, data_dir, split)
     count = _count(setting, found, source)
     judge = Judge(replace(setting, count=count), sharding.make_mesh())
     judge.announce()
-    results = Results(Path(out), {"images": found.about, **_identity(judge)})
-    judge.ready()
-    results.add({"images": source}, judge, count, _reader(found, 0))
+    path = Path(out or f"scores_{free_name(judge.protocol.name)}_{free_name(source)}.json")
+    results = Results(path, {"images": found.about, **_identity(judge)})
+    results.add({"images": source}, judge, _reader(found, 0))
     return results.finish()
 
 
@@ -119,7 +121,7 @@ def make_reference(
     path = Path(out)
     found = sources.open_images(source, data_dir, split)
     count = _count(setting, found, source)
-    if path.suffix != ".npz":
+    if path.suffix != ".npz" or path.is_dir():
         raise DmfError(f"--out={out}: expected a file name ending in .npz")
     if protocol.reference_count not in (0, count):
         raise DmfError(
@@ -130,8 +132,9 @@ def make_reference(
     print(f"protocol  {protocols.describe(protocol)}\n{extract.self_check()}", flush=True)
     metrics = tuple(m for m in ("fid", "sfid") if m == "fid" or m in protocol.metrics)
     keep = np.unique(np.linspace(0, count - 1, min(count, protocol.reference_images)).astype(np.int64))
-    folder = _progress_folder(path, {"source": found.about, "count": count, "size": size, **extract.about})
-    totals = Totals(replace(protocol, metrics=metrics), count, folder, keep)
+    identity = {"source": found.about, "count": count, "size": size, "protocol": asdict(protocol), **extract.about}
+    progress = Progress(path, identity)
+    totals = Totals(replace(protocol, metrics=metrics), count, progress.folder({}), keep)
     totals.restore()
     accumulate(totals, _reader(found, size), extract, "reference")
     crop = {"crop": f"{size}: {sources.CROP_RULE}"} if size else {}
@@ -141,69 +144,30 @@ def make_reference(
         **{"dataset": str(found.about["name"]), "split": str(found.about["split"]), "count": count, "made_from": made_from},
     }
     reference.write(path, totals.reference(about))
-    shutil.rmtree(folder)
+    progress.end()
     print(f"reference {path}, {count:,} images")
     return reference.read(path, protocol.space)
-
-
-class Results:
-    """The JSON file of a run of scores: what all rows share, and the rows; one with other contents is refused."""
-
-    def __init__(self, path: Path, identity: dict[str, Any]):
-        self.path, self._identity = path, json.loads(json.dumps(identity))
-        self._rows: list[dict[str, Any]] = []
-        if path.is_file():
-            try:
-                stored = json.loads(path.read_text())
-                self._rows = stored.pop("rows")
-            except (OSError, ValueError, KeyError, AttributeError) as error:
-                raise DmfError(
-                    f"--out={path} cannot be read ({error}); expected scores that dmf wrote, or a new file"
-                ) from error
-            changed = differences(stored, self._identity, "scores")
-            if changed:
-                raise DmfError(f"--out={path} holds other scores: {'; '.join(changed)[:400]}; expected another file")
-        self._folder = _progress_folder(path, self._identity)
-
-    def add(self, row: dict[str, Any], judge: Judge, count: int, images: Callable[[int, int], np.ndarray]) -> None:
-        """Makes one row of scores, unless the file has it already, and writes it down."""
-        if any(row.items() <= old.items() for old in self._rows):
-            return
-        folder = self._folder / "_".join(f"{v}" for v in row.values()).replace("/", "_")[-100:]
-        folder.mkdir(exist_ok=True)
-        totals = judge.totals(count, folder)
-        accumulate(totals, images, judge.extract, ", ".join(f"{k} {v}" for k, v in row.items() if k in ("steps", "images")))
-        self._rows.append({**row, **totals.scores(judge.reference)})
-        shutil.rmtree(folder)
-        self._write()
-
-    def finish(self) -> list[dict[str, Any]]:
-        """Prints the table and where it is stored; returns the rows."""
-        shutil.rmtree(self._folder, ignore_errors=True)
-        shared = {k: self._identity[k] for k in ("sampler", "seed", "guidance") if k in self._identity}
-        print("\n".join([_table(self._rows), *(f"{k:<10}{v}" for k, v in shared.items()), f"written   {self.path}"]))
-        return self._rows
-
-    def _write(self) -> None:
-        partial = self.path.with_name(f".{self.path.name}.tmp")
-        try:
-            partial.write_text(json.dumps({**self._identity, "rows": self._rows}, indent=1) + "\n")
-            partial.replace(self.path)
-        except OSError as error:
-            raise DmfError(f"--out={self.path} cannot be written: {error.strerror}; expected a folder with room") from error
 
 
 class ProtocolScorer:
     """A cheap score during training: the protocol's FID, sFID and IS of few samples; see `evaluate.make_scorer`."""
 
     floor: dict[str, float] = {}
+    scored_by: str  # scores with equal ones may be compared
 
     def __init__(self, config: Config, image_shape: tuple[int, ...], mesh: Mesh, trained_on: dict[str, Any]):
         run = config.run
         _check_images(image_shape, run.vae)
         self._judge = Judge(Setting(run.protocol, run.features, run.reference, run.score_samples), mesh, CHEAP)
+        if "fid" not in self._judge.protocol.metrics:
+            raise DmfError(
+                f"config.run.protocol = {run.protocol!r}: expected one with fid, by which the best checkpoint is told"
+            )
         self._decode = evaluate.make_decoder(run.vae, image_shape, mesh, trained_on)
         self._judge.announce()
+        self._judge.ready()
+        about = (_identity(self._judge), run.sampler, config.seed, config.ema.evaluate, config.compute_dtype, run.vae)
+        self.scored_by = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
 
     def __call__(self, samples: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """Scores of samples (N, H, W, C) in about [-1, 1], or latents."""
@@ -266,12 +230,14 @@ def _reader(source: sources.ImageSource, size: int) -> Callable[[int, int], np.n
         image = source.read(i)
         return sources.center_crop(image, size) if size else image
 
+    shape = one(0).shape
+
     def images(first: int, rows: int) -> np.ndarray:
         found = list(pool.map(one, range(first, first + rows)))
         for i, image in enumerate(found):
-            if image.shape != found[0].shape:
+            if image.shape != shape:
                 raise DmfError(
-                    f"{source.about['name']}: image {first + i} is {image.shape}, image {first} is {found[0].shape}: expected "
+                    f"{source.about['name']}: image {first + i} is {image.shape}, image 0 is {shape}: expected "
                     "one size for all, or --size for a centre crop"
                 )
         return np.stack(found)
@@ -321,26 +287,9 @@ def _guidance(config: Config, converted: bool) -> str:
 
 
 def _identity(judge: Judge) -> dict[str, Any]:
-    return {"protocol": asdict(judge.protocol), "features": judge.extract.about, "reference": dict(judge.reference.about)}
-
-
-def _table(rows: Sequence[dict[str, Any]]) -> str:
-    keys = [key for key in rows[0] if key != "images"]
-    text = [{k: f"{row[k]:,.6g}" if isinstance(row.get(k), float) else f"{row.get(k, '-')}" for k in keys} for row in rows]
-    wide = {k: max(len(k), *(len(row[k]) for row in text)) + 2 for k in keys}
-    return "\n".join("".join(f"{row[k]:>{wide[k]}}" for k in keys) for row in [dict(zip(keys, keys, strict=True)), *text])
-
-
-def _progress_folder(out: Path, identity: dict[str, Any]) -> Path:
-    """Where the sums of one evaluation are kept meanwhile: beside its result, told apart by what it is of."""
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    folder = out.with_name(f".{out.name}.{digest}.progress")
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise DmfError(f"--out={out} cannot be written: {error.strerror}; expected a file in a writable directory") from error
-    return folder
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return {
+        "protocol": asdict(judge.protocol),
+        "full_count": judge.full_count,
+        "features": judge.extract.about,
+        "reference": dict(judge.reference.about),
+    }

@@ -44,14 +44,16 @@ def put_rows(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     return {k: jax.make_array_from_process_local_data(rows(mesh), v) for k, v in batch.items()}
 
 
-def per_device(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+def per_device(mesh: Mesh, function: Callable[..., Any], compiler_options: dict[str, Any] | None = None) -> Callable[..., Any]:
     """Jits `function(whole, rows) -> rows` so that each device runs it on its own rows, and no other.
 
     Every device runs one and the same program on the same number of rows, whatever the number of devices: with rows given in
     equal pieces per device, the results are the same bits on one device and on many. whole, rows: any trees of arrays.
+    compiler_options: as `jax.jit` takes them.
     """
     cut = PartitionSpec("data")
-    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=(PartitionSpec(), cut), out_specs=cut, check_vma=False))
+    split = jax.shard_map(function, mesh=mesh, in_specs=(PartitionSpec(), cut), out_specs=cut, check_vma=False)
+    return jax.jit(split, compiler_options=compiler_options)
 
 
 def in_pieces(mesh: Mesh, count: int, rows_per_device: int) -> list[slice]:

@@ -127,7 +127,7 @@ class Run:
         """The closing table and pictures, made from what the run wrote down."""
         scores = [row for row in self.scores.read() if "nfe" in row]
         main = self.scorer[1] if self.scorer else ""
-        shown = scores if self.scorer else []
+        shown = [row for row in scores if main in row] if self.scorer else []
         pictures.curves(self.workdir / "curves.png", self.metrics.read(), shown, self.stages, main)
         full = [b for b in self.boundaries.values() if b.full]
         pictures.stack(self.workdir / "samples.png", [self._picture(b) for b in full])
@@ -227,8 +227,9 @@ class Run:
             rows = evaluate.score(self.sampler, self.scorer[0], params, self.config.run.score_samples, nfes)
             print(f"after {boundary.name} ({boundary.kind}), step {boundary.step}")
             print(evaluate.format_scores(rows, self.scorer[0].floor), flush=True)
+        by = {"scored_by": self._scored_by()} if self._scored_by() else {}
         for row in rows:
-            self.scores.write({"step": boundary.step, "stage": boundary.name, "kind": boundary.kind, **row})
+            self.scores.write({"step": boundary.step, "stage": boundary.name, "kind": boundary.kind, **by, **row})
             self.tensorboard.write(boundary.step, {f"score/{row['nfe']}_steps/{k}": v for k, v in row.items() if k != "nfe"})
         self._note_best()
         progress.restart(boundary.step)
@@ -237,7 +238,12 @@ class Run:
         """The row with the lowest main score at the first of the numbers of sampling steps, the earliest of equals."""
         main, nfe = self.scorer[1] if self.scorer else "", self.config.run.score_steps[0]
         rows = [row for row in self.scores.read() if row.get("nfe") == nfe and main in row]
+        rows = [row for row in rows if row.get("scored_by", "") == self._scored_by()]  # settings may change on resume
+        rows = [row for row in rows if (self.checkpoints.directory / str(row["step"]) / checkpoint.MANIFEST).is_file()]
         return min(rows, key=lambda row: row[main], default=None)
+
+    def _scored_by(self) -> str:
+        return getattr(self.scorer[0], "scored_by", "") if self.scorer else ""
 
     def _best_step(self) -> int | None:
         best = self._best()
@@ -246,7 +252,9 @@ class Run:
     def _note_best(self) -> None:
         """Writes best.json, for whoever looks for that checkpoint."""
         best = self._best()
-        if best:
+        if best is None:
+            (self.workdir / checkpoint.BEST).unlink(missing_ok=True)
+        else:
             partial = self.workdir / f"{checkpoint.BEST}.tmp"
             partial.write_text(json.dumps(best) + "\n")
             partial.replace(self.workdir / checkpoint.BEST)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +70,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return data_dir
 
 
+def labels(source: ImageSource) -> list[int]:
+    return [source.example(i)[1] for i in range(len(source))]
+
+
 def write_files(folder: Path, names: list[str]) -> Path:
     for i, name in enumerate(names):
         path = folder / name
@@ -83,8 +90,7 @@ def test_a_folder_is_sorted_by_relative_path_and_labelled_by_its_sub_folders(tmp
     source = open_images(str(folder), split="heldout")
     order = [names.index(n) for n in ("a/deep/x.jpg", "a/z.png", "b/10.JPEG", "b/2.png", "c/1.webp")]
     assert len(source) == 5 and source.num_classes == 3
-    assert source.labels.tolist() == [0, 0, 1, 1, 2] and source.labels.dtype == np.int32
-    assert source.example(2)[1] == 1
+    assert labels(source) == [0, 0, 1, 1, 2]
     np.testing.assert_array_equal(source.read(1), pixels(order[1]))  # PNG keeps every bit
     np.testing.assert_array_equal(source.read(3), pixels(order[3]))
     for i in (0, 2, 4):
@@ -99,9 +105,90 @@ def test_a_folder_is_sorted_by_relative_path_and_labelled_by_its_sub_folders(tmp
     }
 
 
-def test_a_folder_with_a_file_outside_of_its_sub_folders_has_no_classes(tmp_path: Path) -> None:
-    source = open_images(str(write_files(tmp_path, ["a/0.png", "b/1.png", "2.png"])))
-    assert source.num_classes == 0 and source.labels.tolist() == [0, 0, 0]
+def test_a_folder_without_images_in_its_sub_folders_has_no_classes(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    source = open_images(str(write_files(tmp_path, ["0.png", "1.png", ".cache/2.png"])))
+    assert source.num_classes == 0 and labels(source) == [0, 0]
+
+
+def link(at: Path, to: Path | str) -> None:
+    at.parent.mkdir(parents=True, exist_ok=True)
+    at.symlink_to(to)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda d: write_files(d, ["2.png"]),
+            "2.png lies beside 2 folders of images, such as a, and has no class: expected all",
+        ),
+        (lambda d: (d / "aa").mkdir(), "aa holds no images, so that it is not clear how classes are counted"),
+        (lambda d: (d / "aa" / "deep").mkdir(parents=True), "aa holds no images"),
+        (lambda d: link(d / "b" / "loop", d), "set/b/loop is .*set again, by a link: expected every folder of images once"),
+        (lambda d: link(d / "c", d / "b"), "set/[bc] is .*set/[bc] again, by a link"),
+        (lambda d: link(d / "b" / "3.png", d / "gone.png"), "3.png links to .*gone.png, which is not there"),
+        (lambda d: link(d / "aa", d / "gone"), "aa links to .*gone, which is not there"),  # it may be a class
+        (lambda d: link(d / "b" / "3.png", "3.png"), "3.png links to 3.png, which is not there"),
+    ],
+)
+def test_a_folder_whose_classes_or_images_are_not_clear_is_one_line(
+    spoil: Callable[[Path], object], message: str, tmp_path: Path
+) -> None:
+    folder = write_files(tmp_path / "set", ["a/0.png", "b/1.png"])
+    assert labels(open_images(str(folder))) == [0, 1]
+    spoil(folder)
+    with pytest.raises(DmfError, match=message) as error:
+        open_images(str(folder))
+    assert "\n" not in str(error.value)
+
+
+def test_classes_and_images_may_be_links(tmp_path: Path) -> None:
+    write_files(tmp_path / "there", ["0.png", "1.png"])
+    link(tmp_path / "set" / "b", tmp_path / "there")
+    link(tmp_path / "set" / "a" / "x.png", tmp_path / "there" / "1.png")
+    source = open_images(str(tmp_path / "set"))
+    assert labels(source) == [0, 1, 1]
+    np.testing.assert_array_equal(source.read(0), pixels(1))
+
+
+def test_a_folder_that_the_system_refuses_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, scan = write_files(tmp_path, ["a/0.png", "b/1.png"]), os.scandir
+
+    def refuse(path: str) -> object:  # whoever tests as root may read all
+        if str(path).endswith("b"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DmfError, match="/b cannot be read .Permission denied.: expected readable folders"):
+        open_images(str(folder))
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.EACCES])
+def test_a_file_that_the_system_refuses_is_not_called_damaged(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_images(str(write_files(tmp_path, ["0.png"])))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number), str(tmp_path / "0.png"))
+
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(DmfError, match=f"0.png cannot be read .*{os.strerror(number)}.*: expected a readable file") as error:
+        source.read(0)
+    assert "damage" not in str(error.value)
+
+
+def test_the_identity_of_a_part_of_a_folder_is_that_of_its_names_sizes_and_labels(tmp_path: Path) -> None:
+    folder = write_files(tmp_path, ["a/0.png", "a/1.png", "b/2.png", "b/3.png"])
+    parts = [open_images(str(folder)).part_sha256(first, first + 2) for first in (0, 2)]
+    with (folder / "b" / "2.png").open("ab") as file:
+        file.write(b"x")
+    after = [open_images(str(folder)).part_sha256(first, first + 2) for first in (0, 2)]
+    assert after[0] == parts[0] and after[1] != parts[1] and len({*parts, *after}) == 3
+    write_files(folder, ["aa/0.png"])  # all after it have another label
+    assert open_images(str(folder)).part_sha256(3, 5) != after[1]
 
 
 def test_the_identity_of_a_folder_is_that_of_names_and_sizes(tmp_path: Path) -> None:
@@ -137,16 +224,15 @@ def test_an_npz_is_read_and_where_it_is_stored_plainly_it_stays_on_disk(save: ob
     images = np.stack([pixels(i) for i in range(7)])
     save(tmp_path / "a.npz", images)
     save(tmp_path / "b.npz", arr_0=images, mu=np.zeros(5), arr_1=np.arange(7) % 4)
-    for name, labels in (("a.npz", None), ("b.npz", np.arange(7) % 4)):
+    for name, expected in (("a.npz", None), ("b.npz", np.arange(7) % 4)):
         source = open_images(str(tmp_path / name))
         assert len(source) == 7 and source.about["kind"] == "npz" and len(source.about["sha256"]) == 64
         for i in (0, 3, 6):
             np.testing.assert_array_equal(source.read(i), images[i])
-        if labels is None:
-            assert source.labels is None and source.num_classes == 0
+        if expected is None:
+            assert source.num_classes == 0 and source.example(6)[1] == 0
         else:
-            np.testing.assert_array_equal(source.labels, labels)
-            assert source.num_classes == 4 and source.example(6)[1] == 2 and source.labels.dtype == np.int32
+            assert labels(source) == expected.tolist() and source.num_classes == 4
     # What a source reads after the file has changed shows whether its values lay in memory.
     source = open_images(str(tmp_path / "b.npz"))
     raw = bytearray((tmp_path / "b.npz").read_bytes())
@@ -161,11 +247,10 @@ def test_an_npz_is_read_and_where_it_is_stored_plainly_it_stays_on_disk(save: ob
 
 def check_tiny_faces(source: ImageSource, split: str) -> None:
     assert len(source) == COUNTS[split] and source.num_classes == CLASSES
-    assert sorted(source.labels.tolist()) == sorted(i % CLASSES for i in range(COUNTS[split]))
+    assert sorted(labels(source)) == sorted(i % CLASSES for i in range(COUNTS[split]))
     shapes = set()
     for i in range(len(source)):
         image, label = source.example(i)
-        assert label == source.labels[i]
         number = (image.shape[0] - 20) // 3  # TFDS shuffles; the height tells which image it is
         assert number % CLASSES == label
         with Image.open(io.BytesIO(encoded(pixels(100 * len(split) + number, *image.shape[:2]), "jpeg"))) as expected:
@@ -193,7 +278,7 @@ def test_tfds_is_read_where_tensorflow_is_not_installed_and_the_builder_is_not_k
     code = """
 from dmf.data.images import open_images
 source = open_images("tfds:tiny_faces")
-assert len(source) == 11 and source.labels.max() == 2, len(source)
+assert len(source) == 11 and source.example(0)[1] in (0, 1, 2), len(source)
 print([source.read(i).shape for i in (0, 10)])
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TFDS_DATA_DIR": str(prepared)}
@@ -322,7 +407,11 @@ def test_bad_input_is_one_line_that_names_it(case: str, tmp_path: Path, capfd: p
     ("split", "damage", "message"),
     [
         ("test", "", "cannot be read, split test .*'train', 'validation'"),
-        ("train", "tfrecord", "is prepared without random access, expected array_record; in another DIR prepare it"),
+        (
+            "train",
+            "tfrecord",
+            "is prepared without random access, expected array_record: convert it by `tfds convert_format .*DIR prepare it",
+        ),
         ("train", "cut", "split train.*: delete its folder and prepare it again"),
         ("train", "flip", "split train, .* is damaged .record .*: delete its folder and prepare it again"),
         ("train[:0]", "", r"cannot be read, split train\[:0\]"),
@@ -348,6 +437,34 @@ def test_a_tfds_data_set_that_is_not_as_expected_is_one_line(
         source = open_images("tfds:tiny_faces", str(tmp_path / "copy"), split)
         [source.read(i) for i in range(len(source))]
     assert "\n" not in str(error.value) and "tiny_faces" in str(error.value)
+
+
+def test_the_identity_of_a_tfds_data_set_is_that_of_its_shards(prepared: Path, tmp_path: Path) -> None:
+    shutil.copytree(prepared, tmp_path / "copy")
+    first = open_images("tfds:tiny_faces", str(tmp_path / "copy")).about["sha256"]
+    assert first == open_images("tfds:tiny_faces", str(prepared)).about["sha256"]
+    with next((tmp_path / "copy" / "tiny_faces" / "1.0.0").glob("*train*")).open("ab") as file:
+        file.write(b"x")
+    assert open_images("tfds:tiny_faces", str(tmp_path / "copy")).about["sha256"] != first
+
+
+def test_no_more_files_than_may_be_open_is_not_called_damaged(prepared: Path) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit[1] == resource.RLIM_INFINITY:
+        pytest.skip("the number of open files has no limit here")
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(limit[0], limit[1] - 1), limit[1]))
+        source = open_images("tfds:tiny_faces", str(prepared))
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (limit[1], limit[1])
+        free = os.open(prepared, os.O_RDONLY)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, limit[1]))
+        with pytest.raises(DmfError, match="record 0 cannot be read .*Too many open files.*ulimit -n") as error:
+            source.read(0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    assert "damaged" not in str(error.value) and "delete" not in str(error.value)
+    assert open_images("tfds:tiny_faces", str(prepared)).read(0).ndim == 3
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import functools
 import hashlib
@@ -9,6 +10,7 @@ import json
 import os
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -147,7 +149,7 @@ def test_the_metadata_tell_what_was_encoded_by_what(whole: Path, vae: Path, sour
     labels = np.load(whole / "train" / "labels.npy")
     assert labels.dtype == np.int32
     np.testing.assert_array_equal(labels, np.sort(np.arange(COUNT) % CLASSES))
-    assert encode.verify(whole) == encode.verify(whole / "train") == [about]
+    assert encode.verify(whole) == encode.verify(whole / "train") == [{k: v for k, v in about.items() if k != "seal"}]
 
 
 def test_the_program_multiplies_at_the_highest_precision(vae: Path) -> None:
@@ -355,6 +357,176 @@ def test_a_directory_begun_with_another_autoencoder_or_other_images_is_refused(
     assert contents(copy) == contents(whole)
 
 
+def interrupted(vae: Path, source: Path, out: Path, finished: int) -> None:
+    """Begins an encoding that ends after so many shards."""
+    real = shards.write_shard
+
+    def write_shard(path: Path, *arguments: object) -> None:
+        if len(shards.begun(path.parent)) == finished:
+            raise Crash
+        real(path, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(shards, "write_shard", write_shard)
+        encode.encode(vae, str(source), out, **SETTINGS)
+
+
+def test_settings_may_change_as_long_as_no_shard_is_finished(
+    vae: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupted(vae, source, tmp_path / "out", 0)
+    (tmp_path / "out" / "train" / "latents-00000-of-00004.array_record").write_bytes(b"renamed, not vouched for")
+    encode.encode(vae, str(source), tmp_path / "out", **(SETTINGS | {"shard_size": 12}))
+    assert "note      " in capsys.readouterr().out
+    encode.encode(vae, str(source), tmp_path / "new", **(SETTINGS | {"shard_size": 12}))
+    assert contents(tmp_path / "out") == contents(tmp_path / "new")
+    interrupted(vae, source, tmp_path / "one", 1)
+    with pytest.raises(DmfError, match="begun otherwise: shard_size: 6 -> 7"):
+        encode.encode(vae, str(source), tmp_path / "one", **(SETTINGS | {"shard_size": 7}))
+
+
+def test_an_image_is_repaired_without_losing_the_shards_of_others(
+    whole: Path, vae: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, out = shutil.copytree(source, tmp_path / "pets"), tmp_path / "out"
+    order = [p.relative_to(images) for p in sorted(images.rglob("*.png"))]
+    cut(images / order[20])  # in the last shard; those before it are on their way by then
+    with pytest.raises(DmfError, match=f"{order[20].name} cannot be read"):
+        encode.encode(vae, str(images), out, **SETTINGS)
+    kept = {path: path.stat().st_mtime_ns for path in shards.begun(out / "train")}
+    shutil.copy(source / order[20], images / order[20])
+    encode.encode(vae, str(images), out, **SETTINGS)
+    assert kept and f"{len(kept)} of {len(kept)} finished shards are of unchanged ones" in capsys.readouterr().out
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}
+    assert contents(out) == contents(whole)
+    # Of a complete encoding the one shard whose images have changed is made again.
+    with (images / order[0]).open("ab") as file:
+        file.write(b"longer")
+    stamps = {i: shard(out, i).stat().st_mtime_ns for i in range(TOTAL)}
+    encode.encode(vae, str(images), out, **SETTINGS)
+    assert f"again     {shard(out, 0)} is of other images" in capsys.readouterr().out
+    assert [i for i in range(TOTAL) if shard(out, i).stat().st_mtime_ns != stamps[i]] == [0]
+    about = encode.verify(out)[0]
+    assert about["source"] == open_images(str(images)).about
+    np.testing.assert_array_equal(records(out), records(whole))  # what follows a PNG is no part of the image
+
+
+def test_a_source_that_has_no_image_of_the_finished_shards_is_refused(
+    copy: Path, whole: Path, vae: Path, source: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(source, tmp_path / "other" / "pets")
+    for path in other.rglob("*.png"):
+        with path.open("ab") as file:
+            file.write(b"x")
+    with pytest.raises(DmfError, match="begun otherwise: source.sha256: .*; expected the same command, or another directory$"):
+        encode.encode(vae, str(other), copy, **SETTINGS)
+    next(other.rglob("*.png")).unlink()
+    with pytest.raises(DmfError, match="source.count: 23 -> 22; .*an image that cannot be read is replaced under its name"):
+        encode.encode(vae, str(other), copy, **SETTINGS)
+    assert contents(copy) == contents(whole)
+
+
+def test_a_resumed_run_says_that_other_versions_made_the_finished_shards(
+    whole: Path, vae: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(vae, source, tmp_path, 2)
+    encode.encode(vae, str(source), tmp_path, **SETTINGS)
+    printed = capsys.readouterr().out
+    assert "note" not in printed and "verify     2/2 shards" in printed and "23 images in 3 classes, 2 of 4 shards" in printed
+    shard(tmp_path, 3).unlink()
+    made_with = encode._made_with()
+    monkeypatch.setattr(encode, "_made_with", lambda: made_with | {"jax": "99"})
+    encode.encode(vae, str(source), tmp_path, **SETTINGS)
+    assert (
+        f"note      finished shards were made otherwise (jax: {jax.__version__} -> 99): the others may"
+        in capsys.readouterr().out
+    )
+    assert [made["jax"] for made in encode.verify(tmp_path)[0]["made_with"]] == [jax.__version__, "99"]
+
+
+def test_what_dead_processes_of_this_machine_left_is_cleared(vae: Path, source: Path, tmp_path: Path) -> None:
+    interrupted(vae, source, tmp_path, 1)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    host, start = socket.gethostname(), ".latents-00002-of-00004.array_record.partial-"
+    left = {name: tmp_path / "train" / (start + name) for name in (f"{host}-{dead.pid}", f"{host}-1", f"not-{host}-{dead.pid}")}
+    for path in left.values():
+        path.write_bytes(b"half")
+    encode.encode(vae, str(source), tmp_path, **SETTINGS)
+    assert [path.exists() for path in left.values()] == [
+        False,
+        True,
+        True,
+    ]  # process 1 lives, and of another machine none knows
+
+
+def test_a_batch_that_does_not_fit_is_one_line_that_names_it(
+    vae: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(message: str) -> Callable:
+        def program(*_: object) -> None:
+            raise jax.errors.JaxRuntimeError(message)
+
+        return lambda network, mesh: program
+
+    monkeypatch.setattr(encode, "_program", no_room("RESOURCE_EXHAUSTED: Out of memory\nwhile trying"))
+    with pytest.raises(DmfError, match="batch is 2: expected one that fits into the device's memory .RESOURCE") as error:
+        encode.encode(vae, str(source), tmp_path, **SETTINGS)
+    assert "\n" not in str(error.value)
+    monkeypatch.setattr(encode, "_program", no_room("INTERNAL: our bug"))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="our bug"):
+        encode.encode(vae, str(source), tmp_path, **SETTINGS)
+
+
+def test_a_disk_that_cannot_read_a_finished_shard_lets_it_be_made_again(
+    copy: Path, whole: Path, vae: Path, source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, bad = shards.sha256, [shard(copy, 2)]
+
+    def failing(path: Path) -> str:
+        if path in bad:
+            bad.remove(path)
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return real(path)
+
+    monkeypatch.setattr(shards, "sha256", failing)
+    encode.encode(vae, str(source), copy, **SETTINGS)
+    assert f"again     {shard(copy, 2)} cannot be read (Input/output error)" in capsys.readouterr().out
+    assert contents(copy) == contents(whole)
+    real_unlink = Path.unlink
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "metadata.json":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        real_unlink(path, missing_ok)
+
+    flip_a_byte(shard(copy, 1))
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(DmfError, match="train cannot be written .*Permission denied"):
+        encode.encode(vae, str(source), copy, **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("split", "folder"),
+    [
+        ("train", "train"),
+        ("train[:10%]", "train"),
+        ("train2", "heldout"),
+        ("validation[5:]", "heldout"),
+        ("train[:10]+validation", ""),
+        ("validation+train", ""),
+        ("all", ""),
+    ],
+)
+def test_a_split_goes_to_one_of_two_folders_and_never_to_both(split: str, folder: str, tmp_path: Path) -> None:
+    if folder:
+        assert encode._part(split) == folder
+        return
+    with pytest.raises(DmfError, match="split is .*, which may mix what is trained on and what is held out"):
+        encode.encode(tmp_path, str(tmp_path), tmp_path / "out", split=split)
+    assert not (tmp_path / "out").exists()
+
+
 def test_half_precision_rounds_the_same_values(whole: Path, vae: Path, source: Path, tmp_path: Path) -> None:
     encode.encode(vae, str(source), tmp_path, **SETTINGS, dtype="float16")
     exact, found = records(whole), records(tmp_path, "<f2")
@@ -545,7 +717,7 @@ def test_a_tfds_data_set_is_encoded_and_read_split_by_split(vae: Path, tmp_path:
     for split, part in (("train", "train"), ("validation", "heldout")):
         dataset = data.load(config(tmp_path / "out", flip=True), part)
         images = open_images("tfds:tiny_faces", str(tmp_path / "tfds"), split)
-        np.testing.assert_array_equal(dataset.labels, images.labels)
+        assert dataset.labels.tolist() == [images.example(i)[1] for i in range(COUNTS[split])]
         assert len(dataset) == COUNTS[split] and dataset.about["source"]["name"] == "tiny_faces/1.0.0"
         assert dataset.flip == (part == "train")  # what is held out is shown as it is
         # The folder itself will do for training.
@@ -587,11 +759,26 @@ assert "jax" not in sys.modules
 
 
 def change(**values: object) -> Callable[[Path], None]:
+    """Metadata with other values, sealed as if they had been written so."""
+
     def damage(folder: Path) -> None:
         path = folder / "metadata.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+        found = {k: v for k, v in json.loads(path.read_text()).items() if k != "seal"}
+        path.write_text(json.dumps(shards.sealed(found | values)))
 
     return damage
+
+
+def replace(old: str, new: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        text = (folder / "metadata.json").read_text()
+        assert text.count(old) == 1
+        (folder / "metadata.json").write_text(text.replace(old, new))
+
+    return damage
+
+
+ENTRY = {"name": "latents-00000-of-00004.array_record", "bytes": 1, "sha256": "0" * 64, "count": 6}
 
 
 SHARD_FILE = "latents-00001-of-00004.array_record"
@@ -608,10 +795,32 @@ UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "labels": (lambda d: flip_a_byte(d / "labels.npy"), "labels.npy has another SHA-256"),
     "format": (change(format=2), "format is 2, expected 1"),
     "other shape": (change(latent_shape=[4, 4, 4]), "record . has not the 512 bytes of float32"),
-    "dtype": (change(dtype="bfloat16"), "metadata.json cannot be read .*dtype not as expected"),
+    "dtype": (change(dtype="bfloat16"), "metadata.json: dtype is 'bfloat16', expected one of float32, float16"),
+    "altered scale": (
+        replace('\n "scale": 0.18215', '\n "scale": 0.28215'),
+        "metadata.json cannot be read .*its bytes were altered",
+    ),
+    "no seal": (replace('"seal"', '"deal"'), "metadata.json cannot be read .*seal missing"),
+    "infinite scale": (change(scale=float("inf")), "metadata.json: scale is inf, expected a finite number above 0"),
+    "negative scale": (change(scale=-1.0), "metadata.json: scale is -1.0, expected a finite"),
+    "text for a scale": (change(scale="1"), "metadata.json: scale is '1', expected a finite"),
+    "flat latents": (change(latent_shape=[8, 8]), r"latent_shape is \[8, 8\], expected three whole numbers above 0"),
+    "empty latents": (change(latent_shape=[8, 0, 4]), r"latent_shape is \[8, 0, 4\], expected three"),
+    "no shape": (change(latent_shape=8), "latent_shape is 8, expected three"),
+    "classes": (change(num_classes=-1), "num_classes is -1, expected a whole number, 0 or more"),
+    "half a count": (change(count=22.5), "count is 22.5, expected a whole number above 0"),
+    "shard size": (change(shard_size=0), "shard_size is 0, expected a whole number above 0"),
+    "too many images": (change(count=25), "4 shards, expected 5 of 6 images for count 25"),
+    "one more image": (change(count=24), "shard 3 is .* of 5 images, expected .*'count': 6"),
+    "other shards": (change(count=24, shards=[ENTRY] * 4), "shard 1 is 'latents-00000-of-00004.* expected .*latents-00001"),
+    "shard without a name": (change(shards=[{"count": 6}] * 4), "shards is .*expected a list of files"),
+    "labels elsewhere": (change(labels=ENTRY | {"name": "../labels.npy"}), "labels is .*expected the file labels.npy"),
     "no JSON": (lambda d: (d / "metadata.json").write_text("{"), "metadata.json cannot be read .JSONDecodeError"),
     "no object": (lambda d: (d / "metadata.json").write_text("[]"), "metadata.json cannot be read .TypeError"),
-    "half the fields": (lambda d: (d / "metadata.json").write_text('{"format": 1}'), "metadata.json cannot be read .*count, "),
+    "half the fields": (
+        lambda d: (d / "metadata.json").write_text('{"format": 1}'),
+        "metadata.json cannot be read .*count, .*seal missing",
+    ),
 }
 
 

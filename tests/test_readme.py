@@ -31,6 +31,16 @@ def test_the_demo_meets_its_promise_for_every_seed():
         assert one < seed["flow"]["1"]["fd_hidden"] / 5 and one < 3 * seed["flow"]["32"]["fd_hidden"]
 
 
+def test_the_comparison_with_torch_fidelity_is_the_stored_one_and_within_its_bounds():
+    stored = json.loads((ROOT / "docs" / "against_torch_fidelity.json").read_text())
+    words = " ".join(README.split())
+    for name in ("fid", "is"):
+        assert f"{stored[name]['relative_difference']:.1e}" in words and stored[name]["relative_difference"] <= 1e-3
+    assert f"{stored['images_per_second']['median_ratio']:.2f} times as many images" in words
+    assert f"({stored['count']:,} PNG files against {stored['reference_count']:,}" in words
+    assert stored["images_per_second"]["median_ratio"] >= 1 and stored["count"] == 5000
+
+
 def test_the_benchmark_table_is_the_stored_one_and_within_its_bounds():
     stored = json.loads((ROOT / "docs" / "benchmark_digits_cpu.json").read_text())
     rows = stored["programs"]

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from dmf import checkpoint, scoring, sharding
 from dmf.config import parse
 from dmf.data import DataConfig, load
 from dmf.errors import DmfError
-from dmf.metrics import features, judge, protocols, totals
+from dmf.metrics import features, judge, protocols, results, totals
 from dmf.metrics.frechet import frechet_distance, moments
 from dmf.metrics.judge import Judge, Setting
 from dmf.metrics.reference import Reference, read, write
@@ -98,8 +99,8 @@ def test_inception_features_are_the_same_bits_on_one_device_and_on_eight(incepti
 
 def test_several_emas_and_steps_in_one_run_and_no_row_twice(place, setting, tmp_path, monkeypatch):
     out, calls = str(tmp_path / "out.json"), []
-    whole = scoring.accumulate
-    monkeypatch.setattr(scoring, "accumulate", lambda *a: calls.append(a) or whole(*a))
+    whole = results.accumulate
+    monkeypatch.setattr(results, "accumulate", lambda *a: calls.append(a) or whole(*a))
     first = scoring.score_checkpoint(place / "run", setting, [1], [0.0, 50.0], out=out)
     again = scoring.score_checkpoint(place / "run", setting, [1, 2], [0.0, 800.0], out=out)
     assert len(calls) == 2 + 3 and again[:2] == first
@@ -240,14 +241,120 @@ def test_a_run_scores_itself_by_a_protocol_and_keeps_its_best_checkpoint(place, 
     assert {3, 6, 9, 12, best["step"]} <= kept and 2 not in kept - {best["step"]}
 
 
-def test_the_best_of_a_resumed_run_is_that_of_its_scores(tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
+def test_scores_of_other_settings_are_no_rivals_for_the_best(place, tmp_path):
+    """A resumed run with more samples starts its own race, and a run without scores has no best."""
+    kinds = dict(stages=2, kinds=("trajectory", "trajectory"), length=4.0, pretrain_length=0.0)
+    run = dict(protocol=written(tmp_path, metrics=["fid"]), reference=str(place / "ref.npz"), score_samples=64)
     with pytest.raises(DmfError, match="no best checkpoint is known"):
-        checkpoint.find(folder / "best")
+        checkpoint.find(tmp_path / "run" / "best")
+    first = train(parse(merged(TINY, curriculum=kinds, run=run)), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+    again = train(parse(merged(TINY, curriculum=kinds, run=run | {"score_samples": 128})), tmp_path / "run")
+    assert [row["step"] for row in again if row["nfe"] == 1] == [2, 4]
+    assert {row["step"]: row["scored_by"] for row in again}[2] == first[0]["scored_by"] != again[-1]["scored_by"]
+    assert json.loads((tmp_path / "run" / "best.json").read_text())["step"] == 4
+
+
+def test_the_label_rule_is_the_protocols_in_training_as_in_scoring(place, tmp_path):
+    """Random labels, labels in turn and labels of the data: the score in training is that of the checkpoint."""
+    kinds = dict(stages=1, kinds=("trajectory",), length=2.0, pretrain_length=0.0)
+    found = {}
+    for rule in protocols.LABELS:
+        name = written(tmp_path, f"{rule}.json", labels=rule, metrics=["fid"], count=64)
+        run = dict(protocol=name, reference=str(place / "ref.npz"), score_samples=64)
+        rows = train(parse(merged(TINY, curriculum=kinds, run=run)), tmp_path / rule)
+        setting = Setting(name, "", str(place / "ref.npz"))
+        again = scoring.score_checkpoint(tmp_path / rule, setting, [1], out=str(tmp_path / f"{rule}_out.json"))
+        assert rows[0]["fid"] == again[0]["fid"]
+        found[rule] = again[0]["fid"]
+    assert found["uniform"] != found["data"]  # the first digits of the data come in turn
 
 
 # Bad input: one line each.
+
+
+def written(folder, name="own.json", **fields):
+    path = folder / name
+    path.write_text(json.dumps(PIXELS | fields))
+    return str(path)
+
+
+def test_a_result_is_written_before_its_sums_go_and_never_outside_its_folder(place, setting, tmp_path, monkeypatch):
+    """The source's name may be anything; nothing but the folder of the sums is ever removed."""
+    home = tmp_path / "home"
+    (home / "inner").mkdir(parents=True)
+    for i, image in enumerate(np.load(place / "digits.npz")["arr_0"][:30]):
+        Image.fromarray(image).save(home / f"{i:02}.png")
+    only_fid = Setting(written(tmp_path, metrics=["fid"]), "", setting.reference)
+    monkeypatch.chdir(home / "inner")
+    rows = scoring.score_images("..", only_fid, "scores.json")
+    assert len(list(home.glob("*.png"))) == 30 and json.loads(Path("scores.json").read_text())["rows"] == rows
+    with monkeypatch.context() as patch:
+        patch.setattr(results.Results, "_write", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            scoring.score_images("..", only_fid, "late.json")
+    assert list(Path().glob(f".late.json.*.progress/*/{totals.STATE}"))  # the work is still there
+    calls = []
+    monkeypatch.setattr(features.Extractor, "__call__", lambda *a: calls.append(a))
+    assert scoring.score_images("..", only_fid, "late.json")[0]["fid"] == rows[0]["fid"] and not calls
+
+
+def test_a_file_of_something_else_and_a_second_process_are_refused(place, setting, tmp_path):
+    out = tmp_path / "out.json"
+    for text in ("[]", '{"rows": [1]}', '{"rows": 3}', "{}"):
+        out.write_text(text)
+        with pytest.raises(DmfError, match="holds no rows of scores"):
+            scoring.score_images(str(place / "digits.npz"), setting, str(out))
+        assert out.read_text() == text
+    held = results.Progress(tmp_path / "held.json", {"a": 1})
+    with pytest.raises(DmfError, match="another process is at work"):
+        results.Progress(tmp_path / "held.json", {"a": 1})
+    held.end()
+    with pytest.raises(DmfError, match="it is a directory"):
+        results.Progress(tmp_path, {})
+
+
+def test_a_reference_begun_by_another_protocol_is_not_gone_on_with(place, tmp_path, monkeypatch):
+    source, out = str(place / "digits.npz"), str(tmp_path / "ref.npz")
+    for module in (judge, totals, scoring):
+        monkeypatch.setattr(module, "PART", 50)
+    monkeypatch.setattr(judge, "SAVE_SECONDS", 0.0)
+    name = written(tmp_path, reference_images=60)
+    with monkeypatch.context() as patch:
+        extract, calls = features.Extractor.__call__, []
+        patch.setattr(features.Extractor, "__call__", lambda *a: calls.append(1) or (extract(*a) if len(calls) < 3 else 1 / 0))
+        with pytest.raises(ZeroDivisionError):
+            scoring.make_reference(source, Setting(name), out)
+    written(tmp_path, reference_images=30)
+    found = scoring.make_reference(source, Setting(name), out)
+    assert len(found.features) == 30 and np.all(np.abs(found.features).max(axis=1) > 0)
+    with pytest.raises(DmfError, match="expected a file name ending in .npz"):
+        scoring.make_reference(source, Setting(name), str(tmp_path / "ref.txt"))
+    with pytest.raises(DmfError, match="--count=500: expected at most the 200 images"):
+        scoring.make_reference(source, Setting(name, count=500), out)
+
+
+def test_a_reference_of_images_alone_serves_every_score(place, setting, tmp_path, capsys):
+    images = np.load(place / "digits.npz")["arr_0"][:120]
+    np.savez(tmp_path / "batch.npz", arr_0=images)
+    found = Setting(setting.protocol, "", str(tmp_path / "batch.npz"))
+    row = scoring.score_images(str(place / "digits.npz"), found, str(tmp_path / "out.json"))[0]
+    x = ((np.load(place / "digits.npz")["arr_0"].reshape(200, -1)).astype(np.float32) - 128) / 128
+    assert row["fid"] == pytest.approx(frechet_distance(moments(x), moments(x[:120])), rel=1e-8)
+    assert {"kid", "precision", "recall"} <= set(row) and "left out" not in capsys.readouterr().out
+
+
+def test_impossible_counts_are_told_before_the_work(place, setting, tmp_path):
+    reference = str(place / "ref.npz")
+    for fields, message in (
+        (dict(kid_subset_size=100), "kid of 60 images of ref.npz; expected at least 100"),
+        (dict(count=10), "kid of 10 samples; expected at least 20"),
+        (dict(neighbours=70), "precision_recall of 60 images of ref.npz; expected at least 71"),
+    ):
+        with pytest.raises(DmfError, match=message):
+            Judge(Setting(written(tmp_path, **fields), "", reference), sharding.make_mesh())
+    with pytest.raises(DmfError, match="scores of 1 samples; expected at least 2"):
+        Judge(Setting(setting.protocol, "", reference, 1), sharding.make_mesh())
 
 
 def one_line(error):
@@ -308,17 +415,19 @@ def test_a_reference_of_another_protocol_is_refused(place, inception, tmp_path):
 
 def test_the_self_check_passes_here_and_fails_where_rounding_is_coarse(inception, monkeypatch):
     extract = features.Extractor(protocols.load(inception["protocol"]), inception["folder"], sharding.make_mesh())
-    assert re.search(r"passed: .*resize \d\.\de-0[78], features [\d.]+e[-+]\d+", extract.self_check())
+    assert re.search(r"passed: .*resized images \d\.\de-0[78], features [\d.]+e[-+]\d+", extract.self_check())
     rounded = jax.tree.map(lambda x: x.astype(jax.numpy.bfloat16).astype(np.float32), extract._params)
     extract._params = rounded
-    with pytest.raises(DmfError, match="the features of a fixed batch are .* from the known ones, expected at most 1e-05"):
+    with pytest.raises(
+        DmfError, match="the features of a fixed batch .*random.pth.* from the known ones, expected at most 1e-05"
+    ):
         extract.self_check()
     os.remove(Path(inception["folder"]) / features.KNOWN)
     with pytest.raises(DmfError, match="known_features.json is missing"):
         features.Extractor(protocols.load(inception["protocol"]), inception["folder"], sharding.make_mesh())
 
 
-def test_bad_images_are_one_line_each(place, setting, tmp_path):
+def test_bad_images_are_one_line_each(place, setting, tmp_path, monkeypatch):
     out = str(tmp_path / "out.json")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DmfError, match="empty") as e:
@@ -328,8 +437,12 @@ def test_bad_images_are_one_line_each(place, setting, tmp_path):
     mixed.mkdir()
     for i, side in enumerate((8, 8, 9)):
         Image.new("RGB", (side, side)).save(mixed / f"{i}.png")
+    only_fid = Setting(written(tmp_path, metrics=["fid"]), "", setting.reference)
+    monkeypatch.setattr(scoring, "PART", 2)
+    monkeypatch.setattr(judge, "PART", 2)
+    monkeypatch.setattr(totals, "PART", 2)  # the odd one is alone in its part
     with pytest.raises(DmfError, match=r"image 2 is \(9, 9, 3\), image 0 is \(8, 8, 3\)"):
-        scoring.score_images(str(mixed), setting, out)
+        scoring.score_images(str(mixed), only_fid, out)
     with pytest.raises(DmfError, match="--count=500: expected at most the 200 images"):
         scoring.score_images(str(place / "digits.npz"), Setting(*list(vars(setting).values())[:3], 500), out)
     assert not Path(out).exists()

@@ -15,6 +15,7 @@ import io
 import itertools
 import json
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -66,37 +67,64 @@ def encode(
     Args:
       vae_dir: a converted autoencoder with its encoder (`--mode=convert --kind=sd_vae`).
       source: a folder, an .npz or tfds:NAME, with `data_dir` and `split` as in `images.open_images`.
-      out: directory to make; a split named train, or a part of it, goes to OUT/train, any other to OUT/heldout.
+      out: directory to make; the split train, or a slice of it, goes to OUT/train, any other to OUT/heldout.
       size: side of the square that `images.center_crop` cuts.
       shard_size: images per file; each takes two records.
-      batch: images that a device encodes at once, each with its mirror image.
+      batch: images that a device encodes at once, each with its mirror image; part of the settings.
       dtype: float32 or float16, of the stored values.
 
     Raises:
-      DmfError: bad input, a directory begun with other settings, an image that cannot be read or encoded, or a full disk.
+      DmfError: bad input, a directory begun with other settings, an image that cannot be read or encoded, a full disk, or a
+        batch too large for the device.
     """
-    if jax.process_count() > 1:
-        raise DmfError(f"{jax.process_count()} processes: expected one; encoding over several hosts is not supported")
-    for name, value in (("size", size), ("shard_size", shard_size), ("batch", batch)):
-        if value < 1:
-            raise DmfError(f"{name} is {value}: expected 1 or more")
-    if dtype not in shards.DTYPES:
-        raise DmfError(f"dtype is {dtype!r}: expected one of {', '.join(shards.DTYPES)}")
-    folder = Path(out).expanduser() / ("train" if split.partition("[")[0] == "train" else "heldout")
+    _check_settings({"size": size, "shard_size": shard_size, "batch": batch}, dtype)
+    folder = Path(out).expanduser() / _part(split)
     opened = images.open_images(source, data_dir, split)
     vae_folder, stored = pretrained.open_folder(vae_dir)
     plan = _plan(vae_dir, stored, opened, size, shard_size, batch, dtype)
     total = -(-len(opened) // shard_size)
-    with _claimed(folder, plan):
-        paths = [folder / shards.name(k, total) for k in range(total)]
-        missing = [k for k in range(total) if not shards.is_intact(paths[k])]
-        print(f"encode    {source} to {folder}: {len(opened):,} images, {total - len(missing)} of {total} shards are there")
+    parts = [opened.part_sha256(k * shard_size, min((k + 1) * shard_size, len(opened))) for k in range(total)]
+    paths = [folder / shards.name(k, total) for k in range(total)]
+    with _claimed(folder, plan, dict(zip(paths, parts, strict=True))):
+        intact = shards.intact(paths, parts)
+        missing = [k for k in range(total) if not intact[k]]
+        what = f"{len(opened):,} images in {opened.num_classes or 'no'} classes"
+        print(f"encode    {source} to {folder}: {what}, {total - len(missing)} of {total} shards are there", flush=True)
         if missing:
-            (folder / shards.METADATA).unlink(missing_ok=True)
+            _note_other_versions([path for path, good in zip(paths, intact, strict=True) if good])
+            shards.remove(folder / shards.METADATA)
             network, params = pretrained.load_folder(vae_folder, stored)
-            _encode_shards(paths, missing, plan, opened, network, params)
+            _encode_shards(paths, missing, plan, opened, network, params, parts)
         _finish(folder, plan, paths)
     return folder
+
+
+def _check_settings(numbers: dict[str, int], dtype: str) -> None:
+    if jax.process_count() > 1:
+        raise DmfError(f"{jax.process_count()} processes: expected one; encoding over several hosts is not supported")
+    for name, value in numbers.items():
+        if value < 1:
+            raise DmfError(f"{name} is {value}: expected 1 or more")
+    if dtype not in shards.DTYPES:
+        raise DmfError(f"dtype is {dtype!r}: expected one of {', '.join(shards.DTYPES)}")
+
+
+def _part(split: str) -> str:
+    """Where a split goes: train or heldout. Raises DmfError for one that may hold images of both."""
+    if "+" in split or re.fullmatch(r"all(\[.*\])?", split):
+        raise DmfError(f"split is {split!r}, which may mix what is trained on and what is held out: expected one split")
+    return "train" if re.fullmatch(r"train(\[.*\])?", split) else "heldout"
+
+
+def _note_other_versions(kept: list[Path]) -> None:
+    """Prints one line where shards are kept that other libraries or devices have made."""
+    now = _made_with()
+    found = {d for path in kept for d in differences(shards.read_sidecar(path)["made_with"], now, "made_with")}
+    if found:
+        text = "; ".join(sorted(d.removeprefix("made_with.") for d in found))
+        print(
+            f"note      finished shards were made otherwise ({text}): the others may differ from them by round-off", flush=True
+        )
 
 
 def verify(out: str | Path) -> list[dict[str, Any]]:
@@ -150,8 +178,8 @@ def _plan(
 
 
 @contextlib.contextmanager
-def _claimed(folder: Path, plan: dict[str, Any]) -> Iterator[None]:
-    """Makes the folder, keeps other processes out of it, and ties it to the plan."""
+def _claimed(folder: Path, plan: dict[str, Any], parts: dict[Path, str]) -> Iterator[None]:
+    """Makes the folder, keeps other processes out of it, and ties it to the plan. parts: identity of the images by shard."""
     with shards.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
@@ -162,28 +190,58 @@ def _claimed(folder: Path, plan: dict[str, Any]) -> Iterator[None]:
             raise DmfError(f"{folder}: another process encodes into it; expected one at a time") from error
         except OSError:
             pass  # a file system without locks
-        path = folder / shards.PLAN
-        if not path.exists():
-            if any(p for p in folder.iterdir() if not p.name.startswith(".")):
-                raise DmfError(
-                    f"{folder} is not empty, and holds no {shards.PLAN}: expected a new directory, or one that was begun"
-                )
-            shards.write_json(path, plan)
-        _check_plan(path, plan)
+        shards.clear(folder)
+        with shards.writing(folder):
+            _settle(folder / shards.PLAN, plan, parts)
         yield
     finally:
         os.close(handle)
 
 
-def _check_plan(path: Path, plan: dict[str, Any]) -> None:
+def _settle(path: Path, plan: dict[str, Any], parts: dict[Path, str]) -> None:
+    """Ties a folder to the plan, which may take the place of another if finished work is not lost by it."""
+    folder = path.parent
+    if not path.exists():
+        if any(p for p in folder.iterdir() if not p.name.startswith(".")):
+            raise DmfError(
+                f"{folder} is not empty, and holds no {shards.PLAN}: expected a new directory, or one that was begun"
+            )
+        shards.write_json(path, plan)
+        return
     try:
-        theirs = json.loads(path.read_text())
-        changed = differences(theirs, plan, "plan")
+        changed = differences(json.loads(path.read_text()), plan, "plan")
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise DmfError(f"{path} cannot be read ({type(error).__name__}): expected what an encoding wrote there") from error
-    if changed:
-        text = "; ".join(d.removeprefix("plan.") for d in changed)
-        raise DmfError(f"{path.parent} was begun otherwise: {text}; expected the same command, or another directory")
+    if not changed:
+        return
+    text = "; ".join(d.removeprefix("plan.") for d in changed)
+    begun = shards.begun(folder)
+    if not begun and not (folder / shards.METADATA).exists():
+        for file in folder.glob("latents-*.array_record"):  # renamed, but not vouched for
+            shards.remove(file)
+        print(f"note      {folder} was begun otherwise, with no shard finished: it begins anew ({text})", flush=True)
+    else:
+        kept = [p for p in begun if p in parts and _is_of(p, parts[p])]
+        if not kept or any(not d.startswith("plan.source.sha256:") for d in changed):
+            raise DmfError(
+                f"{folder} was begun otherwise: {text}; expected the same command, or another directory{_advice(changed)}"
+            )
+        print(f"note      images were changed: {len(kept)} of {len(begun)} finished shards are of unchanged ones", flush=True)
+    shards.write_json(path, plan)
+
+
+def _is_of(path: Path, identity: str) -> bool:
+    """Whether a finished shard is of the images with this identity."""
+    try:
+        return shards.read_sidecar(path).get("images") == identity
+    except DmfError:
+        return False
+
+
+def _advice(changed: list[str]) -> str:
+    if not any(d.startswith("plan.source.count:") for d in changed):
+        return ""
+    return "; an image that cannot be read is replaced under its name, not removed, so that the others keep their numbers"
 
 
 def _chunks(missing: Iterable[int], shard_size: int, count: int, size: int) -> Iterator[Chunk]:
@@ -195,15 +253,22 @@ def _chunks(missing: Iterable[int], shard_size: int, count: int, size: int) -> I
 
 
 def _encode_shards(
-    paths: list[Path], missing: list[int], plan: dict[str, Any], source: images.ImageSource, network: Any, params: Any
+    paths: list[Path],
+    missing: list[int],
+    plan: dict[str, Any],
+    source: images.ImageSource,
+    network: Any,
+    params: Any,
+    identities: list[str],
 ) -> None:
-    """Writes the shards `missing`, one after the other."""
+    """Writes the shards `missing`, one after the other. identities: of the images of every shard."""
     mesh = sharding.make_mesh()
     size = plan["batch_per_device"] * mesh.devices.size
     work = list(_chunks(missing, plan["shard_size"], len(source), size))
     progress, done = Count("encode", sum(c.last - c.first for c in work), "images"), 0
-    decoded = _decoded(source, work, size, plan["image_size"])
-    encoded = _encoded(decoded, _program(network, mesh), params, mesh, np.dtype(shards.DTYPES[plan["dtype"]]), source)
+    decoded = _decoded(source, work, plan["image_size"])
+    dtype, batch = np.dtype(shards.DTYPES[plan["dtype"]]), plan["batch_per_device"]
+    encoded = _encoded(decoded, _program(network, mesh), params, mesh, batch, dtype, source)
 
     def counted(parts: Iterable[Encoded]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         nonlocal done
@@ -214,14 +279,11 @@ def _encode_shards(
 
     with contextlib.closing(decoded), contextlib.closing(encoded):
         for shard, parts in itertools.groupby(encoded, lambda part: part[0].shard):
-            shards.write_shard(paths[shard], counted(parts), _made_with())
+            shards.write_shard(paths[shard], counted(parts), _made_with(), identities[shard])
 
 
-def _decoded(source: images.ImageSource, work: list[Chunk], size: int, side: int) -> Generator[Decoded]:
-    """(chunk, images (size, side, side, 3) uint8, labels (n,)) in order, decoded by threads some chunks ahead.
-
-    Zeros stand where a chunk has fewer images than `size`.
-    """
+def _decoded(source: images.ImageSource, work: list[Chunk], side: int) -> Generator[Decoded]:
+    """(chunk, images (n, side, side, 3) uint8, labels (n,)) in order, decoded by threads some chunks ahead."""
 
     def example(i: int) -> tuple[np.ndarray, int]:
         image, label = source.example(i)
@@ -239,7 +301,7 @@ def _decoded(source: images.ImageSource, work: list[Chunk], size: int, side: int
             if not waiting:
                 return
             chunk, futures = waiting.popleft()
-            pixels = np.zeros((size, side, side, 3), np.uint8)
+            pixels = np.zeros((len(futures), side, side, 3), np.uint8)
             labels = np.zeros(len(futures), np.int32)
             for row, future in enumerate(futures):
                 pixels[row], labels[row] = future.result()
@@ -258,13 +320,24 @@ def _program(network: Any, mesh: Mesh) -> Callable[[Any, jax.Array], jax.Array]:
         found = jnp.stack([mean, jnp.exp(logvar / 2)], axis=1)
         return found.reshape(-1, 2, *found.shape[1:])
 
-    # Per device, so that the same program runs whatever the number of devices; on a GPU, with algorithms that a timing run
-    # has not chosen, so that it also runs after an interruption.
-    exact = jax.default_matmul_precision("highest")(moments)
-    whole, rows = sharding.replicated(mesh).spec, sharding.rows(mesh).spec
-    split = jax.shard_map(exact, mesh=mesh, in_specs=(whole, rows), out_specs=rows)
+    # On a GPU with algorithms that a timing run has not chosen, so that the same program also runs after an interruption.
     options = {"xla_gpu_deterministic_ops": True} if jax.default_backend() == "gpu" else None
-    return jax.jit(split, compiler_options=options)
+    return sharding.per_device(mesh, jax.default_matmul_precision("highest")(moments), options)
+
+
+@contextlib.contextmanager
+def _fitting(batch: int) -> Iterator[None]:
+    """A device without room for the program, as one line."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        why = " ".join(str(error).split())[:200]
+        raise DmfError(
+            f"batch is {batch}: expected one that fits into the device's memory ({why}); a smaller one needs another directory "
+            "if shards are finished in this one"
+        ) from error
 
 
 def _encoded(
@@ -272,13 +345,14 @@ def _encoded(
     program: Callable[[Any, jax.Array], jax.Array],
     params: Any,
     mesh: Mesh,
+    batch: int,
     dtype: np.dtype,
     source: images.ImageSource,
 ) -> Generator[Encoded]:
     """(chunk, values (n, 2, 2, h, w, c), labels (n,)); the devices work on one chunk while the one before it is written."""
 
     def fetch(chunk: Chunk, result: jax.Array, labels: np.ndarray) -> Encoded:
-        with np.errstate(over="ignore"):  # seen below
+        with np.errstate(over="ignore"), _fitting(batch):  # an overflow is seen below
             values = np.asarray(result)[: len(labels)].astype(dtype, copy=False)
         bad = np.flatnonzero(~np.isfinite(values).all(axis=tuple(range(1, values.ndim))))
         if len(bad):
@@ -288,7 +362,8 @@ def _encoded(
 
     pending: tuple[Chunk, jax.Array, np.ndarray] | None = None
     for chunk, pixels, labels in decoded:
-        result = program(params, sharding.put_rows(mesh, {"x": pixels})["x"])
+        with _fitting(batch):
+            result = program(params, sharding.put_padded(mesh, batch, pixels))
         if pending:
             yield fetch(*pending)
         pending = (chunk, result, labels)
@@ -316,6 +391,7 @@ def _finish(folder: Path, plan: dict[str, Any], paths: list[Path]) -> None:
             made_with.append(sidecar["made_with"])
     told = ("count", "bytes", "sha256")
     entries = [{"name": p.name, **{k: s[k] for k in told}} for p, s in zip(paths, sidecars, strict=True)]
-    shards.write_json(folder / shards.METADATA, {**plan, "made_with": made_with, "labels": labels, "shards": entries})
+    about = {**plan, "made_with": made_with, "labels": labels, "shards": entries}
+    shards.write_json(folder / shards.METADATA, shards.sealed(about))
     size = sum(e["bytes"] for e in entries)
     print(f"complete  {folder}: {plan['count']:,} images and their mirror images, {size / 1e9:.2f} GB in {len(paths)} shards")

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dmf.data import shards
 from dmf.errors import DmfError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -37,7 +38,7 @@ class ImageSource:
     num_classes: int  # 0: no classes, and every label is 0
     about: dict[str, Any]  # kind, name, split, count, sha256: plain values that JSON can hold
     example: Callable[[int], tuple[np.ndarray, int]]  # i -> (image as `read` gives it, label)
-    read_labels: Callable[[], np.ndarray | None]
+    part_sha256: Callable[[int, int], str]  # identity of the images [first, last): that of all where parts have none
 
     def __len__(self) -> int:
         return self.count
@@ -46,19 +47,14 @@ class ImageSource:
         """Image i as (H, W, 3) uint8; grey becomes RGB, and a transparency is dropped. Raises DmfError naming the image."""
         return self.example(i)[0]
 
-    @functools.cached_property
-    def labels(self) -> np.ndarray | None:
-        """(N,) int32, or None where there are none. Of a TFDS data set every record is read for it, at the first use."""
-        return self.read_labels()
-
 
 def open_images(spec: str, data_dir: str = "", split: str = "train") -> ImageSource:
     """Opens a source of images; reads no pixels yet.
 
     Args:
-      spec: a folder of PNG, JPEG and WebP files, searched to its depths and sorted by relative path, with the labels counted
-        over its sorted sub-folders if no file lies outside of one; an .npz with `arr_0` (N, H, W, 3) uint8, and perhaps
-        labels `arr_1` (N,); or tfds:NAME, a TFDS data set that is prepared as array_record.
+      spec: a folder of PNG, JPEG and WebP files, searched to its depths and sorted by relative path, either with all of them
+        in sub-folders, which in their order are the labels, or with none of them there; an .npz with `arr_0` (N, H, W, 3)
+        uint8, and perhaps labels `arr_1` (N,); or tfds:NAME, a TFDS data set that is prepared as array_record.
       data_dir: where TFDS has prepared it; "" is $TFDS_DATA_DIR, else ~/tensorflow_datasets.
       split: a split in TFDS's words, such as validation or train[:1%]; of other sources a mere name in `about`.
 
@@ -115,6 +111,8 @@ def _decode(file: Path | io.BytesIO, name: str) -> np.ndarray:
         raise
     except Exception as error:  # the parsers behind PIL raise what they meet, with no base in common
         why = " ".join(str(error).replace(str(file), "").split())[:200]
+        if shards.refused(error):
+            raise DmfError(f"image {name} cannot be read ({why}): expected a readable file, and a disk in order") from error
         raise DmfError(
             f"image {name} cannot be read ({type(error).__name__}: {why}): expected an undamaged PNG, JPEG or WebP"
         ) from error
@@ -122,29 +120,72 @@ def _decode(file: Path | io.BytesIO, name: str) -> np.ndarray:
 
 def _open_folder(root: Path, split: str) -> ImageSource:
     """Files in the order of their relative paths; the identity is that of names and sizes, so that no pixel is read for it."""
-    sizes: dict[str, int] = {}
-    for folder, _, names in os.walk(root, followlinks=True):
-        for name in names:
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                path = Path(folder, name)
-                sizes[path.relative_to(root).as_posix()] = path.stat().st_size
+    sizes = _image_files(root)
     files = sorted(sizes)
     if not files:
         raise DmfError(f"folder {root} holds no images: expected files ending in {', '.join(SUFFIXES)}")
-    digest = hashlib.sha256()
-    for name in files:
-        digest.update(os.fsencode(f"{name}\0{sizes[name]}\n"))
-    first = [name.partition("/")[0] for name in files]
-    classes = sorted(set(first)) if all("/" in name for name in files) else []
+    classes = _classes(root, files)
     index = {name: i for i, name in enumerate(classes)}
-    labels = np.array([index.get(name, 0) for name in first], np.int32)
+    labels = np.array([index.get(name.partition("/")[0], 0) for name in files], np.int32)
+
+    def identity(first: int, last: int, labelled: bool = True) -> str:
+        digest = hashlib.sha256()
+        for name, label in zip(files[first:last], labels[first:last].tolist(), strict=True):
+            digest.update(os.fsencode(f"{name}\0{sizes[name]}{f' {label}' if labelled else ''}\n"))
+        return digest.hexdigest()
+
     return ImageSource(
         count=len(files),
         num_classes=len(classes),
-        about=_about("folder", root.resolve().name, split, len(files), digest.hexdigest()),
+        about=_about("folder", root.resolve().name, split, len(files), identity(0, len(files), labelled=False)),
         example=lambda i: (_decode(root / files[i], str(root / files[i])), int(labels[i])),
-        read_labels=lambda: labels,
+        part_sha256=identity,
     )
+
+
+def _image_files(root: Path) -> dict[str, int]:
+    """{relative path: bytes} of the images below a folder, those behind links too; hidden files and folders are left out."""
+
+    def refuse(error: OSError) -> None:
+        raise DmfError(f"{error.filename} cannot be read ({error.strerror}): expected readable folders and files") from error
+
+    sizes: dict[str, int] = {}
+    seen: dict[str, str] = {}
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
+        first = seen.setdefault(os.path.realpath(folder), folder)
+        if first != folder:
+            raise DmfError(f"{folder} is {first} again, by a link: expected every folder of images once")
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in names:
+            path = Path(folder, name)
+            if name.startswith("."):
+                continue
+            if path.is_symlink() and not os.path.exists(path):  # perhaps of a class
+                raise DmfError(f"{path} links to {os.readlink(path)}, which is not there: expected links to files or folders")
+            if name.lower().endswith(SUFFIXES):
+                try:
+                    sizes[path.relative_to(root).as_posix()] = path.stat().st_size
+                except OSError as error:
+                    refuse(error)
+    return sizes
+
+
+def _classes(root: Path, files: list[str]) -> list[str]:
+    """The sub-folders in their order, if the images lie in them; raises DmfError where some do, or one has none."""
+    used = {name.partition("/")[0] for name in files if "/" in name}
+    stray = [name for name in files if "/" not in name]
+    if stray and used:
+        raise DmfError(
+            f"{root / stray[0]} lies beside {len(used)} folders of images, such as {min(used)}, and has no class: expected all "
+            "images in sub-folders, or none"
+        )
+    there = [path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    empty = sorted(set(there) - used) if used else []
+    if empty:
+        raise DmfError(
+            f"{root / empty[0]} holds no images, so that it is not clear how classes are counted: expected images, or no folder"
+        )
+    return sorted(used)
 
 
 def _about(kind: str, name: str, split: str, count: int, sha256: str) -> dict[str, Any]:
@@ -186,7 +227,7 @@ def _open_npz(path: Path, split: str) -> ImageSource:
         num_classes=0 if labels is None else int(labels.max()) + 1,
         about=_about("npz", path.name, split, len(images), digest),
         example=lambda i: (np.array(images[i]), 0 if labels is None else int(labels[i])),
-        read_labels=lambda: labels,
+        part_sha256=lambda first, last: digest,
     )
 
 
@@ -216,6 +257,7 @@ def _open_tfds(name: str, data_dir: str, split: str) -> ImageSource:
     # Spelled out, because TFDS reports the same trouble in other ways when it fills in its default itself.
     root = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     path: Any = tfds.core.Path(root).expanduser() / name.partition(":")[0]
+    shards.allow_many_files()
     try:
         builder = tfds.builder(name, data_dir=root)
         path = builder.data_path
@@ -224,19 +266,23 @@ def _open_tfds(name: str, data_dir: str, split: str) -> ImageSource:
             raise DmfError(f"TFDS data set {name} in {path} has {', '.join(features)}: expected an 'image'")
         records = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
         count, full_name = len(records), builder.info.full_name
+        parts = [
+            [tfds.core.Path(i.filename).name, i.skip, i.take, i.examples_in_shard, tfds.core.Path(i.filename).stat().length]
+            for i in builder.info.splits[split].file_instructions
+        ]
     # Whatever the parsers behind TFDS raise for what they meet: names, shards, splits, version, metadata.
     except (RuntimeError, ValueError, OSError, LookupError, AssertionError, TypeError, ParseError) as error:
         raise DmfError(_tfds_explanation(error, name, path, split)) from error
     labelled = "label" in features and isinstance(features["label"], tfds.features.ClassLabel)
     classes = int(features["label"].num_classes) if labelled else 0
-    identity = json.dumps(["tfds", full_name, split, count]).encode()
+    identity = hashlib.sha256(json.dumps(["tfds", full_name, split, count, parts]).encode()).hexdigest()
     get = functools.partial(_tfds_record, records, f"{full_name}, split {split}, in {path}")
     return ImageSource(
         count=count,
         num_classes=classes,
-        about=_about("tfds", full_name, split, count, hashlib.sha256(identity).hexdigest()),
+        about=_about("tfds", full_name, split, count, identity),
         example=lambda i: _tfds_example(get(i), f"{i} of {full_name} {split}", classes),
-        read_labels=lambda: np.array([get(i)["label"] for i in range(count)], np.int32) if classes else None,
+        part_sha256=lambda first, last: identity,
     )
 
 
@@ -248,6 +294,11 @@ def _tfds_record(records: Sequence[dict[str, Any]], name: str, i: int) -> dict[s
         return record
     except (RuntimeError, ValueError, OSError, LookupError, TypeError) as error:
         why = " ".join(str(error).split())[:200]
+        if shards.refused(error):
+            raise DmfError(
+                f"TFDS data set {name}: record {i} cannot be read ({why}); expected readable files, and room for one open file "
+                "per shard (`ulimit -n`)"
+            ) from error
         raise DmfError(
             f"TFDS data set {name} is damaged (record {i}: {why}): delete its folder and prepare it again"
         ) from error
@@ -268,7 +319,9 @@ def _tfds_explanation(error: Exception, name: str, path: Any, split: str) -> str
         return f"TFDS data set {name} is not prepared in {path}: {prepare}"
     if isinstance(error, NotImplementedError):
         return (
-            f"TFDS data set {name} in {path} is prepared without random access, expected array_record; in another DIR {prepare}"
+            f"TFDS data set {name} in {path} is prepared without random access, expected array_record: convert it by `tfds "
+            f"convert_format --dataset_version_dir={path} --out_file_format=array_record --out_dir=DIR/{base}/{path.name}`, "
+            f"for which TFDS needs apache-beam, or in another DIR {prepare}"
         )
     why = " ".join(str(error).split())[:200]
     return f"TFDS data set {name} in {path} cannot be read, split {split} ({why}); expected one of its splits, undamaged"

@@ -6,6 +6,7 @@ Reading needs neither TensorFlow nor jax.
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ def read(data_dir: str, split: str, flip: bool) -> Latents:
     if not data_dir:
         raise DmfError(f"config.data.data_dir is '' for {NAME!r}: expected the OUT of `--mode=encode`")
     root = Path(data_dir).expanduser()
-    folder = root if split == "train" and (root / shards.METADATA).is_file() else root / split
+    folder = root if split == "train" and os.path.isfile(root / shards.METADATA) else root / split
     about = shards.metadata(folder)
     for name, size, _ in shards.files(about):
         shards.check_size(folder / name, size)
@@ -92,7 +93,11 @@ def mock(split: str, flip: bool) -> Latents:
 def _labels(folder: Path, about: dict[str, Any]) -> np.ndarray:
     path, entry = folder / shards.LABELS, about["labels"]
     shards.check_sum(path, entry["bytes"], entry["sha256"])
-    labels = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+    try:
+        labels = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise DmfError(f"{path} cannot be read ({type(error).__name__}: {why}): expected an array of labels") from error
     if labels.shape != (about["count"],) or labels.dtype != np.int32:
         raise DmfError(f"{path} holds {labels.dtype}{list(labels.shape)}: expected int32[{about['count']}]")
     return labels

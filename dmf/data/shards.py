@@ -4,7 +4,7 @@
     DIR/train/latents-00012-of-00313.array_record     record 2 i + flip of its images: mean, then std, each (h, w, c)
     DIR/train/latents-00012-of-00313.json             vouches for it, and keeps the labels of its images
     DIR/train/labels.npy                              (N,) int32
-    DIR/train/metadata.json                           the plan, and size and SHA-256 of all shards and labels; written last
+    DIR/train/metadata.json                           the plan, size and SHA-256 of shards and labels, and a seal; written last
     DIR/heldout/...                                   likewise
 
 Record 2 i is image i, record 2 i + 1 its mirror image, encoded as such: a mirrored latent is not the latent of the mirrored
@@ -15,11 +15,16 @@ images [k S, (k + 1) S).
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
+import math
 import os
+import re
+import resource
+import socket
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,15 +32,41 @@ from typing import Any
 import numpy as np
 
 from dmf.errors import DmfError
+from dmf.logging import Count
 
 FORMAT = 1
 PLAN, METADATA, LABELS = "plan.json", "metadata.json", "labels.npy"
 DTYPES = {"float32": "<f4", "float16": "<f2"}
+VERIFIERS = 4  # threads: hashing sets the interpreter free
 READERS = 8  # threads: a batch's records lie in many shards, and storage answers them at once
 # Plain bytes: float32 latents shrink by 7 %, read three times slower, and differently from one zstd to the next.
 WRITER = "group_size:1,uncompressed"
 HOW = "what `--mode=encode` has written to its end; the same command goes on where it stopped"
-FIELDS = ("count", "num_classes", "latent_shape", "dtype", "scale", "shard_size", "shards", "labels", "source", "vae")
+# What a system says where it cannot give a file that may be whole; a missing file is not among them.
+REFUSALS = tuple(os.strerror(e) for e in (errno.EMFILE, errno.ENFILE, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE))
+
+
+def _whole(value: Any, least: int) -> bool:
+    return type(value) is int and value >= least
+
+
+FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "count": ("a whole number above 0", lambda x: _whole(x, 1)),
+    "num_classes": ("a whole number, 0 or more", lambda x: _whole(x, 0)),
+    "latent_shape": ("three whole numbers above 0", lambda x: len(x) == 3 and all(_whole(n, 1) for n in x)),
+    "dtype": (f"one of {', '.join(DTYPES)}", lambda x: x in DTYPES),
+    "scale": ("a finite number above 0", lambda x: type(x) in (int, float) and math.isfinite(x) and x > 0),
+    "shard_size": ("a whole number above 0", lambda x: _whole(x, 1)),
+    "shards": ("a list of files", lambda x: type(x) is list and all(_is_file_entry(f) and _whole(f["count"], 1) for f in x)),
+    "labels": (f"the file {LABELS}", lambda x: _is_file_entry(x) and x["name"] == LABELS),
+    "source": ("what was encoded", lambda x: type(x) is dict),
+    "vae": ("what has encoded it", lambda x: type(x) is dict),
+    "seal": ("a SHA-256", lambda x: type(x) is str),
+}
+
+
+def _is_file_entry(entry: Any) -> bool:
+    return type(entry["name"]) is type(entry["sha256"]) is str and _whole(entry["bytes"], 0)
 
 
 def name(shard: int, shards: int) -> str:
@@ -50,19 +81,42 @@ def _sidecar(path: Path) -> Path:
 def metadata(folder: Path) -> dict[str, Any]:
     """The metadata of an encoded split. Raises DmfError where it is missing, damaged or of another version."""
     path = folder / METADATA
-    if not path.is_file():
-        what = "is not encoded to its end" if (folder / PLAN).is_file() else "holds no encoded images"
-        raise DmfError(f"{folder} {what} (no {METADATA}): expected {HOW}")
     try:
+        if not path.is_file():
+            what = "is not encoded to its end" if (folder / PLAN).is_file() else "holds no encoded images"
+            raise DmfError(f"{folder} {what} (no {METADATA}): expected {HOW}")
         found = json.loads(path.read_text())
         if found["format"] != FORMAT:
             raise DmfError(f"{path}: format is {found['format']!r}, expected {FORMAT}, that of this version")
         missing = [name for name in FIELDS if name not in found]
-        if missing or found["dtype"] not in DTYPES:
-            raise ValueError(f"{', '.join(missing) or 'dtype'} not as expected")
-        return found
+        if missing:
+            raise ValueError(f"{', '.join(missing)} missing")
+        unsealed = {k: v for k, v in found.items() if k != "seal"}
+        if found["seal"] != _seal(unsealed):
+            raise ValueError("its bytes were altered")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DmfError(f"{path} cannot be read ({type(error).__name__}: {error}): expected {HOW}") from error
+    _check_fields(path, found)
+    return unsealed
+
+
+def _check_fields(path: Path, found: dict[str, Any]) -> None:
+    """Raises DmfError where a value of the metadata is not what its name promises."""
+    for key, (expected, good) in FIELDS.items():
+        try:
+            fine = good(found[key])
+        except (TypeError, KeyError):
+            fine = False
+        if not fine:
+            raise DmfError(f"{path}: {key} is {found[key]!r:.100}, expected {expected}")
+    size, count = found["shard_size"], found["count"]
+    total = -(-count // size)
+    if len(found["shards"]) != total:  # before a list of as many is made
+        raise DmfError(f"{path}: {len(found['shards'])} shards, expected {total} of {size} images for count {count}")
+    for k, entry in enumerate(found["shards"]):
+        wanted = {"name": name(k, total), "count": min(size, count - k * size)}
+        if {key: entry[key] for key in wanted} != wanted:
+            raise DmfError(f"{path}: shard {k} is {entry['name']!r:.100} of {entry['count']} images, expected {wanted}")
 
 
 def files(about: dict[str, Any]) -> Iterator[tuple[str, int, str]]:
@@ -73,7 +127,8 @@ def files(about: dict[str, Any]) -> Iterator[tuple[str, int, str]]:
 
 def check_size(path: Path, size: int) -> None:
     """Raises DmfError where a file is missing or has another size: cheap, and what a broken copy looks like."""
-    found = path.stat().st_size if path.is_file() else None
+    with _reading(path):
+        found = path.stat().st_size if path.is_file() else None
     if found != size:
         what = "is missing" if found is None else f"has {found:,} bytes"
         raise DmfError(f"{path} {what}: expected {size:,} bytes; the encoding's command makes it again")
@@ -88,12 +143,22 @@ def sha256(path: Path) -> str:
 def check_sum(path: Path, size: int, digest: str) -> None:
     """Raises DmfError where a file has not the bytes that the metadata tell; reads all of it."""
     check_size(path, size)
-    if sha256(path) != digest:
+    with _reading(path):
+        found = sha256(path)
+    if found != digest:
         raise DmfError(f"{path} has another SHA-256 than {digest[:12]}...: its bytes were altered; the command makes it again")
 
 
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DmfError(f"{path} cannot be read ({error.strerror}): expected a readable file; see to the disk") from error
+
+
 def read_sidecar(path: Path) -> dict[str, Any]:
-    """What vouches for the shard `path`: count, bytes, sha256, labels, made_with. Raises DmfError if it cannot be read."""
+    """What vouches for the shard `path`: count, bytes, sha256, made_with, images, labels. Raises DmfError if damaged."""
     try:
         entry = json.loads(_sidecar(path).read_text())
         if entry.pop("seal") != _seal(entry):
@@ -105,24 +170,43 @@ def read_sidecar(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def is_intact(path: Path) -> bool:
-    """Whether the shard `path` was written to its end and has its bytes still; prints a line if it has not."""
-    if not _sidecar(path).exists():
-        return False
-    try:
-        entry = read_sidecar(path)
-        check_sum(path, entry["bytes"], entry["sha256"])
-        return True
-    except DmfError as error:
-        print(f"again     {error}", flush=True)
-        return False
+def begun(folder: Path) -> list[Path]:
+    """The shards in a folder that something vouches for, whatever it says, in the order of their names."""
+    return sorted(path.with_suffix(".array_record") for path in folder.glob("latents-*.json"))
 
 
-def write_shard(path: Path, parts: Iterable[tuple[np.ndarray, np.ndarray]], made_with: dict[str, str]) -> None:
+def intact(paths: Sequence[Path], images: Sequence[str]) -> list[bool]:
+    """Which shards were written to their end, of the images with these identities, and have their bytes still.
+
+    Reads all of them; prints how far it is, and a line for each that is there but not intact.
+    """
+
+    def trouble(k: int) -> str:
+        try:
+            entry = read_sidecar(paths[k])
+            if entry.get("images") != images[k]:
+                return f"{paths[k]} is of other images"
+            check_sum(paths[k], entry["bytes"], entry["sha256"])
+            return ""
+        except DmfError as error:
+            return str(error)
+
+    there = [k for k, path in enumerate(paths) if _sidecar(path).exists()]
+    progress, found = Count("verify", len(there), "shards"), {}
+    with ThreadPoolExecutor(VERIFIERS, "verify") as pool:
+        for done, (k, why) in enumerate(zip(there, pool.map(trouble, there), strict=True), 1):
+            found[k] = why
+            progress.show(done)
+    for why in filter(None, found.values()):
+        print(f"again     {why}", flush=True)
+    return [found.get(k) == "" for k in range(len(paths))]
+
+
+def write_shard(path: Path, parts: Iterable[tuple[np.ndarray, np.ndarray]], made_with: dict[str, str], images: str) -> None:
     """Writes a shard under a hidden name, then renames it, then writes what vouches for it.
 
-    parts: (values (n, 2, 2, h, w, c): image, flip, mean or std; labels (n,)). Raises DmfError if the disk refuses; then, and
-    if `parts` raise, nothing stays behind.
+    parts: (values (n, 2, 2, h, w, c): image, flip, mean or std; labels (n,)). images: their identity.
+    Raises DmfError if the disk refuses; then, and if `parts` raise, nothing stays behind.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -142,10 +226,15 @@ def write_shard(path: Path, parts: Iterable[tuple[np.ndarray, np.ndarray]], made
             entry = {"count": len(labels), "bytes": partial.stat().st_size, "sha256": sha256(partial)}
             partial.replace(path)
             _sync(path.parent)
-        entry |= {"made_with": made_with, "labels": labels}
-        write_json(_sidecar(path), {**entry, "seal": _seal(entry)}, indent=None)
+        entry |= {"made_with": made_with, "images": images, "labels": labels}
+        write_json(_sidecar(path), sealed(entry), indent=None)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sealed(entry: dict[str, Any]) -> dict[str, Any]:
+    """Plain values with the SHA-256 of themselves, by which an alteration is seen."""
+    return {**entry, "seal": _seal(entry)}
 
 
 def _seal(entry: dict[str, Any]) -> str:
@@ -153,7 +242,47 @@ def _seal(entry: dict[str, Any]) -> str:
 
 
 def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")
+    """Where this process writes before it renames; another one writes elsewhere, as not every file system has locks."""
+    return path.with_name(f".{path.name}.partial-{socket.gethostname()}-{os.getpid()}")
+
+
+def clear(folder: Path) -> None:
+    """Removes what dead processes of this machine left half-written, and what this process did. Raises DmfError."""
+    name = re.compile(r"\..+\.partial-" + re.escape(socket.gethostname()) + r"-(\d+)")
+    with writing(folder):
+        for path in folder.iterdir():
+            match = name.fullmatch(path.name)
+            if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):
+                path.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
+
+
+def remove(path: Path) -> None:
+    """Removes a file that may be missing. Raises DmfError if the disk refuses."""
+    with writing(path.parent):
+        path.unlink(missing_ok=True)
+
+
+def refused(error: Exception) -> bool:
+    """Whether it is the system that refuses a file, so that the file itself may be whole."""
+    return isinstance(error, OSError) and error.errno is not None or any(text in str(error) for text in REFUSALS)
+
+
+def allow_many_files() -> None:
+    """Lets this process open as many files as it may ever: each shard of a data set stays open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):  # where the system gives fewer than it tells, the reader will say so
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 @contextlib.contextmanager
@@ -200,6 +329,7 @@ class Shards:
     """Random access to the records of all shards; each file is opened at its first use, and stays open."""
 
     def __init__(self, folder: Path, about: dict[str, Any]):
+        allow_many_files()
         self._paths = [folder / entry["name"] for entry in about["shards"]]
         self._counts = [2 * entry["count"] for entry in about["shards"]]
         self._per_shard = 2 * about["shard_size"]
@@ -229,6 +359,8 @@ class Shards:
                 found = self._reader(shard).read(positions.tolist())
         except RuntimeError as error:
             why = " ".join(str(error).split())[:200]
+            if refused(error):
+                raise DmfError(f"{path} cannot be read ({why}): expected a readable file, and room for open files") from error
             raise DmfError(f"{path} is damaged ({why}): the encoding's command makes it again") from error
         size = int(np.prod(self._shape)) * self._dtype.itemsize
         bad = [p for p, record in zip(positions, found, strict=True) if len(record) != size]

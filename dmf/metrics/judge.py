@@ -41,6 +41,7 @@ class Judge:
 
     def __init__(self, setting: Setting, mesh: Mesh, only: tuple[str, ...] = ()):
         found = protocols.load(setting.protocol)
+        self.full_count = found.count
         metrics = tuple(metric for metric in found.metrics if not only or metric in only)
         found = replace(found, count=setting.count or found.count, metrics=metrics)
         self.protocol = found
@@ -63,6 +64,9 @@ class Judge:
     def _check_counts(self) -> None:
         """Before hours are spent: a FID at all, and enough samples and images of the reference for every score."""
         p, real = self.protocol, self.reference
+        if p.count < 2:
+            raise DmfError(f"protocol {p.name}: scores of {p.count} samples; expected at least 2")
+        Totals(p, p.count)  # its own checks
         name, images = real.about.get("file"), 0 if real.images is None else len(real.images)
         if "fid" in p.metrics and "fid" in self._lacks() and images < 2:
             raise DmfError(f"{name}: holds neither moments nor images; expected what fid can be scored against")
@@ -76,6 +80,8 @@ class Judge:
         """Prints protocol, reference and self-check; raises DmfError where the self-check fails."""
         about, unserved = self.reference.about, reference.unserved(self.reference, self.protocol.metrics)
         print(f"protocol  {protocols.describe(self.protocol)}")
+        if self.protocol.count != self.full_count:
+            print(f"          the protocol has {self.full_count:,} samples: compare only scores of equal counts")
         print(f"features  {self.extract.about['network_file']}, SHA-256 {str(self.extract.about['network_sha256'])[:12]}")
         print(f"reference {about.get('file')}, SHA-256 {str(about.get('sha256'))[:12]}, {about.get('format')}")
         unknown = reference.unknown(self.reference)
@@ -117,3 +123,4 @@ def accumulate(totals: Totals, images: Callable[[int, int], np.ndarray], extract
             totals.save()
             saved = time.monotonic()
         counter.show(totals.done)
+    totals.save()

@@ -53,8 +53,9 @@ def _check_same_dimension(a: np.ndarray, b: np.ndarray) -> None:
 def _share_inside(points: np.ndarray, centres: np.ndarray, k: int) -> float:
     """Share of `points` inside at least one ball around a centre, of that centre's k-NN radius."""
     # Index k, not k - 1: each point finds itself at distance exactly 0.
+    # Copies: a column alone would keep its whole block in memory.
     own = _squared_distance_blocks(centres, centres)
-    squared_radii = np.concatenate([np.partition(block, k, axis=1)[:, k] for block in own])
+    squared_radii = np.concatenate([np.partition(block, k, axis=1)[:, k].copy() for block in own])
     across = _squared_distance_blocks(points, centres)
     return float(np.concatenate([(block <= squared_radii).any(axis=1) for block in across]).mean())
 

@@ -10,6 +10,7 @@ import io
 import os
 import zipfile
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
@@ -94,13 +95,16 @@ class Totals:
             states |= {f"is/{k}": v for k, v in self._is.state().items()}
         buffer = io.BytesIO()
         states |= {"done": np.asarray(self.done), "count": np.asarray(self.count)}
-        np.savez(buffer, allow_pickle=False, **states)
+        np.savez(buffer, **cast(Any, states))
         partial = self._folder / f"{STATE}.tmp"
-        with partial.open("wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self._folder / STATE)
+        try:
+            with partial.open("wb") as file:
+                file.write(buffer.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(self._folder / STATE)
+        except OSError as error:
+            raise DmfError(f"{self._folder}: sums cannot be written ({error.strerror}); expected a disk with room") from error
 
     def restore(self) -> None:
         """Goes on where the folder's last `save` was; does nothing where there is none."""
@@ -120,7 +124,9 @@ class Totals:
                 self._is = InceptionScore.from_state(rooms["is"])
             if len(self._keep) and self.done:
                 self.features = self._open_features(0, "r+")
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+                if len(self.features) != len(self._keep):
+                    raise ValueError(f"features of {len(self.features)} rows, not {len(self._keep)}")
+        except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
             raise DmfError(
                 f"{self._folder / STATE} cannot be gone on from ({type(error).__name__}: {error}); expected what an "
                 "interrupted evaluation wrote: delete that folder to start again"
@@ -130,5 +136,13 @@ class Totals:
         if self._folder is None:
             return np.empty((len(self._keep), width), np.float32)
         place = self._folder / FEATURES
-        shape = (len(self._keep), width) if mode == "w+" else None
-        return np.lib.format.open_memmap(place, mode=mode, dtype=np.float32 if shape else None, shape=shape)
+        if mode == "r+":
+            return np.lib.format.open_memmap(place, mode="r+")
+        shape = (len(self._keep), width)
+        try:
+            found = np.lib.format.open_memmap(place, mode="w+", dtype=np.float32, shape=shape)
+            with place.open("r+b") as file:  # a hole in a file is found to have no room only when it is too late
+                os.posix_fallocate(file.fileno(), 0, place.stat().st_size)
+        except OSError as error:
+            raise DmfError(f"{place} cannot be written ({error.strerror}); expected a disk with room") from error
+        return found
