@@ -5,8 +5,9 @@ r"""ImageNet 256x256 with guidance: a stage after configs/imagenet256.py that pu
     python main.py --config=configs/imagenet256_guided.py:B ...     another size of SiT: S, B, L or XL
 
 Cost: 40 epochs = 50,040 steps of batch 1024. The paper's JVP step of 3.08 s on 4 H100 and two forward passes of .43 s make
-3.9 s (220 GPU-hours), less as only rows with r < t pay for the JVP here. We have not run it. Nearest published: zhuyu-cs/MeanFlow
-tunes SiT-XL/2 for 20 epochs without and 40 with guidance to one-step FID 4.52; after 110 with guidance it is 15.50.
+3.9 s (220 GPU-hours), less as only rows with r < t pay for the JVP here. We have not run it. Nearest published:
+zhuyu-cs/MeanFlow tunes SiT-XL/2 for 20 epochs without and 40 with guidance to one-step FID 4.52; after 110 with guidance it is
+15.50.
 
 Not the paper's: its ImageNet run has no guidance, and no text of a stage that adds it was at hand. First without, then with
 guidance, and 40 epochs: zhuyu-cs/MeanFlow, which found tuning with guidance at once unstable. omega, kappa and the times:
