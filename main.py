@@ -89,6 +89,7 @@ REFERENCE = flags.DEFINE_string(
 SEED = flags.DEFINE_integer(
     "seed", None, "Of noise and drawn labels; default: the run's (score).", lower_bound=0, upper_bound=2**32 - 1
 )
+VERIFY = flags.DEFINE_bool("verify", False, "Only hold every file of encoded latents in --out against its checksum (encode).")
 BATCH = flags.DEFINE_integer("batch", 16, "Images encoded at once, on each device (encode).", lower_bound=1)
 SELFCHECK = flags.DEFINE_bool("selfcheck", False, "Only hold the features against known answers, and stop (score).")
 SPLIT = flags.DEFINE_string("split", "train", "Split of a tfds: source, such as validation (score, reference, encode).")
@@ -185,7 +186,11 @@ def reference() -> None:
 
 def encode() -> None:
     from dmf.data.encode import encode as run
+    from dmf.data.encode import verify
 
+    if VERIFY.value:
+        verify(_needed_out("the directory of encoded latents"))
+        return
     source, out = _need(SOURCE, "source"), _needed_out("the directory to make")
     if not VAE.value:
         raise DmfError("--vae is missing: expected the directory of a converted autoencoder (--mode=convert --kind=sd_vae)")
@@ -227,7 +232,7 @@ FLAGS = {
     "score": ("workdir", "steps", "count", "sampler", "out", "ema", "vae", "protocol", "features", "reference", "seed")
     + ("selfcheck", "source", "split", "data_dir"),
     "reference": ("protocol", "features", "source", "split", "data_dir", "size", "count", "out"),
-    "encode": ("source", "split", "data_dir", "size", "vae", "dtype", "batch", "out"),
+    "encode": ("source", "split", "data_dir", "size", "vae", "dtype", "batch", "verify", "out"),
     "benchmark": ("config", "out"),
     "convert": ("kind", "source", "out", "copy", "set", "check", "align_steps"),
     "export": ("workdir", "kind", "out", "ema"),

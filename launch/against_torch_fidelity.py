@@ -10,6 +10,7 @@ weights of any kind. Throughput: blocks of images through both extractors in tur
 
 import argparse
 import json
+import shutil
 import statistics
 import sys
 import time
@@ -103,17 +104,19 @@ def main():
     counts = {"real": args.reference_count, "fake": args.count}
     for (name, count), photo, seed in zip(counts.items(), load_sample_images().images, (0, 1), strict=True):
         if len(list((work / name).glob("*.png"))) != count:
+            shutil.rmtree(work / name, ignore_errors=True)
             write_images(work / name, photo, count, seed)
     weights = args.weights or work / "random.pth"
     if not weights.exists():
         write_weights(weights)
-    if not (work / "inception").is_dir():
-        convert("fid_inception", weights, work / "inception")
+    inception = work / f"inception_{weights.stem}"
+    if not inception.is_dir():
+        convert("fid_inception", weights, inception)
     own = work / "edm_any_weights.json"
     own.write_text(json.dumps({"base": "edm", "weights_sha256": "", "metrics": ["fid", "is"], "is_shuffle_seed": -1}))
 
-    setting = Setting(str(own), str(work / "inception"))
-    extract = Extractor(protocols.load(str(own)), str(work / "inception"), sharding.make_mesh())
+    setting = Setting(str(own), str(inception))
+    extract = Extractor(protocols.load(str(own)), str(inception), sharding.make_mesh())
     options = {"feature_extractor_weights_path": str(weights)}
     theirs = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], **options).eval()
     block = np.stack([np.asarray(Image.open(p)) for p in sorted((work / "fake").iterdir())[:BATCH]])
