@@ -171,6 +171,11 @@ def test_wrong_input_gives_one_clear_line(name, trained, tmp_path):
 
 def test_help_names_the_modes_and_loads_no_jax():
     done = subprocess.run([sys.executable, "-X", "importtime", "main.py", "--help"], cwd=ROOT, capture_output=True, text=True)
-    for text in ("--mode", "train|sample|score|benchmark", "--workdir", "python main.py --config=configs/digits.py"):
+    for text in (
+        "--mode",
+        "train|sample|score|reference|encode|benchmark",
+        "--workdir",
+        "python main.py --config=configs/digits.py",
+    ):
         assert text in done.stdout
     assert "jaxlib" not in done.stderr and "tensorflow" not in done.stderr

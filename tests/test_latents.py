@@ -191,7 +191,8 @@ for kill in range(kills):
         time.sleep(0.001)
     time.sleep(draw.random() * (0.1 if wanted else 0.8))
     os.kill(child, signal.SIGKILL)  # one that has ended waits to be asked for its status
-    print("killed", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9, len(list(Path(out).glob("train/*.array_record"))))
+    killed, there = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9, len(list(Path(out).glob("train/*.array_record")))
+    print("\\nkilled", killed, there, flush=True)  # on a line of its own, which no child inherits unwritten
 """.format(**SETTINGS)
 
 
