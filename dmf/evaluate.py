@@ -91,11 +91,12 @@ def score(sampler: Sampler, scorer: Score, params: Any, count: int, steps: Seque
 
 def format_scores(rows: Sequence[dict[str, Any]], floor: dict[str, float]) -> str:
     """Scores as a printed table, one row per number of steps; below them what real images score."""
-    keys = [k for k in rows[0] if k not in ("nfe", "n_samples", "step", "stage", "kind", "scored_by")]
-    lines = [f"{'steps':>6}" + "".join(f"{k:>{len(k) + 2}}" for k in keys)]
-    lines += [f"{row['nfe']:>6}" + "".join(f"{row[k]:>{len(k) + 2}.3f}" for k in keys) for row in rows]
-    real = {k: f"{floor[k]:.3f}" if k in floor else "-" for k in keys}
-    lines.append(f"{'real':>6}" + "".join(f"{real[k]:>{len(k) + 2}}" for k in keys))
+    hidden = ("nfe", "n_samples", "step", "stage", "kind", "scored_by")
+    wide = {k: max(len(k), 8) + 2 for k in rows[0] if k not in hidden}
+    lines = [f"{'steps':>6}" + "".join(f"{k:>{width}}" for k, width in wide.items())]
+    lines += [f"{row['nfe']:>6}" + "".join(f"{row[k]:>{width}.3f}" for k, width in wide.items()) for row in rows]
+    real = {k: f"{floor[k]:.3f}" if k in floor else "-" for k in wide}
+    lines.append(f"{'real':>6}" + "".join(f"{real[k]:>{width}}" for k, width in wide.items()))
     return "\n".join(lines)
 
 
