@@ -173,8 +173,10 @@ def test_one_device_gives_the_bits_of_eight(
 KILLS = """
 import os, random, signal, sys, time
 from pathlib import Path
-from dmf.data import images
+from dmf.data import images, shards
 from dmf.data.encode import encode
+write = shards.write_shard
+shards.write_shard = lambda *arguments: time.sleep(0.3) or write(*arguments)  # so that shards come one by one
 crop = images.center_crop
 images.center_crop = lambda *arguments: time.sleep(0.05) or crop(*arguments)  # time to be killed in
 vae, source, out, kills = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
