@@ -17,6 +17,7 @@ Running a training command again resumes it. Fields and their meaning: dmf/confi
 
 from __future__ import annotations
 
+import os
 import pathlib
 import sys
 from typing import TYPE_CHECKING, Any
@@ -86,6 +87,12 @@ FEATURES = flags.DEFINE_string("features", "", "Directory of the protocol's conv
 REFERENCE = flags.DEFINE_string(
     "reference", "", "Reference statistics: ours, ADM, EDM, EDM2, MeanFlow, clean-fid, dgm-eval (score)."
 )
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "This is one process of a TPU pod, of Slurm or of Open MPI; elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
+    "JAX_PROCESS_ID say so (train).",
+)
 SEED = flags.DEFINE_integer(
     "seed", None, "Of noise and drawn labels; default: the run's (score).", lower_bound=0, upper_bound=2**32 - 1
 )
@@ -139,11 +146,26 @@ def main(argv: list[str]) -> None:
 
 
 def train() -> None:
-    from dmf.train import train as run
+    from dmf import hosts
 
     config = _config()
+    hosts.start(DISTRIBUTED.value)
+    if not hosts.is_first():
+        sys.stdout = open(os.devnull, "w")  # one process speaks for all; errors still go to stderr
+    from dmf.train import train as run
+
     path = config_flags.get_config_filename(flags.FLAGS["config"])
-    run(config, WORKDIR.value or f"runs/{path.rpartition('/')[2].replace('.py', '').replace(':', '_')}")
+    workdir = WORKDIR.value or f"runs/{path.rpartition('/')[2].replace('.py', '').replace(':', '_')}"
+    _keep_programs(workdir)
+    run(config, workdir)
+
+
+def _keep_programs(workdir: str) -> None:
+    """Compiled programs stay in the work directory, so that a run that is started again need not compile them again."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:  # JAX_COMPILATION_CACHE_DIR names another place
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(workdir).absolute() / "programs"))
 
 
 def sample() -> None:
@@ -227,7 +249,7 @@ def export() -> None:
 
 
 FLAGS = {
-    "train": ("config", "workdir"),
+    "train": ("config", "workdir", "distributed"),
     "sample": ("workdir", "steps", "count", "sampler", "out", "ema", "vae"),
     "score": ("workdir", "steps", "count", "sampler", "out", "ema", "vae", "protocol", "features", "reference", "seed")
     + ("selfcheck", "source", "split", "data_dir"),

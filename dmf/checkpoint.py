@@ -24,6 +24,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from dmf import hosts
 from dmf.errors import DmfError
 from dmf.state import TrainState
 
@@ -37,12 +38,12 @@ log = logging.getLogger(__name__)
 class _Best:
     """Orbax's interface of a policy: keeps the step that `best` names at the moment."""
 
-    def __init__(self, best: Callable[[], int | None]):
+    def __init__(self, best: Callable[[], str]):
         self._best = best
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         best = self._best()
-        return [found.step == best for found in checkpoints]
+        return [str(found.step) == best for found in checkpoints]
 
 
 class Checkpoints:
@@ -60,12 +61,12 @@ class Checkpoints:
         best: Callable[[], int | None] = lambda: None,
     ):
         self.directory = workdir / FOLDER
-        self._metadata = metadata
+        self._metadata, self._best, self._best_now = metadata, best, ""
         policies = ocp.training.preservation_policies
         self._checkpointer = ocp.training.Checkpointer(
             self.directory.absolute(),
             preservation_policy=policies.AnyPreservationPolicy(
-                [policies.LatestN(keep), policies.CustomSteps(boundaries), _Best(best)]
+                [policies.LatestN(keep), policies.CustomSteps(boundaries), _Best(lambda: self._best_now)]
             ),
             cleanup_tmp_directories=True,
         )
@@ -73,14 +74,17 @@ class Checkpoints:
     def save(self, step: int, state: TrainState) -> None:
         """Writes the state after `step` steps and returns when it is safe on disk."""
         items = {name: getattr(state, name) for name in ITEMS}
-        try:
-            self._checkpointer.save_checkpointables(step, items, force=True, overwrite=True, custom_metadata=self._metadata)
-            write_manifest(self.directory / str(step))
-        except (OSError, ValueError) as error:  # a full disk is the one or the other, by who notices it
-            raise DmfError(
-                f"checkpoint of step {step} could not be written to {self.directory}: {_short(error)}; checkpoints of other "
-                "steps are untouched; expected a writable directory with enough room"
-            ) from error
+        self._best_now = hosts.first_says(str(self._best()))
+        with hosts.together():
+            try:
+                self._checkpointer.save_checkpointables(step, items, force=True, overwrite=True, custom_metadata=self._metadata)
+                if hosts.is_first():
+                    write_manifest(self.directory / str(step))
+            except (OSError, ValueError) as error:  # a full disk is the one or the other, by who notices it
+                raise DmfError(
+                    f"checkpoint of step {step} could not be written to {self.directory}: {_short(error)}; checkpoints of other "
+                    "steps are untouched; expected a writable directory with enough room"
+                ) from error
 
     def restore_latest(self, state: TrainState) -> TrainState | None:
         """The newest readable state, placed like `state`; None where no save was ever completed.
@@ -88,18 +92,16 @@ class Checkpoints:
         A damaged newest folder is named and the one before it taken. Raises DmfError if there are complete saves and none of
         them can be read: a fresh start would then bury them.
         """
-        found = sorted((c.step for c in self._checkpointer.checkpoints), reverse=True)
-        steps = [step for step in found if (self.directory / str(step) / MANIFEST).exists()]
-        for step in sorted(set(found) - set(steps)):
-            log.warning(
-                "checkpoint %s: no %s, so its save was not completed; it is skipped", self.directory / str(step), MANIFEST
-            )
+        steps = json.loads(hosts.first_says(json.dumps(self._complete())))
         target = {name: _abstract(getattr(state, name)) for name in ITEMS}
         for step in steps:
             folder = self.directory / str(step)
             try:
-                verify(folder)
-                return TrainState(**_load(folder, target))
+                with hosts.together():
+                    if hosts.is_first():
+                        verify(folder)
+                with hosts.together():
+                    return TrainState(**_load(folder, target))
             except DmfError as error:
                 log.warning("%s; it is skipped", error)
         if steps:
@@ -108,6 +110,16 @@ class Checkpoints:
                 "step folder, or none to start afresh"
             )
         return None
+
+    def _complete(self) -> list[int]:
+        """Steps whose save was completed, the newest first."""
+        found = sorted((c.step for c in self._checkpointer.checkpoints), reverse=True)
+        steps = [step for step in found if (self.directory / str(step) / MANIFEST).exists()]
+        for step in sorted(set(found) - set(steps)):
+            log.warning(
+                "checkpoint %s: no %s, so its save was not completed; it is skipped", self.directory / str(step), MANIFEST
+            )
+        return steps
 
     def close(self) -> None:
         self._checkpointer.close()

@@ -24,10 +24,11 @@ from dmf.data import DataConfig
 from dmf.errors import DmfError
 from dmf.flow import TimeLaw
 from dmf.guidance import GuidanceConfig
-from dmf.networks import ADMConfig, DiTConfig, MLPConfig, UNetConfig
+from dmf.networks import ADMConfig, DiTConfig, MLPConfig, UNetConfig, attention
 from dmf.objectives import LossConfig
 from dmf.optim import EMAConfig, OptimizerConfig
 from dmf.sample import SAMPLERS
+from dmf.sharding import MeshConfig
 
 NETWORKS = {"unet": UNetConfig, "dit": DiTConfig, "mlp": MLPConfig, "adm": ADMConfig}
 LEAST = sys.float_info.min  # the least positive number: a range that excludes zero
@@ -37,15 +38,19 @@ INF = sys.float_info.max  # a range without an upper end still excludes inf
 # What each field may be by itself; of a tuple, each element. Fields not listed are checked where they are read.
 CHOICES: dict[str, Collection[str]] = {
     "compute_dtype": ("float32", "bfloat16"),
+    "remat": ("none", "blocks", "dots"),
     "times.pairing": ("sorted", "min"),
     "loss.residual_scale": ("raw", "unit"),
     "run.sampler": SAMPLERS,
     **{f"precision.{kind}": ("default", "high", "highest") for kind in PASSES},
+    **{f"attention.{kind}": attention.HAS_JVP if kind == "jvp" else tuple(attention.KERNELS) for kind in PASSES},
 }
 RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**32 - 1),
     "batch_size": (1, INF),
     "microbatches": (1, INF),
+    "mesh.replica": (0, INF),
+    "mesh.fsdp": (0, INF),
     "label_dropout": (0, 0.999),
     "times.t_mean": (-INF, INF),
     "times.r_mean": (-INF, INF),
@@ -103,6 +108,20 @@ class PrecisionConfig:
 
 
 @dataclass(frozen=True)
+class AttentionConfig:
+    """Attention kernel per kind of stage (`dmf.networks.attention`); a guided kind takes that of its identity.
+
+    xla: by XLA, stores all N x N weights of N tokens. chunked: the same numbers but for rounding, memory linear in N. cudnn:
+    NVIDIA's fused kernel, bfloat16. flash: Pallas' kernel on TPUs. Only the first two have a forward mode, which jvp needs.
+    """
+
+    flow: str = "xla"
+    trajectory: str = "xla"
+    discrete: str = "xla"
+    jvp: str = "xla"
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """What a run writes, and when. Nothing here changes the weights it ends with."""
 
@@ -130,6 +149,8 @@ class Config:
     batch_size: int = 1024  # global, over all devices and microbatches
     microbatches: int = 1  # gradient accumulation inside one program
     compute_dtype: str = "float32"  # float32 | bfloat16; parameters, times, EMAs and loss stay float32
+    remat: str = "none"  # what the backward pass computes again: none | blocks = all inside a block | dots = all but matmuls
+    scan_blocks: bool = False  # a DiT's blocks as one compiled block, run depth times: compiles faster
     label_dropout: float = 0.0  # share of rows trained with the null class
     network: UNetConfig | DiTConfig | MLPConfig | ADMConfig = field(default_factory=UNetConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -140,6 +161,8 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     @property
@@ -166,10 +189,10 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def check(config: Config, num_classes: int, dataset_size: int, has_jvp: bool) -> tuple[Stage, ...]:
+def check(config: Config, num_classes: int, dataset_size: int) -> tuple[Stage, ...]:
     """The run's stages, after the fields have been held against each other, the data and the network.
 
-    num_classes, dataset_size: of the data; has_jvp: whether the network can be differentiated forwards. Raises DmfError.
+    num_classes, dataset_size: of the data. Raises DmfError.
     """
     if config.batch_size > dataset_size:
         raise DmfError(
@@ -181,7 +204,7 @@ def check(config: Config, num_classes: int, dataset_size: int, has_jvp: bool) ->
     _check_scores(config)
     _check_labels(config, num_classes)
     stages = build_stages(config.curriculum, config.batch_size, dataset_size, guidance.passes(config.guidance))
-    _check_kinds(config, stages, has_jvp)
+    _check_kinds(config, stages)
     _check_guidance(config, stages)
     return stages
 
@@ -302,13 +325,14 @@ def _check_labels(config: Config, num_classes: int) -> None:
         )
 
 
-def _check_kinds(config: Config, stages: tuple[Stage, ...], has_jvp: bool) -> None:
+def _check_kinds(config: Config, stages: tuple[Stage, ...]) -> None:
     kinds = {identity_of(s.kind): s.kind for s in stages}
-    if "jvp" in kinds and not has_jvp:
-        raise DmfError(
-            f"config.network.attention = {getattr(config.network, 'attention', '')!r} has no forward-mode derivative: "
-            f"expected 'xla' with a {kinds['jvp']} stage in config.curriculum.kinds"
-        )
+    for kind in kinds:
+        if getattr(config.attention, kind) == "cudnn" and config.compute_dtype != "bfloat16":
+            raise DmfError(
+                f"config.attention.{kind} = 'cudnn', a kernel of half precision: expected config.compute_dtype = bfloat16, got "
+                f"{config.compute_dtype}"
+            )
     for kind in ("discrete", "jvp"):
         if kind in kinds and not config.times.r_neq_t_fraction:
             raise DmfError(

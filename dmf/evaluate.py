@@ -38,10 +38,10 @@ class Sampler:
 
     def __init__(self, network: networks.Network, config: Config, image_shape: tuple[int, ...], labels: np.ndarray, mesh: Mesh):
         self._mesh, self._labels = mesh, labels
-        self._key = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)  # no training step has this number
 
-        def draw(whole: tuple[Any, jax.Array, jax.Array], rows: tuple[jax.Array, jax.Array]) -> jax.Array:
-            (params, key, steps), (row, label) = whole, rows
+        def draw(whole: tuple[Any, jax.Array], rows: tuple[jax.Array, jax.Array]) -> jax.Array:
+            (params, steps), (row, label) = whole, rows
+            key = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)  # no training step has this number
             keys = jax.vmap(partial(jax.random.fold_in, key))(row)
             e = jax.vmap(lambda k: jax.random.normal(k, image_shape))(keys)
             classes = label if config.num_classes else None
@@ -64,8 +64,8 @@ class Sampler:
             row = np.arange(first + piece.start, first + piece.stop, dtype=np.int32)
             rows = (row, self._labels[row % len(self._labels)])
             put = sharding.put_padded(self._mesh, per_device, rows)
-            drawn = self._draw((params, self._key, np.int32(steps)), put)
-            parts.append(np.asarray(drawn)[: len(row)])
+            drawn = self._draw((params, np.int32(steps)), put)
+            parts.append(sharding.fetch(self._mesh, drawn)[: len(row)])
         return np.concatenate(parts)
 
 
@@ -198,7 +198,7 @@ def make_decoder(
 
     def images(x: np.ndarray) -> np.ndarray:
         pieces = sharding.in_pieces(mesh, len(x), DECODED_PER_DEVICE)
-        found = [run(params, sharding.put_padded(mesh, DECODED_PER_DEVICE, x[p])) for p in pieces]
-        return np.concatenate([np.asarray(y)[: p.stop - p.start] for p, y in zip(pieces, found, strict=True)])
+        found = [sharding.fetch(mesh, run(params, sharding.put_padded(mesh, DECODED_PER_DEVICE, x[p]))) for p in pieces]
+        return np.concatenate([y[: p.stop - p.start] for p, y in zip(pieces, found, strict=True)])
 
     return images

@@ -15,20 +15,21 @@ from typing import Any
 class JsonLines:
     """A file of JSON objects, one per line, each with the step it belongs to; flushed at every line."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, writes: bool = True):
+        self.path, self._writes = path, writes  # of several processes one writes
 
     def resume(self, step: int) -> None:
         """Drops what a killed run wrote beyond the step it resumes from, and a line it left half-written."""
         kept = [row for row in self.read() if row["step"] <= step]
-        if self.path.exists():
+        if self._writes and self.path.exists():
             partial = self.path.with_suffix(".tmp")
             partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
             partial.replace(self.path)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        if self._writes:
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
         """All complete rows; a last line that was cut by a kill is ignored."""

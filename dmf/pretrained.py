@@ -26,7 +26,7 @@ OTHERS: dict[str, tuple[type, Any]] = {
     "dinov2": (dinov2.DinoConfig, dinov2.build_dinov2),
 }
 # Fields of a network's config that leave the meaning of its weights alone.
-FREE = ("dropout", "interval_init", "attention")
+FREE = ("dropout", "interval_init")
 
 
 def load(path: str | Path, ema: float | None = None) -> tuple[Any, Any]:
@@ -126,5 +126,5 @@ def find_init(config: Config, image_shape: tuple[int, ...]) -> tuple[Path, int |
 def abstract_params(network: Any, mesh: Mesh) -> Any:
     """Shapes, dtypes and placement of the network's weights, nothing allocated."""
     shapes = jax.eval_shape(network.init, jax.random.key(0))
-    place = sharding.replicated(mesh)
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
+    place = sharding.placed(mesh, shapes)
+    return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, place)

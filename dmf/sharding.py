@@ -1,35 +1,78 @@
 """Where arrays live: the device mesh and the placement of state and batch.
 
-One axis, "data", over all devices: rows are sharded, the state is replicated. Nothing outside this file names an axis, so
-sharding the state as well means another axis here and another rule where the callers now say `replicated`.
+Two axes over all devices, "replica" and "fsdp". Rows are split over both. Parameters, optimiser state and EMAs are whole on
+every replica; within one, those that are large enough are split over its "fsdp" devices, each of which gathers a weight when it
+computes with it, and again in the backward pass. Nothing outside this file names an axis.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dmf.errors import DmfError
 
+ROWS = ("replica", "fsdp")
+SMALLEST = 2**14  # numbers in an array that is worth splitting: gathering less costs more time than memory is won
+GATHERED = "gathered"
 
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over the given devices, by default all. Axes are Auto: Explicit ones reject ordinary networks' reshapes."""
-    devices = devices or jax.devices()
-    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """The devices as replica x fsdp; 0 stands for all that the other leaves."""
+
+    replica: int = 0
+    fsdp: int = 1  # devices that share one copy of parameters, optimiser state and EMAs; 1 = a copy on each
+
+
+def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over the given devices, by default all. Axes are Auto: Explicit ones reject ordinary networks' reshapes.
+
+    Raises DmfError where the devices do not come out.
+    """
+    devices = devices if devices is not None else jax.devices()
+    count = len(devices)
+    fsdp = config.fsdp or count // max(config.replica, 1)
+    replica = config.replica or count // max(fsdp, 1)
+    if replica * fsdp != count:
+        raise DmfError(
+            f"config.mesh.replica = {config.replica} x config.mesh.fsdp = {config.fsdp}: expected factors of the {count} "
+            "devices, 0 for all that the other leaves"
+        )
+    return jax.make_mesh((replica, fsdp), ROWS, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def rows(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """Rows split over the data axis, all other axes whole. axis: position of the row axis."""
-    return NamedSharding(mesh, PartitionSpec(*(None,) * axis, "data"))
+    """Rows split over all devices, all other axes whole. axis: position of the row axis."""
+    return NamedSharding(mesh, PartitionSpec(*(None,) * axis, ROWS))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same array on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def placed(mesh: Mesh, tree: Any) -> Any:
+    """Where each leaf of a state belongs, a tree of shardings: split over "fsdp" along its largest axis that divides, or whole.
+
+    tree: arrays, or their shapes and dtypes. Leaves of fewer than `SMALLEST` numbers stay whole.
+    """
+    fsdp = mesh.shape["fsdp"]
+
+    def place(leaf: Any) -> NamedSharding:
+        fit = [(size, axis) for axis, size in enumerate(leaf.shape) if size % fsdp == 0]
+        if fsdp == 1 or not fit or math.prod(leaf.shape) < SMALLEST:
+            return replicated(mesh)
+        return NamedSharding(mesh, PartitionSpec(*(None,) * max(fit)[1], "fsdp"))
+
+    return jax.tree.map(place, tree)
 
 
 def check_batch(mesh: Mesh, batch_size: int) -> None:
@@ -39,8 +82,14 @@ def check_batch(mesh: Mesh, batch_size: int) -> None:
         raise DmfError(f"config.batch_size = {batch_size}: expected a multiple of the {devices} devices")
 
 
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Positions in the global batch, ascending, of the rows that live on this process's devices."""
+    owned = rows(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.sort(np.concatenate([np.arange(batch_size)[index] for index in owned]))
+
+
 def put_rows(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This host's rows -> global arrays sharded over the data axis; only local devices are written."""
+    """This process's rows, as `local_rows` orders them -> global arrays split by rows; only local devices are written."""
     return {k: jax.make_array_from_process_local_data(rows(mesh), v) for k, v in batch.items()}
 
 
@@ -51,9 +100,15 @@ def per_device(mesh: Mesh, function: Callable[..., Any], compiler_options: dict[
     equal pieces per device, the results are the same bits on one device and on many. whole, rows: any trees of arrays.
     compiler_options: as `jax.jit` takes them.
     """
-    cut = PartitionSpec("data")
+    cut = PartitionSpec(ROWS)
     split = jax.shard_map(function, mesh=mesh, in_specs=(PartitionSpec(), cut), out_specs=cut, check_vma=False)
     return jax.jit(split, compiler_options=compiler_options)
+
+
+def on_rows(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of arrays with a row axis first, as each device's own call: for kernels that XLA cannot split by itself."""
+    cut = PartitionSpec(ROWS)
+    return jax.shard_map(function, mesh=mesh, in_specs=cut, out_specs=cut, check_vma=False)
 
 
 def in_pieces(mesh: Mesh, count: int, rows_per_device: int) -> list[slice]:
@@ -63,11 +118,49 @@ def in_pieces(mesh: Mesh, count: int, rows_per_device: int) -> list[slice]:
 
 
 def put_padded(mesh: Mesh, rows_per_device: int, tree: Any) -> Any:
-    """Rows of NumPy arrays, at most `rows_per_device` a device, padded with copies of the last to exactly so many."""
-    size = rows_per_device * mesh.devices.size
-    return jax.tree.map(lambda x: jax.device_put(x[np.minimum(np.arange(size), len(x) - 1)], rows(mesh)), tree)
+    """Rows of NumPy arrays, at most `rows_per_device` a device, padded with copies of the last to exactly so many.
+
+    Every process gives all rows, and puts those of its own devices.
+    """
+    size, place = rows_per_device * mesh.devices.size, rows(mesh)
+
+    def put(x: np.ndarray) -> jax.Array:
+        full = x[np.minimum(np.arange(size), len(x) - 1)]
+        return jax.make_array_from_callback(full.shape, place, lambda index: full[index])
+
+    return jax.tree.map(put, tree)
+
+
+def fetch(mesh: Mesh, tree: Any) -> Any:
+    """The whole of global arrays as NumPy arrays, on every process."""
+    if any(not x.is_fully_addressable for x in jax.tree.leaves(tree)):
+        tree = jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
+    return jax.tree.map(np.asarray, tree)
 
 
 def constrain_rows(mesh: Mesh, tree: Any, axis: int = 0) -> Any:
-    """Inside jit: every leaf is split over the data axis along `axis`."""
+    """Inside jit: every leaf is split by rows along `axis`."""
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, rows(mesh, axis)), tree)
+
+
+def gradient(mesh: Mesh, loss: Callable[..., Any]) -> Callable[..., Any]:
+    """`jax.grad(loss, has_aux=True)` of parameters placed by `placed`; the gradient is placed like them.
+
+    Split weights are gathered for the forward pass and, instead of being kept, once more for the backward pass, and each
+    device keeps the sum of its own part of the gradient.
+    """
+    if mesh.shape["fsdp"] == 1:
+        return jax.grad(loss, has_aux=True)
+
+    def gathered(params: Any, *rest: Any) -> Any:
+        whole = jax.lax.with_sharding_constraint(params, replicated(mesh))
+        return loss(jax.tree.map(lambda p: checkpoint_name(p, GATHERED), whole), *rest)
+
+    keep = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+    grad = jax.grad(jax.checkpoint(gathered, policy=keep), has_aux=True)
+
+    def split(params: Any, *rest: Any) -> Any:
+        grads, aux = grad(params, *rest)
+        return jax.lax.with_sharding_constraint(grads, placed(mesh, grads)), aux
+
+    return split

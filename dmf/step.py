@@ -20,13 +20,14 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from dmf import flow, objectives, optim, sharding
+from dmf import flow, networks, objectives, optim, sharding
 from dmf.config import Config
 from dmf.curriculum import GUIDED, Stage, identity_of
 from dmf.data import augment
+from dmf.errors import DmfError
 from dmf.flow import Rows, RowSplit
 from dmf.guidance import guided_velocity
-from dmf.networks import Network, is_interval_path
+from dmf.networks import Execution, Network, attention, is_interval_path
 from dmf.state import TrainState
 
 Array = jax.Array
@@ -49,17 +50,25 @@ def step_scalars(step: int, stage: Stage, stages: tuple[Stage, ...], config: Con
     return Scalars(np.float32(stage.rho), np.float32(rate), np.asarray(decays, np.float32))
 
 
+def network_for(kind: str, config: Config, image_shape: tuple[int, ...], mesh: Mesh) -> Network:
+    """The network as a kind of stage computes it: with the attention kernel of its identity, remat and scan."""
+    name, platform = getattr(config.attention, identity_of(kind)), mesh.devices.flat[0].platform
+    wanted = attention.PLATFORMS.get(name, platform)
+    if platform != wanted:
+        raise DmfError(f"config.attention.{identity_of(kind)} = {name!r}: expected a {wanted}, found a {platform}")
+    kernel = attention.KERNELS[name]
+    attend = sharding.on_rows(mesh, kernel) if name in attention.PLATFORMS else kernel
+    how = Execution(attend, config.remat, config.scan_blocks)
+    return networks.build(config.network, image_shape, jnp.dtype(config.compute_dtype), how)
+
+
 def make_train_step(
-    kind: str,
-    network: Network,
-    optimizer: optax.GradientTransformation,
-    config: Config,
-    mesh: Mesh,
+    kind: str, network: Network, optimizer: optax.GradientTransformation, config: Config, mesh: Mesh, place: Any
 ) -> jax.stages.Wrapped:
     """The jitted step of one kind of stage: (state, batch, scalars) -> (state, metrics). The given state is consumed.
 
-    batch: x (B, H, W, C) float32 in [-1, 1] and label (B,) int32, rows sharded over the mesh's data axis; of encoded images
-    also std, shaped as x.
+    batch: x (B, H, W, C) float32 in [-1, 1] and label (B,) int32, rows split over the mesh; of encoded images also std, shaped
+    as x. place: where the state lives, from `sharding.placed`.
     metrics: scalars. loss (weighted), squares_border and squares_pairs (mean sum of squares of the rows with r = t and
     with r < t), change (|u - u'| / |u|), grad_norm before clipping, nonfinite_leaf (index in jax.tree.leaves, or -1).
     """
@@ -78,7 +87,8 @@ def make_train_step(
 
     with_precision = jax.default_matmul_precision(getattr(config.precision, identity_of(kind)))(train_step)
     whole = sharding.replicated(mesh)
-    return jax.jit(with_precision, donate_argnums=0, in_shardings=(whole, sharding.rows(mesh), whole), out_shardings=whole)
+    given, made = (place, sharding.rows(mesh), whole), (place, whole)
+    return jax.jit(with_precision, donate_argnums=0, in_shardings=given, out_shardings=made)
 
 
 def split_for(kind: str, config: Config, mesh: Mesh) -> RowSplit:
@@ -162,7 +172,7 @@ def _gradient(
     mesh: Mesh,
 ) -> tuple[Any, Metrics]:
     """Gradient and metrics, averaged over `count` microbatches inside the same program."""
-    grad = jax.grad(loss, has_aux=True)
+    grad = sharding.gradient(mesh, loss)
     if count == 1:
         return grad(params, rows, rho)
     micro = sharding.constrain_rows(mesh, split.microbatches(rows, count), axis=1)

@@ -9,23 +9,41 @@
     workdir/samples/*.png     a grid per stage boundary;  samples.png, curves.png  at the end
 
 Running the same command again resumes from the newest checkpoint and ends in the same bits: data and randomness are
-functions of (seed, step), and a boundary is scored, pictured and switched by the step number alone.
+functions of (seed, step), and a boundary is scored, pictured and switched by the step number alone. Of several processes
+(`dmf.hosts`) all compute, each on its own rows of a batch, and the first one writes; checkpoints are written by all.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from dmf import checkpoint, curriculum, data, evaluate, networks, optim, pictures, pretrained, scoring, sharding, state, step
+from dmf import (
+    checkpoint,
+    curriculum,
+    data,
+    evaluate,
+    hosts,
+    networks,
+    optim,
+    pictures,
+    pretrained,
+    scoring,
+    sharding,
+    state,
+    step,
+)
 from dmf.config import Config, check, differences, parse, to_dict
 from dmf.curriculum import Stage
+from dmf.data.feed import Feed
 from dmf.errors import DmfError
 from dmf.logging import JsonLines, Progress, TensorBoard
 from dmf.state import TrainState
@@ -58,34 +76,62 @@ class Run:
     """Everything a run holds open, put together once; the loop itself is `loop`."""
 
     def __init__(self, config: Config, workdir: Path):
-        self.config, self.workdir, self.start = config, workdir, 0
-        self.dataset = data.load(config.data, "train")
-        shape = self.dataset.image_shape
-        self.network = networks.build(config.network, shape, jnp.dtype(config.compute_dtype))
-        self.stages = check(config, self.dataset.num_classes, len(self.dataset), self.network.has_jvp)
-        self.mesh = sharding.make_mesh()
-        sharding.check_batch(self.mesh, config.batch_size)
-        for kind in {s.kind for s in self.stages}:
-            step.split_for(kind, config, self.mesh)
-        fresh = not any((workdir / checkpoint.FOLDER).glob("[0-9]*"))
-        self.init = pretrained.find_init(config, shape) if config.init and fresh else None
-        about = data.identity(self.dataset)
-        _claim(workdir, config, self.init[2] if self.init else None, about, fresh)
-        self.optimizer = optim.build(config.optimizer)
+        self.config, self.workdir, self.start, self.began = config, workdir, 0, time.monotonic()
+        with hosts.together():
+            self._prepare()
+        with hosts.together():
+            if not (workdir / "config.json").is_file():
+                raise DmfError(
+                    f"process {jax.process_index()} of {jax.process_count()}: --workdir={workdir} does not show what process 0 "
+                    "wrote there; expected one directory that all processes share"
+                )
+        shape, about = self.dataset.image_shape, data.identity(self.dataset)
         self.boundaries = {b.step: b for b in _boundaries(self.stages, bool(config.init), config.run.score_every_steps)}
         kept = [0, *(n for n, b in self.boundaries.items() if b.kept)]
         metadata = {"config": to_dict(config), "image_shape": list(shape), "source": _origin(workdir), "data": about}
         self.checkpoints = checkpoint.Checkpoints(workdir, config.run.keep_checkpoints, kept, metadata, self._best_step)
-        self.metrics, self.scores = JsonLines(workdir / "metrics.jsonl"), JsonLines(workdir / "scores.jsonl")
-        self.tensorboard = TensorBoard(workdir / "tensorboard", config.run.tensorboard)
-        labels = scoring.labels_of_run(config, self.dataset)
-        self.sampler = evaluate.Sampler(self.network, config, shape, labels, self.mesh)
-        self.scorer = scoring.make_scorer(config, self.dataset, self.mesh)
-        self.decode = evaluate.make_decoder(config.run.vae, shape, self.mesh, about)
+        writes = hosts.is_first()
+        self.metrics, self.scores = (JsonLines(workdir / f"{name}.jsonl", writes) for name in ("metrics", "scores"))
+        self.tensorboard = TensorBoard(workdir / "tensorboard", config.run.tensorboard and writes)
+        with hosts.together():
+            labels = scoring.labels_of_run(config, self.dataset)
+            self.sampler = evaluate.Sampler(self.network, config, shape, labels, self.mesh)
+            self.scorer = scoring.make_scorer(config, self.dataset, self.mesh)
+            self.decode = evaluate.make_decoder(config.run.vae, shape, self.mesh, about)
+
+    def _prepare(self) -> None:
+        """Data, stages, networks, mesh and programs, all checked; the work directory claimed. Raises DmfError."""
+        config, workdir = self.config, self.workdir
+        self.dataset = data.load(config.data, "train")
+        shape = self.dataset.image_shape
+        self.stages = check(config, self.dataset.num_classes, len(self.dataset))
+        self.mesh = sharding.make_mesh(config.mesh)
+        sharding.check_batch(self.mesh, config.batch_size)
+        kinds = {s.kind for s in self.stages}
+        for kind in kinds:
+            step.split_for(kind, config, self.mesh)
+        self.network = networks.build(config.network, shape, jnp.dtype(config.compute_dtype))
+        self.optimizer = optim.build(config.optimizer)
+        self.place = sharding.placed(self.mesh, jax.eval_shape(self._fresh))
         self.steps = {
-            kind: step.make_train_step(kind, self.network, self.optimizer, config, self.mesh)
-            for kind in {s.kind for s in self.stages}
+            kind: step.make_train_step(
+                kind, step.network_for(kind, config, shape, self.mesh), self.optimizer, config, self.mesh, self.place
+            )
+            for kind in kinds
         }
+        fresh = not any((workdir / checkpoint.FOLDER).glob("[0-9]*"))
+        self.init = pretrained.find_init(config, shape) if config.init and fresh else None
+        if hosts.is_first():
+            _claim(workdir, config, self.init[2] if self.init else None, data.identity(self.dataset), fresh)
+
+    def _fresh(self) -> TrainState:
+        params = self.network.init(jax.random.key(self.config.seed))
+        return state.create(params, self.optimizer, self.config.ema)
+
+    def _batch(self, n: int) -> dict[str, jax.Array]:
+        config = self.config
+        local = sharding.local_rows(self.mesh, config.batch_size)
+        return sharding.put_rows(self.mesh, data.batch(self.dataset, config.seed, n, config.batch_size, rows=local))
 
     def loop(self) -> None:
         """Step by step to the end: boundary work, one step dispatched, the metrics of the step before it read."""
@@ -94,37 +140,48 @@ class Run:
         self._announce(now)
         progress = Progress(total, start)
         pending: tuple[int, Stage, Any] | None = None
-        for n in range(start, total + 1):
-            if n in self.boundaries:
+        with Feed(self._batch, start, total) as feed:
+            for n in range(start, total + 1):
+                if n in self.boundaries:
+                    self._report(pending, progress)
+                    pending = None
+                    self._at_boundary(self.boundaries[n], now, progress)
+                if n == total:
+                    break
+                stage = curriculum.stage_at(self.stages, n)
+                now = self._switched(now, n, stage)
+                scalars = step.step_scalars(n, stage, self.stages, self.config)
+                now, metrics = self.steps[stage.kind](now, feed.get(n), scalars)
+                if n == start:
+                    self._announce_first(metrics)
                 self._report(pending, progress)
-                pending = None
-                self._at_boundary(self.boundaries[n], now, progress)
-            if n == total:
-                break
-            stage = curriculum.stage_at(self.stages, n)
-            if n == stage.first and stage is not self.stages[0]:
-                before = self.stages[self.stages.index(stage) - 1]
-                now = state.switch(now, before, self.config.curriculum, self.config.ema, self.optimizer)
-                now = jax.device_put(now, sharding.replicated(self.mesh))  # fresh parts too: the step is compiled for this
-            batch = data.batch(
-                self.dataset,
-                self.config.seed,
-                n,
-                self.config.batch_size,
-                host=jax.process_index(),
-                hosts=jax.process_count(),
-            )
-            scalars = step.step_scalars(n, stage, self.stages, self.config)
-            now, metrics = self.steps[stage.kind](now, sharding.put_rows(self.mesh, batch), scalars)
-            self._report(pending, progress)
-            pending = (n + 1, stage, metrics)
-            if (n + 1) % self.config.run.checkpoint_every_steps == 0 and n + 1 not in self.boundaries:
-                self._report(pending, progress)  # never save a state whose step has not been checked
-                pending = None
-                self.checkpoints.save(n + 1, now)
+                pending = (n + 1, stage, metrics)
+                if (n + 1) % self.config.run.checkpoint_every_steps == 0 and n + 1 not in self.boundaries:
+                    self._report(pending, progress)  # never save a state whose step has not been checked
+                    pending = None
+                    self.checkpoints.save(n + 1, now)
+            if total > start:
+                seconds = time.monotonic() - self.began
+                share = feed.waited_s / seconds
+                print(f"input     waited {feed.waited_s:.2f} s of {seconds:.0f} s for batches ({share:.2%})")
+
+    def _switched(self, now: TrainState, n: int, stage: Stage) -> TrainState:
+        """The state as step n starts: changed by `state.switch` where a stage begins."""
+        if n != stage.first or stage is self.stages[0]:
+            return now
+        before = self.stages[self.stages.index(stage) - 1]
+        of = dict(before=before, curriculum=self.config.curriculum, ema=self.config.ema, optimizer=self.optimizer)
+        switch = partial(state.switch, **of)  # fresh parts are placed as well
+        return jax.jit(switch, donate_argnums=0, out_shardings=self.place)(now)
+
+    def _announce_first(self, metrics: dict[str, jax.Array]) -> None:
+        jax.block_until_ready(metrics)
+        print(f"first step after {time.monotonic() - self.began:.1f} s, its compilation included", flush=True)
 
     def finish(self) -> list[dict[str, Any]]:
         """The closing table and pictures, made from what the run wrote down."""
+        if not hosts.is_first():
+            return []
         scores = [row for row in self.scores.read() if "nfe" in row]
         main = self.scorer[1] if self.scorer else ""
         shown = [row for row in scores if main in row] if self.scorer else []
@@ -145,18 +202,12 @@ class Run:
         self.tensorboard.close()
 
     def _start(self) -> TrainState:
-        fresh = jax.jit(
-            lambda key: state.create(self.network.init(key), self.optimizer, self.config.ema),
-            out_shardings=sharding.replicated(self.mesh),
-        )
-        now = fresh(jax.random.key(self.config.seed))
+        now = jax.jit(self._fresh, out_shardings=self.place)()
         found = self.checkpoints.restore_latest(now)
         if found is None and self.config.init:
             folder, ema, _ = self.init or pretrained.find_init(self.config, self.dataset.image_shape)
             params = checkpoint.read_params(folder, ema, pretrained.abstract_params(self.network, self.mesh))
-            create = jax.jit(
-                lambda p: state.create(p, self.optimizer, self.config.ema), out_shardings=sharding.replicated(self.mesh)
-            )
+            create = jax.jit(lambda p: state.create(p, self.optimizer, self.config.ema), out_shardings=self.place)
             found = create(params)
             self.checkpoints.save(0, found)  # a resumed run starts from these weights, whatever config.init holds by then
         now = found if found is not None else now
@@ -173,6 +224,10 @@ class Run:
             f"data      {self.dataset.name}, {len(self.dataset.labels):,} images {self.dataset.image_shape}, "
             f"batch {self.config.batch_size} on {self.mesh.devices.size} device(s)"
         )
+        if self.mesh.devices.size > 1:
+            held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(now))
+            parts = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items())
+            print(f"mesh      {parts}, {jax.process_count()} process(es), {held / 1e6:,.1f} MB of state on each device")
         print(curriculum.table(self.stages, self.config.curriculum, self.config.times.r_neq_t_fraction))
         origin = f"step {self.start} of {self.stages[-1].last}, resuming" if self.start else self.config.init
         print(f"start     {origin or 'fresh weights (config.init names no flow model)'}", flush=True)
@@ -212,7 +267,7 @@ class Run:
         if boundary.step > self.start:  # the state a run starts from is on disk already
             self.checkpoints.save(boundary.step, now)
         nfes = self.config.run.score_steps if boundary.full else self.config.run.score_steps[:1]
-        done = sum(row["step"] == boundary.step for row in self.scores.read())
+        done = int(hosts.first_says(str(sum(row["step"] == boundary.step for row in self.scores.read()))))
         if done == (len(nfes) if self.scorer else 1):
             return
         self.scores.resume(boundary.step - 1)  # a kill may have left a part of the rows
@@ -221,7 +276,8 @@ class Run:
         side = self.config.run.sample_rows
         draw = {f"{boundary.name}: {n} step{'s' * (n > 1)}": self.sampler(params, side * side, n) for n in nfes}
         grids = {name: self.decode(x) for name, x in draw.items()}
-        pictures.panels(self._picture(boundary), grids, side)
+        if hosts.is_first():
+            pictures.panels(self._picture(boundary), grids, side)
         rows: list[dict[str, Any]] = [{}]
         if self.scorer:
             rows = evaluate.score(self.sampler, self.scorer[0], params, self.config.run.score_samples, nfes)
@@ -251,6 +307,8 @@ class Run:
 
     def _note_best(self) -> None:
         """Writes best.json, for whoever looks for that checkpoint."""
+        if not hosts.is_first():
+            return
         best = self._best()
         if best is None:
             (self.workdir / checkpoint.BEST).unlink(missing_ok=True)
@@ -293,8 +351,6 @@ def _origin(workdir: Path) -> dict[str, Any] | None:
 
 def _claim(workdir: Path, config: Config, origin: dict[str, Any] | None, about: dict[str, Any], fresh: bool) -> None:
     """Makes the work directory and ties it to config and data; one that holds another run's checkpoints is refused."""
-    if jax.process_count() > 1:
-        raise DmfError(f"{jax.process_count()} processes: expected one; runs over several hosts are not supported yet")
     path, mine = workdir / "config.json", to_dict(config)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -312,7 +368,9 @@ def _claim(workdir: Path, config: Config, origin: dict[str, Any] | None, about: 
     except ValueError as error:
         raise DmfError(f"{path} is not the JSON of a config: {error}; expected what dmf wrote there") from error
     # Logging may change, and data and the flow model may have moved; a resumed run reads the latter no more.
-    free = ("config.run.", "config.data.data_dir:", "config.init:")
+    # How the step is computed changes its values by rounding alone, and the devices may be others.
+    computed = ("config.mesh.", "config.attention.", "config.remat:", "config.scan_blocks:")
+    free = ("config.run.", "config.data.data_dir:", "config.init:", *computed)
     changed = [d for d in differences(theirs, mine) if not d.startswith(free)] + differences(seen, about, "data")
     if changed:
         raise DmfError(

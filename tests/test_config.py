@@ -51,23 +51,23 @@ def test_every_config_file_is_complete_valid_and_survives_the_round_trip(name, v
     assert config.parse(config.to_dict(parsed)) == parsed
     assert config.differences(config.to_dict(parsed), values.to_dict()) == []
     shape, classes, size = SETS[parsed.data.name]
-    network = networks.build(parsed.network, shape)
-    stages = config.check(parsed, classes, size, network.has_jvp)
+    networks.build(parsed.network, shape)
+    stages = config.check(parsed, classes, size)
     assert stages[-1].last > 1000
 
 
 def test_the_papers_curriculum_on_cifar():
-    stages = config.check(config.parse(load("cifar10")), 10, 50_000, True)
+    stages = config.check(config.parse(load("cifar10")), 10, 50_000)
     assert [s.kind for s in stages] == ["trajectory", *["discrete"] * 8, "jvp"]
     assert {s.steps for s in stages} == {9600} and stages[8].rho == 1 / 256
-    flow = config.check(config.parse(load("cifar10_flow")), 10, 50_000, True)
+    flow = config.check(config.parse(load("cifar10_flow")), 10, 50_000)
     assert [(s.kind, s.steps) for s in flow] == [("flow", 96_000)]
-    baseline = config.check(config.parse(load("cifar10_meanflow", "scratch")), 10, 50_000, True)
+    baseline = config.check(config.parse(load("cifar10_meanflow", "scratch")), 10, 50_000)
     assert [(s.kind, s.steps) for s in baseline] == [("jvp", 192_000)]
 
 
 def test_the_papers_curriculum_on_imagenet():
-    stages = config.check(config.parse(load("imagenet256")), 1000, 1_281_167, True)
+    stages = config.check(config.parse(load("imagenet256")), 1000, 1_281_167)
     assert [s.kind for s in stages] == ["trajectory", *["discrete"] * 4, "jvp"]
     assert stages[-1].last == 48 * 1251 and stages[4].rho == 1 / 16
 
@@ -150,7 +150,7 @@ def test_whole_numbers_are_taken_for_floats_also_inside_tuples():
 )
 def test_what_cannot_work_is_refused_before_training(change, message):
     with pytest.raises(DmfError, match=message):
-        config.check(config.parse(merged(TINY, **change)), 10, 1352, True)
+        config.check(config.parse(merged(TINY, **change)), 10, 1352)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,14 +117,46 @@ def test_the_order_never_changes_between_versions() -> None:
     assert rows == [1051, 998, 162, 670, 664, 185, 322, 431], message
 
 
-@pytest.mark.parametrize("hosts", [1, 2, 4])
-def test_the_batches_of_all_hosts_are_the_global_batch(hosts: int) -> None:
+PARTITIONS = {  # positions in a global batch of 8, host by host
+    "one": [[0, 1, 2, 3, 4, 5, 6, 7]],
+    "backwards": [[7, 6, 5, 4, 3, 2, 1, 0]],
+    "two": [[0, 1, 2, 3], [4, 5, 6, 7]],
+    "interleaved": [[0, 2, 4, 6], [1, 3, 5, 7]],
+    "uneven": [[5], [], [7, 0, 3], [1, 2, 4, 6]],
+    "row by row": [[3], [1], [4], [0], [5], [7], [2], [6]],
+}
+
+
+def reassembled(dataset: Dataset, seed: int, step: int, batch_size: int, parts: list[list[int]]) -> dict[str, np.ndarray]:
+    """The global batch as hosts supply it, each its part, put where the positions say."""
+    found = [data.batch(dataset, seed, step, batch_size, rows=np.array(part, np.int64)) for part in parts]
+    back = np.argsort(np.concatenate(parts))
+    return {name: np.concatenate([some[name] for some in found])[back] for name in found[0]}
+
+
+@pytest.mark.parametrize("parts", PARTITIONS.values(), ids=PARTITIONS)
+def test_the_batches_of_all_hosts_are_the_global_batch(parts: list[list[int]]) -> None:
     dataset = numbered(50)
-    whole = data.batch(dataset, 1, 7, 8)
-    parts = [data.batch(dataset, 1, 7, 8, host=host, hosts=hosts) for host in range(hosts)]
-    assert all(len(part["x"]) == 8 // hosts for part in parts)
-    for name in ("x", "label"):
-        np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), whole[name])
+    for n in (0, 7, 5, 6):  # in the first epoch and the next
+        whole, found = data.batch(dataset, 1, n, 8), reassembled(dataset, 1, n, 8, parts)
+        for name in ("x", "label"):
+            np.testing.assert_array_equal(found[name], whole[name])
+            assert found[name].dtype == whole[name].dtype
+
+
+def test_a_host_gets_its_rows_in_the_order_it_names_them() -> None:
+    whole = data.batch(numbered(50), 1, 3, 8)["label"]
+    for rows in (np.array([6, 1, 1, 4]), np.array([7], np.uint8), np.array([], np.int32), [2, 0]):
+        np.testing.assert_array_equal(data.batch(numbered(50), 1, 3, 8, rows=rows)["label"], whole[np.array(rows, int)])
+
+
+def test_consecutive_steps_walk_through_one_permutation_after_the_other() -> None:
+    dataset, steps, parts = numbered(24), 4, [[4, 0], [5, 2], [1, 3]]
+    seen = np.stack([reassembled(dataset, 9, n, 6, parts)["label"] for n in range(3 * steps)]).reshape(3, 24)
+    for epoch, order in enumerate(seen):
+        assert sorted(order) == list(range(24))  # no image twice, none skipped
+        np.testing.assert_array_equal(order, data._permutation(24, 9, epoch))
+    assert len({tuple(order) for order in seen}) == 3
 
 
 @pytest.mark.parametrize(
@@ -131,12 +164,16 @@ def test_the_batches_of_all_hosts_are_the_global_batch(hosts: int) -> None:
     [
         ({"batch_size": 11}, "batch_size is 11: expected 1 to 10"),
         ({"batch_size": 0}, "batch_size is 0: expected 1 to 10"),
-        ({"batch_size": 4, "hosts": 3}, "batch_size is 4: expected a multiple of the number of hosts, 3"),
-        ({"batch_size": 4, "hosts": 2, "host": 2}, "host is 2: expected 0 to 1"),
-        ({"batch_size": 4, "step": -1}, "step is -1"),
+        ({"batch_size": 4, "step": -1}, "step is -1: expected 0 or more"),
+        ({"batch_size": 4, "rows": [0, 4]}, "rows holds 4: expected positions in the global batch, 0 to 3"),
+        ({"batch_size": 4, "rows": [0, -1]}, "rows holds -1: expected positions in the global batch, 0 to 3"),
+        ({"batch_size": 4, "rows": [0.0, 1.0]}, r"rows is float64\[2\]: expected one axis of whole numbers"),
+        ({"batch_size": 4, "rows": [True, False, True, False]}, r"rows is bool\[4\]: expected one axis of whole numbers"),
+        ({"batch_size": 4, "rows": [[0, 1]]}, r"rows is int64\[1, 2\]: expected one axis of whole numbers"),
+        ({"batch_size": 4, "rows": 2}, r"rows is int64\[\]: expected one axis of whole numbers"),
     ],
 )
-def test_impossible_batches_are_refused(arguments: dict[str, int], message: str) -> None:
+def test_impossible_batches_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(DmfError, match=message):
         data.batch(numbered(10), **({"seed": 0, "step": 0} | arguments))
 

@@ -133,8 +133,20 @@ CASES = {
     ),
     "image not divisible by patch": (lambda d, t: [DIGITS, f"--workdir={t}", "--config.network.patch=3"], "patch"),
     "no forward mode": (
-        lambda d, t: [DIGITS, f"--workdir={t}", "--config.network.attention=cudnn", "--config.compute_dtype=bfloat16"],
-        "config.network.attention = 'cudnn' has no forward-mode derivative",
+        lambda d, t: [DIGITS, f"--workdir={t}", "--config.attention.jvp=cudnn", "--config.compute_dtype=bfloat16"],
+        "config.attention.jvp = 'cudnn': expected one of xla, chunked",
+    ),
+    "kernel of another device": (
+        lambda d, t: [DIGITS, f"--workdir={t}", "--config.attention.discrete=flash"],
+        "config.attention.discrete = 'flash': expected a tpu, found a cpu",
+    ),
+    "half precision kernel": (
+        lambda d, t: [DIGITS, f"--workdir={t}", "--config.attention.flow=cudnn"],
+        "config.attention.flow = 'cudnn', a kernel of half precision: expected config.compute_dtype = bfloat16, got float32",
+    ),
+    "mesh of other devices": (
+        lambda d, t: [DIGITS, f"--workdir={t}", "--config.mesh.fsdp=5"],
+        "config.mesh.replica = 0 x config.mesh.fsdp = 5: expected factors of the",
     ),
     "not a whole number of rows": (
         lambda d, t: [DIGITS, f"--workdir={t}", "--config.times.r_neq_t_fraction=0.3"],

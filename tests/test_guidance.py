@@ -270,7 +270,7 @@ def test_the_guided_recipe_for_imagenet_differs_in_its_stage_and_guidance_alone(
         assert dataclasses.astuple(guided.guidance) == strength
         changed = config.differences(config.to_dict(plain), config.to_dict(guided))
         assert {c.split(":")[0].split(".")[1] for c in changed} == {"curriculum", "guidance"}
-        stages = config.check(guided, 1000, 1_281_167, True)
+        stages = config.check(guided, 1000, 1_281_167)
         assert [(s.kind, s.steps, passes(s, 0.25)) for s in stages] == [("guided_jvp", 40 * 1251, 5.25)]
 
 
@@ -299,10 +299,8 @@ def test_the_guided_recipe_for_imagenet_differs_in_its_stage_and_guidance_alone(
             "config.curriculum.kinds has 'guided_flow': expected only flow, trajectory, discrete, jvp, guided_discrete, ",
         ),
         (dict(times=dict(r_neq_t_fraction=0.0)), "expected a positive share, as a guided_discrete stage learns from rows with"),
-        (dict(network=dict(attention="cudnn")), "expected 'xla' with a guided_jvp stage in config.curriculum.kinds"),
     ],
 )
 def test_guidance_that_cannot_work_is_refused(change, message):
-    has_jvp = change.get("network") != dict(attention="cudnn")
     with pytest.raises(DmfError, match=message):
-        config.check(parse(merged(GUIDED, **change)), 10, 1352, has_jvp)
+        config.check(parse(merged(GUIDED, **change)), 10, 1352)

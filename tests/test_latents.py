@@ -33,7 +33,7 @@ from dmf.data.images import center_crop, open_images
 from dmf.errors import DmfError
 from dmf.networks.vae import VAEConfig
 from tests.conversion import export_arrays, small_noise
-from tests.test_data import WITHOUT_TENSORFLOW, numbered
+from tests.test_data import PARTITIONS, WITHOUT_TENSORFLOW, numbered, reassembled
 from tests.test_images import COUNTS, TinyFaces, encoded, pixels
 from tests.tiny import TINY, merged
 
@@ -679,13 +679,12 @@ def test_with_flip_each_row_is_one_of_the_two_copies_drawn_by_seed_and_step(whol
     assert len({tuple(c) for c in copies}) > 30  # another draw at every seed and step
 
 
-@pytest.mark.parametrize("hosts", [2, 4])
-def test_the_copies_do_not_depend_on_the_number_of_hosts(hosts: int, whole: Path) -> None:
+@pytest.mark.parametrize("parts", PARTITIONS.values(), ids=PARTITIONS)
+def test_the_copies_do_not_depend_on_which_host_asks_for_them(parts: list[list[int]], whole: Path) -> None:
     dataset = data.load(config(whole, flip=True), "train")
-    together = data.batch(dataset, 1, 3, 8)
-    parts = [data.batch(dataset, 1, 3, 8, host=host, hosts=hosts) for host in range(hosts)]
+    together, found = data.batch(dataset, 1, 3, 8), reassembled(dataset, 1, 3, 8, parts)
     for name in ("x", "std", "label"):
-        np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), together[name])
+        np.testing.assert_array_equal(found[name], together[name])
 
 
 def test_the_copies_never_change_between_versions_and_know_nothing_of_the_order() -> None:
@@ -729,8 +728,8 @@ def test_a_tfds_data_set_is_encoded_and_read_split_by_split(vae: Path, tmp_path:
 
 
 def test_a_training_step_is_taken_from_encoded_images(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mesh = sharding.make_mesh(jax.devices()[:1])  # one device compiles faster
-    monkeypatch.setattr(sharding, "make_mesh", lambda: mesh)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])  # one device compiles faster
+    monkeypatch.setattr(sharding, "make_mesh", lambda *_: mesh)
     where = {"name": "imagenet256_latents", "data_dir": str(whole), "flip": True}
     run = train.Run(
         parse(merged(TINY, batch_size=16, data=where, network={"num_classes": CLASSES}, times={"r_neq_t_fraction": 0.5})),

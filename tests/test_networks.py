@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dmf.errors import DmfError
-from dmf.networks import DIT_SIZES, ADMConfig, DiTConfig, MLPConfig, UNetConfig, build, is_interval_path, layers
+from dmf.networks import DIT_SIZES, ADMConfig, DiTConfig, MLPConfig, UNetConfig, attention, build, is_interval_path, layers
 from dmf.networks.dit import position_embedding
 from dmf.networks.unet import edm_velocity, log_sigma, make_unet
 from tests.conversion import recipe_weights
@@ -318,7 +318,7 @@ def test_fourier_frequencies_are_drawn_and_stay():
 def test_attention_equals_jax_nn():
     q, k, v = np.random.default_rng(0).standard_normal((3, 2, 7, 3, 8)).astype(np.float32)
     want = jax.nn.dot_product_attention(q, k, v, implementation="xla")
-    np.testing.assert_allclose(layers.attention(q, k, v), want, atol=2e-6)
+    np.testing.assert_allclose(attention.xla(q, k, v), want, atol=2e-6)
 
 
 def test_parameter_counts():
@@ -458,7 +458,7 @@ def test_dropout_masks_belong_to_their_rows():
 
 def test_dropout_layers_of_the_unet_are_independent():
     """Every block draws a mask of its own, out of the keys of its rows; without `train` keys are ignored."""
-    module, network = make_unet(UNET, (8, 8, 2), None), small_network("unet")
+    module, network = make_unet(UNET, (8, 8, 2), None, layers.PLAIN), small_network("unet")
     z, r, t, label, _ = small("unet")
     keys = jax.random.split(jax.random.key(0), BATCH)
 
@@ -526,30 +526,12 @@ def test_dit_class_outside_the_table_gives_nan():
     assert np.isfinite(u[:2]).all() and np.isnan(u[2]).all()
 
 
-def test_cudnn_attention_declares_that_it_has_no_jvp():
-    config = DiTConfig(depth=1, width=16, heads=2, attention="cudnn")
-    assert build(config, (4, 4, 1), jnp.bfloat16).has_jvp is False
-    assert all(build(config, shape).has_jvp for config, shape, _ in SMALL.values())
-
-
 @pytest.mark.parametrize(
     ("config", "shape", "dtype", "message"),
     [
         (DiTConfig(depth=1, width=16, heads=2, patch=4), (6, 8, 1), "float32", r"network\.patch is 4.*6x8"),
         (DiTConfig(depth=1, width=16, heads=3), (4, 4, 1), "float32", r"network\.width is 16.*heads, 3"),
         (DiTConfig(depth=0, width=16, heads=2), (4, 4, 1), "float32", r"network\.depth is 0"),
-        (
-            DiTConfig(depth=1, width=16, heads=2, attention="flash"),
-            (4, 4, 1),
-            "float32",
-            r"attention is 'flash'.*'xla'",
-        ),
-        (
-            DiTConfig(depth=1, width=16, heads=2, attention="cudnn"),
-            (4, 4, 1),
-            "float32",
-            r"attention.*bfloat16",
-        ),
         (
             DiTConfig(depth=1, width=16, heads=2, interval_init="one"),
             (4, 4, 1),

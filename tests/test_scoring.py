@@ -89,7 +89,7 @@ def test_inception_features_are_the_same_bits_on_one_device_and_on_eight(incepti
     images = np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), np.uint8)
     found = []
     for devices in (1, 8):
-        mesh = sharding.make_mesh(jax.devices()[:devices])
+        mesh = sharding.make_mesh(devices=jax.devices()[:devices])
         found.append(features.Extractor(protocols.load(inception["protocol"]), inception["folder"], mesh)(images))
     assert set(found[0]) == {"pool", "spatial", "logits"} and found[0]["pool"].shape == (9, 2048)
     for name, x in found[0].items():

@@ -48,7 +48,7 @@ class Setup:
 
     def __init__(self, values=None, devices=1):
         self.config = parse(values or TINY)
-        self.mesh = sharding.make_mesh(jax.devices()[:devices])
+        self.mesh = sharding.make_mesh(self.config.mesh, jax.devices()[:devices])
         self.network = networks.build(self.config.network, (8, 8, 1))
         self.optimizer = optim.build(self.config.optimizer)
         self.stages = build_stages(self.config.curriculum, self.config.batch_size, 1000)
@@ -62,10 +62,11 @@ class Setup:
             noise = [0.05 * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
             params = jax.tree.unflatten(tree, [a + b for a, b in zip(leaves, noise, strict=True)])
         fresh = state.create(params, self.optimizer, self.config.ema)
-        return jax.device_put(fresh, sharding.replicated(self.mesh))
+        return jax.device_put(fresh, sharding.placed(self.mesh, fresh))
 
     def step(self, kind):
-        return step.make_train_step(kind, self.network, self.optimizer, self.config, self.mesh)
+        place = sharding.placed(self.mesh, jax.eval_shape(self.state))
+        return step.make_train_step(kind, self.network, self.optimizer, self.config, self.mesh, place)
 
     def batch(self, n):
         rng = np.random.default_rng(n)

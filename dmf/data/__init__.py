@@ -138,43 +138,50 @@ def _mirrored(seed: int, step: int, batch_size: int) -> np.ndarray:
     return (words >> np.uint64(63)).astype(np.int64)
 
 
-def batch(
-    dataset: Dataset | Latents, seed: int, step: int, batch_size: int, *, host: int = 0, hosts: int = 1
-) -> dict[str, np.ndarray]:
-    """Returns this host's rows of the global batch of one step: a pure function of (seed, step).
+def _positions(rows: np.ndarray | None, batch_size: int) -> np.ndarray:
+    """Returns the asked positions in the global batch, all of them for None. Raises DmfError where one cannot be."""
+    if rows is None:
+        return np.arange(batch_size)
+    found = np.asarray(rows)
+    if found.ndim != 1 or found.dtype.kind not in "iu":
+        raise DmfError(f"rows is {found.dtype}{list(found.shape)}: expected one axis of whole numbers, positions in the batch")
+    outside = found[(found < 0) | (found >= batch_size)]
+    if len(outside):
+        raise DmfError(f"rows holds {outside[0]}: expected positions in the global batch, 0 to {batch_size - 1}")
+    return found
 
-    Epoch `step // floor(N / B)` is a fresh permutation of the N images; host k of K holds the rows
-    [k B / K, (k + 1) B / K) of the global batch.
+
+def batch(
+    dataset: Dataset | Latents, seed: int, step: int, batch_size: int, *, rows: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Returns some or all rows of the global batch of one step, which is a pure function of (seed, step).
+
+    Epoch `step // floor(N / B)` is a fresh permutation of the N images, cut into batches of B. What stands at a position of
+    the global batch does not depend on which host asks for it, nor on what else it asks for.
 
     Args:
       dataset: the split to draw from.
       seed: the run's seed.
       step: counts from 0.
-      batch_size: images in the global batch, over all hosts.
-      host: this host's index, 0 <= host < hosts.
-      hosts: the number of hosts.
+      batch_size: B, images in the global batch, over all hosts.
+      rows: (n,) whole numbers in [0, B), the positions that this host supplies, returned in the order given; None: all B.
 
     Returns:
-      x (B / hosts, H, W, C) float32 in [-1, 1] and label (B / hosts,) int32. Of encoded images x is the mean of the scaled
-      latent, and there is also std, shaped as x: the latent is x + std * noise. With `flip` each row is that of the image
-      or of its mirror image, which is drawn by its number in the global batch.
+      x (n, H, W, C) float32 in [-1, 1] and label (n,) int32. Of encoded images x is the mean of the scaled latent, and there
+      is also std, shaped as x: the latent is x + std * noise. With `flip` each row is that of the image or of its mirror
+      image, which is drawn by its position in the global batch.
 
     Raises:
-      DmfError: batch_size exceeds the split or is no multiple of hosts, host is out of range, step < 0, or a file of encoded
-        images is damaged.
+      DmfError: batch_size exceeds the split, step < 0, rows are not positions in the batch, or a file of encoded images is
+        damaged.
     """
     steps = steps_per_epoch(len(dataset), batch_size)
-    if hosts < 1 or batch_size % hosts:
-        raise DmfError(f"batch_size is {batch_size}: expected a multiple of the number of hosts, {hosts}")
-    if not 0 <= host < hosts:
-        raise DmfError(f"host is {host}: expected 0 to {hosts - 1}")
     if step < 0:
         raise DmfError(f"step is {step}: expected 0 or more")
+    positions = _positions(rows, batch_size)
     epoch, step_in_epoch = divmod(int(step), steps)
-    per_host = batch_size // hosts
-    mine = slice(host * per_host, (host + 1) * per_host)
-    rows = _permutation(len(dataset), int(seed), epoch)[step_in_epoch * batch_size :][mine]
+    index = _permutation(len(dataset), int(seed), epoch)[step_in_epoch * batch_size :][positions]
     if isinstance(dataset, Latents):
         mirrored = _mirrored(int(seed), int(step), batch_size) if dataset.flip else np.zeros(batch_size, np.int64)
-        return dataset.rows(rows, mirrored[mine])
-    return {"x": dataset.to_float(dataset.images[rows]), "label": dataset.labels[rows]}
+        return dataset.rows(index, mirrored[positions])
+    return {"x": dataset.to_float(dataset.images[index]), "label": dataset.labels[index]}

@@ -104,7 +104,8 @@ class Extractor:
         for piece in sharding.in_pieces(self._mesh, len(images), self._rows):
             put = sharding.put_padded(self._mesh, self._rows, images[piece])
             rows = piece.stop - piece.start
-            parts.append({name: np.asarray(x)[:rows] for name, x in self._extract(self._params, put).items()})
+            found = sharding.fetch(self._mesh, self._extract(self._params, put))
+            parts.append({name: x[:rows] for name, x in found.items()})
         return {name: np.concatenate([part[name] for part in parts]) for name in self.names}
 
     def dims(self) -> dict[str, int]:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from dmf.errors import DmfError
 from dmf.networks.adm import ADMConfig, make_adm
 from dmf.networks.dit import DIT_SIZES, DiTConfig, make_dit
+from dmf.networks.layers import PLAIN, REMAT, Execution, check_choice
 from dmf.networks.mlp import MLPConfig, make_mlp
 from dmf.networks.unet import UNetConfig, make_unet
 
@@ -23,6 +24,7 @@ __all__ = [
     "ADMConfig",
     "DIT_SIZES",
     "DiTConfig",
+    "Execution",
     "MLPConfig",
     "Network",
     "NetworkConfig",
@@ -54,13 +56,10 @@ class Network(NamedTuple):
     where None is the null class; None for the others. A class outside the table cannot be refused under jit: one
     beyond the end turns its row into NaN, a negative one counts from the end.
     `rngs`: one typed key per row, (B,), for dropout when `train`; ignored otherwise.
-
-    has_jvp: False when the attention kernel has no forward mode, which would show only at compilation.
     """
 
     init: Callable[[jax.Array], Params]
     apply: Callable[..., jax.Array]
-    has_jvp: bool
 
 
 def is_interval_path(path: tuple[str, ...]) -> bool:
@@ -68,21 +67,22 @@ def is_interval_path(path: tuple[str, ...]) -> bool:
     return "interval" in path
 
 
-def build(config: NetworkConfig, image_shape: tuple[int, ...], dtype: Any = jnp.float32) -> Network:
+def build(config: NetworkConfig, image_shape: tuple[int, ...], dtype: Any = jnp.float32, how: Execution = PLAIN) -> Network:
     """Build the network for images of `image_shape` (H, W, C); the MLP also takes (D,), and z flat or not.
 
+    `how`: attention kernel, remat and scan; init and the tree of parameters do not depend on it, nor does u, but for rounding.
     `dtype` is the compute dtype, float32 or bfloat16. Parameters, times, the conditioning vector, softmax,
     norm statistics, the last layer and u are float32 in both cases; with float32, parameters and inputs in
     float64 give a computation in float64. Raises DmfError naming the field that does not fit.
     """
     shape = tuple(image_shape)
-    module = _module(config, shape, dtype)
+    plain, module = _module(config, shape, dtype, PLAIN), _module(config, shape, dtype, how)
     augment_dim = config.augment_dim if isinstance(config, UNetConfig) else 0
 
     def init(key: jax.Array) -> Params:
         z, time = jax.ShapeDtypeStruct((1, *shape), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
         label = jax.ShapeDtypeStruct((1, augment_dim), jnp.float32) if augment_dim else None
-        return module.lazy_init(key, z, time, time, label, None)["params"]
+        return plain.lazy_init(key, z, time, time, label, None)["params"]
 
     def apply(
         params: Params,
@@ -101,11 +101,10 @@ def build(config: NetworkConfig, image_shape: tuple[int, ...], dtype: Any = jnp.
         u = module.apply({"params": params}, z, r, t, label, keys)
         return u.astype(jnp.promote_types(u.dtype, jnp.float32))
 
-    has_jvp = not (isinstance(config, DiTConfig) and config.attention == "cudnn")
-    return Network(init, apply, has_jvp)
+    return Network(init, apply)
 
 
-def _module(config: NetworkConfig, shape: tuple[int, ...], dtype: Any) -> Any:
+def _module(config: NetworkConfig, shape: tuple[int, ...], dtype: Any, how: Execution) -> Any:
     if config.kind not in KINDS or not isinstance(config, KINDS[config.kind][0]):
         raise DmfError(
             f"config.network.kind is {config.kind!r} in a {type(config).__name__}; expected one of "
@@ -115,7 +114,12 @@ def _module(config: NetworkConfig, shape: tuple[int, ...], dtype: Any) -> Any:
         raise DmfError(f"dtype is {jnp.dtype(dtype).name}; expected float32 or bfloat16.")
     # Linen reads None as "follow parameters and inputs", which lets float64 through.
     compute_dtype = None if jnp.dtype(dtype) == jnp.float32 else jnp.bfloat16
-    return KINDS[config.kind][1](config, shape, compute_dtype)
+    check_choice("config.remat", how.remat, tuple(REMAT))
+    if how.scan and not isinstance(config, DiTConfig):
+        raise DmfError(
+            f"config.scan_blocks is True with network.kind {config.kind!r}; expected False: only a DiT's blocks are all alike."
+        )
+    return KINDS[config.kind][1](config, shape, compute_dtype, how)
 
 
 def _check_inputs(config: NetworkConfig, shape: tuple[int, ...], z: jax.Array, r: jax.Array, t: jax.Array) -> None:

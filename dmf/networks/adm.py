@@ -123,6 +123,7 @@ class Block(nn.Module):
     width: int
     config: ADMConfig
     dtype: jnp.dtype | None
+    how: layers.Execution
 
     @nn.compact
     def __call__(self, x: jax.Array, emb: jax.Array, rngs: jax.Array | None) -> jax.Array:
@@ -144,6 +145,7 @@ class Attention(nn.Module):
     width: int
     config: ADMConfig
     dtype: jnp.dtype | None
+    how: layers.Execution
 
     @nn.compact
     def __call__(self, x: jax.Array, emb: jax.Array, rngs: jax.Array | None) -> jax.Array:
@@ -152,7 +154,7 @@ class Attention(nn.Module):
         y = _norm("norm", self.dtype)(x).reshape(batch, height * width, channels)
         y = _dense(y, 3 * channels, "qkv", self.dtype)(y)
         q, k, v = jnp.split(y.reshape(batch, height * width, -1, 3 * self.config.head_channels), 3, axis=-1)
-        y = layers.attention(q, k, v).reshape(x.shape)
+        y = self.how.attend(q, k, v).reshape(x.shape)
         return x + _dense(y, channels, "proj_out", self.dtype, zero=True)(y)
 
 
@@ -162,6 +164,7 @@ class Down(nn.Module):
     width: int
     config: ADMConfig
     dtype: jnp.dtype | None
+    how: layers.Execution
 
     @nn.compact
     def __call__(self, x: jax.Array, emb: jax.Array, rngs: jax.Array | None) -> jax.Array:
@@ -175,6 +178,7 @@ class Up(nn.Module):
     width: int
     config: ADMConfig
     dtype: jnp.dtype | None
+    how: layers.Execution
 
     @nn.compact
     def __call__(self, x: jax.Array, emb: jax.Array, rngs: jax.Array | None) -> jax.Array:
@@ -191,6 +195,7 @@ class ADM(nn.Module):
 
     config: ADMConfig
     dtype: jnp.dtype | None
+    how: layers.Execution
 
     @nn.compact
     def __call__(self, z: jax.Array, r: jax.Array, t: jax.Array, label: jax.Array | None, rngs: jax.Array | None) -> jax.Array:
@@ -218,11 +223,12 @@ class ADM(nn.Module):
         self, name: str, parts: tuple[str, ...], width: int, x: jax.Array, emb: jax.Array, rngs: jax.Array | None
     ) -> jax.Array:
         for i, part in enumerate(parts):
-            x = PARTS[part](width, self.config, self.dtype, name=f"{name}_{i}")(x, emb, rngs)
+            make = self.how.block(PARTS[part])
+            x = make(width, self.config, self.dtype, self.how, name=f"{name}_{i}")(x, emb, rngs)
         return x
 
 
-def make_adm(config: ADMConfig, image_shape: tuple[int, ...], dtype: jnp.dtype | None) -> ADM:
+def make_adm(config: ADMConfig, image_shape: tuple[int, ...], dtype: jnp.dtype | None, how: layers.Execution) -> ADM:
     """Check `config` against images (R, R, C) and return the module; raises DmfError naming the field."""
     layers.check_levels("ADM U-Net", config, image_shape)
     layers.check_positive("config.network.head_channels", config.head_channels)
@@ -234,7 +240,7 @@ def make_adm(config: ADMConfig, image_shape: tuple[int, ...], dtype: jnp.dtype |
             )
     _check_heads(config, image_shape[0])
     layers.check_choice("config.network.interval_init", config.interval_init, layers.INTERVAL_INITS)
-    return ADM(config, dtype)
+    return ADM(config, dtype, how)
 
 
 def _check_heads(config: ADMConfig, size: int) -> None:

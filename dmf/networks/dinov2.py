@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmf.errors import DmfError
-from dmf.networks import layers
+from dmf.networks import attention, layers
 from dmf.networks.dit import Attention, PatchEmbed
 
 SIZE = 224
@@ -121,7 +121,7 @@ class DinoBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map tokens (B, N, width)."""
-        x = x + LayerScale(name="ls1")(Attention(self.heads, "xla", None, name="attn")(_norm("norm1")(x)))
+        x = x + LayerScale(name="ls1")(Attention(self.heads, attention.xla, None, name="attn")(_norm("norm1")(x)))
         return x + LayerScale(name="ls2")(FeedForward(name="mlp")(_norm("norm2")(x)))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,10 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmf.errors import DmfError
-from dmf.networks import layers
+from dmf.networks import attention, layers
 
 TIME_FEATURES = 256
-ATTENTIONS = ("xla", "cudnn")
 
 DIT_SIZES: dict[str, dict[str, int]] = {
     "S": {"depth": 12, "width": 384, "heads": 6},
@@ -36,8 +36,7 @@ class DiTConfig:
     """The transformer's shape; DIT_SIZES has depth, width and heads of the named sizes.
 
     `num_classes` = 0 means no label; otherwise the label table has num_classes + 1 rows, the last of which is
-    the null class. `attention` "cudnn" is NVIDIA's fused kernel: bfloat16 only, and without a JVP.
-    `interval_init` "zero" makes u(z, r, t) = u(z, t, t) at the start, bit for bit.
+    the null class. `interval_init` "zero" makes u(z, r, t) = u(z, t, t) at the start, bit for bit.
     """
 
     kind: str = "dit"
@@ -47,7 +46,6 @@ class DiTConfig:
     patch: int = 2
     mlp_ratio: float = 4.0
     num_classes: int = 0
-    attention: str = "xla"
     interval_init: str = "zero"
 
 
@@ -132,7 +130,7 @@ class Attention(nn.Module):
     """Multi-head self-attention; the columns of qkv are [q | k | v], each head-major."""
 
     heads: int
-    kernel: str
+    attend: attention.Kernel
     dtype: jnp.dtype | None
 
     @nn.compact
@@ -141,12 +139,7 @@ class Attention(nn.Module):
         batch, tokens, width = x.shape
         qkv = nn.Dense(3 * width, dtype=self.dtype, kernel_init=layers.xavier(), name="qkv")(x)
         qkv = qkv.reshape(batch, tokens, 3, self.heads, width // self.heads)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        if self.kernel == "cudnn":
-            y = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-        else:
-            y = layers.attention(q, k, v)
-        y = y.reshape(batch, tokens, width)
+        y = self.attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]).reshape(batch, tokens, width)
         return nn.Dense(width, dtype=self.dtype, kernel_init=layers.xavier(), name="proj")(y)
 
 
@@ -169,13 +162,14 @@ class DiTBlock(nn.Module):
 
     config: DiTConfig
     dtype: jnp.dtype | None
+    attend: attention.Kernel
 
     @nn.compact
     def __call__(self, x: jax.Array, cond: jax.Array) -> jax.Array:
         """Map tokens (B, N, width) given the conditioning vector (B, width)."""
         c, dtype = self.config, self.dtype
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = _modulation(cond, 6, c.width, dtype)
-        attn = Attention(c.heads, c.attention, dtype, name="attn")
+        attn = Attention(c.heads, self.attend, dtype, name="attn")
         x = x + gate_a * attn(_modulate(_norm(dtype)(x), shift_a, scale_a))
         mlp = FeedForward(int(c.width * c.mlp_ratio), dtype, name="mlp")
         return x + gate_m * mlp(_modulate(_norm(dtype)(x), shift_m, scale_m))
@@ -201,6 +195,7 @@ class DiT(nn.Module):
 
     config: DiTConfig
     dtype: jnp.dtype | None
+    how: layers.Execution
 
     @nn.compact
     def __call__(self, z: jax.Array, r: jax.Array, t: jax.Array, label: jax.Array | None, rngs: jax.Array | None) -> jax.Array:
@@ -214,14 +209,30 @@ class DiT(nn.Module):
         cond = cond + TimeEmbedder(c.width, c.interval_init == "zero", name="interval")(t - r)
         if c.num_classes:
             cond = cond + LabelEmbedder(c.num_classes, c.width, name="y_embedder")(label, batch)
-        for i in range(c.depth):
-            x = DiTBlock(c, self.dtype, name=f"blocks_{i}")(x, cond)
+        x = self._scanned(x, cond) if self.how.scan else self._unrolled(x, cond)
         x = FinalLayer(c.patch**2 * channels, name="final_layer")(x, cond)
         x = x.reshape(batch, rows, columns, c.patch, c.patch, channels)
         return x.transpose(0, 1, 3, 2, 4, 5).reshape(z.shape)
 
+    def _unrolled(self, x: jax.Array, cond: jax.Array) -> jax.Array:
+        make = self.how.block(DiTBlock)
+        for i in range(self.config.depth):
+            x = make(self.config, self.dtype, self.how.attend, name=f"blocks_{i}")(x, cond)
+        return x
 
-def make_dit(config: DiTConfig, image_shape: tuple[int, ...], dtype: jnp.dtype | None) -> DiT:
+    def _scanned(self, x: jax.Array, cond: jax.Array) -> jax.Array:
+        """The blocks as one program that runs depth times over their parameters, which keep their places in the tree."""
+        params = [self.variables["params"][f"blocks_{i}"] for i in range(self.config.depth)]
+        block = DiTBlock(self.config, self.dtype, self.how.attend, parent=None)
+
+        def step(x: jax.Array, params: Any) -> tuple[Any, None]:
+            return block.apply({"params": params}, x, cond), None
+
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+        return jax.lax.scan(self.how.scan_body(step), x, stacked)[0]
+
+
+def make_dit(config: DiTConfig, image_shape: tuple[int, ...], dtype: jnp.dtype | None, how: layers.Execution) -> DiT:
     """Check `config` against images (H, W, C) and return the module; raises DmfError naming the field."""
     if len(image_shape) != 3:
         raise DmfError(f"image_shape is {image_shape}; the DiT expects (H, W, C).")
@@ -237,8 +248,5 @@ def make_dit(config: DiTConfig, image_shape: tuple[int, ...], dtype: jnp.dtype |
         )
     if config.num_classes < 0:
         raise DmfError(f"config.network.num_classes is {config.num_classes}; expected 0 (no label) or more.")
-    layers.check_choice("config.network.attention", config.attention, ATTENTIONS)
     layers.check_choice("config.network.interval_init", config.interval_init, layers.INTERVAL_INITS)
-    if config.attention == "cudnn" and dtype != jnp.bfloat16:
-        raise DmfError("config.network.attention is 'cudnn', a half-precision kernel; expected dtype bfloat16.")
-    return DiT(config, dtype)
+    return DiT(config, dtype, how)

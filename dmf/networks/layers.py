@@ -1,10 +1,11 @@
-"""What the networks share: time features, row-wise dropout, attention, resampling, initialisers, checks."""
+"""What the networks share: how they are computed, time features, row-wise dropout, resampling, initialisers, checks."""
 
 from __future__ import annotations
 
 import math
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
@@ -13,10 +14,50 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmf.errors import DmfError
+from dmf.networks import attention
 
 Initializer = Callable[..., jax.Array]
 
 INTERVAL_INITS = ("zero", "random")
+
+
+def _is_matmul(primitive: Any, *operands: Any, **params: Any) -> bool:
+    """Whether a result is that of a convolution or of a matrix product whose matrix all rows share: dear to repeat."""
+    products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return primitive is jax.lax.conv_general_dilated_p or products(primitive, *operands, **params)
+
+
+# What the forward pass keeps of a block for the backward pass, besides the block's input.
+REMAT: dict[str, Callable[..., bool]] = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "blocks": jax.checkpoint_policies.nothing_saveable,
+    "dots": _is_matmul,
+}
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a network is computed; its values are the same but for rounding.
+
+    attend: the attention kernel, of q, k, v (B, N, heads, head_dim) each. remat: what the backward pass computes again
+    instead of keeping it: "none", "blocks" (all inside a block) or "dots" (all but its convolutions and matrix products).
+    scan: a DiT's blocks as one compiled block, run depth times.
+    """
+
+    attend: attention.Kernel = attention.xla
+    remat: str = "none"
+    scan: bool = False
+
+    def block(self, kind: type[nn.Module]) -> Any:
+        """The class `kind` such that the forward pass keeps of each of its modules what `remat` says."""
+        return kind if self.remat == "none" else nn.remat(kind, policy=REMAT[self.remat])
+
+    def scan_body(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """The same for a function that jax.lax.scan will run: there no merging of equal results needs to be prevented."""
+        return step if self.remat == "none" else jax.checkpoint(step, prevent_cse=False, policy=REMAT[self.remat])
+
+
+PLAIN = Execution()
 
 
 def check_choice(field: str, value: str, choices: Sequence[str]) -> None:
@@ -126,20 +167,6 @@ class RowDropout(nn.Module):
             return jax.random.bernoulli(jax.random.fold_in(key, salt), np.float32(keep), x.shape[1:])
 
         return jnp.where(jax.vmap(row_mask)(rngs), x / keep, 0)
-
-
-def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Softmax attention on (B, N, heads, head_dim) each, logits and softmax in at least float32.
-
-    softmax(q k^T / sqrt(head_dim)) v
-
-    Written out because `jax.nn.dot_product_attention` rounds the softmax to float32 even for float64 inputs,
-    which would spoil the float64 oracles; in float32 the two are the same computation. Has a JVP.
-    """
-    logits_dtype = jnp.promote_types(q.dtype, jnp.float32)
-    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=logits_dtype)
-    weights = jax.nn.softmax(logits / math.sqrt(q.shape[-1]), axis=-1)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v)
 
 
 def _shifted(x: jax.Array, axis: int, by: int) -> jax.Array:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dmf.errors import DmfError
 from dmf.networks import layers
 
 # Radians per unit of time. Higher ones cost more than they give: du/dt grows with the largest frequency.
@@ -49,11 +50,13 @@ class MLP(nn.Module):
         return nn.Dense(math.prod(z.shape[1:]), name="output")(x).reshape(z.shape)
 
 
-def make_mlp(config: MLPConfig, image_shape: tuple[int, ...], dtype: jnp.dtype | None) -> MLP:
+def make_mlp(config: MLPConfig, image_shape: tuple[int, ...], dtype: jnp.dtype | None, how: layers.Execution) -> MLP:
     """Check `config` and return the module; raises DmfError naming the field."""
     for size in image_shape:
         layers.check_positive("image_shape", size)
     for field in ("width", "depth"):
         layers.check_positive(f"config.network.{field}", getattr(config, field))
     layers.check_choice("config.network.interval_init", config.interval_init, layers.INTERVAL_INITS)
+    if how.remat != "none":
+        raise DmfError(f"config.remat is {how.remat!r} with network.kind 'mlp'; expected 'none': the MLP has no blocks.")
     return MLP(config, dtype)

@@ -112,6 +112,7 @@ class Block(nn.Module):
     width: int
     config: UNetConfig
     dtype: jnp.dtype | None
+    how: layers.Execution
     resample: str = "keep"
     attend: bool = False
 
@@ -136,7 +137,7 @@ class Block(nn.Module):
         y = _group_norm(x, "norm2", self.dtype)(x)
         qkv = _conv(3 * channels, 1, "qkv", self.dtype, gain=math.sqrt(0.2))(y)
         q, k, v = jnp.split(qkv.reshape(batch, height * width, 1, 3 * channels), 3, axis=-1)
-        y = layers.attention(q, k, v).reshape(x.shape)
+        y = self.how.attend(q, k, v).reshape(x.shape)
         return _conv(channels, 1, "proj", self.dtype, gain=1e-5)(y)
 
 
@@ -145,24 +146,26 @@ class Encoder(nn.Module):
 
     config: UNetConfig
     dtype: jnp.dtype | None
+    how: layers.Execution
 
     @nn.compact
     def __call__(self, x: jax.Array, emb: jax.Array, rngs: jax.Array | None) -> list[jax.Array]:
         """Map z (B, R, R, C) to the list of skips, finest first."""
         c, size, skips, aux = self.config, x.shape[1], [], x
+        make = self.how.block(Block)
         for level, mult in enumerate(c.channel_mult):
             res, width = size >> level, c.channels * mult
             tag = f"{res}x{res}"
             if level == 0:
                 x = _conv(c.channels, 3, f"{tag}_conv", self.dtype)(x)
             else:
-                x = Block(x.shape[-1], c, self.dtype, "down", name=f"{tag}_down")(x, emb, rngs)
+                x = make(x.shape[-1], c, self.dtype, self.how, "down", name=f"{tag}_down")(x, emb, rngs)
                 if c.residual_encoder:
                     x = aux = (x + self._shrunk(aux, x.shape[-1], f"{tag}_aux_residual")) * SKIP_SCALE
             skips.append(x)
             attend = res in c.attention_resolutions
             for k in range(c.blocks):
-                block = Block(width, c, self.dtype, attend=attend, name=f"{tag}_block{k}")
+                block = make(width, c, self.dtype, self.how, attend=attend, name=f"{tag}_block{k}")
                 x = block(x, emb, rngs)
                 skips.append(x)
         return skips
@@ -179,23 +182,25 @@ class Decoder(nn.Module):
     config: UNetConfig
     out_channels: int
     dtype: jnp.dtype | None
+    how: layers.Execution
 
     @nn.compact
     def __call__(self, skips: list[jax.Array], emb: jax.Array, rngs: jax.Array | None) -> jax.Array:
         """Map the encoder's skips to u (B, R, R, out_channels)."""
         c, size, rest, x = self.config, skips[0].shape[1], list(skips), skips[-1]
+        make = self.how.block(Block)
         for level, mult in reversed(tuple(enumerate(c.channel_mult))):
             res, width = size >> level, c.channels * mult
             tag = f"{res}x{res}"
             if level == len(c.channel_mult) - 1:
-                x = Block(x.shape[-1], c, self.dtype, attend=True, name=f"{tag}_in0")(x, emb, rngs)
-                x = Block(x.shape[-1], c, self.dtype, name=f"{tag}_in1")(x, emb, rngs)
+                x = make(x.shape[-1], c, self.dtype, self.how, attend=True, name=f"{tag}_in0")(x, emb, rngs)
+                x = make(x.shape[-1], c, self.dtype, self.how, name=f"{tag}_in1")(x, emb, rngs)
             else:
-                x = Block(x.shape[-1], c, self.dtype, "up", name=f"{tag}_up")(x, emb, rngs)
+                x = make(x.shape[-1], c, self.dtype, self.how, "up", name=f"{tag}_up")(x, emb, rngs)
             for k in range(c.blocks + 1):
                 x = jnp.concatenate((x, rest.pop()), axis=-1)
                 attend = k == c.blocks and res in c.attention_resolutions
-                block = Block(width, c, self.dtype, attend=attend, name=f"{tag}_block{k}")
+                block = make(width, c, self.dtype, self.how, attend=attend, name=f"{tag}_block{k}")
                 x = block(x, emb, rngs)
         # In bfloat16 the last layer would put u itself on a grid of relative spacing 2^-8.
         x = layers.at_least_float32(x)
@@ -221,6 +226,7 @@ class UNet(nn.Module):
 
     config: UNetConfig
     dtype: jnp.dtype | None
+    how: layers.Execution
 
     @nn.compact
     def __call__(
@@ -233,8 +239,8 @@ class UNet(nn.Module):
         emb = self._embedding(r, t, label)
         if z is None:
             return emb
-        encoder = Encoder(self.config, self.dtype, name="enc")
-        decoder = Decoder(self.config, z.shape[-1], self.dtype, name="dec")
+        encoder = Encoder(self.config, self.dtype, self.how, name="enc")
+        decoder = Decoder(self.config, z.shape[-1], self.dtype, self.how, name="dec")
 
         def raw(z: jax.Array) -> jax.Array:
             return decoder(encoder(z, emb, rngs), emb, rngs)
@@ -267,7 +273,7 @@ class UNet(nn.Module):
         return layers.time_features(time, freqs, sin_first=True)
 
 
-def make_unet(config: UNetConfig, image_shape: tuple[int, ...], dtype: jnp.dtype | None) -> UNet:
+def make_unet(config: UNetConfig, image_shape: tuple[int, ...], dtype: jnp.dtype | None, how: layers.Execution) -> UNet:
     """Check `config` against images (R, R, C) and return the module; raises DmfError naming the field."""
     layers.check_levels("U-Net", config, image_shape)
     layers.check_positive("config.network.embedding_mult", config.embedding_mult)
@@ -276,7 +282,7 @@ def make_unet(config: UNetConfig, image_shape: tuple[int, ...], dtype: jnp.dtype
     layers.check_choice("config.network.interval_init", config.interval_init, layers.INTERVAL_INITS)
     layers.check_choice("config.network.resample", config.resample, tuple(RESAMPLE))
     _check_conditioning(config)
-    return UNet(config, dtype)
+    return UNet(config, dtype, how)
 
 
 def _check_conditioning(config: UNetConfig) -> None:

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from dmf.errors import DmfError
-from dmf.networks import layers
+from dmf.networks import attention, layers
 
 PARTS = ("both", "decoder")
 LOGVAR_RANGE = (-30.0, 20.0)
@@ -124,7 +124,7 @@ class Attention(nn.Module):
         batch, height, width, channels = x.shape
         y = _norm(self.groups, self.dtype, "group_norm")(x).reshape(batch, height * width, channels)
         q, k, v = (self._dense(channels, name)(y)[:, :, None] for name in ("to_q", "to_k", "to_v"))
-        y = self._dense(channels, "to_out_0")(layers.attention(q, k, v)[:, :, 0])
+        y = self._dense(channels, "to_out_0")(attention.xla(q, k, v)[:, :, 0])
         return x + y.reshape(x.shape)
 
     def _dense(self, width: int, name: str) -> nn.Dense:

@@ -1,0 +1,101 @@
+"""What a program costs, counted: XLA's FLOPs, bytes and memory of a compiled step, the model's own FLOPs, a device's peak.
+
+XLA counts the body of a loop once, whatever the number of rounds, and a kernel it does not know (cuDNN's, Pallas') as
+nothing. The model FLOPs of a step are therefore counted apart from how it is computed: forward passes per row
+(`curriculum.passes`) times the FLOPs of one forward pass of the plain network.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dmf import networks
+from dmf.config import Config
+
+# Part of jax's device_kind -> bfloat16 FLOP/s of one such device without sparsity, as its maker states it; the first that fits.
+PEAK_FLOPS = {
+    "TPU v4 lite": 138e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+}
+
+
+@dataclass(frozen=True)
+class Counts:
+    """XLA's counts of one compiled program, on one device; None where the backend does not tell.
+
+    arguments_bytes: state, batch and numbers given to it; temporary_bytes: the most it holds besides them at one time.
+    """
+
+    flops: float | None
+    bytes: float | None
+    arguments_bytes: int | None
+    temporary_bytes: int | None
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """Arguments and temporary together: the peak of a step whose results take the place of its arguments."""
+        if self.arguments_bytes is None or self.temporary_bytes is None:
+            return None
+        return self.arguments_bytes + self.temporary_bytes
+
+
+def counts(compiled: jax.stages.Compiled) -> Counts:
+    """XLA's counts of a compiled program."""
+    cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
+    return Counts(
+        cost.get("flops"),
+        cost.get("bytes accessed"),
+        getattr(memory, "argument_size_in_bytes", None),
+        getattr(memory, "temp_size_in_bytes", None),
+    )
+
+
+def forward_flops(config: Config, image_shape: tuple[int, ...]) -> float | None:
+    """FLOPs of one forward pass of the plain network over a batch: no loop, no remat, XLA attention; counted, not run."""
+    network = networks.build(config.network, image_shape, jnp.dtype(config.compute_dtype))
+    params = jax.eval_shape(network.init, jax.random.key(0))
+    z = jax.ShapeDtypeStruct((config.batch_size, *image_shape), jnp.float32)
+    time = jax.ShapeDtypeStruct((config.batch_size,), jnp.float32)
+    # Lowered, not compiled: what a backend makes of a convolution or a softmax is its own affair.
+    found = jax.jit(network.apply).lower(params, z, time, time).cost_analysis()
+    return (found or {}).get("flops")
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """The bfloat16 FLOP/s that the maker states for one device; None for one that is not in `PEAK_FLOPS`."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
+
+
+def device_memory(name: str) -> int | None:
+    """A figure of the first device's own memory statistics, in bytes; None on a device that keeps none, such as a CPU."""
+    return (jax.local_devices()[0].memory_stats() or {}).get(name)
+
+
+class Compilations:
+    """Counts the programs that XLA compiles, or takes from the cache on disk, between `with` and its end."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def _seen(self, event: str, duration: float, **_: Any) -> None:
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+    def __enter__(self) -> Compilations:
+        jax.monitoring.register_event_duration_secs_listener(self._seen)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._seen)

@@ -1,0 +1,176 @@
+"""Softmax attention on q, k, v of shape (B, N, heads, head_dim) each, by four kernels of the same values.
+
+    o = softmax(q k^T / sqrt(head_dim)) v
+
+`xla` holds the N x N weights; `chunked` never does, in any direction of differentiation; `cudnn` (NVIDIA) and `flash`
+(TPU) are fused and fast, but know no forward mode: under jax.jvp they fail, and only when the program is compiled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dmf.errors import DmfError
+
+Array = jax.Array
+Kernel = Callable[[Array, Array, Array], Array]
+
+CHUNK = 128  # keys at a time
+TILE = 128  # lanes of a TPU register: what flash's tokens and head_dim are filled up to
+
+
+def xla(q: Array, k: Array, v: Array) -> Array:
+    """Softmax attention written out, logits and softmax in at least float32.
+
+    Not `jax.nn.dot_product_attention`, which rounds the softmax to float32 even for float64 inputs and would spoil the
+    float64 oracles; in float32 the two are the same computation.
+    """
+    logits_dtype = jnp.promote_types(q.dtype, jnp.float32)
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=logits_dtype)
+    weights = jax.nn.softmax(logits / math.sqrt(q.shape[-1]), axis=-1)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v)
+
+
+def chunked(q: Array, k: Array, v: Array, chunk: int = CHUNK) -> Array:
+    """Softmax attention over at most `chunk` keys at a time, in memory that grows linearly with N.
+
+    Forward, jax.jvp, jax.grad, and the gradient of a loss that holds a jvp store nothing of N x N. The logits, the softmax
+    and all sums are in at least float32.
+    """
+    o, _ = _attend(q, k, v, chunk)
+    return o.astype(v.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _attend(q: Array, k: Array, v: Array, chunk: int) -> tuple[Array, Array]:
+    """The output (B, N, heads, head_dim) and the logarithm of the softmax's denominator (B, heads, N), float32 or better.
+
+    Online softmax: m is the largest logit so far, l the sum of exp(logit - m), o that of exp(logit - m) v.
+    """
+
+    def add(carry: tuple[Array, Array, Array], part: tuple[Array, Array, Array | None]) -> tuple[Any, None]:
+        o, m, l = carry
+        k, v, real = part
+        logits = _logits(q, k, real)
+        m_next = jnp.maximum(m, logits.max(-1))
+        weights, shrink = jnp.exp(logits - m_next[..., None]), jnp.exp(m - m_next)
+        o = o * _per_query(shrink) + _mix(weights, v)
+        return (o, m_next, l * shrink + weights.sum(-1)), None
+
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    m = jnp.full((q.shape[0], q.shape[2], q.shape[1]), -jnp.inf, dtype)
+    (o, m, l), _ = jax.lax.scan(add, (jnp.zeros(q.shape, dtype), m, jnp.zeros_like(m)), _parts(chunk, k, v))
+    return o / _per_query(l), m + jnp.log(l)
+
+
+@_attend.defjvp
+def _attend_jvp(chunk: int, primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Any, Any]:
+    """The tangents of o and of lse; P is the softmax, S the logits, s = 1 / sqrt(head_dim):
+
+        dS = s (dq k^T + q dk^T),  dlse = rowsum(P * dS),  do = (P * dS) v + P dv - dlse o
+
+    The values come from `_attend` itself, so that this rule also gives the reverse mode of a program that was already
+    differentiated forwards. Every chunk is computed again backwards instead of being kept.
+    """
+    (q, k, v), (dq, dk, dv) = primals, tangents
+    o, lse = _attend(q, k, v, chunk)
+    # A change that all logits of a query share leaves o alone. What the mean key causes is such a change: taken out of dS
+    # and given back to dlse, it cannot drown the rest where P * dS is rounded to half precision.
+    shared = _logits(dq, _mean(k)) + _logits(q, _mean(dk))
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def terms(q: Array, dq: Array, lse: Array, shared: Array, part: tuple[Any, ...]) -> tuple[Array, Array]:
+        k, v, real, dk, dv, _ = part
+        weights = jnp.exp(_logits(q, k, real) - lse[..., None])
+        moved = weights * (_logits(dq, k) + _logits(q, dk) - shared)
+        return _mix(moved, v) + _mix(weights, dv), moved.sum(-1)
+
+    def add(carry: tuple[Array, Array], part: tuple[Any, ...]) -> tuple[tuple[Array, Array], None]:
+        return jax.tree.map(jnp.add, carry, terms(q, dq, lse, shared, part)), None
+
+    zeros = jnp.zeros_like(o), jnp.zeros_like(lse)
+    (do, dlse), _ = jax.lax.scan(add, zeros, (*_parts(chunk, k, v), *_parts(chunk, dk, dv)))
+    return (o, lse), (do - _per_query(dlse) * o, dlse + shared[..., 0])
+
+
+def _parts(chunk: int, k: Array, v: Array) -> tuple[Array, Array, Array | None]:
+    """Keys and values as (parts, B, keys, heads, head_dim), and which keys are real (parts, keys): None if all are."""
+    tokens = k.shape[1]
+    count = -(-tokens // chunk)
+    size = -(-tokens // count)  # equal parts: 130 keys are two of 65, not 128 and 2 of 128
+    fill = count * size - tokens
+
+    def cut(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, fill), (0, 0), (0, 0)))
+        return jnp.moveaxis(x.reshape(x.shape[0], count, size, *x.shape[2:]), 1, 0)
+
+    return cut(k), cut(v), (jnp.arange(count * size) < tokens).reshape(count, size) if fill else None
+
+
+def _logits(q: Array, k: Array, real: Array | None = None) -> Array:
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=dtype) / math.sqrt(q.shape[-1])
+    return logits if real is None else jnp.where(real, logits, -jnp.inf)
+
+
+def _mean(k: Array) -> Array:
+    """The mean key, as one key, of at least float32."""
+    return k.mean(1, keepdims=True, dtype=jnp.promote_types(k.dtype, jnp.float32))
+
+
+def _mix(weights: Array, v: Array) -> Array:
+    return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v, preferred_element_type=weights.dtype)
+
+
+def _per_query(x: Array) -> Array:
+    """(B, heads, N) as a factor of (B, N, heads, head_dim)."""
+    return jnp.moveaxis(x, 1, 2)[..., None]
+
+
+def cudnn(q: Array, k: Array, v: Array) -> Array:
+    """Softmax attention by NVIDIA's fused kernel: half precision, head_dim a multiple of 8; no forward mode.
+
+    Raises DmfError for float32, and where cuDNN is missing or refuses the shapes.
+    """
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise DmfError(f"attention 'cudnn' was given {q.dtype.name}; it needs config.compute_dtype = bfloat16.")
+    try:
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    except (NotImplementedError, RuntimeError) as error:
+        raise DmfError(f"attention 'cudnn' cannot run on q, k, v of shape {q.shape} here: {error}") from error
+
+
+def flash(q: Array, k: Array, v: Array) -> Array:
+    """Softmax attention by JAX's Pallas kernel for TPUs, forwards and backwards in linear memory; no forward mode.
+
+    Takes any N, head_dim and dtype up to float32: tokens are filled up to a multiple of 128 and masked, a head_dim above 128
+    to a multiple of it with zeros. The kernel runs on one device; over several, each must call it on rows of its own.
+    """
+    from jax.experimental.pallas.ops.tpu import flash_attention as tpu
+
+    tokens, head_dim = q.shape[1], q.shape[3]
+    size = -(-tokens // TILE) * TILE
+    fill = (0, 0), (0, 0), (0, size - tokens), (0, -head_dim % TILE if head_dim > TILE else 0)
+    q, k, v = (jnp.pad(jnp.swapaxes(x, 1, 2), fill) for x in (q, k, v))
+    # One block of everything for the 256 tokens of a 32x32 latent; above 512 the blocks no longer fit beside each other.
+    block = next(tiles * TILE for tiles in (4, 3, 2, 1) if size % (tiles * TILE) == 0)
+    blocks = tpu.BlockSizes(**{field.name: block for field in dataclasses.fields(tpu.BlockSizes)} | {"block_b": 1})
+    segments = None
+    if size > tokens:  # a query sees the keys of its own segment: the real ones or the filling
+        real = jnp.broadcast_to(jnp.arange(size) < tokens, (q.shape[0], size)).astype(jnp.int32)
+        segments = tpu.SegmentIds(real, real)
+    scale = 1 / math.sqrt(head_dim)
+    o = tpu.flash_attention(q, k, v, segment_ids=segments, sm_scale=scale, block_sizes=blocks)
+    return jnp.swapaxes(o[:, :, :tokens, :head_dim], 1, 2)
+
+
+KERNELS: dict[str, Kernel] = {"xla": xla, "chunked": chunked, "cudnn": cudnn, "flash": flash}
+HAS_JVP = ("xla", "chunked")
+PLATFORMS = {"cudnn": "gpu", "flash": "tpu"}  # kernels of one kind of device alone

@@ -1,0 +1,167 @@
+"""Two real processes on one machine as one run: they train, are killed, and go on as one, as two, or not at all, together."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dmf import checkpoint
+from tests.test_sharding import WIDE
+from tests.tiny import Setup, merged
+
+ROOT = Path(__file__).parent.parent
+STEPS = 12
+VALUES = merged(WIDE, mesh=dict(fsdp=2), run=dict(score_samples=64, score_steps=(1,)))
+CONFIG = "from dmf.config import complete\ndef get_config():\n    return complete({values!r})\n"
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+class Group:
+    """The processes of one run, `devices` fake devices in all."""
+
+    def __init__(self, folder, workdir, count, devices=4, flags=(), environment=None):
+        config = folder / "config.py"
+        config.write_text(CONFIG.format(values=VALUES))
+        command = [sys.executable, "main.py", f"--config={config}", *flags]
+        workdirs = workdir if isinstance(workdir, list) else [workdir] * count
+        address = f"127.0.0.1:{free_port()}"
+        self.processes = []
+        for i in range(count):
+            there = {} if count == 1 else {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
+            there |= {} if count == 1 else {"JAX_PROCESS_ID": str(i)}
+            there["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices // count}"
+            self.processes.append(
+                subprocess.Popen(
+                    [*command, f"--workdir={workdirs[i]}"],
+                    cwd=ROOT,
+                    env={**os.environ, **there, **(environment or {})},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+
+    def finish(self, timeout=240):
+        """[(exit status, standard output, standard error)] of each process."""
+        try:
+            said = [p.communicate(timeout=timeout) for p in self.processes]
+        finally:
+            self.kill()
+        return [(p.returncode, *text) for p, text in zip(self.processes, said, strict=True)]
+
+    def kill(self):
+        for p in self.processes:
+            if p.poll() is None:
+                p.send_signal(signal.SIGKILL)
+                p.communicate()
+
+    def kill_after_step(self, workdir, step):
+        """Kills all once that step is logged; fails if the run ends or says nothing for long."""
+        end = time.monotonic() + 240
+        path = workdir / "metrics.jsonl"
+        while len(path.read_text().splitlines() if path.exists() else []) < step:
+            assert time.monotonic() < end and all(p.poll() is None for p in self.processes), [
+                p.communicate(timeout=20)[1][-2000:] for p in self.processes if p.poll() is not None
+            ]
+            time.sleep(0.01)
+        self.kill()
+
+
+def rows(workdir, name):
+    return [json.loads(line) for line in (workdir / name).read_text().splitlines()]
+
+
+def final(workdir):
+    like = Setup(VALUES, devices=2).state(randomise=False)
+    saved = checkpoint.Checkpoints(workdir, 2, range(STEPS + 1), {"config": {}})
+    found = saved.restore_latest(like)
+    saved.close()
+    assert int(found.step) == STEPS
+    return jax.tree.map(np.asarray, (found.params, found.ema))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    ((status, out, error),) = Group(folder, folder / "run", 1).finish()
+    assert status == 0, error
+    assert "fsdp 2, 1 process(es)" in out
+    return folder / "run"
+
+
+def test_two_processes_killed_go_on_as_one_and_then_as_two(uninterrupted, tmp_path):
+    workdir = tmp_path / "run"
+    Group(tmp_path, workdir, 2).kill_after_step(workdir, 4)
+    Group(tmp_path, workdir, 1).kill_after_step(workdir, 8)
+    first, second = Group(tmp_path, workdir, 2).finish()
+    assert first[0] == second[0] == 0, first[2] + second[2]
+    assert "fsdp 2, 2 process(es)" in first[1] and "resuming" in first[1]
+    assert second[1].replace("[Gloo]", "").count("step") == 0  # one of them speaks
+    for a, b in zip(*(jax.tree.leaves(final(w)) for w in (uninterrupted, workdir)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    mine, theirs = rows(workdir, "metrics.jsonl"), rows(uninterrupted, "metrics.jsonl")
+    # Each step's loss is that of its own batch and noise: none was taken twice, left out or mixed up.
+    assert [row["step"] for row in mine] == [*range(1, STEPS + 1)]
+    assert [row["loss"] for row in mine] == pytest.approx([row["loss"] for row in theirs], rel=1e-5)
+    scored, expected = rows(workdir, "scores.jsonl"), rows(uninterrupted, "scores.jsonl")
+    assert [row["step"] for row in scored] == [row["step"] for row in expected]
+    assert [row["fd_pixels"] for row in scored] == pytest.approx([row["fd_pixels"] for row in expected], rel=1e-3)
+    assert {path.name for path in (workdir / "samples").glob("*.png")} == {
+        path.name for path in (uninterrupted / "samples").glob("*.png")
+    }
+
+
+def test_both_processes_write_their_part_of_a_checkpoint(tmp_path):
+    workdir = tmp_path / "run"
+    Group(tmp_path, workdir, 2).kill_after_step(workdir, 5)
+    written = {p.name for p in (workdir / "checkpoints" / "3" / "params").iterdir()}
+    assert {"ocdbt.process_0", "ocdbt.process_1"} <= written
+
+
+def test_an_error_of_one_process_ends_both_with_its_line(tmp_path):
+    # Only process 0 opens the work directory's own files; the other one hears of it.
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "config.json").write_text(json.dumps({"seed": "none"}))
+    (workdir / "checkpoints" / "3").mkdir(parents=True)
+    began = time.monotonic()
+    for status, _, error in Group(tmp_path, workdir, 2).finish():
+        assert status == 1
+        assert "config.json is not the JSON of a config" in error and "Traceback" not in error
+    assert time.monotonic() - began < 60
+
+
+def test_a_directory_that_is_not_shared_is_noticed(tmp_path):
+    for status, _, error in Group(tmp_path, [tmp_path / "one", tmp_path / "two"], 2).finish():
+        assert status == 1
+        assert f"process 1 of 2: --workdir={tmp_path / 'two'} does not show what process 0 wrote there" in error
+
+
+@pytest.mark.parametrize(
+    ("environment", "flags", "message"),
+    [
+        ({"JAX_NUM_PROCESSES": "2"}, (), "JAX_NUM_PROCESSES without JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID: expected all of them"),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"},
+            (),
+            "JAX_NUM_PROCESSES = 'two': expected a number of at least 0",
+        ),
+        ({}, ("--distributed",), "the processes of the run cannot find each other"),
+    ],
+)
+def test_processes_that_cannot_find_each_other_say_so(tmp_path, environment, flags, message):
+    ((status, _, error),) = Group(tmp_path, tmp_path / "run", 1, flags=flags, environment=environment).finish()
+    assert status == 1 and message in error and "Traceback" not in error

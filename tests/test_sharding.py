@@ -1,0 +1,127 @@
+"""Where the state lives: copies, parts, and both at once; none of it shows in what is trained."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from configs import cifar10, imagenet256
+from dmf import checkpoint, networks, optim, sharding, state
+from dmf.config import parse
+from dmf.errors import DmfError
+from dmf.sharding import MeshConfig
+from tests.test_step import largest_difference
+from tests.tiny import TINY, UNET, Setup, merged
+
+# Wide enough that most of its weights are split, and an Adam that does not divide by rounding (see test_step).
+WIDE = merged(TINY, network=dict(width=128, heads=4), optimizer=dict(eps=1e-4))
+WIDE_UNET = merged(UNET, network=dict(channels=64), optimizer=dict(eps=1e-4))
+KINDS = ("flow", "trajectory", "discrete", "jvp")
+
+
+def bytes_on_a_device(tree):
+    return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Five steps on one device, by kind and config; made once."""
+    made = {}
+
+    def steps(kind, name, values):
+        if (kind, name) not in made:
+            made[kind, name] = Setup(values).run(kind, 5)
+        return made[kind, name]
+
+    return steps
+
+
+@pytest.mark.parametrize("mesh", [dict(fsdp=8), dict(replica=2, fsdp=4)], ids=["fsdp8", "replica2_fsdp4"])
+@pytest.mark.parametrize(
+    ("kind", "name", "values"),
+    [*((kind, "dit", WIDE) for kind in KINDS), ("discrete", "unet", WIDE_UNET)],
+    ids=[*KINDS, "discrete_unet"],
+)
+def test_split_weights_take_the_same_five_steps_as_one_device(alone, kind, name, values, mesh):
+    one = alone(kind, name, values)
+    many = Setup(merged(values, mesh=mesh), devices=8).run(kind, 5)
+    assert many[1]["loss"] == pytest.approx(one[1]["loss"], rel=1e-5)
+    assert many[1]["grad_norm"] == pytest.approx(one[1]["grad_norm"], rel=1e-5)
+    assert largest_difference(one[0].params, many[0].params) < 1e-5
+    assert largest_difference(one[0].ema, many[0].ema) < 1e-5
+    assert bytes_on_a_device(many[0]) < bytes_on_a_device(one[0]) / 3  # and stayed where they belong
+
+
+def test_microbatches_of_split_weights_add_up(alone):
+    one = alone("discrete", "dit", WIDE)
+    many = Setup(merged(WIDE, microbatches=2, mesh=dict(fsdp=4)), devices=4).run("discrete", 5)
+    assert many[1]["loss"] == pytest.approx(one[1]["loss"], rel=1e-5)
+    assert largest_difference(one[0].params, many[0].params) < 1e-5
+
+
+@pytest.mark.parametrize(("config", "shape"), [(cifar10, (32, 32, 3)), (imagenet256, (32, 32, 4))])
+def test_a_device_of_eight_holds_at_most_a_seventh_of_the_state(config, shape):
+    found = parse(config.get_config())
+    network, optimizer = networks.build(found.network, shape), optim.build(found.optimizer)
+    whole = jax.eval_shape(lambda: state.create(network.init(jax.random.key(0)), optimizer, found.ema))
+    mesh = sharding.make_mesh(MeshConfig(fsdp=8))
+    place = sharding.placed(mesh, whole)
+    part = sum(np.prod(p.shard_shape(x.shape)) for x, p in zip(jax.tree.leaves(whole), jax.tree.leaves(place), strict=True))
+    assert part < sum(np.prod(x.shape) for x in jax.tree.leaves(whole)) / 7
+
+
+def test_split_weights_are_gathered_and_gradients_keep_their_part_only():
+    setup = Setup(merged(WIDE, mesh=dict(fsdp=8)), devices=8)
+    compiled = setup.step("discrete").lower(setup.state(), setup.batch(0), setup.scalars(0, "discrete")).compile()
+    used = set(re.findall(r"\b(all-gather|all-to-all|collective-permute|reduce-scatter|all-reduce)\b", compiled.as_text()))
+    # XLA on CPU has no reduce-scatter: it sums all and keeps a part. Rows are never exchanged.
+    assert used == {"all-gather", "all-reduce"}
+
+
+def test_an_array_is_split_along_its_largest_axis_that_divides_or_not_at_all():
+    mesh = sharding.make_mesh(MeshConfig(fsdp=8))
+    shapes = {"wide": (3, 3, 64, 128), "tall": (512, 96), "odd": (129, 1001), "small": (8, 8), "number": (), "square": (256, 256)}
+    found = sharding.placed(mesh, {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in shapes.items()})
+    assert {k: v.spec for k, v in found.items()} == {
+        "wide": PartitionSpec(None, None, None, "fsdp"),
+        "tall": PartitionSpec("fsdp"),
+        "odd": PartitionSpec(),
+        "small": PartitionSpec(),
+        "number": PartitionSpec(),
+        "square": PartitionSpec(None, "fsdp"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [((0, 1), (8, 1)), ((0, 0), (1, 8)), ((2, 0), (2, 4)), ((0, 2), (4, 2)), ((4, 2), (4, 2))],
+)
+def test_the_mesh_is_two_numbers_of_which_zero_is_the_rest(config, shape):
+    assert tuple(sharding.make_mesh(MeshConfig(*config)).shape.values()) == shape
+
+
+@pytest.mark.parametrize("config", [(3, 0), (0, 16), (2, 2), (16, 1)])
+def test_a_mesh_that_does_not_come_out_is_refused(config):
+    with pytest.raises(DmfError, match=r"config.mesh.replica = \d+ x config.mesh.fsdp = \d+: expected factors of the 8 devices"):
+        sharding.make_mesh(MeshConfig(*config))
+
+
+def test_one_process_owns_all_rows_in_their_order():
+    mesh = sharding.make_mesh(MeshConfig(replica=2, fsdp=4))
+    np.testing.assert_array_equal(sharding.local_rows(mesh, 32), np.arange(32))
+
+
+def test_a_checkpoint_of_split_weights_is_read_on_any_other_mesh(tmp_path):
+    setup = Setup(merged(WIDE, mesh=dict(fsdp=8)), devices=8)
+    before = setup.state()
+    saved = checkpoint.Checkpoints(tmp_path, 2, [], {"config": {}})
+    saved.save(1, before)
+    for mesh, devices in ((dict(fsdp=2), 2), (dict(replica=4, fsdp=2), 8), (dict(), 1)):
+        like = Setup(merged(WIDE, mesh=mesh), devices=devices).state(randomise=False)
+        found = saved.restore_latest(like)
+        assert largest_difference(before, found) == 0
+        assert all(a.sharding == b.sharding for a, b in zip(jax.tree.leaves(like), jax.tree.leaves(found), strict=True))
+    saved.close()
