@@ -1,4 +1,4 @@
-"""Train, sample, score or time a one-step generator; encode its data; bring weights in from PyTorch, and take them back.
+"""Train, sample, score, time or plan a one-step generator; encode its data; bring weights in from PyTorch, and take them back.
 
     python main.py --config=configs/digits.py --workdir=runs/digits              train, or go on training
     python main.py --mode=sample --workdir=runs/digits --steps=1 --out=grid.png  a grid of samples
@@ -7,6 +7,7 @@
     python main.py --mode=score --workdir=runs/cifar10 --protocol=cifar10 --features=inception --reference=cifar10.npz
     python main.py --mode=encode --source=tfds:imagenet2012 --vae=sd_vae --out=latents       images to latents on disk
     python main.py --mode=benchmark --config=configs/digits.py                   step times side by side
+    python main.py --mode=plan --config=configs/imagenet256.py --topology=v5e-16 the steps compiled for TPUs that are not here
     python main.py --mode=convert --kind=sit --source=SiT-XL-2-256x256.pt --out=sit_xl2   a checkpoint from a PyTorch file
     python main.py --config=configs/imagenet256.py --config.init=sit_xl2 --config.data.data_dir=latents   the curriculum
     python main.py --mode=export --workdir=runs/imagenet256 --out=u.safetensors  torch-named weights of a checkpoint
@@ -44,9 +45,8 @@ KINDS = {
     "dmf": "a file that --mode=export has written in our own layout",
 }
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with an optional variant: configs/digits.py:linear.")
-MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "sample", "score", "reference", "encode", "benchmark", "convert", "export"], "What to do."
-)
+NAMES = ["train", "sample", "score", "reference", "encode", "benchmark", "plan", "convert", "export"]
+MODE = flags.DEFINE_enum("mode", "train", NAMES, "What to do.")
 WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
@@ -65,8 +65,8 @@ OUT = flags.DEFINE_string(
     "out",
     "",
     "What to write: PNG for sample (default: beside the weights), JSON for score (by protocol, default: scores_*.json beside "
-    "the weights, or here with --source) and benchmark, .npz for reference, a directory for encode and convert, "
-    ".safetensors or .pt for export.",
+    "the weights, or here with --source), benchmark and plan (which adds to it), .npz for reference, a directory for encode and "
+    "convert, .safetensors or .pt for export.",
 )
 EMA = flags.DEFINE_list(
     "ema",
@@ -88,10 +88,10 @@ REFERENCE = flags.DEFINE_string(
     "reference", "", "Reference statistics: ours, ADM, EDM, EDM2, MeanFlow, clean-fid, dgm-eval (score)."
 )
 DISTRIBUTED = flags.DEFINE_bool(
-    "distributed",
-    False,
-    "This is one process of a TPU pod, of Slurm or of Open MPI; elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
-    "JAX_PROCESS_ID say so (train).",
+    "distributed", False, "One process of a TPU pod, of Slurm or Open MPI; else see JAX_COORDINATOR_ADDRESS in README (train)."
+)
+TOPOLOGY = flags.DEFINE_list(
+    "topology", [], "TPUs to compile for, comma-separated, such as v4-32,v5e-16, or in libtpu's names, such as v5e:4x4 (plan)."
 )
 SEED = flags.DEFINE_integer(
     "seed", None, "Of noise and drawn labels; default: the run's (score).", lower_bound=0, upper_bound=2**32 - 1
@@ -151,7 +151,7 @@ def train() -> None:
     config = _config()
     hosts.start(DISTRIBUTED.value)
     if not hosts.is_first():
-        sys.stdout = open(os.devnull, "w")  # one process speaks for all; errors still go to stderr
+        sys.stdout = pathlib.Path(os.devnull).open("w")  # one process speaks for all; errors still go to stderr
     from dmf.train import train as run
 
     path = config_flags.get_config_filename(flags.FLAGS["config"])
@@ -234,6 +234,14 @@ def benchmark() -> None:
     run(_config(), _out(".json"))
 
 
+def plan() -> None:
+    from dmf.plan import plan as run
+
+    if not TOPOLOGY.value:
+        raise DmfError("--topology is missing: expected TPUs to compile for with --mode=plan, such as v5e-16; see --help")
+    run(_config(), TOPOLOGY.value, _out(".json"), config_flags.get_config_filename(flags.FLAGS["config"]))
+
+
 def convert() -> None:
     from dmf.convert.command import convert as run
 
@@ -256,6 +264,7 @@ FLAGS = {
     "reference": ("protocol", "features", "source", "split", "data_dir", "size", "count", "out"),
     "encode": ("source", "split", "data_dir", "size", "vae", "dtype", "batch", "verify", "out"),
     "benchmark": ("config", "out"),
+    "plan": ("config", "topology", "out"),
     "convert": ("kind", "source", "out", "copy", "set", "check", "align_steps"),
     "export": ("workdir", "kind", "out", "ema"),
 }
@@ -274,7 +283,7 @@ SCORE_FLAGS = {
 }
 MODES = {
     **{"train": train, "sample": sample, "score": score, "reference": reference, "encode": encode},
-    **{"benchmark": benchmark, "convert": convert, "export": export},
+    **{"benchmark": benchmark, "plan": plan, "convert": convert, "export": export},
 }
 
 

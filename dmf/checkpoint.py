@@ -82,8 +82,8 @@ class Checkpoints:
                     write_manifest(self.directory / str(step))
             except (OSError, ValueError) as error:  # a full disk is the one or the other, by who notices it
                 raise DmfError(
-                    f"checkpoint of step {step} could not be written to {self.directory}: {_short(error)}; checkpoints of other "
-                    "steps are untouched; expected a writable directory with enough room"
+                    f"checkpoint of step {step} could not be written to {self.directory}: {_short(error)}; checkpoints of "
+                    "other steps are untouched; expected a writable directory with enough room"
                 ) from error
 
     def restore_latest(self, state: TrainState) -> TrainState | None:

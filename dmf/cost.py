@@ -90,7 +90,7 @@ class Compilations:
     def __init__(self) -> None:
         self.count = 0
 
-    def _seen(self, event: str, duration: float, **_: Any) -> None:
+    def _seen(self, event: str, duration_secs: float, **_: str | int) -> None:
         self.count += event == "/jax/core/compile/backend_compile_duration"
 
     def __enter__(self) -> Compilations:

@@ -204,13 +204,14 @@ def _moved(module: Module, where: dict[str, Instruction], found: Instruction, ma
     elif found.opcode == "fusion":
         inside = module.computations.get(found.attribute("calls") or "", {})
         uses = [_used(inside, number) for number in range(len(given))]
-        made -= sum(whole - part for (part, updated), whole in zip(uses, given, strict=True) if updated and part < whole)
-        given = [whole if part is None else min(part, whole) for (part, _), whole in zip(uses, given, strict=True)]
+        parts = [int(min(part, whole)) for (part, _), whole in zip(uses, given, strict=True)]
+        made -= sum(whole - part for (_, updated), part, whole in zip(uses, parts, given, strict=True) if updated)
+        given = parts
     return sum(given) + max(made, 0)
 
 
-def _used(inside: dict[str, Instruction], number: int) -> tuple[int | None, bool]:
-    """(bytes that a fusion uses of its parameter, None for all of them; whether it updates a part of it in place)."""
+def _used(inside: dict[str, Instruction], number: int) -> tuple[float, bool]:
+    """(bytes that a fusion uses of its parameter, inf for all of them; whether it updates a part of it in place)."""
     names, part, updated = set(), 0, False
     for found in inside.values():
         if found.opcode == "parameter" and found.rest.startswith(f"{number})"):
@@ -226,8 +227,8 @@ def _used(inside: dict[str, Instruction], number: int) -> tuple[int | None, bool
         elif found.opcode == "dynamic-update-slice" and not names.intersection(operands[1:]):
             part, updated = part + occupied(inside[operands[1]].result, False), True
         else:
-            return None, False
-    return (part, updated) if names else (None, False)
+            return math.inf, False
+    return (part, updated) if names else (math.inf, False)
 
 
 def group(attributes: str, devices: int) -> int:

@@ -57,11 +57,16 @@ GENERATIONS = {
 }
 # libtpu takes hosts of four chips for granted; these smaller ones have one host.
 ONE_HOST = {"1x1": (1, 1, 1), "2x4": (2, 4, 1)}
-# What libtpu asks of its surroundings; it would look for a TPU and its metadata server otherwise.
-ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v4-8"}
+# What libtpu asks of its surroundings; it would look for a TPU and its metadata server otherwise, and let one process in.
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v4-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 # Data set -> image shape, classes, images of its training split. A plan reads no data.
 DATA = {
-    "digits": ((8, 8, 1), 10, 1347),
+    "digits": ((8, 8, 1), 10, 1352),
     "cifar10": ((32, 32, 3), 10, 50_000),
     "imagenet256_latents": ((32, 32, 4), 1000, 1_281_167),
 }
@@ -164,10 +169,12 @@ def measure(compiled: jax.stages.Compiled, devices: int, hbm_gib: float) -> dict
     """Memory, bytes and collectives of a compiled program on one device of several.
 
     state_bytes: all arguments, in the padded layouts of a TPU; total_bytes: besides these temporaries, new results and the
-    program itself; bytes_accessed: XLA's count, None where it leaves out rounds of a loop; xla_remat: instructions that the
-    compiler added to compute something again rather than keep it.
+    program itself; bytes_accessed: to and from the chip's main memory (`hlo.traffic`); xla_bytes: XLA's count, which has the
+    memory on the chip in it, None where it leaves out rounds of a loop; loops: rounds of each loop, None where unknown, which
+    is counted as one; xla_remat: instructions that the compiler added to compute something again rather than keep it.
     """
-    memory, module = compiled.memory_analysis(), hlo.parse(compiled.as_text())
+    memory: Any = compiled.memory_analysis()
+    module = hlo.parse(compiled.as_text() or "")
     total = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     total += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     rounds = [hlo.trips(module, i, where) for where, i, _ in hlo.walk(module) if i.opcode == "while"]
@@ -177,7 +184,8 @@ def measure(compiled: jax.stages.Compiled, devices: int, hbm_gib: float) -> dict
         "temporary_bytes": memory.temp_size_in_bytes,
         "total_bytes": total,
         "hbm_bytes": round(hbm_gib * UNITS["G"]),
-        "bytes_accessed": None if any(n != 1 for n in rounds) else (compiled.cost_analysis() or {}).get("bytes accessed"),
+        "bytes_accessed": hlo.traffic(module),
+        "xla_bytes": None if any(n != 1 for n in rounds) else (compiled.cost_analysis() or {}).get("bytes accessed"),
         "collectives": {kind: asdict(moved) for kind, moved in hlo.collectives(module, devices).items()},
         "loops": rounds,
         "xla_remat": sum(".remat" in name for instructions in module.computations.values() for name in instructions),
@@ -214,6 +222,10 @@ def _prepare() -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
+def _libtpu_version() -> str:
+    return importlib.metadata.version("libtpu")
+
+
 def _devices(given: str, target: str) -> list[jax.Device]:
     from jax.experimental import topologies
 
@@ -247,7 +259,7 @@ def _about(config: Config, name: str, given: str, target: str, mesh: Any, kind: 
         "attention": getattr(config.attention, curriculum.identity_of(kind)),
         "program": hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:12],
         "jax": jax.__version__,
-        "libtpu": importlib.metadata.version("libtpu"),
+        "libtpu": _libtpu_version(),
     }
 
 

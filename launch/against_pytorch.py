@@ -266,7 +266,7 @@ class OurSteps:
         self.config, self.shape = config, shape
         self.network = networks.build(config.network, shape)
         self.params = no_zeros(self.network.init(jax.random.key(0)))
-        mesh, optimizer = sharding.make_mesh(config.mesh), optim.build(config.optimizer)
+        mesh, optimizer = sharding.make_mesh(config.mesh, jax.devices()[:1]), optim.build(config.optimizer)
         fresh = state.create(self.params, optimizer, config.ema)
         place = sharding.placed(mesh, fresh)
         self.now, self.mesh = jax.device_put(fresh, place), mesh

@@ -16,7 +16,7 @@ from tests.tiny import TINY, UNET, Setup, merged
 def stored(tmp_path_factory):
     """The file of a benchmark of a tiny DiT, whose rows are what it returns."""
     out = tmp_path_factory.mktemp("benchmark") / "out.json"
-    values = merged(TINY, network=dict(depth=2, width=64), batch_size=64)
+    values = merged(TINY, network=dict(depth=1, width=128), batch_size=64)
     found = benchmark.benchmark(parse(values), str(out), rounds=2)
     read = json.loads(out.read_text())
     assert read["programs"] == found
@@ -47,20 +47,19 @@ def counts_on_one_device(values, cases):
     found = []
     for kind, fraction in cases:
         setup = Setup(merged(values, times=dict(r_neq_t_fraction=fraction)))
-        lowered = setup.step(kind).lower(setup.state(), setup.batch(0), setup.scalars(0, kind))
+        lowered = setup.step(kind).lower(jax.eval_shape(setup.state), setup.batch(0), setup.scalars(0, kind))
         # LLVM's part, which the counts do not see, takes most of the time.
         quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
         found.append(cost.counts(lowered.compile(compiler_options=quick)))
     return found
 
 
-def test_the_finite_difference_takes_no_more_memory_than_flow_matching_and_the_whole_jvp_does():
+def test_the_finite_difference_takes_no_more_memory_than_flow_matching():
     """In a network as small as this, what flow matching saves by freezing the interval branch is near 2 %."""
     values = merged(TINY, network=dict(depth=2, width=64), batch_size=64)
-    cases = (("flow", 0.25), ("trajectory", 0.25), ("discrete", 0.25), ("discrete", 0.75), ("jvp", 1.0))
-    flow, trajectory, *discrete, whole = (found.temporary_bytes for found in counts_on_one_device(values, cases))
+    cases = (("flow", 0.25), ("trajectory", 0.25), ("discrete", 0.25), ("discrete", 0.75))
+    flow, trajectory, *discrete = (found.temporary_bytes for found in counts_on_one_device(values, cases))
     assert max(discrete) <= 1.02 * flow and max(discrete) <= 1.001 * trajectory
-    assert whole > 1.05 * max(discrete)
 
 
 def test_nor_does_it_in_a_unet_with_dropout():

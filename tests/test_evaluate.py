@@ -33,7 +33,10 @@ def test_labels_are_those_of_the_data_in_their_order_and_reach_the_network():
     draw, params = sampler()
     np.testing.assert_array_equal(draw.labels(35), np.r_[LABELS, LABELS[:5]])
     other = Sampler(
-        *(lambda s: (s.network, s.config))(Setup()), (8, 8, 1), LABELS[::-1].copy(), sharding.make_mesh(devices=jax.devices()[:1])
+        *(lambda s: (s.network, s.config))(Setup()),
+        (8, 8, 1),
+        LABELS[::-1].copy(),
+        sharding.make_mesh(devices=jax.devices()[:1]),
     )
     assert np.abs(other(params, 3, 1) - draw(params, 3, 1)).max() > 1e-3
 

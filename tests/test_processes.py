@@ -14,12 +14,21 @@ import numpy as np
 import pytest
 
 from dmf import checkpoint
-from tests.test_sharding import WIDE
-from tests.tiny import Setup, merged
+from dmf.config import parse
+from dmf.train import train
+from tests.tiny import TINY, Setup, merged
 
 ROOT = Path(__file__).parent.parent
 STEPS = 12
-VALUES = merged(WIDE, mesh=dict(fsdp=2), run=dict(score_samples=64, score_steps=(1,)))
+# Two programs, which is enough to switch once; just wide enough that weights are split.
+VALUES = merged(
+    TINY,
+    network=dict(width=64),
+    optimizer=dict(eps=1e-4),
+    mesh=dict(fsdp=2),
+    curriculum=dict(stages=2, kinds=("trajectory", "discrete"), length=12.0, pretrain_length=0.0),
+    run=dict(score_steps=(1,)),
+)
 CONFIG = "from dmf.config import complete\ndef get_config():\n    return complete({values!r})\n"
 
 
@@ -95,16 +104,16 @@ def final(workdir):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("alone")
-    ((status, out, error),) = Group(folder, folder / "run", 1).finish()
-    assert status == 0, error
-    assert "fsdp 2, 1 process(es)" in out
-    return folder / "run"
+    workdir = tmp_path_factory.mktemp("alone")
+    train(parse(VALUES), workdir)
+    return workdir
 
 
 def test_two_processes_killed_go_on_as_one_and_then_as_two(uninterrupted, tmp_path):
     workdir = tmp_path / "run"
     Group(tmp_path, workdir, 2).kill_after_step(workdir, 4)
+    written = {p.name for p in (workdir / "checkpoints" / "3" / "params").iterdir()}
+    assert {"ocdbt.process_0", "ocdbt.process_1"} <= written  # each its part
     Group(tmp_path, workdir, 1).kill_after_step(workdir, 8)
     first, second = Group(tmp_path, workdir, 2).finish()
     assert first[0] == second[0] == 0, first[2] + second[2]
@@ -116,44 +125,39 @@ def test_two_processes_killed_go_on_as_one_and_then_as_two(uninterrupted, tmp_pa
     # Each step's loss is that of its own batch and noise: none was taken twice, left out or mixed up.
     assert [row["step"] for row in mine] == [*range(1, STEPS + 1)]
     assert [row["loss"] for row in mine] == pytest.approx([row["loss"] for row in theirs], rel=1e-5)
-    scored, expected = rows(workdir, "scores.jsonl"), rows(uninterrupted, "scores.jsonl")
-    assert [row["step"] for row in scored] == [row["step"] for row in expected]
-    assert [row["fd_pixels"] for row in scored] == pytest.approx([row["fd_pixels"] for row in expected], rel=1e-3)
+    assert rows(workdir, "scores.jsonl") == rows(uninterrupted, "scores.jsonl")
     assert {path.name for path in (workdir / "samples").glob("*.png")} == {
         path.name for path in (uninterrupted / "samples").glob("*.png")
     }
-
-
-def test_both_processes_write_their_part_of_a_checkpoint(tmp_path):
-    workdir = tmp_path / "run"
-    Group(tmp_path, workdir, 2).kill_after_step(workdir, 5)
-    written = {p.name for p in (workdir / "checkpoints" / "3" / "params").iterdir()}
-    assert {"ocdbt.process_0", "ocdbt.process_1"} <= written
 
 
 def test_an_error_of_one_process_ends_both_with_its_line(tmp_path):
     # Only process 0 opens the work directory's own files; the other one hears of it.
     workdir = tmp_path / "run"
     workdir.mkdir()
-    (workdir / "config.json").write_text(json.dumps({"seed": "none"}))
+    (workdir / "config.json").write_text("{")
     (workdir / "checkpoints" / "3").mkdir(parents=True)
     began = time.monotonic()
     for status, _, error in Group(tmp_path, workdir, 2).finish():
-        assert status == 1
+        assert status == 2
         assert "config.json is not the JSON of a config" in error and "Traceback" not in error
     assert time.monotonic() - began < 60
 
 
 def test_a_directory_that_is_not_shared_is_noticed(tmp_path):
     for status, _, error in Group(tmp_path, [tmp_path / "one", tmp_path / "two"], 2).finish():
-        assert status == 1
+        assert status == 2
         assert f"process 1 of 2: --workdir={tmp_path / 'two'} does not show what process 0 wrote there" in error
 
 
 @pytest.mark.parametrize(
     ("environment", "flags", "message"),
     [
-        ({"JAX_NUM_PROCESSES": "2"}, (), "JAX_NUM_PROCESSES without JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID: expected all of them"),
+        (
+            {"JAX_NUM_PROCESSES": "2"},
+            (),
+            "JAX_NUM_PROCESSES without JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID: expected all of them",
+        ),
         (
             {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"},
             (),
@@ -164,4 +168,4 @@ def test_a_directory_that_is_not_shared_is_noticed(tmp_path):
 )
 def test_processes_that_cannot_find_each_other_say_so(tmp_path, environment, flags, message):
     ((status, _, error),) = Group(tmp_path, tmp_path / "run", 1, flags=flags, environment=environment).finish()
-    assert status == 1 and message in error and "Traceback" not in error
+    assert status == 2 and message in error and "Traceback" not in error

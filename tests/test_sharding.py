@@ -83,7 +83,14 @@ def test_split_weights_are_gathered_and_gradients_keep_their_part_only():
 
 def test_an_array_is_split_along_its_largest_axis_that_divides_or_not_at_all():
     mesh = sharding.make_mesh(MeshConfig(fsdp=8))
-    shapes = {"wide": (3, 3, 64, 128), "tall": (512, 96), "odd": (129, 1001), "small": (8, 8), "number": (), "square": (256, 256)}
+    shapes = {
+        "wide": (3, 3, 64, 128),
+        "tall": (512, 96),
+        "odd": (129, 1001),
+        "small": (8, 8),
+        "number": (),
+        "square": (256, 256),
+    }
     found = sharding.placed(mesh, {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in shapes.items()})
     assert {k: v.spec for k, v in found.items()} == {
         "wide": PartitionSpec(None, None, None, "fsdp"),
@@ -105,7 +112,9 @@ def test_the_mesh_is_two_numbers_of_which_zero_is_the_rest(config, shape):
 
 @pytest.mark.parametrize("config", [(3, 0), (0, 16), (2, 2), (16, 1)])
 def test_a_mesh_that_does_not_come_out_is_refused(config):
-    with pytest.raises(DmfError, match=r"config.mesh.replica = \d+ x config.mesh.fsdp = \d+: expected factors of the 8 devices"):
+    with pytest.raises(
+        DmfError, match=r"config.mesh.replica = \d+ x config.mesh.fsdp = \d+: expected factors of the 8 devices"
+    ):
         sharding.make_mesh(MeshConfig(*config))
 
 

@@ -226,7 +226,7 @@ class UNet(nn.Module):
 
     config: UNetConfig
     dtype: jnp.dtype | None
-    how: layers.Execution
+    how: layers.Execution = layers.PLAIN
 
     @nn.compact
     def __call__(
