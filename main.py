@@ -65,8 +65,8 @@ OUT = flags.DEFINE_string(
     "out",
     "",
     "What to write: PNG for sample (default: beside the weights), JSON for score (by protocol, default: scores_*.json beside "
-    "the weights, or here with --source), benchmark and plan (which adds to it), .npz for reference, a directory for encode and "
-    "convert, .safetensors or .pt for export.",
+    "the weights, or here with --source), benchmark and plan, .npz for reference, a directory for encode and convert, "
+    ".safetensors or .pt for export.",
 )
 EMA = flags.DEFINE_list(
     "ema",
@@ -123,9 +123,7 @@ COPY = flags.DEFINE_string(
 )
 SET = flags.DEFINE_list("set", [], "Fields of the network that the file does not tell, such as heads=4 (convert).")
 CHECK = flags.DEFINE_string(
-    "check",
-    "auto",
-    "Forward check: auto = against PyTorch where it is installed, none, or an .npz of inputs and outputs (convert).",
+    "check", "auto", "Forward check: auto = against PyTorch where installed, none, or an .npz of inputs and outputs (convert)."
 )
 ALIGN_STEPS = flags.DEFINE_integer(
     "align_steps",
@@ -151,7 +149,7 @@ def train() -> None:
     config = _config()
     hosts.start(DISTRIBUTED.value)
     if not hosts.is_first():
-        sys.stdout = pathlib.Path(os.devnull).open("w")  # one process speaks for all; errors still go to stderr
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one process speaks for all; errors still go to stderr
     from dmf.train import train as run
 
     path = config_flags.get_config_filename(flags.FLAGS["config"])

@@ -100,8 +100,9 @@ def test_every_config_field_is_read_somewhere(room, name):
     read = set()
     for path in (ROOT / "dmf").rglob("*.py"):
         read |= {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
-    # PrecisionConfig is read by the kind's name, which is what its fields are called.
-    assert name in read or room is config.PrecisionConfig and name in {"flow", "trajectory", "discrete", "jvp"}
+    # These are read by the kind's name, which is what their fields are called.
+    by_kind = room in (config.PrecisionConfig, config.AttentionConfig)
+    assert name in read or by_kind and name in {"flow", "trajectory", "discrete", "jvp"}
 
 
 def test_files_and_functions_stay_readable():
