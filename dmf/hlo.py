@@ -203,16 +203,17 @@ def _moved(module: Module, where: dict[str, Instruction], found: Instruction, ma
         given = given[1:2]
     elif found.opcode == "fusion":
         inside = module.computations.get(found.attribute("calls") or "", {})
-        uses = [_used(inside, number) for number in range(len(given))]
+        uses = [_used(module, inside, number) for number in range(len(given))]
         parts = [int(min(part, whole)) for (part, _), whole in zip(uses, given, strict=True)]
         made -= sum(whole - part for (_, updated), part, whole in zip(uses, parts, given, strict=True) if updated)
         given = parts
     return sum(given) + max(made, 0)
 
 
-def _used(inside: dict[str, Instruction], number: int) -> tuple[float, bool]:
+def _used(module: Module, inside: dict[str, Instruction], number: int) -> tuple[float, bool]:
     """(bytes that a fusion uses of its parameter, inf for all of them; whether it updates a part of it in place)."""
-    names, part, updated = set(), 0, False
+    names: set[str] = set()
+    part, updated = 0.0, False
     for found in inside.values():
         if found.opcode == "parameter" and found.rest.startswith(f"{number})"):
             names.add(found.name)
@@ -226,6 +227,12 @@ def _used(inside: dict[str, Instruction], number: int) -> tuple[float, bool]:
             part += occupied(found.result, False)
         elif found.opcode == "dynamic-update-slice" and not names.intersection(operands[1:]):
             part, updated = part + occupied(inside[operands[1]].result, False), True
+        elif found.opcode == "fusion":  # one within the other
+            within = module.computations.get(found.attribute("calls") or "", {})
+            for position, name in enumerate(operands):
+                if name in names:
+                    inner, changed = _used(module, within, position)
+                    part, updated = part + inner, updated or changed
         else:
             return math.inf, False
     return (part, updated) if names else (math.inf, False)

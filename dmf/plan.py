@@ -103,7 +103,7 @@ def plan(config: Config, topologies: list[str], out: str = "", name: str = "") -
                 forward = forward or cost.forward_flops(config, shape) or float("nan")
                 passes = curriculum.passes(stage, config.times.r_neq_t_fraction)
                 row = about | {"model_flops": passes * forward / mesh.devices.size} | _compile(config, mesh, stage, shape, hbm)
-                kept.append(row)
+                kept = [*(read(out) or kept), row]  # another process may have added rows meanwhile
                 _write(out, kept)
             rows.append(row)
             print(format_rows(rows[-1:], heading=len(rows) == 1), flush=True)

@@ -304,3 +304,17 @@ def test_the_guided_recipe_for_imagenet_differs_in_its_stage_and_guidance_alone(
 def test_guidance_that_cannot_work_is_refused(change, message):
     with pytest.raises(DmfError, match=message):
         config.check(parse(merged(GUIDED, **change)), 10, 1352)
+
+
+def test_the_guided_velocities_share_what_is_the_same_in_all_evaluations_of_a_row():
+    # u, v_u and v_c are evaluated at the same z: one patch embedding serves all three, as it would u alone.
+    def convolutions(values, kind):
+        setup = Setup(values)
+        lowered = setup.step(kind).lower(jax.eval_shape(setup.state), setup.batch(0), setup.scalars(0, kind))
+        quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+        compiled = lowered.compile(compiler_options=quick).as_text()
+        return lowered.as_text().count("stablehlo.convolution"), len(re.findall(r"= \S+ convolution\(", compiled))
+
+    guided, plain = convolutions(GUIDED, "guided_discrete"), convolutions(TINY, "discrete")
+    assert plain == (3, 3)  # u, u' and the gradient of the first one's kernel
+    assert guided == (5, 3)

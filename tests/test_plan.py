@@ -172,6 +172,17 @@ ENTRY %main (a: f32[28,8,128], b: s32[], c: f32[1,8,128]) -> f32[28,8,128] {
 }
 """
     piece = 8 * 128 * 4
+    nested = """
+%outer (p.6: f32[28,8,128], p.7: s32[], p.8: f32[8,128]) -> f32[8,128] {
+  %p.6 = f32[28,8,128]{2,1,0} parameter(0)
+  %p.7 = s32[] parameter(1)
+  %p.8 = f32[8,128]{1,0:S(1)} parameter(2)
+  ROOT %fusion.3 = f32[8,128]{1,0} fusion(%p.6, %p.7, %p.8), kind=kLoop, calls=%sliced
+}
+
+ENTRY"""
+    within = text.replace("\nENTRY", nested).replace("calls=%sliced\n  ROOT %fusion.2", "calls=%outer\n  ROOT %fusion.2")
+    assert "calls=%outer" in within and hlo.traffic(hlo.parse(within)) == 5 * piece
     # The slice and the sum; the update read, and read again and written where it goes.
     assert hlo.traffic(hlo.parse(text)) == 2 * piece + 3 * piece
     assert hlo.traffic(hlo.parse(text), main_memory=False) == 5 * piece + piece + 2 * 4
