@@ -21,6 +21,7 @@ from __future__ import annotations
 import os
 import pathlib
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 from absl import app, flags, logging
@@ -30,6 +31,8 @@ from dmf.errors import DmfError
 
 if TYPE_CHECKING:
     from dmf.config import Config
+
+STARTED = time.monotonic()
 
 # Kinds of weight files; dmf.convert.command has the same (a test compares them), but --help should load no jax.
 KINDS = {
@@ -155,7 +158,7 @@ def train() -> None:
     path = config_flags.get_config_filename(flags.FLAGS["config"])
     workdir = WORKDIR.value or f"runs/{path.rpartition('/')[2].replace('.py', '').replace(':', '_')}"
     _keep_programs(workdir)
-    run(config, workdir)
+    run(config, workdir, STARTED)
 
 
 def _keep_programs(workdir: str) -> None:
@@ -242,9 +245,10 @@ def plan() -> None:
 
 def convert() -> None:
     from dmf.convert.command import convert as run
+    from dmf.convert.command import given
 
     kind, source, out = _need(KIND, "kind"), _need(SOURCE, "source"), _needed_out("the directory to make")
-    run(kind, source, out, copy=COPY.value, given=_given(), check=CHECK.value, align_steps=ALIGN_STEPS.value)
+    run(kind, source, out, copy=COPY.value, given=given(SET.value), check=CHECK.value, align_steps=ALIGN_STEPS.value)
 
 
 def export() -> None:
@@ -321,24 +325,6 @@ def _steps() -> list[int]:
     return [int(n) for n in STEPS.value]
 
 
-def _given() -> dict[str, int | float | str]:
-    """--set=heads=4,part=decoder as {"heads": 4, "part": "decoder"}."""
-    given: dict[str, int | float | str] = {}
-    for item in SET.value:
-        name, equals, text = item.partition("=")
-        if not (name and equals and text):
-            raise DmfError(f"--set={','.join(SET.value)}: expected fields and values, such as heads=4")
-        if name in given:
-            raise DmfError(f"--set={','.join(SET.value)}: {name} is given twice, expected it once")
-        for read in (int, float, str):
-            try:
-                given[name] = read(text)
-                break
-            except ValueError:
-                continue
-    return given
-
-
 def _check_flags() -> None:
     """Refuses a flag that the mode would not read."""
     for name in sorted({name for names in FLAGS.values() for name in names}):
@@ -387,13 +373,19 @@ def _parse_flags(argv: list[str]) -> list[str]:
         raise DmfError(text) from error
 
 
+def _stop(status: int, line: str) -> None:
+    """Ends the process with one line; one of several at once, as the others wait for it otherwise."""
+    print(line, file=sys.stderr)
+    if "dmf.hosts" in sys.modules:
+        sys.modules["dmf.hosts"].leave(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
     try:
         app.run(main, flags_parser=_parse_flags)
     except DmfError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _stop(2, f"error: {error}")
     except KeyboardInterrupt:
         goes_on = MODE.value in ("train", "score", "reference", "encode")
-        print("interrupted" + "; the same command goes on from what is on disk" * goes_on, file=sys.stderr)
-        sys.exit(130)
+        _stop(130, "interrupted" + "; the same command goes on from what is on disk" * goes_on)

@@ -31,6 +31,7 @@ from dmf.state import TrainState
 ITEMS = ("params", "ema", "opt_state", "step")
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
+NEWEST = 200  # complete checkpoints that are tried, one after the other
 BEST = "best.json"  # in a work directory: the step of the best score so far
 log = logging.getLogger(__name__)
 
@@ -75,16 +76,16 @@ class Checkpoints:
         """Writes the state after `step` steps and returns when it is safe on disk."""
         items = {name: getattr(state, name) for name in ITEMS}
         self._best_now = hosts.first_says(str(self._best()))
-        with hosts.together():
-            try:
-                self._checkpointer.save_checkpointables(step, items, force=True, overwrite=True, custom_metadata=self._metadata)
+        try:
+            self._checkpointer.save_checkpointables(step, items, force=True, overwrite=True, custom_metadata=self._metadata)
+            with hosts.together():
                 if hosts.is_first():
                     write_manifest(self.directory / str(step))
-            except (OSError, ValueError) as error:  # a full disk is the one or the other, by who notices it
-                raise DmfError(
-                    f"checkpoint of step {step} could not be written to {self.directory}: {_short(error)}; checkpoints of "
-                    "other steps are untouched; expected a writable directory with enough room"
-                ) from error
+        except (OSError, ValueError) as error:  # a full disk is the one or the other, by who notices it
+            raise DmfError(
+                f"checkpoint of step {step} could not be written to {self.directory}: {_short(error)}; checkpoints of other "
+                "steps are untouched; expected a writable directory with enough room"
+            ) from error
 
     def restore_latest(self, state: TrainState) -> TrainState | None:
         """The newest readable state, placed like `state`; None where no save was ever completed.
@@ -92,7 +93,7 @@ class Checkpoints:
         A damaged newest folder is named and the one before it taken. Raises DmfError if there are complete saves and none of
         them can be read: a fresh start would then bury them.
         """
-        steps = json.loads(hosts.first_says(json.dumps(self._complete())))
+        steps = json.loads(hosts.first_says(json.dumps(self._complete()[:NEWEST])))
         target = {name: _abstract(getattr(state, name)) for name in ITEMS}
         for step in steps:
             folder = self.directory / str(step)
@@ -113,6 +114,8 @@ class Checkpoints:
 
     def _complete(self) -> list[int]:
         """Steps whose save was completed, the newest first."""
+        if not hosts.is_first():
+            return []
         found = sorted((c.step for c in self._checkpointer.checkpoints), reverse=True)
         steps = [step for step in found if (self.directory / str(step) / MANIFEST).exists()]
         for step in sorted(set(found) - set(steps)):
@@ -199,7 +202,17 @@ def metadata(folder: Path) -> dict[str, Any]:
     found = ocp.metadata(folder.absolute()).custom_metadata
     if not isinstance(found, dict) or not {"config", "network"} & set(found):
         raise DmfError(f"checkpoint {folder}: no config in its metadata; expected a checkpoint that dmf has written")
+    if "config" in found:
+        found = {**found, "config": without_kernel(found["config"])}
     return found
+
+
+def without_kernel(config: dict[str, Any]) -> dict[str, Any]:
+    """A stored config without the attention kernel that older versions kept with the network: it is no part of the weights."""
+    network = config.get("network") if isinstance(config, dict) else None
+    if not isinstance(network, dict) or "attention" not in network:
+        return config
+    return {**config, "network": {k: v for k, v in network.items() if k != "attention"}}
 
 
 def check_free(folder: Path) -> Path:

@@ -6,9 +6,13 @@ known to all of them here, so that they go on together or stop together: a proce
 
 from __future__ import annotations
 
+import hashlib
 import os
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,6 +21,8 @@ from jax.experimental import multihost_utils
 from dmf.errors import DmfError
 
 LONGEST = 4096  # bytes of a message between processes
+PATIENCE_S = 5.0  # until a file that another process has written must be seen
+HEARTBEAT_S = 30  # of silence after which a process is given up, and with it the run
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -32,9 +38,13 @@ def start(detect: bool = False) -> None:
     if given and len(given) < len(VARIABLES) and not detect:
         missing = ", ".join(name for name in VARIABLES if name not in given)
         raise DmfError(f"{', '.join(given)} without {missing}: expected all of them, or --distributed to detect the others")
-    address, count, mine = (given.get(name) for name in VARIABLES)
+    count, mine = (_number(name, given.get(name)) for name in VARIABLES[1:])
+    if count is not None and mine is not None and mine >= count:
+        raise DmfError(f"JAX_PROCESS_ID = {mine}: expected a number below JAX_NUM_PROCESSES = {count}")
+    # With it, SIGTERM would be caught for somebody to ask about, and no longer end a process.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(address, _number("JAX_NUM_PROCESSES", count), _number("JAX_PROCESS_ID", mine))
+        jax.distributed.initialize(given.get(VARIABLES[0]), count, mine, heartbeat_timeout_seconds=HEARTBEAT_S)
     except (RuntimeError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise DmfError(
@@ -66,22 +76,66 @@ def first_says(text: str) -> str:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """All processes leave the block together: with the first DmfError that any of them met there, or with none."""
-    mine: DmfError | None = None
+    """All processes leave the block together: with an error if any of them met one there.
+
+    For what each does by itself: a block in which they wait for each other would not be left by all.
+    """
+    mine: Exception | None = None
     try:
         yield
-    except DmfError as error:
+    except Exception as error:
         mine = error
-    errors = [text for text in all_say(str(mine) if mine else "") if text]
+    errors = [text for text in all_say(" ".join(str(mine).split()) or type(mine).__name__ if mine else "") if text]
     if mine:
         raise mine
     if errors:
         raise DmfError(errors[0])
 
 
+def same(what: str, text: str) -> None:
+    """Raises DmfError, on all processes, where they do not give the same text."""
+    digests = all_say(hashlib.sha256(text.encode()).hexdigest())
+    for i, digest in enumerate(digests):
+        if digest != digests[0]:
+            raise DmfError(f"process {i} of {len(digests)} has another {what} than process 0: expected the same on all")
+
+
+def check_shared(folder: Path) -> None:
+    """Raises DmfError, on all processes, where one of them does not see in `folder` what process 0 writes there."""
+    if jax.process_count() == 1:
+        return
+    path = folder / f".shared-{first_says(os.urandom(8).hex())}"  # a name that no network file system has looked for before
+    with together():
+        if is_first():
+            path.touch()
+    with together():
+        waited = 0.0
+        while not path.exists():
+            if waited > PATIENCE_S:
+                raise DmfError(
+                    f"process {jax.process_index()} of {jax.process_count()}: --workdir={folder} does not show what process 0 "
+                    "wrote there; expected one directory that all processes share"
+                )
+            time.sleep(0.1)
+            waited += 0.1
+    if is_first():
+        path.unlink()
+
+
+def leave(status: int) -> None:
+    """Ends this process at once where others wait for it; they end within about `HEARTBEAT_S`.
+
+    An ordinary exit would wait for them.
+    """
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
 def _number(name: str, text: str | None) -> int | None:
     if text is None:
         return None
-    if not text.isdigit():
+    if not text.isdecimal():
         raise DmfError(f"{name} = {text!r}: expected a number of at least 0")
     return int(text)

@@ -1,8 +1,8 @@
 """Where arrays live: the device mesh and the placement of state and batch.
 
 Two axes over all devices, "replica" and "fsdp". Rows are split over both. Parameters, optimiser state and EMAs are whole on
-every replica; within one, those that are large enough are split over its "fsdp" devices, each of which gathers a weight when it
-computes with it, and again in the backward pass. Nothing outside this file names an axis.
+every replica; within one, those that are large enough are split over its "fsdp" devices, which gather the weights for a step.
+Nothing outside this file names an axis.
 """
 
 from __future__ import annotations
@@ -10,18 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import jax
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dmf.errors import DmfError
 
 ROWS = ("replica", "fsdp")
 SMALLEST = 2**14  # numbers in an array that is worth splitting: gathering less costs more time than memory is won
-GATHERED = "gathered"
 
 
 @dataclass(frozen=True)
@@ -134,8 +133,13 @@ def put_padded(mesh: Mesh, rows_per_device: int, tree: Any) -> Any:
 def fetch(mesh: Mesh, tree: Any) -> Any:
     """The whole of global arrays as NumPy arrays, on every process."""
     if any(not x.is_fully_addressable for x in jax.tree.leaves(tree)):
-        tree = jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
+        tree = _gather_all(mesh)(tree)
     return jax.tree.map(np.asarray, tree)
+
+
+@lru_cache(maxsize=4)
+def _gather_all(mesh: Mesh) -> Callable[[Any], Any]:
+    return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
 
 
 def constrain_rows(mesh: Mesh, tree: Any, axis: int = 0) -> Any:
@@ -146,21 +150,18 @@ def constrain_rows(mesh: Mesh, tree: Any, axis: int = 0) -> Any:
 def gradient(mesh: Mesh, loss: Callable[..., Any]) -> Callable[..., Any]:
     """`jax.grad(loss, has_aux=True)` of parameters placed by `placed`; the gradient is placed like them.
 
-    Split weights are gathered for the forward pass and, instead of being kept, once more for the backward pass, and each
-    device keeps the sum of its own part of the gradient.
+    Split weights are gathered for the step, in half precision where the network casts them to it, and each device keeps the
+    sum of its own part of the gradient. (Left to itself, XLA would rather gather the rows' activations.)
     """
     if mesh.shape["fsdp"] == 1:
         return jax.grad(loss, has_aux=True)
 
-    def gathered(params: Any, *rest: Any) -> Any:
-        whole = jax.lax.with_sharding_constraint(params, replicated(mesh))
-        return loss(jax.tree.map(lambda p: checkpoint_name(p, GATHERED), whole), *rest)
+    @jax.custom_vjp
+    def gather(params: Any) -> Any:
+        return jax.lax.with_sharding_constraint(params, replicated(mesh))
 
-    keep = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
-    grad = jax.grad(jax.checkpoint(gathered, policy=keep), has_aux=True)
+    def scatter(_: None, grads: Any) -> tuple[Any]:
+        return (jax.lax.with_sharding_constraint(grads, placed(mesh, grads)),)
 
-    def split(params: Any, *rest: Any) -> Any:
-        grads, aux = grad(params, *rest)
-        return jax.lax.with_sharding_constraint(grads, placed(mesh, grads)), aux
-
-    return split
+    gather.defvjp(lambda params: (gather(params), None), scatter)
+    return jax.grad(lambda params, *rest: loss(gather(params), *rest), has_aux=True)

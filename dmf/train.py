@@ -5,6 +5,7 @@
     workdir/best.json         its step and score; WORKDIR/best stands for that checkpoint
     workdir/origin.json       where the weights of config.init came from, if they were converted
     workdir/data.json         what identifies the data; a later command with other data is refused
+    workdir/programs/         compiled programs, kept by main.py for the next start
     workdir/metrics.jsonl     logged steps;  workdir/scores.jsonl  scores at the stage boundaries
     workdir/samples/*.png     a grid per stage boundary;  samples.png, curves.png  at the end
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from dmf import (
     state,
     step,
 )
-from dmf.config import Config, check, differences, parse, to_dict
+from dmf.config import Config, RunConfig, check, differences, parse, to_dict
 from dmf.curriculum import Stage
 from dmf.data.feed import Feed
 from dmf.errors import DmfError
@@ -62,30 +63,34 @@ class Boundary:
     kept: bool = True  # its checkpoint is kept for good
 
 
-def train(config: Config, workdir: str | Path) -> list[dict[str, Any]]:
-    """Trains, or goes on training, in `workdir`; returns the rows of scores.jsonl. Raises DmfError on bad input."""
-    run = Run(config, Path(workdir))
+def train(config: Config, workdir: str | Path, began: float | None = None) -> list[dict[str, Any]]:
+    """Trains, or goes on training, in `workdir`; returns the rows of scores.jsonl. Raises DmfError on bad input.
+
+    began: when the process started, by time.monotonic; now, if it is not given.
+    """
+    run = Run(config, Path(workdir), time.monotonic() if began is None else began)
     try:
         run.loop()
-        return run.finish()
-    finally:
-        run.close()
+        rows = run.finish()
+    except BaseException:
+        if jax.process_count() == 1:  # of several, the others would have to close theirs at the same time
+            run.close()
+        raise
+    run.close()
+    return rows
 
 
 class Run:
     """Everything a run holds open, put together once; the loop itself is `loop`."""
 
-    def __init__(self, config: Config, workdir: Path):
-        self.config, self.workdir, self.start, self.began = config, workdir, 0, time.monotonic()
+    def __init__(self, config: Config, workdir: Path, began: float):
+        self.config, self.workdir, self.start, self.began = config, workdir, 0, began
+        self.stepped_s = self.waited_s = 0.0  # seconds in steps but the first, and those of them spent waiting for batches
         with hosts.together():
             self._prepare()
-        with hosts.together():
-            if not (workdir / "config.json").is_file():
-                raise DmfError(
-                    f"process {jax.process_index()} of {jax.process_count()}: --workdir={workdir} does not show what process 0 "
-                    "wrote there; expected one directory that all processes share"
-                )
+        hosts.check_shared(workdir)
         shape, about = self.dataset.image_shape, data.identity(self.dataset)
+        hosts.same("config, data or jax", json.dumps([to_dict(replace(config, run=RunConfig())), about, jax.__version__]))
         self.boundaries = {b.step: b for b in _boundaries(self.stages, bool(config.init), config.run.score_every_steps)}
         kept = [0, *(n for n, b in self.boundaries.items() if b.kept)]
         metadata = {"config": to_dict(config), "image_shape": list(shape), "source": _origin(workdir), "data": about}
@@ -113,6 +118,7 @@ class Run:
         self.network = networks.build(config.network, shape, jnp.dtype(config.compute_dtype))
         self.optimizer = optim.build(config.optimizer)
         self.place = sharding.placed(self.mesh, jax.eval_shape(self._fresh))
+        self.local_rows = sharding.local_rows(self.mesh, config.batch_size)
         self.steps = {
             kind: step.make_train_step(
                 kind, step.network_for(kind, config, shape, self.mesh), self.optimizer, config, self.mesh, self.place
@@ -130,8 +136,8 @@ class Run:
 
     def _batch(self, n: int) -> dict[str, jax.Array]:
         config = self.config
-        local = sharding.local_rows(self.mesh, config.batch_size)
-        return sharding.put_rows(self.mesh, data.batch(self.dataset, config.seed, n, config.batch_size, rows=local))
+        found = data.batch(self.dataset, config.seed, n, config.batch_size, rows=self.local_rows)
+        return sharding.put_rows(self.mesh, found)
 
     def loop(self) -> None:
         """Step by step to the end: boundary work, one step dispatched, the metrics of the step before it read."""
@@ -151,26 +157,29 @@ class Run:
                 stage = curriculum.stage_at(self.stages, n)
                 now = self._switched(now, n, stage)
                 scalars = step.step_scalars(n, stage, self.stages, self.config)
+                began, waited = time.monotonic(), feed.waited_s
                 now, metrics = self.steps[stage.kind](now, feed.get(n), scalars)
                 if n == start:
                     self._announce_first(metrics)
                 self._report(pending, progress)
+                if n > start:
+                    self.stepped_s += time.monotonic() - began
+                    self.waited_s += feed.waited_s - waited
                 pending = (n + 1, stage, metrics)
                 if (n + 1) % self.config.run.checkpoint_every_steps == 0 and n + 1 not in self.boundaries:
                     self._report(pending, progress)  # never save a state whose step has not been checked
                     pending = None
                     self.checkpoints.save(n + 1, now)
-            if total > start:
-                seconds = time.monotonic() - self.began
-                share = feed.waited_s / seconds
-                print(f"input     waited {feed.waited_s:.2f} s of {seconds:.0f} s for batches ({share:.2%})")
 
     def _switched(self, now: TrainState, n: int, stage: Stage) -> TrainState:
         """The state as step n starts: changed by `state.switch` where a stage begins."""
         if n != stage.first or stage is self.stages[0]:
             return now
         before = self.stages[self.stages.index(stage) - 1]
-        of = dict(before=before, curriculum=self.config.curriculum, ema=self.config.ema, optimizer=self.optimizer)
+        rules = self.config.curriculum
+        if before.index >= 0 and "reset" not in (rules.switch_optimizer, rules.switch_ema):
+            return now
+        of = dict(before=before, curriculum=rules, ema=self.config.ema, optimizer=self.optimizer)
         switch = partial(state.switch, **of)  # fresh parts are placed as well
         return jax.jit(switch, donate_argnums=0, out_shardings=self.place)(now)
 
@@ -191,6 +200,9 @@ class Run:
         print(curriculum.table(self.stages, self.config.curriculum, self.config.times.r_neq_t_fraction))
         if self.scorer and shown:
             self._print_scores(shown, self.scorer[0].floor, main)
+        if self.stepped_s:
+            share = self.waited_s / self.stepped_s
+            print(f"input     steps waited {self.waited_s:.2f} s of {self.stepped_s:.1f} s for batches ({share:.2%})")
         print(
             f"samples   {self.workdir / 'samples.png'}\ncurves    {self.workdir / 'curves.png'}\n"
             f"weights   {self.workdir / checkpoint.FOLDER / str(self.stages[-1].last)}"
@@ -202,15 +214,16 @@ class Run:
         self.tensorboard.close()
 
     def _start(self) -> TrainState:
-        now = jax.jit(self._fresh, out_shardings=self.place)()
-        found = self.checkpoints.restore_latest(now)
+        shapes = jax.eval_shape(self._fresh)
+        like = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, self.place)
+        found = self.checkpoints.restore_latest(like)  # nothing is allocated yet: two states may be one too many
         if found is None and self.config.init:
             folder, ema, _ = self.init or pretrained.find_init(self.config, self.dataset.image_shape)
             params = checkpoint.read_params(folder, ema, pretrained.abstract_params(self.network, self.mesh))
             create = jax.jit(lambda p: state.create(p, self.optimizer, self.config.ema), out_shardings=self.place)
             found = create(params)
             self.checkpoints.save(0, found)  # a resumed run starts from these weights, whatever config.init holds by then
-        now = found if found is not None else now
+        now = found if found is not None else jax.jit(self._fresh, out_shardings=self.place)()
         self.start = int(now.step)
         self.metrics.resume(int(now.step))
         self.scores.resume(int(now.step))
@@ -361,7 +374,9 @@ def _claim(workdir: Path, config: Config, origin: dict[str, Any] | None, about: 
                     partial = file.with_suffix(".tmp")
                     partial.write_text(json.dumps(values, indent=2) + "\n")
                     partial.replace(file)
-        theirs = to_dict(parse(json.loads(path.read_text())))  # fields that came later have their defaults
+        theirs = to_dict(
+            parse(checkpoint.without_kernel(json.loads(path.read_text())))
+        )  # fields that came later have their defaults
         seen = json.loads((workdir / DATA).read_text()) if (workdir / DATA).is_file() else about
     except OSError as error:
         raise DmfError(f"--workdir={workdir} cannot be written: {error.strerror}; expected a writable directory") from error

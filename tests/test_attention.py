@@ -192,3 +192,16 @@ def test_which_kernels_have_a_forward_mode(name):
         else:
             with pytest.raises(TypeError, match="forward-mode"):
                 tangent.lower(*[x] * 6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("precision", ["default", "high", "highest"])
+def test_flash_lowers_for_tpus_under_the_precision_of_any_stage(precision, dtype):
+    # The kernel itself refuses "high", and in half precision whatever is not "default".
+    def loss(q, k, v):
+        with jax.default_matmul_precision(precision):
+            return jax.grad(lambda q, k, v: attention.flash(q, k, v).astype(jnp.float32).sum(), (0, 1, 2))(q, k, v)
+
+    q = jax.ShapeDtypeStruct((2, 256, 4, 72), dtype)
+    text = jax.jit(loss).trace(q, q, q).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") >= 3  # forwards, and backwards for q and for k and v

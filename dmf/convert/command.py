@@ -13,7 +13,7 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -218,3 +218,21 @@ def _progress(name: str) -> Callable[[int, int], None]:
             print(f"\r{name:<10}[{bar:<30}] {share:4.0%}  {seconds:.0f} s", end="\n" if done == total else "", flush=True)
 
     return show
+
+
+def given(items: Sequence[str]) -> dict[str, int | float | str]:
+    """The fields of --set: heads=4, part=decoder as {"heads": 4, "part": "decoder"}. Raises DmfError."""
+    found: dict[str, int | float | str] = {}
+    for item in items:
+        name, equals, text = item.partition("=")
+        if not (name and equals and text):
+            raise DmfError(f"--set={','.join(items)}: expected fields and values, such as heads=4")
+        if name in found:
+            raise DmfError(f"--set={','.join(items)}: {name} is given twice, expected it once")
+        for kind in (int, float, str):
+            try:
+                found[name] = kind(text)
+                break
+            except ValueError:
+                continue
+    return found

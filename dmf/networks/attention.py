@@ -153,22 +153,50 @@ def flash(q: Array, k: Array, v: Array) -> Array:
     Takes any N, head_dim and dtype up to float32: tokens are filled up to a multiple of 128 and masked, a head_dim above 128
     to a multiple of it with zeros. The kernel runs on one device; over several, each must call it on rows of its own.
     """
-    from jax.experimental.pallas.ops.tpu import flash_attention as tpu
-
     tokens, head_dim = q.shape[1], q.shape[3]
     size = -(-tokens // TILE) * TILE
     fill = (0, 0), (0, 0), (0, size - tokens), (0, -head_dim % TILE if head_dim > TILE else 0)
     q, k, v = (jnp.pad(jnp.swapaxes(x, 1, 2), fill) for x in (q, k, v))
     # One block of everything for the 256 tokens of a 32x32 latent; above 512 the blocks no longer fit beside each other.
     block = next(tiles * TILE for tiles in (4, 3, 2, 1) if size % (tiles * TILE) == 0)
+    o = _flash(q, k, v, tokens, block, 1 / math.sqrt(head_dim))
+    return jnp.swapaxes(o[:, :, :tokens, :head_dim], 1, 2)
+
+
+def _kernel(q: Array, k: Array, v: Array, tokens: int, block: int, scale: float) -> Array:
+    """The kernel on (B, heads, size, head_dim), of which `tokens` are real, in the one precision it has for a dtype.
+
+    Its products in float32 take "highest" alone, those in half precision none but "default", in both directions; the precision
+    of the stage would reach it otherwise.
+    """
+    from jax.experimental.pallas.ops.tpu import flash_attention as tpu
+
     blocks = tpu.BlockSizes(**{field.name: block for field in dataclasses.fields(tpu.BlockSizes)} | {"block_b": 1})
     segments = None
-    if size > tokens:  # a query sees the keys of its own segment: the real ones or the filling
-        real = jnp.broadcast_to(jnp.arange(size) < tokens, (q.shape[0], size)).astype(jnp.int32)
+    if q.shape[2] > tokens:  # a query sees the keys of its own segment: the real ones or the filling
+        real = jnp.broadcast_to(jnp.arange(q.shape[2]) < tokens, (q.shape[0], q.shape[2])).astype(jnp.int32)
         segments = tpu.SegmentIds(real, real)
-    scale = 1 / math.sqrt(head_dim)
-    o = tpu.flash_attention(q, k, v, segment_ids=segments, sm_scale=scale, block_sizes=blocks)
-    return jnp.swapaxes(o[:, :, :tokens, :head_dim], 1, 2)
+    with jax.default_matmul_precision(_precision(q)):
+        return tpu.flash_attention(q, k, v, segment_ids=segments, sm_scale=scale, block_sizes=blocks)
+
+
+_flash = jax.custom_vjp(_kernel, nondiff_argnums=(3, 4, 5))
+
+
+def _flash_forward(q: Array, k: Array, v: Array, *about: Any) -> tuple[Array, Any]:
+    return jax.vjp(lambda q, k, v: _kernel(q, k, v, *about), q, k, v)
+
+
+def _flash_backward(tokens: int, block: int, scale: float, back: Any, do: Array) -> tuple[Array, ...]:
+    with jax.default_matmul_precision(_precision(do)):
+        return back(do)
+
+
+_flash.defvjp(_flash_forward, _flash_backward)
+
+
+def _precision(x: Array) -> str:
+    return "default" if x.dtype in (jnp.bfloat16, jnp.float16) else "highest"
 
 
 KERNELS: dict[str, Kernel] = {"xla": xla, "chunked": chunked, "cudnn": cudnn, "flash": flash}

@@ -65,6 +65,18 @@ def _modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     return x * (1 + scale) + shift
 
 
+class Dense(nn.Dense):
+    """Flax's layer on the tokens of all rows as one matrix, so that its kernel's gradient is one plain matrix product.
+
+    XLA on a CPU transposes copies of the operands otherwise: a DiT's gradient takes a quarter longer.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map x (..., inputs) to (..., features)."""
+        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.features)
+
+
 def _norm(dtype: jnp.dtype | None) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False, use_fast_variance=False, dtype=dtype)
 
@@ -137,10 +149,10 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Mix tokens (B, N, width)."""
         batch, tokens, width = x.shape
-        qkv = nn.Dense(3 * width, dtype=self.dtype, kernel_init=layers.xavier(), name="qkv")(x)
+        qkv = Dense(3 * width, dtype=self.dtype, kernel_init=layers.xavier(), name="qkv")(x)
         qkv = qkv.reshape(batch, tokens, 3, self.heads, width // self.heads)
         y = self.attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]).reshape(batch, tokens, width)
-        return nn.Dense(width, dtype=self.dtype, kernel_init=layers.xavier(), name="proj")(y)
+        return Dense(width, dtype=self.dtype, kernel_init=layers.xavier(), name="proj")(y)
 
 
 class FeedForward(nn.Module):
@@ -152,9 +164,9 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map tokens (B, N, width) one by one."""
-        y = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=layers.xavier(), name="fc1")(x)
+        y = Dense(self.hidden, dtype=self.dtype, kernel_init=layers.xavier(), name="fc1")(x)
         y = nn.gelu(y, approximate=True)
-        return nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=layers.xavier(), name="fc2")(y)
+        return Dense(x.shape[-1], dtype=self.dtype, kernel_init=layers.xavier(), name="fc2")(y)
 
 
 class DiTBlock(nn.Module):
@@ -187,7 +199,7 @@ class FinalLayer(nn.Module):
         x = layers.at_least_float32(x)
         shift, scale = _modulation(cond, 2, x.shape[-1], None)
         x = _modulate(_norm(None)(x), shift, scale)
-        return nn.Dense(self.features, kernel_init=nn.initializers.zeros, name="linear")(x)
+        return Dense(self.features, kernel_init=nn.initializers.zeros, name="linear")(x)
 
 
 class DiT(nn.Module):
