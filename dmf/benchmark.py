@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dmf import cost, curriculum, guidance, networks, optim, sharding, state, step
+from dmf import cost, curriculum, flow, guidance, networks, optim, sharding, state, step
 from dmf.config import Config, check
 from dmf.cost import Compilations, Counts
 from dmf.curriculum import Stage
 from dmf.data import load
 from dmf.errors import DmfError
+from dmf.networks import attention
 
 ROUNDS = 9
 WHOLE_JVP = ("jvp", 1.0)
@@ -60,13 +61,16 @@ LEGEND = (
 
 @dataclass
 class Program:
-    """One compiled step, its counts and the times it took. passes: forward passes per row; programs: compilations seen."""
+    """One compiled step, its counts and the times it took. passes: forward passes per row; programs: compilations seen.
+
+    compile_s: None where the memory did not suffice for compiling it.
+    """
 
     kind: str
     fraction: float
     passes: float
     run: jax.stages.Wrapped
-    compile_s: float
+    compile_s: float | None
     counts: Counts
     programs: int
     device_peak: int | None = None
@@ -85,15 +89,17 @@ class Program:
 def benchmark(config: Config, out: str = "", rounds: int = ROUNDS) -> list[dict[str, Any]]:
     """Times every case of `CASES` for a config's network and batch on random images; `out`: a JSON file.
 
-    Raises DmfError where a share of `CASES` is no whole number of the batch's rows, or flow matching does not fit the memory.
+    A case that does not fit the memory is a row of dashes. Raises DmfError where flow matching does not, and where a share of
+    `CASES` is no whole number of the batch's rows.
     """
     dataset = load(config.data, "train")
     shape = dataset.image_shape
     stages = check(config, dataset.num_classes, len(dataset))
     mesh = sharding.make_mesh(config.mesh)
+    _check_cases(config, mesh)
     with Compilations() as seen:
-        programs, now, batch = compile_cases(config, shape, dataset.num_classes, _cases(config, stages), mesh, seen)
-        _take_turns([p for p in programs if _fits(p)], rounds, now, batch, len(config.ema.halflife_images), seen)
+        programs, fresh, batch = compile_cases(config, shape, dataset.num_classes, _cases(config, stages), mesh, seen)
+        _take_turns([p for p in programs if _fits(p)], rounds, fresh, batch, len(config.ema.halflife_images), seen)
     forward = cost.forward_flops(config, shape)
     rows = _rows(programs, config.batch_size, forward, mesh)
     about = _about(config, shape, mesh, rounds, forward)
@@ -111,8 +117,8 @@ def compile_cases(
     cases: Sequence[tuple[str, float]],
     mesh: Mesh,
     seen: Compilations,
-) -> tuple[list[Program], Any, dict[str, jax.Array]]:
-    """(one compiled program per case, a fresh state, a random batch) of a config on a mesh."""
+) -> tuple[list[Program], Callable[[], Any], dict[str, jax.Array]]:
+    """(one compiled program per case, what makes a fresh state, a random batch) of a config on a mesh."""
     sharding.check_batch(mesh, config.batch_size)
     optimizer = optim.build(config.optimizer)
     network = networks.build(config.network, shape)
@@ -120,26 +126,25 @@ def compile_cases(
     def fresh() -> state.TrainState:
         return state.create(network.init(jax.random.key(0)), optimizer, config.ema)
 
-    place = sharding.placed(mesh, jax.eval_shape(fresh))
-    now = jax.jit(fresh, out_shardings=place)()
-    rng = np.random.default_rng(0)
-    values = {
-        "x": rng.uniform(-1, 1, (config.batch_size, *shape)).astype(np.float32),
-        "label": rng.integers(0, num_classes, config.batch_size).astype(np.int32),
-    }
-    batch = sharding.put_rows(mesh, values)
+    now = jax.eval_shape(fresh)
+    place = sharding.placed(mesh, now)
+    batch = sharding.put_rows(mesh, _random_batch(config, shape, num_classes))
     programs = []
     for kind, fraction in cases:
         case = replace(config, times=replace(config.times, r_neq_t_fraction=fraction))
         run = step.make_train_step(kind, step.network_for(kind, case, shape, mesh), optimizer, case, mesh, place)
         lowered = run.lower(now, batch, _scalars(0, len(config.ema.halflife_images)))
         before, started = seen.count, time.perf_counter()
-        compiled = lowered.compile()
-        seconds = time.perf_counter() - started
+        found, seconds = Counts(None, None, None, None), None
+        try:
+            compiled = lowered.compile()
+            seconds, found = time.perf_counter() - started, cost.counts(compiled)
+        except jax.errors.JaxRuntimeError as error:
+            _pass_over(kind, error)
         extra = guidance.passes(config.guidance) if kind in curriculum.GUIDED else 0
         passes = curriculum.passes(Stage(0, kind, 1.0, 0, 1, extra), fraction)
-        programs.append(Program(kind, fraction, passes, run, seconds, cost.counts(compiled), seen.count - before))
-    return programs, now, batch
+        programs.append(Program(kind, fraction, passes, run, seconds, found, seen.count - before))
+    return programs, jax.jit(fresh, out_shardings=place), batch
 
 
 def format_rows(rows: list[dict[str, Any]]) -> str:
@@ -158,6 +163,31 @@ def _cases(config: Config, stages: Sequence[Stage]) -> list[tuple[str, float]]:
     return [*CASES, *sorted(own - set(CASES))]
 
 
+def _check_cases(config: Config, mesh: Mesh) -> None:
+    """Refuses a batch of which a share of `CASES` is no whole number of rows, on each device and in each microbatch."""
+    parts = mesh.devices.size * config.microbatches
+    for kind, fraction in CASES:
+        try:
+            flow.row_split(config.batch_size, fraction, parts)
+        except DmfError as error:
+            whole = 4 * parts  # the shares are quarters
+            raise DmfError(
+                f"config.batch_size = {config.batch_size}: the case {kind} with {fraction:.0%} of r < t rows does not come out "
+                f"even on {mesh.devices.size} devices x {config.microbatches} microbatches; expected a multiple of {whole}, "
+                f"such as {max(config.batch_size // whole, 1) * whole}"
+            ) from error
+
+
+def _random_batch(config: Config, shape: tuple[int, ...], num_classes: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    draw: dict[str, Callable[[tuple[int, ...]], np.ndarray]] = {
+        "x": lambda size: rng.uniform(-1, 1, size),
+        "label": lambda size: rng.integers(0, num_classes, size),
+        "std": lambda size: rng.uniform(0, 1, size),
+    }
+    return {key: draw[key](s.shape).astype(s.dtype) for key, s in cost.batch_shapes(config, shape).items()}
+
+
 def _scalars(turn: int, averages: int) -> step.Scalars:
     """Other numbers for every round, as in a run: rho, learning rate, EMA decays."""
     rate = 1e-6 / (1 + turn)
@@ -166,22 +196,45 @@ def _scalars(turn: int, averages: int) -> step.Scalars:
 
 def _fits(program: Program) -> bool:
     """Whether the device has the memory; flow matching, against which all is measured, must have it."""
+    if program.compile_s is None:
+        return False
     limit, needed = cost.device_memory("bytes_limit"), program.counts.memory_bytes
     if limit is None or needed is None or needed <= limit:
         return True
     if program.kind == "flow":
-        raise DmfError(
-            f"config.batch_size: flow matching needs {needed / 1e9:.1f} GB of each device's {limit / 1e9:.1f} GB; expected "
-            "fewer rows"
-        )
+        raise _too_much(f"needs {needed / 1e9:.1f} GB of each device's {limit / 1e9:.1f} GB")
     return False
 
 
-def _take_turns(programs: list[Program], rounds: int, now: Any, batch: Any, averages: int, seen: Compilations) -> None:
+def _pass_over(kind: str, error: jax.errors.JaxRuntimeError) -> None:
+    """Lets an error pass that says the memory did not suffice, but for flow matching."""
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        raise error
+    if kind == "flow":
+        reason = " ".join(str(error).split())[:200]
+        raise _too_much(f"needs more memory than each device has ({reason})") from error
+
+
+def _too_much(what: str) -> DmfError:
+    return DmfError(f"config.batch_size: flow matching {what}; expected fewer rows")
+
+
+def _take_turns(
+    programs: list[Program], rounds: int, fresh: Callable[[], Any], batch: Any, averages: int, seen: Compilations
+) -> None:
+    now = fresh()
     for turn in range(rounds + 1):
         scalars = _scalars(turn, averages)
-        for p in programs:
-            now, seconds = p(now, batch, scalars, seen)
+        for p in list(programs):
+            try:
+                now, seconds = p(now, batch, scalars, seen)
+            except jax.errors.JaxRuntimeError as error:
+                _pass_over(p.kind, error)
+                programs.remove(p)
+                p.seconds.clear()
+                if any(x.is_deleted() for x in jax.tree.leaves(now)):  # the failed step may have consumed it
+                    now = fresh()
+                continue
             if turn:  # the first round warms up
                 p.seconds.append(seconds)
             else:
@@ -218,7 +271,7 @@ def _rows(programs: list[Program], batch_size: int, forward: float | None, mesh:
                 "model_gflops": _over(model, 1e9),
                 "utilisation": _over(speed, peak),
                 "compile_s": p.compile_s,
-                "programs": p.programs,
+                "programs": None if p.compile_s is None else p.programs,
             }
         )
     return rows
@@ -284,14 +337,24 @@ def _report(about: dict[str, Any], rows: list[dict[str, Any]], total: dict[str, 
         format_rows(rows),
         LEGEND,
     ]
-    loops = [f"one of {about['microbatches']} microbatches"] * (about["microbatches"] > 1) + ["one block"] * about[
-        "scan_blocks"
-    ]
-    if loops:
-        lines.append(f"GFLOP and GB count the body of a loop once: they are of {', '.join(loops)}")
+    lines += _uncounted(about, [row["kind"] for row in rows])
     if None not in total.values():
         lines.append(
             f"this config's run of {total['steps']:,} steps: {total['hours']:.3g} h; as many of flow matching: "
             f"{total['flow_hours']:.3g} h, of whole-batch JVP: {total['whole_jvp_hours']:.3g} h"
         )
     return "\n".join(lines)
+
+
+def _uncounted(about: dict[str, Any], kinds: Sequence[str]) -> list[str]:
+    """What XLA's counts leave out of these kinds' programs, in words."""
+    kernels = {kind: about["attention"][curriculum.identity_of(kind)] for kind in kinds}
+    loops = [f"one of {about['microbatches']} microbatches"] * (about["microbatches"] > 1) + ["one block"] * about[
+        "scan_blocks"
+    ]
+    chunked = [kind for kind, kernel in kernels.items() if kernel == "chunked"]
+    if chunked:
+        loops.append(f"one chunk of attention's keys ({', '.join(chunked)})")
+    fused = [f"{kind}: {kernel}" for kind, kernel in kernels.items() if kernel in attention.PLATFORMS]
+    lines = [f"GFLOP and GB count the body of a loop once: they are of {', '.join(loops)}"] if loops else []
+    return lines + ([f"GFLOP and GB count a fused attention kernel as nothing ({', '.join(fused)})"] if fused else [])

@@ -28,6 +28,7 @@ PEAK_FLOPS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
 }
 
@@ -75,8 +76,17 @@ def forward_flops(config: Config, image_shape: tuple[int, ...]) -> float | None:
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """The bfloat16 FLOP/s that the maker states for one device; None for one that is not in `PEAK_FLOPS`."""
+    """The bfloat16 FLOP/s that the maker states for one device; None for one not in `PEAK_FLOPS`, and for a slice (MIG)."""
+    if "MIG" in device_kind:
+        return None
     return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
+
+
+def batch_shapes(config: Config, image_shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+    """What a step is given of the data: x (B, H, W, C), label (B,), and of encoded images std, shaped as x."""
+    x = jax.ShapeDtypeStruct((config.batch_size, *image_shape), jnp.float32)
+    shapes = {"x": x, "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)}
+    return shapes | ({"std": x} if config.data.name.endswith("_latents") else {})
 
 
 def device_memory(name: str) -> int | None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
-BITS = {"pred": 8, "token": 0, "c64": 64, "c128": 128}  # of the types whose name does not say them
+BITS = {"pred": 8, "c64": 64, "c128": 128}  # of the types whose name does not say them; token and opaque have none
 HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 LINE = re.compile(r"^\s+(ROOT )?%([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
 SHAPE = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\](?:\{([^}]*)\})?")
@@ -101,8 +101,8 @@ def occupied(shape: str, main_memory: bool = True) -> int:
 
 
 def _bytes(kind: str, lengths: list[int]) -> int:
-    bits = BITS[kind] if kind in BITS else int(re.sub(r"^[a-z]+(\d+).*", r"\1", kind))
-    return math.prod(lengths) * bits // 8
+    named = re.match(r"[a-z]+(\d+)", kind)
+    return math.prod(lengths) * BITS.get(kind, int(named.group(1)) if named else 0) // 8
 
 
 def trips(module: Module, loop: Instruction, where: dict[str, Instruction]) -> int | None:
@@ -113,22 +113,34 @@ def trips(module: Module, loop: Instruction, where: dict[str, Instruction]) -> i
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)
     if known:
         return int(known.group(1))
-    condition = module.computations.get(loop.attribute("condition") or "", {})
-    compared = [i for i in condition.values() if i.opcode == "compare" and "direction=LT" in i.rest]
-    bounds = [_constant(condition[name]) for i in compared for name in i.operands if name in condition]
-    found = [b for b in bounds if b is not None]
-    if len(compared) != 1 or len(found) != 1:
+    compared = _compared(module, module.computations.get(loop.attribute("condition") or "", {}))
+    operands = compared[0] if len(compared) == 1 else []
+    found = [b for b in map(_constant, operands) if b is not None]
+    counter = next((i for i in operands if i.opcode == "get-tuple-element"), None)
+    if len(found) != 1 or counter is None:
         return None
-    counter = next((condition[name] for name in compared[0].operands if condition[name].opcode == "get-tuple-element"), None)
     return found[0] - _start(loop, where, counter)
 
 
-def walk(module: Module, name: str = "", times: int = 1) -> Iterator[tuple[dict[str, Instruction], Instruction, int]]:
+def _compared(module: Module, condition: dict[str, Instruction]) -> list[list[Instruction]]:
+    """What a loop's condition compares by <, of each such comparison; in a fusion a parameter is what the fusion is given."""
+    found = []
+    for outer in condition.values():
+        inside = module.computations.get(outer.attribute("calls") or "", {}) if outer.opcode == "fusion" else {}
+        for i in inside.values() or (outer,):
+            if i.opcode == "compare" and "direction=LT" in i.rest:
+                given = [x for x in map((inside or condition).get, i.operands) if x]
+                numbers = [re.match(r"\d+", x.rest) if inside and x.opcode == "parameter" else None for x in given]
+                found.append([condition[outer.operands[int(n[0])]] if n else x for x, n in zip(given, numbers, strict=True)])
+    return found
+
+
+def walk(module: Module, name: str | None = None, times: int = 1) -> Iterator[tuple[dict[str, Instruction], Instruction, int]]:
     """(computation, instruction, how often it runs) of all that runs by itself; what a fusion holds is not looked into.
 
-    Both branches of a conditional are counted, and a loop of unknown length once.
+    Both branches of a conditional are counted, a loop of unknown length once, and a computation that the text lacks not at all.
     """
-    where = module.computations[name or module.entry]
+    where = module.computations[module.entry] if name is None else module.computations.get(name, {})
     for instruction in where.values():
         yield where, instruction, times
         if instruction.opcode == "while":
@@ -268,10 +280,10 @@ def _constant(instruction: Instruction) -> int | None:
     return int(found.group(1)) if found else None
 
 
-def _start(loop: Instruction, where: dict[str, Instruction], counter: Instruction | None) -> int:
+def _start(loop: Instruction, where: dict[str, Instruction], counter: Instruction) -> int:
     """The counter's first value: 0 but where the loop is given another constant."""
-    given = where.get(loop.operands[0]) if counter else None
-    if given is None or given.opcode != "tuple" or counter is None:
+    given = where.get(loop.operands[0])
+    if given is None or given.opcode != "tuple":
         return 0
     first = where.get(given.operands[int(counter.attribute("index") or 0)])
     while first is not None and first.opcode in ("copy", "bitcast"):

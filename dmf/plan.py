@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dmf import cost, curriculum, hlo, networks, optim, sharding, state, step
@@ -72,6 +71,12 @@ DATA = {
 }
 # What shapes a program, besides what a row says in words.
 SHAPING = ("network", "data", "times", "loss", "guidance", "optimizer", "ema", "precision", "label_dropout")
+LEGEND = (
+    "per device. TFLOP: the model's, forward passes x the plain network's FLOPs; GB: 1e9 bytes moved to and from memory, an "
+    "estimate;\nstate (with the batch), temp, total, HBM: GiB; collectives: how many, those in loops as often as they run, and "
+    "GB sent"
+)
+UNKNOWN = "* has a loop whose rounds its text does not tell, counted as one: GB and collectives are too low"
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -80,7 +85,8 @@ def plan(config: Config, topologies: list[str], out: str = "", name: str = "") -
 
     topologies: Cloud names such as v4-32 or v5e-16, or libtpu's such as v5e:4x4. out: a JSON file, where new rows are added to
     those it holds, each as soon as it is known. name: what the rows are called, such as the config's file. Raises DmfError
-    where libtpu is missing, a topology is unknown, the batch does not divide or the config makes no sense.
+    where libtpu is missing, a topology is unknown, the batch does not divide or the config makes no sense, all of them before
+    anything is compiled, and where a program cannot be.
     """
     if config.data.name not in DATA:
         raise DmfError(f"config.data.name is {config.data.name!r}: expected one of {', '.join(DATA)}")
@@ -88,11 +94,13 @@ def plan(config: Config, topologies: list[str], out: str = "", name: str = "") -
     stages = {stage.kind: stage for stage in check(config, classes, images)}
     targets = [(given, libtpu_name(given)) for given in topologies]
     _prepare()
-    rows, kept, forward = [], read(out), None
-    for given, target in targets:
-        devices = _devices(given, target)
-        mesh = sharding.make_mesh(config.mesh, devices)
+    meshes = [sharding.make_mesh(config.mesh, _devices(given, target)) for given, target in targets]
+    for mesh in meshes:
         sharding.check_batch(mesh, config.batch_size)
+        for kind in stages:
+            step.split_for(kind, config, mesh)
+    rows, kept, forward = [], read(out), None
+    for (given, target), mesh in zip(targets, meshes, strict=True):
         hbm = GENERATIONS[target.partition(":")[0]].hbm_gib
         for kind, stage in stages.items():
             about = _about(config, name, given, target, mesh, kind)
@@ -107,6 +115,7 @@ def plan(config: Config, topologies: list[str], out: str = "", name: str = "") -
                 _write(out, kept)
             rows.append(row)
             print(format_rows(rows[-1:], heading=len(rows) == 1), flush=True)
+    print(legend(rows), flush=True)
     return rows
 
 
@@ -205,12 +214,22 @@ def format_rows(rows: list[dict[str, Any]], heading: bool = True) -> str:
         memory += _gib(row["total_bytes"], 8) + _gib(row["hbm_bytes"], 7)
         moved = ", ".join(f"{kind} {m['count']} {m['bytes'] / 1e9:.2f}" for kind, m in row.get("collectives", {}).items())
         read = row.get("bytes_accessed")
+        kind = row["kind"] + "*" * _unknown(row)
         lines.append(
-            f"{row['topology']:<10}{'x'.join(map(str, row['mesh'])):>8}  {row['kind']:<16}{row['model_flops'] / 1e12:>9.2f}"
+            f"{row['topology']:<10}{'x'.join(map(str, row['mesh'])):>8}  {kind:<16}{row['model_flops'] / 1e12:>9.2f}"
             f"{'-' if read is None else f'{read / 1e9:.1f}':>9}{memory}  {'yes' if row['fits'] else 'no':<5}"
             f"{row['compile_s']:>10.0f}  {moved}"
         )
     return "\n".join(lines)
+
+
+def legend(rows: list[dict[str, Any]]) -> str:
+    """What the columns of `format_rows` are, and what a star at one of these rows says."""
+    return "\n".join([LEGEND] + [UNKNOWN] * any(map(_unknown, rows)))
+
+
+def _unknown(row: dict[str, Any]) -> bool:
+    return None in row.get("loops", ())
 
 
 def _prepare() -> None:
@@ -268,29 +287,36 @@ def _lower(config: Config, mesh: Any, kind: str, shape: tuple[int, ...]) -> jax.
     network, optimizer = step.network_for(kind, config, shape, mesh), optim.build(config.optimizer)
     plain = networks.build(config.network, shape)
     now = jax.eval_shape(lambda key: state.create(plain.init(key), optimizer, config.ema), jax.random.key(0))
-    x = jax.ShapeDtypeStruct((config.batch_size, *shape), jnp.float32)
-    batch = {"x": x, "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)}
-    if config.data.name.endswith("_latents"):
-        batch["std"] = x
+    batch = cost.batch_shapes(config, shape)
     scalars = step.Scalars(np.float32(1), np.float32(0), np.zeros(len(config.ema.halflife_images), np.float32))
     return step.make_train_step(kind, network, optimizer, config, mesh, sharding.placed(mesh, now)).lower(now, batch, scalars)
 
 
 def _compile(config: Config, mesh: Any, stage: Stage, shape: tuple[int, ...], hbm_gib: float) -> dict[str, Any]:
     """What a row says of the compiled program of a stage, or of why there is none."""
-    lowered = _lower(config, mesh, stage.kind, shape)
     started = time.perf_counter()
     try:
-        found = measure(lowered.compile(), mesh.devices.size, hbm_gib)
-    except jax.errors.JaxRuntimeError as error:
+        lowered = _lower(config, mesh, stage.kind, shape)
+        started = time.perf_counter()
+        compiled = lowered.compile()
+    except Exception as error:
+        if not _of_compiler(error):
+            raise
         refusal = verdict(str(error))
         if refusal is None:
             reason = " ".join(str(error).split())[:300]
             raise DmfError(
                 f"the {stage.kind} step does not compile: {reason}; expected other attention or precision"
             ) from error
-        found = refusal
-    return found | {"compile_s": time.perf_counter() - started}
+        return refusal | {"compile_s": time.perf_counter() - started}
+    seconds = time.perf_counter() - started
+    return measure(compiled, mesh.devices.size, hbm_gib) | {"compile_s": seconds}
+
+
+def _of_compiler(error: Exception) -> bool:
+    """Whether XLA, a lowering or Pallas' compiler refused. The last one's MosaicError is an Exception without a public name."""
+    names = [found.__name__ for found in type(error).__mro__]
+    return isinstance(error, jax.errors.JaxRuntimeError | NotImplementedError) or "MosaicError" in names
 
 
 def _gib(value: float | None, width: int) -> str:
@@ -299,5 +325,14 @@ def _gib(value: float | None, width: int) -> str:
 
 
 def _write(path: str, rows: list[dict[str, Any]]) -> None:
-    if path:
-        Path(path).write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    """Writes the file beside its place and moves it there: a reader finds the old one or the new one, whole."""
+    if not path:
+        return
+    partial = Path(path).with_name(f".{Path(path).name}.partial-{os.getpid()}")
+    try:
+        partial.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+        os.replace(partial, path)
+    except OSError as error:
+        raise DmfError(f"--out={path} could not be written: {error}; expected a writable directory with room") from error
+    finally:
+        partial.unlink(missing_ok=True)

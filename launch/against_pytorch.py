@@ -6,8 +6,8 @@
 PyTorch runs eagerly and as one writes it: modules, F.scaled_dot_product_attention, the fused Adam, AveragedModel; the JVP is
 torch.func.jvp of the whole batch, which is how ports of MeanFlow take it, with the attention kernel that knows a forward
 mode. Both sides draw noise and times inside the step; there is no dropout, whose masks come from different generators.
-Nothing is timed before both networks agree on u, and both losses on their value. The two take turns, step by step; a
-ratio is the median over rounds of PyTorch's time by ours.
+Nothing is timed before both networks agree on u, and both sides on every case's loss and on its gradient. The two take
+turns, step by step; a ratio is the median over rounds of PyTorch's time by ours.
 """
 
 import argparse
@@ -35,10 +35,13 @@ from dmf.config import parse
 from dmf.convert import audit
 from dmf.convert.native import NATIVE
 from dmf.convert.rules import relative_l2
+from dmf.errors import DmfError
 from dmf.flow import Rows
 
+jax.config.update("jax_platforms", "cpu")  # also where there is an accelerator, of which PyTorch's side makes no use
 RHO, RATE, DECAY = 0.25, 1e-4, 0.999
 SAME = 1e-5  # relative: float32 round-off between two implementations of one network
+SAME_GRADIENT = 1e-4  # relative, of all weights together: the sums of a backward pass over a batch are longer
 # Ours: kind and share of r < t rows -> PyTorch's: the same for the first three; the JVP takes every row, whatever its share.
 CASES = (("flow", 0.0), ("discrete", 0.25), ("discrete", 0.75), ("jvp", 0.25), ("jvp", 1.0))
 
@@ -282,9 +285,17 @@ class OurSteps:
         return float(metrics["loss"])
 
     def loss(self, rows, kind, fraction):
+        """The loss of a case on these rows, and its gradient under PyTorch's names."""
         config = with_share(self.config, fraction)
         how = {"kind": kind, "network": self.network, "config": config, "split": step.split_for(kind, config, self.mesh)}
-        return float(jax.jit(lambda params, rows: step.stage_loss(params, rows, RHO, **how)[0])(self.params, rows))
+        graded = jax.value_and_grad(lambda params, rows: step.stage_loss(params, rows, RHO, **how)[0])
+        loss, grads = jax.jit(graded)(self.params, rows)
+        return float(loss), self.as_tensors(grads)
+
+    def as_tensors(self, tree):
+        """Name -> array, as our export names and lays out weights."""
+        leaves = {leaf: np.asarray(x) for leaf, x in audit.flat(tree).items()}
+        return audit.write(NATIVE.rules(self.config.network, self.shape, None), leaves)
 
 
 def with_share(config, fraction):
@@ -303,7 +314,10 @@ def as_torch(x):
 
 
 def check_same(ours, model):
-    """Relative differences of u and of every case's loss on the same rows. Exits where it is not the same network or loss."""
+    """Relative differences of u, of every case's loss on the same rows, and of its gradient; exits where they are not the same.
+
+    The gradient leaves out the interval branch for flow matching, under which only ours holds it fixed.
+    """
     config, rng = ours.config, np.random.default_rng(2)
     z, v = rng.standard_normal((2, config.batch_size, *ours.shape)).astype(np.float32)
     r, t = np.sort(rng.uniform(0.02, 0.98, (2, config.batch_size)).astype(np.float32), 0)
@@ -316,11 +330,17 @@ def check_same(ours, model):
         rows = (z, np.where(pair, r, t), t, v)
         order = np.argsort(~pair, kind="stable")
         their_rows = [as_torch(x[order]) for x in rows]
-        theirs = loss_of(model, their_rows, kind, int(pair.sum()), config.loss).item()
-        found[f"loss of {kind} {fraction:g}"] = abs(ours.loss(Rows(*rows), kind, fraction) / theirs - 1)
+        theirs = loss_of(model, their_rows, kind, int(pair.sum()), config.loss)
+        loss, grads = ours.loss(Rows(*rows), kind, fraction)
+        found[f"loss of {kind} {fraction:g}"] = abs(loss / theirs.item() - 1)
+        weights = {n: x for n, x in model.named_parameters() if kind != "flow" or not n.startswith("interval")}
+        their_grads = [x.numpy().ravel() for x in torch.autograd.grad(theirs, list(weights.values()))]
+        mine = [grads[name].ravel() for name in weights]
+        found[f"gradient of {kind} {fraction:g}"] = relative_l2(np.concatenate(mine), np.concatenate(their_grads))
     for name, difference in found.items():
-        if not difference <= SAME:
-            raise SystemExit(f"{name} differs by {difference:.1e} between ours and PyTorch's: expected {SAME:g} or less")
+        most = SAME_GRADIENT if name.startswith("gradient") else SAME
+        if not difference <= most:
+            raise SystemExit(f"{name} differs by {difference:.1e} between ours and PyTorch's: expected {most:g} or less")
     return found
 
 
@@ -361,7 +381,7 @@ def table(rows):
 
 
 def configs(args):
-    """Name -> (PyTorch's class, our config, image shape)."""
+    """Name -> (PyTorch's class, values of our config, image shape)."""
     dit = {"kind": "dit", "depth": args.depth, "width": args.width, "heads": args.heads, "patch": 2}
     unet = {"kind": "unet", "channels": args.channels, "blocks": args.blocks, "dropout": 0.0, "augment_dim": 0}
     unet["attention_resolutions"] = (args.size // 2,)
@@ -371,18 +391,21 @@ def configs(args):
         "loss": {"p": 0.75, "eps": 1e-3},
     }
     return {
-        "dit": (DiT, parse({**shared, "batch_size": args.dit_batch, "network": dit}), (32, 32, 4)),
-        "unet": (UNet, parse({**shared, "batch_size": args.unet_batch, "network": unet}), (args.size, args.size, 3)),
+        "dit": (DiT, {**shared, "batch_size": args.dit_batch, "network": dit}, (32, 32, 4)),
+        "unet": (UNet, {**shared, "batch_size": args.unet_batch, "network": unet}, (args.size, args.size, 3)),
     }
 
 
 def build(name, args):
-    """Our side, and PyTorch's network with our weights."""
-    module, config, shape = configs(args)[name]
-    ours, model = OurSteps(config, shape), module(config.network, shape)
-    leaves = {leaf: np.asarray(x) for leaf, x in audit.flat(ours.params).items()}
-    tensors = audit.write(NATIVE.rules(config.network, shape, None), leaves)
-    model.load_state_dict({key: torch.from_numpy(np.array(x)) for key, x in tensors.items()})
+    """Our side, and PyTorch's network with our weights. Exits where a size makes no sense."""
+    module, values, shape = configs(args)[name]
+    try:
+        config = parse(values)
+        ours = OurSteps(config, shape)
+    except DmfError as error:
+        raise SystemExit(f"error: {name}: {error}") from error
+    model = module(config.network, shape)
+    model.load_state_dict({key: torch.from_numpy(np.array(x)) for key, x in ours.as_tensors(ours.params).items()})
     return ours, model
 
 
@@ -401,9 +424,10 @@ def main(argv=None):
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     found = {"jax": jax.__version__, "torch": torch.__version__, "cores": os.cpu_count(), "rounds": args.rounds}
+    found["device"] = jax.devices()[0].device_kind
     found["threads_of_torch"] = torch.get_num_threads()
-    for name in args.networks:
-        ours, model = build(name, args)
+    built = {name: build(name, args) for name in args.networks}
+    for name, (ours, model) in built.items():
         config, shape = ours.config, ours.shape
         same = check_same(ours, model)
         count = sum(p.numel() for p in model.parameters())

@@ -40,10 +40,40 @@ def test_it_writes_a_row_per_case_after_the_losses_agreed(script, monkeypatch, t
     out = tmp_path / "out.json"
     script.main(["--networks=dit", "--rounds=1", f"--out={out}", *flags])
     found = json.loads(out.read_text())["dit"]
-    assert set(found["differences"]) == {"u", "loss of discrete 0.75", "loss of jvp 0.25"}
+    cases = ("discrete 0.75", "jvp 0.25")
+    assert set(found["differences"]) == {"u", *(f"{what} of {case}" for what in ("loss", "gradient") for case in cases)}
+    assert json.loads(out.read_text())["device"] == "cpu"
     assert [(r["kind"], r["r_neq_t"]) for r in found["steps"]] == [("discrete", 0.75), ("jvp", 0.25)]
     for row in found["steps"]:
         assert row["ratio"] == pytest.approx(row["torch_ms"] / row["ours_ms"])
+
+
+def test_a_target_that_is_not_held_fixed_is_refused(script, monkeypatch):
+    monkeypatch.setattr(script, "CASES", (("flow", 0.0), ("jvp", 0.25)))
+    ours, model = script.build("dit", argparse.Namespace(**ARGUMENTS))
+    assert script.check_same(ours, model)["gradient of flow 0"] <= 1e-5
+    held = script.residual
+
+    def lost(model, rows, kind, pairs):
+        if kind == "flow":
+            return held(model, rows, kind, pairs)
+        z, r, t, v = rows  # as `residual` has it, without its detach
+        with script.sdpa_kernel(script.SDPBackend.MATH):
+            u, dudt = script.jvp(model, (z, r, t), (v, torch.zeros_like(r), torch.ones_like(t)))
+        return u - (v - (t - r)[:, None, None, None] * dudt)
+
+    monkeypatch.setattr(script, "residual", lost)
+    with pytest.raises(SystemExit, match="^gradient of jvp 0.25 differs by .* expected 0.0001 or less"):
+        script.check_same(ours, model)
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"), [("--dit_batch=6", "dit: .*of batch_size 6 is"), ("--unet_batch=0", "unet: .*= 0: ")]
+)
+def test_a_batch_that_does_not_come_out_is_one_line(script, flag, said):
+    flags = [f"--{key}={value}" for key, value in ARGUMENTS.items()]
+    with pytest.raises(SystemExit, match=f"^error: {said}.*expected"):
+        script.main([*flags, flag])
 
 
 def test_a_step_of_pytorch_moves_weights_and_average(script):

@@ -4,11 +4,13 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from dmf import benchmark, cost
+from dmf import benchmark, cost, plan, sharding, step
 from dmf.config import parse
-from dmf.cost import Compilations
+from dmf.cost import Compilations, Counts
+from dmf.errors import DmfError
 from tests.tiny import TINY, UNET, Setup, merged
 
 
@@ -102,7 +104,8 @@ def test_model_flops_are_those_of_the_matrices(stored):
 @pytest.mark.parametrize(
     ("kind", "peak"),
     [("TPU v4", 275e12), ("TPU v5 lite", 197e12), ("TPU v5p", 459e12), ("TPU v6 lite", 918e12)]
-    + [("NVIDIA H200", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("cpu", None)],
+    + [("NVIDIA H200", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("cpu", None)]
+    + [("NVIDIA H200 NVL", 835e12), ("NVIDIA H100 NVL", 835e12), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None)],
 )
 def test_peaks_by_device(kind, peak):
     assert cost.peak_flops(kind) == peak
@@ -121,3 +124,105 @@ def test_the_table_has_every_case_and_a_time_for_each(stored, rows):
     assert stored["total"]["steps"] == 12
     assert stored["total"]["hours"] == pytest.approx(expected / 3.6e6)
     assert stored["total"]["flow_hours"] == pytest.approx(12 * per_ms["flow", 0.0] / 3.6e6)
+
+
+def test_utilisation_is_the_models_flops_by_time_devices_and_peak(monkeypatch):
+    monkeypatch.setattr(cost, "PEAK_FLOPS", {"cpu": 1e12})
+    nothing = Counts(None, None, None, None)
+    programs = [benchmark.Program("flow", 0.0, 3.0, None, 1.0, nothing, 1, seconds=[4.0, 2.0, 3.0])]
+    programs.append(benchmark.Program("jvp", 1.0, 4.0, None, 1.0, nothing, 1, seconds=[8.0, 8.0, 8.0]))
+    programs.append(benchmark.Program("discrete", 0.75, 3.75, None, 1.0, nothing, 1))
+    rows = benchmark._rows(programs, 64, 2e12, sharding.make_mesh())
+    # 3 passes of 2 TFLOP in 3 s on 8 devices of 1 TFLOP/s, and 4 of them in 8 s.
+    assert [row["utilisation"] for row in rows] == [pytest.approx(0.25), pytest.approx(0.125), None]
+    assert "25.0%" in benchmark.format_rows(rows) and [row["model_gflops"] for row in rows] == [6000, 8000, 7500]
+
+
+class StandIn:
+    """In place of a jitted step: compiles at no cost, hands the state on; given an error, raises it when compiled or run."""
+
+    def __init__(self, error="", when="compile"):
+        self.error, self.when = error, when
+
+    def _raise(self, when):
+        if self.error and when == self.when:
+            raise jax.errors.JaxRuntimeError(self.error)
+
+    def lower(self, *_):
+        return self
+
+    def compile(self):
+        self._raise("compile")
+        return jax.jit(lambda x: 2 * x).lower(jnp.ones(3)).compile()
+
+    def __call__(self, now, batch, scalars):
+        if self.when == "run after donation" and self.error:
+            jax.tree.map(lambda x: x.delete(), now)
+            raise jax.errors.JaxRuntimeError(self.error)
+        self._raise("run")
+        return jax.tree.map(jnp.copy, now), {}
+
+
+def benchmark_with(monkeypatch, failing, error, when):
+    def make(kind, network, optimizer, config, mesh, place):
+        return StandIn(error if (kind, config.times.r_neq_t_fraction) == failing else "", when)
+
+    monkeypatch.setattr(step, "make_train_step", make)
+    found = benchmark.benchmark(parse(TINY), rounds=2)
+    return {(row["kind"], row["r_neq_t"]): row for row in found}
+
+
+@pytest.mark.parametrize("when", ["compile", "run", "run after donation"])
+def test_a_case_without_room_is_a_row_of_dashes_and_the_others_survive(monkeypatch, capsys, when):
+    rows = benchmark_with(monkeypatch, ("jvp", 0.75), "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes", when)
+    assert set(rows) == set(benchmark.CASES)
+    assert {key for key, row in rows.items() if row["step_ms"] is None} == {("jvp", 0.75)}
+    (line,) = [line.split() for line in capsys.readouterr().out.splitlines() if line.split()[:2] == ["jvp", "0.75"]]
+    # The limit is the mathematics'; XLA's counts are known of what was compiled.
+    assert line[2:5] == ["-"] * 3 and line[5] == "1.250" and line[6:8] == ["-"] * 2
+    assert (set(line[6:]) == {"-"}) == (when == "compile")
+
+
+def test_flow_matching_without_room_and_any_other_error_are_not_passed_over(monkeypatch):
+    with pytest.raises(DmfError, match="config.batch_size: flow matching needs more memory .*9 bytes.*expected fewer rows"):
+        benchmark_with(monkeypatch, ("flow", 0.0), "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes", "run")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        benchmark_with(monkeypatch, ("jvp", 0.75), "INTERNAL: something else", "compile")
+
+
+@pytest.mark.parametrize(("batch_size", "microbatches", "would_do"), [(36, 1, 32), (48, 1, 32), (4, 1, 32), (96, 2, 64)])
+def test_a_batch_of_which_a_quarter_is_no_whole_number_of_rows_is_refused_with_one_that_would_do(
+    monkeypatch, batch_size, microbatches, would_do
+):
+    monkeypatch.setattr(benchmark, "compile_cases", None)  # not reached
+    sizes = dict(batch_size=batch_size, microbatches=microbatches, times=dict(r_neq_t_fraction=0.5))
+    said = rf"config.batch_size = {batch_size}: the case \w+ with .*8 devices.*expected a multiple of \d+, such as {would_do}$"
+    with pytest.raises(DmfError, match=said):
+        benchmark.benchmark(parse(merged(TINY, **sizes)))
+
+
+def test_batches_of_latents_have_std_in_benchmark_and_plan(monkeypatch):
+    config = parse(merged(TINY, data=dict(name="imagenet256_latents", mock=True)))
+    shapes = cost.batch_shapes(config, (32, 32, 4))
+    assert shapes["std"] == shapes["x"] and shapes["x"].shape == (32, 32, 32, 4)
+    made = benchmark._random_batch(config, (32, 32, 4), 10)
+    assert {key: (x.shape, x.dtype) for key, x in made.items()} == {key: (s.shape, s.dtype) for key, s in shapes.items()}
+    assert np.all(made["std"] >= 0) and set(cost.batch_shapes(parse(TINY), (8, 8, 1))) == {"x", "label"}
+    monkeypatch.setattr(step, "make_train_step", lambda *_: StandIn())
+    seen = []
+    monkeypatch.setattr(StandIn, "lower", lambda self, now, batch, scalars: seen.append(batch))
+    plan._lower(config, sharding.make_mesh(), "flow", (32, 32, 4))
+    assert seen == [shapes]
+
+
+def test_the_note_names_the_kinds_whose_attention_the_counts_leave_out():
+    kernels = dict(flow="cudnn", trajectory="xla", discrete="chunked", jvp="chunked")
+    about = {"attention": kernels, "microbatches": 1, "scan_blocks": False}
+    kinds = ["flow", "discrete", "discrete", "guided_jvp"]
+    loops, fused = benchmark._uncounted(about, kinds)
+    assert loops.endswith("once: they are of one chunk of attention's keys (discrete, guided_jvp)")
+    assert fused.endswith("as nothing (flow: cudnn)")
+    assert benchmark._uncounted(about | {"attention": dict.fromkeys(kernels, "xla")}, kinds) == []
+    both = about | {"attention": dict.fromkeys(kernels, "flash"), "microbatches": 4, "scan_blocks": True}
+    loops, fused = benchmark._uncounted(both, kinds)
+    assert loops.endswith("they are of one of 4 microbatches, one block") and "discrete: flash" in fused

@@ -88,6 +88,14 @@ dimensions={0}
   ROOT %all-reduce.9 = f32[64,128]{1,0:T(8,128)} all-reduce(%param.1), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add.1
 }
 """
+FUSED = """\
+%less.1 (x.8: s32[], y.8: s32[]) -> pred[] {
+  %x.8 = s32[]{:T(128)} parameter(0)
+  %y.8 = s32[]{:T(128)} parameter(1)
+  ROOT %lt.8 = pred[]{:T(512)} compare(%x.8, %y.8), direction=LT
+}
+
+"""
 NEEDS_LIBTPU = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason='libtpu is not installed (pip install "jax[tpu]")'
 )
@@ -115,9 +123,22 @@ def test_the_rounds_of_a_loop_are_read_from_its_condition_or_from_what_xla_notes
     assert rounds(TEXT.replace("%start.2 = s32[]{:T(128)} constant(0)", "%start.2 = s32[]{:T(128)} constant(3)")) == 25
     noted = 'body=%body.1, backend_config={"known_trip_count":{"n":"7"}}'
     assert rounds(TEXT.replace("body=%body.1", noted)) == 7
+    # As a fusion of the comparison, with the bound given to it or within it.
+    given = "fusion(%i.2, %bound.1), kind=kLoop, calls=%less.1"
+    assert rounds(FUSED + TEXT.replace("compare(%i.2, %bound.1), direction=LT", given)) == 28
+    within = FUSED.replace("parameter(1)", "constant(9)")
+    assert rounds(within + TEXT.replace("compare(%i.2, %bound.1), direction=LT", given)) == 9
+    other = FUSED.replace("compare(%x.8", "compare(%z.8").replace("  ROOT", "  %z.8 = s32[] add(%x.8, %y.8)\n  ROOT")
+    assert rounds(other + TEXT.replace("compare(%i.2, %bound.1), direction=LT", given)) is None
     unknown = TEXT.replace("constant(28)", "parameter(1)")
     assert rounds(unknown) is None
     assert hlo.collectives(hlo.parse(unknown), 8)["reduce-scatter"].count == 1
+
+
+@pytest.mark.parametrize("lost", [", body=%body.1", "%body.1 ("])
+def test_a_loop_whose_body_the_text_lacks_ends(lost):
+    module = hlo.parse(TEXT.replace(lost, "" if lost.startswith(",") else "%elsewhere ("))
+    assert hlo.collectives(module, 8)["all-gather"].count == 1  # the one beside the loop
 
 
 def test_collectives_of_a_program_that_was_really_compiled(rng):
@@ -137,6 +158,7 @@ def test_sizes_with_and_without_the_padding_of_tiles():
     assert hlo.size("bf16[8,128]{1,0}") == 2048
     assert hlo.size("(f32[3], s8[5]{0}, pred[2,2])") == 12 + 5 + 4
     assert hlo.size("u32[]") == 4 and hlo.size("token[]") == 0 and hlo.size("s4[6]") == 3
+    assert hlo.size("(opaque[], bf16[2])") == 4 and hlo.size("f8e4m3fn[5]") == 5
     assert hlo.occupied("f32[64,72]{1,0:T(8,128)}") == 64 * 128 * 4
     assert hlo.occupied("f32[64,72]{0,1:T(8,128)}") == 72 * 128 * 4  # 64 is the minor axis here
     assert hlo.occupied("f32[3]{0:T(512)}") == 2048 and hlo.occupied("f32[]{:T(128)}") == 512
@@ -270,7 +292,7 @@ def test_a_row_that_is_in_the_file_is_not_compiled_again(compiled, tmp_path, cap
     again = plan.plan(parse(merged(TINY, run=dict(log_every_steps=7), seed=5)), ["v5e-8"], out, "another name")
     assert len(compiled) == 4 and again == first == plan.read(out)
     plan.plan(config, ["v4-32"], out)
-    plan.plan(parse(merged(TINY, microbatches=2)), ["v5e-8"], out)
+    plan.plan(parse(merged(TINY, batch_size=64, microbatches=2)), ["v5e-8"], out)
     plan.plan(parse(merged(TINY, mesh=dict(fsdp=8))), ["v5e-8"], out)
     plan.plan(parse(merged(TINY, network=dict(width=64))), ["v5e-8"], out)
     assert len(compiled) == 20 == len(plan.read(out))
@@ -303,6 +325,59 @@ def test_model_flops_are_the_passes_of_the_stage_times_the_plain_forward_pass(co
     assert remat[0]["model_flops"] == flow
 
 
+def test_the_figures_are_explained_and_a_loop_of_unknown_length_is_marked(compiled, capsys):
+    rows = plan.plan(parse(TINY), ["v5e-8"])
+    text = capsys.readouterr().out
+    assert text.endswith(plan.LEGEND + "\n") and "*" not in text
+    rows[1]["loops"] = [3, None]
+    lines = plan.format_rows(rows).splitlines()
+    assert ["*" in line for line in lines] == [False, False, True, False, False] and " trajectory* " in lines[2]
+    assert len({line.index("all-gather") for line in lines[1:]}) == 1  # the columns stay where they are
+    assert plan.legend(rows) == f"{plan.LEGEND}\n{plan.UNKNOWN}"
+
+
+@pytest.mark.parametrize("error", [NotImplementedError, jax.errors.JaxRuntimeError, type("MosaicError", (Exception,), {})])
+@pytest.mark.parametrize("stage", ["lower", "compile"])
+def test_what_the_compilers_refuse_is_one_line(monkeypatch, error, stage):
+    def refuse(*_):
+        raise error("no such\nkernel")
+
+    lowered = SimpleNamespace(compile=refuse)
+    monkeypatch.setattr(plan, "_lower", refuse if stage == "lower" else lambda *_: lowered)
+    with pytest.raises(DmfError, match="^the flow step does not compile: no such kernel; expected other attention"):
+        plan._compile(parse(TINY), sharding.make_mesh(), SimpleNamespace(kind="flow"), (8, 8, 1), 1.0)
+
+
+def test_what_is_our_own_fault_is_not_laid_on_the_compiler(monkeypatch):
+    def fault(*_):
+        raise KeyError("x")
+
+    monkeypatch.setattr(plan, "_lower", fault)
+    with pytest.raises(KeyError):
+        plan._compile(parse(TINY), sharding.make_mesh(), SimpleNamespace(kind="flow"), (8, 8, 1), 1.0)
+
+
+def test_seconds_of_compilation_are_of_nothing_else(monkeypatch):
+    clock = iter([0.0, 10.0, 13.0])  # before lowering, before and after compiling
+    monkeypatch.setattr(plan.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(plan, "_lower", lambda *_: SimpleNamespace(compile=lambda: stand_in(0)))
+    row = plan._compile(parse(TINY), sharding.make_mesh(), SimpleNamespace(kind="flow"), (8, 8, 1), 1.0)
+    assert row["compile_s"] == 3.0 and row["collectives"]
+
+
+def test_a_write_that_stops_half_way_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    out = tmp_path / "plan.json"
+    plan._write(str(out), [{"kind": "flow", "fits": True, "program": "a"}])
+    before = out.read_text()
+    monkeypatch.setattr(Path, "write_text", lambda path, text: path.open("w").write(text[:9]) and [][0])
+    with pytest.raises(IndexError):
+        plan._write(str(out), [])
+    assert out.read_text() == before and [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    monkeypatch.undo()
+    with pytest.raises(DmfError, match="could not be written"):
+        plan._write(str(tmp_path / "nowhere" / "plan.json"), [])
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"rows": 3}', '{"rows": [{"kind": 1}]}', "not json"])
 def test_a_file_that_is_no_plan_is_left_alone(tmp_path, text):
     path = tmp_path / "other.json"
@@ -315,6 +390,17 @@ def test_a_file_that_is_no_plan_is_left_alone(tmp_path, text):
 def test_a_batch_that_does_not_divide_is_refused(compiled):
     with pytest.raises(DmfError, match="config.batch_size = 36: expected a multiple of the 8 devices"):
         plan.plan(parse(merged(TINY, batch_size=36)), ["v5e-8"])
+    with pytest.raises(DmfError, match="config.batch_size = 40 with 30 rows .* expected a multiple of 32"):
+        plan.plan(parse(merged(TINY, batch_size=40)), ["v5e-8"])
+    assert not compiled
+
+
+def test_every_topology_is_looked_at_before_the_first_compilation(compiled, monkeypatch):
+    monkeypatch.setattr(plan, "_devices", lambda given, target: jax.devices()[: 8 if given == "v5e-8" else 5])
+    with pytest.raises(DmfError, match="config.batch_size = 32: expected a multiple of the 5 devices"):
+        plan.plan(parse(TINY), ["v5e-8", "v5e-4"])
+    with pytest.raises(DmfError, match="--topology=v5e-5: expected"):
+        plan.plan(parse(TINY), ["v5e-8", "v5e-5"])
     assert not compiled
 
 

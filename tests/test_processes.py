@@ -41,11 +41,12 @@ def free_port():
 class Group:
     """The processes of one run, `devices` fake devices in all."""
 
-    def __init__(self, folder, workdir, count, devices=4, flags=(), environment=None):
+    def __init__(self, folder, workdir, count, devices=4, flags=(), environment=None, own=None):
         config = folder / "config.py"
         config.write_text(CONFIG.format(values=VALUES))
         command = [sys.executable, "main.py", f"--config={config}", *flags]
         workdirs = workdir if isinstance(workdir, list) else [workdir] * count
+        own = own or [()] * count
         address = f"127.0.0.1:{free_port()}"
         self.processes = []
         for i in range(count):
@@ -54,7 +55,7 @@ class Group:
             there["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices // count}"
             self.processes.append(
                 subprocess.Popen(
-                    [*command, f"--workdir={workdirs[i]}"],
+                    [*command, f"--workdir={workdirs[i]}", *own[i]],
                     cwd=ROOT,
                     env={**os.environ, **there, **(environment or {})},
                     stdout=subprocess.PIPE,
@@ -77,8 +78,8 @@ class Group:
                 p.send_signal(signal.SIGKILL)
                 p.communicate()
 
-    def kill_after_step(self, workdir, step):
-        """Kills all once that step is logged; fails if the run ends or says nothing for long."""
+    def wait_for_step(self, workdir, step):
+        """Returns once that step is logged; fails if the run ends or says nothing for long."""
         end = time.monotonic() + 240
         path = workdir / "metrics.jsonl"
         while len(path.read_text().splitlines() if path.exists() else []) < step:
@@ -86,6 +87,10 @@ class Group:
                 p.communicate(timeout=20)[1][-2000:] for p in self.processes if p.poll() is not None
             ]
             time.sleep(0.01)
+
+    def kill_after_step(self, workdir, step):
+        """Kills all once that step is logged."""
+        self.wait_for_step(workdir, step)
         self.kill()
 
 
@@ -148,6 +153,23 @@ def test_a_directory_that_is_not_shared_is_noticed(tmp_path):
     for status, _, error in Group(tmp_path, [tmp_path / "one", tmp_path / "two"], 2).finish():
         assert status == 2
         assert f"process 1 of 2: --workdir={tmp_path / 'two'} does not show what process 0 wrote there" in error
+
+
+def test_processes_that_were_told_different_things_do_not_start(tmp_path):
+    for status, _, error in Group(tmp_path, tmp_path / "run", 2, own=[(), ("--config.seed=7",)]).finish():
+        assert status == 2 and "process 1 of 2 has another config, data or jax than process 0" in error
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_one_process_that_dies_takes_the_other_with_it(tmp_path):
+    workdir = tmp_path / "run"
+    group = Group(tmp_path, workdir, 2, flags=("--config.curriculum.length=1e6",))
+    group.wait_for_step(workdir, 2)
+    group.processes[1].send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    first, second = group.finish(timeout=120)
+    assert first[0] != 0 and second[0] != 0
+    assert time.monotonic() - began < 100
 
 
 @pytest.mark.parametrize(

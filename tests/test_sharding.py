@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from configs import cifar10, imagenet256
-from dmf import checkpoint, networks, optim, sharding, state
+from dmf import checkpoint, networks, optim, sharding, state, step
 from dmf.config import parse
 from dmf.errors import DmfError
 from dmf.sharding import MeshConfig
@@ -39,11 +39,17 @@ def alone():
     return steps
 
 
-@pytest.mark.parametrize("mesh", [dict(fsdp=8), dict(replica=2, fsdp=4)], ids=["fsdp8", "replica2_fsdp4"])
+BOTH = dict(replica=2, fsdp=4)
+
+
 @pytest.mark.parametrize(
-    ("kind", "name", "values"),
-    [*((kind, "dit", WIDE) for kind in KINDS), ("discrete", "unet", WIDE_UNET)],
-    ids=[*KINDS, "discrete_unet"],
+    ("kind", "name", "values", "mesh"),
+    [
+        *((kind, "dit", WIDE, BOTH) for kind in KINDS),
+        ("discrete", "unet", WIDE_UNET, BOTH),
+        ("discrete", "dit", WIDE, dict(fsdp=8)),
+    ],
+    ids=[*KINDS, "discrete_unet", "discrete_fsdp8"],
 )
 def test_split_weights_take_the_same_five_steps_as_one_device(alone, kind, name, values, mesh):
     one = alone(kind, name, values)
@@ -53,6 +59,32 @@ def test_split_weights_take_the_same_five_steps_as_one_device(alone, kind, name,
     assert largest_difference(one[0].params, many[0].params) < 1e-5
     assert largest_difference(one[0].ema, many[0].ema) < 1e-5
     assert bytes_on_a_device(many[0]) < bytes_on_a_device(one[0]) / 3  # and stayed where they belong
+
+
+def test_split_weights_go_with_remat_scan_and_guidance(alone):
+    """All that changes how a step is computed at once, on a stage that evaluates the network five times."""
+    guided = merged(WIDE, guidance=dict(omega=0.6, kappa=0.7), curriculum=dict(kinds=("guided_jvp",), stages=1))
+    guided = merged(guided, network=dict(depth=2))
+    one = alone("guided_jvp", "dit", guided)
+    ways = dict(mesh=dict(fsdp=4), remat="blocks", scan_blocks=True, attention=dict(jvp="chunked"))
+    setup = Setup(merged(guided, **ways), devices=4)
+    setup.network = step.network_for("guided_jvp", setup.config, (8, 8, 1), setup.mesh)
+    many = setup.run("guided_jvp", 5)
+    assert many[1]["loss"] == pytest.approx(one[1]["loss"], rel=1e-5)
+    assert largest_difference(one[0].params, many[0].params) < 1e-5
+
+
+def test_split_weights_do_not_keep_remat_from_saving_memory():
+    """An earlier way of gathering them kept every result of the forward pass."""
+    temporary = []
+    for remat in ("none", "blocks"):
+        values = merged(WIDE, network=dict(depth=4), batch_size=256, mesh=dict(fsdp=4), remat=remat, scan_blocks=True)
+        setup = Setup(values, devices=4)
+        setup.network = step.network_for("trajectory", setup.config, (8, 8, 1), setup.mesh)
+        lowered = setup.step("trajectory").lower(setup.state(randomise=False), setup.batch(0), setup.scalars(0, "trajectory"))
+        quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+        temporary.append(lowered.compile(compiler_options=quick).memory_analysis().temp_size_in_bytes)
+    assert temporary[1] < 0.7 * temporary[0]
 
 
 def test_microbatches_of_split_weights_add_up(alone):
