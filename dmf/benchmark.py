@@ -126,8 +126,9 @@ def compile_cases(
     def fresh() -> state.TrainState:
         return state.create(network.init(jax.random.key(0)), optimizer, config.ema)
 
-    now = jax.eval_shape(fresh)
-    place = sharding.placed(mesh, now)
+    place = sharding.placed(mesh, jax.eval_shape(fresh))
+    start = jax.jit(fresh, out_shardings=place)
+    now = start()  # lowered from shapes alone, a step would be compiled once more for the arrays
     batch = sharding.put_rows(mesh, _random_batch(config, shape, num_classes))
     programs = []
     for kind, fraction in cases:
@@ -144,7 +145,7 @@ def compile_cases(
         extra = guidance.passes(config.guidance) if kind in curriculum.GUIDED else 0
         passes = curriculum.passes(Stage(0, kind, 1.0, 0, 1, extra), fraction)
         programs.append(Program(kind, fraction, passes, run, seconds, found, seen.count - before))
-    return programs, jax.jit(fresh, out_shardings=place), batch
+    return programs, start, batch
 
 
 def format_rows(rows: list[dict[str, Any]]) -> str:
