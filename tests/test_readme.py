@@ -47,3 +47,31 @@ def test_the_benchmark_table_is_the_stored_one_and_within_its_bounds():
     assert benchmark.format_rows(rows) in README and f"median of {stored['rounds']} rounds" in README
     ratio = {(r["kind"], r["r_neq_t"]): r["ratio"] for r in rows}
     assert ratio["discrete", 0.25] <= 1.15 and ratio["discrete", 0.75] <= 1.35
+
+
+def test_the_table_of_a_larger_network_is_the_stored_one_and_within_its_bounds():
+    stored = json.loads((ROOT / "docs" / "benchmark_dit_cpu.json").read_text())
+    rows = {(r["kind"], r["r_neq_t"]): r for r in stored["programs"]}
+    assert benchmark.format_rows(stored["programs"]) in README
+    assert max(rows["discrete", share]["over_limit"] for share in (0.25, 0.75)) <= 1.10
+    assert rows["jvp", 0.25]["flops_ratio"] <= 1.15
+    assert min(rows[kind, 0.25]["jvp_over"] for kind in ("discrete", "jvp")) >= 1.15
+    assert max(rows["discrete", share]["temporary_mb"] for share in (0.25, 0.75)) <= 1.02 * rows["flow", 0.0]["temporary_mb"]
+
+
+def test_the_planning_table_is_the_stored_one():
+    rows = json.loads((ROOT / "docs" / "tpu_plan.json").read_text())["rows"]
+    for row in rows:
+        mesh = "FSDP" if row["mesh"][1] > 1 else "data parallel"
+        total, usable = (f"{row[key] / 2**30:.1f}" for key in ("total_bytes", "hbm_bytes"))
+        fits, tflop = "yes" if row["fits"] else "no", f"{row['model_flops'] / 1e12:.1f}"
+        assert f"| {row['topology']} | {mesh} | {row['kind']} | {tflop} |" in README
+        assert f"| {total} of {usable} | {fits} |" in README
+    assert README.count("| data parallel |") + README.count("| FSDP |") == len(rows)
+
+
+def test_the_comparison_with_pytorch_is_the_stored_one():
+    stored = json.loads((ROOT / "docs" / "against_pytorch.json").read_text())["dit"]
+    for row in stored["steps"]:
+        assert f"| {row['kind']} | {row['r_neq_t']:.2f} | {row['ratio']:.2f} |" in README
+    assert max(stored["differences"].values()) < 1e-5
