@@ -165,7 +165,7 @@ def _keep_programs(workdir: str) -> None:
     """Compiled programs stay in the work directory, so that a run that is started again need not compile them again."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:  # JAX_COMPILATION_CACHE_DIR names another place
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # which names another place
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(workdir).absolute() / "programs"))
 
 
