@@ -164,7 +164,7 @@ def test_one_device_gives_the_bits_of_eight(
     whole: Path, vae: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, used = sharding.make_mesh, []
-    monkeypatch.setattr(sharding, "make_mesh", lambda: used.append(real(jax.devices()[:1])) or used[-1])
+    monkeypatch.setattr(sharding, "make_mesh", lambda: used.append(real(devices=jax.devices()[:1])) or used[-1])
     encode.encode(vae, str(source), tmp_path, **SETTINGS)
     assert {mesh.devices.size for mesh in used} == {1} and real().devices.size == 8
     assert contents(tmp_path) == contents(whole)

@@ -57,7 +57,7 @@ def setting(place):
 
 def on(monkeypatch, devices):
     make = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda d=None: make(jax.devices()[:devices]))
+    monkeypatch.setattr(sharding, "make_mesh", lambda *_: make(devices=jax.devices()[:devices]))
 
 
 def test_a_reference_is_that_of_all_images_and_says_how_it_was_made(place):
