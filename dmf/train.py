@@ -68,7 +68,7 @@ def train(config: Config, workdir: str | Path, began: float | None = None) -> li
 
     began: when the process started, by time.monotonic; now, if it is not given.
     """
-    run = Run(config, Path(workdir), time.monotonic() if began is None else began)
+    run = Run(config, Path(workdir), began)
     try:
         run.loop()
         rows = run.finish()
@@ -83,8 +83,8 @@ def train(config: Config, workdir: str | Path, began: float | None = None) -> li
 class Run:
     """Everything a run holds open, put together once; the loop itself is `loop`."""
 
-    def __init__(self, config: Config, workdir: Path, began: float):
-        self.config, self.workdir, self.start, self.began = config, workdir, 0, began
+    def __init__(self, config: Config, workdir: Path, began: float | None = None):
+        self.config, self.workdir, self.start, self.began = config, workdir, 0, time.monotonic() if began is None else began
         self.stepped_s = self.waited_s = 0.0  # seconds in steps but the first, and those of them spent waiting for batches
         with hosts.together():
             self._prepare()

@@ -53,7 +53,7 @@ def by_hand_network(calls=None):
         u = column(params["E"][label]) * jnp.tanh(inner) + params["g"] * z
         return u * column(rngs) if train else u
 
-    return Network(None, apply, True)
+    return Network(None, apply)
 
 
 def by_hand_params():
@@ -168,7 +168,7 @@ def test_training_comes_to_rest_at_the_effective_scale(float64, omega, kappa, sc
     rows = jax.tree.map(jnp.asarray, rows._replace(v=mean[rows.label]))
     table_of = lambda params, z, r, t, *, label, train, rngs: params[label]  # noqa: E731
     values = {**merged(GUIDED, loss=dict(p=0.0)), "guidance": dict(omega=omega, kappa=kappa)}
-    loss = by_hand_loss("guided_discrete", Network(None, table_of, True), parse(values))
+    loss = by_hand_loss("guided_discrete", Network(None, table_of), parse(values))
     gradient = jax.jit(jax.grad(lambda params: loss(params, rows, RHO)[0]))
     rest = mean[NULL] + scale * (mean - mean[NULL])
     assert float(jnp.abs(gradient(jnp.asarray(rest))).max()) < 1e-14
