@@ -37,6 +37,11 @@ def evaluated(state: TrainState, ema: EMAConfig) -> Params:
     return state.params if index is None else state.ema[index]
 
 
+def switches(before: Stage, curriculum: CurriculumConfig) -> bool:
+    """Whether `switch` changes anything as the stage after `before` starts."""
+    return before.index < 0 or "reset" in (curriculum.switch_optimizer, curriculum.switch_ema)
+
+
 def switch(
     state: TrainState,
     before: Stage,

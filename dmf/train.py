@@ -176,10 +176,9 @@ class Run:
         if n != stage.first or stage is self.stages[0]:
             return now
         before = self.stages[self.stages.index(stage) - 1]
-        rules = self.config.curriculum
-        if before.index >= 0 and "reset" not in (rules.switch_optimizer, rules.switch_ema):
+        if not state.switches(before, self.config.curriculum):
             return now
-        of = dict(before=before, curriculum=rules, ema=self.config.ema, optimizer=self.optimizer)
+        of = dict(before=before, curriculum=self.config.curriculum, ema=self.config.ema, optimizer=self.optimizer)
         switch = partial(state.switch, **of)  # fresh parts are placed as well
         return jax.jit(switch, donate_argnums=0, out_shardings=self.place)(now)
 

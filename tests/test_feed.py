@@ -254,9 +254,12 @@ def test_waiting_is_short_where_making_is_faster_than_using_and_counted_where_it
     assert batches.waited_s > 0.8 * 15 * 0.020 and batches.waited_s <= time.perf_counter() - began
 
 
+# A shell lets what it starts in the background ignore interrupts, and so would this process, its descendant.
 INTERRUPTED = """
+import signal
 import time
 from dmf.data import feed
+signal.signal(signal.SIGINT, signal.default_int_handler)
 feed.PATIENCE_S = 0.5
 def make(n):
     print("making", flush=True)
