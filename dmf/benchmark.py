@@ -127,7 +127,7 @@ def compile_cases(
         return state.create(network.init(jax.random.key(0)), optimizer, config.ema)
 
     place = sharding.placed(mesh, jax.eval_shape(fresh))
-    start = jax.jit(fresh, out_shardings=place)
+    start = jax.jit(fresh, out_shardings=place, compiler_options=sharding.compiler_options(mesh))
     now = start()  # lowered from shapes alone, a step would be compiled once more for the arrays
     batch = sharding.put_rows(mesh, _random_batch(config, shape, num_classes))
     programs = []

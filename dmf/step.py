@@ -88,7 +88,8 @@ def make_train_step(
     with_precision = jax.default_matmul_precision(getattr(config.precision, identity_of(kind)))(train_step)
     whole = sharding.replicated(mesh)
     given, made = (place, sharding.rows(mesh), whole), (place, whole)
-    return jax.jit(with_precision, donate_argnums=0, in_shardings=given, out_shardings=made)
+    options = sharding.compiler_options(mesh)
+    return jax.jit(with_precision, donate_argnums=0, in_shardings=given, out_shardings=made, compiler_options=options)
 
 
 def split_for(kind: str, config: Config, mesh: Mesh) -> RowSplit:

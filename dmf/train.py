@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -134,6 +135,10 @@ class Run:
         params = self.network.init(jax.random.key(self.config.seed))
         return state.create(params, self.optimizer, self.config.ema)
 
+    def _jit(self, make: Callable[..., TrainState], donate_argnums: tuple[int, ...] | int = ()) -> Callable[..., TrainState]:
+        options = sharding.compiler_options(self.mesh)
+        return jax.jit(make, donate_argnums=donate_argnums, out_shardings=self.place, compiler_options=options)
+
     def _batch(self, n: int) -> dict[str, jax.Array]:
         config = self.config
         found = data.batch(self.dataset, config.seed, n, config.batch_size, rows=self.local_rows)
@@ -180,7 +185,7 @@ class Run:
             return now
         of = dict(before=before, curriculum=self.config.curriculum, ema=self.config.ema, optimizer=self.optimizer)
         switch = partial(state.switch, **of)  # fresh parts are placed as well
-        return jax.jit(switch, donate_argnums=0, out_shardings=self.place)(now)
+        return self._jit(switch, donate_argnums=0)(now)
 
     def _announce_first(self, metrics: dict[str, jax.Array]) -> None:
         jax.block_until_ready(metrics)
@@ -219,10 +224,9 @@ class Run:
         if found is None and self.config.init:
             folder, ema, _ = self.init or pretrained.find_init(self.config, self.dataset.image_shape)
             params = checkpoint.read_params(folder, ema, pretrained.abstract_params(self.network, self.mesh))
-            create = jax.jit(lambda p: state.create(p, self.optimizer, self.config.ema), out_shardings=self.place)
-            found = create(params)
+            found = self._jit(lambda p: state.create(p, self.optimizer, self.config.ema))(params)
             self.checkpoints.save(0, found)  # a resumed run starts from these weights, whatever config.init holds by then
-        now = found if found is not None else jax.jit(self._fresh, out_shardings=self.place)()
+        now = found if found is not None else self._jit(self._fresh)()
         self.start = int(now.step)
         self.metrics.resume(int(now.step))
         self.scores.resume(int(now.step))
