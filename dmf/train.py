@@ -20,7 +20,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,40 +28,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dmf import (
-    checkpoint,
-    curriculum,
-    data,
-    evaluate,
-    hosts,
-    networks,
-    optim,
-    pictures,
-    pretrained,
-    scoring,
-    sharding,
-    state,
-    step,
-)
-from dmf.config import Config, RunConfig, check, differences, parse, to_dict
+from dmf import checkpoint, curriculum, data, hosts, networks, optim, pretrained, sharding, state, step
+from dmf.config import Config, RunConfig, check, to_dict
 from dmf.curriculum import Stage
 from dmf.data.feed import Feed
 from dmf.errors import DmfError
 from dmf.logging import JsonLines, Progress, TensorBoard
+from dmf.scoreboard import Boundary, Scoreboard
 from dmf.state import TrainState
-
-ORIGIN, DATA = "origin.json", "data.json"
-
-
-@dataclass(frozen=True)
-class Boundary:
-    """A step at which the model is scored and pictured: the start of a run from `init`, the end of a stage, or in between."""
-
-    step: int
-    name: str
-    kind: str
-    full: bool  # all numbers of sampling steps, not only the first
-    kept: bool = True  # its checkpoint is kept for good
+from dmf.workdir import claim, origin
 
 
 def train(config: Config, workdir: str | Path, began: float | None = None) -> list[dict[str, Any]]:
@@ -92,18 +67,13 @@ class Run:
         hosts.check_shared(workdir)
         shape, about = self.dataset.image_shape, data.identity(self.dataset)
         hosts.same("config, data or jax", json.dumps([to_dict(replace(config, run=RunConfig())), about, jax.__version__]))
-        self.boundaries = {b.step: b for b in _boundaries(self.stages, bool(config.init), config.run.score_every_steps)}
-        kept = [0, *(n for n, b in self.boundaries.items() if b.kept)]
-        metadata = {"config": to_dict(config), "image_shape": list(shape), "source": _origin(workdir), "data": about}
-        self.checkpoints = checkpoint.Checkpoints(workdir, config.run.keep_checkpoints, kept, metadata, self._best_step)
-        writes = hosts.is_first()
-        self.metrics, self.scores = (JsonLines(workdir / f"{name}.jsonl", writes) for name in ("metrics", "scores"))
-        self.tensorboard = TensorBoard(workdir / "tensorboard", config.run.tensorboard and writes)
+        self.metrics = JsonLines(workdir / "metrics.jsonl", hosts.is_first())
+        self.tensorboard = TensorBoard(workdir / "tensorboard", config.run.tensorboard and hosts.is_first())
         with hosts.together():
-            labels = scoring.labels_of_run(config, self.dataset)
-            self.sampler = evaluate.Sampler(self.network, config, shape, labels, self.mesh)
-            self.scorer = scoring.make_scorer(config, self.dataset, self.mesh)
-            self.decode = evaluate.make_decoder(config.run.vae, shape, self.mesh, about)
+            self.scores = Scoreboard(config, workdir, self.stages, self.dataset, self.network, self.mesh, self.tensorboard)
+        kept = [0, *(n for n, b in self.scores.boundaries.items() if b.kept)]
+        metadata = {"config": to_dict(config), "image_shape": list(shape), "source": origin(workdir), "data": about}
+        self.checkpoints = checkpoint.Checkpoints(workdir, config.run.keep_checkpoints, kept, metadata, self.scores.best_step)
 
     def _prepare(self) -> None:
         """Data, stages, networks, mesh and programs, all checked; the work directory claimed. Raises DmfError."""
@@ -129,7 +99,7 @@ class Run:
         fresh = not any((workdir / checkpoint.FOLDER).glob("[0-9]*"))
         self.init = pretrained.find_init(config, shape) if config.init and fresh else None
         if hosts.is_first():
-            _claim(workdir, config, self.init[2] if self.init else None, data.identity(self.dataset), fresh)
+            claim(workdir, config, self.init[2] if self.init else None, data.identity(self.dataset), fresh)
 
     def _fresh(self) -> TrainState:
         params = self.network.init(jax.random.key(self.config.seed))
@@ -144,6 +114,11 @@ class Run:
         found = data.batch(self.dataset, config.seed, n, config.batch_size, rows=self.local_rows)
         return sharding.put_rows(self.mesh, found)
 
+    def _like(self) -> TrainState:
+        """Shapes and places of the state; nothing is allocated."""
+        shapes = jax.eval_shape(self._fresh)
+        return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, self.place)
+
     def loop(self) -> None:
         """Step by step to the end: boundary work, one step dispatched, the metrics of the step before it read."""
         now = self._start()
@@ -153,10 +128,10 @@ class Run:
         pending: tuple[int, Stage, Any] | None = None
         with Feed(self._batch, start, total) as feed:
             for n in range(start, total + 1):
-                if n in self.boundaries:
+                if n in self.scores.boundaries:
                     self._report(pending, progress)
                     pending = None
-                    self._at_boundary(self.boundaries[n], now, progress)
+                    self._at_boundary(self.scores.boundaries[n], now, progress)
                 if n == total:
                     break
                 stage = curriculum.stage_at(self.stages, n)
@@ -171,7 +146,7 @@ class Run:
                     self.stepped_s += time.monotonic() - began
                     self.waited_s += feed.waited_s - waited
                 pending = (n + 1, stage, metrics)
-                if (n + 1) % self.config.run.checkpoint_every_steps == 0 and n + 1 not in self.boundaries:
+                if (n + 1) % self.config.run.checkpoint_every_steps == 0 and n + 1 not in self.scores.boundaries:
                     self._report(pending, progress)  # never save a state whose step has not been checked
                     pending = None
                     self.checkpoints.save(n + 1, now)
@@ -195,15 +170,7 @@ class Run:
         """The closing table and pictures, made from what the run wrote down."""
         if not hosts.is_first():
             return []
-        scores = [row for row in self.scores.read() if "nfe" in row]
-        main = self.scorer[1] if self.scorer else ""
-        shown = [row for row in scores if main in row] if self.scorer else []
-        pictures.curves(self.workdir / "curves.png", self.metrics.read(), shown, self.stages, main)
-        full = [b for b in self.boundaries.values() if b.full]
-        pictures.stack(self.workdir / "samples.png", [self._picture(b) for b in full])
-        print(curriculum.table(self.stages, self.config.curriculum, self.config.times.r_neq_t_fraction))
-        if self.scorer and shown:
-            self._print_scores(shown, self.scorer[0].floor, main)
+        self.scores.show(self.metrics.read(), self.stages)
         if self.stepped_s:
             share = self.waited_s / self.stepped_s
             print(f"input     steps waited {self.waited_s:.2f} s of {self.stepped_s:.1f} s for batches ({share:.2%})")
@@ -211,16 +178,14 @@ class Run:
             f"samples   {self.workdir / 'samples.png'}\ncurves    {self.workdir / 'curves.png'}\n"
             f"weights   {self.workdir / checkpoint.FOLDER / str(self.stages[-1].last)}"
         )
-        return self.scores.read()
+        return self.scores.rows()
 
     def close(self) -> None:
         self.checkpoints.close()
         self.tensorboard.close()
 
     def _start(self) -> TrainState:
-        shapes = jax.eval_shape(self._fresh)
-        like = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, self.place)
-        found = self.checkpoints.restore_latest(like)  # nothing is allocated yet: two states may be one too many
+        found = self.checkpoints.restore_latest(self._like())  # two states may be one too many
         if found is None and self.config.init:
             folder, ema, _ = self.init or pretrained.find_init(self.config, self.dataset.image_shape)
             params = checkpoint.read_params(folder, ema, pretrained.abstract_params(self.network, self.mesh))
@@ -228,9 +193,8 @@ class Run:
             self.checkpoints.save(0, found)  # a resumed run starts from these weights, whatever config.init holds by then
         now = found if found is not None else self._jit(self._fresh)()
         self.start = int(now.step)
-        self.metrics.resume(int(now.step))
-        self.scores.resume(int(now.step))
-        self._note_best()
+        self.metrics.resume(self.start)
+        self.scores.resume(self.start)
         return now
 
     def _announce(self, now: TrainState) -> None:
@@ -282,116 +246,7 @@ class Run:
         """Keeps the state, then pictures and scores it; a part that an earlier run has done is not done again."""
         if boundary.step > self.start:  # the state a run starts from is on disk already
             self.checkpoints.save(boundary.step, now)
-        nfes = self.config.run.score_steps if boundary.full else self.config.run.score_steps[:1]
-        done = int(hosts.first_says(str(sum(row["step"] == boundary.step for row in self.scores.read()))))
-        if done == (len(nfes) if self.scorer else 1):
-            return
-        self.scores.resume(boundary.step - 1)  # a kill may have left a part of the rows
-        progress.pause()
-        params = state.evaluated(now, self.config.ema)
-        side = self.config.run.sample_rows
-        draw = {f"{boundary.name}: {n} step{'s' * (n > 1)}": self.sampler(params, side * side, n) for n in nfes}
-        grids = {name: self.decode(x) for name, x in draw.items()}
-        if hosts.is_first():
-            pictures.panels(self._picture(boundary), grids, side)
-        rows: list[dict[str, Any]] = [{}]
-        if self.scorer:
-            rows = evaluate.score(self.sampler, self.scorer[0], params, self.config.run.score_samples, nfes)
-            print(f"after {boundary.name} ({boundary.kind}), step {boundary.step}")
-            print(evaluate.format_scores(rows, self.scorer[0].floor), flush=True)
-        by = {"scored_by": self._scored_by()} if self._scored_by() else {}
-        for row in rows:
-            self.scores.write({"step": boundary.step, "stage": boundary.name, "kind": boundary.kind, **by, **row})
-            self.tensorboard.write(boundary.step, {f"score/{row['nfe']}_steps/{k}": v for k, v in row.items() if k != "nfe"})
-        self._note_best()
-        progress.restart(boundary.step)
-
-    def _best(self) -> dict[str, Any] | None:
-        """The row with the lowest main score at the first of the numbers of sampling steps, the earliest of equals."""
-        main, nfe = self.scorer[1] if self.scorer else "", self.config.run.score_steps[0]
-        rows = [row for row in self.scores.read() if row.get("nfe") == nfe and main in row]
-        rows = [row for row in rows if row.get("scored_by", "") == self._scored_by()]  # settings may change on resume
-        rows = [row for row in rows if (self.checkpoints.directory / str(row["step"]) / checkpoint.MANIFEST).is_file()]
-        return min(rows, key=lambda row: row[main], default=None)
-
-    def _scored_by(self) -> str:
-        return getattr(self.scorer[0], "scored_by", "") if self.scorer else ""
-
-    def _best_step(self) -> int | None:
-        best = self._best()
-        return best["step"] if best else None
-
-    def _note_best(self) -> None:
-        """Writes best.json, for whoever looks for that checkpoint."""
-        if not hosts.is_first():
-            return
-        best = self._best()
-        if best is None:
-            (self.workdir / checkpoint.BEST).unlink(missing_ok=True)
-        else:
-            partial = self.workdir / f"{checkpoint.BEST}.tmp"
-            partial.write_text(json.dumps(best) + "\n")
-            partial.replace(self.workdir / checkpoint.BEST)
-
-    def _picture(self, boundary: Boundary) -> Path:
-        return self.workdir / "samples" / f"{boundary.step:08}_{boundary.name.replace(' ', '_')}.png"
-
-    def _print_scores(self, scores: list[dict[str, Any]], floor: dict[str, float], main: str) -> None:
-        first = self.config.run.score_steps[0]
-        print(
-            f"\n{main} by stage, {first} step(s), {scores[0]['n_samples']:.0f} samples; lower is better"
-            + (f"; two halves of the real data: {floor[main]:.3f}" if main in floor else "")
-        )
-        for row in scores:
-            if row["nfe"] == first:
-                print(f"  {row['stage']:<10}{row['kind']:<16}step {row['step']:<8}{row[main]:.3f}")
-        for b in self.boundaries.values():
-            rows = [r for r in scores if r["step"] == b.step]
-            if b.full and rows:
-                print(f"\n{b.name}\n{evaluate.format_scores(rows, floor)}")
-
-
-def _boundaries(stages: tuple[Stage, ...], from_init: bool, every: int) -> list[Boundary]:
-    start = [Boundary(0, "init", "given", True)] if from_init else []
-    between = range(every, stages[-1].last, every) if every else ()
-    within = [(n, curriculum.stage_at(stages, n - 1)) for n in between]
-    inner = [Boundary(n, s.name, s.kind, False, False) for n, s in within if n != s.last]
-    return start + inner + [Boundary(s.last, s.name, s.kind, s.index < 0 or s is stages[-1]) for s in stages]
-
-
-def _origin(workdir: Path) -> dict[str, Any] | None:
-    """What was written beside the weights the run started from, where they were converted."""
-    path = workdir / ORIGIN
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def _claim(workdir: Path, config: Config, origin: dict[str, Any] | None, about: dict[str, Any], fresh: bool) -> None:
-    """Makes the work directory and ties it to config and data; one that holds another run's checkpoints is refused."""
-    path, mine = workdir / "config.json", to_dict(config)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if fresh:
-            (workdir / ORIGIN).unlink(missing_ok=True)
-            for file, values in ((workdir / ORIGIN, origin), (workdir / DATA, about), (path, mine)):
-                if values is not None:
-                    partial = file.with_suffix(".tmp")
-                    partial.write_text(json.dumps(values, indent=2) + "\n")
-                    partial.replace(file)
-        theirs = to_dict(
-            parse(checkpoint.without_kernel(json.loads(path.read_text())))
-        )  # fields that came later have their defaults
-        seen = json.loads((workdir / DATA).read_text()) if (workdir / DATA).is_file() else about
-    except OSError as error:
-        raise DmfError(f"--workdir={workdir} cannot be written: {error.strerror}; expected a writable directory") from error
-    except ValueError as error:
-        raise DmfError(f"{path} is not the JSON of a config: {error}; expected what dmf wrote there") from error
-    # Logging may change, and data and the flow model may have moved; a resumed run reads the latter no more.
-    # How the step is computed changes its values by rounding alone, and the devices may be others.
-    computed = ("config.mesh.", "config.attention.", "config.remat:", "config.scan_blocks:")
-    free = ("config.run.", "config.data.data_dir:", "config.init:", *computed)
-    changed = [d for d in differences(theirs, mine) if not d.startswith(free)] + differences(seen, about, "data")
-    if changed:
-        raise DmfError(
-            f"--workdir={workdir} holds a run with another config: {'; '.join(changed)}; expected the same config, or "
-            "another directory"
-        )
+        if not self.scores.is_done(boundary):
+            progress.pause()
+            self.scores.add(boundary, state.evaluated(now, self.config.ema))
+            progress.restart(boundary.step)
