@@ -89,6 +89,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "run.score_samples": (0, INF),
     "run.score_steps": (1, INF),
     "run.score_every_steps": (0, INF),
+    "run.watch_every_steps": (0, INF),
+    "run.watch_rows": (8, INF),
 }
 NOT_EMPTY = ("ema.halflife_images", "run.score_steps")
 
@@ -137,6 +139,8 @@ class RunConfig:
     reference: str = ""  # the protocol's reference statistics
     vae: str = ""  # converted autoencoder that makes images of latents, for scores and pictures
     sampler: str = "few_step"  # few_step | euler | heun
+    watch_every_steps: int = 0  # probe the weights (`dmf.watch`) every so many steps and at the end of a stage; 0 = never
+    watch_rows: int = 64  # held-out images of a probe
     tensorboard: bool = True  # write event files where tensorflow and tensorboard are installed
 
 

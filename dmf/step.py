@@ -119,16 +119,7 @@ def stage_loss(
     params: Any, rows: Rows, rho: Array, *, kind: str, network: Network, config: Config, split: RowSplit
 ) -> tuple[Array, Metrics]:
     """Mean weighted loss of the rows under the kind's identity, and what is logged of it."""
-    if kind == "flow":
-        params = freeze_interval(params)
-
-    def net(params: Any, rows: Rows, train: bool = True) -> Array:
-        return network.apply(params, rows.z, rows.r, rows.t, label=rows.label, train=train, rngs=rows.keys)
-
-    if kind in GUIDED:
-        v_g = guided_velocity(partial(net, train=False), params, rows, config.num_classes, config.guidance)
-        rows = rows._replace(v=v_g)
-    found = objectives.OBJECTIVES[identity_of(kind)](net, params, rows, split, rho, config.curriculum.interval, config.loss)
+    _, found = stage_residuals(params, rows, rho, kind=kind, network=network, config=config, split=split)
     total, metrics = jnp.zeros(()), {} if found.change is None else {"change": found.change}
     for name, e in (("border", found.border), ("pairs", found.pairs)):
         if e is None:
@@ -137,6 +128,23 @@ def stage_loss(
         total += jnp.sum(loss) / split.batch
         metrics[f"squares_{name}"] = jnp.mean(squares)
     return total, metrics | {"loss": total}
+
+
+def stage_residuals(
+    params: Any, rows: Rows, rho: Array, *, kind: str, network: Network, config: Config, split: RowSplit, train: bool = True
+) -> tuple[Rows, objectives.Residuals]:
+    """(the rows with the velocity that the stage enforces, their residuals). train: with dropout."""
+    if kind == "flow":
+        params = freeze_interval(params)
+
+    def net(params: Any, rows: Rows, train: bool = train) -> Array:
+        return network.apply(params, rows.z, rows.r, rows.t, label=rows.label, train=train, rngs=rows.keys)
+
+    if kind in GUIDED:
+        v_g = guided_velocity(partial(net, train=False), params, rows, config.num_classes, config.guidance)
+        rows = rows._replace(v=v_g)
+    enforce = objectives.OBJECTIVES[identity_of(kind)]
+    return rows, enforce(net, params, rows, split, rho, config.curriculum.interval, config.loss)
 
 
 def freeze_interval(params: Any) -> Any:

@@ -7,6 +7,7 @@
     workdir/data.json         what identifies the data; a later command with other data is refused
     workdir/programs/         compiled programs, kept by main.py for the next start
     workdir/metrics.jsonl     logged steps;  workdir/scores.jsonl  scores at the stage boundaries
+    workdir/watch.jsonl       probes of the weights (`dmf.watch`)
     workdir/samples/*.png     a grid per stage boundary;  samples.png, curves.png  at the end
 
 Running the same command again resumes from the newest checkpoint and ends in the same bits: data and randomness are
@@ -36,6 +37,7 @@ from dmf.errors import DmfError
 from dmf.logging import JsonLines, Progress, TensorBoard
 from dmf.scoreboard import Boundary, Scoreboard
 from dmf.state import TrainState
+from dmf.watch import Watch
 from dmf.workdir import claim, origin
 
 
@@ -67,10 +69,11 @@ class Run:
         hosts.check_shared(workdir)
         shape, about = self.dataset.image_shape, data.identity(self.dataset)
         hosts.same("config, data or jax", json.dumps([to_dict(replace(config, run=RunConfig())), about, jax.__version__]))
-        self.metrics = JsonLines(workdir / "metrics.jsonl", hosts.is_first())
+        self.metrics, self.watched = (JsonLines(workdir / f"{name}.jsonl", hosts.is_first()) for name in ("metrics", "watch"))
         self.tensorboard = TensorBoard(workdir / "tensorboard", config.run.tensorboard and hosts.is_first())
         with hosts.together():
             self.scores = Scoreboard(config, workdir, self.stages, self.dataset, self.network, self.mesh, self.tensorboard)
+            self.watch = self._make_watch() if config.run.watch_every_steps else None
         kept = [0, *(n for n, b in self.scores.boundaries.items() if b.kept)]
         metadata = {"config": to_dict(config), "image_shape": list(shape), "source": origin(workdir), "data": about}
         self.checkpoints = checkpoint.Checkpoints(workdir, config.run.keep_checkpoints, kept, metadata, self.scores.best_step)
@@ -146,10 +149,28 @@ class Run:
                     self.stepped_s += time.monotonic() - began
                     self.waited_s += feed.waited_s - waited
                 pending = (n + 1, stage, metrics)
+                if self.watch and ((n + 1) % self.config.run.watch_every_steps == 0 or n + 1 == stage.last):
+                    self._report(pending, progress)
+                    pending = None
+                    self._probe(self.watch, n + 1, stage, now, progress)
                 if (n + 1) % self.config.run.checkpoint_every_steps == 0 and n + 1 not in self.scores.boundaries:
                     self._report(pending, progress)  # never save a state whose step has not been checked
                     pending = None
                     self.checkpoints.save(n + 1, now)
+
+    def _make_watch(self) -> Watch:
+        """The probe, of held-out images, or where there are none of the training images."""
+        try:
+            images, self.watched_on = data.load(self.config.data, "heldout"), "held-out"
+        except DmfError:
+            images, self.watched_on = self.dataset, "training"
+        return Watch(self.config, images, self.mesh, self.place.params)
+
+    def _probe(self, watch: Watch, n: int, stage: Stage, now: TrainState, progress: Progress) -> None:
+        values = watch(stage.kind, now.params, stage.rho)
+        self.watched.write({"step": n, "stage": stage.index, "kind": stage.kind, "rho": stage.rho, **values})
+        self.tensorboard.write(n, {f"watch/{name}": value for name, value in values.items()})
+        progress.restart(n)
 
     def _switched(self, now: TrainState, n: int, stage: Stage) -> TrainState:
         """The state as step n starts: changed by `state.switch` where a stage begins."""
@@ -194,6 +215,7 @@ class Run:
         now = found if found is not None else self._jit(self._fresh)()
         self.start = int(now.step)
         self.metrics.resume(self.start)
+        self.watched.resume(self.start)
         self.scores.resume(self.start)
         return now
 
@@ -209,6 +231,9 @@ class Run:
             parts = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items())
             print(f"mesh      {parts}, {jax.process_count()} process(es), {held / 1e6:,.1f} MB of state on each device")
         print(curriculum.table(self.stages, self.config.curriculum, self.config.times.r_neq_t_fraction))
+        if self.watch:
+            rows, every = self.config.run.watch_rows, self.config.run.watch_every_steps
+            print(f"watch     {rows} {self.watched_on} images every {every} steps, to {self.watched.path}")
         origin = f"step {self.start} of {self.stages[-1].last}, resuming" if self.start else self.config.init
         print(f"start     {origin or 'fresh weights (config.init names no flow model)'}", flush=True)
 

@@ -1,0 +1,169 @@
+"""What a run watches of itself: a probe of the weights on the same held-out images, noise and times, every so many steps.
+
+Nothing here changes a weight. Two sets of rows are drawn once per run: `even` ones, whose interval t - r is spread evenly over
+`EDGES`, and `law` ones, with the times and the share of r < t of training. At a probe, without dropout or dropped labels:
+
+    residual_border     mean e^2 per pixel of rows with r = t: flow matching on images that were not trained on
+    residual_0 ..       the same of r < t rows by their interval; e in its "unit" scale, so that stages can be compared
+    change              mean |u - u'| / |u| (of a jvp stage |(t - r) du/dt| / |u|); change_ulps: by the compute dtype's epsilon
+    alpha_0 ..          the interval that the two-time ADCM rule would take, by interval
+    consistency         how far one jump over (r, t) and two over its halves end apart, by the length of the first
+    gradient_ratio      norm of the loss's gradient of the r < t rows by that of the r = t rows; gradient_cosine between both
+
+The velocity of a single row is noisy, and residuals with it: they are compared with themselves only. Consistency has no v.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dmf import data, flow, networks, objectives, optim, sharding, step
+from dmf.config import Config
+from dmf.curriculum import identity_of
+from dmf.flow import Rows, RowSplit, expand
+
+Array = jax.Array
+EDGES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the intervals t - r that are told apart
+ADCM_LAMBDA = 0.01  # arXiv 2510.17266
+KEY = 2**31 - 2  # no training step has this number, nor do samples
+
+
+def jump_error(net: Callable[[Rows], Array], rows: Rows) -> Array:
+    """|(t - r) u - (t - s) u_1 - (s - r) u_2| / |(t - r) u| of each row, s = (r + t) / 2; 0 for every true average velocity.
+
+    u_1 = u(z, s, t), u_2 = u(z - (t - s) u_1, r, s): the additivity of SplitMeanFlow, arXiv 2507.16884, along the network's own
+    path, so that no velocity of a row comes in. rows: r < t. Returns (B,).
+    """
+    s = (rows.r + rows.t) / 2
+    half = expand(rows.t - s, rows.z)
+    first = half * net(rows._replace(r=s))
+    second = half * net(rows._replace(z=rows.z - first, t=s))
+    whole = 2 * half * net(rows)
+    return _norms(whole - first - second) / jnp.maximum(_norms(whole), objectives.TINY)
+
+
+def adaptive_interval(e: Array, miss: Array) -> Array:
+    """lambda / (1 + lambda) E<e, u - v> / E|e|^2, in [0, 1]: the d that ADCM's rule takes, carried to two times.
+
+    At r = 0 it is the rule of arXiv 2510.17266: the least sum of the change u - u' and lambda times the distance to the data,
+    to first order in d. e: unit residuals; miss: u - v; both (B, ...).
+    """
+    found = jnp.sum(e * miss) / jnp.maximum(jnp.sum(jnp.square(e)), objectives.TINY)
+    return jnp.clip(ADCM_LAMBDA / (1 + ADCM_LAMBDA) * found, 0, 1)
+
+
+class Watch:
+    """The probe of a run. Its programs are compiled at their first use, one per kind of stage."""
+
+    def __init__(self, config: Config, dataset: data.Dataset | data.Latents, mesh: Mesh, place: Any):
+        """dataset: held-out images. place: where the parameters live, from `sharding.placed`."""
+        self._config, self._mesh, self._place = config, mesh, place
+        self._shape = dataset.image_shape
+        per_device = max(-(-config.run.watch_rows // mesh.devices.size), 2)  # one row of either kind at least
+        count = per_device * mesh.devices.size
+        mine = data.batch(dataset, config.seed, 0, count, rows=sharding.local_rows(mesh, count))
+        batch = sharding.put_rows(mesh, mine)
+        share = config.times.r_neq_t_fraction if 0 < config.times.r_neq_t_fraction < 1 else 0.5
+        pairs = min(max(round(share * per_device), 1), per_device - 1)
+        self._split = RowSplit(count, per_device, pairs)
+        draw = jax.jit(partial(_draw, config=config, split=self._split), out_shardings=sharding.rows(mesh))
+        self._even, self._law = draw(batch)
+        self._programs: dict[str, Callable[..., Any]] = {}
+
+    def __call__(self, kind: str, params: Any, rho: float) -> dict[str, float]:
+        """The probe's numbers for the stage of this kind and interval. params: the weights that are trained."""
+        if kind not in self._programs:
+            self._programs[kind] = self._compile(kind)
+        found = self._programs[kind](params, self._even, self._law, np.float32(rho))
+        return {name: float(value) for name, value in jax.device_get(found).items()}
+
+    def _compile(self, kind: str) -> Callable[..., Any]:
+        config, mesh = self._config, self._mesh
+        network = step.network_for(kind, config, self._shape, mesh)
+        probe = jax.default_matmul_precision(getattr(config.precision, identity_of(kind)))(
+            partial(_probe, kind=kind, network=network, config=config, split=self._split, mesh=mesh)
+        )
+        rows, whole = sharding.rows(mesh), sharding.replicated(mesh)
+        given, options = (self._place, rows, rows, whole), sharding.compiler_options(mesh)
+        return jax.jit(probe, in_shardings=given, out_shardings=whole, compiler_options=options)
+
+
+def _draw(batch: dict[str, Array], *, config: Config, split: RowSplit) -> tuple[Rows, Rows]:
+    """(even rows, law rows): the same images and noise at intervals that fill EDGES evenly, and at the times of training."""
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), KEY), 4)
+    x, label = batch["x"], batch["label"] if config.num_classes else None
+    e = jax.random.normal(keys[0], x.shape)
+    shares = (jnp.arange(split.batch) + jax.random.uniform(keys[1], (split.batch,))) / split.batch
+    t_even = shares + (1 - shares) * jax.random.uniform(keys[2], (split.batch,))
+    times = ((jnp.maximum(t_even - shares, 0), t_even), flow.draw_times(keys[3], config.times, split))
+    drawn = [(r, t, *flow.interpolate(x, e, t)) for r, t in times]
+    even, law = (Rows(z, r, t, v, label) for r, t, z, v in drawn)
+    return even, law
+
+
+def _probe(
+    params: Any,
+    even: Rows,
+    law: Rows,
+    rho: Array,
+    *,
+    kind: str,
+    network: networks.Network,
+    config: Config,
+    split: RowSplit,
+    mesh: Mesh,
+) -> dict[str, Array]:
+    whole = RowSplit(split.batch, split.group, split.group)
+    unit = replace(config, loss=replace(config.loss, residual_scale="unit"))
+
+    def net(rows: Rows) -> Array:
+        return network.apply(params, rows.z, rows.r, rows.t, label=rows.label)
+
+    rows, found = step.stage_residuals(params, even, rho, kind=kind, network=network, config=unit, split=whole, train=False)
+    miss = net(rows) - rows.v
+    border = rows._replace(r=rows.t)
+    out = {"residual_border": jnp.mean(jnp.square(net(border) - border.v)), "consistency": jnp.mean(jump_error(net, even))}
+    if found.change is not None:
+        out["change"] = found.change
+        if identity_of(kind) == "discrete":
+            out["change_ulps"] = found.change / float(jnp.finfo(config.compute_dtype).eps)
+    e = jnp.asarray(found.pairs)
+    for i, part in enumerate(_by_interval(split.batch)):
+        out[f"residual_{i}"] = jnp.mean(jnp.square(e[part]))
+        out[f"alpha_{i}"] = adaptive_interval(e[part], miss[part])
+    return out | _gradients(params, law, rho, kind=kind, network=network, config=config, split=split, mesh=mesh)
+
+
+def _gradients(params: Any, law: Rows, rho: Array, *, mesh: Mesh, **how: Any) -> dict[str, Array]:
+    """Norm ratio and cosine of the loss's gradients of both kinds of rows, each the mean of its kind."""
+
+    def loss(params: Any, law: Rows, rho: Array, part: str) -> tuple[Array, None]:
+        _, found = step.stage_residuals(params, law, rho, train=False, **how)
+        config = how["config"].loss
+        return jnp.mean(objectives.weighted_loss(getattr(found, part), config.p, config.eps)[0]), None
+
+    border, pairs = (sharding.gradient(mesh, partial(loss, part=part))(params, law, rho)[0] for part in ("border", "pairs"))
+    norms = [optim.global_norm(g)[0] for g in (border, pairs)]
+    inner = jax.tree.reduce(jnp.add, jax.tree.map(jnp.vdot, border, pairs))
+    floor = objectives.TINY
+    return {
+        "gradient_ratio": norms[1] / jnp.maximum(norms[0], floor),
+        "gradient_cosine": inner / jnp.maximum(norms[0] * norms[1], floor),
+    }
+
+
+def _by_interval(count: int) -> list[slice]:
+    """The even rows of each interval between two EDGES: they are drawn in its order."""
+    return [slice(round(a * count), round(b * count)) for a, b in zip(EDGES, EDGES[1:], strict=False)]
+
+
+def _norms(x: Array) -> Array:
+    return jnp.sqrt(jnp.sum(jnp.square(x), tuple(range(1, x.ndim))))

@@ -1,0 +1,115 @@
+"""The probe: closed-form numbers, the gradients it says it compares, and a run that it leaves as it was."""
+
+import json
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmf import data, objectives, sharding, step, watch
+from dmf.config import parse
+from dmf.flow import Rows
+from dmf.train import train
+from tests.tiny import TINY, Setup, merged
+
+A = 0.7  # of the field dz/dt = A z, whose average velocity is known
+
+
+def rows_at(r, t):
+    z = jax.random.normal(jax.random.key(3), (len(t), 4, 4, 1), jnp.float64)
+    return Rows(z, jnp.asarray(r, jnp.float64), jnp.asarray(t, jnp.float64), 0 * z)
+
+
+def expanded(x):
+    return x[:, None, None, None]
+
+
+def test_two_halves_of_a_true_average_velocity_end_where_the_whole_does():
+    with jax.enable_x64(True):
+        rows = rows_at([0.0, 0.2, 0.5, 0.9], [1.0, 0.6, 0.51, 1.0])
+
+        def true(rows):
+            length = expanded(rows.t - rows.r)
+            return rows.z * (1 - jnp.exp(-A * length)) / length
+
+        assert float(watch.jump_error(true, rows).max()) < 1e-14
+        # The velocity itself in place of the average: (1 - A L) against (1 - A L / 2)^2, by A L.
+        found = watch.jump_error(lambda rows: A * rows.z, rows)
+        np.testing.assert_allclose(found, A * (rows.t - rows.r) / 4, rtol=1e-12)
+
+
+def test_the_adaptive_interval_is_adcms_where_r_is_0():
+    """ADCM with f = z - t u of a data point x: df/dt = v - e', f - x = t (v - u), hence E<w, f - x> / E|w|^2 by t."""
+    with jax.enable_x64(True):
+        u, v, du = (jax.random.normal(jax.random.key(i), (6, 5), jnp.float64) for i in range(3))
+        t, lam = 0.8, watch.ADCM_LAMBDA
+        e = u + t * du - v  # the unit residual; w = d(z - t u)/dt = v - u - t du = -e
+        f_minus_x = t * (v - u)
+        steps = lam / (1 + lam) * jnp.sum(-e * f_minus_x) / jnp.sum(e * e)
+        assert float(watch.adaptive_interval(e, u - v)) == pytest.approx(float(steps) / t, rel=1e-12)
+    assert float(watch.adaptive_interval(jnp.ones(3), -jnp.ones(3))) == 0.0
+
+
+def made(devices=1, **changes):
+    setup = Setup(merged(TINY, run=dict(TINY["run"], watch_rows=16), **changes), devices=devices)
+    now = setup.state()
+    place = sharding.placed(setup.mesh, now).params
+    return setup, now, watch.Watch(setup.config, data.load(setup.config.data, "heldout"), setup.mesh, place)
+
+
+@pytest.mark.parametrize("kind", ["trajectory", "discrete", "jvp"])
+def test_one_device_and_eight_see_the_same(kind):
+    found = []
+    for devices, mesh in ((1, {}), (8, dict(fsdp=8))):
+        _, now, probe = made(devices, mesh=mesh)
+        found.append(probe(kind, now.params, 0.25))
+    assert found[0].keys() == found[1].keys() and ("change_ulps" in found[0]) == (kind == "discrete")
+    # The pairs of the law rows are laid out by device; all else is the same rows in the same order.
+    for name in set(found[0]) - {"gradient_ratio", "gradient_cosine"}:
+        assert found[0][name] == pytest.approx(found[1][name], rel=2e-4, abs=1e-6), name
+
+
+def test_gradients_are_those_of_the_two_kinds_of_rows():
+    setup, now, probe = made()
+    found = probe("discrete", now.params, 0.25)
+    law, split = probe._law, probe._split
+
+    def loss(params, part):
+        how = dict(kind="discrete", network=setup.network, config=setup.config, split=split, train=False)
+        _, residuals = step.stage_residuals(params, law, jnp.float32(0.25), **how)
+        return objectives.weighted_loss(getattr(residuals, part), 0.5, 1e-3)[0].mean()
+
+    border, pairs = (jax.flatten_util.ravel_pytree(jax.grad(loss)(now.params, part))[0] for part in ("border", "pairs"))
+    assert found["gradient_ratio"] == pytest.approx(float(jnp.linalg.norm(pairs) / jnp.linalg.norm(border)), rel=1e-4)
+    cosine = border @ pairs / jnp.linalg.norm(pairs) / jnp.linalg.norm(border)
+    assert found["gradient_cosine"] == pytest.approx(float(cosine), rel=1e-4, abs=1e-5)
+    assert split.n_pairs == 12 and split.n_border == 4
+
+
+def test_the_finer_the_interval_the_fewer_ulps_are_left_and_half_precision_leaves_fewer():
+    _, now, probe = made()
+    ulps = [probe("discrete", now.params, 2.0**-i)["change_ulps"] for i in (1, 5, 9)]
+    assert ulps[0] > 8 * ulps[1] > 64 * ulps[2]
+    _, now, half = made(compute_dtype="bfloat16")
+    assert half("discrete", now.params, 2.0**-9)["change_ulps"] < 1
+
+
+def test_intervals_are_spread_evenly_and_times_are_valid():
+    _, _, probe = made()
+    even = probe._even
+    assert (np.histogram(even.t - even.r, watch.EDGES)[0] == 4).all()
+    assert (even.r >= 0).all() and (even.t <= 1).all()
+
+
+def test_a_run_ends_in_the_same_weights_with_a_probe_and_without(tmp_path):
+    values = merged(TINY, run=dict(TINY["run"], watch_every_steps=3, watch_rows=8))
+    train(parse(values), tmp_path / "with")
+    train(parse(merged(TINY, run=dict(TINY["run"], watch_every_steps=0))), tmp_path / "without")
+    rows = [json.loads(line) for line in (tmp_path / "with" / "watch.jsonl").read_text().splitlines()]
+    ends = {4, 6, 8, 10, 12}  # of pretraining and of four stages; besides them, every third step
+    assert [row["step"] for row in rows] == sorted(ends | {3, 6, 9, 12})
+    assert [row["kind"] for row in rows][-3:] == ["discrete", "discrete", "jvp"]
+    logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("with", "without")]
+    assert logs[0] == logs[1] and not (tmp_path / "without" / "watch.jsonl").exists()
