@@ -16,7 +16,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,21 +36,21 @@ BEST = "best.json"  # in a work directory: the step of the best score so far
 log = logging.getLogger(__name__)
 
 
-class _Best:
-    """Orbax's interface of a policy: keeps the step that `best` names at the moment."""
+class _Kept:
+    """Orbax's interface of a policy: keeps the steps that `kept` names at the moment."""
 
-    def __init__(self, best: Callable[[], str]):
-        self._best = best
+    def __init__(self, kept: Callable[[], Collection[int]]):
+        self._kept = kept
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        best = self._best()
-        return [str(found.step) == best for found in checkpoints]
+        kept = self._kept()
+        return [found.step in kept for found in checkpoints]
 
 
 class Checkpoints:
-    """The checkpoints of one run: stage boundaries are kept for good, and besides the newest few and the best.
+    """The checkpoints of one run: stage boundaries are kept for good, and besides the newest few good ones.
 
-    best: gives the step of the best score so far, or None.
+    besides: gives further steps that are worth keeping at the moment, such as that of the best score so far.
     """
 
     def __init__(
@@ -59,23 +59,23 @@ class Checkpoints:
         keep: int,
         boundaries: Sequence[int],
         metadata: dict[str, Any],
-        best: Callable[[], int | None] = lambda: None,
+        besides: Callable[[], Collection[int]] = tuple,
     ):
         self.directory = workdir / FOLDER
-        self._metadata, self._best, self._best_now = metadata, best, ""
-        policies = ocp.training.preservation_policies
+        self._metadata, self._besides, self._keep, self._boundaries = metadata, besides, keep, frozenset(boundaries)
+        self._kept: frozenset[int] = frozenset()
+        self._damaged: set[int] = set()
         self._checkpointer = ocp.training.Checkpointer(
             self.directory.absolute(),
-            preservation_policy=policies.AnyPreservationPolicy(
-                [policies.LatestN(keep), policies.CustomSteps(boundaries), _Best(lambda: self._best_now)]
-            ),
+            preservation_policy=_Kept(lambda: self._kept),
             cleanup_tmp_directories=True,
+            lightweight_initialize=True,  # reads no step's own files, which may be damaged
         )
 
     def save(self, step: int, state: TrainState) -> None:
         """Writes the state after `step` steps and returns when it is safe on disk."""
         items = {name: getattr(state, name) for name in ITEMS}
-        self._best_now = hosts.first_says(str(self._best()))
+        self._kept = self._boundaries | set(json.loads(hosts.first_says(json.dumps(self._worth_keeping(step)))))
         try:
             self._checkpointer.save_checkpointables(step, items, force=True, overwrite=True, custom_metadata=self._metadata)
             with hosts.together():
@@ -105,6 +105,7 @@ class Checkpoints:
                     return TrainState(**_load(folder, target))
             except DmfError as error:
                 log.warning("%s; it is skipped", error)
+                self._damaged.add(step)
         if steps:
             raise DmfError(
                 f"{self.directory}: none of the checkpoints of steps {steps} can be read; expected at least one intact "
@@ -116,13 +117,29 @@ class Checkpoints:
         """Steps whose save was completed, the newest first."""
         if not hosts.is_first():
             return []
-        found = sorted((c.step for c in self._checkpointer.checkpoints), reverse=True)
-        steps = [step for step in found if (self.directory / str(step) / MANIFEST).exists()]
-        for step in sorted(set(found) - set(steps)):
+        found = self._with_manifest()
+        for step in sorted(set(self._folders()) - set(found)):
             log.warning(
                 "checkpoint %s: no %s, so its save was not completed; it is skipped", self.directory / str(step), MANIFEST
             )
-        return steps
+        return found
+
+    def _folders(self) -> list[int]:
+        return sorted((int(p.name) for p in self.directory.glob("[0-9]*") if p.name.isdecimal()), reverse=True)
+
+    def _with_manifest(self) -> list[int]:
+        return [step for step in self._folders() if (self.directory / str(step) / MANIFEST).exists()]
+
+    def _worth_keeping(self, step: int) -> list[int]:
+        """Besides the boundaries: `step`, which is about to be saved, the newest good ones, and what the run asks for.
+
+        One that is damaged or has no manifest does not count: with only such ones left, a kill before the manifest of `step`
+        would leave nothing.
+        """
+        if not hosts.is_first():
+            return []
+        good = [n for n in self._with_manifest() if n not in self._damaged | {step}]
+        return [step, *good[: self._keep - 1], *self._besides()]
 
     def close(self) -> None:
         self._checkpointer.close()
@@ -131,25 +148,32 @@ class Checkpoints:
 def write_manifest(folder: Path) -> None:
     """Completes a step folder: relative path, size and SHA-256 of every file, written whole or not at all."""
     partial = folder / f"{MANIFEST}.tmp"
-    partial.write_text(json.dumps(_contents(folder), indent=1) + "\n")
+    partial.write_text(_as_text(_contents(folder)))
     partial.replace(folder / MANIFEST)
 
 
 def verify(folder: Path) -> None:
-    """Raises DmfError naming the first file of a step folder that is missing, cut short or altered."""
+    """Raises DmfError naming the first file of a step folder that is missing, cut short or altered, the manifest included."""
     try:
-        expected = json.loads((folder / MANIFEST).read_text())
+        text = (folder / MANIFEST).read_text()
+        expected = json.loads(text)
     except (OSError, ValueError) as error:
         raise DmfError(f"checkpoint {folder}: no readable {MANIFEST}; expected a folder that was saved to its end") from error
+    if not isinstance(expected, dict) or not expected or text != _as_text(expected):  # it holds no checksum of itself
+        raise DmfError(f"checkpoint {folder}: {MANIFEST} is altered; expected it as dmf has written it")
     found = _contents(folder)
-    for name, (size, digest) in expected.items():
+    for name, listed in expected.items():
         if name not in found:
-            raise DmfError(f"checkpoint {folder}: file {name} is missing; expected {size} bytes")
-        if found[name] != [size, digest]:
+            raise DmfError(f"checkpoint {folder}: file {name} is missing; expected it with size and SHA-256 {listed}")
+        if found[name] != listed:
             raise DmfError(
-                f"checkpoint {folder}: file {name} has {found[name][0]} bytes and another checksum; expected "
-                f"{size} bytes with SHA-256 {digest[:12]}..."
+                f"checkpoint {folder}: file {name} has {found[name][0]} bytes and another checksum; expected size and SHA-256 "
+                f"{listed}"
             )
+
+
+def _as_text(contents: Any) -> str:
+    return json.dumps(contents, indent=1) + "\n"
 
 
 def _contents(folder: Path) -> dict[str, list[Any]]:
