@@ -165,7 +165,7 @@ def test_one_process_that_dies_takes_the_other_with_it(tmp_path):
     workdir = tmp_path / "run"
     group = Group(tmp_path, workdir, 2, flags=("--config.curriculum.length=1e6",))
     group.wait_for_step(workdir, 2)
-    group.processes[1].send_signal(signal.SIGTERM)
+    group.processes[1].send_signal(signal.SIGKILL)
     began = time.monotonic()
     first, second = group.finish(timeout=120)
     assert first[0] != 0 and second[0] != 0
