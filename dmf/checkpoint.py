@@ -8,7 +8,6 @@ is an unfinished save, one that does not match it is damaged: neither is ever lo
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -16,7 +15,9 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,11 @@ from orbax.checkpoint import v1 as ocp
 
 from dmf import hosts
 from dmf.errors import DmfError
+from dmf.manifest import MANIFEST, verify, write_manifest
 from dmf.state import TrainState
 
 ITEMS = ("params", "ema", "opt_state", "step")
 FOLDER = "checkpoints"
-MANIFEST = "manifest.json"
 NEWEST = 200  # complete checkpoints that are tried, one after the other
 BEST = "best.json"  # in a work directory: the step of the best score so far
 log = logging.getLogger(__name__)
@@ -65,6 +66,8 @@ class Checkpoints:
         self._metadata, self._besides, self._keep, self._boundaries = metadata, besides, keep, frozenset(boundaries)
         self._kept: frozenset[int] = frozenset()
         self._damaged: set[int] = set()
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: tuple[int, Future[None]] | None = None
         self._checkpointer = ocp.training.Checkpointer(
             self.directory.absolute(),
             preservation_policy=_Kept(lambda: self._kept),
@@ -72,15 +75,38 @@ class Checkpoints:
             lightweight_initialize=True,  # reads no step's own files, which may be damaged
         )
 
-    def save(self, step: int, state: TrainState) -> None:
-        """Writes the state after `step` steps and returns when it is safe on disk."""
+    def save(self, step: int, state: TrainState, wait: bool = True) -> None:
+        """Writes the state after `step` steps and returns when it is safe on disk.
+
+        Without `wait` it returns when the state has been copied, and steps may go on; `wait` tells when the rest is done.
+        """
+        self.wait()
         items = {name: getattr(state, name) for name in ITEMS}
         self._kept = self._boundaries | set(json.loads(hosts.first_says(json.dumps(self._worth_keeping(step)))))
+        with self._one_sentence(step):
+            written = self._checkpointer.save_checkpointables_async(
+                step, items, force=True, overwrite=True, custom_metadata=self._metadata
+            )
+        self._pending = step, self._thread.submit(self._complete_save, step, written)
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when the last save is safe on disk. Raises DmfError where it failed."""
+        if self._pending is not None:
+            (step, completed), self._pending = self._pending, None
+            with self._one_sentence(step), hosts.together():
+                completed.result()
+
+    def _complete_save(self, step: int, written: Any) -> None:
+        written.result()
+        if hosts.is_first():
+            write_manifest(self.directory / str(step))
+
+    @contextmanager
+    def _one_sentence(self, step: int) -> Iterator[None]:
         try:
-            self._checkpointer.save_checkpointables(step, items, force=True, overwrite=True, custom_metadata=self._metadata)
-            with hosts.together():
-                if hosts.is_first():
-                    write_manifest(self.directory / str(step))
+            yield
         except (OSError, ValueError) as error:  # a full disk is the one or the other, by who notices it
             raise DmfError(
                 f"checkpoint of step {step} could not be written to {self.directory}: {_short(error)}; checkpoints of other "
@@ -142,47 +168,12 @@ class Checkpoints:
         return [step, *good[: self._keep - 1], *self._besides()]
 
     def close(self) -> None:
-        self._checkpointer.close()
-
-
-def write_manifest(folder: Path) -> None:
-    """Completes a step folder: relative path, size and SHA-256 of every file, written whole or not at all."""
-    partial = folder / f"{MANIFEST}.tmp"
-    partial.write_text(_as_text(_contents(folder)))
-    partial.replace(folder / MANIFEST)
-
-
-def verify(folder: Path) -> None:
-    """Raises DmfError naming the first file of a step folder that is missing, cut short or altered, the manifest included."""
-    try:
-        text = (folder / MANIFEST).read_text()
-        expected = json.loads(text)
-    except (OSError, ValueError) as error:
-        raise DmfError(f"checkpoint {folder}: no readable {MANIFEST}; expected a folder that was saved to its end") from error
-    if not isinstance(expected, dict) or not expected or text != _as_text(expected):  # it holds no checksum of itself
-        raise DmfError(f"checkpoint {folder}: {MANIFEST} is altered; expected it as dmf has written it")
-    found = _contents(folder)
-    for name, listed in expected.items():
-        if name not in found:
-            raise DmfError(f"checkpoint {folder}: file {name} is missing; expected it with size and SHA-256 {listed}")
-        if found[name] != listed:
-            raise DmfError(
-                f"checkpoint {folder}: file {name} has {found[name][0]} bytes and another checksum; expected size and SHA-256 "
-                f"{listed}"
-            )
-
-
-def _as_text(contents: Any) -> str:
-    return json.dumps(contents, indent=1) + "\n"
-
-
-def _contents(folder: Path) -> dict[str, list[Any]]:
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(MANIFEST))
-    found: dict[str, list[Any]] = {}
-    for path in files:
-        with path.open("rb") as file:
-            found[path.relative_to(folder).as_posix()] = [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
-    return found
+        """Ends a save that is being written; where one has failed, the error that closes the run is the one to be told."""
+        for end in (self.wait, self._thread.shutdown, self._checkpointer.close):
+            try:
+                end()
+            except (DmfError, OSError, ValueError) as error:  # Orbax repeats that of the last save
+                log.warning("%s", error)
 
 
 def _load(folder: Path, target: dict[str, Any]) -> dict[str, Any]:

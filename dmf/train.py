@@ -177,13 +177,15 @@ class Run:
                 if (n + 1) % self.config.run.checkpoint_every_steps == 0 and n + 1 not in self.scores.boundaries:
                     self._report(pending, progress)  # never save a state whose step has not been checked
                     pending = None
-                    self._save(n + 1, now)
+                    self._save(n + 1, now, wait=False)
         return True
 
-    def _save(self, n: int, now: TrainState) -> None:
+    def _save(self, n: int, now: TrainState, wait: bool = True) -> None:
         if n > self.saved:
-            self.checkpoints.save(n, now)
+            self.checkpoints.save(n, now, wait)
             self.saved = n
+        elif wait:
+            self.checkpoints.wait()
 
     def _leave(self, n: int, now: TrainState, progress: Progress) -> bool:
         """The state is saved, and the run ends here; False."""

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from datetime import datetime
 from pathlib import Path
@@ -146,6 +147,7 @@ def test_a_disk_that_fills_up_inside_a_save_loses_no_older_checkpoint(two, tmp_p
             saved.save(12, newest)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    saved.close()
     again = store(tmp_path / "run")
     found = again.restore_latest(two[1])
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(newest), strict=True):
@@ -155,6 +157,48 @@ def test_a_disk_that_fills_up_inside_a_save_loses_no_older_checkpoint(two, tmp_p
     again.close()
     for step in (6, 9):
         assert step == 6 or checkpoint.verify(tmp_path / "run" / "checkpoints" / str(step)) is None
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_show_in_it(two, tmp_path, monkeypatch):
+    go_on, real = threading.Event(), checkpoint.write_manifest
+
+    def slow(folder):
+        assert go_on.wait(60)
+        real(folder)
+
+    monkeypatch.setattr(checkpoint, "write_manifest", slow)
+    setup = Setup()
+    state, program = setup.run("trajectory", 1)[0], setup.step("trajectory")
+    expected = jax.tree.map(np.array, state)
+    saved = store(tmp_path)
+    saved.save(3, state, wait=False)
+    for n in range(1, 5):  # steps donate what is being written
+        state, _ = program(state, setup.batch(n), setup.scalars(n, "trajectory"))
+    jax.block_until_ready(state)
+    assert not saved._with_manifest()  # it does not exist yet
+    go_on.set()
+    saved.save(5, state)  # waits for it
+    assert saved._with_manifest() == [5, 3]
+    saved.close()
+    shutil.rmtree(tmp_path / "checkpoints" / "5")
+    found = store(tmp_path).restore_latest(setup.state())
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_save_that_fails_behind_training_is_told_by_the_next_one(two, tmp_path, monkeypatch, caplog):
+    def full(folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_manifest", full)
+    saved, state = store(tmp_path), two[1]
+    saved.save(3, state, wait=False)
+    with pytest.raises(DmfError, match="checkpoint of step 3 could not be written .*No space left on device"):
+        saved.save(4, state)
+    saved.save(6, state, wait=False)
+    saved.close()  # where another error ends the run
+    assert "checkpoint of step 6 could not be written" in caplog.text
+    assert store(tmp_path).restore_latest(state) is None
 
 
 def rows(folder, name):
