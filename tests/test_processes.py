@@ -116,7 +116,7 @@ def uninterrupted(tmp_path_factory):
 
 def test_two_processes_killed_go_on_as_one_and_then_as_two(uninterrupted, tmp_path):
     workdir = tmp_path / "run"
-    Group(tmp_path, workdir, 2).kill_after_step(workdir, 4)
+    Group(tmp_path, workdir, 2).kill_after_step(workdir, 7)  # the boundary at 6 has waited for the save of step 3
     written = {p.name for p in (workdir / "checkpoints" / "3" / "params").iterdir()}
     assert {"ocdbt.process_0", "ocdbt.process_1"} <= written  # each its part
     Group(tmp_path, workdir, 1).kill_after_step(workdir, 8)
