@@ -13,7 +13,7 @@
     python main.py --mode=export --workdir=runs/imagenet256 --out=u.safetensors  torch-named weights of a checkpoint
     python main.py --config=configs/cifar10.py --config.curriculum.q=4           any field of a config is a flag
 
-Running a training command again resumes it. Fields and their meaning: dmf/config.py.
+Running a training command again resumes it; SIGTERM makes it save and end. Fields and their meaning: dmf/config.py.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ from typing import TYPE_CHECKING, Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from dmf import stopping
 from dmf.errors import DmfError
 
 if TYPE_CHECKING:
     from dmf.config import Config
 
 STARTED = time.monotonic()
+STOP: stopping.Stop | None = None
 
 # Kinds of weight files; dmf.convert.command has the same (a test compares them), but --help should load no jax.
 KINDS = {
@@ -94,6 +96,9 @@ REFERENCE = flags.DEFINE_string(
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "One process of a TPU pod, of Slurm or Open MPI; else see JAX_COORDINATOR_ADDRESS in README (train)."
 )
+ALLOW_CHANGE = flags.DEFINE_bool(
+    "allow_change", False, "Go on with another config than the run in --workdir had so far; noted there (train)."
+)
 TOPOLOGY = flags.DEFINE_list(
     "topology", [], "TPUs to compile for, comma-separated, such as v4-32,v5e-16, or in libtpu's names, such as v5e:4x4 (plan)."
 )
@@ -151,24 +156,19 @@ def main(argv: list[str]) -> None:
 def train() -> None:
     from dmf import hosts
 
-    config = _config()
+    config, stop = _config(), STOP or stopping.listen()
     hosts.start(DISTRIBUTED.value)
+    if hosts.several():
+        stop.share(hosts.Board())
     if not hosts.is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one process speaks for all; errors still go to stderr
     from dmf.train import train as run
+    from dmf.workdir import keep_programs
 
     path = config_flags.get_config_filename(flags.FLAGS["config"])
     workdir = WORKDIR.value or f"runs/{path.rpartition('/')[2].replace('.py', '').replace(':', '_')}"
-    _keep_programs(workdir)
-    run(config, workdir, STARTED)
-
-
-def _keep_programs(workdir: str) -> None:
-    """Compiled programs stay in the work directory, so that a run that is started again need not compile them again."""
-    import jax
-
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # which names another place
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(workdir).absolute() / "programs"))
+    keep_programs(pathlib.Path(workdir))
+    run(config, workdir, STARTED, ALLOW_CHANGE.value, stop)
 
 
 def sample() -> None:
@@ -261,7 +261,7 @@ def export() -> None:
 
 
 FLAGS = {
-    "train": ("config", "workdir", "distributed"),
+    "train": ("config", "workdir", "distributed", "allow_change"),
     "sample": ("workdir", "steps", "count", "sampler", "out", "ema", "vae"),
     "score": ("workdir", "steps", "count", "sampler", "out", "ema", "vae", "protocol", "features", "reference", "seed")
     + ("selfcheck", "source", "split", "data_dir"),
@@ -384,6 +384,8 @@ def _stop(status: int, line: str) -> None:
 
 
 if __name__ == "__main__":
+    if all(text.endswith("train") for text in sys.argv if text.lstrip("-").startswith("mode")):
+        STOP = stopping.listen()  # reading the flags takes seconds
     try:
         app.run(main, flags_parser=_parse_flags)
     except DmfError as error:

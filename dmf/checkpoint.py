@@ -8,7 +8,6 @@ is an unfinished save, one that does not match it is damaged: neither is ever lo
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -16,7 +15,9 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,31 +27,31 @@ from orbax.checkpoint import v1 as ocp
 
 from dmf import hosts
 from dmf.errors import DmfError
+from dmf.manifest import MANIFEST, verify, write_manifest
 from dmf.state import TrainState
 
 ITEMS = ("params", "ema", "opt_state", "step")
 FOLDER = "checkpoints"
-MANIFEST = "manifest.json"
 NEWEST = 200  # complete checkpoints that are tried, one after the other
 BEST = "best.json"  # in a work directory: the step of the best score so far
 log = logging.getLogger(__name__)
 
 
-class _Best:
-    """Orbax's interface of a policy: keeps the step that `best` names at the moment."""
+class _Kept:
+    """Orbax's interface of a policy: keeps the steps that `kept` names at the moment."""
 
-    def __init__(self, best: Callable[[], str]):
-        self._best = best
+    def __init__(self, kept: Callable[[], Collection[int]]):
+        self._kept = kept
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        best = self._best()
-        return [str(found.step) == best for found in checkpoints]
+        kept = self._kept()
+        return [found.step in kept for found in checkpoints]
 
 
 class Checkpoints:
-    """The checkpoints of one run: stage boundaries are kept for good, and besides the newest few and the best.
+    """The checkpoints of one run: stage boundaries are kept for good, and besides the newest few good ones.
 
-    best: gives the step of the best score so far, or None.
+    besides: gives further steps that are worth keeping at the moment, such as that of the best score so far.
     """
 
     def __init__(
@@ -59,28 +60,53 @@ class Checkpoints:
         keep: int,
         boundaries: Sequence[int],
         metadata: dict[str, Any],
-        best: Callable[[], int | None] = lambda: None,
+        besides: Callable[[], Collection[int]] = tuple,
     ):
         self.directory = workdir / FOLDER
-        self._metadata, self._best, self._best_now = metadata, best, ""
-        policies = ocp.training.preservation_policies
+        self._metadata, self._besides, self._keep, self._boundaries = metadata, besides, keep, frozenset(boundaries)
+        self._kept: frozenset[int] = frozenset()
+        self._damaged: set[int] = set()
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: tuple[int, Future[None]] | None = None
         self._checkpointer = ocp.training.Checkpointer(
             self.directory.absolute(),
-            preservation_policy=policies.AnyPreservationPolicy(
-                [policies.LatestN(keep), policies.CustomSteps(boundaries), _Best(lambda: self._best_now)]
-            ),
+            preservation_policy=_Kept(lambda: self._kept),
             cleanup_tmp_directories=True,
+            lightweight_initialize=True,  # reads no step's own files, which may be damaged
         )
 
-    def save(self, step: int, state: TrainState) -> None:
-        """Writes the state after `step` steps and returns when it is safe on disk."""
+    def save(self, step: int, state: TrainState, wait: bool = True) -> None:
+        """Writes the state after `step` steps and returns when it is safe on disk.
+
+        Without `wait` it returns when the state has been copied, and steps may go on; `wait` tells when the rest is done.
+        """
+        self.wait()
         items = {name: getattr(state, name) for name in ITEMS}
-        self._best_now = hosts.first_says(str(self._best()))
+        self._kept = self._boundaries | set(json.loads(hosts.first_says(json.dumps(self._worth_keeping(step)))))
+        with self._one_sentence(step):
+            written = self._checkpointer.save_checkpointables_async(
+                step, items, force=True, overwrite=True, custom_metadata=self._metadata
+            )
+        self._pending = step, self._thread.submit(self._complete_save, step, written)
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when the last save is safe on disk. Raises DmfError where it failed."""
+        if self._pending is not None:
+            (step, completed), self._pending = self._pending, None
+            with self._one_sentence(step), hosts.together():
+                completed.result()
+
+    def _complete_save(self, step: int, written: Any) -> None:
+        written.result()
+        if hosts.is_first():
+            write_manifest(self.directory / str(step))
+
+    @contextmanager
+    def _one_sentence(self, step: int) -> Iterator[None]:
         try:
-            self._checkpointer.save_checkpointables(step, items, force=True, overwrite=True, custom_metadata=self._metadata)
-            with hosts.together():
-                if hosts.is_first():
-                    write_manifest(self.directory / str(step))
+            yield
         except (OSError, ValueError) as error:  # a full disk is the one or the other, by who notices it
             raise DmfError(
                 f"checkpoint of step {step} could not be written to {self.directory}: {_short(error)}; checkpoints of other "
@@ -105,6 +131,7 @@ class Checkpoints:
                     return TrainState(**_load(folder, target))
             except DmfError as error:
                 log.warning("%s; it is skipped", error)
+                self._damaged.add(step)
         if steps:
             raise DmfError(
                 f"{self.directory}: none of the checkpoints of steps {steps} can be read; expected at least one intact "
@@ -116,49 +143,37 @@ class Checkpoints:
         """Steps whose save was completed, the newest first."""
         if not hosts.is_first():
             return []
-        found = sorted((c.step for c in self._checkpointer.checkpoints), reverse=True)
-        steps = [step for step in found if (self.directory / str(step) / MANIFEST).exists()]
-        for step in sorted(set(found) - set(steps)):
+        found = self._with_manifest()
+        for step in sorted(set(self._folders()) - set(found)):
             log.warning(
                 "checkpoint %s: no %s, so its save was not completed; it is skipped", self.directory / str(step), MANIFEST
             )
-        return steps
+        return found
+
+    def _folders(self) -> list[int]:
+        return sorted((int(p.name) for p in self.directory.glob("[0-9]*") if p.name.isdecimal()), reverse=True)
+
+    def _with_manifest(self) -> list[int]:
+        return [step for step in self._folders() if (self.directory / str(step) / MANIFEST).exists()]
+
+    def _worth_keeping(self, step: int) -> list[int]:
+        """Besides the boundaries: `step`, which is about to be saved, the newest good ones, and what the run asks for.
+
+        One that is damaged or has no manifest does not count: with only such ones left, a kill before the manifest of `step`
+        would leave nothing.
+        """
+        if not hosts.is_first():
+            return []
+        good = [n for n in self._with_manifest() if n not in self._damaged | {step}]
+        return [step, *good[: self._keep - 1], *self._besides()]
 
     def close(self) -> None:
-        self._checkpointer.close()
-
-
-def write_manifest(folder: Path) -> None:
-    """Completes a step folder: relative path, size and SHA-256 of every file, written whole or not at all."""
-    partial = folder / f"{MANIFEST}.tmp"
-    partial.write_text(json.dumps(_contents(folder), indent=1) + "\n")
-    partial.replace(folder / MANIFEST)
-
-
-def verify(folder: Path) -> None:
-    """Raises DmfError naming the first file of a step folder that is missing, cut short or altered."""
-    try:
-        expected = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise DmfError(f"checkpoint {folder}: no readable {MANIFEST}; expected a folder that was saved to its end") from error
-    found = _contents(folder)
-    for name, (size, digest) in expected.items():
-        if name not in found:
-            raise DmfError(f"checkpoint {folder}: file {name} is missing; expected {size} bytes")
-        if found[name] != [size, digest]:
-            raise DmfError(
-                f"checkpoint {folder}: file {name} has {found[name][0]} bytes and another checksum; expected "
-                f"{size} bytes with SHA-256 {digest[:12]}..."
-            )
-
-
-def _contents(folder: Path) -> dict[str, list[Any]]:
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(MANIFEST))
-    found: dict[str, list[Any]] = {}
-    for path in files:
-        with path.open("rb") as file:
-            found[path.relative_to(folder).as_posix()] = [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
-    return found
+        """Ends a save that is being written; where one has failed, the error that closes the run is the one to be told."""
+        for end in (self.wait, self._thread.shutdown, self._checkpointer.close):
+            try:
+                end()
+            except (DmfError, OSError, ValueError) as error:  # Orbax repeats that of the last save
+                log.warning("%s", error)
 
 
 def _load(folder: Path, target: dict[str, Any]) -> dict[str, Any]:

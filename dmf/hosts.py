@@ -11,8 +11,9 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -41,7 +42,7 @@ def start(detect: bool = False) -> None:
     count, mine = (_number(name, given.get(name)) for name in VARIABLES[1:])
     if count is not None and mine is not None and mine >= count:
         raise DmfError(f"JAX_PROCESS_ID = {mine}: expected a number below JAX_NUM_PROCESSES = {count}")
-    # With it, SIGTERM would be caught for somebody to ask about, and no longer end a process.
+    # With it, SIGTERM would be caught for somebody to ask about between two steps; `dmf.stopping` hears it at any time.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(given.get(VARIABLES[0]), count, mine, heartbeat_timeout_seconds=HEARTBEAT_S)
@@ -51,6 +52,11 @@ def start(detect: bool = False) -> None:
             f"the processes of the run cannot find each other: {reason}; expected {', '.join(VARIABLES)}, or with "
             "--distributed a TPU pod, Slurm or Open MPI"
         ) from error
+
+
+def several() -> bool:
+    """Whether this process is one of several."""
+    return jax.process_count() > 1
 
 
 def is_first() -> bool:
@@ -120,6 +126,28 @@ def check_shared(folder: Path) -> None:
             waited += 0.1
     if is_first():
         path.unlink()
+
+
+class Board:
+    """Short notes that the processes of a run leave for each other, kept by the first one; any thread may read and write them.
+
+    count, mine: the number of processes, and this one's own. Once the first process is gone nothing is written or found.
+    """
+
+    def __init__(self) -> None:
+        self.count, self.mine = jax.process_count(), jax.process_index()
+        self._client: Any = multihost_utils.distributed.global_state.client
+
+    def post(self, name: str, text: str) -> None:
+        """Leaves a note; one of the same name must not be there."""
+        with suppress(jax.errors.JaxRuntimeError):
+            self._client.key_value_set(f"dmf/{name}", text)
+
+    def posted(self, folder: str) -> list[str]:
+        """The notes whose names begin with `folder/`."""
+        with suppress(jax.errors.JaxRuntimeError):
+            return [text for _, text in self._client.key_value_dir_get(f"dmf/{folder}/")]
+        return []
 
 
 def leave(status: int) -> None:

@@ -104,8 +104,8 @@ class Scoreboard:
         """The closing pictures and tables, from what the run wrote down. metrics: the rows of metrics.jsonl."""
         shown = [row for row in self.rows() if self._score and "nfe" in row and self._main in row]
         pictures.curves(self._workdir / "curves.png", metrics, shown, stages, self._main)
-        full = [b for b in self.boundaries.values() if b.full]
-        pictures.stack(self._workdir / "samples.png", [self._picture(b) for b in full])
+        full = [self._picture(b) for b in self.boundaries.values() if b.full]
+        pictures.stack(self._workdir / "samples.png", [p for p in full if p.exists()])  # a changed config may have had others
         rules, times = self._config.curriculum, self._config.times
         print(curriculum.table(stages, rules, times.r_neq_t_fraction))
         if self._score and shown:

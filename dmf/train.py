@@ -1,6 +1,7 @@
 """The run: data, network and curriculum become a trained model in a work directory.
 
-    workdir/config.json       the run's config; a later command with another one is refused
+    workdir/config.json       the run's config; a later command with another one is refused, or noted in changes.jsonl
+    workdir/starts.jsonl      a line per start: step, time, command, git revision, versions, devices
     workdir/checkpoints/N     state after N steps; every stage boundary is kept, and the best by one-step score
     workdir/best.json         its step and score; WORKDIR/best stands for that checkpoint
     workdir/origin.json       where the weights of config.init came from, if they were converted
@@ -37,19 +38,26 @@ from dmf.errors import DmfError
 from dmf.logging import JsonLines, Progress, TensorBoard
 from dmf.scoreboard import Boundary, Scoreboard
 from dmf.state import TrainState
+from dmf.stopping import Stop
 from dmf.watch import Watch
-from dmf.workdir import claim, origin
+from dmf.workdir import claim, kept_by_changes, note_change, note_start, origin
 
 
-def train(config: Config, workdir: str | Path, began: float | None = None) -> list[dict[str, Any]]:
+def train(
+    config: Config,
+    workdir: str | Path,
+    began: float | None = None,
+    allow_change: bool = False,
+    stop: Stop | None = None,
+) -> list[dict[str, Any]]:
     """Trains, or goes on training, in `workdir`; returns the rows of scores.jsonl. Raises DmfError on bad input.
 
-    began: when the process started, by time.monotonic; now, if it is not given.
+    began: when the process started, by time.monotonic; now, if it is not given. allow_change: a run in `workdir` with another
+    config goes on with this one (`dmf.workdir.claim`). stop: asks the run to stop before its end (`dmf.stopping`).
     """
-    run = Run(config, Path(workdir), began)
+    run = Run(config, Path(workdir), began, allow_change, stop)
     try:
-        run.loop()
-        rows = run.finish()
+        rows = run.finish() if run.loop() else run.scores.rows()
     except BaseException:
         if jax.process_count() == 1:  # of several, the others would have to close theirs at the same time
             run.close()
@@ -61,11 +69,20 @@ def train(config: Config, workdir: str | Path, began: float | None = None) -> li
 class Run:
     """Everything a run holds open, put together once; the loop itself is `loop`."""
 
-    def __init__(self, config: Config, workdir: Path, began: float | None = None):
-        self.config, self.workdir, self.start, self.began = config, workdir, 0, time.monotonic() if began is None else began
+    def __init__(
+        self,
+        config: Config,
+        workdir: Path,
+        began: float | None = None,
+        allow_change: bool = False,
+        stop: Stop | None = None,
+    ):
+        self.config, self.workdir, self.stop = config, workdir, stop or Stop()
+        self.start = self.saved = 0
+        self.began = time.monotonic() if began is None else began
         self.stepped_s = self.waited_s = 0.0  # seconds in steps but the first, and those of them spent waiting for batches
         with hosts.together():
-            self._prepare()
+            self._prepare(allow_change)
         hosts.check_shared(workdir)
         shape, about = self.dataset.image_shape, data.identity(self.dataset)
         hosts.same("config, data or jax", json.dumps([to_dict(replace(config, run=RunConfig())), about, jax.__version__]))
@@ -76,9 +93,9 @@ class Run:
             self.watch = self._make_watch() if config.run.watch_every_steps else None
         kept = [0, *(n for n, b in self.scores.boundaries.items() if b.kept)]
         metadata = {"config": to_dict(config), "image_shape": list(shape), "source": origin(workdir), "data": about}
-        self.checkpoints = checkpoint.Checkpoints(workdir, config.run.keep_checkpoints, kept, metadata, self.scores.best_step)
+        self.checkpoints = checkpoint.Checkpoints(workdir, config.run.keep_checkpoints, kept, metadata, self._also_kept)
 
-    def _prepare(self) -> None:
+    def _prepare(self, allow_change: bool) -> None:
         """Data, stages, networks, mesh and programs, all checked; the work directory claimed. Raises DmfError."""
         config, workdir = self.config, self.workdir
         self.dataset = data.load(config.data, "train")
@@ -102,7 +119,12 @@ class Run:
         fresh = not any((workdir / checkpoint.FOLDER).glob("[0-9]*"))
         self.init = pretrained.find_init(config, shape) if config.init and fresh else None
         if hosts.is_first():
-            claim(workdir, config, self.init[2] if self.init else None, data.identity(self.dataset), fresh)
+            origin = self.init[2] if self.init else None
+            claim(workdir, config, origin, data.identity(self.dataset), fresh, allow_change)
+
+    def _also_kept(self) -> set[int]:
+        best = self.scores.best_step()
+        return kept_by_changes(self.workdir) | (set() if best is None else {best})
 
     def _fresh(self) -> TrainState:
         params = self.network.init(jax.random.key(self.config.seed))
@@ -122,8 +144,11 @@ class Run:
         shapes = jax.eval_shape(self._fresh)
         return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, self.place)
 
-    def loop(self) -> None:
-        """Step by step to the end: boundary work, one step dispatched, the metrics of the step before it read."""
+    def loop(self) -> bool:
+        """Step by step: boundary work, one step dispatched, the metrics of the step before it read.
+
+        Returns whether the end was reached; if not, the run was asked to stop.
+        """
         now = self._start()
         total, start = self.stages[-1].last, self.start
         self._announce(now)
@@ -131,10 +156,12 @@ class Run:
         pending: tuple[int, Stage, Any] | None = None
         with Feed(self._batch, start, total) as feed:
             for n in range(start, total + 1):
-                if n in self.scores.boundaries:
+                stopped = self.stop.here()
+                if stopped or n in self.scores.boundaries:
                     self._report(pending, progress)
                     pending = None
-                    self._at_boundary(self.scores.boundaries[n], now, progress)
+                    if stopped or not self._at_boundary(self.scores.boundaries[n], now, progress):
+                        return self._leave(n, now, progress)
                 if n == total:
                     break
                 stage = curriculum.stage_at(self.stages, n)
@@ -142,6 +169,7 @@ class Run:
                 scalars = step.step_scalars(n, stage, self.stages, self.config)
                 began, waited = time.monotonic(), feed.waited_s
                 now, metrics = self.steps[stage.kind](now, feed.get(n), scalars)
+                self.stop.unsaved()
                 if n == start:
                     self._announce_first(metrics)
                 self._report(pending, progress)
@@ -156,7 +184,24 @@ class Run:
                 if (n + 1) % self.config.run.checkpoint_every_steps == 0 and n + 1 not in self.scores.boundaries:
                     self._report(pending, progress)  # never save a state whose step has not been checked
                     pending = None
-                    self.checkpoints.save(n + 1, now)
+                    self._save(n + 1, now, wait=False)
+        return True
+
+    def _save(self, n: int, now: TrainState, wait: bool = True) -> None:
+        if n > self.saved:
+            self.checkpoints.save(n, now, wait)
+            self.saved = n
+        elif wait:
+            self.checkpoints.wait()
+
+    def _leave(self, n: int, now: TrainState, progress: Progress) -> bool:
+        """The state is saved, and the run ends here; False."""
+        progress.pause()
+        self._save(n, now)
+        print(
+            f"stopped after step {n} of {self.stages[-1].last}, which is saved; the same command goes on from there", flush=True
+        )
+        return False
 
     def _make_watch(self) -> Watch:
         """The probe, of held-out images, or where there are none of the training images."""
@@ -213,7 +258,15 @@ class Run:
             found = self._jit(lambda p: state.create(p, self.optimizer, self.config.ema))(params)
             self.checkpoints.save(0, found)  # a resumed run starts from these weights, whatever config.init holds by then
         now = found if found is not None else self._jit(self._fresh)()
-        self.start = int(now.step)
+        self.start = self.saved = int(now.step)  # what a run starts from is on disk already
+        if self.start > self.stages[-1].last:
+            raise DmfError(
+                f"step {self.start} is on disk: expected a config that ends no earlier, not at {self.stages[-1].last}"
+            )
+        with hosts.together():
+            if hosts.is_first():
+                note_change(self.workdir, self.start, self.config)
+                note_start(self.workdir, self.start, self.config)
         self.metrics.resume(self.start)
         self.watched.resume(self.start)
         self.scores.resume(self.start)
@@ -267,11 +320,17 @@ class Run:
                 f"The last good checkpoint is in {self.checkpoints.directory}"
             )
 
-    def _at_boundary(self, boundary: Boundary, now: TrainState, progress: Progress) -> None:
-        """Keeps the state, then pictures and scores it; a part that an earlier run has done is not done again."""
-        if boundary.step > self.start:  # the state a run starts from is on disk already
-            self.checkpoints.save(boundary.step, now)
+    def _at_boundary(self, boundary: Boundary, now: TrainState, progress: Progress) -> bool:
+        """Keeps the state, then pictures and scores it; a part that an earlier run has done is not done again.
+
+        Returns False where the run was asked to stop before the latter.
+        """
+        self._save(boundary.step, now)
+        self.stop.saved()  # from here to the end of the next step's compilation the process may end at once
+        if self.stop.here():
+            return False
         if not self.scores.is_done(boundary):
             progress.pause()
             self.scores.add(boundary, state.evaluated(now, self.config.ema))
             progress.restart(boundary.step)
+        return True

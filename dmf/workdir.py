@@ -1,53 +1,200 @@
-"""What a work directory says of its run: the config, the data and the origin of the weights that its checkpoints belong to."""
+"""What a work directory says of its run: the config, the data and the origin of the weights that its checkpoints belong to.
+
+starts.jsonl has a line per start: when, from which step, by which command, with which code, libraries and devices;
+changes.jsonl one per change of the config by --allow_change, with the config before it.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from dmf import checkpoint
 from dmf.config import Config, differences, parse, to_dict
 from dmf.errors import DmfError
 
 CONFIG, ORIGIN, DATA = "config.json", "origin.json", "data.json"
+STARTS, CHANGES = "starts.jsonl", "changes.jsonl"
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+SOURCE = Path(__file__).parent.parent
 # Logging may change, and data and the flow model may have moved; a resumed run reads the latter no more. How the step is
 # computed changes its values by rounding alone, and the devices may be others.
 FREE = ("config.run.", "config.data.data_dir:", "config.init:")
 COMPUTED = ("config.mesh.", "config.attention.", "config.remat:", "config.scan_blocks:")
+# What no flag lets through, and why; of `SWITCHES`, only turning them on or off.
+OPTIMIZER = "the optimiser's state on disk has other parts"
+FIXED = {
+    "config.network.": "the weights on disk are those of this network",
+    "config.data.name:": "the weights have seen these data",
+    "config.data.holdout_fraction:": "the weights have seen these data",
+    "config.data.mock:": "the weights have seen these data",
+    "config.ema.halflife_images:": "the averages on disk have these half-lives",
+    "config.optimizer.clip_norm:": OPTIMIZER,
+    "config.optimizer.weight_decay:": OPTIMIZER,
+    "data.": "the weights have seen these data",
+}
+SWITCHES = ("config.optimizer.clip_norm", "config.optimizer.weight_decay")
 
 
-def claim(workdir: Path, config: Config, origin: dict[str, Any] | None, about: dict[str, Any], fresh: bool) -> None:
+def claim(
+    workdir: Path,
+    config: Config,
+    origin: dict[str, Any] | None,
+    about: dict[str, Any],
+    fresh: bool,
+    allow_change: bool = False,
+) -> None:
     """Makes the work directory and ties it to config and data; one that holds another run's checkpoints is refused.
 
     origin: where the weights of config.init came from, if they were converted; about: `data.identity` of the data; fresh: the
-    directory holds no checkpoint yet. Raises DmfError.
+    directory holds no checkpoint yet. allow_change: another config is taken, unless the state on disk is none of it; it is
+    `note_change` that makes it the directory's. Raises DmfError.
     """
     path, mine = workdir / CONFIG, to_dict(config)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if fresh:
-            (workdir / ORIGIN).unlink(missing_ok=True)
+            for old in (ORIGIN, CHANGES):
+                (workdir / old).unlink(missing_ok=True)
             for file, values in ((workdir / ORIGIN, origin), (workdir / DATA, about), (path, mine)):
                 if values is not None:
-                    partial = file.with_suffix(".tmp")
-                    partial.write_text(json.dumps(values, indent=2) + "\n")
-                    partial.replace(file)
-        theirs = to_dict(parse(checkpoint.without_kernel(json.loads(path.read_text()))))  # new fields have their defaults
+                    _write(file, values)
+        theirs = _stored(workdir)
         seen = json.loads((workdir / DATA).read_text()) if (workdir / DATA).is_file() else about
     except OSError as error:
         raise DmfError(f"--workdir={workdir} cannot be written: {error.strerror}; expected a writable directory") from error
     except ValueError as error:
         raise DmfError(f"{path} is not the JSON of a config: {error}; expected what dmf wrote there") from error
-    changed = [d for d in differences(theirs, mine) if not d.startswith((*FREE, *COMPUTED))] + differences(seen, about, "data")
-    if changed:
+    changed = changes(theirs, mine) + differences(seen, about, "data")
+    fixed = [f"{d} ({reason})" for d in changed for reason in [_why_fixed(d)] if reason]
+    if fixed and allow_change:
+        raise DmfError(f"--allow_change does not go as far as {'; '.join(fixed)}; expected another directory for such a run")
+    if changed and not allow_change:
         raise DmfError(
             f"--workdir={workdir} holds a run with another config: {'; '.join(changed)}; expected the same config, or "
-            "another directory"
+            f"another directory{'' if fixed else ', or --allow_change to go on with this one from here'}"
         )
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs between two configs and would change a run that goes on with the other, as `config.differences` says it."""
+    return [d for d in differences(old, new) if not d.startswith((*FREE, *COMPUTED))]
+
+
+def _why_fixed(difference: str) -> str:
+    """Why no run can go on with this difference, "" where it can."""
+    name, _, values = difference.partition(": ")
+    if name in SWITCHES and 0.0 not in (float(value) for value in values.split(" -> ")):
+        return ""
+    return next((reason for start, reason in FIXED.items() if difference.startswith(start)), "")
+
+
+def note_change(workdir: Path, step: int, config: Config) -> None:
+    """Makes `config` the directory's, where it is another one; changes.jsonl tells what it was before, and prints it.
+
+    step: the last that was taken with the config before. What is on disk by then is kept for good, see `kept_by_changes`.
+    """
+    theirs, mine = _stored(workdir), to_dict(config)
+    changed = changes(theirs, mine)
+    if not changed:
+        return
+    kept = [int(p.parent.name) for p in (workdir / checkpoint.FOLDER).glob(f"[0-9]*/{checkpoint.MANIFEST}")]
+    kept = sorted(n for n in kept if n <= step)
+    append(workdir / CHANGES, {"utc": utc(), "step": step, "changed": changed, "kept": kept, "before": theirs})
+    _write(workdir / CONFIG, mine)  # last: until then the change is refused or made again
+    print(f"changed   after step {step}: {'; '.join(changed)}", flush=True)
+
+
+def kept_by_changes(workdir: Path) -> set[int]:
+    """Steps of the checkpoints that were there when the config was changed: boundaries of before, and the way back."""
+    path = workdir / CHANGES
+    return {n for line in path.read_text().splitlines() for n in _kept(line)} if path.is_file() else set()
+
+
+def _kept(line: str) -> list[int]:
+    try:
+        return json.loads(line)["kept"]
+    except ValueError:  # torn by a kill, and written again
+        return []
+
+
+def _stored(workdir: Path) -> dict[str, Any]:
+    stored = json.loads((workdir / CONFIG).read_text())
+    return to_dict(parse(checkpoint.without_kernel(stored)))  # new fields have their defaults
+
+
+def _write(path: Path, values: Any) -> None:
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(values, indent=2) + "\n")
+    partial.replace(path)
 
 
 def origin(workdir: Path) -> dict[str, Any] | None:
     """What was written beside the weights the run started from, where they were converted."""
     path = workdir / ORIGIN
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+def keep_programs(workdir: Path) -> None:
+    """Compiled programs stay in the work directory, so that a run that is started again need not compile them again."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # which names another place
+        jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "programs"))
+
+
+def note_start(workdir: Path, step: int, config: Config) -> None:
+    """Appends a line to starts.jsonl. step: the one that the run starts from. No environment variable is written."""
+    devices = jax.devices()
+    kinds = [device.device_kind for device in devices]
+    row = {
+        "utc": utc(),
+        "step": step,
+        "command": shlex.join(sys.orig_argv),
+        "git": revision(SOURCE),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        **{name: metadata.version(name) for name in LIBRARIES},
+        "platform": devices[0].platform,
+        "devices": [f"{kinds.count(kind)} x {kind}" for kind in sorted(set(kinds))],
+        "processes": jax.process_count(),
+        "differs": differences(_stored(workdir), to_dict(config)),
+    }
+    append(workdir / STARTS, row)
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Adds a line of JSON to a file, on a line of its own even where a kill or a full disk has cut the last one."""
+    torn = path.is_file() and not path.read_bytes().endswith(b"\n")
+    try:
+        with path.open("a") as file:
+            file.write("\n" * torn + json.dumps(row) + "\n")
+    except OSError as error:
+        raise DmfError(f"{path} cannot be written: {error.strerror}; expected a writable directory with room") from error
+
+
+def utc() -> str:
+    """Now, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def revision(source: Path) -> dict[str, Any]:
+    """The commit of the code in `source`, and whether files differ from it; "unknown" where no git repository begins there."""
+    options: dict[str, Any] = dict(cwd=source, capture_output=True, text=True, check=True, timeout=20)
+    try:
+        top, commit, changed = (
+            subprocess.run(["git", "--no-optional-locks", *args], **options)
+            for args in (("rev-parse", "--show-toplevel"), ("rev-parse", "HEAD"), ("status", "--porcelain"))
+        )
+        inside = Path(top.stdout.strip()).samefile(source)
+    except (OSError, subprocess.SubprocessError):
+        inside = False
+    return {"revision": commit.stdout.strip(), "dirty": bool(changed.stdout.strip())} if inside else {"revision": "unknown"}

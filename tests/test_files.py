@@ -101,7 +101,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(saved, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store._checkpointer, "save_checkpointables", full)
+    monkeypatch.setattr(store._checkpointer, "save_checkpointables_async", full)
     with pytest.raises(DmfError, match="checkpoint of step 9 could not be written .*No space left on device.*untouched"):
         store.save(9, state)
     checkpoint.verify(workdir / "checkpoints" / "7")

@@ -116,7 +116,7 @@ def uninterrupted(tmp_path_factory):
 
 def test_two_processes_killed_go_on_as_one_and_then_as_two(uninterrupted, tmp_path):
     workdir = tmp_path / "run"
-    Group(tmp_path, workdir, 2).kill_after_step(workdir, 4)
+    Group(tmp_path, workdir, 2).kill_after_step(workdir, 7)  # the boundary at 6 has waited for the save of step 3
     written = {p.name for p in (workdir / "checkpoints" / "3" / "params").iterdir()}
     assert {"ocdbt.process_0", "ocdbt.process_1"} <= written  # each its part
     Group(tmp_path, workdir, 1).kill_after_step(workdir, 8)
@@ -165,7 +165,7 @@ def test_one_process_that_dies_takes_the_other_with_it(tmp_path):
     workdir = tmp_path / "run"
     group = Group(tmp_path, workdir, 2, flags=("--config.curriculum.length=1e6",))
     group.wait_for_step(workdir, 2)
-    group.processes[1].send_signal(signal.SIGTERM)
+    group.processes[1].send_signal(signal.SIGKILL)
     began = time.monotonic()
     first, second = group.finish(timeout=120)
     assert first[0] != 0 and second[0] != 0
