@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from dmf import flow, networks, objectives, optim, sharding
 from dmf.config import Config
-from dmf.curriculum import GUIDED, Stage, identity_of
+from dmf.curriculum import GUIDED, Stage, identity_of, rho_at
 from dmf.data import augment
 from dmf.errors import DmfError
 from dmf.flow import Rows, RowSplit
@@ -36,7 +36,7 @@ PURPOSES = ("flip", "augment", "label", "noise", "times", "network", "latent")
 
 
 class Scalars(NamedTuple):
-    """What a step is told from outside: rho = q^-i, learning rate, one decay per EMA."""
+    """What a step is told from outside: rho, learning rate, one decay per EMA."""
 
     rho: np.float32 | Array
     learning_rate: np.float32 | Array
@@ -47,7 +47,7 @@ def step_scalars(step: int, stage: Stage, stages: tuple[Stage, ...], config: Con
     """The traced numbers of a step, in float32."""
     rate = optim.learning_rate(step, stages, config.curriculum, config.optimizer)
     decays = optim.ema_decays(step, stages, config.curriculum, config.ema, config.batch_size)
-    return Scalars(np.float32(stage.rho), np.float32(rate), np.asarray(decays, np.float32))
+    return Scalars(np.float32(rho_at(stage, step)), np.float32(rate), np.asarray(decays, np.float32))
 
 
 def network_for(kind: str, config: Config, image_shape: tuple[int, ...], mesh: Mesh) -> Network:

@@ -222,10 +222,9 @@ class Run:
         values.pop("nonfinite_leaf")
         if n % self.config.run.log_every_steps == 0 or n == 1 or n == self.stages[-1].last:
             rate = optim.learning_rate(n - 1, self.stages, self.config.curriculum, self.config.optimizer)
-            self.metrics.write(
-                {"step": n, "stage": stage.index, "kind": stage.kind, "rho": stage.rho, "learning_rate": rate, **values}
-            )
-            self.tensorboard.write(n, {"stage": stage.index, "rho": stage.rho, "learning_rate": rate, **values})
+            values = {"rho": curriculum.rho_at(stage, n - 1), "learning_rate": rate, **values}
+            self.metrics.write({"step": n, "stage": stage.index, "kind": stage.kind, **values})
+            self.tensorboard.write(n, {"stage": stage.index, **values})
             progress.show(n, stage.name, values["loss"])
 
     def _stop_if_not_finite(self, n: int, stage: Stage, values: dict[str, float]) -> None:
