@@ -72,8 +72,9 @@ class CurriculumConfig:
 class Stage:
     """One stage of a run: steps first .. first + steps - 1. index counts within the curriculum; pretraining is -1.
 
-    rho: of its first step; guidance_passes: forward passes of every row for the guided velocity; fall: rho of a step by that of
-    the step before it, 1 but in the discrete stages of a smooth schedule.
+    rho: of its first step; guidance_passes: forward passes of every row for the guided velocity; tangent_passes: those of a row
+    with r < t for the direction of the step back; fall: rho of a step by that of the step before it, 1 but in the discrete
+    stages of a smooth schedule.
     """
 
     index: int
@@ -82,6 +83,7 @@ class Stage:
     first: int
     steps: int
     guidance_passes: int = 0
+    tangent_passes: int = 0
     fall: float = 1.0
 
     @property
@@ -99,10 +101,13 @@ def identity_of(kind: str) -> str:
     return GUIDED.get(kind, kind)
 
 
-def build_stages(config: CurriculumConfig, batch_size: int, dataset_size: int, guidance_passes: int = 0) -> tuple[Stage, ...]:
+def build_stages(
+    config: CurriculumConfig, batch_size: int, dataset_size: int, guidance_passes: int = 0, tangent_passes: int = 0
+) -> tuple[Stage, ...]:
     """The run as consecutive stages, in steps. Raises DmfError naming the config key where the curriculum makes no sense.
 
-    guidance_passes: what the guided velocity costs a row of a guided stage, `guidance.passes`.
+    guidance_passes: what the guided velocity costs a row of a guided stage, `guidance.passes`; tangent_passes: what the
+    direction of the step back costs a row with r < t of a stage that takes one, `objectives.passes`.
     """
     kinds = _kinds(config)
     _check(config, kinds)
@@ -129,7 +134,8 @@ def build_stages(config: CurriculumConfig, batch_size: int, dataset_size: int, g
             )
         rho = config.q**-i if kind == "discrete" else rho
         extra = guidance_passes if kind in GUIDED else 0
-        stages.append(Stage(i, kind, rho if identity_of(kind) == "discrete" else 1.0, first, end - first, extra))
+        at = rho if identity_of(kind) == "discrete" else 1.0
+        stages.append(Stage(i, kind, at, first, end - first, extra, tangent_passes))
         first = end
     return _smooth(stages) if config.schedule == "smooth" else tuple(stages)
 
@@ -150,6 +156,7 @@ def rho_at(stage: Stage, step: int) -> float:
 def passes(stage: Stage, r_neq_t_fraction: float) -> float:
     """Forward passes per row that a step of this stage needs (backward = 2; one JVP tangent = 1)."""
     base, extra = PASSES[identity_of(stage.kind)]
+    extra += stage.tangent_passes if extra else 0
     return base + stage.guidance_passes + extra * r_neq_t_fraction
 
 

@@ -72,13 +72,16 @@ def make_train_step(
     metrics: scalars. loss (weighted), squares_border and squares_pairs (mean sum of squares of the rows with r = t and
     with r < t), change (|u - u'| / |u|), grad_norm before clipping, nonfinite_leaf (index in jax.tree.leaves, or -1).
     """
-    split = split_for(kind, config, mesh)
+    split, average = split_for(kind, config, mesh), config.ema.index() if config.loss.tangent == "ema" else None
     draw = partial(draw_rows, split=split, config=config)
     loss = partial(stage_loss, kind=kind, network=network, config=config, split=split.micro(config.microbatches))
 
     def train_step(state: TrainState, batch: dict[str, Array], scalars: Scalars) -> tuple[TrainState, Metrics]:
         rows = sharding.constrain_rows(mesh, draw(state.step, batch))
-        grads, metrics = _gradient(loss, state.params, rows, scalars.rho, split, config.microbatches, mesh)
+        along = None if average is None else sharding.whole(mesh, state.ema[average])
+        grads, metrics = _gradient(
+            partial(loss, average=along), state.params, rows, scalars.rho, split, config.microbatches, mesh
+        )
         metrics["grad_norm"], metrics["nonfinite_leaf"] = optim.global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - scalars.learning_rate * u, state.params, updates)
@@ -116,9 +119,20 @@ def draw_rows(step: Array, batch: dict[str, Array], *, split: RowSplit, config: 
 
 
 def stage_loss(
-    params: Any, rows: Rows, rho: Array, *, kind: str, network: Network, config: Config, split: RowSplit
+    params: Any,
+    rows: Rows,
+    rho: Array,
+    *,
+    kind: str,
+    network: Network,
+    config: Config,
+    split: RowSplit,
+    average: Any = None,
 ) -> tuple[Array, Metrics]:
-    """Mean weighted loss of the rows under the kind's identity, and what is logged of it."""
+    """Mean weighted loss of the rows under the kind's identity, and what is logged of it.
+
+    average: the averaged weights whose velocity config.loss.tangent = ema goes along.
+    """
     if kind == "flow":
         params = freeze_interval(params)
 
@@ -128,7 +142,11 @@ def stage_loss(
     if kind in GUIDED:
         v_g = guided_velocity(partial(net, train=False), params, rows, config.num_classes, config.guidance)
         rows = rows._replace(v=v_g)
-    found = objectives.OBJECTIVES[identity_of(kind)](net, params, rows, split, rho, config.curriculum.interval, config.loss)
+    tangent: objectives.Tangent = objectives.along_data
+    if config.loss.tangent != "data":
+        tangent = objectives.along_own(partial(net, train=False), params if config.loss.tangent == "own" else average)
+    objective = objectives.OBJECTIVES[identity_of(kind)]
+    found = objective(net, params, rows, split, rho, config.curriculum.interval, config.loss, tangent)
     total, metrics = jnp.zeros(()), {} if found.change is None else {"change": found.change}
     for name, e in (("border", found.border), ("pairs", found.pairs)):
         if e is None:

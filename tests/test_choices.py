@@ -5,18 +5,26 @@ Each choice is one field of the config; at its default nothing changes.
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from dmf import checkpoint, pictures, step, train
-from dmf.config import parse
-from dmf.curriculum import CurriculumConfig, build_stages, rho_at, stage_at, table
+from configs import imagenet256
+from dmf import benchmark, checkpoint, curriculum, objectives, pictures, plan, sharding, step, train
+from dmf.config import check, parse
+from dmf.cost import Compilations
+from dmf.curriculum import GUIDED, CurriculumConfig, build_stages, identity_of, rho_at, stage_at, table
 from dmf.errors import DmfError
+from dmf.flow import Rows, RowSplit
+from dmf.networks import Network
+from dmf.objectives import OBJECTIVES, LossConfig
 from tests.tiny import TINY, Setup, merged
 
+ROOT = Path(__file__).parent.parent
 SMOOTH = CurriculumConfig(stages=6, q=2.0, length=600.0, schedule="smooth")
 
 
@@ -132,3 +140,171 @@ def test_the_curves_draw_the_interval(tmp_path):
 def test_an_unknown_schedule_is_refused():
     with pytest.raises(DmfError, match="config.curriculum.schedule = 'smoth': expected steps or smooth"):
         build_stages(dataclasses.replace(SMOOTH, schedule="smoth"), 8, 1000)
+
+
+# --- the direction of the step back ----------------------------------------------------------------------------------
+
+PARAMS = {"p": 0.7, "c": -0.4, "d": 0.9}
+OTHERS = {"p": -0.3, "c": 0.8, "d": 0.2}
+ROWS = 16
+SPLIT = RowSplit(ROWS, 4, 3)
+
+
+def affine(params, z, r, t):
+    """A network whose every derivative is known: u = p z + c (t - r) + d t; u(z, t, t) = p z + d t."""
+    return params["p"] * z + (params["c"] * (t - r) + params["d"] * t)[:, None]
+
+
+def affine_net(params, rows):
+    return affine(params, rows.z, rows.r, rows.t)
+
+
+def affine_rows():
+    """16 rows, the last of every 4 with r = t."""
+    rng = np.random.default_rng(3)
+    t = rng.uniform(0.2, 0.95, ROWS)
+    r = np.where(np.arange(ROWS) % 4 == 3, t, t * rng.uniform(0, 0.9, ROWS))
+    z, v = rng.normal(size=(2, ROWS, 5))
+    label = rng.integers(0, 10, ROWS)
+    return jax.tree.map(jnp.asarray, Rows(z, r, t, v, label, rng.uniform(size=ROWS)))
+
+
+def residual_by_hand(kind, rho, along, rows):
+    """e of the rows with r < t under linear intervals and raw scale, from the formulas on paper. along: (B, D)."""
+    z, r, t, v, along = (np.asarray(x)[np.arange(ROWS) % 4 < 3] for x in (rows.z, rows.r, rows.t, rows.v, along))
+    u, L = affine(PARAMS, z, r, t), (t - r)[:, None]
+    if kind == "jvp":
+        return u - v + L * (PARAMS["p"] * along + PARAMS["c"] + PARAMS["d"])
+    u_next = affine(PARAMS, z - rho * L * along, r, t - rho * (t - r))
+    return u - (rho * L * v + L * u_next) / (rho * L + L)
+
+
+@pytest.mark.parametrize("kind", ["discrete", "jvp"])
+@pytest.mark.parametrize("weights", [PARAMS, OTHERS])
+def test_the_residual_along_another_velocity_is_the_formula_with_v_in_the_target_alone(float64, kind, weights):
+    rows, tangent = affine_rows(), objectives.along_own(affine_net, weights)
+    found = OBJECTIVES[kind](affine_net, PARAMS, rows, SPLIT, 0.25, "linear", LossConfig(), tangent)
+    own = affine(weights, rows.z, rows.t, rows.t)
+    np.testing.assert_allclose(found.pairs, residual_by_hand(kind, 0.25, own, rows), atol=1e-14)
+    data = OBJECTIVES[kind](affine_net, PARAMS, rows, SPLIT, 0.25, "linear", LossConfig())
+    np.testing.assert_allclose(data.pairs, residual_by_hand(kind, 0.25, rows.v, rows), atol=1e-14)
+    np.testing.assert_array_equal(found.border, data.border)
+    assert float(jnp.abs(found.pairs - data.pairs).max()) > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["discrete", "jvp"])
+@pytest.mark.parametrize("scale", ["raw", "unit"])
+def test_no_gradient_flows_through_the_direction(float64, kind, scale):
+    rows, config = affine_rows(), LossConfig(residual_scale=scale)
+
+    def total(params):
+        tangent = objectives.along_own(affine_net, params)
+        return OBJECTIVES[kind](affine_net, params, rows, SPLIT, 0.25, "linear", config, tangent).pairs.sum()
+
+    first = jax.grad(lambda params: affine_net(params, SPLIT.pairs_of(rows)).sum())(PARAMS)
+    for name, g in jax.grad(total)(PARAMS).items():
+        assert float(g) == pytest.approx(float(first[name]), rel=1e-13)
+
+
+@pytest.mark.parametrize("kind", ["discrete", "jvp"])
+def test_where_the_network_already_gives_v_its_own_direction_is_the_data_s(float64, kind):
+    rows = affine_rows()
+    rows = rows._replace(v=affine(PARAMS, rows.z, rows.t, rows.t))
+    tangent = objectives.along_own(affine_net, PARAMS)
+    one, other = (
+        OBJECTIVES[kind](affine_net, PARAMS, rows, SPLIT, 0.25, "dagger", LossConfig(), *extra) for extra in ((tangent,), ())
+    )
+    np.testing.assert_array_equal(one.pairs, other.pairs)
+
+
+CHOSEN = merged(TINY, batch_size=ROWS, loss=dict(p=0.5), guidance=dict(omega=1.5, kappa=0.3))
+
+
+@pytest.mark.parametrize("kind", ["discrete", "jvp", "guided_discrete", "guided_jvp"])
+@pytest.mark.parametrize("tangent", ["data", "own", "ema"])
+def test_what_is_evaluated_with_which_weights_and_what_is_counted(kind, tangent):
+    calls = []
+
+    def apply(params, z, r, t, *, label, train, rngs):
+        calls.append((len(t), bool((r == t).all()), train, float(jax.lax.stop_gradient(params["p"]))))
+        return affine(params, z, r, t)
+
+    kinds = dict(stages=2, kinds=("discrete", kind), length=8.0, pretrain_length=0.0)
+    guidance = dict(omega=1.5, kappa=0.3) if kind in GUIDED else dict(omega=1.0, kappa=0.0)
+    config = parse(merged(CHOSEN, curriculum=kinds, loss=dict(tangent=tangent), guidance=guidance))
+    step.stage_loss(
+        PARAMS,
+        affine_rows(),
+        0.25,
+        kind=kind,
+        network=Network(None, apply),
+        config=config,
+        split=SPLIT,
+        average=OTHERS if tangent == "ema" else None,
+    )
+    assert calls.count((12, True, False, {"own": 0.7, "ema": -0.3, "data": 0.0}[tangent])) == (tangent != "data")
+    guided = 2 * (kind in GUIDED)
+    assert calls.count((16, True, False, 0.7)) == guided
+    assert len(calls) == 2 + guided + (tangent != "data")
+    forward = sum(n for n, *_ in calls) / ROWS + 0.75 * (identity_of(kind) == "jvp")  # the tangent of a JVP is a pass as well
+    assert curriculum.passes(check(config, 10, 1352)[1], 0.75) == 2 + forward
+    assert f"{2 + forward:.2f}" in table(check(config, 10, 1352), config.curriculum, 0.75).splitlines()[2]
+
+
+def test_a_kind_without_a_direction_pays_for_none():
+    config = parse(merged(TINY, loss=dict(tangent="own"), curriculum=dict(pretrain_length=4.0)))
+    assert [curriculum.passes(s, 0.75) for s in check(config, 10, 1352)] == [3.0, 3.0, 4.5, 4.5, 4.5]
+
+
+def test_the_step_goes_along_the_evaluated_average():
+    # At the start every average is the weights; then it lags behind them.
+    first, second = {}, {}
+    for tangent in ("data", "own", "ema"):
+        setup = Setup(merged(TINY, loss=dict(tangent=tangent), ema=dict(rampup_ratio=0.0)))
+        train_step, now = setup.step("discrete"), setup.state()
+        for n, found in ((0, first), (1, second)):
+            now, metrics = train_step(now, setup.batch(n), setup.scalars(n, "discrete"))
+            found[tangent] = float(metrics["loss"])
+    assert first["own"] == first["ema"] != first["data"] and len(set(second.values())) == 3
+
+
+@pytest.mark.parametrize(("kind", "tangent"), [("discrete", "ema"), ("jvp", "own")])
+def test_split_weights_and_microbatches_take_the_same_steps_along_a_networks_velocity(kind, tangent):
+    values = merged(TINY, loss=dict(tangent=tangent), optimizer=dict(eps=1e-4), network=dict(width=128), batch_size=32)
+    one = Setup(values).run(kind, 3)
+    many = Setup(merged(values, microbatches=2, mesh=dict(fsdp=4)), devices=4).run(kind, 3)
+    assert many[1]["loss"] == pytest.approx(one[1]["loss"], rel=1e-5)
+    for a, b in zip(jax.tree.leaves(one[0].params), jax.tree.leaves(many[0].params), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_the_benchmark_counts_the_pass_that_is_compiled():
+    with Compilations() as seen:
+        found = {}
+        for tangent in ("data", "own"):
+            config = parse(merged(TINY, loss=dict(tangent=tangent), network=dict(width=64, depth=2)))
+            mesh = sharding.make_mesh(devices=jax.devices()[:1])
+            programs, _, _ = benchmark.compile_cases(config, (8, 8, 1), 10, [("discrete", 0.5)], mesh, seen)
+            found[tangent] = programs[0]
+    assert (found["data"].passes, found["own"].passes) == (3.5, 4.0)
+    assert found["own"].counts.flops / found["data"].counts.flops == pytest.approx(4.0 / 3.5, rel=0.03)
+
+
+def test_a_plan_that_was_made_before_the_choice_came_stands(monkeypatch):
+    rows = json.loads((ROOT / "docs" / "tpu_plan.json").read_text())["rows"]
+    values = imagenet256.get_config("XL").to_dict()
+    monkeypatch.setattr(plan, "_libtpu_version", lambda: "any")
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+
+    def program(**changes):
+        return plan._about(parse(merged(values, **changes)), "", "", "", mesh, "discrete")["program"]
+
+    assert program() in {row["program"] for row in rows}
+    assert len({program(), program(loss=dict(tangent="own")), program(loss=dict(tangent="ema"))}) == 3
+
+
+def test_an_average_that_is_not_kept_cannot_be_gone_along():
+    with pytest.raises(DmfError, match="config.loss.tangent = 'ema' with config.ema.evaluate = 0: expected the half-life"):
+        check(parse(merged(TINY, loss=dict(tangent="ema"), ema=dict(evaluate=0.0))), 10, 1352)
+    with pytest.raises(DmfError, match="config.loss.tangent = 'mine': expected one of data, own, ema"):
+        parse(merged(TINY, loss=dict(tangent="mine")))
