@@ -124,7 +124,7 @@ def compile_cases(
     network = networks.build(config.network, shape)
 
     def fresh() -> state.TrainState:
-        return state.create(network.init(jax.random.key(0)), optimizer, config.ema)
+        return state.create(network.init(jax.random.key(0)), optimizer, config.ema, config.curriculum.interval)
 
     place = sharding.placed(mesh, jax.eval_shape(fresh))
     start = jax.jit(fresh, out_shardings=place, compiler_options=sharding.compiler_options(mesh))

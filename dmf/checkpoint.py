@@ -1,6 +1,7 @@
 """Checkpoints: the training state on disk, through Orbax.
 
-A checkpoint is a step folder with four items, `params`, `ema`, `opt_state` and `step`, and metadata that hold the run's
+A checkpoint is a step folder with four items, `params`, `ema`, `opt_state` and `step`, a fifth, `intervals`, if the curriculum
+keeps a table, and metadata that hold the run's
 whole config; so weights can be read without building the optimiser, and a folder explains itself. Orbax writes into a
 temporary folder and renames it; the manifest, with size and SHA-256 of every file, comes last. A folder without its manifest
 is an unfinished save, one that does not match it is damaged: neither is ever loaded.
@@ -29,6 +30,7 @@ from dmf.errors import DmfError
 from dmf.state import TrainState
 
 ITEMS = ("params", "ema", "opt_state", "step")
+OPTIONAL = ("intervals",)  # not every run has one
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 NEWEST = 200  # complete checkpoints that are tried, one after the other
@@ -74,7 +76,7 @@ class Checkpoints:
 
     def save(self, step: int, state: TrainState) -> None:
         """Writes the state after `step` steps and returns when it is safe on disk."""
-        items = {name: getattr(state, name) for name in ITEMS}
+        items = _items(state)
         self._best_now = hosts.first_says(str(self._best()))
         try:
             self._checkpointer.save_checkpointables(step, items, force=True, overwrite=True, custom_metadata=self._metadata)
@@ -94,7 +96,7 @@ class Checkpoints:
         them can be read: a fresh start would then bury them.
         """
         steps = json.loads(hosts.first_says(json.dumps(self._complete()[:NEWEST])))
-        target = {name: _abstract(getattr(state, name)) for name in ITEMS}
+        target = {name: _abstract(item) for name, item in _items(state).items()}
         for step in steps:
             folder = self.directory / str(step)
             try:
@@ -126,6 +128,12 @@ class Checkpoints:
 
     def close(self) -> None:
         self._checkpointer.close()
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """What is kept of a state, by name; an optional part without arrays is left out."""
+    optional = {name: getattr(state, name) for name in OPTIONAL}
+    return {name: getattr(state, name) for name in ITEMS} | {k: x for k, x in optional.items() if jax.tree.leaves(x)}
 
 
 def write_manifest(folder: Path) -> None:

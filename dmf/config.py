@@ -63,6 +63,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "curriculum.pretrain_length": (0, INF),
     "curriculum.stage_learning_rates": (LEAST, INF),
     "curriculum.switch_warmup_steps": (0, INF),
+    "curriculum.interval_floor": (LEAST, 1),
+    "curriculum.interval_halflife_images": (LEAST, INF),
     "loss.p": (0, 2),
     "loss.eps": (LEAST, INF),
     "loss.product_rule": (0, 1),

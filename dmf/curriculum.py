@@ -15,13 +15,18 @@ the interval is a traced number, so a switch between two discrete stages, or one
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from dmf import adaptive
 from dmf.errors import DmfError
 
 Array = jax.Array
+Interval = Callable[[Array, Array, Array], Array]  # (rho, r, t) -> d, times (B,)
 
 # Kind -> (forward passes per row, extra passes per row with r < t); a backward pass counts as two forward passes.
 PASSES = {"flow": (3, 0), "trajectory": (3, 0), "discrete": (3, 1), "jvp": (3, 1)}
@@ -46,7 +51,13 @@ def dagger(rho: Array, r: Array, t: Array) -> Array:
     return rho * (1 - t) / ((1 - rho) * (1 - r) + rho * (1 - t))
 
 
-INTERVALS = {"linear": linear, "dagger": dagger}
+def floored(rho: Array, r: Array, t: Array, floor: float) -> Array:
+    """d = max(dagger, rho floor): dagger, but no row near t = 1 goes idle. floor in (0, 1]; 1 is linear. r, t: (B,)."""
+    return jnp.maximum(dagger(rho, r, t), rho * floor)
+
+
+INTERVALS: dict[str, Interval] = {"linear": linear, "dagger": dagger}
+RULES = (*INTERVALS, "floor", "adaptive")
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,9 @@ class CurriculumConfig:
     stages: int = 10  # K, pretraining not counted
     kinds: tuple[str, ...] = ()  # one per stage; () = trajectory, discrete x (K - 2), jvp
     q: float = 2.0  # d_i = q^-i; a guided_discrete stage takes the d of the last discrete one before it, or q^-1
-    interval: str = "dagger"  # linear | dagger
+    interval: str = "dagger"  # linear | dagger | floor = dagger with a least d | adaptive = by a table that training keeps
+    interval_floor: float = 0.1  # of rho: the least d of floor and adaptive
+    interval_halflife_images: float = 50e3  # adaptive: the table forgets half of a bin in so many images, while it has rows
     schedule: str = "steps"  # steps: d falls between discrete stages | smooth: with every discrete step, first d to last
     length: float = 96000.0  # of the K stages together, in length_unit
     stage_lengths: tuple[float, ...] = ()  # explicit lengths that add up to `length`; () = equal
@@ -94,6 +107,15 @@ class Stage:
     @property
     def name(self) -> str:
         return "pretrain" if self.index < 0 else f"stage {self.index}"
+
+
+def interval_rule(config: CurriculumConfig, sums: Any = ()) -> Interval:
+    """(rho, r, t) -> the share a of t - r that one step back covers. sums: the table of `dmf.adaptive`, if the rule has one."""
+    if config.interval == "floor":
+        return lambda rho, r, t: floored(rho, r, t, config.interval_floor)
+    if config.interval == "adaptive":
+        return lambda rho, r, t: adaptive.share(rho, r, t, sums, config.interval_floor)
+    return INTERVALS[config.interval]
 
 
 def identity_of(kind: str) -> str:
@@ -162,19 +184,28 @@ def passes(stage: Stage, r_neq_t_fraction: float) -> float:
 
 def table(stages: tuple[Stage, ...], config: CurriculumConfig, r_neq_t_fraction: float) -> str:
     """The curriculum as a printed table: stage, kind, d, steps, cost in forward passes per row."""
+    mark = {"linear": "", "adaptive": "*"}.get(config.interval, "+")
     width = 24 if any(s.fall != 1 for s in stages) else 12
     lines = [f"{'stage':<10}{'kind':<16}{'d':>{width}}{'steps':>10}{'first':>10}{'passes/row':>12}"]
     for s in stages:
         d = f"{s.rho:.6g}" if s.fall == 1 else f"{s.rho:.6g}..{rho_at(s, s.last - 1):.6g}"
-        d = f"{d}{'+' if config.interval == 'dagger' else ''}" if identity_of(s.kind) == "discrete" else "-"
+        d = f"{d}{mark}" if identity_of(s.kind) == "discrete" else "-"
         cost = passes(s, r_neq_t_fraction)
         lines.append(f"{s.name:<10}{s.kind:<16}{d:>{width}}{s.steps:>10}{s.first:>10}{cost:>12.2f}")
     total = sum(s.steps * passes(s, r_neq_t_fraction) for s in stages)
     steps = stages[-1].last
     lines.append(f"{'all':<10}{'':<16}{'':>{width}}{steps:>10}{'':>10}{total / steps:>12.2f}")
-    if config.interval == "dagger" and any(identity_of(s.kind) == "discrete" for s in stages):
-        lines.append("+ largest d of the stage: the dagger interval is d at t = r and shrinks towards t = 1")
+    if mark and any(identity_of(s.kind) == "discrete" for s in stages):
+        lines.append(_legend(config))
     return "\n".join(lines)
+
+
+def _legend(config: CurriculumConfig) -> str:
+    """What the mark at a d says."""
+    if config.interval == "adaptive":
+        return f"* times a ratio that training measures by t and t - r, at least {config.interval_floor:g}; 1 at the start"
+    least = f", to {config.interval_floor:g} d at least" if config.interval == "floor" else ""
+    return f"+ largest d of the stage: the dagger interval is d at t = r and shrinks towards t = 1{least}"
 
 
 def _smooth(stages: list[Stage]) -> tuple[Stage, ...]:
@@ -217,8 +248,8 @@ def _check(config: CurriculumConfig, kinds: tuple[str, ...]) -> None:
         raise DmfError(f"config.curriculum.kinds has {len(kinds)} entries: expected config.curriculum.stages = {config.stages}")
     if not 1 < config.q < float("inf"):
         raise DmfError(f"config.curriculum.q = {config.q}: expected a ratio above 1 (d = q^-i has to shrink)")
-    if config.interval not in INTERVALS:
-        raise DmfError(f"config.curriculum.interval = {config.interval!r}: expected {' or '.join(INTERVALS)}")
+    if config.interval not in RULES:
+        raise DmfError(f"config.curriculum.interval = {config.interval!r}: expected {' or '.join(RULES)}")
     if config.schedule not in SCHEDULES:
         raise DmfError(f"config.curriculum.schedule = {config.schedule!r}: expected {' or '.join(SCHEDULES)}")
     if config.length_unit not in UNITS:

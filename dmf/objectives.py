@@ -21,7 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dmf.curriculum import INTERVALS
+from dmf.curriculum import Interval
 from dmf.errors import DmfError
 from dmf.flow import Rows, RowSplit, expand
 
@@ -49,11 +49,13 @@ class Residuals(NamedTuple):
     """Residuals of one batch, rows with r = t and rows with r < t apart (None where the batch has none of a kind).
 
     change: mean over the r < t rows of |u - u'| / |u| (discrete) or of |(t - r) du/dt| / |u| (jvp), else None.
+    products: (n_pairs, 2) of the r < t rows <e, u - v> and |e|^2, e in unit scale (discrete), else None: for `dmf.adaptive`.
     """
 
     border: Array | None
     pairs: Array | None
     change: Array | None
+    products: Array | None = None
 
 
 def passes(config: LossConfig) -> int:
@@ -112,7 +114,7 @@ def flow_matching(
     rows: Rows,
     split: RowSplit,
     rho: Array,
-    interval: str,
+    interval: Interval,
     config: LossConfig,
     tangent: Tangent = along_data,
 ) -> Residuals:
@@ -127,18 +129,19 @@ def discrete(
     rows: Rows,
     split: RowSplit,
     rho: Array,
-    interval: str,
+    interval: Interval,
     config: LossConfig,
     tangent: Tangent = along_data,
 ) -> Residuals:
     """Finite-difference MeanFlow; the frozen second evaluation runs on the rows with r < t only."""
     u = net(params, rows)
     pairs, u_pairs = split.pairs_of(rows), split.pairs_of(u)
-    a = jnp.where(pairs.r < pairs.t, INTERVALS[interval](rho, pairs.r, pairs.t), 0.0)  # dagger is 0 / 0 at r = t = 1
+    a = jnp.where(pairs.r < pairs.t, interval(rho, pairs.r, pairs.t), 0.0)  # dagger is 0 / 0 at r = t = 1
     u_next = net(sg(params), shift_back(pairs._replace(v=tangent(pairs)), a))
     w = discrete_weight(a, pairs.r, pairs.t, config.product_rule)
     e = discrete_residual(u_pairs, u_next, pairs.v, w, config.residual_scale)
-    return _apart(split, u - rows.v, e, _relative(u_pairs - u_next, u_pairs), pairs_cut=True)
+    found = _apart(split, u - rows.v, e, _relative(u_pairs - u_next, u_pairs), pairs_cut=True)
+    return found._replace(products=_products(u_pairs, u_next, pairs.v, a))
 
 
 def jvp(
@@ -147,7 +150,7 @@ def jvp(
     rows: Rows,
     split: RowSplit,
     rho: Array,
-    interval: str,
+    interval: Interval,
     config: LossConfig,
     tangent: Tangent = along_data,
 ) -> Residuals:
@@ -184,6 +187,13 @@ def _apart(split: RowSplit, e_border: Array, e_pairs: Array, change: Array | Non
     if not split.n_pairs:
         return Residuals(border, None, change)
     return Residuals(border, e_pairs if pairs_cut else split.pairs_of(e_pairs), change)
+
+
+def _products(u: Array, u_next: Array, v: Array, a: Array) -> Array:
+    """(B, 2): <e, u - v> and |e|^2 of e = u + (u - u') / a - v, without gradient."""
+    u, u_next, v = (sg(x.astype(jnp.promote_types(x.dtype, jnp.float32))) for x in (u, u_next, v))
+    e, axes = u + (u - u_next) / expand(jnp.maximum(a, TINY), u) - v, tuple(range(1, u.ndim))
+    return jnp.stack([jnp.sum(e * (u - v), axes), jnp.sum(e * e, axes)], axis=1)
 
 
 def _relative(change: Array, u: Array) -> Array:

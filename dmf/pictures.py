@@ -98,8 +98,11 @@ def curves(
 
 
 def _interval(axis: Any, metrics: Sequence[Mapping[str, Any]]) -> None:
-    """The interval d of the discrete steps, on an axis of its own; between two of them other steps may lie."""
-    d = [m["rho"] if identity_of(m["kind"]) == "discrete" else float("nan") for m in metrics]
+    """The interval d of the discrete steps, the mean one if it is adaptive, on an axis of its own.
+
+    Steps of other kinds may lie between.
+    """
+    d = [m.get("interval", m["rho"]) if identity_of(m["kind"]) == "discrete" else float("nan") for m in metrics]
     if not any(x == x for x in d):
         axis.set_axis_off()
         return

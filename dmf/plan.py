@@ -288,7 +288,8 @@ def _lower(config: Config, mesh: Any, kind: str, shape: tuple[int, ...]) -> jax.
     """The step program of a kind over the mesh's devices, from shapes alone."""
     network, optimizer = step.network_for(kind, config, shape, mesh), optim.build(config.optimizer)
     plain = networks.build(config.network, shape)
-    now = jax.eval_shape(lambda key: state.create(plain.init(key), optimizer, config.ema), jax.random.key(0))
+    params, interval = jax.eval_shape(plain.init, jax.random.key(0)), config.curriculum.interval
+    now = jax.eval_shape(lambda given: state.create(given, optimizer, config.ema, interval), params)
     batch = cost.batch_shapes(config, shape)
     scalars = step.Scalars(np.float32(1), np.float32(0), np.zeros(len(config.ema.halflife_images), np.float32))
     return step.make_train_step(kind, network, optimizer, config, mesh, sharding.placed(mesh, now)).lower(now, batch, scalars)

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from dmf import flow, networks, objectives, optim, sharding
+from dmf import adaptive, curriculum, flow, networks, objectives, optim, sharding
 from dmf.config import Config
 from dmf.curriculum import GUIDED, Stage, identity_of, rho_at
 from dmf.data import augment
@@ -69,8 +69,9 @@ def make_train_step(
 
     batch: x (B, H, W, C) float32 in [-1, 1] and label (B,) int32, rows split over the mesh; of encoded images also std, shaped
     as x. place: where the state lives, from `sharding.placed`.
-    metrics: scalars. loss (weighted), squares_border and squares_pairs (mean sum of squares of the rows with r = t and
-    with r < t), change (|u - u'| / |u|), grad_norm before clipping, nonfinite_leaf (index in jax.tree.leaves, or -1).
+    metrics: scalars. loss (weighted), squares_border and squares_pairs (mean sum of squares of the rows with r = t and with
+    r < t), change (|u - u'| / |u|), interval (mean a where it is adaptive), grad_norm before clipping, nonfinite_leaf (index in
+    jax.tree.leaves, or -1).
     """
     split, average = split_for(kind, config, mesh), config.ema.index() if config.loss.tangent == "ema" else None
     draw = partial(draw_rows, split=split, config=config)
@@ -79,14 +80,14 @@ def make_train_step(
     def train_step(state: TrainState, batch: dict[str, Array], scalars: Scalars) -> tuple[TrainState, Metrics]:
         rows = sharding.constrain_rows(mesh, draw(state.step, batch))
         along = None if average is None else sharding.whole(mesh, state.ema[average])
-        grads, metrics = _gradient(
-            partial(loss, average=along), state.params, rows, scalars.rho, split, config.microbatches, mesh
-        )
+        loss_now = partial(loss, average=along, sums=state.intervals)
+        grads, metrics = _gradient(loss_now, state.params, rows, scalars.rho, split, config.microbatches, mesh)
+        intervals = _tallied(state.intervals, metrics.pop("intervals", None), config)
         metrics["grad_norm"], metrics["nonfinite_leaf"] = optim.global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - scalars.learning_rate * u, state.params, updates)
         ema = tuple(optim.update_ema(e, params, scalars.ema_decays[i]) for i, e in enumerate(state.ema))
-        return TrainState(state.step + 1, params, opt_state, ema), metrics
+        return TrainState(state.step + 1, params, opt_state, ema, intervals), metrics
 
     with_precision = jax.default_matmul_precision(getattr(config.precision, identity_of(kind)))(train_step)
     whole = sharding.replicated(mesh)
@@ -128,10 +129,12 @@ def stage_loss(
     config: Config,
     split: RowSplit,
     average: Any = None,
+    sums: Any = (),
 ) -> tuple[Array, Metrics]:
     """Mean weighted loss of the rows under the kind's identity, and what is logged of it.
 
-    average: the averaged weights whose velocity config.loss.tangent = ema goes along.
+    average: the averaged weights whose velocity config.loss.tangent = ema goes along; sums: the table of an adaptive interval.
+    What the rows add to that is in the metrics as `intervals`.
     """
     if kind == "flow":
         params = freeze_interval(params)
@@ -146,7 +149,8 @@ def stage_loss(
     if config.loss.tangent != "data":
         tangent = objectives.along_own(partial(net, train=False), params if config.loss.tangent == "own" else average)
     objective = objectives.OBJECTIVES[identity_of(kind)]
-    found = objective(net, params, rows, split, rho, config.curriculum.interval, config.loss, tangent)
+    interval = curriculum.interval_rule(config.curriculum, sums)
+    found = objective(net, params, rows, split, rho, interval, config.loss, tangent)
     total, metrics = jnp.zeros(()), {} if found.change is None else {"change": found.change}
     for name, e in (("border", found.border), ("pairs", found.pairs)):
         if e is None:
@@ -154,7 +158,17 @@ def stage_loss(
         loss, squares = objectives.weighted_loss(e, config.loss.p, config.loss.eps)
         total += jnp.sum(loss) / split.batch
         metrics[f"squares_{name}"] = jnp.mean(squares)
+    if config.curriculum.interval == "adaptive" and found.products is not None:
+        pairs = split.pairs_of(rows)
+        metrics["interval"] = jnp.mean(interval(rho, pairs.r, pairs.t))
+        metrics["intervals"] = adaptive.tally(pairs.r, pairs.t, found.products)
     return total, metrics | {"loss": total}
+
+
+def _tallied(sums: Any, seen: Array | None, config: Config) -> Any:
+    """The table of an adaptive interval after a step that saw rows for it, or the same."""
+    decay = 0.5 ** (config.batch_size / config.curriculum.interval_halflife_images)
+    return sums if seen is None else adaptive.update(sums, seen, decay)
 
 
 def freeze_interval(params: Any) -> Any:

@@ -102,8 +102,10 @@ class Run:
             claim(workdir, config, self.init[2] if self.init else None, data.identity(self.dataset), fresh)
 
     def _fresh(self) -> TrainState:
-        params = self.network.init(jax.random.key(self.config.seed))
-        return state.create(params, self.optimizer, self.config.ema)
+        return self._started(self.network.init(jax.random.key(self.config.seed)))
+
+    def _started(self, params: Any) -> TrainState:
+        return state.create(params, self.optimizer, self.config.ema, self.config.curriculum.interval)
 
     def _jit(self, make: Callable[..., TrainState], donate_argnums: tuple[int, ...] | int = ()) -> Callable[..., TrainState]:
         options = sharding.compiler_options(self.mesh)
@@ -189,7 +191,7 @@ class Run:
         if found is None and self.config.init:
             folder, ema, _ = self.init or pretrained.find_init(self.config, self.dataset.image_shape)
             params = checkpoint.read_params(folder, ema, pretrained.abstract_params(self.network, self.mesh))
-            found = self._jit(lambda p: state.create(p, self.optimizer, self.config.ema))(params)
+            found = self._jit(self._started)(params)
             self.checkpoints.save(0, found)  # a resumed run starts from these weights, whatever config.init holds by then
         now = found if found is not None else self._jit(self._fresh)()
         self.start = int(now.step)

@@ -17,7 +17,7 @@ from configs import imagenet256
 from dmf import benchmark, checkpoint, curriculum, objectives, pictures, plan, sharding, step, train
 from dmf.config import check, parse
 from dmf.cost import Compilations
-from dmf.curriculum import GUIDED, CurriculumConfig, build_stages, identity_of, rho_at, stage_at, table
+from dmf.curriculum import GUIDED, CurriculumConfig, build_stages, dagger, identity_of, linear, rho_at, stage_at, table
 from dmf.errors import DmfError
 from dmf.flow import Rows, RowSplit
 from dmf.networks import Network
@@ -32,7 +32,7 @@ def leaves(folder):
     """Every array of a checkpoint, as NumPy."""
     from orbax.checkpoint import v1 as ocp
 
-    items = (*checkpoint.ITEMS, *checkpoint.OPTIONAL) if hasattr(checkpoint, "OPTIONAL") else checkpoint.ITEMS
+    items = (*checkpoint.ITEMS, *checkpoint.OPTIONAL)
     found = ocp.load_checkpointables(folder.absolute())
     return [np.asarray(x) for x in jax.tree.leaves({k: found[k] for k in items if k in found})]
 
@@ -116,7 +116,7 @@ def test_the_step_is_told_the_schedule_and_compiles_once():
 
 def test_a_smooth_run_logs_its_interval_and_resumes_in_the_same_bits(tmp_path):
     values = merged(TINY, curriculum=dict(schedule="smooth", stages=4, length=12.0, pretrain_length=0.0))
-    whole = resumed_ends_as_uninterrupted(values, tmp_path, (4, 7))
+    whole = resumed_ends_as_uninterrupted(values, tmp_path, (7,))
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [r["rho"] for r in rows if r["kind"] == "discrete"] == pytest.approx([2.0 ** (-1 - i / 5) for i in range(6)])
 
@@ -183,10 +183,10 @@ def residual_by_hand(kind, rho, along, rows):
 @pytest.mark.parametrize("weights", [PARAMS, OTHERS])
 def test_the_residual_along_another_velocity_is_the_formula_with_v_in_the_target_alone(float64, kind, weights):
     rows, tangent = affine_rows(), objectives.along_own(affine_net, weights)
-    found = OBJECTIVES[kind](affine_net, PARAMS, rows, SPLIT, 0.25, "linear", LossConfig(), tangent)
+    found = OBJECTIVES[kind](affine_net, PARAMS, rows, SPLIT, 0.25, linear, LossConfig(), tangent)
     own = affine(weights, rows.z, rows.t, rows.t)
     np.testing.assert_allclose(found.pairs, residual_by_hand(kind, 0.25, own, rows), atol=1e-14)
-    data = OBJECTIVES[kind](affine_net, PARAMS, rows, SPLIT, 0.25, "linear", LossConfig())
+    data = OBJECTIVES[kind](affine_net, PARAMS, rows, SPLIT, 0.25, linear, LossConfig())
     np.testing.assert_allclose(data.pairs, residual_by_hand(kind, 0.25, rows.v, rows), atol=1e-14)
     np.testing.assert_array_equal(found.border, data.border)
     assert float(jnp.abs(found.pairs - data.pairs).max()) > 1e-2
@@ -199,7 +199,7 @@ def test_no_gradient_flows_through_the_direction(float64, kind, scale):
 
     def total(params):
         tangent = objectives.along_own(affine_net, params)
-        return OBJECTIVES[kind](affine_net, params, rows, SPLIT, 0.25, "linear", config, tangent).pairs.sum()
+        return OBJECTIVES[kind](affine_net, params, rows, SPLIT, 0.25, linear, config, tangent).pairs.sum()
 
     first = jax.grad(lambda params: affine_net(params, SPLIT.pairs_of(rows)).sum())(PARAMS)
     for name, g in jax.grad(total)(PARAMS).items():
@@ -212,7 +212,7 @@ def test_where_the_network_already_gives_v_its_own_direction_is_the_data_s(float
     rows = rows._replace(v=affine(PARAMS, rows.z, rows.t, rows.t))
     tangent = objectives.along_own(affine_net, PARAMS)
     one, other = (
-        OBJECTIVES[kind](affine_net, PARAMS, rows, SPLIT, 0.25, "dagger", LossConfig(), *extra) for extra in ((tangent,), ())
+        OBJECTIVES[kind](affine_net, PARAMS, rows, SPLIT, 0.25, dagger, LossConfig(), *extra) for extra in ((tangent,), ())
     )
     np.testing.assert_array_equal(one.pairs, other.pairs)
 
