@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dmf import cost, curriculum, flow, guidance, networks, optim, sharding, state, step
+from dmf import cost, curriculum, flow, guidance, networks, objectives, optim, sharding, state, step
 from dmf.config import Config, check
 from dmf.cost import Compilations, Counts
 from dmf.curriculum import Stage
@@ -124,7 +124,7 @@ def compile_cases(
     network = networks.build(config.network, shape)
 
     def fresh() -> state.TrainState:
-        return state.create(network.init(jax.random.key(0)), optimizer, config.ema)
+        return state.create(network.init(jax.random.key(0)), optimizer, config.ema, config.curriculum.interval)
 
     place = sharding.placed(mesh, jax.eval_shape(fresh))
     start = jax.jit(fresh, out_shardings=place, compiler_options=sharding.compiler_options(mesh))
@@ -143,7 +143,7 @@ def compile_cases(
         except jax.errors.JaxRuntimeError as error:
             _pass_over(kind, error)
         extra = guidance.passes(config.guidance) if kind in curriculum.GUIDED else 0
-        passes = curriculum.passes(Stage(0, kind, 1.0, 0, 1, extra), fraction)
+        passes = curriculum.passes(Stage(0, kind, 1.0, 0, 1, extra, objectives.passes(config.loss)), fraction)
         programs.append(Program(kind, fraction, passes, run, seconds, found, seen.count - before))
     return programs, start, batch
 

@@ -1,6 +1,7 @@
 """Checkpoints: the training state on disk, through Orbax.
 
-A checkpoint is a step folder with four items, `params`, `ema`, `opt_state` and `step`, and metadata that hold the run's
+A checkpoint is a step folder with four items, `params`, `ema`, `opt_state` and `step`, a fifth, `intervals`, if the curriculum
+keeps a table, and metadata that hold the run's
 whole config; so weights can be read without building the optimiser, and a folder explains itself. Orbax writes into a
 temporary folder and renames it; the manifest, with size and SHA-256 of every file, comes last. A folder without its manifest
 is an unfinished save, one that does not match it is damaged: neither is ever loaded.
@@ -31,6 +32,7 @@ from dmf.manifest import MANIFEST, verify, write_manifest
 from dmf.state import TrainState
 
 ITEMS = ("params", "ema", "opt_state", "step")
+OPTIONAL = ("intervals",)  # not every run has one
 FOLDER = "checkpoints"
 NEWEST = 200  # complete checkpoints that are tried, one after the other
 BEST = "best.json"  # in a work directory: the step of the best score so far
@@ -81,7 +83,7 @@ class Checkpoints:
         Without `wait` it returns when the state has been copied, and steps may go on; `wait` tells when the rest is done.
         """
         self.wait()
-        items = {name: getattr(state, name) for name in ITEMS}
+        items = _items(state)
         self._kept = self._boundaries | set(json.loads(hosts.first_says(json.dumps(self._worth_keeping(step)))))
         with self._one_sentence(step):
             written = self._checkpointer.save_checkpointables_async(
@@ -120,7 +122,7 @@ class Checkpoints:
         them can be read: a fresh start would then bury them.
         """
         steps = json.loads(hosts.first_says(json.dumps(self._complete()[:NEWEST])))
-        target = {name: _abstract(getattr(state, name)) for name in ITEMS}
+        target = {name: _abstract(item) for name, item in _items(state).items()}
         for step in steps:
             folder = self.directory / str(step)
             try:
@@ -174,6 +176,12 @@ class Checkpoints:
                 end()
             except (DmfError, OSError, ValueError) as error:  # Orbax repeats that of the last save
                 log.warning("%s", error)
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """What is kept of a state, by name; an optional part without arrays is left out."""
+    optional = {name: getattr(state, name) for name in OPTIONAL}
+    return {name: getattr(state, name) for name in ITEMS} | {k: x for k, x in optional.items() if jax.tree.leaves(x)}
 
 
 def _load(folder: Path, target: dict[str, Any]) -> dict[str, Any]:

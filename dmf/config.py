@@ -18,7 +18,7 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from dmf import guidance
+from dmf import guidance, objectives
 from dmf.curriculum import GUIDED, PASSES, CurriculumConfig, Stage, build_stages, identity_of
 from dmf.data import DataConfig
 from dmf.errors import DmfError
@@ -41,6 +41,7 @@ CHOICES: dict[str, Collection[str]] = {
     "remat": ("none", "blocks", "dots"),
     "times.pairing": ("sorted", "min"),
     "loss.residual_scale": ("raw", "unit"),
+    "loss.tangent": ("data", "own", "ema"),
     "run.sampler": SAMPLERS,
     **{f"precision.{kind}": ("default", "high", "highest") for kind in PASSES},
     **{f"attention.{kind}": attention.HAS_JVP if kind == "jvp" else tuple(attention.KERNELS) for kind in PASSES},
@@ -62,6 +63,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "curriculum.pretrain_length": (0, INF),
     "curriculum.stage_learning_rates": (LEAST, INF),
     "curriculum.switch_warmup_steps": (0, INF),
+    "curriculum.interval_floor": (LEAST, 1),
+    "curriculum.interval_halflife_images": (LEAST, INF),
     "loss.p": (0, 2),
     "loss.eps": (LEAST, INF),
     "loss.product_rule": (0, 1),
@@ -204,10 +207,14 @@ def check(config: Config, num_classes: int, dataset_size: int) -> tuple[Stage, .
         )
     if config.batch_size % config.microbatches:
         raise DmfError(f"config.microbatches = {config.microbatches}: expected a divisor of batch_size {config.batch_size}")
-    config.ema.index()
+    if config.ema.index() is None and config.loss.tangent == "ema":
+        raise DmfError(
+            "config.loss.tangent = 'ema' with config.ema.evaluate = 0: expected the half-life of the EMA to go along"
+        )
     _check_scores(config)
     _check_labels(config, num_classes)
-    stages = build_stages(config.curriculum, config.batch_size, dataset_size, guidance.passes(config.guidance))
+    extra = guidance.passes(config.guidance), objectives.passes(config.loss)
+    stages = build_stages(config.curriculum, config.batch_size, dataset_size, *extra)
     _check_kinds(config, stages)
     _check_guidance(config, stages)
     return stages

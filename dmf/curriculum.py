@@ -9,25 +9,31 @@ Discrete MeanFlow (Hsu & Wood, arXiv 2604.08837, Eq. 5) runs K stages of equal l
 A fourth kind, "flow", is plain flow matching on r = t with the interval branch frozen: the pretraining of v itself. Two
 more, "guided_discrete" and "guided_jvp", put classifier-free guidance into the weights: the identity of "discrete" and
 "jvp" with the velocity of `dmf.guidance` in place of v, for an optional stage after the others.
-The stage is a pure function of the step number, so a resumed run cannot disagree with its curriculum; within a kind the
-interval is a traced number, so a switch between two discrete stages compiles nothing.
+Stage and interval are pure functions of the step number, so a resumed run cannot disagree with its curriculum; within a kind
+the interval is a traced number, so a switch between two discrete stages, or one that shrinks with every step, compiles nothing.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from dmf import adaptive
 from dmf.errors import DmfError
 
 Array = jax.Array
+Interval = Callable[[Array, Array, Array], Array]  # (rho, r, t) -> d, times (B,)
 
 # Kind -> (forward passes per row, extra passes per row with r < t); a backward pass counts as two forward passes.
 PASSES = {"flow": (3, 0), "trajectory": (3, 0), "discrete": (3, 1), "jvp": (3, 1)}
 # Guided kind -> the kind whose identity it enforces, with the guided velocity in place of v.
 GUIDED = {"guided_discrete": "discrete", "guided_jvp": "jvp"}
 UNITS = ("steps", "epochs", "images")
+SCHEDULES = ("steps", "smooth")
 
 
 def linear(rho: Array, r: Array, t: Array) -> Array:
@@ -45,7 +51,13 @@ def dagger(rho: Array, r: Array, t: Array) -> Array:
     return rho * (1 - t) / ((1 - rho) * (1 - r) + rho * (1 - t))
 
 
-INTERVALS = {"linear": linear, "dagger": dagger}
+def floored(rho: Array, r: Array, t: Array, floor: float) -> Array:
+    """d = max(dagger, rho floor): dagger, but no row near t = 1 goes idle. floor in (0, 1]; 1 is linear. r, t: (B,)."""
+    return jnp.maximum(dagger(rho, r, t), rho * floor)
+
+
+INTERVALS: dict[str, Interval] = {"linear": linear, "dagger": dagger}
+RULES = (*INTERVALS, "floor", "adaptive")
 
 
 @dataclass(frozen=True)
@@ -55,7 +67,10 @@ class CurriculumConfig:
     stages: int = 10  # K, pretraining not counted
     kinds: tuple[str, ...] = ()  # one per stage; () = trajectory, discrete x (K - 2), jvp
     q: float = 2.0  # d_i = q^-i; a guided_discrete stage takes the d of the last discrete one before it, or q^-1
-    interval: str = "dagger"  # linear | dagger
+    interval: str = "dagger"  # linear | dagger | floor = dagger with a least d | adaptive = by a table that training keeps
+    interval_floor: float = 0.1  # of rho: the least d of floor and adaptive
+    interval_halflife_images: float = 50e3  # adaptive: the table forgets half of a bin in so many images, while it has rows
+    schedule: str = "steps"  # steps: d falls between discrete stages | smooth: with every discrete step, first d to last
     length: float = 96000.0  # of the K stages together, in length_unit
     stage_lengths: tuple[float, ...] = ()  # explicit lengths that add up to `length`; () = equal
     length_unit: str = "steps"  # steps | epochs | images; also of pretrain_length
@@ -70,7 +85,9 @@ class CurriculumConfig:
 class Stage:
     """One stage of a run: steps first .. first + steps - 1. index counts within the curriculum; pretraining is -1.
 
-    guidance_passes: forward passes of every row for the guided velocity.
+    rho: of its first step; guidance_passes: forward passes of every row for the guided velocity; tangent_passes: those of a row
+    with r < t for the direction of the step back; fall: rho of a step by that of the step before it, 1 but in the discrete
+    stages of a smooth schedule.
     """
 
     index: int
@@ -79,6 +96,8 @@ class Stage:
     first: int
     steps: int
     guidance_passes: int = 0
+    tangent_passes: int = 0
+    fall: float = 1.0
 
     @property
     def last(self) -> int:
@@ -90,15 +109,27 @@ class Stage:
         return "pretrain" if self.index < 0 else f"stage {self.index}"
 
 
+def interval_rule(config: CurriculumConfig, sums: Any = ()) -> Interval:
+    """(rho, r, t) -> the share a of t - r that one step back covers. sums: the table of `dmf.adaptive`, if the rule has one."""
+    if config.interval == "floor":
+        return lambda rho, r, t: floored(rho, r, t, config.interval_floor)
+    if config.interval == "adaptive":
+        return lambda rho, r, t: adaptive.share(rho, r, t, sums, config.interval_floor)
+    return INTERVALS[config.interval]
+
+
 def identity_of(kind: str) -> str:
     """The kind whose identity a stage of this kind enforces: of a guided kind the one without guidance, else itself."""
     return GUIDED.get(kind, kind)
 
 
-def build_stages(config: CurriculumConfig, batch_size: int, dataset_size: int, guidance_passes: int = 0) -> tuple[Stage, ...]:
+def build_stages(
+    config: CurriculumConfig, batch_size: int, dataset_size: int, guidance_passes: int = 0, tangent_passes: int = 0
+) -> tuple[Stage, ...]:
     """The run as consecutive stages, in steps. Raises DmfError naming the config key where the curriculum makes no sense.
 
-    guidance_passes: what the guided velocity costs a row of a guided stage, `guidance.passes`.
+    guidance_passes: what the guided velocity costs a row of a guided stage, `guidance.passes`; tangent_passes: what the
+    direction of the step back costs a row with r < t of a stage that takes one, `objectives.passes`.
     """
     kinds = _kinds(config)
     _check(config, kinds)
@@ -125,9 +156,10 @@ def build_stages(config: CurriculumConfig, batch_size: int, dataset_size: int, g
             )
         rho = config.q**-i if kind == "discrete" else rho
         extra = guidance_passes if kind in GUIDED else 0
-        stages.append(Stage(i, kind, rho if identity_of(kind) == "discrete" else 1.0, first, end - first, extra))
+        at = rho if identity_of(kind) == "discrete" else 1.0
+        stages.append(Stage(i, kind, at, first, end - first, extra, tangent_passes))
         first = end
-    return tuple(stages)
+    return _smooth(stages) if config.schedule == "smooth" else tuple(stages)
 
 
 def stage_at(stages: tuple[Stage, ...], step: int) -> Stage:
@@ -138,25 +170,63 @@ def stage_at(stages: tuple[Stage, ...], step: int) -> Stage:
     return stages[-1]
 
 
+def rho_at(stage: Stage, step: int) -> float:
+    """rho of a step of the stage: rho fall^n, n steps after its first."""
+    return stage.rho * stage.fall ** (step - stage.first)
+
+
 def passes(stage: Stage, r_neq_t_fraction: float) -> float:
     """Forward passes per row that a step of this stage needs (backward = 2; one JVP tangent = 1)."""
     base, extra = PASSES[identity_of(stage.kind)]
+    extra += stage.tangent_passes if extra else 0
     return base + stage.guidance_passes + extra * r_neq_t_fraction
 
 
 def table(stages: tuple[Stage, ...], config: CurriculumConfig, r_neq_t_fraction: float) -> str:
     """The curriculum as a printed table: stage, kind, d, steps, cost in forward passes per row."""
-    lines = [f"{'stage':<10}{'kind':<16}{'d':>12}{'steps':>10}{'first':>10}{'passes/row':>12}"]
+    mark = {"linear": "", "adaptive": "*"}.get(config.interval, "+")
+    width = 24 if any(s.fall != 1 for s in stages) else 12
+    lines = [f"{'stage':<10}{'kind':<16}{'d':>{width}}{'steps':>10}{'first':>10}{'passes/row':>12}"]
     for s in stages:
-        d = f"{s.rho:.6g}{'+' if config.interval == 'dagger' else ''}" if identity_of(s.kind) == "discrete" else "-"
+        d = f"{s.rho:.6g}" if s.fall == 1 else f"{s.rho:.6g}..{rho_at(s, s.last - 1):.6g}"
+        d = f"{d}{mark}" if identity_of(s.kind) == "discrete" else "-"
         cost = passes(s, r_neq_t_fraction)
-        lines.append(f"{s.name:<10}{s.kind:<16}{d:>12}{s.steps:>10}{s.first:>10}{cost:>12.2f}")
+        lines.append(f"{s.name:<10}{s.kind:<16}{d:>{width}}{s.steps:>10}{s.first:>10}{cost:>12.2f}")
     total = sum(s.steps * passes(s, r_neq_t_fraction) for s in stages)
     steps = stages[-1].last
-    lines.append(f"{'all':<10}{'':<16}{'':>12}{steps:>10}{'':>10}{total / steps:>12.2f}")
-    if config.interval == "dagger" and any(identity_of(s.kind) == "discrete" for s in stages):
-        lines.append("+ largest d of the stage: the dagger interval is d at t = r and shrinks towards t = 1")
+    lines.append(f"{'all':<10}{'':<16}{'':>{width}}{steps:>10}{'':>10}{total / steps:>12.2f}")
+    if mark and any(identity_of(s.kind) == "discrete" for s in stages):
+        lines.append(_legend(config))
     return "\n".join(lines)
+
+
+def _legend(config: CurriculumConfig) -> str:
+    """What the mark at a d says."""
+    if config.interval == "adaptive":
+        return f"* times a ratio that training measures by t and t - r, at least {config.interval_floor:g}; 1 at the start"
+    least = f", to {config.interval_floor:g} d at least" if config.interval == "floor" else ""
+    return f"+ largest d of the stage: the dagger interval is d at t = r and shrinks towards t = 1{least}"
+
+
+def _smooth(stages: list[Stage]) -> tuple[Stage, ...]:
+    """The stages with rho falling geometrically over all discrete steps, from the first discrete stage's to the last one's.
+
+    A guided_discrete stage keeps the rho that was reached before it.
+    """
+    ladder = [s for s in stages if s.kind == "discrete"]
+    count = sum(s.steps for s in ladder)
+    if count < 2:
+        return tuple(stages)
+    fall = (ladder[-1].rho / ladder[0].rho) ** (1 / (count - 1))
+    found, done, reached = [], 0, ladder[0].rho
+    for s in stages:
+        if s.kind == "discrete":
+            s = replace(s, rho=ladder[0].rho * fall**done, fall=fall)
+            done, reached = done + s.steps, rho_at(s, s.last - 1)
+        elif identity_of(s.kind) == "discrete" and done:
+            s = replace(s, rho=reached)
+        found.append(s)
+    return tuple(found)
 
 
 def _kinds(config: CurriculumConfig) -> tuple[str, ...]:
@@ -178,8 +248,10 @@ def _check(config: CurriculumConfig, kinds: tuple[str, ...]) -> None:
         raise DmfError(f"config.curriculum.kinds has {len(kinds)} entries: expected config.curriculum.stages = {config.stages}")
     if not 1 < config.q < float("inf"):
         raise DmfError(f"config.curriculum.q = {config.q}: expected a ratio above 1 (d = q^-i has to shrink)")
-    if config.interval not in INTERVALS:
-        raise DmfError(f"config.curriculum.interval = {config.interval!r}: expected {' or '.join(INTERVALS)}")
+    if config.interval not in RULES:
+        raise DmfError(f"config.curriculum.interval = {config.interval!r}: expected {' or '.join(RULES)}")
+    if config.schedule not in SCHEDULES:
+        raise DmfError(f"config.curriculum.schedule = {config.schedule!r}: expected {' or '.join(SCHEDULES)}")
     if config.length_unit not in UNITS:
         raise DmfError(f"config.curriculum.length_unit = {config.length_unit!r}: expected one of {', '.join(UNITS)}")
     if config.stage_lengths and len(config.stage_lengths) != len(kinds):

@@ -7,7 +7,8 @@ Every kind gives a residual per row whose gradient flows through the first u onl
                        u' = u(z - D v, r, t - D),  D = a (t - r)            c = 1: arXiv 2604.08837 Eq. 5; c = 0: alpha-Flow
     jvp                e = u - sg(v - (t - r) du/dt)                        the MeanFlow identity, arXiv 2505.13447
 
-Rows with r = t always have the target v. With a -> 0 the discrete residual divided by w tends to the jvp residual, so
+The step back and the derivative may go along another velocity than v, `LossConfig.tangent`; the target keeps v. Rows with
+r = t always have the target v. With a -> 0 the discrete residual divided by w tends to the jvp residual, so
 `residual_scale = "unit"` makes all kinds commensurate, while "raw" (the paper's) shrinks with w.
 """
 
@@ -20,12 +21,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dmf.curriculum import INTERVALS
+from dmf.curriculum import Interval
 from dmf.errors import DmfError
 from dmf.flow import Rows, RowSplit, expand
 
 Array = jax.Array
 Net = Callable[[object, Rows], Array]  # (params, rows) -> u(z, r, t), (B, ...)
+Tangent = Callable[[Rows], Array]  # rows -> the velocity along which they step back or are differentiated, (B, ...)
 sg = jax.lax.stop_gradient
 
 # Keeps "unit" finite where a = 0 exactly (t = 1 under dagger): there u = u', so the residual is 0 / 1e-12 = 0.
@@ -40,17 +42,39 @@ class LossConfig:
     eps: float = 1e-3  # calibrated to the sum over pixels, not the mean
     product_rule: float = 1.0  # c in w = a / (1 + c a): 1 = discrete MeanFlow, 0 = alpha-Flow
     residual_scale: str = "raw"  # raw = the paper's u - T; unit = (u - T) / w with unit derivative in u
+    tangent: str = "data"  # u' and du/dt along data = v | own = u(z, t, t) | ema = that of the evaluated EMA; the target has v
 
 
 class Residuals(NamedTuple):
     """Residuals of one batch, rows with r = t and rows with r < t apart (None where the batch has none of a kind).
 
     change: mean over the r < t rows of |u - u'| / |u| (discrete) or of |(t - r) du/dt| / |u| (jvp), else None.
+    products: (n_pairs, 2) of the r < t rows <e, u - v> and |e|^2, e in unit scale (discrete), else None: for `dmf.adaptive`.
     """
 
     border: Array | None
     pairs: Array | None
     change: Array | None
+    products: Array | None = None
+
+
+def passes(config: LossConfig) -> int:
+    """Forward passes that the velocity of `config.tangent` costs a row with r < t."""
+    return 0 if config.tangent == "data" else 1
+
+
+def along_data(rows: Rows) -> Array:
+    """The conditional velocity v of the rows themselves: the paper's direction."""
+    return rows.v
+
+
+def along_own(net: Net, params: object) -> Tangent:
+    """The direction u(z, t, t) of given weights: what they hold to be the mean of v at z. No gradient reaches params.
+
+    net: the network in evaluation mode, without dropout. The direction of improved MeanFlow (arXiv 2512.02012), here also for
+    the finite difference: the residual loses the part of v's noise that the network's Jacobian passes on.
+    """
+    return lambda rows: net(sg(params), rows._replace(r=rows.t))
 
 
 def discrete_weight(a: Array, r: Array, t: Array, c: float) -> Array:
@@ -85,32 +109,58 @@ def shift_back(rows: Rows, a: Array) -> Rows:
 
 
 def flow_matching(
-    net: Net, params: object, rows: Rows, split: RowSplit, rho: Array, interval: str, config: LossConfig
+    net: Net,
+    params: object,
+    rows: Rows,
+    split: RowSplit,
+    rho: Array,
+    interval: Interval,
+    config: LossConfig,
+    tangent: Tangent = along_data,
 ) -> Residuals:
     """e = u(z, r, t) - v on every row (r as drawn: kinds "flow" and "trajectory")."""
     e = net(params, rows) - rows.v
     return _apart(split, e, e, None)
 
 
-def discrete(net: Net, params: object, rows: Rows, split: RowSplit, rho: Array, interval: str, config: LossConfig) -> Residuals:
+def discrete(
+    net: Net,
+    params: object,
+    rows: Rows,
+    split: RowSplit,
+    rho: Array,
+    interval: Interval,
+    config: LossConfig,
+    tangent: Tangent = along_data,
+) -> Residuals:
     """Finite-difference MeanFlow; the frozen second evaluation runs on the rows with r < t only."""
     u = net(params, rows)
     pairs, u_pairs = split.pairs_of(rows), split.pairs_of(u)
-    a = jnp.where(pairs.r < pairs.t, INTERVALS[interval](rho, pairs.r, pairs.t), 0.0)  # dagger is 0 / 0 at r = t = 1
-    u_next = net(sg(params), shift_back(pairs, a))
+    a = jnp.where(pairs.r < pairs.t, interval(rho, pairs.r, pairs.t), 0.0)  # dagger is 0 / 0 at r = t = 1
+    u_next = net(sg(params), shift_back(pairs._replace(v=tangent(pairs)), a))
     w = discrete_weight(a, pairs.r, pairs.t, config.product_rule)
     e = discrete_residual(u_pairs, u_next, pairs.v, w, config.residual_scale)
-    return _apart(split, u - rows.v, e, _relative(u_pairs - u_next, u_pairs), pairs_cut=True)
+    found = _apart(split, u - rows.v, e, _relative(u_pairs - u_next, u_pairs), pairs_cut=True)
+    return found._replace(products=_products(u_pairs, u_next, pairs.v, a))
 
 
-def jvp(net: Net, params: object, rows: Rows, split: RowSplit, rho: Array, interval: str, config: LossConfig) -> Residuals:
-    """MeanFlow with du/dt along (dz, dr, dt) = (v, 0, 1); the JVP runs on the rows with r < t only."""
+def jvp(
+    net: Net,
+    params: object,
+    rows: Rows,
+    split: RowSplit,
+    rho: Array,
+    interval: Interval,
+    config: LossConfig,
+    tangent: Tangent = along_data,
+) -> Residuals:
+    """MeanFlow with du/dt along (dz, dr, dt) = (v, 0, 1), or another tangent; the JVP runs on the rows with r < t only."""
     pairs, border = split.pairs_of(rows), split.border_of(rows)
 
     def along(z: Array, r: Array, t: Array) -> Array:
         return net(params, pairs._replace(z=z, r=r, t=t))
 
-    tangents = (pairs.v, jnp.zeros_like(pairs.r), jnp.ones_like(pairs.t))
+    tangents = (tangent(pairs), jnp.zeros_like(pairs.r), jnp.ones_like(pairs.t))
     u, dudt = jax.jvp(along, (pairs.z, pairs.r, pairs.t), tangents)
     drift = expand(pairs.t - pairs.r, dudt) * dudt
     e = u - sg(pairs.v - drift)
@@ -137,6 +187,13 @@ def _apart(split: RowSplit, e_border: Array, e_pairs: Array, change: Array | Non
     if not split.n_pairs:
         return Residuals(border, None, change)
     return Residuals(border, e_pairs if pairs_cut else split.pairs_of(e_pairs), change)
+
+
+def _products(u: Array, u_next: Array, v: Array, a: Array) -> Array:
+    """(B, 2): <e, u - v> and |e|^2 of e = u + (u - u') / a - v, without gradient."""
+    u, u_next, v = (sg(x.astype(jnp.promote_types(x.dtype, jnp.float32))) for x in (u, u_next, v))
+    e, axes = u + (u - u_next) / expand(jnp.maximum(a, TINY), u) - v, tuple(range(1, u.ndim))
+    return jnp.stack([jnp.sum(e * (u - v), axes), jnp.sum(e * e, axes)], axis=1)
 
 
 def _relative(change: Array, u: Array) -> Array:

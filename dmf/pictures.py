@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from dmf.curriculum import Stage
+from dmf.curriculum import Stage, identity_of
 
 GAP = 2  # pixels between samples
 CAPTION = 14  # pixels above a grid
@@ -64,7 +64,7 @@ def curves(
     stages: Sequence[Stage],
     score: str,
 ) -> None:
-    """Squared residuals of both kinds of rows and the one-step score over the steps, stages marked."""
+    """Squared residuals of both kinds of rows, the interval and the score over the steps, stages marked."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -78,6 +78,7 @@ def curves(
             top.semilogy(*zip(*rows, strict=True), lw=0.8, label=label)
     top.set_ylabel("mean squared residual")
     top.legend(loc="upper right", fontsize=8)
+    _interval(top.twinx(), metrics)
     if scores:
         for nfe in sorted({s["nfe"] for s in scores}):
             rows = [(s["step"], s[score]) for s in scores if s["nfe"] == nfe]
@@ -94,6 +95,19 @@ def curves(
     fig.savefig(partial, dpi=110, bbox_inches="tight")
     plt.close(fig)
     partial.replace(path)
+
+
+def _interval(axis: Any, metrics: Sequence[Mapping[str, Any]]) -> None:
+    """The interval d of the discrete steps, the mean one if it is adaptive, on an axis of its own.
+
+    Steps of other kinds may lie between.
+    """
+    d = [m.get("interval", m["rho"]) if identity_of(m["kind"]) == "discrete" else float("nan") for m in metrics]
+    if not any(x == x for x in d):
+        axis.set_axis_off()
+        return
+    axis.semilogy([m["step"] for m in metrics], d, color="0.5", lw=0.8, ls="--")
+    axis.set_ylabel("d (dashed)")
 
 
 def _write(image: Image.Image, path: Path) -> None:

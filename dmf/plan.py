@@ -71,6 +71,7 @@ DATA = {
 }
 # What shapes a program, besides what a row says in words.
 SHAPING = ("network", "data", "times", "loss", "guidance", "optimizer", "ema", "precision", "label_dropout")
+LATER = (("tangent", "data"),)  # came after rows that are kept, and is no other program
 LEGEND = (
     "per device. TFLOP: the model's, forward passes x the plain network's FLOPs; GB: 1e9 bytes moved to and from memory, an "
     "estimate;\nstate (with the batch), temp, total, HBM: GiB; collectives: how many, those in loops as often as they run, and "
@@ -263,6 +264,7 @@ def _about(config: Config, name: str, given: str, target: str, mesh: Any, kind: 
     """What tells a row from another one; config and topology are names alone."""
     values = to_dict(config)
     shaping: dict[str, Any] = {key: values[key] for key in SHAPING} | {"interval": config.curriculum.interval}
+    shaping["loss"] = {key: value for key, value in shaping["loss"].items() if (key, value) not in LATER}
     shaping["data"] = {key: value for key, value in shaping["data"].items() if key not in ("data_dir", "mock")}
     return {
         "config": name,
@@ -286,7 +288,8 @@ def _lower(config: Config, mesh: Any, kind: str, shape: tuple[int, ...]) -> jax.
     """The step program of a kind over the mesh's devices, from shapes alone."""
     network, optimizer = step.network_for(kind, config, shape, mesh), optim.build(config.optimizer)
     plain = networks.build(config.network, shape)
-    now = jax.eval_shape(lambda key: state.create(plain.init(key), optimizer, config.ema), jax.random.key(0))
+    params, interval = jax.eval_shape(plain.init, jax.random.key(0)), config.curriculum.interval
+    now = jax.eval_shape(lambda given: state.create(given, optimizer, config.ema, interval), params)
     batch = cost.batch_shapes(config, shape)
     scalars = step.Scalars(np.float32(1), np.float32(0), np.zeros(len(config.ema.halflife_images), np.float32))
     return step.make_train_step(kind, network, optimizer, config, mesh, sharding.placed(mesh, now)).lower(now, batch, scalars)

@@ -167,6 +167,11 @@ def constrain_rows(mesh: Mesh, tree: Any, axis: int = 0) -> Any:
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, rows(mesh, axis)), tree)
 
 
+def whole(mesh: Mesh, tree: Any) -> Any:
+    """Inside jit: weights placed by `placed`, gathered for rows to be evaluated with."""
+    return tree if mesh.shape["fsdp"] == 1 else jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+
 def gradient(mesh: Mesh, loss: Callable[..., Any]) -> Callable[..., Any]:
     """`jax.grad(loss, has_aux=True)` of parameters placed by `placed`; the gradient is placed like them.
 

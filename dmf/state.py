@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dmf import adaptive
 from dmf.curriculum import CurriculumConfig, Stage
 from dmf.optim import EMAConfig
 
@@ -18,17 +19,22 @@ Params = Any
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """All that a step changes. step: () int32, steps done; ema: one tree like params per configured half-life."""
+    """All that a step changes. step: () int32, steps done; ema: one tree like params per configured half-life.
+
+    intervals: the table of `dmf.adaptive`, () where the curriculum has none.
+    """
 
     step: jax.Array
     params: Params
     opt_state: Any
     ema: tuple[Params, ...]
+    intervals: jax.Array | tuple[()] = ()
 
 
-def create(params: Params, optimizer: optax.GradientTransformation, ema: EMAConfig) -> TrainState:
-    """The state before the first step; every EMA starts at the weights."""
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), _copies(params, ema))
+def create(params: Params, optimizer: optax.GradientTransformation, ema: EMAConfig, interval: str = "") -> TrainState:
+    """The state before the first step; every EMA starts at the weights, and the table of an adaptive interval empty."""
+    intervals = adaptive.empty() if interval == "adaptive" else ()
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), _copies(params, ema), intervals)
 
 
 def evaluated(state: TrainState, ema: EMAConfig) -> Params:

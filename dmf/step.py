@@ -20,9 +20,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from dmf import flow, networks, objectives, optim, sharding
+from dmf import adaptive, curriculum, flow, networks, objectives, optim, sharding
 from dmf.config import Config
-from dmf.curriculum import GUIDED, Stage, identity_of
+from dmf.curriculum import GUIDED, Stage, identity_of, rho_at
 from dmf.data import augment
 from dmf.errors import DmfError
 from dmf.flow import Rows, RowSplit
@@ -36,7 +36,7 @@ PURPOSES = ("flip", "augment", "label", "noise", "times", "network", "latent")
 
 
 class Scalars(NamedTuple):
-    """What a step is told from outside: rho = q^-i, learning rate, one decay per EMA."""
+    """What a step is told from outside: rho, learning rate, one decay per EMA."""
 
     rho: np.float32 | Array
     learning_rate: np.float32 | Array
@@ -47,7 +47,7 @@ def step_scalars(step: int, stage: Stage, stages: tuple[Stage, ...], config: Con
     """The traced numbers of a step, in float32."""
     rate = optim.learning_rate(step, stages, config.curriculum, config.optimizer)
     decays = optim.ema_decays(step, stages, config.curriculum, config.ema, config.batch_size)
-    return Scalars(np.float32(stage.rho), np.float32(rate), np.asarray(decays, np.float32))
+    return Scalars(np.float32(rho_at(stage, step)), np.float32(rate), np.asarray(decays, np.float32))
 
 
 def network_for(kind: str, config: Config, image_shape: tuple[int, ...], mesh: Mesh) -> Network:
@@ -69,21 +69,25 @@ def make_train_step(
 
     batch: x (B, H, W, C) float32 in [-1, 1] and label (B,) int32, rows split over the mesh; of encoded images also std, shaped
     as x. place: where the state lives, from `sharding.placed`.
-    metrics: scalars. loss (weighted), squares_border and squares_pairs (mean sum of squares of the rows with r = t and
-    with r < t), change (|u - u'| / |u|), grad_norm before clipping, nonfinite_leaf (index in jax.tree.leaves, or -1).
+    metrics: scalars. loss (weighted), squares_border and squares_pairs (mean sum of squares of the rows with r = t and with
+    r < t), change (|u - u'| / |u|), interval (mean a where it is adaptive), grad_norm before clipping, nonfinite_leaf (index in
+    jax.tree.leaves, or -1).
     """
-    split = split_for(kind, config, mesh)
+    split, average = split_for(kind, config, mesh), config.ema.index() if config.loss.tangent == "ema" else None
     draw = partial(draw_rows, split=split, config=config)
     loss = partial(stage_loss, kind=kind, network=network, config=config, split=split.micro(config.microbatches))
 
     def train_step(state: TrainState, batch: dict[str, Array], scalars: Scalars) -> tuple[TrainState, Metrics]:
         rows = sharding.constrain_rows(mesh, draw(state.step, batch))
-        grads, metrics = _gradient(loss, state.params, rows, scalars.rho, split, config.microbatches, mesh)
+        along = None if average is None else sharding.whole(mesh, state.ema[average])
+        loss_now = partial(loss, average=along, sums=state.intervals)
+        grads, metrics = _gradient(loss_now, state.params, rows, scalars.rho, split, config.microbatches, mesh)
+        intervals = _tallied(state.intervals, metrics.pop("intervals", None), config)
         metrics["grad_norm"], metrics["nonfinite_leaf"] = optim.global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - scalars.learning_rate * u, state.params, updates)
         ema = tuple(optim.update_ema(e, params, scalars.ema_decays[i]) for i, e in enumerate(state.ema))
-        return TrainState(state.step + 1, params, opt_state, ema), metrics
+        return TrainState(state.step + 1, params, opt_state, ema, intervals), metrics
 
     with_precision = jax.default_matmul_precision(getattr(config.precision, identity_of(kind)))(train_step)
     whole = sharding.replicated(mesh)
@@ -116,10 +120,24 @@ def draw_rows(step: Array, batch: dict[str, Array], *, split: RowSplit, config: 
 
 
 def stage_loss(
-    params: Any, rows: Rows, rho: Array, *, kind: str, network: Network, config: Config, split: RowSplit
+    params: Any,
+    rows: Rows,
+    rho: Array,
+    *,
+    kind: str,
+    network: Network,
+    config: Config,
+    split: RowSplit,
+    average: Any = None,
+    sums: Any = (),
 ) -> tuple[Array, Metrics]:
-    """Mean weighted loss of the rows under the kind's identity, and what is logged of it."""
-    _, found = stage_residuals(params, rows, rho, kind=kind, network=network, config=config, split=split)
+    """Mean weighted loss of the rows under the kind's identity, and what is logged of it.
+
+    average: the averaged weights whose velocity config.loss.tangent = ema goes along; sums: the table of an adaptive interval.
+    What the rows add to that is in the metrics as `intervals`.
+    """
+    how = dict(kind=kind, network=network, config=config, split=split, average=average, sums=sums)
+    _, found = stage_residuals(params, rows, rho, **how)
     total, metrics = jnp.zeros(()), {} if found.change is None else {"change": found.change}
     for name, e in (("border", found.border), ("pairs", found.pairs)):
         if e is None:
@@ -127,13 +145,27 @@ def stage_loss(
         loss, squares = objectives.weighted_loss(e, config.loss.p, config.loss.eps)
         total += jnp.sum(loss) / split.batch
         metrics[f"squares_{name}"] = jnp.mean(squares)
+    if config.curriculum.interval == "adaptive" and found.products is not None:
+        pairs, interval = split.pairs_of(rows), curriculum.interval_rule(config.curriculum, sums)
+        metrics["interval"] = jnp.mean(interval(rho, pairs.r, pairs.t))
+        metrics["intervals"] = adaptive.tally(pairs.r, pairs.t, found.products)
     return total, metrics | {"loss": total}
 
 
 def stage_residuals(
-    params: Any, rows: Rows, rho: Array, *, kind: str, network: Network, config: Config, split: RowSplit, train: bool = True
+    params: Any,
+    rows: Rows,
+    rho: Array,
+    *,
+    kind: str,
+    network: Network,
+    config: Config,
+    split: RowSplit,
+    average: Any = None,
+    sums: Any = (),
+    train: bool = True,
 ) -> tuple[Rows, objectives.Residuals]:
-    """(the rows with the velocity that the stage enforces, their residuals). train: with dropout."""
+    """(the rows with the velocity that the stage enforces, their residuals). train: with dropout; else as `stage_loss`."""
     if kind == "flow":
         params = freeze_interval(params)
 
@@ -143,8 +175,18 @@ def stage_residuals(
     if kind in GUIDED:
         v_g = guided_velocity(partial(net, train=False), params, rows, config.num_classes, config.guidance)
         rows = rows._replace(v=v_g)
+    tangent: objectives.Tangent = objectives.along_data
+    if config.loss.tangent != "data":
+        tangent = objectives.along_own(partial(net, train=False), params if config.loss.tangent == "own" else average)
     enforce = objectives.OBJECTIVES[identity_of(kind)]
-    return rows, enforce(net, params, rows, split, rho, config.curriculum.interval, config.loss)
+    interval = curriculum.interval_rule(config.curriculum, sums)
+    return rows, enforce(net, params, rows, split, rho, interval, config.loss, tangent)
+
+
+def _tallied(sums: Any, seen: Array | None, config: Config) -> Any:
+    """The table of an adaptive interval after a step that saw rows for it, or the same."""
+    decay = 0.5 ** (config.batch_size / config.curriculum.interval_halflife_images)
+    return sums if seen is None else adaptive.update(sums, seen, decay)
 
 
 def freeze_interval(params: Any) -> Any:

@@ -127,8 +127,10 @@ class Run:
         return kept_by_changes(self.workdir) | (set() if best is None else {best})
 
     def _fresh(self) -> TrainState:
-        params = self.network.init(jax.random.key(self.config.seed))
-        return state.create(params, self.optimizer, self.config.ema)
+        return self._started(self.network.init(jax.random.key(self.config.seed)))
+
+    def _started(self, params: Any) -> TrainState:
+        return state.create(params, self.optimizer, self.config.ema, self.config.curriculum.interval)
 
     def _jit(self, make: Callable[..., TrainState], donate_argnums: tuple[int, ...] | int = ()) -> Callable[..., TrainState]:
         options = sharding.compiler_options(self.mesh)
@@ -255,7 +257,7 @@ class Run:
         if found is None and self.config.init:
             folder, ema, _ = self.init or pretrained.find_init(self.config, self.dataset.image_shape)
             params = checkpoint.read_params(folder, ema, pretrained.abstract_params(self.network, self.mesh))
-            found = self._jit(lambda p: state.create(p, self.optimizer, self.config.ema))(params)
+            found = self._jit(self._started)(params)
             self.checkpoints.save(0, found)  # a resumed run starts from these weights, whatever config.init holds by then
         now = found if found is not None else self._jit(self._fresh)()
         self.start = self.saved = int(now.step)  # what a run starts from is on disk already
@@ -300,10 +302,9 @@ class Run:
         values.pop("nonfinite_leaf")
         if n % self.config.run.log_every_steps == 0 or n == 1 or n == self.stages[-1].last:
             rate = optim.learning_rate(n - 1, self.stages, self.config.curriculum, self.config.optimizer)
-            self.metrics.write(
-                {"step": n, "stage": stage.index, "kind": stage.kind, "rho": stage.rho, "learning_rate": rate, **values}
-            )
-            self.tensorboard.write(n, {"stage": stage.index, "rho": stage.rho, "learning_rate": rate, **values})
+            values = {"rho": curriculum.rho_at(stage, n - 1), "learning_rate": rate, **values}
+            self.metrics.write({"step": n, "stage": stage.index, "kind": stage.kind, **values})
+            self.tensorboard.write(n, {"stage": stage.index, **values})
             progress.show(n, stage.name, values["loss"])
 
     def _stop_if_not_finite(self, n: int, stage: Stage, values: dict[str, float]) -> None:

@@ -122,6 +122,7 @@ def _probe(
     mesh: Mesh,
 ) -> dict[str, Array]:
     whole = RowSplit(split.batch, split.group, split.group)
+    config = _plain(config)
     unit = replace(config, loss=replace(config.loss, residual_scale="unit"))
 
     def net(rows: Rows) -> Array:
@@ -158,6 +159,13 @@ def _gradients(params: Any, law: Rows, rho: Array, *, mesh: Mesh, **how: Any) ->
         "gradient_ratio": norms[1] / jnp.maximum(norms[0], floor),
         "gradient_cosine": inner / jnp.maximum(norms[0] * norms[1], floor),
     }
+
+
+def _plain(config: Config) -> Config:
+    """The config without what a probe cannot have: the averages of an adaptive interval, and the averaged weights."""
+    rules = config.curriculum
+    interval = "dagger" if rules.interval == "adaptive" else rules.interval
+    return replace(config, curriculum=replace(rules, interval=interval), loss=replace(config.loss, tangent="data"))
 
 
 def _by_interval(count: int) -> list[slice]:

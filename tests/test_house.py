@@ -34,7 +34,7 @@ OWNERS = {
 }
 # What has no other home in jax: collectives of small values between processes, Pallas' kernels, topologies without devices.
 EXPERIMENTAL = {"dmf/hosts.py", "dmf/networks/attention.py", "dmf/plan.py"}
-PURE = {"flow", "curriculum", "guidance", "objectives", "sample"}
+PURE = {"adaptive", "flow", "curriculum", "guidance", "objectives", "sample"}
 PURE_MAY_IMPORT = {"__future__", "collections", "dataclasses", "math", "typing", "jax", "numpy", "dmf"}
 
 

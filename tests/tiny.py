@@ -61,7 +61,7 @@ class Setup:
             keys = jax.random.split(jax.random.key(2), len(leaves))
             noise = [0.05 * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
             params = jax.tree.unflatten(tree, [a + b for a, b in zip(leaves, noise, strict=True)])
-        fresh = state.create(params, self.optimizer, self.config.ema)
+        fresh = state.create(params, self.optimizer, self.config.ema, self.config.curriculum.interval)
         return jax.device_put(fresh, sharding.placed(self.mesh, fresh))
 
     def step(self, kind):
