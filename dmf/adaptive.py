@@ -53,5 +53,5 @@ def update(sums: Array, seen: Array, decay: float) -> Array:
 
 
 def _bin(r: Array, t: Array) -> Array:
-    at = lambda x: jnp.clip((x * BINS).astype(jnp.int32), 0, BINS - 1)  # noqa: E731
-    return at(t) * BINS + at(t - r)
+    column, row = (jnp.clip((x * BINS).astype(jnp.int32), 0, BINS - 1) for x in (t - r, t))
+    return row * BINS + column

@@ -34,8 +34,11 @@ from dmf.state import TrainState
 ITEMS = ("params", "ema", "opt_state", "step")
 OPTIONAL = ("intervals",)  # not every run has one
 FOLDER = "checkpoints"
+SLICE = 2**22  # bytes; of an array that all devices hold, each writes a slice, where slices are at least so large
 NEWEST = 200  # complete checkpoints that are tried, one after the other
 BEST = "best.json"  # in a work directory: the step of the best score so far
+# Slicing costs a compiled program for each shape and device, many times what it saves for small arrays.
+SAVING = ocp.options.ArrayOptions(saving=ocp.options.ArrayOptions.Saving(min_slice_bytes_for_replica_parallel=SLICE))
 log = logging.getLogger(__name__)
 
 
@@ -85,7 +88,7 @@ class Checkpoints:
         self.wait()
         items = _items(state)
         self._kept = self._boundaries | set(json.loads(hosts.first_says(json.dumps(self._worth_keeping(step)))))
-        with self._one_sentence(step):
+        with self._one_sentence(step), ocp.Context(array_options=SAVING):
             written = self._checkpointer.save_checkpointables_async(
                 step, items, force=True, overwrite=True, custom_metadata=self._metadata
             )

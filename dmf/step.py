@@ -119,25 +119,12 @@ def draw_rows(step: Array, batch: dict[str, Array], *, split: RowSplit, config: 
     return Rows(z, r, t, v, label, row_keys)
 
 
-def stage_loss(
-    params: Any,
-    rows: Rows,
-    rho: Array,
-    *,
-    kind: str,
-    network: Network,
-    config: Config,
-    split: RowSplit,
-    average: Any = None,
-    sums: Any = (),
-) -> tuple[Array, Metrics]:
+def stage_loss(params: Any, rows: Rows, rho: Array, *, config: Config, split: RowSplit, **how: Any) -> tuple[Array, Metrics]:
     """Mean weighted loss of the rows under the kind's identity, and what is logged of it.
 
-    average: the averaged weights whose velocity config.loss.tangent = ema goes along; sums: the table of an adaptive interval.
-    What the rows add to that is in the metrics as `intervals`.
+    how: as `stage_residuals` takes it. What the rows add to the table of an adaptive interval is in the metrics as `intervals`.
     """
-    how = dict(kind=kind, network=network, config=config, split=split, average=average, sums=sums)
-    _, found = stage_residuals(params, rows, rho, **how)
+    _, found = stage_residuals(params, rows, rho, config=config, split=split, **how)
     total, metrics = jnp.zeros(()), {} if found.change is None else {"change": found.change}
     for name, e in (("border", found.border), ("pairs", found.pairs)):
         if e is None:
@@ -146,7 +133,7 @@ def stage_loss(
         total += jnp.sum(loss) / split.batch
         metrics[f"squares_{name}"] = jnp.mean(squares)
     if config.curriculum.interval == "adaptive" and found.products is not None:
-        pairs, interval = split.pairs_of(rows), curriculum.interval_rule(config.curriculum, sums)
+        pairs, interval = split.pairs_of(rows), curriculum.interval_rule(config.curriculum, how["sums"])
         metrics["interval"] = jnp.mean(interval(rho, pairs.r, pairs.t))
         metrics["intervals"] = adaptive.tally(pairs.r, pairs.t, found.products)
     return total, metrics | {"loss": total}
@@ -165,7 +152,11 @@ def stage_residuals(
     sums: Any = (),
     train: bool = True,
 ) -> tuple[Rows, objectives.Residuals]:
-    """(the rows with the velocity that the stage enforces, their residuals). train: with dropout; else as `stage_loss`."""
+    """(the rows with the velocity that the stage enforces, their residuals).
+
+    average: the averaged weights whose velocity config.loss.tangent = ema goes along; sums: the table of an adaptive interval,
+    `dmf.adaptive`; train: with dropout.
+    """
     if kind == "flow":
         params = freeze_interval(params)
 

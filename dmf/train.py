@@ -214,8 +214,9 @@ class Run:
         return Watch(self.config, images, self.mesh, self.place.params)
 
     def _probe(self, watch: Watch, n: int, stage: Stage, now: TrainState, progress: Progress) -> None:
-        values = watch(stage.kind, now.params, stage.rho)
-        self.watched.write({"step": n, "stage": stage.index, "kind": stage.kind, "rho": stage.rho, **values})
+        rho = curriculum.rho_at(stage, n - 1)
+        values = watch(stage.kind, now.params, rho)
+        self.watched.write({"step": n, "stage": stage.index, "kind": stage.kind, "rho": rho, **values})
         self.tensorboard.write(n, {f"watch/{name}": value for name, value in values.items()})
         progress.restart(n)
 

@@ -6,7 +6,7 @@ Nothing here changes a weight. Two sets of rows are drawn once per run: `even` o
     residual_border     mean e^2 per pixel of rows with r = t: flow matching on images that were not trained on
     residual_0 ..       the same of r < t rows by their interval; e in its "unit" scale, so that stages can be compared
     change              mean |u - u'| / |u| (of a jvp stage |(t - r) du/dt| / |u|); change_ulps: by the compute dtype's epsilon
-    alpha_0 ..          the interval that the two-time ADCM rule would take, by interval
+    ratio_0 ..          E<e, u - v> / E|e|^2 of discrete stages by interval: that by which `dmf.adaptive` would multiply rho
     consistency         how far one jump over (r, t) and two over its halves end apart, by the length of the first
     gradient_ratio      norm of the loss's gradient of the r < t rows by that of the r = t rows; gradient_cosine between both
 
@@ -32,7 +32,6 @@ from dmf.flow import Rows, RowSplit, expand
 
 Array = jax.Array
 EDGES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the intervals t - r that are told apart
-ADCM_LAMBDA = 0.01  # arXiv 2510.17266
 KEY = 2**31 - 2  # no training step has this number, nor do samples
 
 
@@ -48,16 +47,6 @@ def jump_error(net: Callable[[Rows], Array], rows: Rows) -> Array:
     second = half * net(rows._replace(z=rows.z - first, t=s))
     whole = 2 * half * net(rows)
     return _norms(whole - first - second) / jnp.maximum(_norms(whole), objectives.TINY)
-
-
-def adaptive_interval(e: Array, miss: Array) -> Array:
-    """lambda / (1 + lambda) E<e, u - v> / E|e|^2, in [0, 1]: the d that ADCM's rule takes, carried to two times.
-
-    At r = 0 it is the rule of arXiv 2510.17266: the least sum of the change u - u' and lambda times the distance to the data,
-    to first order in d. e: unit residuals; miss: u - v; both (B, ...).
-    """
-    found = jnp.sum(e * miss) / jnp.maximum(jnp.sum(jnp.square(e)), objectives.TINY)
-    return jnp.clip(ADCM_LAMBDA / (1 + ADCM_LAMBDA) * found, 0, 1)
 
 
 class Watch:
@@ -128,9 +117,8 @@ def _probe(
     def net(rows: Rows) -> Array:
         return network.apply(params, rows.z, rows.r, rows.t, label=rows.label)
 
-    rows, found = step.stage_residuals(params, even, rho, kind=kind, network=network, config=unit, split=whole, train=False)
-    miss = net(rows) - rows.v
-    border = rows._replace(r=rows.t)
+    _, found = step.stage_residuals(params, even, rho, kind=kind, network=network, config=unit, split=whole, train=False)
+    border = even._replace(r=even.t)
     out = {"residual_border": jnp.mean(jnp.square(net(border) - border.v)), "consistency": jnp.mean(jump_error(net, even))}
     if found.change is not None:
         out["change"] = found.change
@@ -139,7 +127,9 @@ def _probe(
     e = jnp.asarray(found.pairs)
     for i, part in enumerate(_by_interval(split.batch)):
         out[f"residual_{i}"] = jnp.mean(jnp.square(e[part]))
-        out[f"alpha_{i}"] = adaptive_interval(e[part], miss[part])
+        if found.products is not None:
+            dot, square = jnp.sum(found.products[part], axis=0)
+            out[f"ratio_{i}"] = dot / jnp.maximum(square, objectives.TINY)
     return out | _gradients(params, law, rho, kind=kind, network=network, config=config, split=split, mesh=mesh)
 
 

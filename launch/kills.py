@@ -5,7 +5,7 @@
 A third of the kills comes at a random time after the start, a third at a random time after a random number of further steps, a
 third inside a save: as soon as one is seen to begin, plus a random part of what a save takes. The weights, the averages, the
 optimiser's state, metrics.jsonl and scores.jsonl have to be those of a run that nobody touched. Prints which phases the kills
-hit, by what the run had written. A start takes about five seconds on a free core, 100 kills about ten minutes.
+hit, by what the run had written.
 """
 
 from __future__ import annotations

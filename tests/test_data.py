@@ -365,6 +365,8 @@ class Without:
     def find_spec(self, name, *args):
         hidden = name.partition(".")[0] in ("tensorflow", "tensorboard")
         return None if hidden else self.finder.find_spec(name, *args)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
 sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 try:
     import tensorflow

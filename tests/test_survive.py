@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -217,7 +218,7 @@ def test_every_start_notes_what_it_was(tmp_path, monkeypatch):
     assert (first["differs"], second["differs"]) == ([], ["config.run.sample_rows: 2 -> 3"])
     assert first["jax"] == jax.__version__ and first["numpy"] == np.__version__
     assert first["processes"] == 1 and first["platform"] == "cpu" and first["devices"] == ["8 x cpu"]
-    assert "pytest" in first["command"]
+    assert first["command"] == shlex.join(sys.orig_argv)
     assert abs(datetime.fromisoformat(first["utc"]).timestamp() - time.time()) < 300
     assert set(first["git"]) == {"revision", "dirty"} or first["git"] == {"revision": "unknown"}
     assert not any("hunter2" in p.read_text(errors="ignore") for p in tmp_path.glob("*.json*"))

@@ -40,18 +40,6 @@ def test_two_halves_of_a_true_average_velocity_end_where_the_whole_does():
         np.testing.assert_allclose(found, A * (rows.t - rows.r) / 4, rtol=1e-12)
 
 
-def test_the_adaptive_interval_is_adcms_where_r_is_0():
-    """ADCM with f = z - t u of a data point x: df/dt = v - e', f - x = t (v - u), hence E<w, f - x> / E|w|^2 by t."""
-    with jax.enable_x64(True):
-        u, v, du = (jax.random.normal(jax.random.key(i), (6, 5), jnp.float64) for i in range(3))
-        t, lam = 0.8, watch.ADCM_LAMBDA
-        e = u + t * du - v  # the unit residual; w = d(z - t u)/dt = v - u - t du = -e
-        f_minus_x = t * (v - u)
-        steps = lam / (1 + lam) * jnp.sum(-e * f_minus_x) / jnp.sum(e * e)
-        assert float(watch.adaptive_interval(e, u - v)) == pytest.approx(float(steps) / t, rel=1e-12)
-    assert float(watch.adaptive_interval(jnp.ones(3), -jnp.ones(3))) == 0.0
-
-
 def made(devices=1, **changes):
     setup = Setup(merged(TINY, run=dict(TINY["run"], watch_rows=16), **changes), devices=devices)
     now = setup.state()
