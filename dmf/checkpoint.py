@@ -148,7 +148,7 @@ class Checkpoints:
         """Steps whose save was completed, the newest first."""
         if not hosts.is_first():
             return []
-        found = self._with_manifest()
+        found = self.complete()
         for step in sorted(set(self._folders()) - set(found)):
             log.warning(
                 "checkpoint %s: no %s, so its save was not completed; it is skipped", self.directory / str(step), MANIFEST
@@ -158,7 +158,8 @@ class Checkpoints:
     def _folders(self) -> list[int]:
         return sorted((int(p.name) for p in self.directory.glob("[0-9]*") if p.name.isdecimal()), reverse=True)
 
-    def _with_manifest(self) -> list[int]:
+    def complete(self) -> list[int]:
+        """Steps of the folders with a manifest, the newest first."""
         return [step for step in self._folders() if (self.directory / str(step) / MANIFEST).exists()]
 
     def _worth_keeping(self, step: int) -> list[int]:
@@ -169,7 +170,7 @@ class Checkpoints:
         """
         if not hosts.is_first():
             return []
-        good = [n for n in self._with_manifest() if n not in self._damaged | {step}]
+        good = [n for n in self.complete() if n not in self._damaged | {step}]
         return [step, *good[: self._keep - 1], *self._besides()]
 
     def close(self) -> None:

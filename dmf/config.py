@@ -23,6 +23,7 @@ from dmf.curriculum import GUIDED, PASSES, CurriculumConfig, Stage, build_stages
 from dmf.data import DataConfig
 from dmf.errors import DmfError
 from dmf.flow import TimeLaw
+from dmf.guard import ACTIONS, GuardConfig
 from dmf.guidance import GuidanceConfig
 from dmf.networks import ADMConfig, DiTConfig, MLPConfig, UNetConfig, attention
 from dmf.objectives import LossConfig
@@ -42,6 +43,7 @@ CHOICES: dict[str, Collection[str]] = {
     "times.pairing": ("sorted", "min"),
     "loss.residual_scale": ("raw", "unit"),
     "loss.tangent": ("data", "own", "ema"),
+    "guard.action": ACTIONS,
     "run.sampler": SAMPLERS,
     **{f"precision.{kind}": ("default", "high", "highest") for kind in PASSES},
     **{f"attention.{kind}": attention.HAS_JVP if kind == "jvp" else tuple(attention.KERNELS) for kind in PASSES},
@@ -92,8 +94,11 @@ RANGES: dict[str, tuple[float, float]] = {
     "run.score_samples": (0, INF),
     "run.score_steps": (1, INF),
     "run.score_every_steps": (0, INF),
-    "run.watch_every_steps": (0, INF),
-    "run.watch_rows": (8, INF),
+    "guard.every_steps": (0, INF),
+    "guard.rows": (8, INF),
+    "guard.factor": (1 + 1e-9, INF),
+    "guard.ulps": (0, INF),
+    "guard.limit": (0, INF),
 }
 NOT_EMPTY = ("ema.halflife_images", "run.score_steps")
 
@@ -142,8 +147,6 @@ class RunConfig:
     reference: str = ""  # the protocol's reference statistics
     vae: str = ""  # converted autoencoder that makes images of latents, for scores and pictures
     sampler: str = "few_step"  # few_step | euler | heun
-    watch_every_steps: int = 0  # probe the weights (`dmf.watch`) every so many steps and at the end of a stage; 0 = never
-    watch_rows: int = 64  # held-out images of a probe
     tensorboard: bool = True  # write event files where tensorflow and tensorboard are installed
 
 
@@ -170,6 +173,7 @@ class Config:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     @property
@@ -211,6 +215,8 @@ def check(config: Config, num_classes: int, dataset_size: int) -> tuple[Stage, .
         raise DmfError(
             "config.loss.tangent = 'ema' with config.ema.evaluate = 0: expected the half-life of the EMA to go along"
         )
+    if config.guard.action != "off" and not config.guard.every_steps:
+        raise DmfError(f"config.guard.every_steps = 0 with config.guard.action = {config.guard.action!r}: expected probes")
     _check_scores(config)
     _check_labels(config, num_classes)
     extra = guidance.passes(config.guidance), objectives.passes(config.loss)

@@ -87,7 +87,7 @@ class Stage:
 
     rho: of its first step; guidance_passes: forward passes of every row for the guided velocity; tangent_passes: those of a row
     with r < t for the direction of the step back; fall: rho of a step by that of the step before it, 1 but in the discrete
-    stages of a smooth schedule.
+    stages of a smooth schedule; rate: a factor on the learning rate, 1 unless `dmf.guard` has lowered it.
     """
 
     index: int
@@ -98,6 +98,7 @@ class Stage:
     guidance_passes: int = 0
     tangent_passes: int = 0
     fall: float = 1.0
+    rate: float = 1.0
 
     @property
     def last(self) -> int:

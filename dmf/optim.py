@@ -101,7 +101,7 @@ def learning_rate(step: int, stages: tuple[Stage, ...], curriculum: CurriculumCo
         rate *= _ramp(step - stage.first + 1, curriculum.switch_warmup_steps)
     if stage.index >= 0 and curriculum.stage_learning_rates:
         rate *= curriculum.stage_learning_rates[stage.index]
-    return rate
+    return rate * stage.rate
 
 
 def ema_decays(

@@ -55,9 +55,9 @@ class Scoreboard:
         labels = scoring.labels_of_run(config, dataset)
         self._sampler = evaluate.Sampler(network, config, dataset.image_shape, labels, mesh)
         self._score: Any = None
-        self._main = ""
+        self.main = ""  # name of the score by which the best checkpoint is told
         if scorer := scoring.make_scorer(config, dataset, mesh):
-            self._score, self._main = scorer
+            self._score, self.main = scorer
         self._scored_by = getattr(self._score, "scored_by", "")
         self._decode = evaluate.make_decoder(config.run.vae, dataset.image_shape, mesh, data.identity(dataset))
 
@@ -95,6 +95,10 @@ class Scoreboard:
             self._tensorboard.write(boundary.step, scalars)
         self._note_best()
 
+    def history(self) -> list[tuple[int, float]]:
+        """(step, main score at the first of the numbers of sampling steps) of the run so far."""
+        return [(row["step"], row[self.main]) for row in self._main_rows()]
+
     def best_step(self) -> int | None:
         """The step of the best score so far whose checkpoint is there, None where there is none."""
         best = self._best()
@@ -102,8 +106,8 @@ class Scoreboard:
 
     def show(self, metrics: list[dict[str, Any]], stages: tuple[Stage, ...]) -> None:
         """The closing pictures and tables, from what the run wrote down. metrics: the rows of metrics.jsonl."""
-        shown = [row for row in self.rows() if self._score and "nfe" in row and self._main in row]
-        pictures.curves(self._workdir / "curves.png", metrics, shown, stages, self._main)
+        shown = [row for row in self.rows() if self._score and "nfe" in row and self.main in row]
+        pictures.curves(self._workdir / "curves.png", metrics, shown, stages, self.main)
         full = [self._picture(b) for b in self.boundaries.values() if b.full]
         pictures.stack(self._workdir / "samples.png", [p for p in full if p.exists()])  # a changed config may have had others
         rules, times = self._config.curriculum, self._config.times
@@ -116,11 +120,14 @@ class Scoreboard:
 
     def _best(self) -> dict[str, Any] | None:
         """The row with the lowest main score at the first of the numbers of sampling steps, the earliest of equals."""
-        nfe, folder = self._config.run.score_steps[0], self._workdir / checkpoint.FOLDER
-        rows = [row for row in self.rows() if row.get("nfe") == nfe and self._main in row]
-        rows = [row for row in rows if row.get("scored_by", "") == self._scored_by]  # settings may change on resume
-        rows = [row for row in rows if (folder / str(row["step"]) / checkpoint.MANIFEST).is_file()]
-        return min(rows, key=lambda row: row[self._main], default=None)
+        folder = self._workdir / checkpoint.FOLDER
+        rows = [row for row in self._main_rows() if (folder / str(row["step"]) / checkpoint.MANIFEST).is_file()]
+        return min(rows, key=lambda row: row[self.main], default=None)
+
+    def _main_rows(self) -> list[dict[str, Any]]:
+        nfe = self._config.run.score_steps[0]
+        rows = [row for row in self.rows() if row.get("nfe") == nfe and self.main in row]
+        return [row for row in rows if row.get("scored_by", "") == self._scored_by]  # settings may change on resume
 
     def _note_best(self) -> None:
         """Writes best.json, for whoever looks for that checkpoint."""
@@ -138,7 +145,7 @@ class Scoreboard:
         return self._workdir / "samples" / f"{boundary.step:08}_{boundary.name.replace(' ', '_')}.png"
 
     def _print_scores(self, scores: list[dict[str, Any]], floor: dict[str, float]) -> None:
-        first, main = self._config.run.score_steps[0], self._main
+        first, main = self._config.run.score_steps[0], self.main
         print(
             f"\n{main} by stage, {first} step(s), {scores[0]['n_samples']:.0f} samples; lower is better"
             + (f"; two halves of the real data: {floor[main]:.3f}" if main in floor else "")

@@ -8,7 +8,7 @@
     workdir/data.json         what identifies the data; a later command with other data is refused
     workdir/programs/         compiled programs, kept by main.py for the next start
     workdir/metrics.jsonl     logged steps;  workdir/scores.jsonl  scores at the stage boundaries
-    workdir/watch.jsonl       probes of the weights (`dmf.watch`)
+    workdir/watch.jsonl       probes of the weights (`dmf.watch`);  workdir/guard.json  what followed from them (`dmf.guard`)
     workdir/samples/*.png     a grid per stage boundary;  samples.png, curves.png  at the end
 
 Running the same command again resumes from the newest checkpoint and ends in the same bits: data and randomness are
@@ -30,11 +30,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dmf import checkpoint, curriculum, data, hosts, networks, optim, pretrained, sharding, state, step
+from dmf import checkpoint, curriculum, data, guard, hosts, networks, optim, pretrained, sharding, state, step
 from dmf.config import Config, RunConfig, check, to_dict
 from dmf.curriculum import Stage
 from dmf.data.feed import Feed
 from dmf.errors import DmfError
+from dmf.guard import Diverged, Guard
 from dmf.logging import JsonLines, Progress, TensorBoard
 from dmf.scoreboard import Boundary, Scoreboard
 from dmf.state import TrainState
@@ -55,14 +56,18 @@ def train(
     began: when the process started, by time.monotonic; now, if it is not given. allow_change: a run in `workdir` with another
     config goes on with this one (`dmf.workdir.claim`). stop: asks the run to stop before its end (`dmf.stopping`).
     """
-    run = Run(config, Path(workdir), began, allow_change, stop)
-    try:
-        rows = run.finish() if run.loop() else run.scores.rows()
-    except BaseException:
-        if jax.process_count() == 1:  # of several, the others would have to close theirs at the same time
-            run.close()
-        raise
-    run.close()
+    rows = None
+    while rows is None:
+        run = Run(config, Path(workdir), began, allow_change, stop)
+        try:
+            rows = run.to_its_end()
+        except BaseException:
+            if jax.process_count() == 1:  # of several, the others would have to close theirs at the same time
+                run.close()
+            raise
+        run.close()
+        del run  # the device may not hold two
+        began = None
     return rows
 
 
@@ -81,8 +86,10 @@ class Run:
         self.start = self.saved = 0
         self.began = time.monotonic() if began is None else began
         self.stepped_s = self.waited_s = 0.0  # seconds in steps but the first, and those of them spent waiting for batches
+        fresh = not any((workdir / checkpoint.FOLDER).glob("[0-9]*"))
+        self.guard = Guard(workdir / guard.FILE, workdir / checkpoint.FOLDER, config.guard, fresh)
         with hosts.together():
-            self._prepare(allow_change)
+            self._prepare(fresh, allow_change)
         hosts.check_shared(workdir)
         shape, about = self.dataset.image_shape, data.identity(self.dataset)
         hosts.same("config, data or jax", json.dumps([to_dict(replace(config, run=RunConfig())), about, jax.__version__]))
@@ -90,17 +97,17 @@ class Run:
         self.tensorboard = TensorBoard(workdir / "tensorboard", config.run.tensorboard and hosts.is_first())
         with hosts.together():
             self.scores = Scoreboard(config, workdir, self.stages, self.dataset, self.network, self.mesh, self.tensorboard)
-            self.watch = self._make_watch() if config.run.watch_every_steps else None
+            self.watch = self._make_watch() if config.guard.every_steps else None
         kept = [0, *(n for n, b in self.scores.boundaries.items() if b.kept)]
         metadata = {"config": to_dict(config), "image_shape": list(shape), "source": origin(workdir), "data": about}
         self.checkpoints = checkpoint.Checkpoints(workdir, config.run.keep_checkpoints, kept, metadata, self._also_kept)
 
-    def _prepare(self, allow_change: bool) -> None:
+    def _prepare(self, fresh: bool, allow_change: bool) -> None:
         """Data, stages, networks, mesh and programs, all checked; the work directory claimed. Raises DmfError."""
         config, workdir = self.config, self.workdir
         self.dataset = data.load(config.data, "train")
         shape = self.dataset.image_shape
-        self.stages = check(config, self.dataset.num_classes, len(self.dataset))
+        self.stages = self.guard.stages(check(config, self.dataset.num_classes, len(self.dataset)))
         self.mesh = sharding.make_mesh(config.mesh)
         sharding.check_batch(self.mesh, config.batch_size)
         kinds = {s.kind for s in self.stages}
@@ -116,11 +123,11 @@ class Run:
             )
             for kind in kinds
         }
-        fresh = not any((workdir / checkpoint.FOLDER).glob("[0-9]*"))
         self.init = pretrained.find_init(config, shape) if config.init and fresh else None
         if hosts.is_first():
             origin = self.init[2] if self.init else None
             claim(workdir, config, origin, data.identity(self.dataset), fresh, allow_change)
+            self.guard.settle()
 
     def _also_kept(self) -> set[int]:
         best = self.scores.best_step()
@@ -145,6 +152,22 @@ class Run:
         """Shapes and places of the state; nothing is allocated."""
         shapes = jax.eval_shape(self._fresh)
         return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, self.place)
+
+    def to_its_end(self) -> list[dict[str, Any]] | None:
+        """The rows of scores.jsonl as the run ends or is stopped; None where the guard sends it back to an earlier step."""
+        try:
+            return self.finish() if self.loop() else self.scores.rows()
+        except Diverged as found:
+            if not self.guard.active:
+                raise
+            self.checkpoints.wait()
+            with hosts.together():
+                if hosts.is_first():
+                    seen = self.watched.read(), self.scores.history(), self.checkpoints.complete()
+                    row = self.guard.intervene(found, self.stages, *seen)
+                    print(f"guard     {guard.describe(row)}", flush=True)
+            self.stop.saved()
+        return None
 
     def loop(self) -> bool:
         """Step by step: boundary work, one step dispatched, the metrics of the step before it read.
@@ -179,7 +202,7 @@ class Run:
                     self.stepped_s += time.monotonic() - began
                     self.waited_s += feed.waited_s - waited
                 pending = (n + 1, stage, metrics)
-                if self.watch and ((n + 1) % self.config.run.watch_every_steps == 0 or n + 1 == stage.last):
+                if self.watch and self._is_probed(n + 1, stage):
                     self._report(pending, progress)
                     pending = None
                     self._probe(self.watch, n + 1, stage, now, progress)
@@ -219,14 +242,25 @@ class Run:
         self.watched.write({"step": n, "stage": stage.index, "kind": stage.kind, "rho": rho, **values})
         self.tensorboard.write(n, {f"watch/{name}": value for name, value in values.items()})
         progress.restart(n)
+        if self.guard.active:
+            reason = self.guard.probe_alarm(self.watched.read(), stage) if hosts.is_first() else ""
+            self._heed(n, hosts.first_says(reason))
+
+    def _is_probed(self, n: int, stage: Stage) -> bool:
+        """Whether the weights after n steps are: every so often, after a stage's first step and at its end."""
+        return n % self.config.guard.every_steps == 0 or n in (stage.first + 1, stage.last)
+
+    def _heed(self, n: int, reason: str) -> None:
+        if reason:
+            raise Diverged(n, reason)
 
     def _switched(self, now: TrainState, n: int, stage: Stage) -> TrainState:
         """The state as step n starts: changed by `state.switch` where a stage begins."""
         if n != stage.first or stage is self.stages[0]:
             return now
         before = self.stages[self.stages.index(stage) - 1]
-        if not state.switches(before, self.config.curriculum):
-            return now
+        if before.index == stage.index or not state.switches(before, self.config.curriculum):
+            return now  # the one: two parts of a stage, which the guard has cut
         of = dict(before=before, curriculum=self.config.curriculum, ema=self.config.ema, optimizer=self.optimizer)
         switch = partial(state.switch, **of)  # fresh parts are placed as well
         return self._jit(switch, donate_argnums=0)(now)
@@ -240,6 +274,8 @@ class Run:
         if not hosts.is_first():
             return []
         self.scores.show(self.metrics.read(), self.stages)
+        for row in self.guard.rows:
+            print(f"guard     {guard.describe(row)}")
         if self.stepped_s:
             share = self.waited_s / self.stepped_s
             print(f"input     steps waited {self.waited_s:.2f} s of {self.stepped_s:.1f} s for batches ({share:.2%})")
@@ -261,6 +297,8 @@ class Run:
             found = self._jit(self._started)(params)
             self.checkpoints.save(0, found)  # a resumed run starts from these weights, whatever config.init holds by then
         now = found if found is not None else self._jit(self._fresh)()
+        if found is None and self.guard.active:
+            self.checkpoints.save(0, now)  # something to go back to
         self.start = self.saved = int(now.step)  # what a run starts from is on disk already
         if self.start > self.stages[-1].last:
             raise DmfError(
@@ -288,7 +326,7 @@ class Run:
             print(f"mesh      {parts}, {jax.process_count()} process(es), {held / 1e6:,.1f} MB of state on each device")
         print(curriculum.table(self.stages, self.config.curriculum, self.config.times.r_neq_t_fraction))
         if self.watch:
-            rows, every = self.config.run.watch_rows, self.config.run.watch_every_steps
+            rows, every = self.config.guard.rows, self.config.guard.every_steps
             print(f"watch     {rows} {self.watched_on} images every {every} steps, to {self.watched.path}")
         origin = f"step {self.start} of {self.stages[-1].last}, resuming" if self.start else self.config.init
         print(f"start     {origin or 'fresh weights (config.init names no flow model)'}", flush=True)
@@ -317,9 +355,12 @@ class Run:
                 for p, _ in jax.tree_util.tree_leaves_with_path(pretrained.abstract_params(self.network, self.mesh))
             ]
             where = f", first in the gradient of {names[leaf]}" if leaf >= 0 else ""
-            raise DmfError(
-                f"step {n} ({stage.name}, {stage.kind}): {bad[0]} = {values[bad[0]]}{where}; expected finite values. "
-                f"The last good checkpoint is in {self.checkpoints.directory}"
+            reason = f"{bad[0]} = {values[bad[0]]}{where}"
+            raise Diverged(
+                n,
+                reason,
+                f"step {n} ({stage.name}, {stage.kind}): {reason}; expected finite values. "
+                f"The last good checkpoint is in {self.checkpoints.directory}",
             )
 
     def _at_boundary(self, boundary: Boundary, now: TrainState, progress: Progress) -> bool:
@@ -335,4 +376,7 @@ class Run:
             progress.pause()
             self.scores.add(boundary, state.evaluated(now, self.config.ema))
             progress.restart(boundary.step)
+        if self.guard.active:
+            reason = self.guard.score_alarm(self.scores.history(), self.scores.main) if hosts.is_first() else ""
+            self._heed(boundary.step, hosts.first_says(reason))
         return True

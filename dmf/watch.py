@@ -56,7 +56,7 @@ class Watch:
         """dataset: held-out images. place: where the parameters live, from `sharding.placed`."""
         self._config, self._mesh, self._place = config, mesh, place
         self._shape = dataset.image_shape
-        per_device = max(-(-config.run.watch_rows // mesh.devices.size), 2)  # one row of either kind at least
+        per_device = max(-(-config.guard.rows // mesh.devices.size), 2)  # one row of either kind at least
         count = per_device * mesh.devices.size
         mine = data.batch(dataset, config.seed, 0, count, rows=sharding.local_rows(mesh, count))
         batch = sharding.put_rows(mesh, mine)
@@ -125,6 +125,7 @@ def _probe(
         if identity_of(kind) == "discrete":
             out["change_ulps"] = found.change / float(jnp.finfo(config.compute_dtype).eps)
     e = jnp.asarray(found.pairs)
+    out["residual_pairs"] = jnp.mean(jnp.square(e))
     for i, part in enumerate(_by_interval(split.batch)):
         out[f"residual_{i}"] = jnp.mean(jnp.square(e[part]))
         if found.products is not None:

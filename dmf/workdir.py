@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from dmf import checkpoint
+from dmf import checkpoint, guard
 from dmf.config import Config, differences, parse, to_dict
 from dmf.errors import DmfError
 
@@ -64,7 +64,7 @@ def claim(
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if fresh:
-            for old in (ORIGIN, CHANGES):
+            for old in (ORIGIN, CHANGES, guard.FILE):
                 (workdir / old).unlink(missing_ok=True)
             for file, values in ((workdir / ORIGIN, origin), (workdir / DATA, about), (path, mine)):
                 if values is not None:

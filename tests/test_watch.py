@@ -41,7 +41,7 @@ def test_two_halves_of_a_true_average_velocity_end_where_the_whole_does():
 
 
 def made(devices=1, **changes):
-    setup = Setup(merged(TINY, run=dict(TINY["run"], watch_rows=16), **changes), devices=devices)
+    setup = Setup(merged(TINY, guard=dict(rows=16), **changes), devices=devices)
     now = setup.state()
     place = sharding.placed(setup.mesh, now).params
     return setup, now, watch.Watch(setup.config, data.load(setup.config.data, "heldout"), setup.mesh, place)
@@ -92,12 +92,12 @@ def test_intervals_are_spread_evenly_and_times_are_valid():
 
 
 def test_a_run_ends_in_the_same_weights_with_a_probe_and_without(tmp_path):
-    values = merged(TINY, run=dict(TINY["run"], watch_every_steps=3, watch_rows=8))
+    values = merged(TINY, guard=dict(every_steps=3, rows=8))
     train(parse(values), tmp_path / "with")
-    train(parse(merged(TINY, run=dict(TINY["run"], watch_every_steps=0))), tmp_path / "without")
+    train(parse(TINY), tmp_path / "without")
     rows = [json.loads(line) for line in (tmp_path / "with" / "watch.jsonl").read_text().splitlines()]
-    ends = {4, 6, 8, 10, 12}  # of pretraining and of four stages; besides them, every third step
-    assert [row["step"] for row in rows] == sorted(ends | {3, 6, 9, 12})
-    assert [row["kind"] for row in rows][-3:] == ["discrete", "discrete", "jvp"]
+    ends = {4, 6, 8, 10, 12}  # of pretraining and of four stages; besides them every third step, and the first of a stage
+    assert [row["step"] for row in rows] == sorted(ends | {3, 6, 9, 12} | {1, 5, 7, 9, 11})
+    assert [row["kind"] for row in rows][-4:] == ["discrete", "discrete", "jvp", "jvp"]
     logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("with", "without")]
     assert logs[0] == logs[1] and not (tmp_path / "without" / "watch.jsonl").exists()

@@ -1,0 +1,217 @@
+"""The guard: notices a run that diverges, goes back to where it was healthy and goes on in the way that the config names.
+
+Discrete MeanFlow has a ceiling: with d too small its residual is rounding and noise, and a one-step FID of 14.5 became 294
+(arXiv 2604.08837). Whether a run has met it is seen in the probes of `dmf.watch` and in its scores:
+
+    a value that is not finite                  of a step, a probe or a score
+    residual_border, residual_pairs             more than `factor` times that of the stage's first probe
+    change_ulps                                 below `ulps`, in a discrete stage: u and u' are one number to the compute dtype
+    the main score at the first number of steps more than `factor` times the best score so far
+
+An intervention is a row of guard.json. Stages are a function of the config and of these rows, and what is on disk beyond the
+step to go back to is deleted; so it is one more start of the run, and one that was killed in the midst of it does the rest.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dmf.curriculum import GUIDED, Stage, identity_of, rho_at, stage_at
+from dmf.errors import DmfError
+from dmf.manifest import MANIFEST
+
+ACTIONS = ("off", "stop", "jvp", "halve", "floor", "rate")
+FILE = "guard.json"
+WORSE = ("residual_border", "residual_pairs")
+DONE = {
+    "stop": "where the run ends",
+    "jvp": "the discrete stages left are jvp stages now",
+    "halve": "d falls half as far from the last good one in the discrete stages left",
+    "floor": "d falls no further in the discrete stages left",
+    "rate": "the learning rate is half of what it was",
+}
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """Probes of the weights, and what follows from a bad one. None of it is the paper's; the limits are from docs/study.md."""
+
+    every_steps: int = 0  # probe (`dmf.watch`) every so many steps, after the first of a stage and at its end; 0 = never
+    rows: int = 64  # held-out images of a probe
+    action: str = "off"  # off | stop | for the discrete stages left: jvp, halve (their refinement), floor (of d) | rate
+    factor: float = 4.0  # how much worse a residual or a score may become
+    ulps: float = 1.0  # the least change |u - u'| / |u| of a discrete stage, by the compute dtype's epsilon
+    limit: int = 3  # after so many interventions the next one is stop
+
+
+class Diverged(DmfError):
+    """Training is no longer that of a healthy run: after `step` steps, for `reason`."""
+
+    def __init__(self, step: int, reason: str, text: str = ""):
+        super().__init__(text or f"step {step}: {reason}")
+        self.step, self.reason = step, reason
+
+
+def alarm(probe: Mapping[str, Any], start: Mapping[str, Any], config: GuardConfig, factor: float = 0.0) -> str:
+    """Why a probe of a stage is not that of a healthy run, "" where it is. start: the stage's first probe.
+
+    factor: another one than the config's.
+    """
+    factor = factor or config.factor
+    for name in WORSE:
+        if not probe[name] <= factor * start[name]:  # a NaN is not
+            return f"{name} = {probe[name]:.4g} on held-out images, above {factor:g} x the stage's first, {start[name]:.4g}"
+    if "change_ulps" in probe and not probe["change_ulps"] >= config.ulps:
+        return f"|u - u'| / |u| = {probe['change_ulps']:.3g} ulps of the compute dtype, below {config.ulps:g}"
+    return ""
+
+
+def remedy(action: str, failing: Stage) -> str:
+    """What can be done about this stage: where no finite difference is to blame, or d is 1 already, the rate is lowered."""
+    if action in ("jvp", "halve", "floor") and identity_of(failing.kind) != "discrete":
+        return "rate"
+    return "rate" if action in ("halve", "floor") and failing.rho >= 1 else action
+
+
+def applied(stages: tuple[Stage, ...], row: Mapping[str, Any]) -> tuple[Stage, ...]:
+    """The stages after one intervention: from row["back_to"] on as row["action"] says, which begins a part of a stage there."""
+    back, action, failing = row["back_to"], row["action"], stage_at(stages, row["step"] - 1)
+    done = [replace(s, steps=min(s.last, back) - s.first) for s in stages if s.first < back]
+    good = _good_rho(stages, failing, back)
+    return (*done, *(_changed(_rest(s, back), action, good) for s in stages if s.last > back))
+
+
+def _rest(stage: Stage, back: int) -> Stage:
+    """The part of a stage from step `back` on."""
+    first = max(stage.first, back)
+    return replace(stage, first=first, steps=stage.last - first, rho=rho_at(stage, first))
+
+
+def _good_rho(stages: tuple[Stage, ...], failing: Stage, back: int) -> float:
+    """The rho that was still good: of the step to go back to in a smooth schedule, else the next larger one before, or 1."""
+    if failing.fall != 1:
+        return rho_at(failing, max(failing.first, back))
+    before = [s.rho for s in stages if s.first < failing.first and identity_of(s.kind) == "discrete"]
+    return min((rho for rho in before if rho > failing.rho), default=1.0)
+
+
+def _changed(stage: Stage, action: str, good: float) -> Stage:
+    if action == "rate":
+        return replace(stage, rate=stage.rate / 2)
+    if identity_of(stage.kind) != "discrete":
+        return stage
+    if action == "jvp":
+        return replace(stage, kind="guided_jvp" if stage.kind in GUIDED else "jvp", rho=1.0, fall=1.0)
+    if action == "halve":
+        return replace(stage, rho=math.sqrt(stage.rho * good), fall=math.sqrt(stage.fall))
+    return replace(stage, rho=good, fall=1.0) if action == "floor" else stage
+
+
+class Guard:
+    """The interventions of one run, and what calls for the next."""
+
+    def __init__(self, path: Path, checkpoints: Path, config: GuardConfig, fresh: bool):
+        """path: the file of the interventions; checkpoints: the folder of the step folders; fresh: there is no run yet."""
+        self._path, self._folder, self._config = path, checkpoints, config
+        self.rows: list[dict[str, Any]] = [] if fresh or not path.is_file() else json.loads(path.read_text())
+        self.active = config.action != "off"
+
+    def stages(self, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+        """The stages of the config as the interventions have left them."""
+        return functools.reduce(applied, self.rows, stages)
+
+    def settle(self) -> None:
+        """Does the rest of the last intervention: what is beyond the step to go back to is deleted.
+
+        Raises DmfError where that was to stop the run, and the config says no other way on.
+        """
+        if not self.rows:
+            return
+        last = self.rows[-1]
+        if not last["settled"]:
+            for folder in self._folder.glob("[0-9]*"):
+                if folder.name.isdecimal() and int(folder.name) > last["back_to"]:
+                    (folder / MANIFEST).unlink(missing_ok=True)  # first: from now on it is not a checkpoint
+                    shutil.rmtree(folder)
+            last["settled"] = True
+            self._write()
+        if last["action"] == self._next() == "stop":
+            raise DmfError(
+                f"the guard has stopped this run: {describe(last)}; expected --allow_change with another config, such as "
+                f"config.guard.action = 'jvp' or a config.guard.limit above {self._config.limit}"
+            )
+
+    def probe_alarm(self, probes: Sequence[Mapping[str, Any]], stage: Stage) -> str:
+        """What is wrong with the last of the run's probes, "" if nothing is."""
+        seen = _of_stage(probes, stage)
+        return alarm(seen[-1], seen[0], self._config)
+
+    def score_alarm(self, scores: Sequence[tuple[int, float]], name: str) -> str:
+        """What is wrong with the last of the run's scores, (step, value), "" if nothing is. Lower is better."""
+        factor = self._config.factor
+        if not scores or scores[-1][1] <= factor * _best(scores):  # a NaN is not
+            return ""
+        return f"{name} = {scores[-1][1]:.4g}, above {factor:g} x the best, {_best(scores):.4g}"
+
+    def intervene(
+        self,
+        found: Diverged,
+        stages: tuple[Stage, ...],
+        probes: Sequence[Mapping[str, Any]],
+        scores: Sequence[tuple[int, float]],
+        good: Collection[int],
+    ) -> dict[str, Any]:
+        """Decides what to do, and writes it down; `settle` of the next start does it. good: steps of the checkpoints."""
+        failing = stage_at(stages, found.step - 1)
+        back = max((n for n in good if n <= self._calm_until(found, failing, probes, scores)), default=0)
+        action = remedy(self._next(), failing)
+        what = {"step": found.step, "stage": failing.name, "kind": failing.kind, "reason": found.reason}
+        row = {**what, "back_to": back, "action": action, "settled": False}
+        self.rows.append(row)
+        self._write()
+        return row
+
+    def _calm_until(
+        self, found: Diverged, failing: Stage, probes: Sequence[Mapping[str, Any]], scores: Sequence[tuple[int, float]]
+    ) -> int:
+        """The last step by which no value was worse than half way, as a ratio, to the alarm; at least the stage's start."""
+        half, seen = math.sqrt(self._config.factor), _of_stage(probes, failing)
+        calm = list(itertools.takewhile(lambda p: not alarm(p, seen[0], self._config, half), seen))
+        until = calm[-1]["step"] if calm else failing.first
+        within = [(step, value <= half * _best(scores)) for step, value in scores if failing.first <= step <= found.step]
+        bad = [step for step, fine in within if not fine and step > failing.first]
+        if bad:
+            until = min(until, max((step for step, _ in within if step < bad[0]), default=failing.first))
+        return until
+
+    def _next(self) -> str:
+        """The action of the next intervention."""
+        done = sum(row["action"] != "stop" for row in self.rows)
+        return "stop" if done >= self._config.limit else self._config.action
+
+    def _write(self) -> None:
+        partial = self._path.with_suffix(".json.tmp")
+        partial.write_text(json.dumps(self.rows, indent=1) + "\n")
+        partial.replace(self._path)
+
+
+def describe(row: Mapping[str, Any]) -> str:
+    """One intervention as a line."""
+    where = f"{row['stage']} ({row['kind']}), step {row['step']}"
+    return f"{where}: {row['reason']}; back to step {row['back_to']}, {DONE[row['action']]}"
+
+
+def _of_stage(probes: Sequence[Mapping[str, Any]], stage: Stage) -> list[Mapping[str, Any]]:
+    return [p for p in probes if p["stage"] == stage.index and stage.first < p["step"] <= stage.last]
+
+
+def _best(scores: Sequence[tuple[int, float]]) -> float:
+    return min((value for _, value in scores if math.isfinite(value)), default=math.inf)

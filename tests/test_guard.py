@@ -1,0 +1,255 @@
+"""The guard: what it takes for a divergence, what becomes of the stages, and that a guarded run survives like any other."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from dmf import guard
+from dmf.config import check, parse
+from dmf.curriculum import CurriculumConfig, build_stages, rho_at
+from dmf.errors import DmfError
+from dmf.guard import Diverged, Guard, GuardConfig
+from dmf.train import train
+from dmf.watch import Watch
+from tests.test_train import leaves
+from tests.tiny import TINY, merged
+
+CONFIG = GuardConfig(every_steps=1, action="jvp", factor=4.0, ulps=1.0)
+CALM = {"residual_border": 1.0, "residual_pairs": 2.0, "change_ulps": 100.0}
+LADDER = build_stages(CurriculumConfig(stages=6, q=2.0, length=60.0), 8, 100)  # d = 1/2 .. 1/16 from step 10 to 50
+
+
+def kinds(stages):
+    return [s.kind for s in stages]
+
+
+def rhos(stages):
+    return [s.rho for s in stages if s.kind == "discrete"]
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({}, ""),
+        ({"residual_border": 4.0, "residual_pairs": 8.0, "change_ulps": 1.0}, ""),
+        ({"residual_border": 4.1}, "residual_border = 4.1 on held-out images, above 4 x the stage's first, 1"),
+        ({"residual_pairs": 8.1}, "residual_pairs = 8.1"),
+        ({"residual_pairs": math.nan}, "residual_pairs = nan"),
+        ({"residual_pairs": math.inf}, "residual_pairs = inf"),
+        ({"change_ulps": 0.9}, "0.9 ulps of the compute dtype, below 1"),
+        ({"change_ulps": math.nan}, "nan ulps"),
+    ],
+)
+def test_a_probe_is_held_against_the_stages_first(change, named):
+    found = guard.alarm({**CALM, **change}, CALM, CONFIG)
+    assert (named in found) if named else found == ""
+
+
+def test_a_score_is_held_against_the_best(tmp_path):
+    watching = Guard(tmp_path / "guard.json", tmp_path, CONFIG, fresh=True)
+    assert watching.score_alarm([], "fid") == watching.score_alarm([(1, 30.0), (2, 2.0), (3, 8.0)], "fid") == ""
+    assert watching.score_alarm([(1, 30.0), (2, 2.0), (3, 8.1)], "fid") == "fid = 8.1, above 4 x the best, 2"
+    assert watching.score_alarm([(1, 30.0), (2, math.nan)], "fid") == "fid = nan, above 4 x the best, 30"
+
+
+@pytest.mark.parametrize("back", [30, 33])
+@pytest.mark.parametrize("action", ["stop", "jvp", "halve", "floor", "rate"])
+def test_an_intervention_changes_only_what_comes_after_it(action, back):
+    found = guard.applied(LADDER, {"step": 36, "back_to": back, "action": action})
+    assert [(s.first, s.last) for s in found if s.steps <= 0] == [] and found[0].first == 0 and found[-1].last == 60
+    assert all(a.last == b.first for a, b in zip(found, found[1:], strict=False))
+    before = [s for s in found if s.last <= back]
+    assert [(s.kind, s.rho, s.rate) for s in before] == [(s.kind, s.rho, 1.0) for s in LADDER if s.first < back]
+    after = [s for s in found if s.first >= back]
+    assert [s.last for s in after] == [40, 50, 60] and [s.index for s in after] == [3, 4, 5]
+    if action == "jvp":
+        assert kinds(after) == ["jvp"] * 3 and {s.rho for s in after} == {1.0}
+    else:
+        assert kinds(after) == ["discrete", "discrete", "jvp"]
+    assert {s.rate for s in after} == ({0.5} if action == "rate" else {1.0})
+    expected = {"halve": [math.sqrt(1 / 32), 1 / 8], "floor": [1 / 4, 1 / 4], "jvp": []}
+    assert rhos(after) == pytest.approx(expected.get(action, [1 / 8, 1 / 16]), rel=1e-12)
+
+
+def test_a_second_refusal_of_the_same_d_goes_further_back_to_a_larger_one():
+    once = guard.applied(LADDER, {"step": 36, "back_to": 33, "action": "halve"})
+    again = guard.applied(once, {"step": 38, "back_to": 33, "action": "floor"})
+    assert rhos([s for s in again if s.first >= 33]) == [1 / 4, 1 / 4]
+    first = guard.applied(LADDER, {"step": 15, "back_to": 10, "action": "halve"})
+    assert rhos(first) == pytest.approx([math.sqrt(1 / 2), 1 / 2, math.sqrt(1 / 8), 1 / 4])
+
+
+def test_a_smooth_schedule_falls_half_as_fast_from_where_it_was_good_or_no_further():
+    smooth = build_stages(CurriculumConfig(stages=6, q=2.0, length=60.0, schedule="smooth"), 8, 100)
+    good = rho_at(smooth[3], 33)
+    floor = guard.applied(smooth, {"step": 36, "back_to": 33, "action": "floor"})
+    assert {rho_at(s, n) for s in floor if 33 <= s.first < 50 for n in range(s.first, s.last)} == {good}
+    halved = guard.applied(smooth, {"step": 36, "back_to": 33, "action": "halve"})
+    for n in (33, 39, 40, 49):
+        was, now = (rho_at(next(s for s in found if s.first <= n < s.last), n) for found in (smooth, halved))
+        assert now / good == pytest.approx(math.sqrt(was / good), rel=1e-12)
+    assert [rho_at(s, n) for s in halved[:4] for n in range(s.first, s.last) if s.kind == "discrete"] == pytest.approx(
+        [rho_at(s, n) for s in smooth[:4] for n in range(s.first, s.last) if s.kind == "discrete" and n < 33], rel=1e-12
+    )
+
+
+def test_the_rate_is_lowered_where_no_finite_difference_is_to_blame():
+    for action in ("jvp", "halve", "floor", "rate"):
+        assert [guard.remedy(action, LADDER[i]) for i in (0, 5)] == ["rate", "rate"]
+        assert guard.remedy(action, LADDER[2]) == action
+    assert guard.remedy("stop", LADDER[0]) == "stop"
+
+
+def test_it_goes_back_to_the_newest_checkpoint_before_values_were_half_way_to_the_alarm(tmp_path):
+    probes = [
+        {"step": n, "stage": 3, **CALM, "residual_pairs": x} for n, x in ((31, 2), (33, 3.9), (35, 4.1), (36, 3), (38, 9))
+    ]
+    probes.insert(0, {"step": 30, "stage": 2, **CALM, "residual_pairs": 1e9})
+    how = dict(stages=LADDER, probes=probes, good=[37, 34, 32, 30, 20, 10])
+
+    def back(found, scores, **changes):
+        watching = Guard(tmp_path / "guard.json", tmp_path, CONFIG, fresh=True)
+        return watching.intervene(found, scores=scores, **{**how, **changes})["back_to"]
+
+    assert back(Diverged(38, "x"), []) == 32
+    assert back(Diverged(38, "x"), [(20, 5.0), (30, 4.0), (31, 4.5), (32, 9.0)]) == 30
+    assert back(Diverged(31, "x"), [], probes=probes[:1]) == 30
+    assert back(Diverged(38, "x"), [], good=[20, 10]) == 20
+    assert back(Diverged(38, "x"), [], good=[]) == 0
+
+
+def test_an_unknown_action_and_an_action_without_probes_are_refused():
+    with pytest.raises(DmfError, match=r"config.guard.action = 'pray': expected one of off, stop, jvp, halve, floor, rate"):
+        parse(merged(TINY, guard=dict(action="pray")))
+    with pytest.raises(DmfError, match=r"config.guard.every_steps = 0 with config.guard.action = 'jvp'"):
+        check(parse(merged(TINY, guard=dict(action="jvp"))), 10, 1000)
+
+
+# Pretraining of 4 steps, then 2 steps each: trajectory, d = 1/2, d = 1/4, jvp. No checkpoints but at stage boundaries.
+GUARDED = merged(TINY, guard=dict(every_steps=1, rows=8, action="jvp"), run=dict(checkpoint_every_steps=100))
+
+
+@pytest.fixture
+def diverges(monkeypatch):
+    """Makes the probe say that d = 1/4 fails, three times: at the second look, the first being the reference."""
+    seen, told = [], []
+
+    def probe(self, kind, params, rho):
+        seen.append(rho)
+        bad = kind == "discrete" and rho <= 0.25 and seen[-2:] == [rho, rho] and len(told) < 3
+        told.extend([rho] * bad)
+        return {**CALM, "residual_pairs": 9.0 if bad else 2.0}
+
+    monkeypatch.setattr(Watch, "__call__", probe)
+    return seen
+
+
+def state_of(workdir):
+    return leaves(workdir / "checkpoints" / "12")
+
+
+def test_a_run_hands_over_to_jvp_and_says_so(tmp_path, diverges, capsys):
+    train(parse(GUARDED), tmp_path)
+    (row,) = json.loads((tmp_path / guard.FILE).read_text())
+    assert (row["step"], row["stage"], row["back_to"], row["action"], row["settled"]) == (10, "stage 2", 8, "jvp", True)
+    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["kind"] for r in logged] == ["flow"] * 4 + ["trajectory"] * 2 + ["discrete"] * 2 + ["jvp"] * 4
+    assert [r["step"] for r in logged] == list(range(1, 13))
+    line = "guard     stage 2 (discrete), step 10: residual_pairs = 9 on held-out images, above 4 x the stage's first, 2; "
+    line += "back to step 8, the discrete stages left are jvp stages now"
+    assert capsys.readouterr().out.count(line) == 2  # when it happens, and below the closing table
+    plain = merged(TINY, curriculum=dict(stages=4, kinds=("trajectory", "discrete", "jvp", "jvp")))
+    train(parse(plain), tmp_path / "plain")
+    for a, b in zip(state_of(tmp_path), state_of(tmp_path / "plain"), strict=True):
+        np.testing.assert_array_equal(a, b)  # what it did before leaves no trace in the weights
+
+
+@pytest.mark.parametrize("action", ["halve", "floor", "rate"])
+def test_each_way_on_reaches_the_end(tmp_path, diverges, action):
+    train(parse(merged(GUARDED, guard=dict(action=action))), tmp_path)
+    rows = json.loads((tmp_path / guard.FILE).read_text())
+    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    last = [r for r in logged if r["step"] in (9, 10)]
+    expected = {"halve": (math.sqrt(1 / 8), 1), "floor": (1 / 2, 1), "rate": (1 / 4, 1 / 8)}[action]
+    assert [r["rho"] for r in last] == pytest.approx([expected[0]] * 2)
+    assert last[0]["learning_rate"] == pytest.approx(1e-3 * expected[1])
+    assert len(rows) == (3 if action == "rate" else 1) and len(state_of(tmp_path)) > 0
+
+
+def test_a_kill_in_an_intervention_changes_nothing(tmp_path, diverges, monkeypatch):
+    train(parse(GUARDED), tmp_path / "whole")
+
+    def killed(self):
+        if self.rows and not self.rows[-1]["settled"]:
+            raise KeyboardInterrupt
+
+    settle = Guard.settle
+    for i, when in enumerate((killed, lambda self: (settle(self), killed(self)))):
+        diverges.clear()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Guard, "settle", when)
+            patch.setattr(Guard, "_write", _written_then_killed if i else Guard._write)
+            train(parse(GUARDED), tmp_path / str(i))
+        assert not (tmp_path / str(i) / "checkpoints" / "12").exists()
+        train(parse(GUARDED), tmp_path / str(i))
+        assert len(json.loads((tmp_path / str(i) / guard.FILE).read_text())) == 1
+        for a, b in zip(state_of(tmp_path / "whole"), state_of(tmp_path / str(i)), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+WRITE = Guard._write
+
+
+def _written_then_killed(self):
+    WRITE(self)
+    raise KeyboardInterrupt
+
+
+def test_stop_leaves_the_last_good_state_and_a_report_again_and_again(tmp_path, diverges):
+    stopping = parse(merged(GUARDED, guard=dict(action="stop")))
+    for _ in range(2):
+        with pytest.raises(
+            DmfError, match=r"the guard has stopped this run: stage 2 \(discrete\), step 10: residual_pairs = 9"
+        ):
+            train(stopping, tmp_path)
+        assert max(int(p.name) for p in (tmp_path / "checkpoints").glob("[0-9]*")) == 8
+    with pytest.raises(DmfError, match="config.guard.action: stop -> off"):
+        train(parse(merged(GUARDED, guard=dict(action="off"))), tmp_path)
+    train(parse(merged(GUARDED, guard=dict(action="off"))), tmp_path, allow_change=True)
+    assert len(state_of(tmp_path)) > 0
+
+
+def test_values_that_are_not_finite_lower_the_rate_until_the_limit(tmp_path):
+    values = merged(GUARDED, guard=dict(limit=2))
+    values["curriculum"] = {**values["curriculum"], "stage_learning_rates": (1.0, 1.0, 1e30, 1.0)}
+    with pytest.raises(DmfError, match="the guard has stopped this run: stage 2"):
+        train(parse(values), tmp_path)
+    assert [row["action"] for row in json.loads((tmp_path / guard.FILE).read_text())] == ["jvp", "rate", "stop"]
+
+
+def test_a_healthy_run_is_left_alone(tmp_path):
+    train(parse(GUARDED), tmp_path / "guarded")
+    assert not (tmp_path / "guarded" / guard.FILE).exists()
+    train(parse(TINY), tmp_path / "plain")
+    for a, b in zip(state_of(tmp_path / "guarded"), state_of(tmp_path / "plain"), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_pretraining_from_fresh_weights_can_go_back_to_them(tmp_path, monkeypatch):
+    seen = []
+
+    def probe(self, kind, params, rho):
+        seen.append(jax.tree.leaves(params)[0].shape)
+        return {**CALM, "residual_border": 9.0 if len(seen) == 2 else 1.0}
+
+    monkeypatch.setattr(Watch, "__call__", probe)
+    train(parse(GUARDED), tmp_path)
+    (row,) = json.loads((tmp_path / guard.FILE).read_text())
+    assert (row["step"], row["back_to"], row["action"]) == (2, 0, "rate")
+    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in logged] == list(range(1, 13))
+    assert [r["learning_rate"] for r in logged][:4] == pytest.approx([0.25e-3, 0.5e-3, 0.5e-3, 0.5e-3])
+    assert logged[-1]["learning_rate"] == pytest.approx(0.5e-3)
