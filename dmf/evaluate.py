@@ -18,7 +18,7 @@ from dmf import data, networks, pictures, pretrained, sharding
 from dmf.config import Config, parse
 from dmf.data import Dataset, Latents, latents
 from dmf.errors import DmfError
-from dmf.metrics.digits import DigitsScorer
+from dmf.metrics.labelled import DigitsScorer, PhotosScorer
 from dmf.networks.vae import unscaled
 from dmf.sample import SAMPLERS
 
@@ -26,7 +26,7 @@ ROWS_PER_DEVICE = 128  # of samples drawn at once
 DECODED_PER_DEVICE = 8  # of latents decoded at once
 Score = Callable[[np.ndarray, np.ndarray], dict[str, float]]
 # Data set -> (what scores its samples, the score a curve shows). A set without an entry is only pictured.
-SCORERS = {"digits": (DigitsScorer, "fd_hidden")}
+SCORERS = {"digits": (DigitsScorer, "fd_hidden"), "photos": (PhotosScorer, "fd_hidden")}
 
 
 class Sampler:
