@@ -13,10 +13,12 @@ two photographs (`dmf/data/photos.py`). All else is that of configs/digits.py, f
 from configs import digits
 from dmf.errors import DmfError
 
+VARIANTS = ("dagger", "linear", "flow", "meanflow")
+
 
 def get_config(variant: str = "dagger"):
-    if variant not in digits.VARIANTS:
-        raise DmfError(f"configs/photos.py:{variant}: expected one of {', '.join(digits.VARIANTS)}")
+    if variant not in VARIANTS:
+        raise DmfError(f"configs/photos.py:{variant}: expected one of {', '.join(VARIANTS)}")
     config = digits.get_config(variant)
     config.network.update(patch=4, num_classes=12)
     config.data.name = "photos"
