@@ -18,7 +18,7 @@ from dmf import data, networks, pictures, pretrained, sharding
 from dmf.config import Config, parse
 from dmf.data import Dataset, Latents, latents
 from dmf.errors import DmfError
-from dmf.metrics.digits import DigitsScorer
+from dmf.metrics.labelled import DigitsScorer, PhotosScorer
 from dmf.networks.vae import unscaled
 from dmf.sample import SAMPLERS
 
@@ -26,7 +26,7 @@ ROWS_PER_DEVICE = 128  # of samples drawn at once
 DECODED_PER_DEVICE = 8  # of latents decoded at once
 Score = Callable[[np.ndarray, np.ndarray], dict[str, float]]
 # Data set -> (what scores its samples, the score a curve shows). A set without an entry is only pictured.
-SCORERS = {"digits": (DigitsScorer, "fd_hidden")}
+SCORERS = {"digits": (DigitsScorer, "fd_hidden"), "photos": (PhotosScorer, "fd_hidden")}
 
 
 class Sampler:
@@ -37,11 +37,11 @@ class Sampler:
     """
 
     def __init__(self, network: networks.Network, config: Config, image_shape: tuple[int, ...], labels: np.ndarray, mesh: Mesh):
-        self._mesh, self._labels = mesh, labels
+        self._mesh, self._labels, self._seed = mesh, labels, np.uint32(config.seed)
 
-        def draw(whole: tuple[Any, jax.Array], rows: tuple[jax.Array, jax.Array]) -> jax.Array:
-            (params, steps), (row, label) = whole, rows
-            key = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)  # no training step has this number
+        def draw(whole: tuple[Any, jax.Array, jax.Array], rows: tuple[jax.Array, jax.Array]) -> jax.Array:
+            (params, steps, seed), (row, label) = whole, rows
+            key = jax.random.fold_in(jax.random.key(seed), 2**31 - 1)  # no training step has this number
             keys = jax.vmap(partial(jax.random.fold_in, key))(row)
             e = jax.vmap(lambda k: jax.random.normal(k, image_shape))(keys)
             classes = label if config.num_classes else None
@@ -64,7 +64,7 @@ class Sampler:
             row = np.arange(first + piece.start, first + piece.stop, dtype=np.int32)
             rows = (row, self._labels[row % len(self._labels)])
             put = sharding.put_padded(self._mesh, per_device, rows)
-            drawn = self._draw((params, np.int32(steps)), put)
+            drawn = self._draw((params, np.int32(steps), self._seed), put)
             parts.append(sharding.fetch(self._mesh, drawn)[: len(row)])
         return np.concatenate(parts)
 

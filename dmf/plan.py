@@ -66,6 +66,7 @@ ENVIRONMENT = {
 # Data set -> image shape, classes, images of its training split. A plan reads no data.
 DATA = {
     "digits": ((8, 8, 1), 10, 1352),
+    "photos": ((16, 16, 3), 12, 3864),
     "cifar10": ((32, 32, 3), 10, 50_000),
     "imagenet256_latents": ((32, 32, 4), 1000, 1_281_167),
 }

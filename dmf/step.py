@@ -36,18 +36,20 @@ PURPOSES = ("flip", "augment", "label", "noise", "times", "network", "latent")
 
 
 class Scalars(NamedTuple):
-    """What a step is told from outside: rho, learning rate, one decay per EMA."""
+    """What a step is told from outside: rho, learning rate, one decay per EMA, the seed: no program depends on them."""
 
     rho: np.float32 | Array
     learning_rate: np.float32 | Array
     ema_decays: np.ndarray | Array
+    seed: np.uint32 | Array = np.uint32(0)
 
 
 def step_scalars(step: int, stage: Stage, stages: tuple[Stage, ...], config: Config) -> Scalars:
-    """The traced numbers of a step, in float32."""
+    """The traced numbers of a step, in float32 but for the seed."""
     rate = optim.learning_rate(step, stages, config.curriculum, config.optimizer)
     decays = optim.ema_decays(step, stages, config.curriculum, config.ema, config.batch_size)
-    return Scalars(np.float32(rho_at(stage, step)), np.float32(rate), np.asarray(decays, np.float32))
+    rho, seed = np.float32(rho_at(stage, step)), np.uint32(config.seed)
+    return Scalars(rho, np.float32(rate), np.asarray(decays, np.float32), seed)
 
 
 def network_for(kind: str, config: Config, image_shape: tuple[int, ...], mesh: Mesh) -> Network:
@@ -78,7 +80,7 @@ def make_train_step(
     loss = partial(stage_loss, kind=kind, network=network, config=config, split=split.micro(config.microbatches))
 
     def train_step(state: TrainState, batch: dict[str, Array], scalars: Scalars) -> tuple[TrainState, Metrics]:
-        rows = sharding.constrain_rows(mesh, draw(state.step, batch))
+        rows = sharding.constrain_rows(mesh, draw(state.step, batch, seed=scalars.seed))
         along = None if average is None else sharding.whole(mesh, state.ema[average])
         loss_now = partial(loss, average=along, sums=state.intervals)
         grads, metrics = _gradient(loss_now, state.params, rows, scalars.rho, split, config.microbatches, mesh)
@@ -102,15 +104,20 @@ def split_for(kind: str, config: Config, mesh: Mesh) -> RowSplit:
     return flow.row_split(config.batch_size, fraction, mesh.devices.size * config.microbatches)
 
 
-def step_keys(seed: int, step: Array) -> dict[str, Array]:
+def step_keys(seed: int | np.uint32 | Array, step: Array) -> dict[str, Array]:
     """One key per named purpose, from the run's seed and the step number alone."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     return dict(zip(PURPOSES, jax.random.split(key, len(PURPOSES)), strict=True))
 
 
-def draw_rows(step: Array, batch: dict[str, Array], *, split: RowSplit, config: Config) -> Rows:
-    """Augment the data, draw noise and times, and lay out the rows of a step (each drawn by its global row number)."""
-    keys = step_keys(config.seed, step)
+def draw_rows(
+    step: Array, batch: dict[str, Array], *, split: RowSplit, config: Config, seed: np.uint32 | Array | None = None
+) -> Rows:
+    """Augment the data, draw noise and times, and lay out the rows of a step (each drawn by its global row number).
+
+    seed: the run's, as an input of the program; None: the config's, as a constant.
+    """
+    keys = step_keys(config.seed if seed is None else seed, step)
     x, label = _condition(keys, batch, config)
     e = jax.random.normal(keys["noise"], x.shape)
     r, t = flow.draw_times(keys["times"], config.times, split)

@@ -16,6 +16,10 @@ VARIANTS = [
     ("digits", "linear"),
     ("digits", "flow"),
     ("digits", "meanflow"),
+    ("photos", "dagger"),
+    ("photos", "linear"),
+    ("photos", "flow"),
+    ("photos", "meanflow"),
     ("cifar10", "dagger"),
     ("cifar10", "linear"),
     ("cifar10_flow", None),
@@ -32,6 +36,7 @@ VARIANTS = [
 ]
 SETS = {
     "digits": ((8, 8, 1), 10, 1352),
+    "photos": ((16, 16, 3), 12, 3864),
     "cifar10": ((32, 32, 3), 10, 50_000),
     "imagenet256_latents": ((32, 32, 4), 1000, 1_281_167),
 }

@@ -181,7 +181,7 @@ def test_impossible_batches_are_refused(arguments: dict[str, Any], message: str)
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (DataConfig(name="cifar"), "config.data.name is 'cifar': expected one of digits, cifar10"),
+        (DataConfig(name="cifar"), "config.data.name is 'cifar': expected one of digits, photos, cifar10"),
         (DataConfig(augment=1.5), "config.data.augment is 1.5"),
         (DataConfig(holdout_fraction=0.0), "config.data.holdout_fraction is 0.0"),
         (DataConfig(holdout_fraction=1.0), "config.data.holdout_fraction is 1.0"),

@@ -30,7 +30,7 @@ OWNERS = {
     "PIL": {"dmf/pictures.py", "dmf/data/images.py"},
     "array_record": {"dmf/data/"},
     "matplotlib": {"dmf/pictures.py"},
-    "sklearn": {"dmf/data/digits.py", "dmf/metrics/"},
+    "sklearn": {"dmf/data/digits.py", "dmf/data/photos.py", "dmf/metrics/"},
 }
 # What has no other home in jax: collectives of small values between processes, Pallas' kernels, topologies without devices.
 EXPERIMENTAL = {"dmf/hosts.py", "dmf/networks/attention.py", "dmf/plan.py"}

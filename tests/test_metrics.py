@@ -17,8 +17,8 @@ from sklearn.neighbors import NearestNeighbors
 
 from dmf.errors import DmfError
 from dmf.metrics import precision_recall as precision_recall_module
-from dmf.metrics.digits import DigitsScorer
 from dmf.metrics.frechet import Moments, frechet_distance, moments
+from dmf.metrics.labelled import DigitsScorer
 from dmf.metrics.precision_recall import nearest_distances, precision_recall
 
 GOLDEN = Path(__file__).parent / "golden" / "frechet_reference.npz"

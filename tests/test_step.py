@@ -133,6 +133,20 @@ def test_a_step_is_a_function_of_seed_step_and_batch():
     assert largest_difference(again[0], other) > 0
 
 
+def test_runs_of_other_seeds_share_one_program_and_draw_other_noise():
+    setups = [Setup(merged(TINY, seed=seed)) for seed in (0, 2**32 - 1)]
+    texts, losses = [], []
+    for s in setups:
+        train_step, now, batch, scalars = s.step("jvp"), s.state(), s.batch(0), s.scalars(5, "jvp")
+        texts.append(train_step.lower(now, batch, scalars).as_text())
+        losses.append(float(train_step(now, batch, scalars)[1]["loss"]))
+    assert texts[0] == texts[1] and losses[0] != losses[1]
+    for s in setups:  # as an input or as a constant
+        split = step.split_for("jvp", s.config, s.mesh)
+        draw = partial(step.draw_rows, jnp.int32(3), s.batch(0), split=split, config=s.config)
+        np.testing.assert_array_equal(draw(seed=np.uint32(s.config.seed)).z, draw().z)
+
+
 def test_every_purpose_and_step_has_its_own_key():
     keys = [jax.random.key_data(k) for n in range(3) for k in step.step_keys(0, jnp.int32(n)).values()]
     assert len({tuple(k.tolist()) for k in keys}) == 3 * len(step.PURPOSES)

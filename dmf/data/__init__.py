@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dmf.data import cifar10, digits, latents
+from dmf.data import cifar10, digits, latents, photos
 from dmf.data.latents import Latents
 from dmf.errors import DmfError
 
@@ -28,7 +28,7 @@ class DataConfig:
     # cifar10: where TFDS data is prepared, "" = $TFDS_DATA_DIR, else ~/tensorflow_datasets; imagenet256_latents: what
     # --mode=encode has written
     data_dir: str = ""
-    holdout_fraction: float = 0.25  # digits: share of its one set that is "heldout", whatever the training seed
+    holdout_fraction: float = 0.25  # digits, photos: share of the one set that is "heldout", whatever the training seed
     mock: bool = False  # cifar10, imagenet256_latents: random images, to try the code path only; reads no file
     flip: bool = False  # mirror each training image with probability 1/2, without telling the network; latents: its own one
     augment: float = 0.0  # probability p of the EDM pipe, which does tell the network (`augment.edm_augment`); 0 = off
@@ -65,6 +65,13 @@ def _load_digits(config: DataConfig, split: Split) -> Dataset:
     return Dataset(images, labels, digits.NUM_CLASSES, digits.MAX_VALUE, "digits", split)
 
 
+def _load_photos(config: DataConfig, split: Split) -> Dataset:
+    if config.mock:
+        raise DmfError("config.data.mock is True for 'photos': expected False, they need no preparing")
+    images, labels = photos.read(split, config.holdout_fraction)
+    return Dataset(images, labels, photos.NUM_CLASSES, photos.MAX_VALUE, "photos", split)
+
+
 def _load_cifar10(config: DataConfig, split: Split) -> Dataset:
     images, labels = cifar10.read(split, config.data_dir, mock=config.mock)
     return Dataset(images, labels, cifar10.NUM_CLASSES, cifar10.MAX_VALUE, "cifar10", split)
@@ -76,6 +83,7 @@ def _load_imagenet256(config: DataConfig, split: Split) -> Latents:
 
 DATASETS: dict[str, Callable[[DataConfig, Split], Dataset | Latents]] = {
     "digits": _load_digits,
+    "photos": _load_photos,
     "cifar10": _load_cifar10,
     "imagenet256_latents": _load_imagenet256,
 }

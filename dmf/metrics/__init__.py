@@ -1,1 +1,1 @@
-"""How good samples are: Frechet distance, precision and recall, and the declared score of the digits demo."""
+"""How good samples are: Frechet distance, precision and recall, and the declared score of digits and photos."""
