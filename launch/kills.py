@@ -56,7 +56,7 @@ class Life:
         workdir.parent.mkdir(parents=True, exist_ok=True)
         with self.said.open("w") as out:
             programs = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(workdir.parent / "programs")
-            environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": programs, "XLA_FLAGS": ""}
+            environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": programs}
             self.process = subprocess.Popen(
                 command(workdir, total), cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT
             )

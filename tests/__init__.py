@@ -1,0 +1,9 @@
+"""Tests; how programs are compiled in them and in the processes they start."""
+
+# Programs here are small and run a few times: most of the time would go into making them fast.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+
+
+def devices(count: int) -> str:
+    """XLA_FLAGS of a process with so many fake devices."""
+    return f"{QUICK} --xla_force_host_platform_device_count={count}"

@@ -27,6 +27,7 @@ from dmf.convert.unet import EDM, MEANFLOW_UNET
 from dmf.errors import DmfError
 from dmf.export.weights import export
 from dmf.networks import DiTConfig, UNetConfig
+from tests import devices
 from tests.conversion import export_arrays, needs_torch, recipe_weights, small_noise
 from tests.tiny import TINY, UNET, merged
 
@@ -329,7 +330,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(sit, tmp_path, mode):
     flags = ["--mode=convert", "--kind=sit", f"--source={sit[0]}", "--set=heads=4", "--check=none", f"--out={tmp_path / 'out'}"]
     if mode == "export":
         flags = ["--mode=export", f"--workdir={sit[1]}", f"--out={tmp_path / 'out.safetensors'}"]
-    env = {**os.environ, "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    env = {**os.environ, "XLA_FLAGS": devices(1), "JAX_ENABLE_COMPILATION_CACHE": "false"}
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300, env=env
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import devices
 from tests.tiny import TINY
 
 ROOT = Path(__file__).parent.parent
@@ -21,7 +22,7 @@ def run(*flags):
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "XLA_FLAGS": ""},
+        env={**os.environ, "XLA_FLAGS": devices(1)},
     )
     return done.returncode, done.stderr
 

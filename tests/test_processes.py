@@ -16,6 +16,7 @@ import pytest
 from dmf import checkpoint
 from dmf.config import parse
 from dmf.train import train
+from tests import devices as flags_of
 from tests.tiny import TINY, Setup, merged
 
 ROOT = Path(__file__).parent.parent
@@ -25,7 +26,7 @@ VALUES = merged(
     TINY,
     network=dict(width=64),
     optimizer=dict(eps=1e-4),
-    mesh=dict(fsdp=2),
+    mesh=dict(replica=1, fsdp=0),
     curriculum=dict(stages=2, kinds=("trajectory", "discrete"), length=12.0, pretrain_length=0.0),
     run=dict(score_steps=(1,)),
 )
@@ -52,7 +53,7 @@ class Group:
         for i in range(count):
             there = {} if count == 1 else {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
             there |= {} if count == 1 else {"JAX_PROCESS_ID": str(i)}
-            there["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices // count}"
+            there["XLA_FLAGS"] = flags_of(devices // count)
             self.processes.append(
                 subprocess.Popen(
                     [*command, f"--workdir={workdirs[i]}", *own[i]],
@@ -122,7 +123,7 @@ def test_two_processes_killed_go_on_as_one_and_then_as_two(uninterrupted, tmp_pa
     Group(tmp_path, workdir, 1).kill_after_step(workdir, 8)
     first, second = Group(tmp_path, workdir, 2).finish()
     assert first[0] == second[0] == 0, first[2] + second[2]
-    assert "fsdp 2, 2 process(es)" in first[1] and "resuming" in first[1]
+    assert "fsdp 4, 2 process(es)" in first[1] and "resuming" in first[1]
     assert second[1].replace("[Gloo]", "").count("step") == 0  # one of them speaks
     for a, b in zip(*(jax.tree.leaves(final(w)) for w in (uninterrupted, workdir)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)

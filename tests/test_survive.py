@@ -23,6 +23,7 @@ from dmf import checkpoint, stopping, train, workdir
 from dmf.checkpoint import Checkpoints
 from dmf.config import parse, to_dict
 from dmf.errors import DmfError
+from tests import devices
 from tests.test_processes import CONFIG, ROOT, VALUES, Group
 from tests.test_train import leaves
 from tests.tiny import TINY, Setup, merged
@@ -154,7 +155,7 @@ def test_a_disk_that_fills_up_inside_a_save_loses_no_older_checkpoint(two, tmp_p
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(newest), strict=True):
         np.testing.assert_array_equal(a, b)
     again.save(12, newest)  # and when there is room again, the save goes through
-    assert again._with_manifest() == [12, 9]
+    assert again.complete() == [12, 9]
     again.close()
     for step in (6, 9):
         assert step == 6 or checkpoint.verify(tmp_path / "run" / "checkpoints" / str(step)) is None
@@ -176,10 +177,10 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_show_in_it(
     for n in range(1, 5):  # steps donate what is being written
         state, _ = program(state, setup.batch(n), setup.scalars(n, "trajectory"))
     jax.block_until_ready(state)
-    assert not saved._with_manifest()  # it does not exist yet
+    assert not saved.complete()  # it does not exist yet
     go_on.set()
     saved.save(5, state)  # waits for it
-    assert saved._with_manifest() == [5, 3]
+    assert saved.complete() == [5, 3]
     saved.close()
     shutil.rmtree(tmp_path / "checkpoints" / "5")
     found = store(tmp_path).restore_latest(setup.state())
@@ -413,7 +414,7 @@ class Life:
         self.process = subprocess.Popen(
             [sys.executable, "main.py", f"--config={config}", f"--workdir={self.workdir}", *flags],
             cwd=ROOT,
-            env={**os.environ, "XLA_FLAGS": "", **environment},
+            env={**os.environ, "XLA_FLAGS": devices(1), **environment},
             stdout=self.said.open("w"),
             stderr=subprocess.STDOUT,
         )
@@ -546,7 +547,7 @@ def test_two_processes_stop_at_the_same_step_and_go_on_in_the_same_bits(tmp_path
     assert "stopped, nothing was unsaved" in said and newest(run) == 50
     assert [status for status, *_ in Group(tmp_path, run, 2, flags=flags).finish()] == [0, 0]
     assert [row["step"] for row in rows(run, "starts.jsonl")][0::2] == [0, 50]
-    like = Setup(VALUES, devices=2).state(randomise=False)
+    like = Setup(VALUES, devices=4).state(randomise=False)
     ends = [store(folder).restore_latest(like) for folder in (plain, run)]
     for a, b in zip(*map(jax.tree.leaves, ends), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -554,7 +555,8 @@ def test_two_processes_stop_at_the_same_step_and_go_on_in_the_same_bits(tmp_path
         assert (run / log).read_text() == (plain / log).read_text()
 
 
-def test_three_kills_by_the_command_that_makes_a_hundred(tmp_path):
+def test_three_kills_by_the_command_that_makes_a_hundred(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", devices(1))
     spec = importlib.util.spec_from_file_location("kills", ROOT / "launch" / "kills.py")
     kills = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(kills)

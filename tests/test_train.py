@@ -16,10 +16,11 @@ import pytest
 from dmf import checkpoint, curriculum, pretrained, state, train
 from dmf.config import parse
 from dmf.errors import DmfError
+from tests import devices
 from tests.tiny import TINY, merged
 
 ROOT = Path(__file__).parent.parent
-ENV = {**os.environ, "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}  # one device, as on a laptop
+ENV = {**os.environ, "XLA_FLAGS": devices(1), "PYTHONUNBUFFERED": "1"}  # one device, as on a laptop
 
 
 def main_py(*flags, **kwargs):
