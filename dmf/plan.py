@@ -2,7 +2,8 @@
 
 libtpu (`pip install "jax[tpu]"`) compiles on any machine for a named topology, ahead of time, with nothing allocated. One row
 per kind of stage: model FLOPs, bytes, memory against what the compiler may use of the chip, collectives, compile time. Rows are
-kept in a JSON file and not compiled again: a compilation takes minutes.
+kept in a JSON file and not compiled again: a compilation takes minutes, of many convolutions most of an hour, or with
+JAX_EXEC_TIME_OPTIMIZATION_EFFORT=-1, which jax reads from its environment, a tenth of that.
 """
 
 from __future__ import annotations
@@ -73,12 +74,14 @@ DATA = {
 # What shapes a program, besides what a row says in words.
 SHAPING = ("network", "data", "times", "loss", "guidance", "optimizer", "ema", "precision", "label_dropout")
 LATER = (("tangent", "data"),)  # came after rows that are kept, and is no other program
+EARLIER = {"effort": 0.0}  # of rows that are kept from before it was a column
 LEGEND = (
     "per device. TFLOP: the model's, forward passes x the plain network's FLOPs; GB: 1e9 bytes moved to and from memory, an "
     "estimate;\nstate (with the batch), temp, total, HBM: GiB; collectives: how many, those in loops as often as they run, and "
     "GB sent"
 )
 UNKNOWN = "* has a loop whose rounds its text does not tell, counted as one: GB and collectives are too low"
+HURRIED = "compiled with JAX_EXEC_TIME_OPTIMIZATION_EFFORT = {}: a program as it is by default may need less memory and time"
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -106,9 +109,8 @@ def plan(config: Config, topologies: list[str], out: str = "", name: str = "") -
         hbm = GENERATIONS[target.partition(":")[0]].hbm_gib
         for kind, stage in stages.items():
             about = _about(config, name, given, target, mesh, kind)
-            row = next(
-                (r for r in kept if all(r.get(k) == v for k, v in about.items() if k not in ("config", "topology"))), None
-            )
+            same = {k: v for k, v in about.items() if k not in ("config", "topology")}
+            row = next((r for r in kept if all((EARLIER | r).get(k) == v for k, v in same.items())), None)
             if row is None:
                 forward = forward or cost.forward_flops(config, shape) or float("nan")
                 passes = curriculum.passes(stage, config.times.r_neq_t_fraction)
@@ -227,7 +229,8 @@ def format_rows(rows: list[dict[str, Any]], heading: bool = True) -> str:
 
 def legend(rows: list[dict[str, Any]]) -> str:
     """What the columns of `format_rows` are, and what a star at one of these rows says."""
-    return "\n".join([LEGEND] + [UNKNOWN] * any(map(_unknown, rows)))
+    efforts = sorted({row.get("effort", 0.0) for row in rows} - {0.0})
+    return "\n".join([LEGEND] + [UNKNOWN] * any(map(_unknown, rows)) + [HURRIED.format(effort) for effort in efforts])
 
 
 def _unknown(row: dict[str, Any]) -> bool:
@@ -280,6 +283,7 @@ def _about(config: Config, name: str, given: str, target: str, mesh: Any, kind: 
         "scan_blocks": config.scan_blocks,
         "attention": getattr(config.attention, curriculum.identity_of(kind)),
         "program": hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:12],
+        "effort": getattr(jax.config, "jax_exec_time_optimization_effort", 0.0),
         "jax": jax.__version__,
         "libtpu": _libtpu_version(),
     }

@@ -21,7 +21,13 @@ import jax
 import numpy as np
 import pytest
 
+LONGEST = ("test_survive", "test_processes", "test_train", "test_guard")  # these start processes of their own
 GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first: no worker is left alone with them at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 @pytest.fixture
