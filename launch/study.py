@@ -43,6 +43,7 @@ WORSE = 1.2  # a last score above so many times the best stage's counts as worse
 DIVERGED = 2.0  # a stage's score above so many times the best before it counts as diverged, as do values that are not finite
 CURVES = ("dagger", "linear", "fine", "fine_p1")  # score by stage in the plot
 FINE = "curriculum.stages=12"
+GUARD = "guard.every_steps=20 guard.action=jvp"
 # Variant -> (fields that differ from configs/SET.py: dagger, K = 6, q = 2, p = .5, c = 1, clip 1, raw; what it is).
 VARIANTS = {
     "scratch": (
@@ -75,6 +76,9 @@ VARIANTS = {
     "fine_q4": ("curriculum.stages=9 curriculum.q=4.0", "K = 9, q = 4"),
     "fine_p1": ("curriculum.stages=10 loss.p=1.0", "K = 10, p = 1"),
     "fine_p1_noclip": ("curriculum.stages=10 loss.p=1.0 optimizer.clip_norm=0.0", "K = 10, p = 1, gradients not clipped"),
+    "dagger_guard": (GUARD, "dagger with the guard, which hands over to JVP"),
+    "fine_p1_guard": (f"curriculum.stages=10 loss.p=1.0 {GUARD}", "K = 10, p = 1, with the guard"),
+    "fine_q4_guard": (f"curriculum.stages=9 curriculum.q=4.0 {GUARD}", "K = 9, q = 4, with the guard"),
     "bf16": ("compute_dtype=bfloat16", "bfloat16"),
     "fine_bf16": (f"{FINE} compute_dtype=bfloat16", "K = 12, bfloat16"),
 }
@@ -83,7 +87,7 @@ SETS = {
     "digits": tuple(VARIANTS),
     "photos": (
         *("scratch", "meanflow", "linear", "dagger", "p25", "p1", "unit"),
-        *("fine", "fine_p1", "bf16"),
+        *("fine", "fine_p1", "dagger_guard", "fine_p1_guard", "bf16"),
     ),
 }
 Record = dict[str, Any]
@@ -153,7 +157,9 @@ class Job:
             if r["nfe"] == 1
         ]
         last = {str(r["nfe"]): {key: r[key] for key in KEYS} for r in rows if r["step"] == self.steps}
-        return {"stages": stages, "last": last, "failed": kept["failed"], "seconds": kept["seconds"]}
+        path = self.workdir / "guard.json"
+        guarded = len(json.loads(path.read_text())) if path.is_file() else 0
+        return {"stages": stages, "last": last, "failed": kept["failed"], "seconds": kept["seconds"], "interventions": guarded}
 
 
 # ---- running
@@ -310,8 +316,8 @@ def table(results: Results) -> str:
         parts.append(f"\n**{dataset}**, after {STEPS:,} steps from the flow model:\n")
         word = "train" if SCORE[dataset] == TRAIN else "held-out"
         head = f"1 step, held-out | 2 steps, held-out | 1 step, train | minus {BASE}, {word} | best stage, {word}"
-        parts.append(f"| variant | what | {head} | diverged | worse | s |")
-        parts.append("|---" * 10 + "|")
+        parts.append(f"| variant | what | {head} | diverged | worse | guard | s |")
+        parts.append("|---" * 11 + "|")
         parts.extend(_row(seeds, name, SCORE[dataset]) for name in VARIANTS if any(name in s for s in seeds.values()))
         parts.append("")
     return "\n".join(parts).rstrip()
@@ -329,6 +335,7 @@ def _row(seeds: dict[str, dict[str, Record]], name: str, key: str) -> str:
         spread([best(r, key) for r in runs]),
         f"{sum(diverged(r, key) for r in runs)} of {len(runs)}",
         f"{sum(worse(r, key) for r in runs)} of {len(runs)}",
+        str(sum(r["interventions"] for r in runs) or ""),
         f"{statistics.mean(r['seconds'] for r in runs):.0f}",
     ]
     return f"| {' | '.join(cells)} |"

@@ -35,23 +35,35 @@ def record(*stages, two=0.1, train=9.0, failed="", seconds=10.0):
         for i, s in enumerate(stages)
     ]
     last = {} if failed else {"1": scores(stages[-1], train), "2": scores(two)}
-    return {"stages": named, "last": last, "failed": failed, "seconds": seconds}
+    return {"stages": named, "last": last, "failed": failed, "seconds": seconds, "interventions": 0}
 
 
 RESULTS = {
     "digits": {
         "0": {
-            "flow": {"stages": [], "last": {"1": scores(4.0), "32": scores(0.5)}, "failed": "", "seconds": 1.0},
+            "flow": {
+                "stages": [],
+                "last": {"1": scores(4.0), "32": scores(0.5)},
+                "failed": "",
+                "seconds": 1.0,
+                "interventions": 0,
+            },
             "dagger": record(4.0, 1.0, 0.5, train=0.2),
             "linear": record(4.0, 1.0, 0.7),
             "fine": record(4.0, 0.4, 9.0, seconds=20.0),  # diverged, finite
             "p1": record(4.0, 0.5, failed="error: step 3: loss = nan; expected finite values."),
         },
         "1": {
-            "flow": {"stages": [], "last": {"1": scores(5.0), "32": scores(0.7)}, "failed": "", "seconds": 1.0},
+            "flow": {
+                "stages": [],
+                "last": {"1": scores(5.0), "32": scores(0.7)},
+                "failed": "",
+                "seconds": 1.0,
+                "interventions": 0,
+            },
             "dagger": record(5.0, 1.2, 0.6, train=0.4),
             "linear": record(5.0, 0.8, 0.6),
-            "fine": record(5.0, 0.5, 0.55, seconds=30.0),
+            "fine": record(5.0, 0.5, 0.55, seconds=30.0) | {"interventions": 3},
             "p1": record(5.0, 0.5, 0.61),  # worse than 1.2 x its best
         },
         "2": {"dagger": record(5.0, 0.9, 0.4, train=0.3)},
@@ -66,9 +78,8 @@ def cells(text, name):
 
 def test_means_deviations_and_paired_differences_are_those_by_hand(study):
     text = study.table(RESULTS)
-    assert cells(text, "dagger")[2:] == ["0.500 ± 0.100", "0.100 ± 0.000", "0.300 ± 0.100", "", "0.500 ± 0.100"] + [
-        "0 of 3"
-    ] * 2 + ["10"]
+    spreads = ["0.500 ± 0.100", "0.100 ± 0.000", "0.300 ± 0.100", "", "0.500 ± 0.100"]
+    assert cells(text, "dagger")[2:] == [*spreads, "0 of 3", "0 of 3", "", "10"]
     linear = cells(text, "linear")  # .7, .6 against .5, .6 of the same seeds; the third seed has no linear run
     assert linear[2] == f"0.650 ± {math.sqrt(0.005):.3f}" and linear[5] == f"+0.100 ± {math.sqrt(0.02):.3f}"
     assert "| 1 | 4.500 ± 0.707 |" in text and "| 32 | 0.600 ± 0.141 |" in text and "| 2 | - | - |" in text
@@ -78,7 +89,7 @@ def test_means_deviations_and_paired_differences_are_those_by_hand(study):
 def test_what_diverged_or_got_worse_is_counted(study):
     text = study.table(RESULTS)
     fine, p1 = cells(text, "fine"), cells(text, "p1")
-    assert fine[7:] == ["1 of 2", "1 of 2", "25"]
+    assert fine[7:] == ["1 of 2", "1 of 2", "3", "25"]
     assert p1[7:9] == ["1 of 2", "2 of 2"]  # a run that is not finite is both
     assert p1[2] == "0.610" and p1[5] == "+0.010"  # of the one that got to its end
     assert fine[6] == f"0.450 ± {statistics.stdev([0.4, 0.5]):.3f}"
