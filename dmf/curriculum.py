@@ -171,6 +171,12 @@ def stage_at(stages: tuple[Stage, ...], step: int) -> Stage:
     return stages[-1]
 
 
+def extent(stages: tuple[Stage, ...], index: int) -> tuple[int, int]:
+    """(first step, first step after it) of the stage of this index, all its parts where `dmf.guard` has cut it."""
+    parts = [s for s in stages if s.index == index]
+    return parts[0].first, parts[-1].last
+
+
 def rho_at(stage: Stage, step: int) -> float:
     """rho of a step of the stage: rho fall^n, n steps after its first."""
     return stage.rho * stage.fall ** (step - stage.first)

@@ -186,8 +186,9 @@ class Guard:
         half, seen = math.sqrt(self._config.factor), _of_stage(probes, failing)
         calm = list(itertools.takewhile(lambda p: not alarm(p, seen[0], self._config, half), seen))
         until = calm[-1]["step"] if calm else failing.first
-        within = [(step, value <= half * _best(scores)) for step, value in scores if failing.first <= step <= found.step]
-        bad = [step for step, fine in within if not fine and step > failing.first]
+        fine = [(step, value <= half * _best(scores[: i + 1])) for i, (step, value) in enumerate(scores)]  # the best by then
+        within = [(step, good) for step, good in fine if failing.first <= step <= found.step]
+        bad = [step for step, good in within if not good and step > failing.first]
         if bad:
             until = min(until, max((step for step, _ in within if step < bad[0]), default=failing.first))
         return until

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dmf.curriculum import CurriculumConfig, Stage, stage_at
+from dmf.curriculum import CurriculumConfig, Stage, extent, stage_at
 from dmf.errors import DmfError
 
 Array = jax.Array
@@ -82,23 +82,23 @@ def _decays(params: Any) -> Any:
 def learning_rate(step: int, stages: tuple[Stage, ...], curriculum: CurriculumConfig, config: OptimizerConfig) -> float:
     """The rate of a step (0-based): warm-up and decay of its phase, times its stage's factor and switch warm-up."""
     stage = stage_at(stages, step)
+    began, ended = extent(stages, stage.index)
     if stage.index < 0:
         phase = (
-            stage.first,
-            stage.last,
+            began,
+            ended,
             config.pretrain_learning_rate,
             config.pretrain_warmup_steps,
             config.pretrain_decay_fraction,
         )
     else:
-        first = next(s.first for s in stages if s.index == 0)
-        phase = (first, stages[-1].last, config.learning_rate, config.warmup_steps, config.decay_fraction)
+        phase = (extent(stages, 0)[0], stages[-1].last, config.learning_rate, config.warmup_steps, config.decay_fraction)
     first, last, rate, warmup, decay = phase
     rate *= _ramp(step - first + 1, warmup)
     if decay:
         rate *= min(1.0, (last - step) / max(1.0, decay * (last - first)))
     if stage.index > 0:
-        rate *= _ramp(step - stage.first + 1, curriculum.switch_warmup_steps)
+        rate *= _ramp(step - began + 1, curriculum.switch_warmup_steps)
     if stage.index >= 0 and curriculum.stage_learning_rates:
         rate *= curriculum.stage_learning_rates[stage.index]
     return rate * stage.rate
@@ -109,9 +109,8 @@ def ema_decays(
 ) -> tuple[float, ...]:
     """Decay of every EMA at a step: .5 ** (batch / half-life), the half-life ramped since the last reset."""
     stage = stage_at(stages, step)
-    since = stage.first
-    if stage.index > 0 and curriculum.switch_ema == "keep":
-        since = next(s.first for s in stages if s.index == 0)
+    kept = stage.index > 0 and curriculum.switch_ema == "keep"
+    since, _ = extent(stages, 0 if kept else stage.index)
     images = (step - since + 1) * batch_size
     limit = config.rampup_ratio * images if config.rampup_ratio else float("inf")
     return tuple(0.5 ** (batch_size / min(halflife, limit)) for halflife in config.halflife_images)

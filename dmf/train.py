@@ -93,6 +93,7 @@ class Run:
         hosts.check_shared(workdir)
         shape, about = self.dataset.image_shape, data.identity(self.dataset)
         hosts.same("config, data or jax", json.dumps([to_dict(replace(config, run=RunConfig())), about, jax.__version__]))
+        hosts.same("guard.json", str(self.stages))  # a network file system may still show the one before
         self.metrics, self.watched = (JsonLines(workdir / f"{name}.jsonl", hosts.is_first()) for name in ("metrics", "watch"))
         self.tensorboard = TensorBoard(workdir / "tensorboard", config.run.tensorboard and hosts.is_first())
         with hosts.together():

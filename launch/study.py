@@ -166,8 +166,9 @@ class Job:
 
 
 def not_finite(said: str) -> str:
-    """The line by which a run ends itself on values that are not finite, "" where there is none."""
-    found = re.findall(r"^error: .*(?:expected finite values|non-finite values).*$", said, re.MULTILINE)
+    """The line by which a run ends itself on values that are not finite, or by its guard, "" where there is none."""
+    said_so = "expected finite values|non-finite values|the guard has stopped this run"
+    found = re.findall(rf"^error: .*(?:{said_so}).*$", said, re.MULTILINE)
     return found[-1] if found else ""
 
 

@@ -12,6 +12,7 @@ from dmf.config import check, parse
 from dmf.curriculum import CurriculumConfig, build_stages, rho_at
 from dmf.errors import DmfError
 from dmf.guard import Diverged, Guard, GuardConfig
+from dmf.optim import EMAConfig, OptimizerConfig, ema_decays, learning_rate
 from dmf.train import train
 from dmf.watch import Watch
 from tests.test_train import leaves
@@ -96,6 +97,18 @@ def test_a_smooth_schedule_falls_half_as_fast_from_where_it_was_good_or_no_furth
     )
 
 
+@pytest.mark.parametrize("back", [10, 45])
+def test_a_cut_stage_keeps_its_warm_up_its_decay_and_the_age_of_its_averages(back):
+    rules = CurriculumConfig(stages=3, length=60.0, pretrain_length=20.0, switch_ema="reset", switch_warmup_steps=10)
+    rates = OptimizerConfig(warmup_steps=5, pretrain_warmup_steps=5, decay_fraction=0.5, pretrain_decay_fraction=0.5)
+    ema, stages = EMAConfig(halflife_images=(400.0,)), build_stages(rules, 8, 100)
+    found = guard.applied(stages, {"step": back + 3, "back_to": back, "action": "stop"})
+    assert len(found) == len(stages) + 1
+    for n in range(80):
+        assert learning_rate(n, found, rules, rates) == learning_rate(n, stages, rules, rates)
+        assert ema_decays(n, found, rules, ema, 8) == ema_decays(n, stages, rules, ema, 8)
+
+
 def test_the_rate_is_lowered_where_no_finite_difference_is_to_blame():
     for action in ("jvp", "halve", "floor", "rate"):
         assert [guard.remedy(action, LADDER[i]) for i in (0, 5)] == ["rate", "rate"]
@@ -119,6 +132,9 @@ def test_it_goes_back_to_the_newest_checkpoint_before_values_were_half_way_to_th
     assert back(Diverged(31, "x"), [], probes=probes[:1]) == 30
     assert back(Diverged(38, "x"), [], good=[20, 10]) == 20
     assert back(Diverged(38, "x"), [], good=[]) == 0
+    falling = [(n, 500.0 / n**2) for n in range(30, 38)] + [(38, math.nan)]
+    steep = [(30, 100.0), (31, 50.0), (32, 10.0), (33, 1.0)]  # a score that was merely not as good yet is no sign of trouble
+    assert back(Diverged(38, "x"), falling) == back(Diverged(38, "x"), steep) == 32
 
 
 def test_an_unknown_action_and_an_action_without_probes_are_refused():
