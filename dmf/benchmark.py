@@ -190,9 +190,9 @@ def _random_batch(config: Config, shape: tuple[int, ...], num_classes: int) -> d
 
 
 def _scalars(turn: int, averages: int) -> step.Scalars:
-    """Other numbers for every round, as in a run: rho, learning rate, EMA decays."""
+    """Other numbers for every round, as in a run: rho, learning rate, EMA decays, seed."""
     rate = 1e-6 / (1 + turn)
-    return step.Scalars(np.float32(0.5**turn), np.float32(rate), np.full(averages, 1 - rate, np.float32))
+    return step.Scalars(np.float32(0.5**turn), np.float32(rate), np.full(averages, 1 - rate, np.float32), np.uint32(turn))
 
 
 def _fits(program: Program) -> bool:

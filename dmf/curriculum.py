@@ -33,6 +33,7 @@ PASSES = {"flow": (3, 0), "trajectory": (3, 0), "discrete": (3, 1), "jvp": (3, 1
 # Guided kind -> the kind whose identity it enforces, with the guided velocity in place of v.
 GUIDED = {"guided_discrete": "discrete", "guided_jvp": "jvp"}
 UNITS = ("steps", "epochs", "images")
+TINY = 1e-30
 SCHEDULES = ("steps", "smooth")
 
 
@@ -46,9 +47,10 @@ def dagger(rho: Array, r: Array, t: Array) -> Array:
 
     Closed form of t' = s' / (1 + s'), s' = F(t) - rho (F(t) - F(r)), F(t) = t / (1 - t), D = t - t' = d (t - r) (the
     paper's dagger variant). The literal form is inf / inf at t = 1 and loses half its digits near it; this one is finite
-    on all of 0 <= r <= t <= 1 except r = t = 1. rho in (0, 1]; r, t: (B,). Returns d (B,) in [0, rho].
+    on all of 0 <= r <= t <= 1, and 0 where it is 0 / 0: r = t = 1, and t = 1 with rho = 1. rho in (0, 1]; r, t: (B,). Returns
+    d (B,) in [0, rho].
     """
-    return rho * (1 - t) / ((1 - rho) * (1 - r) + rho * (1 - t))
+    return rho * (1 - t) / jnp.maximum((1 - rho) * (1 - r) + rho * (1 - t), TINY)
 
 
 def floored(rho: Array, r: Array, t: Array, floor: float) -> Array:

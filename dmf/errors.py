@@ -7,3 +7,7 @@ class DmfError(Exception):
     `main.py` prints it as one line and exits with status 2; everything else keeps its traceback, since it is our bug. Not a
     ValueError: flag parsers catch those and bury the sentence in text of their own.
     """
+
+
+class NotFinite(DmfError):
+    """Samples, or what was computed of them, are NaN or infinite: the model that drew them has diverged."""

@@ -20,13 +20,14 @@ import json
 import math
 import shutil
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dmf.curriculum import GUIDED, Stage, identity_of, rho_at, stage_at
 from dmf.errors import DmfError
-from dmf.manifest import MANIFEST
+from dmf.manifest import MANIFEST, verify
 
 ACTIONS = ("off", "stop", "jvp", "halve", "floor", "rate")
 FILE = "guard.json"
@@ -42,7 +43,10 @@ DONE = {
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """Probes of the weights, and what follows from a bad one. None of it is the paper's; the limits are from docs/study.md."""
+    """Probes of the weights, and what follows from a bad one. None of it is the paper's.
+
+    Residuals of healthy runs on digits stay below 1.7 times a stage's first.
+    """
 
     every_steps: int = 0  # probe (`dmf.watch`) every so many steps, after the first of a stage and at its end; 0 = never
     rows: int = 64  # held-out images of a probe
@@ -111,8 +115,8 @@ def _changed(stage: Stage, action: str, good: float) -> Stage:
     if action == "jvp":
         return replace(stage, kind="guided_jvp" if stage.kind in GUIDED else "jvp", rho=1.0, fall=1.0)
     if action == "halve":
-        return replace(stage, rho=math.sqrt(stage.rho * good), fall=math.sqrt(stage.fall))
-    return replace(stage, rho=good, fall=1.0) if action == "floor" else stage
+        return replace(stage, rho=max(stage.rho, math.sqrt(stage.rho * good)), fall=math.sqrt(stage.fall))
+    return replace(stage, rho=max(stage.rho, good), fall=1.0) if action == "floor" else stage
 
 
 class Guard:
@@ -129,24 +133,26 @@ class Guard:
         return functools.reduce(applied, self.rows, stages)
 
     def settle(self) -> None:
-        """Does the rest of the last intervention: what is beyond the step to go back to is deleted.
-
-        Raises DmfError where that was to stop the run, and the config says no other way on.
-        """
-        if not self.rows:
+        """Does the rest of the last intervention: what is beyond the step to go back to is deleted."""
+        if not self.rows or self.rows[-1]["settled"]:
             return
-        last = self.rows[-1]
-        if not last["settled"]:
-            for folder in self._folder.glob("[0-9]*"):
-                if folder.name.isdecimal() and int(folder.name) > last["back_to"]:
+        for folder in self._folder.glob("[0-9]*"):
+            if folder.name.isdecimal() and int(folder.name) > self.rows[-1]["back_to"]:
+                try:
                     (folder / MANIFEST).unlink(missing_ok=True)  # first: from now on it is not a checkpoint
                     shutil.rmtree(folder)
-            last["settled"] = True
-            self._write()
-        if last["action"] == self._next() == "stop":
+                except OSError as error:
+                    raise DmfError(f"{folder} cannot be deleted: {error.strerror}; expected to, to go back") from error
+        self.rows[-1]["settled"] = True
+        self._write()
+
+    def refuse(self, step: int) -> None:
+        """Raises DmfError where a run that starts from this step has been stopped there, by these very rules."""
+        last = self.rows[-1] if self.rows else None
+        if last and last["action"] == "stop" and last["rules"] == asdict(self._config) and step <= last["back_to"]:
             raise DmfError(
-                f"the guard has stopped this run: {describe(last)}; expected --allow_change with another config, such as "
-                f"config.guard.action = 'jvp' or a config.guard.limit above {self._config.limit}"
+                f"the guard has stopped this run: {describe(last)}; expected --allow_change with another config.guard, such as "
+                f"action = 'jvp' or a limit above {self._config.limit}, or another curriculum in another directory"
             )
 
     def probe_alarm(self, probes: Sequence[Mapping[str, Any]], stage: Stage) -> str:
@@ -157,7 +163,7 @@ class Guard:
     def score_alarm(self, scores: Sequence[tuple[int, float]], name: str) -> str:
         """What is wrong with the last of the run's scores, (step, value), "" if nothing is. Lower is better."""
         factor = self._config.factor
-        if not scores or scores[-1][1] <= factor * _best(scores):  # a NaN is not
+        if not scores or math.isfinite(scores[-1][1]) and scores[-1][1] <= factor * _best(scores):
             return ""
         return f"{name} = {scores[-1][1]:.4g}, above {factor:g} x the best, {_best(scores):.4g}"
 
@@ -167,17 +173,28 @@ class Guard:
         stages: tuple[Stage, ...],
         probes: Sequence[Mapping[str, Any]],
         scores: Sequence[tuple[int, float]],
-        good: Collection[int],
-    ) -> dict[str, Any]:
-        """Decides what to do, and writes it down; `settle` of the next start does it. good: steps of the checkpoints."""
+        kept: Collection[int],
+    ) -> None:
+        """Decides what to do, and writes it down; `settle` of the next start does it.
+
+        kept: steps of checkpoints that are kept for good, which is as far as it goes back.
+        """
         failing = stage_at(stages, found.step - 1)
-        back = max((n for n in good if n <= self._calm_until(found, failing, probes, scores)), default=0)
+        calm = self._calm_until(found, failing, probes, scores)
+        back = self._newest_good(max([calm, *(n for n in kept if n <= found.step)]))
         action = remedy(self._next(), failing)
         what = {"step": found.step, "stage": failing.name, "kind": failing.kind, "reason": found.reason}
-        row = {**what, "back_to": back, "action": action, "settled": False}
-        self.rows.append(row)
+        self.rows.append({**what, "back_to": back, "action": action, "rules": asdict(self._config), "settled": False})
         self._write()
-        return row
+
+    def _newest_good(self, until: int) -> int:
+        """The newest step up to `until` whose checkpoint can be read, 0 where there is none."""
+        steps = [int(p.name) for p in self._folder.glob("[0-9]*") if p.name.isdecimal() and int(p.name) <= until]
+        for step in sorted(steps, reverse=True):
+            with suppress(DmfError):
+                verify(self._folder / str(step))
+                return step
+        return 0
 
     def _calm_until(
         self, found: Diverged, failing: Stage, probes: Sequence[Mapping[str, Any]], scores: Sequence[tuple[int, float]]

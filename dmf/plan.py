@@ -296,7 +296,7 @@ def _lower(config: Config, mesh: Any, kind: str, shape: tuple[int, ...]) -> jax.
     params, interval = jax.eval_shape(plain.init, jax.random.key(0)), config.curriculum.interval
     now = jax.eval_shape(lambda given: state.create(given, optimizer, config.ema, interval), params)
     batch = cost.batch_shapes(config, shape)
-    scalars = step.Scalars(np.float32(1), np.float32(0), np.zeros(len(config.ema.halflife_images), np.float32))
+    scalars = step.Scalars(np.float32(1), np.float32(0), np.zeros(len(config.ema.halflife_images), np.float32), np.uint32(0))
     return step.make_train_step(kind, network, optimizer, config, mesh, sharding.placed(mesh, now)).lower(now, batch, scalars)
 
 

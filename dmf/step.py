@@ -41,7 +41,7 @@ class Scalars(NamedTuple):
     rho: np.float32 | Array
     learning_rate: np.float32 | Array
     ema_decays: np.ndarray | Array
-    seed: np.uint32 | Array = np.uint32(0)
+    seed: np.uint32 | Array
 
 
 def step_scalars(step: int, stage: Stage, stages: tuple[Stage, ...], config: Config) -> Scalars:

@@ -34,7 +34,7 @@ from dmf import checkpoint, curriculum, data, guard, hosts, networks, optim, pre
 from dmf.config import Config, RunConfig, check, to_dict
 from dmf.curriculum import Stage
 from dmf.data.feed import Feed
-from dmf.errors import DmfError
+from dmf.errors import DmfError, NotFinite
 from dmf.guard import Diverged, Guard
 from dmf.logging import JsonLines, Progress, TensorBoard
 from dmf.scoreboard import Boundary, Scoreboard
@@ -164,9 +164,8 @@ class Run:
             self.checkpoints.wait()
             with hosts.together():
                 if hosts.is_first():
-                    seen = self.watched.read(), self.scores.history(), self.checkpoints.complete()
-                    row = self.guard.intervene(found, self.stages, *seen)
-                    print(f"guard     {guard.describe(row)}", flush=True)
+                    seen = self.watched.read(), self.scores.history(), kept_by_changes(self.workdir)
+                    self.guard.intervene(found, self.stages, *seen)
             self.stop.saved()
         return None
 
@@ -275,8 +274,7 @@ class Run:
         if not hosts.is_first():
             return []
         self.scores.show(self.metrics.read(), self.stages)
-        for row in self.guard.rows:
-            print(f"guard     {guard.describe(row)}")
+        self._tell_interventions()
         if self.stepped_s:
             share = self.waited_s / self.stepped_s
             print(f"input     steps waited {self.waited_s:.2f} s of {self.stepped_s:.1f} s for batches ({share:.2%})")
@@ -312,6 +310,7 @@ class Run:
         self.metrics.resume(self.start)
         self.watched.resume(self.start)
         self.scores.resume(self.start)
+        self.guard.refuse(self.start)
         return now
 
     def _announce(self, now: TrainState) -> None:
@@ -326,11 +325,16 @@ class Run:
             parts = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items())
             print(f"mesh      {parts}, {jax.process_count()} process(es), {held / 1e6:,.1f} MB of state on each device")
         print(curriculum.table(self.stages, self.config.curriculum, self.config.times.r_neq_t_fraction))
+        self._tell_interventions()
         if self.watch:
             rows, every = self.config.guard.rows, self.config.guard.every_steps
             print(f"watch     {rows} {self.watched_on} images every {every} steps, to {self.watched.path}")
         origin = f"step {self.start} of {self.stages[-1].last}, resuming" if self.start else self.config.init
         print(f"start     {origin or 'fresh weights (config.init names no flow model)'}", flush=True)
+
+    def _tell_interventions(self) -> None:
+        for row in self.guard.rows:
+            print(f"guard     {guard.describe(row)}", flush=True)
 
     def _report(self, pending: tuple[int, Stage, Any] | None, progress: Progress) -> None:
         """Reads a step's metrics, stops on the first non-finite one, logs at the configured steps."""
@@ -375,7 +379,10 @@ class Run:
             return False
         if not self.scores.is_done(boundary):
             progress.pause()
-            self.scores.add(boundary, state.evaluated(now, self.config.ema))
+            try:
+                self.scores.add(boundary, state.evaluated(now, self.config.ema))
+            except NotFinite as error:
+                raise Diverged(boundary.step, str(error), str(error)) from error
             progress.restart(boundary.step)
         if self.guard.active:
             reason = self.guard.score_alarm(self.scores.history(), self.scores.main) if hosts.is_first() else ""

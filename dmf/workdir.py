@@ -27,9 +27,9 @@ CONFIG, ORIGIN, DATA = "config.json", "origin.json", "data.json"
 STARTS, CHANGES = "starts.jsonl", "changes.jsonl"
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 SOURCE = Path(__file__).parent.parent
-# Logging may change, and data and the flow model may have moved; a resumed run reads the latter no more. How the step is
-# computed changes its values by rounding alone, and the devices may be others.
-FREE = ("config.run.", "config.data.data_dir:", "config.init:")
+# Logging and probes may change, and data and the flow model may have moved; a resumed run reads the latter no more. How the
+# step is computed changes its values by rounding alone, and the devices may be others.
+FREE = ("config.run.", "config.data.data_dir:", "config.init:", "config.guard.every_steps:", "config.guard.rows:")
 COMPUTED = ("config.mesh.", "config.attention.", "config.remat:", "config.scan_blocks:")
 # What no flag lets through, and why; of `SWITCHES`, only turning them on or off.
 OPTIMIZER = "the optimiser's state on disk has other parts"

@@ -279,7 +279,7 @@ class OurSteps:
         }
 
     def __call__(self, batch, kind, fraction):
-        scalars = step.Scalars(np.float32(RHO), np.float32(RATE), np.full(1, DECAY, np.float32))
+        scalars = step.Scalars(np.float32(RHO), np.float32(RATE), np.full(1, DECAY, np.float32), np.uint32(0))
         self.now, metrics = self.steps[kind, fraction](self.now, batch, scalars)
         jax.block_until_ready(self.now)
         return float(metrics["loss"])

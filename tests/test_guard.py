@@ -10,9 +10,11 @@ import pytest
 from dmf import guard
 from dmf.config import check, parse
 from dmf.curriculum import CurriculumConfig, build_stages, rho_at
-from dmf.errors import DmfError
+from dmf.errors import DmfError, NotFinite
 from dmf.guard import Diverged, Guard, GuardConfig
+from dmf.manifest import write_manifest
 from dmf.optim import EMAConfig, OptimizerConfig, ema_decays, learning_rate
+from dmf.scoreboard import Scoreboard
 from dmf.train import train
 from dmf.watch import Watch
 from tests.test_train import leaves
@@ -121,20 +123,30 @@ def test_it_goes_back_to_the_newest_checkpoint_before_values_were_half_way_to_th
         {"step": n, "stage": 3, **CALM, "residual_pairs": x} for n, x in ((31, 2), (33, 3.9), (35, 4.1), (36, 3), (38, 9))
     ]
     probes.insert(0, {"step": 30, "stage": 2, **CALM, "residual_pairs": 1e9})
-    how = dict(stages=LADDER, probes=probes, good=[37, 34, 32, 30, 20, 10])
+    how = dict(stages=LADDER, probes=probes, kept=())
+    for n in (37, 34, 32, 30, 20, 10):
+        (tmp_path / str(n)).mkdir()
+        (tmp_path / str(n) / "weights").write_text("1")
+        write_manifest(tmp_path / str(n))
 
     def back(found, scores, **changes):
         watching = Guard(tmp_path / "guard.json", tmp_path, CONFIG, fresh=True)
-        return watching.intervene(found, scores=scores, **{**how, **changes})["back_to"]
+        watching.intervene(found, scores=scores, **{**how, **changes})
+        return watching.rows[-1]["back_to"]
 
     assert back(Diverged(38, "x"), []) == 32
     assert back(Diverged(38, "x"), [(20, 5.0), (30, 4.0), (31, 4.5), (32, 9.0)]) == 30
     assert back(Diverged(31, "x"), [], probes=probes[:1]) == 30
-    assert back(Diverged(38, "x"), [], good=[20, 10]) == 20
-    assert back(Diverged(38, "x"), [], good=[]) == 0
-    falling = [(n, 500.0 / n**2) for n in range(30, 38)] + [(38, math.nan)]
     steep = [(30, 100.0), (31, 50.0), (32, 10.0), (33, 1.0)]  # a score that was merely not as good yet is no sign of trouble
+    falling = [(n, 500.0 / n**2) for n in range(30, 38)] + [(38, math.nan)]
     assert back(Diverged(38, "x"), falling) == back(Diverged(38, "x"), steep) == 32
+    assert back(Diverged(38, "x"), [], kept={10, 34, 60}) == 34  # never before what a change of the config has kept
+    (tmp_path / "32" / "weights").write_text("2")  # a damaged one is nothing to go back to
+    (tmp_path / "30" / "manifest.json").unlink()
+    assert back(Diverged(38, "x"), []) == 20
+    for n in (20, 10):
+        (tmp_path / str(n) / "weights").unlink()
+    assert back(Diverged(38, "x"), []) == 0
 
 
 def test_an_unknown_action_and_an_action_without_probes_are_refused():
@@ -230,10 +242,39 @@ def test_stop_leaves_the_last_good_state_and_a_report_again_and_again(tmp_path, 
         ):
             train(stopping, tmp_path)
         assert max(int(p.name) for p in (tmp_path / "checkpoints").glob("[0-9]*")) == 8
+    assert not (tmp_path / guard.FILE).with_suffix(".json.tmp").exists()
     with pytest.raises(DmfError, match="config.guard.action: stop -> off"):
         train(parse(merged(GUARDED, guard=dict(action="off"))), tmp_path)
     train(parse(merged(GUARDED, guard=dict(action="off"))), tmp_path, allow_change=True)
     assert len(state_of(tmp_path)) > 0
+
+
+def test_a_stop_is_taken_back_by_other_rules_alone(tmp_path, diverges):
+    stopping = merged(GUARDED, guard=dict(action="stop"))
+    with pytest.raises(DmfError, match="the guard has stopped"):
+        train(parse(stopping), tmp_path)
+    with pytest.raises(DmfError, match="the guard has stopped"):
+        train(parse(merged(stopping, curriculum=dict(q=3.0))), tmp_path, allow_change=True)
+    train(parse(merged(stopping, curriculum=dict(q=3.0), guard=dict(factor=100.0))), tmp_path, allow_change=True)
+    assert len(state_of(tmp_path)) > 0
+
+
+def test_samples_that_are_not_finite_are_a_divergence(tmp_path, monkeypatch):
+    add, done = Scoreboard.add, []
+
+    def once(self, boundary, params):
+        if boundary.step == 8 and not done:
+            done.append(boundary)
+            raise NotFinite("samples has non-finite values in 3 of 4 images")
+        add(self, boundary, params)
+
+    monkeypatch.setattr(Scoreboard, "add", once)
+    with pytest.raises(DmfError, match="samples has non-finite values in 3 of 4 images"):
+        train(parse(TINY), tmp_path / "off")
+    done.clear()
+    train(parse(GUARDED), tmp_path / "jvp")
+    (row,) = json.loads((tmp_path / "jvp" / guard.FILE).read_text())
+    assert (row["step"], row["stage"], row["action"]) == (8, "stage 1", "jvp") and row["back_to"] in (6, 8)
 
 
 def test_values_that_are_not_finite_lower_the_rate_until_the_limit(tmp_path):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import linalg
 
-from dmf.errors import DmfError
+from dmf.errors import DmfError, NotFinite
 
 _ROWS_PER_CHUNK = 4096  # bounds the float64 copy of the features: 64 MiB at D = 2048
 
@@ -32,7 +32,7 @@ def check_features(features: np.ndarray, name: str, min_rows: int) -> None:
         raise DmfError(f"{name} has {features.shape[0]} rows, at least {min_rows} are needed")
     bad_rows = features.shape[0] - int(np.isfinite(features).all(axis=1).sum())
     if bad_rows:
-        raise DmfError(f"{name} has non-finite values in {bad_rows} of {features.shape[0]} rows")
+        raise NotFinite(f"{name} has non-finite values in {bad_rows} of {features.shape[0]} rows")
 
 
 def moments(features: np.ndarray) -> Moments:

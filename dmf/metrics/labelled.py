@@ -14,7 +14,7 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.svm import SVC
 from threadpoolctl import threadpool_limits
 
-from dmf.errors import DmfError
+from dmf.errors import DmfError, NotFinite
 from dmf.metrics.frechet import frechet_distance, moments
 from dmf.metrics.precision_recall import nearest_distances, precision_recall
 
@@ -172,7 +172,7 @@ def _pixels(images: np.ndarray, name: str, rules: Rules) -> np.ndarray:
     rows = images.reshape(len(images), -1).astype(np.float64)
     bad = len(rows) - int(np.isfinite(rows).all(axis=1).sum())
     if bad:
-        raise DmfError(f"{name} has non-finite values in {bad} of {len(rows)} images")
+        raise NotFinite(f"{name} has non-finite values in {bad} of {len(rows)} images")
     return rows
 
 

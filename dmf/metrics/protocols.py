@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from dmf.errors import DmfError
+from dmf.errors import DmfError, NotFinite
 from dmf.metrics.resize import RESIZES
 
 FILE_ORDER = -1
@@ -207,7 +207,7 @@ def to_bytes(x: np.ndarray, rule: str) -> np.ndarray:
     x = x.astype(np.float32, copy=False)
     bad = len(x) - int(np.isfinite(x).all(axis=(1, 2, 3)).sum())
     if bad:
-        raise DmfError(f"{bad} of {len(x)} generated images have NaN or infinite values: expected finite values about [-1, 1]")
+        raise NotFinite(f"{bad} of {len(x)} generated images have NaN or infinite values: expected finite values about [-1, 1]")
     with np.errstate(over="ignore"):  # a sample of 1e38 is as white as one of 1
         return ROUNDINGS[rule](x).astype(np.uint8)
 
