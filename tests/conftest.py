@@ -1,6 +1,7 @@
 """Shared test set-up: eight fake devices, programs compiled once, float64 where an oracle needs it."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -21,6 +22,7 @@ import jax
 import numpy as np
 import pytest
 
+gc.set_threshold(100_000, 50)  # as in main.py; a fifth of the time went into looking through what jax keeps
 LONGEST = ("test_survive", "test_processes", "test_train", "test_guard")  # these start processes of their own
 GOLDEN = Path(__file__).parent / "golden"
 
