@@ -34,11 +34,9 @@ from dmf.state import TrainState
 ITEMS = ("params", "ema", "opt_state", "step")
 OPTIONAL = ("intervals",)  # not every run has one
 FOLDER = "checkpoints"
-SLICE = 2**22  # bytes; of an array that all devices hold, each writes a slice, where slices are at least so large
+SLICE = 2**22  # bytes of the slices that devices write of an array they all hold; of a smaller one the first writes all
 NEWEST = 200  # complete checkpoints that are tried, one after the other
 BEST = "best.json"  # in a work directory: the step of the best score so far
-# Slicing costs a compiled program for each shape and device, many times what it saves for small arrays.
-SAVING = ocp.options.ArrayOptions(saving=ocp.options.ArrayOptions.Saving(min_slice_bytes_for_replica_parallel=SLICE))
 log = logging.getLogger(__name__)
 
 
@@ -88,7 +86,7 @@ class Checkpoints:
         self.wait()
         items = _items(state)
         self._kept = self._boundaries | set(json.loads(hosts.first_says(json.dumps(self._worth_keeping(step)))))
-        with self._one_sentence(step), ocp.Context(array_options=SAVING):
+        with self._one_sentence(step), _saving():
             written = self._checkpointer.save_checkpointables_async(
                 step, items, force=True, overwrite=True, custom_metadata=self._metadata
             )
@@ -180,6 +178,13 @@ class Checkpoints:
                 end()
             except (DmfError, OSError, ValueError) as error:  # Orbax repeats that of the last save
                 log.warning("%s", error)
+
+
+def _saving() -> ocp.Context:
+    """How arrays are written: a slice costs a compiled program for each shape and device, many times what it saves if small."""
+    context = ocp.Context()
+    context.array.saving.min_slice_bytes_for_replica_parallel = SLICE
+    return context
 
 
 def _items(state: TrainState) -> dict[str, Any]:
