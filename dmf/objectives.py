@@ -136,7 +136,7 @@ def discrete(
     """Finite-difference MeanFlow; the frozen second evaluation runs on the rows with r < t only."""
     u = net(params, rows)
     pairs, u_pairs = split.pairs_of(rows), split.pairs_of(u)
-    a = jnp.where(pairs.r < pairs.t, interval(rho, pairs.r, pairs.t), 0.0)  # dagger is 0 / 0 at r = t = 1
+    a = jnp.where(pairs.r < pairs.t, interval(rho, pairs.r, pairs.t), 0.0)  # r = t by rounding: nothing to look back to
     u_next = net(sg(params), shift_back(pairs._replace(v=tangent(pairs)), a))
     w = discrete_weight(a, pairs.r, pairs.t, config.product_rule)
     e = discrete_residual(u_pairs, u_next, pairs.v, w, config.residual_scale)

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from configs import imagenet256
-from dmf import benchmark, checkpoint, curriculum, objectives, pictures, plan, sharding, state, step, train
+from dmf import benchmark, curriculum, objectives, pictures, plan, sharding, state, step, train
 from dmf.config import check, parse
 from dmf.cost import Compilations
 from dmf.curriculum import GUIDED, CurriculumConfig, build_stages, dagger, identity_of, linear, rho_at, stage_at, table
@@ -22,19 +22,11 @@ from dmf.errors import DmfError
 from dmf.flow import Rows, RowSplit
 from dmf.networks import Network
 from dmf.objectives import OBJECTIVES, LossConfig
+from tests.test_train import leaves, stopped_after
 from tests.tiny import TINY, Setup, merged
 
 ROOT = Path(__file__).parent.parent
 SMOOTH = CurriculumConfig(stages=6, q=2.0, length=600.0, schedule="smooth")
-
-
-def leaves(folder):
-    """Every array of a checkpoint, as NumPy."""
-    from orbax.checkpoint import v1 as ocp
-
-    items = (*checkpoint.ITEMS, *checkpoint.OPTIONAL)
-    found = ocp.load_checkpointables(folder.absolute())
-    return [np.asarray(x) for x in jax.tree.leaves({k: found[k] for k in items if k in found})]
 
 
 def resumed_ends_as_uninterrupted(values, tmp_path, stops):
@@ -43,21 +35,8 @@ def resumed_ends_as_uninterrupted(values, tmp_path, stops):
     last = max(int(p.name) for p in (tmp_path / "whole" / "checkpoints").iterdir() if p.name.isdigit())
     expected = leaves(tmp_path / "whole" / "checkpoints" / str(last))
 
-    class Stop(Exception):
-        pass
-
     for n in stops:
-        run = train.Run(parse(values), tmp_path / str(n))
-
-        def stop_after(pending, progress, n=n, real=run._report):
-            real(pending, progress)
-            if pending is not None and pending[0] == n:
-                raise Stop
-
-        run._report = stop_after
-        with pytest.raises(Stop):
-            run.loop()
-        run.close()
+        stopped_after(n, values, tmp_path / str(n))
         train.train(parse(values), tmp_path / str(n))
         for a, b in zip(leaves(tmp_path / str(n) / "checkpoints" / str(last)), expected, strict=True):
             np.testing.assert_array_equal(a, b)

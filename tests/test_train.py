@@ -37,11 +37,12 @@ def main_py(*flags, **kwargs):
 
 
 def leaves(folder):
-    """Every array of a checkpoint (weights, EMAs, optimiser), as NumPy."""
+    """Every array of a checkpoint (weights, EMAs, optimiser, table of intervals), as NumPy."""
     from orbax.checkpoint import v1 as ocp
 
     found = ocp.load_checkpointables(folder.absolute())
-    return [np.asarray(x) for x in jax.tree.leaves({k: found[k] for k in checkpoint.ITEMS})]
+    items = (*checkpoint.ITEMS, *checkpoint.OPTIONAL)
+    return [np.asarray(x) for x in jax.tree.leaves({k: found[k] for k in items if k in found})]
 
 
 @pytest.fixture(scope="module")
@@ -97,25 +98,30 @@ def test_the_whole_run_compiles_one_program_per_kind(tmp_path):
         }
 
 
+def stopped_after(n, values, workdir):
+    """Begins a run and ends it by an error once n steps have been reported."""
+
+    class Stop(Exception):
+        pass
+
+    def report(pending, progress):
+        real(pending, progress)
+        if pending is not None and pending[0] == n:
+            raise Stop
+
+    run = train.Run(parse(values), workdir)
+    real, run._report = run._report, report
+    with pytest.raises(Stop):
+        run.loop()
+    run.close()
+
+
 def test_resume_in_every_phase_ends_in_the_same_bits(finished, tmp_path):
     # A run stopped by an error after each number of steps, then resumed: boundaries, hand-over and mid-stage included.
     workdir, _ = finished
     expected = leaves(workdir / "checkpoints" / "12")
     for n in (3, 4, 5, 8, 11):
-        run = train.Run(parse(TINY), tmp_path / str(n))
-
-        class Stop(Exception):
-            pass
-
-        def stop_after(pending, progress, n=n, real=run._report):
-            real(pending, progress)
-            if pending is not None and pending[0] == n:
-                raise Stop
-
-        run._report = stop_after
-        with pytest.raises(Stop):
-            run.loop()
-        run.close()
+        stopped_after(n, TINY, tmp_path / str(n))
         train.train(parse(TINY), tmp_path / str(n))
         for a, b in zip(leaves(tmp_path / str(n) / "checkpoints" / "12"), expected, strict=True):
             np.testing.assert_array_equal(a, b)
