@@ -376,11 +376,10 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 
 def _stop(status: int, line: str) -> None:
-    """Ends the process with one line; one of several at once, as the others wait for it otherwise."""
-    print(line, file=sys.stderr)
-    if "dmf.hosts" in sys.modules:
-        sys.modules["dmf.hosts"].leave(status)
-    sys.exit(status)
+    """Ends the process with one line, at once: an ordinary exit waits for other processes and for a program's compilation."""
+    print(line, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -148,17 +147,6 @@ class Board:
         with suppress(jax.errors.JaxRuntimeError):
             return [text for _, text in self._client.key_value_dir_get(f"dmf/{folder}/")]
         return []
-
-
-def leave(status: int) -> None:
-    """Ends this process at once where others wait for it; they end within about `HEARTBEAT_S`.
-
-    An ordinary exit would wait for them.
-    """
-    if jax.distributed.is_initialized() and jax.process_count() > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
 
 
 def _number(name: str, text: str | None) -> int | None:

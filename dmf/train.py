@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,7 +31,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dmf import checkpoint, curriculum, data, guard, hosts, networks, optim, pretrained, sharding, state, step
+from dmf import ahead, checkpoint, curriculum, data, guard, hosts, networks, optim, pretrained, sharding, state, step
 from dmf.config import Config, RunConfig, check, to_dict
 from dmf.curriculum import Stage
 from dmf.data.feed import Feed
@@ -111,18 +112,18 @@ class Run:
         self.stages = self.guard.stages(check(config, self.dataset.num_classes, len(self.dataset)))
         self.mesh = sharding.make_mesh(config.mesh)
         sharding.check_batch(self.mesh, config.batch_size)
-        kinds = {s.kind for s in self.stages}
-        for kind in kinds:
-            step.split_for(kind, config, self.mesh)
         self.network = networks.build(config.network, shape, jnp.dtype(config.compute_dtype))
         self.optimizer = optim.build(config.optimizer)
-        self.place = sharding.placed(self.mesh, jax.eval_shape(self._fresh))
+        self.fresh = jax.jit(self._fresh)  # which is traced once so, for its shapes and for itself
+        shapes = jax.eval_shape(self.fresh)
+        self.place = sharding.placed(self.mesh, shapes)
+        self.like = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, self.place)
         self.local_rows = sharding.local_rows(self.mesh, config.batch_size)
         self.steps = {
             kind: step.make_train_step(
                 kind, step.network_for(kind, config, shape, self.mesh), self.optimizer, config, self.mesh, self.place
             )
-            for kind in kinds
+            for kind in {s.kind for s in self.stages}
         }
         self.init = pretrained.find_init(config, shape) if config.init and fresh else None
         if hosts.is_first():
@@ -149,10 +150,16 @@ class Run:
         found = data.batch(self.dataset, config.seed, n, config.batch_size, rows=self.local_rows)
         return sharding.put_rows(self.mesh, found)
 
-    def _like(self) -> TrainState:
-        """Shapes and places of the state; nothing is allocated."""
-        shapes = jax.eval_shape(self._fresh)
-        return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, self.place)
+    def _scalars(self, n: int) -> step.Scalars:
+        return step.step_scalars(n, curriculum.stage_at(self.stages, n), self.stages, self.config)
+
+    def _compile_ahead(self) -> threading.Thread | None:
+        """Makes the program of the step that comes first, unless the newest checkpoint turns out to be damaged."""
+        n = max(self.checkpoints.complete(), default=0)
+        if n >= self.stages[-1].last:
+            return None
+        kind = curriculum.stage_at(self.stages, n).kind
+        return ahead.compiling(self.steps[kind], self.like, self._batch(n), self._scalars(n))
 
     def to_its_end(self) -> list[dict[str, Any]] | None:
         """The rows of scores.jsonl as the run ends or is stopped; None where the guard sends it back to an earlier step."""
@@ -174,9 +181,12 @@ class Run:
 
         Returns whether the end was reached; if not, the run was asked to stop.
         """
+        compiling = self._compile_ahead()
         now = self._start()
         total, start = self.stages[-1].last, self.start
         self._announce(now)
+        if compiling:
+            compiling.join()
         progress = Progress(total, start)
         pending: tuple[int, Stage, Any] | None = None
         with Feed(self._batch, start, total) as feed:
@@ -191,9 +201,8 @@ class Run:
                     break
                 stage = curriculum.stage_at(self.stages, n)
                 now = self._switched(now, n, stage)
-                scalars = step.step_scalars(n, stage, self.stages, self.config)
                 began, waited = time.monotonic(), feed.waited_s
-                now, metrics = self.steps[stage.kind](now, feed.get(n), scalars)
+                now, metrics = self.steps[stage.kind](now, feed.get(n), self._scalars(n))
                 self.stop.unsaved()
                 if n == start:
                     self._announce_first(metrics)
@@ -289,13 +298,13 @@ class Run:
         self.tensorboard.close()
 
     def _start(self) -> TrainState:
-        found = self.checkpoints.restore_latest(self._like())  # two states may be one too many
+        found = self.checkpoints.restore_latest(self.like)  # two states may be one too many
         if found is None and self.config.init:
             folder, ema, _ = self.init or pretrained.find_init(self.config, self.dataset.image_shape)
             params = checkpoint.read_params(folder, ema, pretrained.abstract_params(self.network, self.mesh))
             found = self._jit(self._started)(params)
             self.checkpoints.save(0, found)  # a resumed run starts from these weights, whatever config.init holds by then
-        now = found if found is not None else self._jit(self._fresh)()
+        now = found if found is not None else self._jit(self.fresh)()
         if found is None and self.guard.active:
             self.checkpoints.save(0, now)  # something to go back to
         self.start = self.saved = int(now.step)  # what a run starts from is on disk already

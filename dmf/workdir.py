@@ -149,6 +149,8 @@ def keep_programs(workdir: Path) -> None:
     """Compiled programs stay in the work directory, so that a run that is started again need not compile them again."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # which names another place
         jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "programs"))
+        # Else the folder's path is a part of each program's key, and a directory that was moved compiles all anew.
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 def note_start(workdir: Path, step: int, config: Config) -> None:

@@ -137,6 +137,16 @@ def test_the_last_good_checkpoint_outlives_damaged_and_unfinished_newer_ones(two
     assert steps_on_disk(tmp_path / "run") == [7, 8]
 
 
+def come_to_rest(folder):
+    """Returns when nothing has come, gone or grown in a folder for a second."""
+    seen, since = None, time.monotonic()
+    while time.monotonic() - since < 1.0:
+        found = {path: path.stat().st_size for path in folder.rglob("*") if path.exists()}
+        if found != seen:
+            seen, since = found, time.monotonic()
+        time.sleep(0.05)
+
+
 def test_a_disk_that_fills_up_inside_a_save_loses_no_older_checkpoint(two, tmp_path):
     # The system itself refuses to write: files may not grow beyond 4 kB.
     shutil.copytree(two[0], tmp_path / "run")
@@ -150,6 +160,7 @@ def test_a_disk_that_fills_up_inside_a_save_loses_no_older_checkpoint(two, tmp_p
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     saved.close()
+    come_to_rest(tmp_path / "run")  # the writers of the save that failed, who would end with their process
     again = store(tmp_path / "run")
     found = again.restore_latest(two[1])
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(newest), strict=True):

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from sklearn.neural_network import MLPClassifier
-from sklearn.svm import SVC
 from threadpoolctl import threadpool_limits
 
 from dmf.errors import DmfError, NotFinite
@@ -61,6 +59,10 @@ class LabelledScorer:
         heldout_images: np.ndarray,
         heldout_labels: np.ndarray,
     ) -> None:
+        # Imported here: they take a second that runs on other data need not wait for.
+        from sklearn.neural_network import MLPClassifier
+        from sklearn.svm import SVC
+
         self._rules = rules
         self._train = _real_pixels(train_images, "train_images", rules)
         self._heldout = _real_pixels(heldout_images, "heldout_images", rules)

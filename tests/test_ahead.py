@@ -1,0 +1,100 @@
+"""A program is compiled in a thread, and is the one that the call finds."""
+
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import monitoring
+
+from dmf import ahead, train
+from dmf.checkpoint import FOLDER
+from dmf.config import parse
+from tests.test_train import ENV, ROOT
+from tests.tiny import TINY, merged
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+class Heard:
+    """The names of the functions that jax compiles while this is open."""
+
+    def __enter__(self):
+        self.names = []
+        monitoring.register_event_duration_secs_listener(self._hear)
+        return self.names
+
+    def _hear(self, event, duration, fun_name="", **_):
+        if event == COMPILED:
+            self.names.append(fun_name)
+
+    def __exit__(self, *_):
+        monitoring.unregister_event_duration_listener(self._hear)
+
+
+def test_a_call_finds_the_program_that_the_thread_has_made():
+    traced = []
+
+    def twice_plus(state, batch, scalar):
+        traced.append(1)
+        return state * 2 + batch["x"].sum() * scalar
+
+    function = jax.jit(twice_plus, donate_argnums=0)
+    arguments = {"x": jnp.ones(3)}, np.float32(2.0)
+    state = jnp.ones(4)
+    with Heard() as names:
+        ahead.compiling(function, jax.ShapeDtypeStruct((4,), jnp.float32), *arguments).join()
+        assert len(traced) == 1 and names.count("jit(twice_plus)") == 1
+        np.testing.assert_array_equal(function(state, *arguments), np.full(4, 8.0))
+    assert len(traced) == 1 and names.count("jit(twice_plus)") == 1
+
+
+def test_what_cannot_be_compiled_is_told_by_the_call_alone(capfd):
+    def broken(x):
+        raise ValueError("no such thing")
+
+    ahead.compiling(jax.jit(broken), np.ones(3)).join()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_run_and_a_resumed_run_compile_each_program_once(tmp_path):
+    config = merged(TINY, run=dict(checkpoint_every_steps=1, keep_checkpoints=20))
+    for first in (0, 5):  # the second start is in the midst of a stage
+        run = train.Run(parse(config), tmp_path)
+        with Heard() as names:
+            run.loop()
+        run.close()
+        assert run.start == first
+        kinds = {stage.kind for stage in run.stages if stage.last > first}
+        assert names.count("jit(train_step)") == len(kinds)
+        for n in range(6, run.stages[-1].last + 1):
+            shutil.rmtree(tmp_path / FOLDER / str(n), ignore_errors=True)
+
+
+def test_an_error_meanwhile_ends_the_process_at_once():
+    code = (
+        "import time, jax, main; from dmf import ahead\n"
+        "ahead.compiling(jax.jit(lambda x: time.sleep(600)), 1.0)\n"
+        "main._stop(2, 'error: the weights cannot be read')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: the weights cannot be read\n")
+
+
+def test_a_work_directory_that_was_moved_keeps_its_programs(tmp_path):
+    code = (
+        "import sys, jax, pathlib; from dmf import workdir\n"
+        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)\n"
+        "workdir.keep_programs(pathlib.Path(sys.argv[1]))\n"
+        "jax.jit(lambda x: x * 3 + 1)(2.0)\n"
+    )
+    env = {name: value for name, value in ENV.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    kept = []
+    for folder in ("one", "two"):
+        subprocess.run([sys.executable, "-c", code, tmp_path / folder], cwd=ROOT, env=env, check=True)
+        kept.append({p.name for p in (tmp_path / folder / "programs").glob("*-cache")})
+        if folder == "one":
+            shutil.copytree(tmp_path / "one", tmp_path / "two")
+    assert kept[0] and kept[0] == kept[1]
