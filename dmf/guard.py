@@ -51,7 +51,7 @@ class GuardConfig:
     every_steps: int = 0  # probe (`dmf.watch`) every so many steps, after the first of a stage and at its end; 0 = never
     rows: int = 64  # held-out images of a probe
     action: str = "off"  # off | stop | for the discrete stages left: jvp, halve (their refinement), floor (of d) | rate
-    factor: float = 4.0  # how much worse a residual or a score may become
+    factor: float = 3.0  # how much worse a residual or a score may become
     ulps: float = 1.0  # the least change |u - u'| / |u| of a discrete stage, by the compute dtype's epsilon
     limit: int = 3  # after so many interventions the next one is stop
 
