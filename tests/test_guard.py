@@ -184,7 +184,7 @@ def test_a_run_hands_over_to_jvp_and_says_so(tmp_path, diverges, capsys):
     logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [r["kind"] for r in logged] == ["flow"] * 4 + ["trajectory"] * 2 + ["discrete"] * 2 + ["jvp"] * 4
     assert [r["step"] for r in logged] == list(range(1, 13))
-    line = "guard     stage 2 (discrete), step 10: residual_pairs = 9 on held-out images, above 4 x the stage's first, 2; "
+    line = "guard     stage 2 (discrete), step 10: residual_pairs = 9 on held-out images, above 3 x the stage's first, 2; "
     line += "back to step 8, the discrete stages left are jvp stages now"
     assert capsys.readouterr().out.count(line) == 2  # when it happens, and below the closing table
     plain = merged(TINY, curriculum=dict(stages=4, kinds=("trajectory", "discrete", "jvp", "jvp")))
