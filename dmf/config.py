@@ -111,10 +111,10 @@ class PrecisionConfig:
     Differences of nearby outputs (discrete) and tangents (jvp) need "highest"; plain flow matching does not.
     """
 
-    flow: str = "high"
-    trajectory: str = "high"
-    discrete: str = "highest"
-    jvp: str = "highest"
+    flow: str = "high"  # * of pretraining
+    trajectory: str = "high"  # * of stage 0
+    discrete: str = "highest"  # * of the finite-difference stages
+    jvp: str = "highest"  # * of the exact derivative's
 
 
 @dataclass(frozen=True)
@@ -125,17 +125,17 @@ class AttentionConfig:
     NVIDIA's fused kernel, bfloat16. flash: Pallas' kernel on TPUs. Only the first two have a forward mode, which jvp needs.
     """
 
-    flow: str = "xla"
-    trajectory: str = "xla"
-    discrete: str = "xla"
-    jvp: str = "xla"
+    flow: str = "xla"  # of pretraining
+    trajectory: str = "xla"  # of stage 0
+    discrete: str = "xla"  # of the finite-difference stages
+    jvp: str = "xla"  # of the exact derivative's, which needs a forward mode
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """What a run writes, and when. Nothing here changes the weights it ends with."""
 
-    log_every_steps: int = 100
+    log_every_steps: int = 100  # a line of metrics.jsonl, and of the progress shown
     checkpoint_every_steps: int = 1000  # besides every stage boundary, which is always kept
     keep_checkpoints: int = 2  # newest ones kept apart from the stage boundaries
     sample_rows: int = 8  # the sample grid has this many rows and columns
@@ -146,22 +146,25 @@ class RunConfig:
     features: str = ""  # converted feature network of the protocol
     reference: str = ""  # the protocol's reference statistics
     vae: str = ""  # converted autoencoder that makes images of latents, for scores and pictures
-    sampler: str = "few_step"  # few_step | euler | heun
+    sampler: str = "few_step"  # of scores and pictures; euler and heun follow u(z, t, t), for flow models
     tensorboard: bool = True  # write event files where tensorflow and tensorboard are installed
 
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run. Field by field in the dataclasses of the modules that read them."""
+    """A whole run. Field by field in the dataclasses of the modules that read them.
 
-    seed: int = 0
+    A comment that begins with * is that of a field whose value in the paper we do not know, docs/config.md lists them all.
+    """
+
+    seed: int = 0  # of weights, noise, times, order of the data and scores; the paper reports no spread over seeds
     init: str = ""  # checkpoint or work directory of a flow model to start from; "" = fresh weights
     batch_size: int = 1024  # global, over all devices and microbatches
     microbatches: int = 1  # gradient accumulation inside one program
-    compute_dtype: str = "float32"  # float32 | bfloat16; parameters, times, EMAs and loss stay float32
+    compute_dtype: str = "float32"  # * float32 | bfloat16; parameters, times, EMAs and loss stay float32
     remat: str = "none"  # what the backward pass computes again: none | blocks = all inside a block | dots = all but matmuls
     scan_blocks: bool = False  # a DiT's blocks as one compiled block, run depth times: compiles faster
-    label_dropout: float = 0.0  # share of rows trained with the null class
+    label_dropout: float = 0.0  # * share of rows trained with the null class
     network: UNetConfig | DiTConfig | MLPConfig | ADMConfig = field(default_factory=UNetConfig)
     data: DataConfig = field(default_factory=DataConfig)
     times: TimeLaw = field(default_factory=TimeLaw)

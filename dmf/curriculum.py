@@ -66,9 +66,9 @@ RULES = (*INTERVALS, "floor", "adaptive")
 class CurriculumConfig:
     """The curriculum as data. Unknown in the paper and chosen here: K = 10 and q = 2 (read off its Figure 1)."""
 
-    stages: int = 10  # K, pretraining not counted
+    stages: int = 10  # * K, pretraining not counted
     kinds: tuple[str, ...] = ()  # one per stage; () = trajectory, discrete x (K - 2), jvp
-    q: float = 2.0  # d_i = q^-i; a guided_discrete stage takes the d of the last discrete one before it, or q^-1
+    q: float = 2.0  # * d_i = q^-i; a guided_discrete stage takes the d of the last discrete one before it, or q^-1
     interval: str = "dagger"  # linear | dagger | floor = dagger with a least d | adaptive = by a table that training keeps
     interval_floor: float = 0.1  # of rho: the least d of floor and adaptive
     interval_halflife_images: float = 50e3  # adaptive: the table forgets half of a bin in so many images, while it has rows
@@ -77,10 +77,10 @@ class CurriculumConfig:
     stage_lengths: tuple[float, ...] = ()  # explicit lengths that add up to `length`; () = equal
     length_unit: str = "steps"  # steps | epochs | images; also of pretrain_length
     pretrain_length: float = 0.0  # a "flow" stage before the curriculum; 0 = start from config.init
-    stage_learning_rates: tuple[float, ...] = ()  # factor on the learning rate per stage; () = 1
-    switch_optimizer: str = "keep"  # keep | reset the optimiser state at a stage switch
-    switch_ema: str = "keep"  # keep | reset the EMAs to the raw weights at a stage switch
-    switch_warmup_steps: int = 0  # linear warm-up of the learning rate after a switch
+    stage_learning_rates: tuple[float, ...] = ()  # * factor on the learning rate per stage; () = 1
+    switch_optimizer: str = "keep"  # * keep | reset the optimiser state at a stage switch
+    switch_ema: str = "keep"  # * keep | reset the EMAs to the raw weights at a stage switch
+    switch_warmup_steps: int = 0  # * linear warm-up of the learning rate after a switch
 
 
 @dataclass(frozen=True)

@@ -30,12 +30,12 @@ class TimeLaw:
     a row whose r lands on t is then an r = t row as well, so the effective share of r < t is smaller than the field.
     """
 
-    pairing: str = "sorted"
-    t_mean: float = -0.4
-    t_std: float = 1.0
-    r_mean: float = -0.4
-    r_std: float = 1.0
-    r_neq_t_fraction: float = 0.25
+    pairing: str = "sorted"  # * sorted: t and r are the larger and the smaller of two draws | min: t as drawn, r = min(r, t)
+    t_mean: float = -0.4  # * mean of the normal draw whose sigmoid is t, or one of the two that are sorted
+    t_std: float = 1.0  # * its standard deviation
+    r_mean: float = -0.4  # * the same for r, or the other of the two
+    r_std: float = 1.0  # * its standard deviation
+    r_neq_t_fraction: float = 0.25  # * exact share of rows that keep r < t; the others have r = t
 
 
 # The three official laws. ImageNet counts its r = t rows (.75), CIFAR its r < t rows (.75): here always r < t.

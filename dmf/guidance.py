@@ -31,7 +31,7 @@ class GuidanceConfig:
     omega: float = 1.0  # weight of v
     kappa: float = 0.0  # weight of v_c, below 1; 0 = v_c is not evaluated
     t_start: float = 0.0  # only rows with t_start <= t <= t_end are guided
-    t_end: float = 1.0
+    t_end: float = 1.0  # the other end, above t_start
 
 
 def passes(config: GuidanceConfig) -> int:

@@ -38,8 +38,8 @@ TINY = 1e-12
 class LossConfig:
     """The loss. Unknown in the paper and taken from the official MeanFlow recipes: p and eps."""
 
-    p: float = 0.75  # adaptive weight 1 / (|e|^2 + eps)^p; 0 = plain squared error
-    eps: float = 1e-3  # calibrated to the sum over pixels, not the mean
+    p: float = 0.75  # * adaptive weight 1 / (|e|^2 + eps)^p; 0 = plain squared error
+    eps: float = 1e-3  # * in the weight; calibrated to the sum over pixels, not the mean
     product_rule: float = 1.0  # c in w = a / (1 + c a): 1 = discrete MeanFlow, 0 = alpha-Flow
     residual_scale: str = "raw"  # raw = the paper's u - T; unit = (u - T) / w with unit derivative in u
     tangent: str = "data"  # u' and du/dt along data = v | own = u(z, t, t) | ema = that of the evaluated EMA; the target has v

@@ -27,17 +27,17 @@ class OptimizerConfig:
     which the rate falls linearly to zero (0 = constant).
     """
 
-    learning_rate: float = 6e-4
-    warmup_steps: int = 9600
-    decay_fraction: float = 0.0
-    pretrain_learning_rate: float = 6e-4
-    pretrain_warmup_steps: int = 9600
-    pretrain_decay_fraction: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0  # decoupled (AdamW)
-    clip_norm: float = 0.0  # global gradient norm; 0 = off
+    learning_rate: float = 6e-4  # * of the curriculum, after its warm-up
+    warmup_steps: int = 9600  # * steps of the curriculum over which the rate rises linearly
+    decay_fraction: float = 0.0  # * share of the curriculum, at its end, over which the rate falls linearly to zero
+    pretrain_learning_rate: float = 6e-4  # * the same three for a "flow" stage before the curriculum
+    pretrain_warmup_steps: int = 9600  # * as warmup_steps
+    pretrain_decay_fraction: float = 0.0  # * as decay_fraction
+    b1: float = 0.9  # * decay of Adam's mean of the gradient
+    b2: float = 0.999  # * decay of its mean of the squared gradient
+    eps: float = 1e-8  # * added to the root of the latter
+    weight_decay: float = 0.0  # * decoupled (AdamW)
+    clip_norm: float = 0.0  # * global gradient norm; 0 = off
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class EMAConfig:
     share of the images seen since the last reset, so that a young average does not hold the start (0 = no ramp).
     """
 
-    halflife_images: tuple[float, ...] = (709e3, 1.774e6, 7.097e6, 14.195e6)
-    rampup_ratio: float = 0.05
-    evaluate: float = 1.774e6  # half-life of the EMA that is sampled, scored and handed over; 0 = the raw weights
+    halflife_images: tuple[float, ...] = (709e3, 1.774e6, 7.097e6, 14.195e6)  # * one average each
+    rampup_ratio: float = 0.05  # * largest half-life as a share of the images seen since the last reset; 0 = no ramp
+    evaluate: float = 1.774e6  # * half-life of the EMA that is sampled, scored and handed over; 0 = the raw weights
 
     def index(self) -> int | None:
         """Position of the evaluated EMA, None for the raw weights."""

@@ -27,7 +27,7 @@ SMALLEST = 2**14  # numbers in an array that is worth splitting: gathering less 
 class MeshConfig:
     """The devices as replica x fsdp; 0 stands for all that the other leaves."""
 
-    replica: int = 0
+    replica: int = 0  # copies of the state; rows are split over them
     fsdp: int = 1  # devices that share one copy of parameters, optimiser state and EMAs; 1 = a copy on each
 
 

@@ -30,8 +30,8 @@ class DataConfig:
     data_dir: str = ""
     holdout_fraction: float = 0.25  # digits, photos: share of the one set that is "heldout", whatever the training seed
     mock: bool = False  # cifar10, imagenet256_latents: random images, to try the code path only; reads no file
-    flip: bool = False  # mirror each training image with probability 1/2, without telling the network; latents: its own one
-    augment: float = 0.0  # probability p of the EDM pipe, which does tell the network (`augment.edm_augment`); 0 = off
+    flip: bool = False  # * mirror each training image with probability 1/2, without telling the network; latents: its own one
+    augment: float = 0.0  # * probability p of the EDM pipe, which does tell the network (`augment.edm_augment`); 0 = off
 
 
 @dataclass(frozen=True, eq=False)

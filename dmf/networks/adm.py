@@ -31,14 +31,14 @@ class ADMConfig:
     bit for bit. Norms have 32 groups: in a layer of 32 channels they remove the shift that brings in the times.
     """
 
-    kind: str = "adm"
-    channels: int = 128
-    channel_mult: tuple[int, ...] = (1, 2, 2, 2)
-    blocks: int = 2
-    attention_resolutions: tuple[int, ...] = (16,)
-    head_channels: int = 64
-    dropout: float = 0.1
-    interval_init: str = "zero"
+    kind: str = "adm"  # tells the networks apart
+    channels: int = 128  # at full resolution, times channel_mult
+    channel_mult: tuple[int, ...] = (1, 2, 2, 2)  # one factor per resolution, each half of the one before
+    blocks: int = 2  # of the encoder per resolution
+    attention_resolutions: tuple[int, ...] = (16,)  # in pixels
+    head_channels: int = 64  # of one head of attention
+    dropout: float = 0.1  # * u and u' of a row share the mask
+    interval_init: str = "zero"  # * zero | random: the branch of t - r at the start
 
 
 class Row(NamedTuple):

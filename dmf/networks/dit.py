@@ -39,14 +39,14 @@ class DiTConfig:
     the null class. `interval_init` "zero" makes u(z, r, t) = u(z, t, t) at the start, bit for bit.
     """
 
-    kind: str = "dit"
-    depth: int
-    width: int
-    heads: int
-    patch: int = 2
-    mlp_ratio: float = 4.0
-    num_classes: int = 0
-    interval_init: str = "zero"
+    kind: str = "dit"  # tells the networks apart
+    depth: int  # blocks
+    width: int  # channels of a token, a multiple of 4 and of heads
+    heads: int  # of attention
+    patch: int = 2  # pixels, or latents, on the side of a token
+    mlp_ratio: float = 4.0  # width of a block's hidden layer by that of a token
+    num_classes: int = 0  # of the data; 0 = no label
+    interval_init: str = "zero"  # * zero | random: the branch of t - r at the start
 
 
 def position_embedding(height: int, width: int, dim: int) -> np.ndarray:

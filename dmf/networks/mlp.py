@@ -21,10 +21,10 @@ FREQUENCIES = np.array([1.0, 2.0, 4.0, 8.0])
 class MLPConfig:
     """`depth` hidden layers of `width` units; `interval_init` "zero" starts from u(z, r, t) = u(z, t, t)."""
 
-    kind: str = "mlp"
-    width: int = 128
-    depth: int = 3
-    interval_init: str = "zero"
+    kind: str = "mlp"  # tells the networks apart
+    width: int = 128  # of every hidden layer
+    depth: int = 3  # hidden layers
+    interval_init: str = "zero"  # * zero | random: the branch of t - r at the start
 
 
 class MLP(nn.Module):

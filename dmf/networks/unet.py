@@ -45,22 +45,22 @@ class UNetConfig:
     sigma = t / (1 - t). `precond` "edm": the network is the F of EDM's denoiser (see `edm_velocity`).
     """
 
-    kind: str = "unet"
-    channels: int = 128
-    channel_mult: tuple[int, ...] = (2, 2, 2)
-    blocks: int = 4
-    attention_resolutions: tuple[int, ...] = (16,)
-    dropout: float = 0.2
-    augment_dim: int = 6
-    interval_init: str = "zero"
-    resample: str = "binomial"
-    residual_encoder: bool = False
-    embedding: str = "positional"
-    embedding_mult: int = 2
-    time_input: str = "t"
-    time_scale: float = 1.0
-    precond: str = "none"
-    sigma_data: float = 0.5
+    kind: str = "unet"  # tells the networks apart
+    channels: int = 128  # at full resolution, times channel_mult
+    channel_mult: tuple[int, ...] = (2, 2, 2)  # one factor per resolution, each half of the one before
+    blocks: int = 4  # of the encoder per resolution
+    attention_resolutions: tuple[int, ...] = (16,)  # in pixels
+    dropout: float = 0.2  # * u and u' of a row share the mask
+    augment_dim: int = 6  # * length of the augmentation label; 6 with data.augment, else 0 will do
+    interval_init: str = "zero"  # * zero | random: the branch of t - r at the start
+    resample: str = "binomial"  # binomial | box: filter of the resampling blocks
+    residual_encoder: bool = False  # the shrunk input joins every lower resolution
+    embedding: str = "positional"  # positional | fourier: features of t
+    embedding_mult: int = 2  # features of each of t and t - r by channels
+    time_input: str = "t"  # t | log_sigma: what the features are of
+    time_scale: float = 1.0  # factor on t before its features
+    precond: str = "none"  # none | edm: the network is the F of EDM's denoiser
+    sigma_data: float = 0.5  # EDM's, with precond = "edm"
 
     @property
     def noise_width(self) -> int:
