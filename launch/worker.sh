@@ -52,7 +52,7 @@ find_python() {
     fi
     [ -x "$HOME/dmf.uv/bin/uv" ] || python3 -m pip install --quiet --disable-pip-version-check --target "$HOME/dmf.uv" uv
     "$HOME/dmf.uv/bin/uv" python install --quiet 3.12
-    PYTHON=$("$HOME/dmf.uv/bin/uv" python find 3.12)
+    PYTHON=$("$HOME/dmf.uv/bin/uv" python find --managed-python 3.12)
 }
 
 start() {

@@ -322,3 +322,46 @@ def test_a_watch_that_is_interrupted_leaves_nothing_of_its_own(bench, number):
     with pytest.raises(ProcessLookupError):
         os.killpg(watch.pid, 0)
     assert "worker" in bench.tpu("status", *NODE)[1] and "delete" not in str(bench.calls())
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "starts"),
+    [
+        ("running", "ended", 0),  # the first worker may still save
+        ("running", "failed 1: out of memory", 0),
+        ("ended", "stopped", 1),  # of several processes one speaks
+        ("lost", "failed 2: the processes of the run cannot find each other", 1),
+        ("ended", "lost", 1),
+        ("failed 1: it was running", "ended", 1),
+    ],
+)
+def test_workers_that_differ(bench, one, two, starts):
+    (bench.bin / "cloud").mkdir()
+    first = {"when": "worker.sh status", "times": 1, "out": f"worker a: {one}\nworker b: {two}\n", "status": 0}
+    then = {"when": "worker.sh status", "out": "worker a: ended\nworker b: ended\n", "status": 0}
+    bench.rules(first, then, {"when": "ssh", "status": 0})
+    assert bench.tpu("watch", *NODE, *MACHINE, "--every=0", *RUN)[0] == 0
+    assert bench.calls() == [NODE_STATE, ssh(STATUS), *[ssh(START)] * starts, NODE_STATE, ssh(STATUS)]
+
+
+@pytest.mark.parametrize("state", ["FAILED", "STOPPED"])
+def test_a_node_that_will_not_come_back_ends_the_watch(bench, state):
+    bench.rules({"when": "describe", "out": f"{state}\n", "status": 0})
+    code, _, err = bench.tpu("watch", *NODE, *MACHINE, *RUN)
+    assert code == 1 and f"error: dmf is {state}: expected a run that goes on" in err and bench.calls() == [NODE_STATE]
+
+
+def test_a_look_that_fails_is_no_missing_node(bench):
+    bench.rules({"when": "describe", "status": 1, "err": "ERROR: (gcloud) PERMISSION_DENIED: no\n"})
+    code, _, err = bench.tpu("watch", *NODE, *MACHINE, "--every=0", "--retries=1", *RUN)
+    assert code == 1 and bench.calls() == [NODE_STATE] * 2 and err.count("PERMISSION_DENIED") == 2
+    bench.forget()
+    bench.rules(
+        {"when": "describe", "times": 1, "out": "READY\n", "status": 0}, {"when": "ssh", "status": 255, "err": "no route\n"}
+    )
+    code, _, err = bench.tpu("status", *NODE)
+    assert (
+        code == 1
+        and err.startswith("error: no route (status 255 of: gcloud compute tpus tpu-vm ssh dmf")
+        and err.count("\n") == 1
+    )
