@@ -142,11 +142,11 @@ setup() {
     on_workers "git init -q dmf && cd dmf && git fetch -q $source && git checkout -q --detach FETCH_HEAD && ./launch/worker.sh install tpu"
 }
 
-# A program that is not on all workers is on none.
+# A program that is not on all workers is on none; another one that runs there is left alone.
 run() {
     say "starting the program on all workers of $name"
     on_workers "cd dmf && ./launch/worker.sh start $(quoted "$@")" && return
-    on_workers 'cd dmf && ./launch/worker.sh stop'
+    on_workers "cd dmf && ./launch/worker.sh stop $(quoted "$@")"
     return 1
 }
 

@@ -6,7 +6,7 @@
 #   launch/worker.sh start FLAGS                   python main.py FLAGS; the same again while it runs does nothing
 #   launch/worker.sh status                        worker HOST: none, running, ended, stopped, halted, lost or failed STATUS
 #   launch/worker.sh log [LINES]                   all that it has printed, or the last lines after the host's name
-#   launch/worker.sh stop                          SIGTERM: it saves and leaves
+#   launch/worker.sh stop [FLAGS]                  SIGTERM: it saves and leaves; with FLAGS only if it was started with these
 #
 # ended: it came to its end. stopped: somebody else's SIGTERM (a preemption) came before; the same start goes on. halted: that
 # was `stop`. lost: the host was started anew. The output of every start is kept: ~/dmf.run/log, log.1, log.2 and so on
@@ -87,7 +87,7 @@ hold() {
 }
 
 stop() {
-    if ! alive; then
+    if ! alive || { [ $# -gt 0 ] && [ "$(cat "$state/command")" != "$(quoted python main.py "$@")" ]; }; then
         echo "worker $(uname -n): $(verdict)"
         return
     fi
@@ -120,7 +120,7 @@ case $verb in
         [ -f "$state/log" ] || fail "$state/log is missing: expected a program that was started"
         if [ $# -eq 0 ]; then cat "$state/log"; else tail -n "$1" "$state/log" | sed "s/^/$(uname -n): /"; fi
         ;;
-    stop) stop ;;
+    stop) stop "$@" ;;
     help | --help | -h) usage launch/worker.sh ;;
     *) fail "$verb: expected install, start, status, log or stop; see launch/worker.sh --help" ;;
 esac

@@ -67,16 +67,16 @@ if words[:2] == ["-m", "venv"]:
     os.symlink(os.path.abspath(__file__), words[2] + "/bin/python")
 if words[:1] != ["main.py"]:
     sys.exit()
-what = json.load(open(here + "/program.json"))
-told = {name: value for name, value in os.environ.items() if name.startswith("JAX_")}
-with open(here + "/programs.jsonl", "a") as file:
-    file.write(json.dumps([words[1:], told]) + chr(10))
 def leave(*_):
-    print("stopped after step 3 of 9, which is saved; the same command goes on from there", flush=True)
-    sys.exit()
+    os.write(1, b"stopped after step 3 of 9, which is saved; the same command goes on from there" + b"\\n")
+    os._exit(0)
 signal.signal(signal.SIGTERM, leave)
 open(here + "/number", "w").write(str(os.getpid()))
+what = json.load(open(here + "/program.json"))
+told = {name: value for name, value in os.environ.items() if name.startswith("JAX_")}
 print("step 1", flush=True)
+with open(here + "/programs.jsonl", "a") as file:
+    file.write(json.dumps([words[1:], told]) + chr(10))
 for _ in range(600 if what.get("goes_on") else 0):
     time.sleep(0.1)
 print(what.get("out", "weights"), flush=True)

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -186,7 +185,7 @@ def test_a_call_that_fails_is_reported_and_nothing_goes_on(bench, step, delete):
     status, _, err = bench.tpu("up", *NODE, *MACHINE, *(["--delete-on-failure"] if delete else []), *RUN)
     calls, plan = bench.calls(), VERBS["up"][1](bench)
     failed = {"create": 1, "scp": 2, "install": 3, "start": 4}[step]
-    after = [ssh(STOP)] if step == "start" else []  # some workers may have begun
+    after = [ssh(f"{STOP} {shlex.join(PROGRAM)}")] if step == "start" else []  # some workers may have begun
     after += [PLAIN_DELETE] if delete and step != "create" else []
     assert status == 1 and calls == plan[:failed] + after
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
@@ -277,7 +276,6 @@ def test_a_program_that_was_stopped_is_started_again_and_one_that_was_halted_is_
         os.kill(int((worker / "dmf.run" / "program").read_text()), signal.SIGTERM)
     until(lambda: len(bench.noted("programs.jsonl")) == 4)
     assert "delete" not in str(bench.calls())
-    time.sleep(0.3)  # until both programs hear signals
     assert bench.tpu("stop", *NODE)[0] == 0
     _, err = watch.communicate(timeout=60)
     assert watch.returncode == 1 and "halted" in err.splitlines()[-2] and len(bench.noted("programs.jsonl")) == 4
@@ -365,3 +363,24 @@ def test_a_look_that_fails_is_no_missing_node(bench):
         and err.startswith("error: no route (status 255 of: gcloud compute tpus tpu-vm ssh dmf")
         and err.count("\n") == 1
     )
+
+
+def test_another_program_that_runs_on_the_node_is_left_alone(bench):
+    bench.program(goes_on=True)
+    assert bench.tpu("up", *NODE, *MACHINE, *RUN)[0] == 0
+    status, _, err = bench.tpu("run", *NODE, *RUN[:2], "--config=configs/digits.py")
+    assert status == 1 and "is running; expected it stopped before another is started" in err
+    assert bench.tpu("run", *NODE, *RUN)[1].count("running already") == 2  # the same one again
+    assert bench.tpu("status", *NODE)[1].count("running") == 2 and len(bench.noted("programs.jsonl")) == 2
+
+
+def test_the_commands_of_the_readme_are_understood(bench):
+    block = (ROOT / "README.md").read_text().partition("### Start it there")[2].split("```")[1]
+    lines = [line for row in block.splitlines() for line in row.replace("; ", "\n").splitlines()]
+    there = {word.split("=")[0]: word.split("=")[1] for word in shlex.split(lines[1], comments=True)[1:]}
+    scripts = [words for line in lines for words in [shlex.split(line, comments=True)] if words and "launch/" in words[0]]
+    assert len(scripts) == 7
+    for script, *words in scripts:
+        at = script.endswith("tpu.sh")
+        status, out, err = bench(Path(script).name, *words[:at], "--dry-run", *words[at:], **there)
+        assert status == 0 and shown(out), err
