@@ -189,7 +189,7 @@ collect() {
 attend() {
     survey || return 1
     say "$name is $state${workers:+; $(printf '%s' "$workers" | tr '\n' ';')}"
-    [ -z "$workers" ] || collect || return 1
+    [ -z "$workers" ] || collect || : # it says so itself; the run matters more than its output
     case $state in
         NOT_FOUND) again fresh "$@" ;;
         PREEMPTED | TERMINATED | SUSPENDED) again renew "$@" ;;
@@ -228,7 +228,7 @@ mind() {
 
 watch() {
     tries=0 folder=0
-    while [ -d "$out/$((folder + 1))" ]; do folder=$((folder + 1)); done
+    while [ -n "$out" ] && [ -d "$out/$((folder + 1))" ]; do folder=$((folder + 1)); done
     pretended=PREEMPTED
     while :; do
         attend "$@"
