@@ -1,0 +1,77 @@
+#!/bin/sh
+# Every number and picture of the README, with the command that makes it.
+#
+#   launch/reproduce.sh --list    all of them
+#   launch/reproduce.sh NAME      make the environment and run the commands of that name
+#   launch/reproduce.sh --dry-run NAME    only print them
+set -eu
+cd "$(dirname "$0")/.."
+. launch/shell.sh
+
+# name | what of the README | where it is stored | time | what else it needs: parity = requirements-parity.txt, tpu = jax[tpu] | command
+# A name may have several commands, which are run in this order.
+entries() {
+    cat <<'END'
+demo | scores and pictures of the digits demo | docs/digits.png | 4 minutes on 2 cores | | python main.py --config=configs/digits.py --workdir=runs/digits
+demo | | docs/digits.png | | | cp runs/digits/samples.png docs/digits.png
+tests | that all checks pass, in under 20 minutes | | 20 minutes on 2 cores | | ./launch/test.sh
+digits_table | What it reaches on digits: the table | docs/digits_table.json | | | python launch/digits_table.py --seeds=0,1,2 --out=docs/digits_table.json
+torch_fidelity | Scores: the differences to torch-fidelity, and the speed | docs/against_torch_fidelity.json | | parity | python launch/against_torch_fidelity.py --count=5000
+benchmark_digits | What a step costs: the digits' transformer | docs/benchmark_digits_cpu.json | | | python main.py --mode=benchmark --config=configs/digits.py --out=docs/benchmark_digits_cpu.json
+benchmark_dit | What a step costs: four blocks of SiT-S/2 | docs/benchmark_dit_cpu.json | | | python main.py --mode=benchmark --config=configs/imagenet256.py:S --config.data.mock --config.batch_size=8 --config.network.depth=4 --out=docs/benchmark_dit_cpu.json
+pytorch | What a step costs: PyTorch's time by ours | docs/against_pytorch.json | | parity | python launch/against_pytorch.py --depth=4 --dit_batch=8 --channels=32 --blocks=1 --size=16 --unet_batch=8 --rounds=5 --out=docs/against_pytorch.json
+kills | What a run survives: the same bits after kills | | | | python launch/kills.py --kills=100
+tpu_plan | What fits on which TPU: SiT-XL/2 | docs/tpu_plan.json | | tpu | python main.py --mode=plan --out=docs/tpu_plan.json --topology=v5e-16,v4-32 --config=configs/imagenet256.py --config.compute_dtype=bfloat16 --config.scan_blocks --config.remat=blocks --config.mesh.fsdp=0
+tpu_plan | the same, a copy of the state on each device | docs/tpu_plan.json | | tpu | python main.py --mode=plan --out=docs/tpu_plan.json --topology=v5e-16,v4-32 --config=configs/imagenet256.py --config.compute_dtype=bfloat16 --config.scan_blocks --config.remat=blocks
+tpu_plan | the CIFAR U-Net | docs/tpu_plan.json | 2 to 4 minutes a row on 2 cores | tpu | JAX_EXEC_TIME_OPTIMIZATION_EFFORT=-1 python main.py --mode=plan --out=docs/tpu_plan.json --topology=v5e-16,v4-32 --config=configs/cifar10.py --config.compute_dtype=bfloat16
+tpu_plan | the same, its state split | docs/tpu_plan.json | | tpu | JAX_EXEC_TIME_OPTIMIZATION_EFFORT=-1 python main.py --mode=plan --out=docs/tpu_plan.json --topology=v5e-16,v4-32 --config=configs/cifar10.py --config.compute_dtype=bfloat16 --config.mesh.replica=1 --config.mesh.fsdp=0
+study | docs/study.md: the study of variants | docs/study.json, docs/study.png | 2 hours on 2 cores | | python launch/study.py --out=docs/study.json --plot=docs/study.png --docs=docs/study.md
+END
+}
+
+# A field of every entry, from 1, of the entries of a name.
+fields() {
+    entries | awk -F ' *[|] *' -v name="$1" -v field="$2" '$1 == name { print $field }'
+}
+
+list() {
+    entries | awk -F ' *[|] *' '
+        $1 != before { printf "%s%s\n    %s%s%s\n", (NR > 1 ? "\n" : ""), $1, $2, ($3 == "" ? "" : ": " $3), ($4 == "" ? "" : " (" $4 ")") }
+        { print "    $ " $6; before = $1 }'
+}
+
+dry=''
+if [ "${1:-}" = --dry-run ]; then
+    dry=yes
+    shift
+fi
+name=${1:---help}
+case $name in
+    --list) list && exit ;;
+    --help | -h) usage launch/reproduce.sh && exit ;;
+esac
+[ -n "$(fields "$name" 1)" ] || fail "$name: expected one of $(entries | awk '{ print $1 }' | uniq | tr '\n' ' ')or --list"
+commands=$(mktemp)
+fields "$name" 6 >"$commands"
+trap 'rm -f "$commands"' EXIT
+if [ -n "$dry" ]; then
+    cat "$commands"
+    exit
+fi
+
+extra=$(fields "$name" 5 | sed -n 1p)
+requirements="requirements.txt"
+# shellcheck disable=SC2034 # it is read by what is sourced
+[ "$extra" != tpu ] || accelerator=tpu
+. launch/environment.sh
+if [ "$extra" = parity ]; then
+    requirements="requirements-parity.txt"
+    . launch/environment.sh
+fi
+PATH=$(pwd)/.venv/bin:$PATH
+export PATH
+exec 3<"$commands" # the commands keep their own input
+while read -r command <&3; do
+    printf '$ %s\n' "$command" >&2
+    sh -c "$command" || fail "$name ends here (status $?): $command"
+done

@@ -1,0 +1,164 @@
+"""Stand-ins for gcloud, srun and the like that note what they are called with, and a copy of the launch scripts to call them.
+
+The stand-in gcloud plays a cloud of one TPU with two workers: each is a folder, and what is sent to it by ssh is run there by a
+shell, in the way the Google Cloud SDK 528 passes --command on (cut at blanks, joined again by ssh).
+"""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# Arguments that a shell would take apart, were they not quoted.
+HARD = ["--config.data.data_dir=two  words", "it's", '"$HOME" `id` \\ * ~ ;&|<>(){}', ""]
+
+# What every stand-in does: a line of calls.jsonl, then what the first of the rules says that its line contains.
+RECORD = """#!{python} -IS
+import json, os, shutil, subprocess, sys, time
+here = {here!r}
+tool, words = os.path.basename(sys.argv[0]), sys.argv[1:]
+with open(here + "/calls.jsonl", "a") as file:
+    file.write(json.dumps([tool, *words]) + chr(10))
+rules = json.load(open(here + "/rules.json"))
+for rule in rules:
+    if rule["when"] in " ".join([tool, *words]) and rule["times"] > 0:
+        rule["times"] -= 1
+        json.dump(rules, open(here + "/rules.json", "w"))
+        time.sleep(rule.get("seconds", 0))
+        print(rule.get("out", ""), end="")
+        print(rule.get("err", ""), end="", file=sys.stderr)
+        if "status" in rule:
+            sys.exit(rule["status"])
+"""
+CLOUD = """
+cloud = here + "/cloud/"
+verb, name = words[2:4], words[4]
+if verb[1] == "create":
+    os.makedirs(cloud + "0"), os.makedirs(cloud + "1")
+elif not os.path.isdir(cloud):
+    sys.exit("ERROR: (gcloud.compute.tpus." + ".".join(verb) + ") NOT_FOUND: Resource was not found")
+elif verb[1] == "delete":
+    shutil.rmtree(cloud)
+elif verb[1] == "describe":
+    print("ACTIVE" if verb[0] == "queued-resources" else "READY")
+elif verb[1] == "scp":
+    for worker in "01":
+        shutil.copy(name, cloud + worker + "/" + words[5].partition(":")[2])
+elif verb[1] == "ssh":
+    options = dict(word.lstrip("-").split("=", 1) for word in words[5:] if "=" in word)
+    worst = 0
+    for worker in "01":
+        place = dict(os.environ, HOME=cloud + worker)
+        out = open(options["output-directory"] + "/" + worker + ".log", "w") if "output-directory" in options else None
+        command = " ".join(options["command"].split(" "))
+        worst = max(worst, subprocess.run(["sh", "-c", command], cwd=cloud + worker, env=place, stdout=out).returncode)
+    sys.exit(worst)
+"""
+# Python on a worker: makes an environment of nothing but itself; as the program it does what program.json says.
+PYTHON = """
+import signal
+if words[:2] == ["-m", "venv"]:
+    os.makedirs(words[2] + "/bin")
+    os.symlink(os.path.abspath(__file__), words[2] + "/bin/python")
+if words[:1] != ["main.py"]:
+    sys.exit()
+def leave(*_):
+    os.write(1, b"stopped after step 3 of 9, which is saved; the same command goes on from there" + b"\\n")
+    os._exit(0)
+signal.signal(signal.SIGTERM, leave)
+open(here + "/number", "w").write(str(os.getpid()))
+what = json.load(open(here + "/program.json"))
+told = {name: value for name, value in os.environ.items() if name.startswith("JAX_")}
+print("step 1", flush=True)
+with open(here + "/programs.jsonl", "a") as file:
+    file.write(json.dumps([words[1:], told]) + chr(10))
+for _ in range(600 if what.get("goes_on") else 0):
+    time.sleep(0.1)
+print(what.get("out", "weights"), flush=True)
+sys.exit(what.get("status", 0))
+"""
+
+
+class Bench:
+    """A copy of the scripts in a repository of its own, and stand-ins in front of everything else that could be called."""
+
+    def __init__(self, folder):
+        self.root, self.bin = folder / "repo", folder / "bin"
+        self.bin.mkdir()
+        shutil.copytree(ROOT / "launch", self.root / "launch", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+        for name in ("requirements.txt", "requirements-parity.txt", "requirements.lock", ".gitignore"):
+            shutil.copy(ROOT / name, self.root / name)
+        git = ["git", "-C", self.root, "-c", "user.name=n", "-c", "user.email=e"]
+        for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"]):
+            subprocess.run([*git, *command], check=True)
+        self.tool("gcloud", CLOUD)
+        self.tool("python3", PYTHON)
+        self.rules()
+        self.program()
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("DMF_", "JAX_", "SLURM_"))}
+        self.environment |= {"PATH": f"{self.bin}:{os.environ['PATH']}", "DMF_STATE": "", "HOME": str(folder)}
+        self.environment["PYTHON"] = str(self.bin / "python3")
+
+    def tool(self, name, does=""):
+        path = self.bin / name
+        path.write_text(RECORD.replace("{python}", sys.executable).replace("{here!r}", repr(str(self.bin))) + does)
+        path.chmod(0o755)
+
+    def rules(self, *rules):
+        """Of the stand-ins: when their line contains `when`, at most so many times, they print and exit so."""
+        text = json.dumps([{"times": 1000, **rule} for rule in rules])
+        (self.bin / "rules.json").write_text(text)
+
+    def program(self, **what):
+        """What the stand-in for the training program does from now on."""
+        (self.bin / "program.json").write_text(json.dumps(what))
+
+    def __call__(self, script, *words, **environment):
+        """(exit status, standard output, standard error)"""
+        command = [self.root / "launch" / script, *words]
+        done = subprocess.run(
+            command, cwd=self.root, env={**self.environment, **environment}, capture_output=True, text=True, timeout=60
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    def tpu(self, *words, **environment):
+        return self("tpu.sh", *words, **environment)
+
+    def noted(self, name, tool=None):
+        path = self.bin / name
+        found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [words for words in found if tool in (None, words[0])]
+
+    def calls(self, tool="gcloud"):
+        return self.noted("calls.jsonl", tool)
+
+    def forget(self):
+        for name in ("calls.jsonl", "programs.jsonl"):
+            (self.bin / name).unlink(missing_ok=True)
+
+
+def bench_in(folder):
+    """A bench for one test; nothing that the test has started goes on after it."""
+    made = Bench(folder)
+    yield made
+    for worker in (made.bin / "cloud").glob("[01]"):
+        if (worker / "dmf").exists():
+            made("worker.sh", "stop", HOME=str(worker))
+
+
+def shown(text):
+    """The commands of a dry run, which are shell lines among comments."""
+    return [words for line in text.splitlines() for words in [shlex.split(line, comments=True)] if words]
+
+
+def until(condition, seconds=30):
+    """Returns once it holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
