@@ -65,12 +65,10 @@ def curves(
     score: str,
 ) -> None:
     """Squared residuals of both kinds of rows, the interval and the score over the steps, stages marked."""
-    import matplotlib
+    from matplotlib.figure import Figure  # and not pyplot, which would change how a notebook shows its own pictures
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    fig, axes = plt.subplots(2 if scores else 1, 1, figsize=(9, 6 if scores else 3.5), sharex=True, squeeze=False)
+    fig = Figure(figsize=(9, 6 if scores else 3.5))
+    axes = fig.subplots(2 if scores else 1, 1, sharex=True, squeeze=False)
     top = axes[0, 0]
     for key, label in (("squares_border", "rows with r = t"), ("squares_pairs", "rows with r < t")):
         rows = [(m["step"], m[key]) for m in metrics if key in m]
@@ -93,7 +91,6 @@ def curves(
     axes[-1, 0].set_xlabel("step")
     partial = path.with_suffix(".tmp.png")
     fig.savefig(partial, dpi=110, bbox_inches="tight")
-    plt.close(fig)
     partial.replace(path)
 
 
