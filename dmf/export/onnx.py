@@ -40,7 +40,9 @@ def export(path: str | Path, out: str | Path, *, steps: int = 1, ema: float | No
         raise DmfError(f"sampler = {model.sampler!r}: expected few_step for an .onnx file, by --sampler=few_step")
     bytes_of_weights = sum(x.nbytes for x in jax.tree.leaves(model.params))
     if bytes_of_weights > LARGEST:
-        raise DmfError(f"{target}: {bytes_of_weights:,} bytes of weights; expected at most {LARGEST:,}, all that ONNX has room for")
+        raise DmfError(
+            f"{target}: {bytes_of_weights:,} bytes of weights; expected at most {LARGEST:,}, all that ONNX has room for"
+        )
     with _quiet():
         content = _convert(jax2onnx, onnx, model, steps)
     with place.made_whole(target) as partial:

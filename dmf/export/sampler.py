@@ -35,6 +35,7 @@ from dmf.sample import SAMPLERS
 
 Weights = Mapping[str, Any]
 PLATFORMS = ("cpu", "cuda", "tpu")
+SOURCE_NAMES = "jax_hlo_source_file_canonicalization_regex"  # what to cut off file names: a program tells where it was traced
 BATCHES = (1, 7)  # at which an artifact is held against the sampler before it leaves
 LIMITS = {"float32": 1e-5, "bfloat16": 2e-2}  # relative L2; half precision rounds by the order in which XLA sums
 
@@ -102,12 +103,12 @@ def artifact(model: Model, steps: int, weights: Weights) -> bytes:
     (rows,) = jax.export.symbolic_shape("b")
     like = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in weights.items()}
     e, labels = jax.ShapeDtypeStruct((rows, *model.shape), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.int32)
-    whole = jax.config.jax_hlo_source_file_canonicalization_regex
-    jax.config.update("jax_hlo_source_file_canonicalization_regex", ".*/")  # no paths of this machine among the debug notes
+    kept = jax.config.values[SOURCE_NAMES]
+    jax.config.update(SOURCE_NAMES, ".*/")
     try:
         exported = jax.export.export(jax.jit(function(model, steps)), platforms=PLATFORMS)(like, e, labels)
     finally:
-        jax.config.update("jax_hlo_source_file_canonicalization_regex", whole)
+        jax.config.update(SOURCE_NAMES, kept)
     return bytes(exported.serialize())
 
 
@@ -126,16 +127,18 @@ def check(model: Model, steps: int, found: Callable[[Any, Any], Any], what: str)
     limit = LIMITS[model.config.compute_dtype]
 
     @jax.default_matmul_precision("highest")
-    def own(params: Any, e: jax.Array, labels: jax.Array) -> jax.Array:
-        return SAMPLERS[model.sampler](velocity(model, params, labels), e, steps)
+    def own(params: Any, n: jax.Array, e: jax.Array, labels: jax.Array) -> jax.Array:
+        return SAMPLERS[model.sampler](velocity(model, params, labels), e, n)
 
-    run = partial(jax.jit(own), model.params)
+    run = partial(jax.jit(own), model.params, np.int32(steps))
     for rows in BATCHES:
         e = np.random.default_rng(rows).standard_normal((rows, *model.shape)).astype(np.float32)
         labels = ((classes - np.arange(rows)) % (classes + 1)).astype(np.int32)
         worst = max(worst, relative_l2(np.asarray(found(e, labels)), np.asarray(run(e, labels))))
     if not worst <= limit:
-        raise DmfError(f"{what} differs from the checkpoint's sampler by {worst:.1e}: expected a relative L2 of at most {limit:g}")
+        raise DmfError(
+            f"{what} differs from the checkpoint's sampler by {worst:.1e}: expected a relative L2 of at most {limit:g}"
+        )
     return {"relative_l2": worst, "limit": limit, "batches": list(BATCHES), "platform": jax.default_backend()}
 
 
