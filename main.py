@@ -11,6 +11,7 @@
     python main.py --mode=convert --kind=sit --source=SiT-XL-2-256x256.pt --out=sit_xl2   a checkpoint from a PyTorch file
     python main.py --config=configs/imagenet256.py --config.init=sit_xl2 --config.data.data_dir=latents   the curriculum
     python main.py --mode=export --workdir=runs/imagenet256 --out=u.safetensors  torch-named weights of a checkpoint
+    python main.py --mode=export --workdir=runs/digits --out=model --steps=1,4   a model folder to share; .onnx: ONNX
     python main.py --config=configs/cifar10.py --config.curriculum.q=4           any field of a config is a flag
 
 Running a training command again resumes it; SIGTERM makes it save and end. Fields and their meaning: dmf/config.py.
@@ -59,20 +60,20 @@ WORKDIR = flags.DEFINE_string(
     "Directory of the run: written by train (default: runs/ and the config's name), read by sample, score and export, which "
     "also take a converted directory.",
 )
-STEPS = flags.DEFINE_list("steps", ["1"], "Sampling steps, comma-separated (sample, score).")
+STEPS = flags.DEFINE_list("steps", ["1"], "Sampling steps, comma-separated (sample, score, export).")
 COUNT = flags.DEFINE_integer(
     "count",
     0,
     "Number of images; default: 64 for sample; for score the config's, the protocol's or all of --source; all for reference.",
     lower_bound=0,
 )
-SAMPLER = flags.DEFINE_enum("sampler", "", ["", "few_step", "euler", "heun"], "Sampler; default: the run's (sample, score).")
+SAMPLER = flags.DEFINE_enum("sampler", "", ["", "few_step", "euler", "heun"], "Default: the run's (sample, score, export).")
 OUT = flags.DEFINE_string(
     "out",
     "",
     "What to write: PNG for sample (default: beside the weights), JSON for score (by protocol, default: scores_*.json beside "
     "the weights, or here with --source), benchmark and plan, .npz for reference, a directory for encode and convert, "
-    ".safetensors or .pt for export.",
+    "for export .safetensors or .pt (weights), .onnx (the sampler) or a model folder.",
 )
 EMA = flags.DEFINE_list(
     "ema",
@@ -80,9 +81,7 @@ EMA = flags.DEFINE_list(
     "Half-life in images of the average to take, 0 = raw weights; default: the run's; several, comma-separated, for score by a "
     "protocol (sample, score, export).",
 )
-VAE = flags.DEFINE_string(
-    "vae", "", "Directory of a converted autoencoder: latents to images, or back (sample, score, encode)."
-)
+VAE = flags.DEFINE_string("vae", "", "Converted autoencoder's directory: latents to images, or back (sample, score, encode).")
 PROTOCOL = flags.DEFINE_string(
     "protocol",
     "",
@@ -127,10 +126,9 @@ SOURCE = flags.DEFINE_string(
     "File to convert: .pt, .pth, .bin, .ckpt, .pkl, .safetensors, Flax msgpack; or images to encode, to score in the place of "
     "a checkpoint's, or to make a reference of: a folder, an .npz with arr_0, or tfds:NAME.",
 )
-COPY = flags.DEFINE_string(
-    "copy", "", "Which copy of the weights, where a file holds several, such as ema; default: the kind's."
-)
+COPY = flags.DEFINE_string("copy", "", "Which copy of the weights, where a file holds several; default: the kind's (convert).")
 SET = flags.DEFINE_list("set", [], "Fields of the network that the file does not tell, such as heads=4 (convert).")
+UPLOAD = flags.DEFINE_string("upload", "", "NAME/REPO of the Hugging Face Hub, for a copy of the model folder (export).")
 CHECK = flags.DEFINE_string(
     "check", "auto", "Forward check: auto = against PyTorch where installed, none, or an .npz of inputs and outputs (convert)."
 )
@@ -179,10 +177,7 @@ def sample() -> None:
 
 def score() -> None:
     what = "own" if not PROTOCOL.value else "selfcheck" if SELFCHECK.value else "images" if SOURCE.value else "checkpoint"
-    for name in FLAGS["score"]:
-        if flags.FLAGS[name].present and name not in SCORE_FLAGS[what]:
-            hint = ", or --protocol with it" if what == "own" else ""
-            raise DmfError(f"--{name} with {SCORED[what]}: expected none, it would not be read{hint}")
+    _check_read(SCORE_FLAGS[what], SCORED[what], ", or --protocol with it" * (what == "own"))
     if what == "own":
         from dmf.evaluate import write_scores
 
@@ -254,10 +249,12 @@ def convert() -> None:
 
 
 def export() -> None:
-    from dmf.export.weights import export as run
+    from dmf.export.command import READS, form
+    from dmf.export.command import export as run
 
-    workdir, out = _need(WORKDIR, "workdir"), _needed_out("the .safetensors or .pt file to write")
-    run(workdir, out, kind=KIND.value or "", ema=_ema())
+    workdir, out = _need(WORKDIR, "workdir"), _needed_out("a .safetensors, .pt or .onnx file or a model folder to write")
+    _check_read(READS[form(out)], form(out))
+    run(workdir, out, kind=KIND.value or "", ema=_ema(), steps=_steps(), sampler=SAMPLER.value, upload=UPLOAD.value)
 
 
 FLAGS = {
@@ -270,7 +267,7 @@ FLAGS = {
     "benchmark": ("config", "out"),
     "plan": ("config", "topology", "out"),
     "convert": ("kind", "source", "out", "copy", "set", "check", "align_steps"),
-    "export": ("workdir", "kind", "out", "ema"),
+    "export": ("workdir", "kind", "out", "ema", "steps", "sampler", "upload"),
 }
 # What a score is of -> how that is called, and the flags it reads.
 SCORED = {
@@ -332,6 +329,13 @@ def _check_flags() -> None:
     for name in sorted({name for names in FLAGS.values() for name in names}):
         if flags.FLAGS[name].present and name not in FLAGS[MODE.value]:
             raise DmfError(f"--{name} with --mode={MODE.value}: expected none, this mode does not read it")
+
+
+def _check_read(read: tuple[str, ...], what: str, hint: str = "") -> None:
+    """Refuses a flag of the mode that this use of it would not read."""
+    for name in FLAGS[MODE.value]:
+        if flags.FLAGS[name].present and name not in read:
+            raise DmfError(f"--{name} with {what}: expected none, it would not be read{hint}")
 
 
 def _out(suffix: str) -> str:

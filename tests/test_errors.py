@@ -80,6 +80,14 @@ CASES = {
         lambda d, t: ["--mode=export", f"--workdir={d}", "--source=x.pt"],
         "--source with --mode=export: expected none, this mode does not read it",
     ),
+    "layout of a model folder": (
+        lambda d, t: ["--mode=export", f"--workdir={d}", "--kind=dmf", f"--out={t}/model"],
+        "--kind with a model folder: expected none, it would not be read",
+    ),
+    "steps of a file of weights": (
+        lambda d, t: ["--mode=export", f"--workdir={d}", "--steps=2", f"--out={t}/u.safetensors"],
+        "--steps with weights: expected none, it would not be read",
+    ),
     "nothing to convert": (
         lambda d, t: ["--mode=convert", "--kind=sit"],
         "--source is missing: expected it with --mode=convert",

@@ -43,19 +43,24 @@ def export(path: str | Path, out: str | Path, *, kind: str = "", ema: float | No
     if kind not in KINDS:
         raise DmfError(f"kind = {kind!r}: expected one of {', '.join(KINDS)}")
     tensors, interval = _tensors(kind, config, shape, pretrained.load_folder(folder, stored, ema))
-    about = {
+    write(target, tensors, describe(stored, kind, interval, ema))
+    count = sum(x.size for x in tensors.values())
+    print(f"exported  {target}: {len(tensors)} tensors, {count:,} values, layout {kind}")
+    return tensors
+
+
+def describe(stored: dict[str, Any], kind: str, interval: list[str], ema: float | None) -> dict[str, Any]:
+    """What a file says in its metadata of the weights of a checkpoint. interval: tensors that its layout's source lacks."""
+    config, shape = pretrained.described(stored)
+    return {
         "network": dataclasses.asdict(config),
         "image_shape": list(shape),
         "kind": kind,
         "conventions": KINDS[kind].conventions,
         "interval": INTERVAL.format(", ".join(interval)) if interval else "",
         "licence": (stored.get("source") or {}).get("licence", "your own"),
-        "weights": _which(stored, ema),
+        "weights": which(stored, ema),
     }
-    _write(target, tensors, {native.METADATA: json.dumps(about), "format": "pt"})
-    count = sum(x.size for x in tensors.values())
-    print(f"exported  {target}: {len(tensors)} tensors, {count:,} values, layout {kind}")
-    return tensors
 
 
 def _origin(stored: dict[str, Any], config: Any) -> str:
@@ -68,7 +73,7 @@ def _origin(stored: dict[str, Any], config: Any) -> str:
     return source["kind"] if same else native.NATIVE.name
 
 
-def _which(stored: dict[str, Any], ema: float | None) -> str:
+def which(stored: dict[str, Any], ema: float | None) -> str:
     """Which of the checkpoint's weights are written, in words."""
     if pretrained.is_converted(stored):
         return f"converted from copy {stored['source']['source']['copy']!r}"
@@ -97,9 +102,10 @@ def _check_target(target: Path) -> None:
         raise DmfError(f"{target} is there already: expected a new file; nothing is overwritten")
 
 
-def _write(target: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Writes the file beside its place, reads it back, and moves it there."""
+def write(target: Path, tensors: dict[str, np.ndarray], about: dict[str, Any]) -> None:
+    """Writes the file beside its place, reads it back, and moves it there. about: for its metadata. Raises DmfError."""
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    metadata = {native.METADATA: json.dumps(about), "format": "pt"}
     try:
         if target.suffix == ".pt":
             _write_torch(partial, tensors)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dmf.errors import DmfError
 from dmf.networks.adm import ADMConfig, make_adm
@@ -127,8 +128,8 @@ def _check_inputs(config: NetworkConfig, shape: tuple[int, ...], z: jax.Array, r
     if z.shape[1:] != shape and not flat:
         raise DmfError(f"z has shape {z.shape}; expected (B, {', '.join(map(str, shape))}).")
     for name, time in (("r", r), ("t", t)):
-        if jnp.shape(time) != z.shape[:1]:
-            raise DmfError(f"{name} has shape {jnp.shape(time)}; expected one time per row, {z.shape[:1]}.")
+        if np.shape(time) != z.shape[:1]:
+            raise DmfError(f"{name} has shape {np.shape(time)}; expected one time per row, {z.shape[:1]}.")
 
 
 def _check_label(config: NetworkConfig, label: jax.Array, batch: int) -> None:

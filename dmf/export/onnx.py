@@ -1,0 +1,139 @@
+"""The sampler as an ONNX file, weights and metadata inside, held against the checkpoint's own in onnxruntime.
+
+Inputs e (B, H, W, C) float32 and labels (B,) int32, output images; B is free. jax2onnx, onnx and onnxruntime are an optional
+extra: requirements-onnx.txt.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dmf.errors import DmfError
+from dmf.export import place, sampler
+from dmf.export.sampler import Model
+
+METADATA = "dmf"  # key of the file's metadata: JSON, as in a model folder's config.json
+LARGEST = 2**31 - 2**20  # bytes of a protocol buffer, less some for the graph
+MISSING = "an .onnx file needs {}, which is not installed; expected pip install --no-deps -r requirements-onnx.txt"
+
+
+def export(path: str | Path, out: str | Path, *, steps: int = 1, ema: float | None = None, name: str = "") -> dict[str, Any]:
+    """Writes the sampler of a checkpoint as the file `out`; returns its metadata. name: of the sampler, "" for the run's own.
+
+    Raises DmfError where the extra is missing, the sampler is not few_step, the weights do not fit into one file, or
+    onnxruntime's images are not the checkpoint's; it then leaves no file behind.
+    """
+    target = Path(out)
+    jax2onnx, onnx, runtime = _extra()
+    place.check_free(target)
+    model = sampler.open_model(path, ema, name)
+    if model.sampler != "few_step":
+        raise DmfError(f"sampler = {model.sampler!r}: expected few_step for an .onnx file, by --sampler=few_step")
+    bytes_of_weights = sum(x.nbytes for x in jax.tree.leaves(model.params))
+    if bytes_of_weights > LARGEST:
+        raise DmfError(
+            f"{target}: {bytes_of_weights:,} bytes of weights; expected at most {LARGEST:,}, all that ONNX has room for"
+        )
+    with _quiet():
+        content = _convert(jax2onnx, onnx, model, steps)
+    with place.made_whole(target) as partial:
+        partial.write_bytes(content.SerializeToString())
+        with _quiet():
+            run = _session(runtime, partial)
+        about = {
+            **sampler.about(model),
+            "steps": steps,
+            "nfe": sampler.evaluations(model, steps),
+            "opset": content.opset_import[0].version,
+            "check": sampler.check(model, steps, run, f"{target} in onnxruntime"),
+        }
+        about["versions"] |= {p.__name__: p.__version__ for p in (onnx, runtime)}
+        onnx.helper.set_model_props(content, {METADATA: json.dumps(about)})
+        partial.write_bytes(content.SerializeToString())
+    print(f"exported  {target}: ONNX, opset {about['opset']}, {steps} step(s); onnxruntime is {_off(about)} off")
+    return about
+
+
+def _extra() -> tuple[Any, Any, Any]:
+    """The three packages."""
+    try:
+        import jax2onnx
+        import onnx
+        import onnxruntime
+    except ImportError as error:
+        raise DmfError(MISSING.format(error.name)) from error
+    return jax2onnx, onnx, onnxruntime
+
+
+def _convert(jax2onnx: Any, onnx: Any, model: Model, steps: int) -> Any:
+    """The ONNX model, checked by its own rules, the steps one after the other: its loop takes no labels."""
+    e = jax.ShapeDtypeStruct(("B", *model.shape), jnp.float32)
+    labels = jax.ShapeDtypeStruct(("B",), jnp.int32)
+    names = {"input_names": ["e", "labels"], "output_names": ["images"]}
+    found = jax2onnx.to_onnx(_unrolled(model, steps), [e, labels], model_name="sampler", **names)
+    _share(found.graph)
+    onnx.checker.check_model(found)
+    return found
+
+
+def _share(graph: Any) -> None:
+    """Stores equal constants once: every step of the sampler has been given its own copy of each weight."""
+    kept: dict[tuple[Any, ...], str] = {}
+    names: dict[str, str] = {}
+    for x in list(graph.initializer):
+        same = (tuple(x.dims), x.data_type, x.raw_data)
+        if x.raw_data and kept.setdefault(same, x.name) != x.name:
+            names[x.name] = kept[same]
+            graph.initializer.remove(x)
+    for node in graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+
+
+def _unrolled(model: Model, steps: int) -> Callable[[Any, Any], Any]:
+    """`dmf.sample.few_step` without its loop: z <- z - (t - r) u(z, r, t)."""
+
+    def images(e: Any, labels: Any) -> Any:
+        u, z, rows = sampler.velocity(model, model.params, labels), e, e.shape[:1]
+        for i in range(steps):
+            t, r = (np.float32(1) - np.float32(j) / np.float32(steps) for j in (i, i + 1))
+            z = z - (t - r) * u(z, jnp.broadcast_to(r, rows), jnp.broadcast_to(t, rows))
+        return z
+
+    return images
+
+
+def _session(runtime: Any, file: Path) -> Callable[[Any, Any], Any]:
+    """found(e, labels) -> images, in onnxruntime on the CPU."""
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3  # it warns of each constant that nothing uses
+    session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    inputs = {node.name for node in session.get_inputs()}
+
+    def found(e: Any, labels: Any) -> Any:
+        return session.run(None, {k: x for k, x in {"e": e, "labels": labels}.items() if k in inputs})[0]
+
+    return found
+
+
+def _off(about: dict[str, Any]) -> str:
+    return f"{about['check']['relative_l2']:.1e} (relative L2)"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """jax2onnx tells of every package that it has a rule for and that is not installed."""
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(level)
