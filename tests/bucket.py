@@ -7,27 +7,37 @@ itself, sent to the port by STORAGE_EMULATOR_HOST. What a bucket cannot do, to a
 
 import json
 import re
+import sys
 import threading
 import types
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from etils.epath import backend, gpath
+from fsspec import config
 from fsspec.implementations.memory import MemoryFile
 from fsspec.registry import _registry
 from fsspec.spec import AbstractFileSystem
 from orbax.checkpoint._src.path import gcs_utils
 
 
-def serve(bucket, patch):
-    """Puts a bucket behind gs://, by a pytest.MonkeyPatch."""
+def serve(bucket, patch, with_gcsfs):
+    """Puts a bucket behind gs://, by a pytest.MonkeyPatch. with_gcsfs: gcsfs sees it, through the port, and not `Files`."""
     patch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://127.0.0.1:{bucket.port}")
     patch.setenv("GCE_METADATA_ROOT", f"127.0.0.1:{bucket.port}")  # where nobody has credentials to give
     patch.setenv("EPATH_USE_TF", "false")
-    patch.setattr(Files, "store", bucket)
-    patch.setitem(_registry, "gcs", Files)
-    # Whether a bucket has real folders Orbax asks google-cloud-storage, which comes with gcsfs.
-    patch.setattr(gcs_utils, "get_bucket", lambda name: types.SimpleNamespace(hierarchical_namespace_enabled=False))
+    if with_gcsfs:
+        patch.setenv(
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false"
+        )  # which asks another service, by gRPC, what kind of bucket it is
+        patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{bucket.port}")
+        patch.setitem(config.conf, "gcs", {"token": "anon"})
+        gcs_utils.get_bucket.cache_clear()
+    else:
+        patch.setattr(Files, "store", bucket)
+        patch.setitem(_registry, "gcs", Files)
+        # Whether a bucket has real folders Orbax asks google-cloud-storage, which comes with gcsfs.
+        patch.setattr(gcs_utils, "get_bucket", lambda name: types.SimpleNamespace(hierarchical_namespace_enabled=False))
     backend.fsspec_backend._get_filesystem.cache_clear()
     gpath._is_tf_installed.cache_clear()
 
@@ -41,6 +51,7 @@ class Bucket:
 
     def __init__(self):
         self.objects, self.generation, self.lock = {}, 0, threading.RLock()
+        self.begun = []  # uploads in pieces: name and what has come of it
         self.requests = []  # method and path of each, for a look at who came through the port
         self.closed = self.read_only = False
         bucket = self
@@ -48,7 +59,7 @@ class Bucket:
         class Handler(_Handler):
             store = bucket
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = _Server(("127.0.0.1", 0), Handler)
         self.port = self.server.server_address[1]
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
@@ -79,10 +90,17 @@ class Bucket:
         self.server.server_close()
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exception(), ConnectionError):  # a client may go at any time
+            super().handle_error(request, client_address)
+
+
 class _Handler(BaseHTTPRequestHandler):
     """The few calls of the JSON protocol that TensorStore and gcsfs make."""
 
     protocol_version = "HTTP/1.1"
+    wbufsize, disable_nagle_algorithm = -1, True  # an answer is one packet: in two, each waits for the other side
     store = None
 
     def log_message(self, *_):
@@ -173,6 +191,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         body = self._body()
         how, bucket, _, query = self._asked()
+        if self.store.read_only:
+            return self._answer(403, {"error": {"code": 403, "message": "no right to write"}})
         if how != "upload":
             return self._batch(body) if how.startswith("/batch") else self._answer(501)
         name = query.get("name")
@@ -183,11 +203,30 @@ class _Handler(BaseHTTPRequestHandler):
             )
             name, body = json.loads(about[1])["name"], re.sub(rb"\r?\n$", b"", data[1])
         if query.get("uploadType") == "resumable":
-            raise Refused("an object of more than a few MB in a test")
+            return self._piece(bucket, query, body)
         with self.store.lock:
             if not self._fits(f"{bucket}/{name}", query):
                 return self._answer(412, {"error": {"code": 412, "message": "generation"}})
             return self._answer(200, self.store.put(f"{bucket}/{name}", body))
+
+    def _piece(self, bucket, query, body):
+        """An upload in pieces: it is begun, and the object is there when the last piece has come."""
+        if "upload_id" not in query:
+            name = query.get("name") or json.loads(body)["name"]
+            with self.store.lock:
+                self.store.begun.append([f"{bucket}/{name}", b""])
+                number = len(self.store.begun) - 1
+            where = f"http://127.0.0.1:{self.store.port}/upload/storage/v1/b/{bucket}/o?uploadType=resumable&upload_id={number}"
+            return self._answer(200, {}, Location=where)
+        with self.store.lock:
+            begun = self.store.begun[int(query["upload_id"])]
+            begun[1] += body
+            if self.headers["Content-Range"].endswith("/*"):
+                return self._answer(308, b"", Range=f"bytes=0-{len(begun[1]) - 1}")
+            return self._answer(200, self.store.put(*begun))
+
+    def do_PUT(self):
+        self.do_POST()
 
     def _delete(self, name):
         return 404 if self.store.objects.pop(name, None) is None else 204

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from importlib.util import find_spec
 
 import jax
 import numpy as np
@@ -17,16 +18,19 @@ from tests.bucket import Bucket, Refused, serve
 from tests.test_train import leaves
 from tests.tiny import TINY, merged
 
-SCORED = merged(TINY, run=dict(score_samples=32))
+# One program, two stages of four steps, scored.
+SCORED = merged(TINY, curriculum=dict(stages=2, kinds=("trajectory",) * 2, pretrain_length=0.0), run=dict(score_samples=32))
 HERE = "gs://things/runs/tiny"
 
 
-@pytest.fixture(scope="module")
-def bucket():
+@pytest.fixture(scope="module", params=["stand-in", "gcsfs"])
+def bucket(request):
     """A bucket behind gs://, for epath and for TensorStore."""
+    if request.param == "gcsfs" and not find_spec("gcsfs"):
+        pytest.skip("gcsfs itself is not installed (requirements-gcs.txt)")
     with pytest.MonkeyPatch.context() as patch:
         found = Bucket()
-        serve(found, patch)
+        serve(found, patch, request.param == "gcsfs")
         yield found
         found.stop()
 
@@ -61,7 +65,7 @@ def killed_at(step, monkeypatch):
 def remote(bucket, local):
     """The same run in a bucket, killed once; its rows of scores."""
     patch = pytest.MonkeyPatch()
-    killed_at(8, patch)
+    killed_at(6, patch)
     killed = {name: bucket.get(name) for name in bucket.under("things/runs/tiny/")}
     return killed, train.train(parse(SCORED), HERE)
 
@@ -74,10 +78,10 @@ def files(bucket, folder):
 def test_a_run_in_a_bucket_that_was_killed_ends_in_the_bits_of_a_local_one(bucket, local, remote):
     folder, scores = local
     killed, found = remote
-    assert "things/runs/tiny/checkpoints/6/manifest.json" in killed and "things/runs/tiny/scores.jsonl" in killed
+    assert "things/runs/tiny/checkpoints/4/manifest.json" in killed and "things/runs/tiny/scores.jsonl" in killed
     assert found == scores
     steps = {name.split("/")[4] for name in bucket.under("things/runs/tiny/checkpoints/")}
-    assert steps == {p.name for p in (folder / "checkpoints").iterdir()} == {"4", "6", "8", "10", "12"}
+    assert steps == {p.name for p in (folder / "checkpoints").iterdir()} == {"4", "6", "8"}
     there = places.at(HERE)
     for step in steps:
         mine, theirs = (leaves(place / "checkpoints" / step) for place in (there, folder))
@@ -87,7 +91,7 @@ def test_a_run_in_a_bucket_that_was_killed_ends_in_the_bits_of_a_local_one(bucke
     own = files(bucket, "things/runs/tiny")
     for name in ("config.json", "data.json", "metrics.jsonl", "scores.jsonl", "best.json"):
         assert own[name] == (folder / name).read_text()
-    assert [json.loads(line)["step"] for line in own["starts.jsonl"].splitlines()] == [0, 6]
+    assert [json.loads(line)["step"] for line in own["starts.jsonl"].splitlines()] == [0, 4]
     for path in [*folder.glob("samples/*.png"), folder / "samples.png", folder / "curves.png"]:
         assert bucket.get(f"things/runs/tiny/{path.relative_to(folder).as_posix()}") == path.read_bytes()
     assert not [name for name in bucket.under("") if "tmp" in name]
@@ -102,7 +106,7 @@ def test_what_a_bucket_holds_is_loaded_sampled_and_scored_like_a_folder(bucket, 
     folder, _ = local
     best = json.loads(bucket.get("things/runs/tiny/best.json"))["step"]
     assert os.fspath(checkpoint.find(f"{HERE}/best")) == f"{HERE}/checkpoints/{best}"
-    for name in ("", "/best", "/checkpoints/6"):
+    for name in ("", "/best", "/checkpoints/4"):
         (_, mine), (_, theirs) = pretrained.load(HERE + name), pretrained.load(f"{folder}{name}")
         for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
             np.testing.assert_array_equal(a, b)
@@ -111,21 +115,23 @@ def test_what_a_bucket_holds_is_loaded_sampled_and_scored_like_a_folder(bucket, 
     evaluate.write_samples(f"{folder}/best", [1, 2], 4, out=str(tmp_path / "local.png"))
     mine, theirs = Image.open(io.BytesIO(written.read_bytes())), Image.open(tmp_path / "local.png")
     np.testing.assert_array_equal(np.asarray(mine), np.asarray(theirs))
-    assert evaluate.write_scores(HERE, [1], 32) == evaluate.write_scores(folder, [1], 32)
+    (row,) = evaluate.write_scores(f"{HERE}/best", [1], 32)
+    told = json.loads(bucket.get("things/runs/tiny/best.json"))
+    assert row == {name: told[name] for name in row}
 
 
 def test_a_damaged_or_unfinished_checkpoint_in_a_bucket_is_passed_over(bucket, remote, caplog):
     kept = dict(bucket.objects)
     try:
-        victim = next(name for name in bucket.under("things/runs/tiny/checkpoints/12/params/d/"))
+        victim = next(name for name in bucket.under("things/runs/tiny/checkpoints/8/params/d/"))
         data = bytearray(bucket.get(victim))
         data[len(data) // 2] ^= 1
         bucket.put(victim, data)
-        del bucket.objects["things/runs/tiny/checkpoints/10/manifest.json"]
-        with pytest.raises(DmfError, match=r"checkpoint gs://.*/12: file params/d/\w+ has \d+ bytes and another checksum"):
+        del bucket.objects["things/runs/tiny/checkpoints/6/manifest.json"]
+        with pytest.raises(DmfError, match=r"checkpoint gs://.*/8: file params/d/\w+ has \d+ bytes and another checksum"):
             pretrained.load(HERE)
         saved = checkpoint.Checkpoints(places.at(HERE), 2, [], {"config": {}})
-        assert saved.complete() == [12, 8, 6, 4]
+        assert saved.complete() == [8, 4]
         saved.close()
     finally:
         bucket.objects = kept
@@ -150,14 +156,16 @@ def test_lines_and_files_are_the_same_in_both(bucket, tmp_path, root):
     places.write(folder / "starts.jsonl", '{"a": 1}\n{"b"', ".tmp")
     workdir.append(folder / "starts.jsonl", {"c": 1})
     assert (folder / "starts.jsonl").read_text() == '{"a": 1}\n{"b"\n{"c": 1}\n'
-    assert places.size(folder / "starts.jsonl") == 24 and places.absolute(folder) == folder
+    assert places.size(folder / "starts.jsonl") == 23 and places.absolute(folder) == folder
     names = [path.name for path in places.files(folder)]
     assert names == ["x.json", "metrics.jsonl", "starts.jsonl"] if root == "bucket" else sorted(names) == names
     places.remove_tree(folder)
     assert not (folder / "metrics.jsonl").exists()
 
 
-def test_what_no_bucket_does_is_refused_by_the_stand_in(bucket):
+def test_what_no_bucket_does_is_refused_by_the_stand_in(bucket, request):
+    if "gcsfs" in request.node.name:
+        pytest.skip("gcsfs copies and deletes where it is asked to rename")
     path = places.at("gs://things/refused/a.txt")
     path.write_text("a")
     for forbidden in (
@@ -173,12 +181,12 @@ def test_an_unreachable_or_read_only_bucket_and_other_addresses_are_one_sentence
     with monkeypatch.context() as patch:
         patch.setattr(bucket, "closed", True)
         for use in (lambda: train.train(parse(TINY), HERE), lambda: pretrained.load(f"{HERE}/nowhere")):
-            with pytest.raises(DmfError, match=r"gs://things/\S+ cannot be reached: PermissionError: .*; expected a bucket"):
+            with pytest.raises(DmfError, match=r"gs://things/\S+ cannot be reached: \w+Error: .*no right to read; expected"):
                 use()
     with monkeypatch.context() as patch:
         patch.setattr(bucket, "read_only", True)
         with pytest.raises(
-            DmfError, match=r"--workdir=gs://things/new cannot be written: PermissionError: .*; expected a writ"
+            DmfError, match=r"--workdir=gs://things/new cannot be written: \w+Error: .*no right to write.*; expected a"
         ):
             train.train(parse(TINY), "gs://things/new")
     with pytest.raises(DmfError, match=r"no such file or directory; expected a work directory"):
