@@ -110,7 +110,7 @@ class Checkpoints:
     def _one_sentence(self, step: int) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError) as error:  # a full disk is the one or the other, by who notices it
+        except places.failures(self.directory) as error:  # a full disk is the one or the other, by who notices it
             raise DmfError(
                 f"checkpoint of step {step} could not be written to {self.directory}: {_short(error)}; checkpoints of other "
                 "steps are untouched; expected a writable directory with enough room"

@@ -97,7 +97,10 @@ def append(path: Path, text: str) -> None:
             file.write(text)
         return
     with _told(path):
-        before = path.read_bytes() if path.exists() else b""
+        try:
+            before = path.read_bytes()
+        except FileNotFoundError:
+            before = b""
         path.write_bytes(before + text.encode())
 
 
@@ -124,6 +127,11 @@ def remove_tree(folder: Path) -> None:
     with _told(folder):
         tree: Any = folder
         tree.rmtree(missing_ok=True)  # the last object gone, there is no folder any more
+
+
+def failures(path: Path) -> tuple[type[Exception], ...]:
+    """What may be raised by who writes there: a cloud's clients have no common base."""
+    return (Exception,) if is_bucket(path) else (OSError, ValueError)
 
 
 def _serve(text: str) -> None:

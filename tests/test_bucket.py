@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dmf import checkpoint, evaluate, places, pretrained, train, workdir
+from dmf import checkpoint, evaluate, guard, places, pretrained, train, workdir
 from dmf.config import parse
 from dmf.errors import DmfError
 from dmf.logging import JsonLines
 from tests.bucket import Bucket, Refused, serve
 from tests.test_train import leaves
-from tests.tiny import TINY, merged
+from tests.tiny import TINY, Setup, merged
 
 # One program, two stages of four steps, scored.
 SCORED = merged(TINY, curriculum=dict(stages=2, kinds=("trajectory",) * 2, pretrain_length=0.0), run=dict(score_samples=32))
@@ -209,3 +209,22 @@ def test_without_its_packages_a_bucket_is_one_sentence(bucket, monkeypatch):
     ):
         places.at("gs://a/b")
     assert places.at("a/b").name == "b"
+
+
+def test_going_back_deletes_what_is_beyond_and_a_failed_save_is_one_sentence(bucket, monkeypatch):
+    folder = places.at("gs://things/back")
+    row = {"back_to": 4, "action": "rate", "settled": False}
+    places.write(folder / guard.FILE, json.dumps([row]), ".json.tmp")
+    for step in (4, 6, 8):
+        for name in (checkpoint.MANIFEST, "params/d/0"):
+            places.write(folder / "checkpoints" / str(step) / name, "x", ".json.tmp")
+    guard.Guard(folder / guard.FILE, folder / "checkpoints", guard.GuardConfig(), False).settle()
+    assert [path.parent.name for path in (folder / "checkpoints").glob(f"[0-9]*/{checkpoint.MANIFEST}")] == ["4"]
+    assert bucket.under("things/back/checkpoints/6") == [] and json.loads((folder / guard.FILE).read_text())[0]["settled"]
+    saved = checkpoint.Checkpoints(folder, 2, [], {"config": {}})
+    monkeypatch.setattr(bucket, "read_only", True)
+    with pytest.raises(
+        DmfError, match=r"checkpoint of step 9 could not be written to gs://things/back/checkpoints: .*; expected"
+    ):
+        saved.save(9, Setup().state())
+    saved.close()
