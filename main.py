@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import gc
 import os
-import pathlib
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -29,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dmf import stopping
+from dmf import places, stopping
 from dmf.errors import DmfError
 
 if TYPE_CHECKING:
@@ -165,7 +164,7 @@ def train() -> None:
 
     path = config_flags.get_config_filename(flags.FLAGS["config"])
     workdir = WORKDIR.value or f"runs/{path.rpartition('/')[2].replace('.py', '').replace(':', '_')}"
-    keep_programs(pathlib.Path(workdir))
+    keep_programs(places.at(workdir))
     run(config, workdir, STARTED, ALLOW_CHANGE.value, stop)
 
 
@@ -315,6 +314,7 @@ def _ema() -> float | None:
 def _needed_out(what: str) -> str:
     if not OUT.value:
         raise DmfError(f"--out is missing: expected {what} with --mode={MODE.value}; see --help")
+    places.local(OUT.value, f"as --out of --mode={MODE.value}")
     return OUT.value
 
 
@@ -339,7 +339,7 @@ def _check_read(read: tuple[str, ...], what: str, hint: str = "") -> None:
 
 
 def _out(suffix: str) -> str:
-    path = pathlib.Path(OUT.value)
+    path = places.local(OUT.value, "as --out")
     if OUT.value and (path.suffix != suffix or not path.parent.is_dir()):
         raise DmfError(f"--out={OUT.value}: expected a file name ending in {suffix}, in a directory that exists")
     return OUT.value

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from dmf import hosts
+from dmf import hosts, places
 from dmf.errors import DmfError
 from dmf.manifest import MANIFEST, verify, write_manifest
 from dmf.state import TrainState
@@ -72,7 +72,7 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, Future[None]] | None = None
         self._checkpointer = ocp.training.Checkpointer(
-            self.directory.absolute(),
+            places.absolute(self.directory),
             preservation_policy=_Kept(lambda: self._kept),
             cleanup_tmp_directories=True,
             lightweight_initialize=True,  # reads no step's own files, which may be damaged
@@ -110,7 +110,7 @@ class Checkpoints:
     def _one_sentence(self, step: int) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError) as error:  # a full disk is the one or the other, by who notices it
+        except places.failures(self.directory) as error:  # a full disk is the one or the other, by who notices it
             raise DmfError(
                 f"checkpoint of step {step} could not be written to {self.directory}: {_short(error)}; checkpoints of other "
                 "steps are untouched; expected a writable directory with enough room"
@@ -195,7 +195,7 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 def _load(folder: Path, target: dict[str, Any]) -> dict[str, Any]:
     try:
-        return ocp.load_checkpointables(folder.absolute(), target)
+        return ocp.load_checkpointables(places.absolute(folder), target)
     except Exception as error:  # storage, metadata and structure errors have no common base in Orbax
         raise DmfError(
             f"checkpoint {folder} cannot be read: {_short(error)}; expected the items {', '.join(target)}"
@@ -207,7 +207,7 @@ def find(path: str | Path) -> Path:
 
     WORKDIR/best is the one with the best score.
     """
-    path = Path(path)
+    path = places.reach(places.at(path))
     if path.name == "best" and not path.exists():
         path = path.parent / FOLDER / str(_best_step(path.parent))
     if not path.exists():
@@ -231,7 +231,7 @@ def _best_step(workdir: Path) -> int:
 def metadata(folder: Path) -> dict[str, Any]:
     """What was written beside the weights: the run's config and image shape. Verifies the folder first."""
     verify(folder)
-    found = ocp.metadata(folder.absolute()).custom_metadata
+    found = ocp.metadata(places.absolute(folder)).custom_metadata
     if not isinstance(found, dict) or not {"config", "network"} & set(found):
         raise DmfError(f"checkpoint {folder}: no config in its metadata; expected a checkpoint that dmf has written")
     if "config" in found:
@@ -324,7 +324,7 @@ def read_params(folder: Path, ema: int | None, like: Any) -> Any:
     fit. `metadata` has verified the folder.
     """
     item = "params" if ema is None else "ema"
-    items = ocp.checkpointables_metadata(folder.absolute()).metadata
+    items = ocp.checkpointables_metadata(places.absolute(folder)).metadata
     if item not in items:
         raise DmfError(f"checkpoint {folder} holds no {item}: expected one that a run has written")
     stored = items[item]

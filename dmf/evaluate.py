@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dmf import data, networks, pictures, pretrained, sharding
+from dmf import data, networks, pictures, places, pretrained, sharding
 from dmf.config import Config, parse
 from dmf.data import Dataset, Latents, latents
 from dmf.errors import DmfError
@@ -125,7 +125,7 @@ def write_samples(
         labels = data.load(config.data, "train").labels
     draw = Sampler(network, config, shape, labels, mesh)
     side = math.isqrt(count - 1) + 1
-    target = Path(out or home(folder, stored) / f"samples_{config.run.sampler}_{'_'.join(map(str, steps))}.png")
+    target = places.at(out or home(folder, stored) / f"samples_{config.run.sampler}_{'_'.join(map(str, steps))}.png")
     pictures.panels(target, {f"{n} step{'s' * (n > 1)}": decode(draw(params, count, n)) for n in steps}, side)
     print(f"samples   {target}")
     return target
@@ -152,7 +152,7 @@ def write_scores(
     rows = score(draw, found[0], params, count or config.run.score_samples or 2000, steps)
     print(format_scores(rows, found[0].floor))
     if out:
-        Path(out).write_text(json.dumps(rows, indent=1) + "\n")
+        places.at(out).write_text(json.dumps(rows, indent=1) + "\n")
     return rows
 
 

@@ -18,13 +18,13 @@ import functools
 import itertools
 import json
 import math
-import shutil
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dmf import places
 from dmf.curriculum import GUIDED, Stage, identity_of, rho_at, stage_at
 from dmf.errors import DmfError
 from dmf.manifest import MANIFEST, verify
@@ -140,7 +140,7 @@ class Guard:
             if folder.name.isdecimal() and int(folder.name) > self.rows[-1]["back_to"]:
                 try:
                     (folder / MANIFEST).unlink(missing_ok=True)  # first: from now on it is not a checkpoint
-                    shutil.rmtree(folder)
+                    places.remove_tree(folder)
                 except OSError as error:
                     raise DmfError(f"{folder} cannot be deleted: {error.strerror}; expected to, to go back") from error
         self.rows[-1]["settled"] = True
@@ -216,9 +216,7 @@ class Guard:
         return "stop" if done >= self._config.limit else self._config.action
 
     def _write(self) -> None:
-        partial = self._path.with_suffix(".json.tmp")
-        partial.write_text(json.dumps(self.rows, indent=1) + "\n")
-        partial.replace(self._path)
+        places.write(self._path, json.dumps(self.rows, indent=1) + "\n", ".json.tmp")
 
 
 def describe(row: Mapping[str, Any]) -> str:

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dmf import places
+
 
 class JsonLines:
     """A file of JSON objects, one per line, each with the step it belongs to; flushed at every line."""
@@ -22,14 +24,11 @@ class JsonLines:
         """Drops what a killed run wrote beyond the step it resumes from, and a line it left half-written."""
         kept = [row for row in self.read() if row["step"] <= step]
         if self._writes and self.path.exists():
-            partial = self.path.with_suffix(".tmp")
-            partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            partial.replace(self.path)
+            places.write(self.path, "".join(json.dumps(row) + "\n" for row in kept), ".tmp")
 
     def write(self, row: Mapping[str, Any]) -> None:
         if self._writes:
-            with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            places.append(self.path, json.dumps(row) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
         """All complete rows; a last line that was cut by a kill is ignored."""

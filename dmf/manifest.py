@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dmf import places
 from dmf.errors import DmfError
 
 MANIFEST = "manifest.json"
@@ -18,9 +19,7 @@ MANIFEST = "manifest.json"
 
 def write_manifest(folder: Path) -> None:
     """Completes a step folder: relative path, size and SHA-256 of every file, written whole or not at all."""
-    partial = folder / f"{MANIFEST}.tmp"
-    partial.write_text(_as_text(_contents(folder)))
-    partial.replace(folder / MANIFEST)
+    places.write(folder / MANIFEST, _as_text(_contents(folder)), ".json.tmp")
 
 
 def verify(folder: Path) -> None:
@@ -48,9 +47,9 @@ def _as_text(contents: Any) -> str:
 
 
 def _contents(folder: Path) -> dict[str, list[Any]]:
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(MANIFEST))
+    files = [p for p in places.files(folder) if not p.name.startswith(MANIFEST)]
     found: dict[str, list[Any]] = {}
     for path in files:
         with path.open("rb") as file:
-            found[path.relative_to(folder).as_posix()] = [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+            found[path.relative_to(folder).as_posix()] = [places.size(path), hashlib.file_digest(file, "sha256").hexdigest()]
     return found

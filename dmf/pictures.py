@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from dmf import places
 from dmf.curriculum import Stage, identity_of
 
 GAP = 2  # pixels between samples
 CAPTION = 14  # pixels above a grid
 BACKGROUND = 40
+PARTIAL = ".tmp.png"  # of a file's name until it is whole
 
 
 def grid(samples: np.ndarray, columns: int, enlarge: int) -> Image.Image:
@@ -48,7 +51,7 @@ def panels(path: Path, named: Mapping[str, np.ndarray], columns: int) -> None:
 
 def stack(path: Path, parts: Sequence[Path]) -> None:
     """Pictures below each other, written to `path`."""
-    images = [Image.open(p) for p in parts]
+    images = [Image.open(io.BytesIO(p.read_bytes())) for p in parts]
     page = Image.new("RGB", (max(i.width for i in images), sum(i.height for i in images)), (BACKGROUND,) * 3)
     top = 0
     for image in images:
@@ -89,9 +92,9 @@ def curves(
     for s in stages:
         top.text(s.first, 1.02, f"{s.name} {s.kind}", transform=top.get_xaxis_transform(), fontsize=6, rotation=20)
     axes[-1, 0].set_xlabel("step")
-    partial = path.with_suffix(".tmp.png")
-    fig.savefig(partial, dpi=110, bbox_inches="tight")
-    partial.replace(path)
+    written = io.BytesIO()
+    fig.savefig(written, dpi=110, bbox_inches="tight")
+    places.write(path, written.getvalue(), PARTIAL)
 
 
 def _interval(axis: Any, metrics: Sequence[Mapping[str, Any]]) -> None:
@@ -108,7 +111,7 @@ def _interval(axis: Any, metrics: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _write(image: Image.Image, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".tmp.png")
-    image.save(partial)
-    partial.replace(path)
+    places.make(path.parent)
+    written = io.BytesIO()
+    image.save(written, "PNG")
+    places.write(path, written.getvalue(), PARTIAL)

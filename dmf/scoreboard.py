@@ -9,7 +9,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from dmf import checkpoint, curriculum, data, evaluate, hosts, networks, pictures, scoring
+from dmf import checkpoint, curriculum, data, evaluate, hosts, networks, pictures, places, scoring
 from dmf.config import Config
 from dmf.curriculum import Stage
 from dmf.logging import JsonLines, TensorBoard
@@ -137,9 +137,7 @@ class Scoreboard:
         if best is None:
             path.unlink(missing_ok=True)
         else:
-            partial = path.with_suffix(".json.tmp")
-            partial.write_text(json.dumps(best) + "\n")
-            partial.replace(path)
+            places.write(path, json.dumps(best) + "\n", ".json.tmp")
 
     def _picture(self, boundary: Boundary) -> Path:
         return self._workdir / "samples" / f"{boundary.step:08}_{boundary.name.replace(' ', '_')}.png"

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from dmf import checkpoint, data, evaluate, pretrained, sharding
+from dmf import checkpoint, data, evaluate, places, pretrained, sharding
 from dmf.config import Config, parse
 from dmf.curriculum import GUIDED
 from dmf.data import images as sources
@@ -50,7 +50,8 @@ def score_checkpoint(
     """Scores a checkpoint by a protocol, one row for each EMA and number of sampling steps; prints them, writes JSON.
 
     path, emas, sampler, vae: as for `evaluate.write_samples`. seed: of noise and drawn labels, None for the run's own. out: the
-    JSON file, by default beside the checkpoint; rows it already holds are not made again. Raises DmfError on bad input.
+    JSON file, by default beside the checkpoint, or of one in a bucket in the current directory; rows it already holds are not
+    made again. Raises DmfError on bad input.
     """
     mesh = sharding.make_mesh()
     judge = Judge(setting, mesh)
@@ -61,8 +62,10 @@ def score_checkpoint(
     judge.announce()
     labels = _labels(judge.protocol, config, None if pretrained.is_converted(stored) else config.data)
     named = (judge.protocol.name, folder.name, config.run.sampler, f"seed{config.seed}")
+    beside = evaluate.home(folder, stored)
+    beside = Path() if places.is_bucket(beside) else beside  # sums wait in files that are mapped and locked
     results = Results(
-        Path(out) if out else evaluate.home(folder, stored) / f"scores_{free_name('_'.join(map(str, named)))}.json",
+        Path(out) if out else beside / f"scores_{free_name('_'.join(map(str, named)))}.json",
         {
             "checkpoint": {"folder": folder.name, "manifest_sha256": sha256(folder / checkpoint.MANIFEST)},
             "autoencoder": sha256(pretrained.open_folder(vae)[0] / checkpoint.MANIFEST) if vae else "none",

@@ -31,7 +31,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dmf import ahead, checkpoint, curriculum, data, guard, hosts, networks, optim, pretrained, sharding, state, step
+from dmf import ahead, checkpoint, curriculum, data, guard, hosts, networks, optim, places, pretrained, sharding, state, step
 from dmf.config import Config, RunConfig, check, to_dict
 from dmf.curriculum import Stage
 from dmf.data.feed import Feed
@@ -59,7 +59,7 @@ def train(
     """
     rows = None
     while rows is None:
-        run = Run(config, Path(workdir), began, allow_change, stop)
+        run = Run(config, places.reach(places.at(workdir)), began, allow_change, stop)
         try:
             rows = run.to_its_end()
         except BaseException:

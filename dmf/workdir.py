@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from dmf import checkpoint, guard
+from dmf import checkpoint, guard, places
 from dmf.config import Config, differences, parse, to_dict
 from dmf.errors import DmfError
 
@@ -62,7 +62,7 @@ def claim(
     """
     path, mine = workdir / CONFIG, to_dict(config)
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        places.make(workdir)
         if fresh:
             for old in (ORIGIN, CHANGES, guard.FILE):
                 (workdir / old).unlink(missing_ok=True)
@@ -134,9 +134,7 @@ def _stored(workdir: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, values: Any) -> None:
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(values, indent=2) + "\n")
-    partial.replace(path)
+    places.write(path, json.dumps(values, indent=2) + "\n", ".tmp")
 
 
 def origin(workdir: Path) -> dict[str, Any] | None:
@@ -148,7 +146,7 @@ def origin(workdir: Path) -> dict[str, Any] | None:
 def keep_programs(workdir: Path) -> None:
     """Compiled programs stay in the work directory, so that a run that is started again need not compile them again."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # which names another place
-        jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "programs"))
+        jax.config.update("jax_compilation_cache_dir", str(places.absolute(workdir) / "programs"))
         # Else the folder's path is a part of each program's key, and a directory that was moved compiles all anew.
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
@@ -177,8 +175,7 @@ def append(path: Path, row: dict[str, Any]) -> None:
     """Adds a line of JSON to a file, on a line of its own even where a kill or a full disk has cut the last one."""
     torn = path.is_file() and not path.read_bytes().endswith(b"\n")
     try:
-        with path.open("a") as file:
-            file.write("\n" * torn + json.dumps(row) + "\n")
+        places.append(path, "\n" * torn + json.dumps(row) + "\n")
     except OSError as error:
         raise DmfError(f"{path} cannot be written: {error.strerror}; expected a writable directory with room") from error
 

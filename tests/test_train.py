@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from dmf import checkpoint, curriculum, pretrained, state, train
+from dmf import checkpoint, curriculum, places, pretrained, state, train
 from dmf.config import parse
 from dmf.errors import DmfError
 from tests import devices
@@ -40,7 +40,7 @@ def leaves(folder):
     """Every array of a checkpoint (weights, EMAs, optimiser, table of intervals), as NumPy."""
     from orbax.checkpoint import v1 as ocp
 
-    found = ocp.load_checkpointables(folder.absolute())
+    found = ocp.load_checkpointables(places.absolute(folder))
     items = (*checkpoint.ITEMS, *checkpoint.OPTIONAL)
     return [np.asarray(x) for x in jax.tree.leaves({k: found[k] for k in items if k in found})]
 

@@ -1,0 +1,161 @@
+"""Where a run is kept: a local directory, or gs://BUCKET/FOLDER in Google Cloud Storage. What the two do not share is here.
+
+A bucket knows objects alone: a folder is there as long as an object's name begins with it, nothing is appended to or renamed,
+and an object is replaced as a whole or not at all. `at` gives what both are used through, a pathlib.Path or for a bucket the
+epath.Path of etils, which is called in the same way. Orbax, JAX's cache of programs and TensorBoard take gs:// themselves.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from dmf.errors import DmfError
+
+SCHEME = "gs://"
+PACKAGES = "requirements-gcs.txt"
+NAMED = re.compile(r"[a-z][a-z0-9+.-]+://")
+
+
+def at(path: str | os.PathLike[str]) -> Path:
+    """The place that a text names; for a bucket an epath.Path, which offers of a Path what is used of it here.
+
+    Raises DmfError where the packages that serve a bucket are missing, and for any other kind of address.
+    """
+    text = os.fspath(path)
+    if not NAMED.match(text):
+        return Path(path)
+    if not is_bucket(text) or not text.removeprefix(SCHEME).strip("/"):
+        raise DmfError(f"{text}: expected a local path or {SCHEME}BUCKET/FOLDER")
+    _serve(text)
+    from etils import epath  # of Orbax' own dependencies; here, as --help should load nothing
+
+    return cast(Path, epath.Path(text))
+
+
+def is_bucket(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is one in a bucket."""
+    return os.fspath(path).startswith(SCHEME)
+
+
+def local(path: str | os.PathLike[str], why: str) -> Path:
+    """A path that has to be local, for the reason given; raises DmfError for another one."""
+    if NAMED.match(os.fspath(path)):
+        raise DmfError(f"{os.fspath(path)}: expected a local path, {why}")
+    return Path(path)
+
+
+def absolute(path: Path) -> Path:
+    """Path.absolute, which of an epath.Path would put the present directory before gs://."""
+    return path if is_bucket(path) else path.absolute()
+
+
+def reach(path: Path) -> Path:
+    """The path itself; raises DmfError where it is in a bucket that cannot be read: no such bucket, no right to, no network."""
+    if is_bucket(path):
+        try:
+            path.exists()
+        except Exception as error:  # what a cloud's client raises has no common base
+            raise DmfError(
+                f"{path} cannot be reached: {_short(error)}; expected a bucket that is there and credentials that may read and "
+                "write it (gcloud auth application-default login, or the machine's own)"
+            ) from error
+    return path
+
+
+def make(folder: Path) -> None:
+    """Makes a folder and those it is in; a bucket needs none."""
+    if not is_bucket(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def write(path: Path, content: str | bytes, partial: str) -> None:
+    """Writes a file whole or not at all. Raises OSError.
+
+    partial: the suffix of an unfinished one, in the place of the file's own; in a bucket there is none.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    if is_bucket(path):
+        with _told(path):
+            path.write_bytes(data)
+        return
+    unfinished = path.with_suffix(partial)
+    unfinished.write_bytes(data)
+    unfinished.replace(path)
+
+
+def append(path: Path, text: str) -> None:
+    """Adds text to a file, which need not be there. In a bucket the whole of it is written again. Raises OSError."""
+    if not is_bucket(path):
+        with path.open("a") as file:
+            file.write(text)
+        return
+    with _told(path):
+        try:
+            before = path.read_bytes()
+        except FileNotFoundError:
+            before = b""
+        path.write_bytes(before + text.encode())
+
+
+def files(folder: Path) -> list[Path]:
+    """Every file below a folder, sorted."""
+    if not is_bucket(folder):
+        return sorted(p for p in folder.rglob("*") if p.is_file())
+    tree: Any = folder  # a Path has walk only since Python 3.12
+    found = [(os.fspath(root), name) for root, _, names in tree.walk() for name in names if name]
+    return sorted(at(SCHEME + root.removeprefix(SCHEME)) / name for root, name in found)  # epath may leave out gs://
+
+
+def size(path: Path) -> int:
+    """Bytes of a file."""
+    found: Any = path.stat()
+    return found.length if is_bucket(path) else found.st_size
+
+
+def remove_tree(folder: Path) -> None:
+    """Removes a folder with all that is in it. Raises OSError."""
+    if not is_bucket(folder):
+        shutil.rmtree(folder)
+        return
+    with _told(folder):
+        tree: Any = folder
+        tree.rmtree(missing_ok=True)  # the last object gone, there is no folder any more
+
+
+def failures(path: Path) -> tuple[type[Exception], ...]:
+    """What may be raised by who writes there: a cloud's clients have no common base."""
+    return (Exception,) if is_bucket(path) else (OSError, ValueError)
+
+
+def _serve(text: str) -> None:
+    """Makes gcsfs what epath asks, rather than TensorFlow, which is large and here for event files alone."""
+    if os.environ.setdefault("EPATH_USE_TF", "false").lower() not in ("false", "no", "f", "0"):
+        return  # the user's own choice
+    try:
+        import fsspec
+
+        # Orbax writes arrays without telling gcsfs, and other processes write too: what it has listed once may be no more.
+        fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+        fsspec.get_filesystem_class("gcs")
+    except ImportError as error:
+        raise DmfError(f"{text}: the packages for {SCHEME} are missing; expected pip install -r {PACKAGES}") from error
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What a cloud's client raises, as the OSError that a disk would."""
+    try:
+        yield
+    except Exception as error:  # they have no common base
+        raise OSError(errno.EIO, _short(error), str(path)) from error
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
