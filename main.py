@@ -56,8 +56,8 @@ MODE = flags.DEFINE_enum("mode", "train", NAMES, "What to do.")
 WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
-    "Directory of the run: written by train (default: runs/ and the config's name), read by sample, score and export, which "
-    "also take a converted directory.",
+    "Directory of the run, or gs://BUCKET/FOLDER: written by train (default: runs/ and the config's name), read by sample, "
+    "score and export, which also take a converted directory.",
 )
 STEPS = flags.DEFINE_list("steps", ["1"], "Sampling steps, comma-separated (sample, score, export).")
 COUNT = flags.DEFINE_integer(
