@@ -78,7 +78,7 @@ def curves(
         if rows:
             top.semilogy(*zip(*rows, strict=True), lw=0.8, label=label)
     top.set_ylabel("mean squared residual")
-    top.legend(loc="upper right", fontsize=8)
+    top.legend(loc="lower left", fontsize=8)
     _interval(top.twinx(), metrics)
     if scores:
         for nfe in sorted({s["nfe"] for s in scores}):
