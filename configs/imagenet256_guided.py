@@ -16,7 +16,7 @@ official MeanFlow for XL/2, L/2 and B/2 (effective scale 2.5, 2.5, 2); none is k
 
 The same as the last stage of any curriculum: --config.curriculum.stages=4 --config.guidance.omega=0.2
 --config.guidance.kappa=0.92 --config.guidance.t_end=0.75
---config.curriculum.kinds="('trajectory','discrete','jvp','guided_jvp')".
+--config.curriculum.kinds=trajectory,discrete,jvp,guided_jvp.
 """
 
 from configs import imagenet256

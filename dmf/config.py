@@ -283,6 +283,8 @@ def _value(hint: Any, value: Any, path: str) -> Any:
         if not isinstance(value, tuple | list):
             raise DmfError(f"{path} = {value!r}: expected a tuple")
         item = typing.get_args(hint)[0]
+        if item is str:  # --config.curriculum.kinds=discrete,jvp arrives as one name
+            value = [name for v in value for name in (v.split(",") if isinstance(v, str) else [v])]
         return tuple(_value(item, v, path) for v in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

@@ -111,6 +111,11 @@ def test_a_missing_value_without_default_is_named():
         config.parse({**TINY, "network": dict(kind="dit", width=8, heads=2)})
 
 
+def test_names_in_one_flag_are_taken_apart_at_the_commas():
+    for given in (("discrete,jvp",), ("discrete", "jvp")):
+        assert config.parse(merged(TINY, curriculum=dict(kinds=given))).curriculum.kinds == ("discrete", "jvp")
+
+
 def test_whole_numbers_are_taken_for_floats_also_inside_tuples():
     parsed = config.parse(merged(TINY, curriculum=dict(q=3), ema=dict(halflife_images=[50, 800])))
     assert parsed.curriculum.q == 3.0 and parsed.ema.halflife_images == (50.0, 800.0)
