@@ -126,8 +126,8 @@ def written(tmp_path, values, name="mine.json"):
 
 def test_a_protocol_of_ones_own_is_its_base_but_for_the_fields_it_names(tmp_path):
     own = load(written(tmp_path, {"base": "cifar10", "count": 5000, "metrics": ["fid", "kid"]}))
-    assert own == dataclasses.replace(PROTOCOLS["cifar10"], name="mine.json", count=5000, metrics=("fid", "kid"))
-    assert describe(own).startswith("mine.json: inception") and "5,000 samples" in describe(own)
+    assert own == dataclasses.replace(PROTOCOLS["cifar10"], name="mine", count=5000, metrics=("fid", "kid"))
+    assert describe(own).startswith("mine: inception") and "5,000 samples" in describe(own)
     whole = {**dataclasses.asdict(PROTOCOLS["edm"]), "name": "whole", "space": "pixels"}
     assert load(written(tmp_path, whole)) == dataclasses.replace(PROTOCOLS["edm"], name="whole", space="pixels")
     assert "whole: pixels, scaling" in describe(load(written(tmp_path, whole)))

@@ -234,7 +234,7 @@ def load(name_or_path: str) -> Protocol:
     from dmf.config import section  # here: the configuration of a run may itself name a protocol
 
     start = {} if base is None else dataclasses.asdict(PROTOCOLS[base])
-    protocol = section(Protocol, {**start, "name": path.name, **values}, str(path))
+    protocol = section(Protocol, {**start, "name": path.stem, **values}, str(path))
     _check(protocol, str(path))
     return protocol
 
