@@ -111,6 +111,10 @@ case $verb in
         # shellcheck disable=SC2034 # both are read by what is sourced
         requirements="requirements.txt" accelerator=${1:-}
         . launch/environment.sh
+        if [ "$accelerator" = tpu ]; then # whose work directory is in a bucket
+            requirements="requirements-gcs.txt" accelerator=''
+            . launch/environment.sh
+        fi
         echo "worker $(uname -n): installed"
         ;;
     start) start "$@" ;;

@@ -122,6 +122,36 @@ def test_main_py_itself_asked_to_stop_counts_as_stopped(ready):
 
 
 @pytest.mark.parametrize(
+    ("words", "files"), [(["tpu"], ["requirements.txt", "requirements-gcs.txt"]), ([], ["requirements.txt"])]
+)
+def test_a_worker_of_a_tpu_gets_the_packages_for_buckets_as_well(ready, words, files):
+    for path in (ready.root / ".venv").glob("*.done"):
+        path.unlink()
+    assert ready("worker.sh", "install", *words)[0] == 0
+    installs = [call for call in ready.calls("python") if "install" in call]
+    assert [call[call.index("-r") + 1] for call in installs] == files
+    assert [word for call in installs for word in call if word.startswith("jax")] == ["jax[tpu]"] * len(words)
+
+
+def test_an_environment_that_could_not_be_made_is_made_again(ready):
+    shutil.rmtree(ready.root / ".venv")
+    # As without Debian's python3-venv: the interpreter is there, pip is not.
+    ready.tool(
+        "python3",
+        """
+if words[:2] == ["-m", "venv"]:
+    os.makedirs(words[2] + "/bin", exist_ok=True)
+    os.path.lexists(words[2] + "/bin/python") or os.symlink(os.path.abspath(__file__), words[2] + "/bin/python")
+    sys.exit(1)
+""",
+    )
+    for _ in range(2):
+        assert ready("worker.sh", "install")[0] != 0
+    assert [call[1:3] for call in ready.calls("python3") if "-m" in call] == [["-m", "venv"]] * 2
+    assert ready.calls("python") == []
+
+
+@pytest.mark.parametrize(
     ("driver", "words", "extra"),
     [
         ("580.65.06", [], "cuda13"),
