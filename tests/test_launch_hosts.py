@@ -217,6 +217,8 @@ def test_a_slurm_job_is_one_process_per_node_with_the_variables_that_the_program
     expected = [[FLAGS, dict(zip(hosts.VARIABLES, ("gpu1:23456", "2", str(i)), strict=True))] for i in range(2)]
     assert told == sorted(expected, key=str)
     assert ready.calls("scontrol") == [["scontrol", "show", "hostnames", "gpu[1-2]"]] * 2 and ready.calls("squeue") == []
+    older = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "gpu[1-2]"}  # no SLURM_NTASKS
+    assert ready("slurm.sh", "--dry-run", *FLAGS, **older)[1] == out
     ready.forget()
     assert sbatch(ready, "--nodes=1", "launch/slurm.sh", *FLAGS)[0] == 0
     assert ready.noted("programs.jsonl") == [[FLAGS, {}]] and ready.calls("scontrol") == []
