@@ -21,7 +21,10 @@ python=.venv/bin/python
 stamp=.venv/$requirements${accelerator:+.$accelerator}.done
 if [ ! -f "$stamp" ] || [ -n "$(find "$requirements" requirements.txt requirements.lock -newer "$stamp")" ]; then
     echo "installing $requirements${accelerator:+ and jax[$accelerator]} into .venv (once, about a minute)" >&2
-    [ -x "$python" ] || "$found" -m venv .venv
+    if [ ! -x "$python" ] && ! "$found" -m venv .venv; then
+        rm -f "$python" # where pip could not be put beside it; else the next start would take it for whole
+        exit 1
+    fi
     "$python" -m pip install --quiet --disable-pip-version-check -r "$requirements" ${accelerator:+"jax[$accelerator]"} \
         -c requirements.lock >&2
     touch "$stamp"

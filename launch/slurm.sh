@@ -30,7 +30,7 @@ fi
 [ $# -gt 0 ] || fail "no flags of main.py: expected some, such as --config=configs/cifar10.py"
 
 # One process is told nothing of others. The process' own number is known on its node alone.
-tasks=${SLURM_NTASKS:-1}
+tasks=${SLURM_NTASKS:-${SLURM_JOB_NUM_NODES:-1}} # an older Slurm sets the first only where --ntasks is given
 if [ "$tasks" -gt 1 ]; then
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
     [ -n "$first" ] || fail "scontrol show hostnames $SLURM_JOB_NODELIST names no node: expected those of the job"

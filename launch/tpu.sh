@@ -19,7 +19,8 @@
 #   --delete-on-failure    delete the node where a step after its creation fails
 #   --delete-when-done     (watch) delete it once the run has ended
 #   --every=60             (watch, create --queued) seconds between two looks
-#   --retries=3            (watch) how often a failed call or a crashed program is tried again; a preemption is none of these
+#   --retries=3            (watch) failures that are borne: crashes in all, and failed calls since it was last seen running; a
+#                          preemption is none of these
 #   --out=DIR              (watch) collect the workers' output there at every look, a folder per start
 #   --create-flag=FLAG     one more flag of gcloud's create, such as --service-account=...; may be repeated
 #   --ssh-flag=FLAG        one more flag of gcloud's ssh and scp, such as --internal-ip; may be repeated
@@ -36,19 +37,21 @@ state=''     # of the node, as `look` has found it
 pretended='' # what a dry run finds
 making=''    # while gcloud makes a node
 begun=''     # a node that was made here, and that is not yet in use
+doubtful=''  # a creation failed: what it was about may be there all the same
 sleeper=''
 
 say() {
     if [ -n "$dry" ]; then printf '# %s\n' "$*" >&3; else printf '%s  %s\n' "$(date -u +%H:%M:%S)" "$*" >&2; fi
 }
 
-# A command, or in a dry run its text. What fails is told in one line.
+# A command, or in a dry run its text. What fails is told in one line. Nothing reads the terminal: in the background ssh would
+# be stopped for it, and the watch with it.
 call() {
     if [ -n "$dry" ]; then
         quoted "$@" >&3
         return
     fi
-    if "$@" 2>"$temp/said"; then return; else code=$?; fi
+    if "$@" </dev/null 2>"$temp/said"; then return; else code=$?; fi
     why=$(grep -E 'ERROR|rror:|failed with|NOT_FOUND' "$temp/said" || tail -n 3 "$temp/said")
     complain "$(printf '%s' "$why" | tr -s '\n\t ' '   ' | cut -c 1-600) (status $code of: $(quoted "$@"))"
     return 1
@@ -100,7 +103,7 @@ on_workers() {
 
 create() {
     say "creating $name: $accelerator, $runtime${queued:+, queued}${spot:+, spot}"
-    making=yes # what is interrupted here may be there or not
+    begun='' doubtful='' making=yes # what is interrupted here may be there or not
     if [ -n "$queued" ]; then
         set -- queued-resources create "$name" "--node-id=$name" "--accelerator-type=$accelerator" "--runtime-version=$runtime"
     else
@@ -108,7 +111,10 @@ create() {
     fi
     eval "tpus \"\$@\" $spot $create_flags" && begun=$name
     making=''
-    [ -n "$begun" ] || return 1
+    if [ -z "$begun" ]; then
+        doubtful=yes
+        return 1
+    fi
     [ -z "$queued" ] || await
 }
 
@@ -145,7 +151,7 @@ setup() {
 # A program that is not on all workers is on none; another one that runs there is left alone.
 run() {
     say "starting the program on all workers of $name"
-    on_workers "cd dmf && ./launch/worker.sh start $(quoted "$@")" && return
+    on_workers "cd dmf && ./launch/worker.sh start $(quoted "$@")" && begun='' && return
     on_workers "cd dmf && ./launch/worker.sh stop $(quoted "$@")"
     return 1
 }
@@ -161,7 +167,7 @@ remove() {
 }
 
 fresh() {
-    create && setup && run "$@" && begun=''
+    create && setup && run "$@"
 }
 
 # `look`, and if the node is there, what its workers say, as lines in $workers and one word in $all.
@@ -172,10 +178,11 @@ survey() {
     # shellcheck disable=SC2016 # it is the worker that knows its name
     workers=$(on_workers 'if cd dmf 2>/dev/null; then ./launch/worker.sh status; else echo "worker $(uname -n): none"; fi') || return 1
     [ -z "$dry" ] || workers='worker 0: ended'
-    words="|$(printf '%s\n' "$workers" | sed -n 's/^worker [^ ]*: \([a-z]*\( [0-9]*:\)\{0,1\}\).*/\1/p' | tr '\n' '|')"
-    # The first of these that some worker says. Where one runs and others do not, it will end soon too.
-    for all in running lost 'failed 2:' failed halted stopped none ended unknown; do
-        case $words in *"|$all|"* | *"|$all "*) return ;; esac
+    words="|$(printf '%s\n' "$workers" | sed -n 's/^\(worker [^ ]*\): failed 2:.*/\1: refused/; s/^worker [^ ]*: \([a-z]*\).*/\1/p' | tr '\n' '|')"
+    # The first of these that some worker says. Where one runs and others do not, it will end soon too; where one fails in
+    # another way, the others' status 2 is but their word of it.
+    for all in running lost failed refused halted stopped none ended unknown; do
+        case $words in *"|$all|"*) return ;; esac
     done
 }
 
@@ -214,12 +221,16 @@ again() {
 # The node is there: what about the program?
 mind() {
     case $all in
-        running) return 0 ;;
+        running)
+            begun='' tries=$crashes # failed calls are counted anew, crashes are not
+            return 0
+            ;;
         ended) return 3 ;;
-        halted | 'failed 2:') return 2 ;; # by tpu.sh stop; or an error that the same command would meet again
+        halted | refused) return 2 ;; # by tpu.sh stop; or an error that the same command would meet again
         stopped) again run "$@" ;;
-        none) setup && again run "$@" && begun='' ;;
+        none) setup && again run "$@" ;;
         failed | lost | unknown) # started again, and counted
+            crashes=$((crashes + 1))
             [ "$tries" -lt "$retries" ] && again run "$@"
             return 1
             ;;
@@ -227,7 +238,7 @@ mind() {
 }
 
 watch() {
-    tries=0 folder=0
+    tries=0 crashes=0 folder=0
     while [ -n "$out" ] && [ -d "$out/$((folder + 1))" ]; do folder=$((folder + 1)); done
     pretended=PREEMPTED
     while :; do
@@ -243,7 +254,7 @@ watch() {
             *) break ;;
         esac
         if [ "$tries" -gt "$retries" ]; then
-            begun=$name
+            [ "$state" = NOT_FOUND ] || begun=$name
             complain "gave up on $name, which is $state${workers:+, $(printf '%s' "$workers" | tr '\n' ';')}: expected at most --retries=$retries failures"
             return 1
         fi
@@ -272,21 +283,25 @@ logs() {
 
 # However the script ends: nothing of its own goes on, and a node that it made for nothing is deleted or named.
 finish() {
-    code=$?
+    ended=$?
     trap '' INT TERM
     [ -z "$sleeper" ] || kill "$sleeper" 2>/dev/null
-    if [ "$code" -ne 0 ] && [ -n "$begun$making" ]; then
+    if [ "$ended" -ne 0 ] && [ "$ended" -le 128 ] && [ -n "$doubtful" ] && [ -z "$begun" ]; then
+        look 2>/dev/null
+        [ "$state" = NOT_FOUND ] || making=yes
+    fi
+    if [ "$ended" -ne 0 ] && [ -n "$begun$making" ]; then
         if [ -z "$delete_on_failure" ] || [ -z "$begun" ] || ! remove; then
             complain "the TPU $name ${making:+may exist}${begun:+exists} in $zone and costs money; delete it: $(
                 quoted launch/tpu.sh delete "--name=$name" "--project=$project" "--zone=$zone" ${queued:+--queued}
             )"
         fi
-    elif [ "$code" -gt 128 ] && [ "$verb" = watch ]; then
+    elif [ "$ended" -gt 128 ] && [ "$verb" = watch ]; then
         say "nobody watches over $name now, which is left as it is; the same command does so again"
     fi
     [ -n "$dry" ] || rm -f "$root/runs/$name.bundle"
     rm -rf "$temp"
-    exit "$code"
+    exit "$ended"
 }
 
 need() {
@@ -357,9 +372,15 @@ esac
 check
 case $verb in run | up | watch)
     [ $# -gt 0 ] || fail "no flags of main.py: expected them after --, such as -- --config=configs/cifar10.py"
-    case " $* " in
-        *' --mode='*) set -- "--workdir=$workdir" "$@" ;;
-        *) set -- "--workdir=$workdir" --distributed "$@" ;; # which only training knows
+    mode=train before=''
+    for word in "$@"; do
+        case $word in --mode=* | -mode=*) mode=${word#*=} ;; esac
+        case $before in --mode | -mode) mode=$word ;; esac
+        before=$word
+    done
+    case $mode in
+        train) set -- "--workdir=$workdir" --distributed "$@" ;; # which only training knows
+        *) set -- "--workdir=$workdir" "$@" ;;
     esac
     ;;
 esac

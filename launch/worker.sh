@@ -8,8 +8,8 @@
 #   launch/worker.sh log [LINES]                   all that it has printed, or the last lines after the host's name
 #   launch/worker.sh stop [FLAGS]                  SIGTERM: it saves and leaves; with FLAGS only if it was started with these
 #
-# ended: it came to its end. stopped: somebody else's SIGTERM (a preemption) came before; the same start goes on. halted: that
-# was `stop`. lost: the host was started anew. The output of every start is kept: ~/dmf.run/log, log.1, log.2 and so on
+# ended: it came to its end. stopped: a SIGTERM of somebody else (a preemption), or `stop FLAGS`, came before; the same start
+# goes on. halted: that was `stop`. lost: the host was started anew. The output of every start is kept: ~/dmf.run/log, log.1, log.2 and so on
 # (DMF_STATE names another folder).
 set -eu
 cd "$(dirname "$0")/.."
@@ -91,7 +91,7 @@ stop() {
         echo "worker $(uname -n): $(verdict)"
         return
     fi
-    touch "$state/asked"
+    [ $# -gt 0 ] || touch "$state/asked" # with FLAGS it is undone what was begun, and may be started again
     while alive && [ ! -s "$state/program" ]; do sleep 0.1; done # started a moment ago
     kill -TERM "$(cat "$state/program")" 2>/dev/null || true
     waited=0
@@ -111,6 +111,10 @@ case $verb in
         # shellcheck disable=SC2034 # both are read by what is sourced
         requirements="requirements.txt" accelerator=${1:-}
         . launch/environment.sh
+        if [ "$accelerator" = tpu ]; then # whose work directory is in a bucket
+            requirements="requirements-gcs.txt" accelerator=''
+            . launch/environment.sh
+        fi
         echo "worker $(uname -n): installed"
         ;;
     start) start "$@" ;;

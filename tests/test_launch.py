@@ -88,6 +88,14 @@ VERBS = {
         ["run", *NODE, *RUN[:2], "--mode=score"],
         lambda bench: [ssh("cd dmf && ./launch/worker.sh start --workdir=gs://bucket/run --mode=score")],
     ),
+    "train": (
+        ["run", *NODE, *RUN[:2], "--mode=train"],
+        lambda bench: [ssh("cd dmf && ./launch/worker.sh start --workdir=gs://bucket/run --distributed --mode=train")],
+    ),
+    "score in two words": (
+        ["run", *NODE, *RUN[:2], "--mode", "score"],
+        lambda bench: [ssh("cd dmf && ./launch/worker.sh start --workdir=gs://bucket/run --mode score")],
+    ),
     "up": (["up", *NODE, *MACHINE, *RUN], lambda bench: [plain_create(), scp(bench), ssh(SETUP), ssh(START)]),
     "status": (["status", *NODE], lambda bench: [NODE_STATE, ssh(STATUS)]),
     "logs": (["logs", *NODE], lambda bench: [ssh("cd dmf && ./launch/worker.sh log 50")]),
@@ -185,7 +193,7 @@ def test_a_call_that_fails_is_reported_and_nothing_goes_on(bench, step, delete):
     calls, plan = bench.calls(), VERBS["up"][1](bench)
     failed = {"create": 1, "scp": 2, "install": 3, "start": 4}[step]
     after = [ssh(f"{STOP} {shlex.join(PROGRAM)}")] if step == "start" else []  # some workers may have begun
-    after += [PLAIN_DELETE] if delete and step != "create" else []
+    after += [NODE_STATE] if step == "create" else [PLAIN_DELETE] if delete else []  # what failed may have made it
     assert status == 1 and calls == plan[:failed] + after
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert errors[0] == f"error: ERROR: (gcloud) no ERROR: bye (status 3 of: {shown_as(plan[failed - 1])})"
@@ -196,6 +204,14 @@ def test_a_call_that_fails_is_reported_and_nothing_goes_on(bench, step, delete):
         assert bench.tpu(*words[1:])[0] == 0 and not (bench.bin / "cloud").exists()
     else:
         assert len(errors) == 1
+
+
+def test_a_node_that_is_there_although_its_creation_failed_is_named(bench):
+    (bench.bin / "cloud").mkdir()
+    bench.rules({"when": "create", "status": 1, "err": "ERROR: timed out\n"})
+    status, _, err = bench.tpu("create", *NODE, *MACHINE, "--delete-on-failure")
+    assert status == 1 and "the TPU dmf may exist in us-west4-a and costs money; delete it:" in err
+    assert (bench.bin / "cloud").exists()  # it may be somebody else's of that name
 
 
 def shown_as(words):
@@ -301,7 +317,61 @@ def test_a_zone_without_free_nodes_is_waited_for_and_other_failures_are_not(benc
     code, _, err = bench.tpu("watch", *NODE, *MACHINE, "--every=0", "--retries=2", *RUN)
     assert code == 1 and sum(words[4] == "create" for words in bench.calls()) == 3
     assert err.count("error: ERROR: Quota exceeded (status 1 of: gcloud compute tpus tpu-vm create") == 3
-    assert "gave up on dmf, which is NOT_FOUND" in err
+    assert "gave up on dmf, which is NOT_FOUND" in err and "costs money" not in err
+
+
+def test_a_node_that_is_gone_before_it_was_in_use_is_waited_for_as_any_other(bench):
+    # Made, not set up, gone; and then the zone is full for longer than failures are borne.
+    full = {"when": "create", "times": 2, "status": 1, "err": "ERROR: There is no more capacity in the zone\n"}
+    bench.rules({"when": "scp", "times": 1, "status": 1}, {"when": "create", "times": 1, "status": 0}, full)
+    code, _, err = bench.tpu("watch", *NODE, *MACHINE, "--every=0", "--retries=1", *RUN)
+    calls = [words[4] for words in bench.calls()]
+    assert (code, calls.count("create"), calls.count("scp")) == (0, 4, 2), err
+
+
+def test_failed_calls_between_which_the_program_runs_do_not_add_up(bench):
+    bench.program(goes_on=True)
+    assert bench.tpu("up", *NODE, *MACHINE, *RUN)[0] == 0
+    broken = {"when": "tpu-vm describe", "times": 1, "status": 1, "err": "ERROR: broken pipe\n"}
+    there = {"when": "tpu-vm describe", "times": 1, "out": "READY\n", "status": 0}
+    ended = {"when": "worker.sh status", "out": "worker a: ended\nworker b: ended\n", "status": 0}
+    running = {"when": "worker.sh status", "times": 3, "out": "worker a: running\nworker b: running\n", "status": 0}
+    bench.rules(*[broken, there] * 3, running, ended)
+    code, _, err = bench.tpu("watch", *NODE, *MACHINE, "--every=0", "--retries=1", *RUN)
+    assert code == 0 and err.count("broken pipe") == 3, err
+
+
+def test_a_start_that_fails_on_one_worker_is_tried_again(bench):
+    bench.program(goes_on=True)
+    assert bench.tpu("up", *NODE, *MACHINE, *RUN)[0] == 0
+    until(lambda: len(bench.noted("programs.jsonl")) == 2)
+    worker = bench.bin / "cloud" / "1"
+    os.kill(int((worker / "dmf.run" / "program").read_text()), signal.SIGKILL)
+    until((worker / "dmf.run" / "status").exists)
+    python = worker / "dmf" / ".venv" / "bin" / "python"
+    python.rename(python.with_name("away"))
+    status, _, err = bench.tpu("run", *NODE, *RUN)
+    assert status == 1 and ".venv is missing" in err
+    said = bench.tpu("status", *NODE)[1]
+    assert said.count(": stopped\n") == said.count(": failed 137: ") == 1  # halted would end a watch
+    python.with_name("away").rename(python)
+    watch = watching(bench, "--every=600", "--delete-on-failure", *RUN)
+    until(lambda: len(bench.noted("programs.jsonl")) == 4)
+    until(lambda: subprocess.run(["pgrep", "-P", str(watch.pid), "sleep"]).returncode == 0)
+    watch.send_signal(signal.SIGTERM)
+    assert watch.wait(timeout=20) == 143 and "delete" not in str(bench.calls())
+
+
+def test_a_node_that_runs_after_a_failed_start_is_left_alone_when_the_watch_is_interrupted(bench):
+    bench.program(goes_on=True)
+    stopped = {"when": "worker.sh status", "times": 1, "out": "worker a: stopped\nworker b: stopped\n", "status": 0}
+    bench.rules({"when": "worker.sh start", "times": 1, "status": 255}, stopped)
+    watch = watching(bench, "--every=1", "--delete-on-failure", *RUN)
+    until(lambda: len(bench.noted("programs.jsonl")) == 2)
+    until(lambda: bench.calls()[-1] == ssh(STATUS))
+    watch.send_signal(signal.SIGTERM)
+    _, err = watch.communicate(timeout=20)
+    assert watch.returncode == 143 and "nobody watches over dmf now" in err and "delete" not in str(bench.calls())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -329,6 +399,7 @@ def test_a_watch_that_is_interrupted_leaves_nothing_of_its_own(bench, number):
         ("ended", "stopped", 1),  # of several processes one speaks
         ("lost", "failed 2: the processes of the run cannot find each other", 1),
         ("ended", "lost", 1),
+        ("failed 2: error: process 1 has met an error", "failed 1: RuntimeError: no", 1),  # the one reports the other's
         ("failed 1: it was running", "ended", 1),
     ],
 )

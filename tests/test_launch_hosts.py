@@ -122,6 +122,36 @@ def test_main_py_itself_asked_to_stop_counts_as_stopped(ready):
 
 
 @pytest.mark.parametrize(
+    ("words", "files"), [(["tpu"], ["requirements.txt", "requirements-gcs.txt"]), ([], ["requirements.txt"])]
+)
+def test_a_worker_of_a_tpu_gets_the_packages_for_buckets_as_well(ready, words, files):
+    for path in (ready.root / ".venv").glob("*.done"):
+        path.unlink()
+    assert ready("worker.sh", "install", *words)[0] == 0
+    installs = [call for call in ready.calls("python") if "install" in call]
+    assert [call[call.index("-r") + 1] for call in installs] == files
+    assert [word for call in installs for word in call if word.startswith("jax")] == ["jax[tpu]"] * len(words)
+
+
+def test_an_environment_that_could_not_be_made_is_made_again(ready):
+    shutil.rmtree(ready.root / ".venv")
+    # As without Debian's python3-venv: the interpreter is there, pip is not.
+    ready.tool(
+        "python3",
+        """
+if words[:2] == ["-m", "venv"]:
+    os.makedirs(words[2] + "/bin", exist_ok=True)
+    os.path.lexists(words[2] + "/bin/python") or os.symlink(os.path.abspath(__file__), words[2] + "/bin/python")
+    sys.exit(1)
+""",
+    )
+    for _ in range(2):
+        assert ready("worker.sh", "install")[0] != 0
+    assert [call[1:3] for call in ready.calls("python3") if "-m" in call] == [["-m", "venv"]] * 2
+    assert ready.calls("python") == []
+
+
+@pytest.mark.parametrize(
     ("driver", "words", "extra"),
     [
         ("580.65.06", [], "cuda13"),
@@ -187,6 +217,8 @@ def test_a_slurm_job_is_one_process_per_node_with_the_variables_that_the_program
     expected = [[FLAGS, dict(zip(hosts.VARIABLES, ("gpu1:23456", "2", str(i)), strict=True))] for i in range(2)]
     assert told == sorted(expected, key=str)
     assert ready.calls("scontrol") == [["scontrol", "show", "hostnames", "gpu[1-2]"]] * 2 and ready.calls("squeue") == []
+    older = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "gpu[1-2]"}  # no SLURM_NTASKS
+    assert ready("slurm.sh", "--dry-run", *FLAGS, **older)[1] == out
     ready.forget()
     assert sbatch(ready, "--nodes=1", "launch/slurm.sh", *FLAGS)[0] == 0
     assert ready.noted("programs.jsonl") == [[FLAGS, {}]] and ready.calls("scontrol") == []

@@ -334,7 +334,8 @@ MEANFLOW_UNET = Kind(
 EDM = Kind(
     name="edm",
     network="unet",
-    licence="EDM and ECT: CC BY-NC-SA 4.0",
+    licence="EDM: CC BY-NC-SA 4.0; ECT: its repository has no licence file that we found, its network code and the weights "
+    "that it starts from are EDM's",
     conventions="source: denoiser D(x, sigma); the network's precond 'edm' writes it as the velocity v = (z - D) / t at "
     "x = z / (1 - t), sigma = t / (1 - t). Of ECT it is the denoiser as trained: in evaluation ECT has sigma - 0.003 for "
     "sigma in c_skip and c_out. A consistency model's (ECT) v is u(z, 0, t), the average velocity, and no flow",
