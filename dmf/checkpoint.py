@@ -250,6 +250,7 @@ def check_free(folder: Path) -> Path:
         if place.is_file() or place.is_dir() and any(place.iterdir()):
             what = "a file" if place.is_file() else "not empty"
             raise DmfError(f"{folder} is there already and {what}: expected a new directory; nothing is overwritten")
+        whole.clear(place.parent, place.name)  # a process in a container may have the number of one that was killed
         partial = whole.partial(place)
         partial.mkdir()
         partial.rmdir()

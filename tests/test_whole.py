@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from dmf import whole
+from dmf import checkpoint, whole
 from dmf.errors import short
 
 
@@ -49,6 +49,12 @@ def test_an_interrupted_file_leaves_what_was_there_before(tmp_path, error):
     with whole.made(tmp_path / "x") as partial:
         partial.write_text("new")
     assert [p.name for p in tmp_path.iterdir()] == ["x"] and (tmp_path / "x").read_text() == "new"
+
+
+def test_a_process_that_was_killed_and_has_the_same_number_again_is_not_in_its_own_way(tmp_path):
+    left(tmp_path, "out", os.getpid())  # as the first process of a container always has
+    assert checkpoint.check_free(tmp_path / "out") == tmp_path / "out"
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_error_is_short():
