@@ -91,7 +91,7 @@ class Bench:
         self.root, self.bin = folder / "repo", folder / "bin"
         self.bin.mkdir()
         shutil.copytree(ROOT / "launch", self.root / "launch", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
-        for name in ("requirements.txt", "requirements-parity.txt", "requirements.lock", ".gitignore"):
+        for name in ("requirements.txt", "requirements-gcs.txt", "requirements-parity.txt", "requirements.lock", ".gitignore"):
             shutil.copy(ROOT / name, self.root / name)
         git = ["git", "-C", self.root, "-c", "user.name=n", "-c", "user.email=e"]
         for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"]):

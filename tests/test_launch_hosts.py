@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,20 @@ def test_a_host_tells_a_crash_a_stop_and_a_restart_of_its_own_from_an_end(ready)
     os.kill(int((state / "program").read_text()), signal.SIGTERM)
     until(lambda: "running" not in ready("worker.sh", "status")[1])
     assert ready("worker.sh", "status")[1] == f"{worker} stopped\n"
+
+
+@pytest.mark.parametrize(
+    ("extra", "files"), [("tpu", ["requirements.txt", "requirements-gcs.txt"]), ("", ["requirements.txt"])]
+)
+def test_a_tpus_worker_has_what_a_work_directory_in_a_bucket_needs(ready, extra, files):
+    shutil.rmtree(ready.root / ".venv")
+    for _ in range(2):  # the second time there is nothing left to do
+        assert ready("worker.sh", "install", *filter(None, [extra]))[0] == 0
+    (call,) = [call for call in ready.calls("python") if "pip" in call]
+    assert [call[i + 1] for i, word in enumerate(call) if word == "-r"] == files
+    if extra:  # and when it changes, so does the environment
+        os.utime(ready.root / files[1], (time.time() + 9, time.time() + 9))
+        assert ready("worker.sh", "install", extra)[0] == 0 and len([c for c in ready.calls("python") if "pip" in c]) == 2
 
 
 def test_main_py_itself_asked_to_stop_counts_as_stopped(ready):
