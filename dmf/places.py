@@ -20,7 +20,7 @@ from dmf.errors import DmfError, short
 
 SCHEME = "gs://"
 PACKAGES = "requirements-gcs.txt"
-NAMED = re.compile(r"[a-z][a-z0-9+.-]+://")
+NAMED = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # of gs:// a pathlib.Path has left one slash
 
 
 def at(path: str | os.PathLike[str]) -> Path:
