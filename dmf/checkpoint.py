@@ -11,11 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import re
-import shutil
-import socket
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,8 +21,8 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from dmf import hosts, places
-from dmf.errors import DmfError
+from dmf import hosts, places, whole
+from dmf.errors import DmfError, short
 from dmf.manifest import MANIFEST, verify, write_manifest
 from dmf.state import TrainState
 
@@ -112,7 +107,7 @@ class Checkpoints:
             yield
         except places.failures(self.directory) as error:  # a full disk is the one or the other, by who notices it
             raise DmfError(
-                f"checkpoint of step {step} could not be written to {self.directory}: {_short(error)}; checkpoints of other "
+                f"checkpoint of step {step} could not be written to {self.directory}: {short(error)}; checkpoints of other "
                 "steps are untouched; expected a writable directory with enough room"
             ) from error
 
@@ -197,9 +192,7 @@ def _load(folder: Path, target: dict[str, Any]) -> dict[str, Any]:
     try:
         return ocp.load_checkpointables(places.absolute(folder), target)
     except Exception as error:  # storage, metadata and structure errors have no common base in Orbax
-        raise DmfError(
-            f"checkpoint {folder} cannot be read: {_short(error)}; expected the items {', '.join(target)}"
-        ) from error
+        raise DmfError(f"checkpoint {folder} cannot be read: {short(error)}; expected the items {', '.join(target)}") from error
 
 
 def find(path: str | Path) -> Path:
@@ -257,64 +250,31 @@ def check_free(folder: Path) -> Path:
         if place.is_file() or place.is_dir() and any(place.iterdir()):
             what = "a file" if place.is_file() else "not empty"
             raise DmfError(f"{folder} is there already and {what}: expected a new directory; nothing is overwritten")
-        partial = _partial(place)
+        whole.clear(place.parent, place.name)  # a process in a container may have the number of one that was killed
+        partial = whole.partial(place)
         partial.mkdir()
         partial.rmdir()
     except (OSError, RuntimeError, ValueError) as error:
-        raise DmfError(f"{folder} cannot be made: {_short(error)}; expected a new directory in a writable one") from error
+        raise DmfError(f"{folder} cannot be made: {short(error)}; expected a new directory in a writable one") from error
     return place
 
 
 def save_weights(folder: Path, params: Any, metadata: dict[str, Any], files: dict[str, str]) -> None:
     """Writes weights alone as a step folder, with `files` (name -> text) beside them; whole or not at all."""
-    place = check_free(folder)
-    partial, level = _partial(place), logging.root.manager.disable
+    place, level = check_free(folder), logging.root.manager.disable
     try:
-        _clear(place)  # what killed processes left
         logging.disable(logging.CRITICAL)  # its threads print a traceback each; the error itself arrives here
-        ocp.save_checkpointables(partial, {"params": params}, custom_metadata=metadata)
-        for name, text in files.items():
-            (partial / name).write_text(text)
-        write_manifest(partial)
-        if place.exists():
-            place.rmdir()
-        partial.replace(place)
+        with whole.made(place) as partial:
+            ocp.save_checkpointables(partial, {"params": params}, custom_metadata=metadata)
+            for name, text in files.items():
+                (partial / name).write_text(text)
+            write_manifest(partial)
+            if place.exists():
+                place.rmdir()
     except (OSError, ValueError) as error:
-        raise DmfError(f"{folder} could not be written: {_short(error)}; expected a writable directory with room") from error
+        raise DmfError(f"{folder} could not be written: {short(error)}; expected a writable directory with room") from error
     finally:
-        _clear(place)
         logging.disable(level)
-
-
-def _partial(place: Path) -> Path:
-    """Where this process writes before it renames; another one on the same machine writes elsewhere."""
-    return place.with_name(f".{place.name}.partial-{socket.gethostname()}-{os.getpid()}")
-
-
-def _clear(place: Path) -> None:
-    """Removes unfinished folders of this process, and of dead ones of this machine, with Orbax's temporary ones beside them.
-
-    Orbax's threads may still be writing for a moment.
-    """
-    name = re.compile(re.escape(_partial(place).name.rpartition("-")[0]) + r"-(\d+)(\.orbax-checkpoint-tmp)?")
-    for _ in range(50):
-        matches = [(path, name.fullmatch(path.name)) for path in place.parent.iterdir()]
-        found = [path for path, match in matches if match and (int(match[1]) == os.getpid() or not _alive(int(match[1])))]
-        for path in found:
-            shutil.rmtree(path, ignore_errors=True)
-        if not found:
-            return
-        time.sleep(0.1)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # somebody else's
-        return True
-    return True
 
 
 def read_params(folder: Path, ema: int | None, like: Any) -> Any:
@@ -342,7 +302,7 @@ def foreign(folder: Path, name: str) -> Any:
     try:
         return ocp.metadata(folder.absolute(), name).metadata
     except Exception as error:  # as in `_load`
-        raise DmfError(f"{folder} cannot be read: {_short(error)}; expected an Orbax checkpoint of one tree") from error
+        raise DmfError(f"{folder} cannot be read: {short(error)}; expected an Orbax checkpoint of one tree") from error
 
 
 def read_leaf(folder: Path, name: str, path: Sequence[str], shape: tuple[int, ...], dtype: Any) -> Any:
@@ -357,7 +317,7 @@ def read_leaf(folder: Path, name: str, path: Sequence[str], shape: tuple[int, ..
             return jax.tree.leaves(ocp.load(folder.absolute(), target, checkpointable_name=name))[0]
     except Exception as error:  # as in `_load`
         raise DmfError(
-            f"{folder}: {'.'.join(path)} cannot be read: {_short(error)}; expected an undamaged Orbax checkpoint"
+            f"{folder}: {'.'.join(path)} cannot be read: {short(error)}; expected an undamaged Orbax checkpoint"
         ) from error
 
 
@@ -380,7 +340,3 @@ def _with_sharding(stored: Any, like: Any) -> Any:
 
 def _abstract(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
-
-
-def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -11,3 +11,8 @@ class DmfError(Exception):
 
 class NotFinite(DmfError):
     """Samples, or what was computed of them, are NaN or infinite: the model that drew them has diverged."""
+
+
+def short(error: Exception) -> str:
+    """The kind of somebody else's error and what it says, on one line and not too long, for the sentence of a DmfError."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from dmf import data, networks, pictures, places, pretrained, sharding
 from dmf.config import Config, parse
 from dmf.data import Dataset, Latents, latents
-from dmf.errors import DmfError
+from dmf.errors import DmfError, short
 from dmf.metrics.labelled import DigitsScorer, PhotosScorer
 from dmf.networks.vae import unscaled
 from dmf.sample import SAMPLERS
@@ -126,7 +126,14 @@ def write_samples(
     draw = Sampler(network, config, shape, labels, mesh)
     side = math.isqrt(count - 1) + 1
     target = places.at(out or home(folder, stored) / f"samples_{config.run.sampler}_{'_'.join(map(str, steps))}.png")
-    pictures.panels(target, {f"{n} step{'s' * (n > 1)}": decode(draw(params, count, n)) for n in steps}, side)
+    grids = {f"{n} step{'s' * (n > 1)}": decode(draw(params, count, n)) for n in steps}
+    try:
+        pictures.panels(target, grids, side)
+    except OSError as error:
+        why = error.strerror or short(error)
+        raise DmfError(
+            f"{target} cannot be written: {why}; expected a writable place with room, such as one by --out"
+        ) from error
     print(f"samples   {target}")
     return target
 

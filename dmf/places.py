@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from dmf.errors import DmfError
+from dmf.errors import DmfError, short
 
 SCHEME = "gs://"
 PACKAGES = "requirements-gcs.txt"
-NAMED = re.compile(r"[a-z][a-z0-9+.-]+://")
+NAMED = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # of gs:// a pathlib.Path has left one slash
 
 
 def at(path: str | os.PathLike[str]) -> Path:
@@ -63,7 +63,7 @@ def reach(path: Path) -> Path:
             path.exists()
         except Exception as error:  # what a cloud's client raises has no common base
             raise DmfError(
-                f"{path} cannot be reached: {_short(error)}; expected a bucket that is there and credentials that may read and "
+                f"{path} cannot be reached: {short(error)}; expected a bucket that is there and credentials that may read and "
                 "write it (gcloud auth application-default login, or the machine's own)"
             ) from error
     return path
@@ -154,8 +154,4 @@ def _told(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # they have no common base
-        raise OSError(errno.EIO, _short(error), str(path)) from error
-
-
-def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise OSError(errno.EIO, short(error), str(path)) from error

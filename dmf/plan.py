@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dmf import cost, curriculum, hlo, networks, optim, sharding, state, step
+from dmf import cost, curriculum, hlo, networks, optim, sharding, state, step, whole
 from dmf.config import Config, check, to_dict
 from dmf.curriculum import Stage
 from dmf.errors import DmfError
@@ -336,11 +336,8 @@ def _write(path: str, rows: list[dict[str, Any]]) -> None:
     """Writes the file beside its place and moves it there: a reader finds the old one or the new one, whole."""
     if not path:
         return
-    partial = Path(path).with_name(f".{Path(path).name}.partial-{os.getpid()}")
     try:
-        partial.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
-        os.replace(partial, path)
+        with whole.made(Path(path)) as partial:
+            partial.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     except OSError as error:
         raise DmfError(f"--out={path} could not be written: {error}; expected a writable directory with room") from error
-    finally:
-        partial.unlink(missing_ok=True)

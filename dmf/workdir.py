@@ -21,7 +21,7 @@ import jax
 
 from dmf import checkpoint, guard, places
 from dmf.config import Config, differences, parse, to_dict
-from dmf.errors import DmfError
+from dmf.errors import DmfError, short
 
 CONFIG, ORIGIN, DATA = "config.json", "origin.json", "data.json"
 STARTS, CHANGES = "starts.jsonl", "changes.jsonl"
@@ -72,7 +72,9 @@ def claim(
         theirs = _stored(workdir)
         seen = json.loads((workdir / DATA).read_text()) if (workdir / DATA).is_file() else about
     except OSError as error:
-        raise DmfError(f"--workdir={workdir} cannot be written: {error.strerror}; expected a writable directory") from error
+        raise DmfError(
+            f"--workdir={workdir} cannot be written: {error.strerror or short(error)}; expected a writable directory"
+        ) from error
     except ValueError as error:
         raise DmfError(f"{path} is not the JSON of a config: {error}; expected what dmf wrote there") from error
     changed = changes(theirs, mine) + differences(seen, about, "data")
@@ -177,7 +179,9 @@ def append(path: Path, row: dict[str, Any]) -> None:
     try:
         places.append(path, "\n" * torn + json.dumps(row) + "\n")
     except OSError as error:
-        raise DmfError(f"{path} cannot be written: {error.strerror}; expected a writable directory with room") from error
+        raise DmfError(
+            f"{path} cannot be written: {error.strerror or short(error)}; expected a writable directory with room"
+        ) from error
 
 
 def utc() -> str:

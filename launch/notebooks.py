@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import os
 import re
 import sys
 import time
@@ -32,7 +33,10 @@ def shortened(source: str) -> str:
 
 
 def run(path: Path, out: Path, short: bool, limit_s: int = 900) -> list[Path]:
-    """Runs a notebook and returns its pictures, written below `out`. Raises nbclient's CellExecutionError."""
+    """Runs a notebook and returns its pictures, written below `out`. Raises nbclient's CellExecutionError.
+
+    short: train for a hundredth of the steps, in a work directory of its own: that of the full length is of another config.
+    """
     import nbformat
     from nbclient import NotebookClient
 
@@ -41,7 +45,9 @@ def run(path: Path, out: Path, short: bool, limit_s: int = 900) -> list[Path]:
         if short and cell.cell_type == "code":
             cell.source = shortened(cell.source)
     out.mkdir(parents=True, exist_ok=True)
-    NotebookClient(notebook, timeout=limit_s, resources={"metadata": {"path": str(path.parent)}}).execute()
+    there = {"DMF_NOTEBOOK_RUN": str(out.resolve() / "short_run")} if short else {}
+    client = NotebookClient(notebook, timeout=limit_s, resources={"metadata": {"path": str(path.parent)}})
+    client.execute(env={**there, **os.environ})
     nbformat.write(notebook, out / path.name)
     pictures = []
     for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):

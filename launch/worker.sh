@@ -2,7 +2,7 @@
 # One host of a run: its packages, and one training program, detached from the terminal that starts it. launch/tpu.sh calls
 # this on every worker of a TPU; by hand it serves on any host.
 #
-#   launch/worker.sh install [tpu|cuda12|cuda13]   .venv with the tested packages, and Python itself where it is too old
+#   launch/worker.sh install [tpu|cuda12|cuda13]   .venv with the tested packages (tpu: those for gs:// too), and Python where it is too old
 #   launch/worker.sh start FLAGS                   python main.py FLAGS; the same again while it runs does nothing
 #   launch/worker.sh status                        worker HOST: none, running, ended, stopped, halted, lost or failed STATUS
 #   launch/worker.sh log [LINES]                   all that it has printed, or the last lines after the host's name

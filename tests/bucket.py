@@ -229,6 +229,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_POST()
 
     def _delete(self, name):
+        if self.store.read_only:
+            return 403
         return 404 if self.store.objects.pop(name, None) is None else 204
 
     def do_DELETE(self):
@@ -303,6 +305,8 @@ class Files(AbstractFileSystem):
         return _Written(self.store, name)
 
     def rm_file(self, path):
+        if self.store.read_only:
+            raise PermissionError("no right to delete")
         with self.store.lock:
             if self.store.objects.pop(self._name(path), None) is None:
                 raise FileNotFoundError(path)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 from importlib.util import find_spec
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from dmf import checkpoint, evaluate, guard, places, pretrained, train, workdir
 from dmf.config import parse
 from dmf.errors import DmfError
+from dmf.export import card, sampler, weights
 from dmf.logging import JsonLines
 from tests.bucket import Bucket, Refused, serve
 from tests.test_train import leaves
@@ -115,6 +117,11 @@ def test_what_a_bucket_holds_is_loaded_sampled_and_scored_like_a_folder(bucket, 
     evaluate.write_samples(f"{folder}/best", [1, 2], 4, out=str(tmp_path / "local.png"))
     mine, theirs = Image.open(io.BytesIO(written.read_bytes())), Image.open(tmp_path / "local.png")
     np.testing.assert_array_equal(np.asarray(mine), np.asarray(theirs))
+    for place, out in ((HERE, "there"), (folder, "here")):
+        weights.export(f"{place}/best", tmp_path / f"{out}.safetensors")
+    assert (tmp_path / "there.safetensors").read_bytes() == (tmp_path / "here.safetensors").read_bytes()
+    mine, theirs = (card.scores(sampler.open_model(f"{place}/best")) for place in (HERE, folder))
+    assert mine == theirs and [row["nfe"] for row in mine[0]["rows"]] == [1, 2] and mine[0]["best"]
     (row,) = evaluate.write_scores(f"{HERE}/best", [1], 32)
     told = json.loads(bucket.get("things/runs/tiny/best.json"))
     assert row == {name: told[name] for name in row}
@@ -158,7 +165,7 @@ def test_lines_and_files_are_the_same_in_both(bucket, tmp_path, root):
     assert (folder / "starts.jsonl").read_text() == '{"a": 1}\n{"b"\n{"c": 1}\n'
     assert places.size(folder / "starts.jsonl") == 23 and places.absolute(folder) == folder
     names = [path.name for path in places.files(folder)]
-    assert names == ["x.json", "metrics.jsonl", "starts.jsonl"] if root == "bucket" else sorted(names) == names
+    assert names == (["x.json"] * (root == "bucket") + ["metrics.jsonl", "starts.jsonl"] + ["x.json"] * (root == "folder"))
     places.remove_tree(folder)
     assert not (folder / "metrics.jsonl").exists()
 
@@ -177,7 +184,7 @@ def test_what_no_bucket_does_is_refused_by_the_stand_in(bucket, request):
             forbidden()
 
 
-def test_an_unreachable_or_read_only_bucket_and_other_addresses_are_one_sentence(bucket, monkeypatch, tmp_path):
+def test_an_unreachable_or_read_only_bucket_and_other_addresses_are_one_sentence(bucket, remote, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr(bucket, "closed", True)
         for use in (lambda: train.train(parse(TINY), HERE), lambda: pretrained.load(f"{HERE}/nowhere")):
@@ -186,12 +193,16 @@ def test_an_unreachable_or_read_only_bucket_and_other_addresses_are_one_sentence
     with monkeypatch.context() as patch:
         patch.setattr(bucket, "read_only", True)
         with pytest.raises(
-            DmfError, match=r"--workdir=gs://things/new cannot be written: \w+Error: .*no right to write.*; expected a"
+            DmfError, match=r"--workdir=gs://things/new cannot be written: \w+Error: .*no right to delete.*; expected a"
         ):
             train.train(parse(TINY), "gs://things/new")
+        with pytest.raises(
+            DmfError, match=r"gs://things/runs/tiny/samples\S+png cannot be written: .*no right to write.*; exp"
+        ):
+            evaluate.write_samples(f"{HERE}/best", [1], 4)
     with pytest.raises(DmfError, match=r"no such file or directory; expected a work directory"):
         pretrained.load("gs://things/nowhere")
-    for address in ("s3://things/run", "gs://", "https://x/y"):
+    for address in ("s3://things/run", "gs://", "https://x/y", "GS://things/run", Path("gs://things/run")):
         with pytest.raises(DmfError, match=r"expected a local path or gs://BUCKET/FOLDER"):
             places.at(address)
     with pytest.raises(DmfError, match=r"gs://things/x: expected a local path, as --out"):

@@ -16,7 +16,7 @@ import safetensors.numpy
 
 import main
 from configs import cifar10_from
-from dmf import checkpoint, evaluate, pretrained, train
+from dmf import checkpoint, evaluate, pretrained, train, whole
 from dmf.config import parse
 from dmf.convert import audit
 from dmf.convert.command import KINDS, REPORT, convert
@@ -342,7 +342,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(sit, tmp_path, mode):
 def test_what_a_killed_conversion_left_is_cleared(sit, tmp_path):
     dead = subprocess.Popen(["true"])
     dead.wait()
-    theirs = checkpoint._partial(tmp_path / "out").name.rpartition("-")[0]
+    theirs = whole.partial(tmp_path / "out").name.rpartition("-")[0]
     for name in (f"{theirs}-{dead.pid}", f"{theirs}-{dead.pid}.orbax-checkpoint-tmp", f"{theirs}-{os.getppid()}"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "half").write_text("data")

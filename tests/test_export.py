@@ -1,5 +1,6 @@
 """Samplers that leave: equal to the checkpoint's own, loadable without this code, whole or not there at all."""
 
+import dataclasses
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from dmf import checkpoint, pretrained, sharding
 from dmf.config import parse, to_dict
 from dmf.errors import DmfError
 from dmf.evaluate import Sampler
-from dmf.export import card, command, folder, place, sampler
+from dmf.export import card, command, folder, onnx, place, sampler
 from tests.tiny import TINY, UNET, Setup, merged
 
 ROOT = Path(__file__).parent.parent
@@ -118,11 +119,10 @@ FRESH = """
 import sys
 class Refused:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {others}:
-            raise ImportError(name)
+        if not name.startswith("_") and name.split(".")[0] not in sys.stdlib_module_names | {needed}:  # _ is Python's own
+            raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Refused())
 {code}
-assert not {others} & {{name.split(".")[0] for name in sys.modules}}
 np.save(sys.argv[1], x)
 assert images.shape == x.shape and images.dtype == np.uint8
 """
@@ -132,9 +132,12 @@ def test_the_cards_code_runs_in_a_fresh_process_without_this_code(checkpoints, m
     text = (models / "dit" / "README.md").read_text()
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
     assert len(code.splitlines()) <= 12 and "license: other" in text and "to be filled in" in text
-    others = {"dmf", "flax", "orbax", "optax", "tensorflow", "torch", "absl", "ml_collections", "PIL", "sklearn"}
+    assert (
+        f'`pip install "jax>={jax.__version__}" flatbuffers numpy safetensors`' in text
+    )  # an older jax reads no newer program
+    needed = {"jax", "flatbuffers", "numpy", "safetensors", "jaxlib", "ml_dtypes", "opt_einsum", "scipy"}  # and jax's own
     subprocess.run(
-        [sys.executable, "-I", "-c", FRESH.format(code=code, others=others), tmp_path / "x.npy"],
+        [sys.executable, "-I", "-c", FRESH.format(code=code, needed=needed), tmp_path / "x.npy"],
         cwd=models / "dit",
         check=True,
         timeout=120,
@@ -154,11 +157,11 @@ def test_the_weights_of_a_folder_come_back_bit_for_bit(checkpoints, models, tmp_
     jax.tree.map(np.testing.assert_array_equal, theirs, ours)
 
 
-def scored(tmp_path):
+def scored(tmp_path, **run):
     """A run's work directory as far as the card reads it: step 7 of two, scored twice."""
     home = tmp_path / "run"
     (home / "checkpoints").mkdir(parents=True)
-    config = to_dict(parse(merged(TINY, ema=dict(evaluate=0.0))))
+    config = to_dict(parse(merged(TINY, ema=dict(evaluate=0.0), run=run)))
     saved(TINY, home / "checkpoints" / "7", config=config, source=None, data={"name": "digits"})
     rows = [{"step": n, "stage": "s", "kind": "jvp", "nfe": m, "fd": n + m / 8} for n in (3, 7) for m in (1, 2)]
     (home / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -179,9 +182,35 @@ def test_the_card_has_the_scores_of_these_weights_and_no_others(tmp_path):
     assert len(found) == 2 and [row["fid"] for row in found[1]["rows"]] == [40.5] and "mine: pixels" in found[1]["protocol"]
     folder.export(home, tmp_path / "model")
     text = (tmp_path / "model" / "README.md").read_text()
-    assert "| 1 | 7.125 |" in text and "| 1 | 1 | 40.5 |" in text and "500 samples against the rest, seed 5" in text
+    assert (
+        "| steps | nfe | fd |" in text
+        and "| 1 | 1 | 7.125 |" in text
+        and "| 1 | 1 | 40.5 |" in text
+        and "500 samples against the rest, seed 5" in text
+    )
     assert "best checkpoint" in text and "after 7 steps" in text and "90.5" not in text
     assert card.scores(sampler.open_model(home, sampler="euler")) == []
+
+
+def test_the_cards_scores_of_training_count_heuns_evaluations(tmp_path):
+    (found,) = card.scores(sampler.open_model(scored(tmp_path, sampler="heun")))  # scores.jsonl has the steps alone, as "nfe"
+    assert [(row["steps"], row["nfe"]) for row in found["rows"]] == [(1, 2), (2, 4)]
+
+
+def test_a_file_of_scores_of_somebody_elses_is_passed_over(tmp_path):
+    home = scored(tmp_path)
+    for name, content in {"c": {"checkpoint": "x"}, "d": [1], "e": {"checkpoint": None}}.items():
+        (home / f"scores_{name}.json").write_text(json.dumps(content))
+    assert len(card.scores(sampler.open_model(home))) == 2
+
+
+def test_what_is_not_known_of_a_checkpoint_is_not_called_none(tmp_path):
+    (scored(tmp_path) / "checkpoints" / "7").rename(tmp_path / "final")
+    model = dataclasses.replace(sampler.open_model(tmp_path / "final"), shape=(8, 8, 4))
+    made = {"weights": "w", "samplers": [{"file": "f", "steps": 1, "nfe": 1, "platforms": []}], "scores": []}
+    text = card.text("m", {**sampler.about(model), **made})
+    assert "Trained with dmf on digits." in text and "scale unknown, shift 0; the scale was not recorded" in text
+    assert "None" not in text
 
 
 def test_latents_come_with_the_rule_that_makes_images_of_them(checkpoints, tmp_path):
@@ -291,6 +320,25 @@ def test_what_is_no_sampler_is_refused(checkpoints, tmp_path, monkeypatch):
     with pytest.raises(DmfError, match="sampler = 'heun': expected few_step for an .onnx file"):
         command.export(checkpoints["dit"], str(tmp_path / "x.onnx"), sampler="heun")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_the_packages_of_onnx_refuse_is_one_sentence(checkpoints, tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise NotImplementedError("no rule\nfor this")
+
+    monkeypatch.setattr(onnx, "_extra", lambda: (SimpleNamespace(to_onnx=refused), SimpleNamespace(), SimpleNamespace()))
+    with pytest.raises(DmfError, match="x.onnx: .* cannot do this network .NotImplementedError: no rule for this.; expected a"):
+        onnx.export(checkpoints["dit"], tmp_path / "x.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_onnx_file_of_a_run_in_half_precision_computes_in_float32(tmp_path):
+    pytest.importorskip("onnxruntime", reason="requirements-onnx.txt is not installed")
+    pytest.importorskip("jax2onnx", reason="requirements-onnx.txt is not installed")
+    config = to_dict(parse(merged(TINY, compute_dtype="bfloat16", ema=dict(evaluate=0.0))))
+    saved(TINY, tmp_path / "half", config=config, source=None, data={"name": "digits"})
+    about = onnx.export(tmp_path / "half", tmp_path / "x.onnx")
+    assert about["dtype"]["compute"] == "float32" and about["check"]["relative_l2"] <= about["check"]["limit"] == 1e-5
 
 
 @pytest.mark.parametrize(("name", "steps"), [("dit", 2), ("unet", 1)])

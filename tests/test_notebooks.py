@@ -43,6 +43,22 @@ def test_a_short_run_trains_for_a_hundredth_of_the_steps():
     assert re.findall(r"[\d.]*\d", notebooks.shortened(text)) == ["15.0", "12.0", "36.0", "20.0"]
 
 
+def test_a_short_run_is_not_in_the_place_of_one_at_full_length(tmp_path, monkeypatch):
+    class Client:
+        def __init__(self, notebook, **how):
+            pass
+
+        def execute(self, env):
+            runs.append(env.get("DMF_NOTEBOOK_RUN"))
+
+    runs = []
+    monkeypatch.setattr("nbclient.NotebookClient", Client)
+    monkeypatch.delenv("DMF_NOTEBOOK_RUN", raising=False)
+    for short in (True, False):
+        notebooks.run(notebooks.FOLDER / "sample.ipynb", tmp_path, short)
+    assert runs == [str(tmp_path / "short_run"), None]  # each is refused where it finds the other's checkpoints
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_notebook_runs_from_top_to_bottom(name, tmp_path, monkeypatch):
     monkeypatch.setenv("DMF_NOTEBOOK_RUN", str(tmp_path / "run"))

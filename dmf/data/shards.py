@@ -20,9 +20,7 @@ import hashlib
 import json
 import math
 import os
-import re
 import resource
-import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from dmf import whole
 from dmf.errors import DmfError
 from dmf.logging import Count
 
@@ -210,7 +209,7 @@ def write_shard(path: Path, parts: Iterable[tuple[np.ndarray, np.ndarray]], made
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    partial = _partial(path)
+    partial = whole.partial(path)
     labels: list[int] = []
     try:
         with writing(path.parent):
@@ -241,29 +240,10 @@ def _seal(entry: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
 
 
-def _partial(path: Path) -> Path:
-    """Where this process writes before it renames; another one writes elsewhere, as not every file system has locks."""
-    return path.with_name(f".{path.name}.partial-{socket.gethostname()}-{os.getpid()}")
-
-
 def clear(folder: Path) -> None:
     """Removes what dead processes of this machine left half-written, and what this process did. Raises DmfError."""
-    name = re.compile(r"\..+\.partial-" + re.escape(socket.gethostname()) + r"-(\d+)")
     with writing(folder):
-        for path in folder.iterdir():
-            match = name.fullmatch(path.name)
-            if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):
-                path.unlink(missing_ok=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:  # somebody else's
-        return True
-    return True
+        whole.clear(folder)
 
 
 def remove(path: Path) -> None:
@@ -305,7 +285,7 @@ def write_json(path: Path, values: dict[str, Any], indent: int | None = 1) -> No
 
 def write(path: Path, content: bytes) -> None:
     """Writes a small file, whole or not at all. Raises DmfError if the disk refuses."""
-    partial = _partial(path)
+    partial = whole.partial(path)
     try:
         with writing(path.parent):
             partial.write_bytes(content)

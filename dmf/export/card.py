@@ -23,7 +23,7 @@ Everything below is also in `config.json`, for programs.
 
 ## Load it
 
-With `pip install jax flatbuffers numpy safetensors`, in this folder:
+With `pip install "jax>={jax}" flatbuffers numpy safetensors`, in this folder:
 
 ```python
 {code}
@@ -108,16 +108,24 @@ def scores(model: Model) -> list[dict[str, Any]]:
     found = []
     if not pretrained.is_converted(model.stored) and (halflife, model.sampler) == (config.ema.evaluate, config.run.sampler):
         rows = [row for row in _lines(home / "scores.jsonl") if str(row.get("step")) == model.folder.name and "nfe" in row]
+        rows = [_counted(row, model.sampler) for row in rows]
         best = any(str(row.get("step")) == model.folder.name for row in _lines(home / checkpoint.BEST))
         protocol = config.run.protocol or f"the score of the data set {config.data.name} (`dmf.metrics`)"
         found += [{"protocol": f"{protocol}, during training", "rows": rows, "best": best}] if rows else []
     manifest = sha256((model.folder / checkpoint.MANIFEST).read_bytes())
     for file in sorted(home.glob("scores_*.json")):
         for stored in _lines(file):
-            same = stored.get("checkpoint", {}).get("manifest_sha256") == manifest and stored.get("sampler") == model.sampler
+            of = stored.get("checkpoint")
+            same = isinstance(of, dict) and of.get("manifest_sha256") == manifest and stored.get("sampler") == model.sampler
             rows = [row for row in stored.get("rows", []) if same and row.get("ema_halflife_images") == halflife]
             found += [{"protocol": _protocol(stored), "rows": rows, "best": False}] if rows else []
     return found
+
+
+def _counted(row: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A row of scores.jsonl, whose `nfe` is the number of steps, with steps and evaluations of the sampler of this name."""
+    steps = row["nfe"]
+    return {"steps": steps, **row, "nfe": steps * evaluate.evaluations(name)}
 
 
 def _lines(file: Any) -> Iterator[dict[str, Any]]:
@@ -153,14 +161,16 @@ def _latents(latent: Mapping[str, Any] | None) -> str:
         return "none, the samples are images"
     decoder = f" ({latent['decoder_file']}, SHA-256 {latent['decoder_sha256']})" if latent["decoder_sha256"] else ""
     note = f"; {latent['note']}" if latent["note"] else ""
-    return f"{latent['rule']}, scale {latent['scale']}, shift {latent['shift']:g}{note}. Decoder: {latent['decoder']}{decoder}"
+    numbers = f"scale {latent['scale'] or 'unknown'}, shift {latent['shift']:g}"
+    return f"{latent['rule']}, {numbers}{note}. Decoder: {latent['decoder']}{decoder}"
 
 
 def _origin(origin: Mapping[str, Any]) -> str:
     trained, source = origin["trained"], origin["converted_from"]
     lines = []
     if trained:
-        lines.append(f"Trained with dmf on {trained['data']}; the weights after {trained['step']} steps.")
+        after = f"; the weights after {trained['step']} steps" if trained["step"] is not None else ""
+        lines.append(f"Trained with dmf on {trained['data']}{after}.")
     if source:
         start = "It started from" if trained else "Converted from"
         lines.append(f"{start} `{source['file']}` (kind {source['kind']}, copy {source['copy']}, SHA-256 {source['sha256']}).")

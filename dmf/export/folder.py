@@ -15,7 +15,7 @@ from typing import Any
 import safetensors.numpy
 
 from dmf.convert.native import NATIVE
-from dmf.errors import DmfError
+from dmf.errors import DmfError, short
 from dmf.export import card, place, sampler, weights
 
 FORMAT = 1  # of config.json
@@ -98,9 +98,8 @@ def _upload(hub: Any, folder: Path, upload: str) -> None:
         api.create_repo(upload, private=True, exist_ok=True)
         api.upload_folder(repo_id=upload, folder_path=str(folder), commit_message=f"Model folder {folder.name}")
     except Exception as error:  # those of the Hub, of its HTTP client and of the network have no common base
-        why = " ".join(str(error).split())[:200]
         raise DmfError(
-            f"{folder} is written, but --upload={upload} failed ({type(error).__name__}: {why}); expected a login with write "
+            f"{folder} is written, but --upload={upload} failed ({short(error)}); expected a login with write "
             f"access (hf auth login), then hf upload {upload} {folder}"
         ) from error
     print(f"uploaded  {folder} to {upload}; a new repository is private")

@@ -1,6 +1,7 @@
 """The sampler as an ONNX file, weights and metadata inside, held against the checkpoint's own in onnxruntime.
 
-Inputs e (B, H, W, C) float32 and labels (B,) int32, output images; B is free. jax2onnx, onnx and onnxruntime are an optional
+Inputs e (B, H, W, C) float32 and labels (B,) int32, output images; B is free. It computes in float32, as onnxruntime has no
+bfloat16 on a CPU. jax2onnx, onnx and onnxruntime are an optional
 extra: requirements-onnx.txt.
 """
 
@@ -10,6 +11,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmf.errors import DmfError
+from dmf import networks
+from dmf.errors import DmfError, short
 from dmf.export import place, sampler
 from dmf.export.sampler import Model
 
@@ -43,11 +46,13 @@ def export(path: str | Path, out: str | Path, *, steps: int = 1, ema: float | No
         raise DmfError(
             f"{target}: {bytes_of_weights:,} bytes of weights; expected at most {LARGEST:,}, all that ONNX has room for"
         )
-    with _quiet():
+    model = replace(model, config=replace(model.config, compute_dtype="float32"))
+    model = replace(model, network=networks.build(model.config.network, model.shape))
+    with _at_work(target):
         content = _convert(jax2onnx, onnx, model, steps)
     with place.made_whole(target) as partial:
         partial.write_bytes(content.SerializeToString())
-        with _quiet():
+        with _at_work(target):
             run = _session(runtime, partial)
         about = {
             **sampler.about(model),
@@ -129,11 +134,15 @@ def _off(about: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """jax2onnx tells of every package that it has a rule for and that is not installed."""
+def _at_work(target: Path) -> Iterator[None]:
+    """What the three packages raise is one sentence; jax2onnx is kept from telling of every package that it has a rule for."""
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
         yield
+    except Exception as error:  # theirs have no common base
+        raise DmfError(
+            f"{target}: jax2onnx, onnx or onnxruntime cannot do this network ({short(error)}); expected a model folder"
+        ) from error
     finally:
         logging.disable(level)

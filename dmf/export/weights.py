@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors.numpy
 
-from dmf import pretrained
+from dmf import pretrained, whole
 from dmf.convert import audit, native
 from dmf.convert.audit import flat, leaf_shapes
 from dmf.convert.command import KINDS
@@ -104,24 +103,21 @@ def _check_target(target: Path) -> None:
 
 def write(target: Path, tensors: dict[str, np.ndarray], about: dict[str, Any]) -> None:
     """Writes the file beside its place, reads it back, and moves it there. about: for its metadata. Raises DmfError."""
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     metadata = {native.METADATA: json.dumps(about), "format": "pt"}
     try:
-        if target.suffix == ".pt":
-            _write_torch(partial, tensors)
-        else:
-            safetensors.numpy.save_file(tensors, partial, metadata)
-        found = read.flatten(read.open_file(partial).tree)
-        if set(found) != set(tensors):
-            raise DmfError(f"{target}: other tensors were read back than written; expected a working disk")
-        for name, x in tensors.items():
-            if not np.array_equal(found[name].read(), x):
-                raise DmfError(f"{target}: tensor {name} was read back with other values; expected a working disk")
-        os.replace(partial, target)
+        with whole.made(target) as partial:
+            if target.suffix == ".pt":
+                _write_torch(partial, tensors)
+            else:
+                safetensors.numpy.save_file(tensors, partial, metadata)
+            found = read.flatten(read.open_file(partial).tree)
+            if set(found) != set(tensors):
+                raise DmfError(f"{target}: other tensors were read back than written; expected a working disk")
+            for name, x in tensors.items():
+                if not np.array_equal(found[name].read(), x):
+                    raise DmfError(f"{target}: tensor {name} was read back with other values; expected a working disk")
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise DmfError(f"{target} could not be written: {error}; expected a writable directory with room") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _write_torch(path: Path, tensors: dict[str, np.ndarray]) -> None:

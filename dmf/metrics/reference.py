@@ -24,6 +24,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from dmf import whole
 from dmf.errors import DmfError
 from dmf.metrics.frechet import Moments, check_features, moments
 from dmf.metrics.protocols import Protocol
@@ -120,18 +121,13 @@ def write(path: str | Path, reference: Reference) -> None:
     arrays["about"] = np.array(json.dumps(_record(path, reference.about, pool.n), sort_keys=True))
     if (place := Path(path)).is_dir():
         raise _bad(path, "is a folder; expected the name of a file")
-    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as stream:
+        with whole.made(place) as partial, open(partial, "wb") as stream:
             _write_npz(stream, arrays)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, place)
     except OSError as error:
         raise _bad(path, f"cannot be written ({error.strerror}); expected a folder with room") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def check(reference: Reference, protocol: Protocol, network_sha256: str, dims: Mapping[str, int]) -> None:
