@@ -178,4 +178,4 @@ def _origin(origin: Mapping[str, Any]) -> str:
 
 
 def _licence(source: Mapping[str, Any] | None) -> str:
-    return f"The weights it was made from: {source['licence']}.\n" if source else ""
+    return f"The weights it was made from: {source['licence'].rstrip('.')}.\n" if source else ""
