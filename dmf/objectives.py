@@ -21,7 +21,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dmf.curriculum import Interval
 from dmf.errors import DmfError
 from dmf.flow import Rows, RowSplit, expand
 
@@ -77,6 +76,18 @@ def along_own(net: Net, params: object) -> Tangent:
     return lambda rows: net(sg(params), rows._replace(r=rows.t))
 
 
+class Rule(NamedTuple):
+    """What, besides its kind, makes the target of a stage.
+
+    share: (r, t) -> a, the part of t - r that a row steps back, all (B,): an interval rule at the rho of the step. Only the
+    kind "discrete" asks for it. tangent: along which velocity.
+    """
+
+    loss: LossConfig
+    share: Callable[[Array, Array], Array]
+    tangent: Tangent = along_data
+
+
 def discrete_weight(a: Array, r: Array, t: Array, c: float) -> Array:
     """w = a / (1 + c a), and 1 where r = t, so that such rows have the target v whatever the interval. All (B,)."""
     return jnp.where(r < t, a / (1 + c * a), 1.0)
@@ -108,59 +119,32 @@ def shift_back(rows: Rows, a: Array) -> Rows:
     return rows._replace(z=rows.z - expand(D, rows.z) * rows.v, t=t_next)
 
 
-def flow_matching(
-    net: Net,
-    params: object,
-    rows: Rows,
-    split: RowSplit,
-    rho: Array,
-    interval: Interval,
-    config: LossConfig,
-    tangent: Tangent = along_data,
-) -> Residuals:
+def flow_matching(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -> Residuals:
     """e = u(z, r, t) - v on every row (r as drawn: kinds "flow" and "trajectory")."""
     e = net(params, rows) - rows.v
     return _apart(split, e, e, None)
 
 
-def discrete(
-    net: Net,
-    params: object,
-    rows: Rows,
-    split: RowSplit,
-    rho: Array,
-    interval: Interval,
-    config: LossConfig,
-    tangent: Tangent = along_data,
-) -> Residuals:
+def discrete(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -> Residuals:
     """Finite-difference MeanFlow; the frozen second evaluation runs on the rows with r < t only."""
     u = net(params, rows)
     pairs, u_pairs = split.pairs_of(rows), split.pairs_of(u)
-    a = jnp.where(pairs.r < pairs.t, interval(rho, pairs.r, pairs.t), 0.0)  # r = t by rounding: nothing to look back to
-    u_next = net(sg(params), shift_back(pairs._replace(v=tangent(pairs)), a))
-    w = discrete_weight(a, pairs.r, pairs.t, config.product_rule)
-    e = discrete_residual(u_pairs, u_next, pairs.v, w, config.residual_scale)
+    a = jnp.where(pairs.r < pairs.t, rule.share(pairs.r, pairs.t), 0.0)  # r = t by rounding: nothing to look back to
+    u_next = net(sg(params), shift_back(pairs._replace(v=rule.tangent(pairs)), a))
+    w = discrete_weight(a, pairs.r, pairs.t, rule.loss.product_rule)
+    e = discrete_residual(u_pairs, u_next, pairs.v, w, rule.loss.residual_scale)
     found = _apart(split, u - rows.v, e, _relative(u_pairs - u_next, u_pairs), pairs_cut=True)
     return found._replace(products=_products(u_pairs, u_next, pairs.v, a))
 
 
-def jvp(
-    net: Net,
-    params: object,
-    rows: Rows,
-    split: RowSplit,
-    rho: Array,
-    interval: Interval,
-    config: LossConfig,
-    tangent: Tangent = along_data,
-) -> Residuals:
+def jvp(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -> Residuals:
     """MeanFlow with du/dt along (dz, dr, dt) = (v, 0, 1), or another tangent; the JVP runs on the rows with r < t only."""
     pairs, border = split.pairs_of(rows), split.border_of(rows)
 
     def along(z: Array, r: Array, t: Array) -> Array:
         return net(params, pairs._replace(z=z, r=r, t=t))
 
-    tangents = (tangent(pairs), jnp.zeros_like(pairs.r), jnp.ones_like(pairs.t))
+    tangents = (rule.tangent(pairs), jnp.zeros_like(pairs.r), jnp.ones_like(pairs.t))
     u, dudt = jax.jvp(along, (pairs.z, pairs.r, pairs.t), tangents)
     drift = expand(pairs.t - pairs.r, dudt) * dudt
     e = u - sg(pairs.v - drift)

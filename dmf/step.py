@@ -177,8 +177,8 @@ def stage_residuals(
     if config.loss.tangent != "data":
         tangent = objectives.along_own(partial(net, train=False), params if config.loss.tangent == "own" else average)
     enforce = objectives.OBJECTIVES[identity_of(kind)]
-    interval = curriculum.interval_rule(config.curriculum, sums)
-    return rows, enforce(net, params, rows, split, rho, interval, config.loss, tangent)
+    share = partial(curriculum.interval_rule(config.curriculum, sums), rho)
+    return rows, enforce(net, params, rows, split, objectives.Rule(config.loss, share, tangent))
 
 
 def _tallied(sums: Any, seen: Array | None, config: Config) -> Any:

@@ -4,7 +4,8 @@ Nothing here changes a weight. Two sets of rows are drawn once per run: `even` o
 `EDGES`, and `law` ones, with the times and the share of r < t of training. At a probe, without dropout or dropped labels:
 
     residual_border     mean e^2 per pixel of rows with r = t: flow matching on images that were not trained on
-    residual_0 ..       the same of r < t rows by their interval; e in its "unit" scale, so that stages can be compared
+    residual_0 ..       the same of r < t rows by their interval; e in its "unit" scale, so that stages can be compared.
+                        residual_pairs: of all of them, residual_median: of the median row
     change              mean |u - u'| / |u| (of a jvp stage |(t - r) du/dt| / |u|); change_ulps: by the compute dtype's epsilon
     ratio_0 ..          E<e, u - v> / E|e|^2 of discrete stages by interval: that by which `dmf.adaptive` would multiply rho
     consistency         how far one jump over (r, t) and two over its halves end apart, by the length of the first
@@ -125,7 +126,8 @@ def _probe(
         if identity_of(kind) == "discrete":
             out["change_ulps"] = found.change / float(jnp.finfo(config.compute_dtype).eps)
     e = jnp.asarray(found.pairs)
-    out["residual_pairs"] = jnp.mean(jnp.square(e))
+    squares = jnp.mean(jnp.square(e), axis=tuple(range(1, e.ndim)))
+    out |= {"residual_pairs": jnp.mean(squares), "residual_median": jnp.median(squares)}
     for i, part in enumerate(_by_interval(split.batch)):
         out[f"residual_{i}"] = jnp.mean(jnp.square(e[part]))
         if found.products is not None:

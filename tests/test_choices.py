@@ -21,9 +21,9 @@ from dmf.curriculum import GUIDED, CurriculumConfig, build_stages, dagger, ident
 from dmf.errors import DmfError
 from dmf.flow import Rows, RowSplit
 from dmf.networks import Network
-from dmf.objectives import OBJECTIVES, LossConfig
+from dmf.objectives import LossConfig
 from tests.test_train import leaves, stopped_after
-from tests.tiny import TINY, Setup, merged
+from tests.tiny import TINY, Setup, merged, residuals
 
 ROOT = Path(__file__).parent.parent
 SMOOTH = CurriculumConfig(stages=6, q=2.0, length=600.0, schedule="smooth")
@@ -162,10 +162,10 @@ def residual_by_hand(kind, rho, along, rows):
 @pytest.mark.parametrize("weights", [PARAMS, OTHERS])
 def test_the_residual_along_another_velocity_is_the_formula_with_v_in_the_target_alone(float64, kind, weights):
     rows, tangent = affine_rows(), objectives.along_own(affine_net, weights)
-    found = OBJECTIVES[kind](affine_net, PARAMS, rows, SPLIT, 0.25, linear, LossConfig(), tangent)
+    found = residuals(kind, affine_net, PARAMS, rows, SPLIT, 0.25, linear, LossConfig(), tangent)
     own = affine(weights, rows.z, rows.t, rows.t)
     np.testing.assert_allclose(found.pairs, residual_by_hand(kind, 0.25, own, rows), atol=1e-14)
-    data = OBJECTIVES[kind](affine_net, PARAMS, rows, SPLIT, 0.25, linear, LossConfig())
+    data = residuals(kind, affine_net, PARAMS, rows, SPLIT, 0.25, linear, LossConfig())
     np.testing.assert_allclose(data.pairs, residual_by_hand(kind, 0.25, rows.v, rows), atol=1e-14)
     np.testing.assert_array_equal(found.border, data.border)
     assert float(jnp.abs(found.pairs - data.pairs).max()) > 1e-2
@@ -178,7 +178,7 @@ def test_no_gradient_flows_through_the_direction(float64, kind, scale):
 
     def total(params):
         tangent = objectives.along_own(affine_net, params)
-        return OBJECTIVES[kind](affine_net, params, rows, SPLIT, 0.25, linear, config, tangent).pairs.sum()
+        return residuals(kind, affine_net, params, rows, SPLIT, 0.25, linear, config, tangent).pairs.sum()
 
     first = jax.grad(lambda params: affine_net(params, SPLIT.pairs_of(rows)).sum())(PARAMS)
     for name, g in jax.grad(total)(PARAMS).items():
@@ -191,7 +191,7 @@ def test_where_the_network_already_gives_v_its_own_direction_is_the_data_s(float
     rows = rows._replace(v=affine(PARAMS, rows.z, rows.t, rows.t))
     tangent = objectives.along_own(affine_net, PARAMS)
     one, other = (
-        OBJECTIVES[kind](affine_net, PARAMS, rows, SPLIT, 0.25, dagger, LossConfig(), *extra) for extra in ((tangent,), ())
+        residuals(kind, affine_net, PARAMS, rows, SPLIT, 0.25, dagger, LossConfig(), *extra) for extra in ((tangent,), ())
     )
     np.testing.assert_array_equal(one.pairs, other.pairs)
 

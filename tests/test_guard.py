@@ -21,7 +21,7 @@ from tests.test_train import leaves
 from tests.tiny import TINY, merged
 
 CONFIG = GuardConfig(every_steps=1, action="jvp", factor=4.0, ulps=1.0)
-CALM = {"residual_border": 1.0, "residual_pairs": 2.0, "change_ulps": 100.0}
+CALM = {"residual_border": 1.0, "residual_median": 2.0, "change_ulps": 100.0}
 LADDER = build_stages(CurriculumConfig(stages=6, q=2.0, length=60.0), 8, 100)  # d = 1/2 .. 1/16 from step 10 to 50
 
 
@@ -37,11 +37,11 @@ def rhos(stages):
     "change, named",
     [
         ({}, ""),
-        ({"residual_border": 4.0, "residual_pairs": 8.0, "change_ulps": 1.0}, ""),
+        ({"residual_border": 4.0, "residual_median": 8.0, "change_ulps": 1.0}, ""),
         ({"residual_border": 4.1}, "residual_border = 4.1 on held-out images, above 4 x the stage's first, 1"),
-        ({"residual_pairs": 8.1}, "residual_pairs = 8.1"),
-        ({"residual_pairs": math.nan}, "residual_pairs = nan"),
-        ({"residual_pairs": math.inf}, "residual_pairs = inf"),
+        ({"residual_median": 8.1}, "residual_median = 8.1"),
+        ({"residual_median": math.nan}, "residual_median = nan"),
+        ({"residual_median": math.inf}, "residual_median = inf"),
         ({"change_ulps": 0.9}, "0.9 ulps of the compute dtype, below 1"),
         ({"change_ulps": math.nan}, "nan ulps"),
     ],
@@ -120,9 +120,9 @@ def test_the_rate_is_lowered_where_no_finite_difference_is_to_blame():
 
 def test_it_goes_back_to_the_newest_checkpoint_before_values_were_half_way_to_the_alarm(tmp_path):
     probes = [
-        {"step": n, "stage": 3, **CALM, "residual_pairs": x} for n, x in ((31, 2), (33, 3.9), (35, 4.1), (36, 3), (38, 9))
+        {"step": n, "stage": 3, **CALM, "residual_median": x} for n, x in ((31, 2), (33, 3.9), (35, 4.1), (36, 3), (38, 9))
     ]
-    probes.insert(0, {"step": 30, "stage": 2, **CALM, "residual_pairs": 1e9})
+    probes.insert(0, {"step": 30, "stage": 2, **CALM, "residual_median": 1e9})
     how = dict(stages=LADDER, probes=probes, kept=())
     for n in (37, 34, 32, 30, 20, 10):
         (tmp_path / str(n)).mkdir()
@@ -167,7 +167,7 @@ def diverges(monkeypatch):
 
     def probe(self, kind, params, rho):
         seen.append(rho)
-        return {**CALM, "residual_pairs": 9.0 if kind == "discrete" and seen.count(0.25) >= 2 and rho == 0.25 else 2.0}
+        return {**CALM, "residual_median": 9.0 if kind == "discrete" and seen.count(0.25) >= 2 and rho == 0.25 else 2.0}
 
     monkeypatch.setattr(Watch, "__call__", probe)
     return seen
@@ -184,7 +184,7 @@ def test_a_run_hands_over_to_jvp_and_says_so(tmp_path, diverges, capsys):
     logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [r["kind"] for r in logged] == ["flow"] * 4 + ["trajectory"] * 2 + ["discrete"] * 2 + ["jvp"] * 4
     assert [r["step"] for r in logged] == list(range(1, 13))
-    line = "guard     stage 2 (discrete), step 10: residual_pairs = 9 on held-out images, above 3 x the stage's first, 2; "
+    line = "guard     stage 2 (discrete), step 10: residual_median = 9 on held-out images, above 3 x the stage's first, 2; "
     line += "back to step 8, the discrete stages left are jvp stages now"
     assert capsys.readouterr().out.count(line) == 2  # when it happens, and below the closing table
     plain = merged(TINY, curriculum=dict(stages=4, kinds=("trajectory", "discrete", "jvp", "jvp")))
@@ -238,7 +238,7 @@ def test_stop_leaves_the_last_good_state_and_a_report_again_and_again(tmp_path, 
     stopping = parse(merged(GUARDED, guard=dict(action="stop")))
     for _ in range(2):
         with pytest.raises(
-            DmfError, match=r"the guard has stopped this run: stage 2 \(discrete\), step 10: residual_pairs = 9"
+            DmfError, match=r"the guard has stopped this run: stage 2 \(discrete\), step 10: residual_median = 9"
         ):
             train(stopping, tmp_path)
         assert max(int(p.name) for p in (tmp_path / "checkpoints").glob("[0-9]*")) == 8

@@ -15,10 +15,10 @@ from dmf.config import check, parse
 from dmf.curriculum import CurriculumConfig, build_stages, dagger, interval_rule, linear, table
 from dmf.errors import DmfError
 from dmf.flow import Rows, RowSplit
-from dmf.objectives import OBJECTIVES, LossConfig
+from dmf.objectives import LossConfig
 from tests.test_choices import resumed_ends_as_uninterrupted
 from tests.test_objectives import random_net
-from tests.tiny import TINY, Setup, merged
+from tests.tiny import TINY, Setup, merged, residuals
 
 FLOOR = CurriculumConfig(interval="floor", interval_floor=0.25)
 ADAPTIVE = merged(TINY, curriculum=dict(interval="adaptive", interval_halflife_images=100.0))
@@ -43,7 +43,7 @@ def test_pure_noise_learns_under_the_floor():
     x, e = jax.random.normal(jax.random.key(1), (2, 8, 8))
     rows = Rows(e, jnp.zeros(8), jnp.ones(8), e - x)
     found = [
-        OBJECTIVES["discrete"](net, params, rows, RowSplit(8, 1, 1), 0.5, rule, LossConfig()).pairs
+        residuals("discrete", net, params, rows, RowSplit(8, 1, 1), 0.5, rule, LossConfig()).pairs
         for rule in (dagger, interval_rule(FLOOR))
     ]
     assert float(jnp.abs(found[0]).max()) == 0 and float(jnp.abs(found[1]).min(axis=1).max()) > 1e-3
@@ -124,7 +124,7 @@ def test_the_rule_is_the_step_that_adcm_minimises_for_one_time_and_for_two(float
     a, b, c = cost(-1.0), cost(0.0), cost(1.0)  # a parabola in the step
     least = (a - c) / (2 * (a - 2 * b + c))
     fine = lambda rho, r, t: jnp.full(64, 1e-7)  # noqa: E731
-    found = OBJECTIVES["discrete"](net, params, rows, RowSplit(64, 1, 1), rho, fine, LossConfig(product_rule=0.5))
+    found = residuals("discrete", net, params, rows, RowSplit(64, 1, 1), rho, fine, LossConfig(product_rule=0.5))
     share = adaptive.share(rho, r, t, adaptive.tally(r, t, found.products), 1e-9)
     assert 0 < float(share[0]) < 1 and float(share[0]) * L == pytest.approx(float(least), rel=1e-5)
 
@@ -141,7 +141,7 @@ def test_for_gaussian_data_and_the_exact_solution_the_ratio_is_that_of_the_sprea
 
     rows = Rows(jnp.asarray((1 - t) * x + t * e), jnp.full(n, r), jnp.full(n, t), jnp.asarray(e - x))
     fine = lambda rho, r, t: jnp.full(n, 1e-5)  # noqa: E731
-    products = OBJECTIVES["discrete"](net, None, rows, RowSplit(n, 1, 1), 0.01, fine, LossConfig()).products
+    products = residuals("discrete", net, None, rows, RowSplit(n, 1, 1), 0.01, fine, LossConfig()).products
     share = adaptive.share(0.01, rows.r[:1], rows.t[:1], adaptive.tally(rows.r, rows.t, products), 1e-9)
     assert float(share[0]) / 0.01 == pytest.approx(float(std(t) / std(r)), rel=0.02)  # 200,000 draws
 

@@ -13,7 +13,8 @@ from dmf import objectives
 from dmf.curriculum import INTERVALS, dagger, linear
 from dmf.errors import DmfError
 from dmf.flow import Rows, RowSplit
-from dmf.objectives import OBJECTIVES, LossConfig, weighted_loss
+from dmf.objectives import LossConfig, weighted_loss
+from tests.tiny import residuals
 
 RAW, UNIT = LossConfig(residual_scale="raw"), LossConfig(residual_scale="unit")
 ALL_PAIRS = lambda n: RowSplit(n, 1, 1)  # noqa: E731
@@ -52,7 +53,7 @@ def gradient(kind, net, params, rows, split, rho, config, interval=linear, p=0.0
     """Flat gradient of the mean weighted loss, r = t and r < t rows together."""
 
     def loss(params):
-        found = OBJECTIVES[kind](net, params, rows, split, rho, interval, config)
+        found = residuals(kind, net, params, rows, split, rho, interval, config)
         return sum(jnp.sum(weighted_loss(e, p, eps)[0]) for e in (found.border, found.pairs) if e is not None) / split.batch
 
     return jnp.concatenate([g.ravel() for g in jax.tree.leaves(jax.grad(loss)(params))])
@@ -80,7 +81,7 @@ def solve_fixed_point(times, look_up, rows, points, s, rho, interval, config, sw
         return look_up(k, rows.t)[:, None] * rows.z
 
     def loss(k):
-        e = objectives.discrete(net, k, rows, ALL_PAIRS(len(rows.t)), rho, interval, config).pairs
+        e = residuals("discrete", net, k, rows, ALL_PAIRS(len(rows.t)), rho, interval, config).pairs
         return jnp.sum(weighted_loss(e, 0.0, 1.0)[0]) / 2
 
     curvature = jnp.sum(rows.z.reshape(len(times), points) ** 2, 1)
@@ -168,7 +169,7 @@ def exact_rows(s, n=64):
 
 def test_the_exact_average_velocity_solves_the_jvp_identity(float64):
     net, rows = exact_rows(0.5)
-    residual = OBJECTIVES["jvp"](net, None, rows, ALL_PAIRS(64), None, linear, RAW).pairs
+    residual = residuals("jvp", net, None, rows, ALL_PAIRS(64), None, linear, RAW).pairs
     assert float(jnp.abs(residual).max()) < 1e-13
 
 
@@ -176,7 +177,7 @@ def test_the_exact_average_velocity_solves_the_jvp_identity(float64):
 def test_the_discrete_identity_misses_the_exact_solution_by_order_a(float64, interval):
     net, rows = exact_rows(0.5)
     missed = [
-        float(jnp.linalg.norm(OBJECTIVES["discrete"](net, None, rows, ALL_PAIRS(64), a, interval, UNIT).pairs))
+        float(jnp.linalg.norm(residuals("discrete", net, None, rows, ALL_PAIRS(64), a, interval, UNIT).pairs))
         for a in (2.0**-4, 2.0**-6, 2.0**-8)
     ]
     assert missed[2] > 1e-4 and np.allclose([missed[0] / missed[1], missed[1] / missed[2]], 4, rtol=0.25)
@@ -202,7 +203,7 @@ def test_raw_is_unit_times_w_and_unit_is_the_meanflow_residual(float64, c, inter
     rows, split = random_rows(), ALL_PAIRS(32)
     a = interval(0.125, rows.r, rows.t)
     raw, unit = (
-        OBJECTIVES["discrete"](net, params, rows, split, 0.125, interval, LossConfig(product_rule=c, residual_scale=s)).pairs
+        residuals("discrete", net, params, rows, split, 0.125, interval, LossConfig(product_rule=c, residual_scale=s)).pairs
         for s in ("raw", "unit")
     )
     np.testing.assert_allclose(raw, (a / (1 + c * a))[:, None] * unit, rtol=1e-9, atol=1e-14)
@@ -246,7 +247,7 @@ def test_rows_with_r_equal_t_are_flow_matching_in_every_stage(float64, kind, sca
         (ALL_PAIRS(32), "pairs"),
     ):  # routed apart, or fallen on r = t by chance
         rows_here = rows if name == "border" else on_t
-        found = getattr(OBJECTIVES[kind](net, params, rows_here, split, 0.25, dagger, config), name)
+        found = getattr(residuals(kind, net, params, rows_here, split, 0.25, dagger, config), name)
         expected = net(params, on_t) - rows.v
         expected = split.border_of(expected) if name == "border" else expected
         np.testing.assert_allclose(found, expected, atol=1e-14)
@@ -289,7 +290,7 @@ def test_no_gradient_flows_through_the_frozen_evaluation(float64):
 
     only_next = lambda p, rows: p * jnp.where(rows.t < 0.5, 1.0, 0.0)[:, None] * jnp.ones((1, 8))  # noqa: E731
     late = rows._replace(t=jnp.full(32, 0.51), r=jnp.zeros(32))  # u' sits below .5, u above: p acts through u' alone
-    found = jax.grad(lambda p: OBJECTIVES["discrete"](only_next, p, late, split, 0.5, linear, RAW).pairs.sum())(3.0)
+    found = jax.grad(lambda p: residuals("discrete", only_next, p, late, split, 0.5, linear, RAW).pairs.sum())(3.0)
     assert float(found) == 0.0
 
 
@@ -316,14 +317,14 @@ def test_the_frozen_evaluation_is_not_even_differentiated():
         return p * rows.z if len(rows.t) == 8 else frozen(p, rows.z)
 
     rows = random_rows(8, border=1)
-    g = jax.grad(lambda p: OBJECTIVES["discrete"](net, p, rows, RowSplit(8, 4, 3), 0.5, linear, RAW).pairs.sum())(2.0)
+    g = jax.grad(lambda p: residuals("discrete", net, p, rows, RowSplit(8, 4, 3), 0.5, linear, RAW).pairs.sum())(2.0)
     assert float(g) == pytest.approx(float(RowSplit(8, 4, 3).pairs_of(rows.z).sum()), rel=1e-5)
 
 
 def test_half_a_discrete_step_over_the_whole_interval_averages_both_ends(float64):
     net, params = random_net(jax.random.key(0))
     rows = random_rows()
-    e = OBJECTIVES["discrete"](net, params, rows, ALL_PAIRS(32), 1.0, linear, RAW).pairs
+    e = residuals("discrete", net, params, rows, ALL_PAIRS(32), 1.0, linear, RAW).pairs
     at_r = net(params, rows._replace(z=rows.z - (rows.t - rows.r)[:, None] * rows.v, t=rows.r))
     np.testing.assert_allclose(e, net(params, rows) - (rows.v + at_r) / 2, atol=1e-13)
 
@@ -358,12 +359,12 @@ def mlp(golden):
 def test_jvp_loss_and_gradient_equal_the_pytorch_meanflow(float64, mlp):
     d, net, params, rows = mlp
     np.testing.assert_allclose(net(params, rows), d["u_f64"], atol=1e-12)
-    residual = OBJECTIVES["jvp"](net, params, rows, ALL_PAIRS(6), None, linear, RAW).pairs
+    residual = residuals("jvp", net, params, rows, ALL_PAIRS(6), None, linear, RAW).pairs
     np.testing.assert_allclose(net(params, rows) - residual, d["u_tgt_f64"], atol=1e-10)
     for p, eps in ((0.75, 1e-3), (1.0, 1e-2), (0.0, 1e-3)):
 
         def loss(params, p=p, eps=eps):
-            e = OBJECTIVES["jvp"](net, params, rows, ALL_PAIRS(6), None, linear, RAW).pairs
+            e = residuals("jvp", net, params, rows, ALL_PAIRS(6), None, linear, RAW).pairs
             return jnp.mean(weighted_loss(e, p, eps)[0])
 
         value, grad = jax.value_and_grad(loss)(params)
@@ -387,7 +388,7 @@ def test_backward_difference_equals_the_stored_one(float64, mlp, step):
 
 def test_weighted_loss_per_row_equals_an_independent_implementation(float64, mlp):
     d, net, params, rows = mlp
-    e = OBJECTIVES["jvp"](net, params, rows, ALL_PAIRS(6), None, linear, RAW).pairs
+    e = residuals("jvp", net, params, rows, ALL_PAIRS(6), None, linear, RAW).pairs
     loss, squares = weighted_loss(e, 1.0, 1e-3)
     np.testing.assert_allclose(squares, d["sumsq_f64"], rtol=1e-8)  # the reference rounds t - r to float32
     np.testing.assert_allclose(loss, squares / (squares + 1e-3), rtol=1e-12)

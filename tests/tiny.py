@@ -1,9 +1,11 @@
 """The smallest complete runs: a config of seconds, its network, data, mesh and state."""
 
+from functools import partial
+
 import jax
 import numpy as np
 
-from dmf import networks, optim, sharding, state, step
+from dmf import networks, objectives, optim, sharding, state, step
 from dmf.config import parse
 from dmf.curriculum import build_stages
 
@@ -88,3 +90,8 @@ class Setup:
         for n in range(steps):
             now, metrics = train_step(now, self.batch(n), self.scalars(n, kind))
         return now, {k: float(v) for k, v in metrics.items()}
+
+
+def residuals(kind, net, params, rows, split, rho, interval, loss, tangent=objectives.along_data):
+    """Of a stage's kind, at the interval of one step."""
+    return objectives.OBJECTIVES[kind](net, params, rows, split, objectives.Rule(loss, partial(interval, rho), tangent))
