@@ -59,6 +59,19 @@ def test_one_device_and_eight_see_the_same(kind):
         assert found[0][name] == pytest.approx(found[1][name], rel=2e-4, abs=1e-6), name
 
 
+def test_one_row_gone_astray_moves_the_mean_and_not_the_median():
+    setup, now, probe = made()
+    u = setup.network.apply(now.params, *probe._even[:3], label=probe._even.label)
+    squares = np.mean(np.square(u - probe._even.v), axis=(1, 2, 3))
+    found = probe("trajectory", now.params, 1.0)
+    assert found["residual_pairs"] == pytest.approx(squares.mean(), rel=1e-4)
+    assert found["residual_median"] == pytest.approx(np.median(squares), rel=1e-4)
+    astray = probe._even._replace(v=probe._even.v.at[0].multiply(100.0))
+    probe._even = astray
+    moved = probe("trajectory", now.params, 1.0)
+    assert moved["residual_pairs"] > 100 * found["residual_pairs"] and moved["residual_median"] < 1.5 * found["residual_median"]
+
+
 def test_gradients_are_those_of_the_two_kinds_of_rows():
     setup, now, probe = made()
     found = probe("discrete", now.params, 0.25)
