@@ -117,11 +117,13 @@ def test_the_metadata_say_what_a_user_has_to_know(models):
 
 FRESH = """
 import sys
-class Refused:
+class Only:
+    def __init__(self, finder):
+        self.finder = finder
     def find_spec(self, name, path=None, target=None):
-        if not name.startswith("_") and name.split(".")[0] not in sys.stdlib_module_names | {needed}:  # _ is Python's own
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Refused())
+        if name.startswith("_") or name.split(".")[0] in sys.stdlib_module_names | {needed}:  # _ is Python's own
+            return self.finder.find_spec(name, path, target)
+sys.meta_path[:] = map(Only, sys.meta_path)  # all else is not installed
 {code}
 np.save(sys.argv[1], x)
 assert images.shape == x.shape and images.dtype == np.uint8
