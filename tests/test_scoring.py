@@ -108,7 +108,7 @@ def test_several_emas_and_steps_in_one_run_and_no_row_twice(place, setting, tmp_
     assert keys == [(0, 1, 1), (50, 1, 1), (0, 2, 2), (800, 1, 1), (800, 2, 2)]
     assert len({row["fid"] for row in again[:3]}) == 3  # (the two averages are still one after so few steps)
     stored = json.loads(Path(out).read_text())
-    assert stored["rows"] == again and stored["protocol"]["name"] == "pixels.json" and stored["guidance"] == "none"
+    assert stored["rows"] == again and stored["protocol"]["name"] == "pixels" and stored["guidance"] == "none"
     assert stored["seed"] == 0 and stored["reference"]["count"] == 200 and len(stored["checkpoint"]["manifest_sha256"]) == 64
     heun = scoring.score_checkpoint(place / "run", setting, [2], sampler="heun", seed=3, out=str(tmp_path / "heun.json"))
     assert heun[0]["nfe"] == 4
@@ -403,13 +403,13 @@ def test_weights_of_another_hash_or_kind_are_refused(place, inception):
 
 
 def test_a_reference_of_another_protocol_is_refused(place, inception, tmp_path):
-    with pytest.raises(DmfError, match="was made with space = pixels; protocol own.json has space = inception") as e:
+    with pytest.raises(DmfError, match="was made with space = pixels; protocol own has space = inception") as e:
         Judge(Setting(inception["protocol"], inception["folder"], str(place / "ref.npz")), sharding.make_mesh())
     assert one_line(e)
     some = moments(np.random.default_rng(0).standard_normal((10, 2048)))
     about = {"space": "inception", "resize": "bicubic_clean", "count": 10}
     write(tmp_path / "other.npz", Reference({"pool": some}, None, None, about))
-    with pytest.raises(DmfError, match="resize = bicubic_clean; protocol own.json has resize = bilinear_antialias"):
+    with pytest.raises(DmfError, match="resize = bicubic_clean; protocol own has resize = bilinear_antialias"):
         Judge(Setting(inception["protocol"], inception["folder"], str(tmp_path / "other.npz")), sharding.make_mesh())
 
 
