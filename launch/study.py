@@ -6,7 +6,8 @@
 Each set and seed has one flow model; every variant starts from that checkpoint (`scratch` from fresh weights, with the flow
 model's steps on top) and takes the same number of steps. A run is one `python main.py ...` in runs/study/SET/seedN/VARIANT, on
 a share of the cores; runs that are finished are not run again, one that was stopped goes on. A run that ends itself on values
-that are not finite is a result. Weights of finished runs are removed, but those of the flow models: --keep keeps them all.
+that are not finite is a result. Weights of finished runs are removed, but those of the flow models: --keep keeps them all. What
+--out holds already stays there but for runs made again, so that sets and seeds may be run on different machines.
 """
 
 from __future__ import annotations
@@ -251,6 +252,17 @@ def run(folder: Path, sets: list[str], seeds: list[int], only: list[str], side_b
     runner.all(variants)
 
 
+def merged(stored: Results, found: Results) -> Results:
+    """The runs found, and those stored that were not: sets and seeds may be run on different machines."""
+    whole: Results = {}
+    for dataset in SETS:
+        seeds = {**stored.get(dataset, {}), **found.get(dataset, {})}
+        for seed in sorted(seeds, key=int):
+            both = stored.get(dataset, {}).get(seed, {}) | found.get(dataset, {}).get(seed, {})
+            whole.setdefault(dataset, {})[seed] = both
+    return whole
+
+
 def collect(folder: Path) -> Results:
     """All finished runs below `folder`."""
     results: Results = {}
@@ -419,12 +431,13 @@ def main() -> None:
     given = arguments()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder = given.folder.absolute()
-    if given.table and given.out and given.out.is_file():
-        results = json.loads(given.out.read_text())["sets"]
+    stored = json.loads(given.out.read_text())["sets"] if given.out and given.out.is_file() else {}
+    if given.table and stored:
+        results = stored
     else:
         if not given.table:
             run(folder, given.sets, given.seeds, given.only, given.jobs, given.keep)
-        results = collect(folder)
+        results = merged(stored, collect(folder))
         if given.out:
             about = {"flow_steps": FLOW_STEPS, "steps": STEPS, "samples_per_score": SAMPLES}
             command = f"python launch/study.py --jobs={given.jobs} --out={given.out}"

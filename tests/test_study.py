@@ -95,6 +95,17 @@ def test_what_diverged_or_got_worse_is_counted(study):
     assert fine[6] == f"0.450 ± {statistics.stdev([0.4, 0.5]):.3f}"
 
 
+def test_stored_runs_stay_unless_they_were_made_again(study):
+    stored = {"digits": {"10": {"dagger": 1}, "2": {"dagger": 2, "linear": 3}}, "photos": {"0": {"dagger": 4}}}
+    found = {"digits": {"2": {"dagger": 5}, "1": {"dagger": 6}}}
+    expected = {
+        "digits": {"1": {"dagger": 6}, "2": {"dagger": 5, "linear": 3}, "10": {"dagger": 1}},
+        "photos": {"0": {"dagger": 4}},
+    }
+    whole = study.merged(stored, found)
+    assert whole == expected and [*whole["digits"]] == ["1", "2", "10"]
+
+
 def test_photos_are_compared_by_the_training_crops(study):
     text = study.table({"photos": {"0": RESULTS["digits"]["0"] | {"dagger": record(4.0, 1.0, 0.5, train=7.0)}}})
     assert cells(text, "linear")[5] == "+2.000" and cells(text, "linear")[6] == "1.400" and "minus dagger, train" in text
