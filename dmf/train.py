@@ -201,11 +201,13 @@ class Run:
                     break
                 stage = curriculum.stage_at(self.stages, n)
                 now = self._switched(now, n, stage)
+                if n == start:
+                    jax.block_until_ready(now)  # what follows is the step alone
                 began, waited = time.monotonic(), feed.waited_s
                 now, metrics = self.steps[stage.kind](now, feed.get(n), self._scalars(n))
                 self.stop.unsaved()
                 if n == start:
-                    self._announce_first(metrics)
+                    self._announce_first(began, metrics)
                 self._report(pending, progress)
                 if n > start:
                     self.stepped_s += time.monotonic() - began
@@ -274,9 +276,10 @@ class Run:
         switch = partial(state.switch, **of)  # fresh parts are placed as well
         return self._jit(switch, donate_argnums=0)(now)
 
-    def _announce_first(self, metrics: dict[str, jax.Array]) -> None:
+    def _announce_first(self, began: float, metrics: dict[str, jax.Array]) -> None:
         jax.block_until_ready(metrics)
-        print(f"first step after {time.monotonic() - self.began:.1f} s, its compilation included", flush=True)
+        took = time.monotonic() - began
+        print(f"first step begun after {began - self.began:.1f} s, compilation included; it took {took:.1f} s", flush=True)
 
     def finish(self) -> list[dict[str, Any]]:
         """The closing table and pictures, made from what the run wrote down."""
@@ -364,11 +367,8 @@ class Run:
         bad = [k for k, v in values.items() if not math.isfinite(v)]
         if bad:
             leaf = int(values["nonfinite_leaf"])
-            names = [
-                jax.tree_util.keystr(p)
-                for p, _ in jax.tree_util.tree_leaves_with_path(pretrained.abstract_params(self.network, self.mesh))
-            ]
-            where = f", first in the gradient of {names[leaf]}" if leaf >= 0 else ""
+            paths = jax.tree_util.tree_leaves_with_path(pretrained.abstract_params(self.network, self.mesh))
+            where = f", first in the gradient of {jax.tree_util.keystr(paths[leaf][0])}" if leaf >= 0 else ""
             reason = f"{bad[0]} = {values[bad[0]]}{where}"
             raise Diverged(
                 n,

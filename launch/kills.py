@@ -90,7 +90,7 @@ class Life:
             return "start"
         if self.saving():
             return "save"
-        if "first step after" not in said:
+        if "first step begun" not in said:
             return "compilation, first step"
         done = max((int(p.parent.name) for p in self.workdir.glob("checkpoints/*/manifest.json")), default=0)
         if done == self.steps() and not self.scored(done):
