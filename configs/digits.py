@@ -41,6 +41,7 @@ def get_config(variant: str = "dagger"):
                 clip_norm=1.0,
             ),
             ema=dict(halflife_images=(2200.0, 4400.0), rampup_ratio=0.05, evaluate=4400.0),
+            guard=dict(every_steps=200, action="jvp"),
             run=dict(
                 log_every_steps=50,
                 checkpoint_every_steps=500,

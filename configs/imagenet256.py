@@ -44,6 +44,7 @@ def get_config(variant: str = "XL"):
             optimizer=dict(learning_rate=1e-4, warmup_steps=1000, b1=0.9, b2=0.95, clip_norm=1.0),
             # decays .999, .9996, .9999 per step of 1,024 images
             ema=dict(halflife_images=(709e3, 1.774e6, 7.097e6), rampup_ratio=0.05, evaluate=1.774e6),
+            guard=dict(every_steps=2000, action="jvp"),
             run=dict(log_every_steps=100, checkpoint_every_steps=1000, score_samples=0, score_steps=(1, 2, 4, 50)),
         )
     )

@@ -306,10 +306,10 @@ class Run:
             folder, ema, _ = self.init or pretrained.find_init(self.config, self.dataset.image_shape)
             params = checkpoint.read_params(folder, ema, pretrained.abstract_params(self.network, self.mesh))
             found = self._jit(self._started)(params)
-            self.checkpoints.save(0, found)  # a resumed run starts from these weights, whatever config.init holds by then
+            self.checkpoints.save(0, found, wait=False)  # a resumed run starts from these weights, whatever init holds then
         now = found if found is not None else self._jit(self.fresh)()
         if found is None and self.guard.active:
-            self.checkpoints.save(0, now)  # something to go back to
+            self.checkpoints.save(0, now, wait=False)  # something to go back to
         self.start = self.saved = int(now.step)  # what a run starts from is on disk already
         if self.start > self.stages[-1].last:
             raise DmfError(

@@ -103,6 +103,8 @@ class Job:
         flow = folder / dataset / f"seed{seed}" / "flow"
         values = {
             "seed": str(seed),
+            "guard.every_steps": "0",
+            "guard.action": "off",
             "run.score_samples": str(SAMPLES),
             "run.sample_rows": "4",
             "run.checkpoint_every_steps": "500",
