@@ -49,7 +49,8 @@ class _Kept:
 class Checkpoints:
     """The checkpoints of one run: stage boundaries are kept for good, and besides the newest few good ones.
 
-    besides: gives further steps that are worth keeping at the moment, such as that of the best score so far.
+    besides: gives further steps that are worth keeping at the moment, such as that of the best score so far. scheduled:
+    whether a save is due after a step; one that is not, of a run that was asked to stop, takes no other's place.
     """
 
     def __init__(
@@ -59,9 +60,11 @@ class Checkpoints:
         boundaries: Sequence[int],
         metadata: dict[str, Any],
         besides: Callable[[], Collection[int]] = tuple,
+        scheduled: Callable[[int], bool] = lambda step: True,
     ):
         self.directory = workdir / FOLDER
         self._metadata, self._besides, self._keep, self._boundaries = metadata, besides, keep, frozenset(boundaries)
+        self._scheduled = scheduled
         self._kept: frozenset[int] = frozenset()
         self._damaged: set[int] = set()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -164,7 +167,8 @@ class Checkpoints:
         if not hosts.is_first():
             return []
         good = [n for n in self.complete() if n not in self._damaged | {step}]
-        return [step, *good[: self._keep - 1], *self._besides()]
+        scheduled = [n for n in good if self._scheduled(n)]
+        return [step, *good[:1], *scheduled[: self._keep - self._scheduled(step)], *self._besides()]
 
     def close(self) -> None:
         """Ends a save that is being written; where one has failed, the error that closes the run is the one to be told."""

@@ -133,7 +133,7 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What a run writes, and when. Nothing here changes the weights it ends with."""
+    """What a run writes, and when. Nothing here changes a step; a guard heeds scores, and goes back to what is kept."""
 
     log_every_steps: int = 100  # a line of metrics.jsonl, and of the progress shown
     checkpoint_every_steps: int = 1000  # besides every stage boundary, which is always kept

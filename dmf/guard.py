@@ -6,7 +6,8 @@ Discrete MeanFlow has a ceiling: with d too small its residual is rounding and n
     a value that is not finite                  of a step, a probe or a score
     residual_border, residual_median            more than `factor` times that of the stage's first probe
     change_ulps                                 below `ulps`, in a discrete stage: u and u' are one number to the compute dtype
-    the main score at the first number of steps more than `factor` times the best score so far
+    the main score at the first number of steps more than `factor` times the best since the last stage of plain flow matching,
+                                                which takes a generator of one step apart
 
 An intervention is a row of guard.json. Stages are a function of the config and of these rows, and what is on disk beyond the
 step to go back to is deleted; so it is one more start of the run, and one that was killed in the midst of it does the rest.
@@ -18,7 +19,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -70,10 +71,13 @@ def alarm(probe: Mapping[str, Any], start: Mapping[str, Any], config: GuardConfi
     factor: another one than the config's.
     """
     factor = factor or config.factor
+    for name, value in probe.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"{name} = {value}, expected a finite value"
     for name in WORSE:
-        if not probe[name] <= factor * start[name]:  # a NaN is not
-            return f"{name} = {probe[name]:.4g} on held-out images, above {factor:g} x the stage's first, {start[name]:.4g}"
-    if "change_ulps" in probe and not probe["change_ulps"] >= config.ulps:
+        if probe[name] > factor * start[name]:
+            return f"{name} = {probe[name]:.4g}, above {factor:g} x the stage's first, {start[name]:.4g}"
+    if "change_ulps" in probe and probe["change_ulps"] < config.ulps:
         return f"|u - u'| / |u| = {probe['change_ulps']:.3g} ulps of the compute dtype, below {config.ulps:g}"
     return ""
 
@@ -119,6 +123,17 @@ def _changed(stage: Stage, action: str, good: float) -> Stage:
     return replace(stage, rho=max(stage.rho, good), fall=1.0) if action == "floor" else stage
 
 
+def check_finite(step: int, stage: Stage, values: Mapping[str, float], leaves: Callable[[], Sequence[str]]) -> None:
+    """Raises Diverged where a metric of the step that led to `step` is not finite. leaves: gives the names of all weights."""
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    if bad:
+        leaf = int(values["nonfinite_leaf"])
+        where = f", first in the gradient of {leaves()[leaf]}" if leaf >= 0 else ""
+        reason = f"{bad[0]} = {values[bad[0]]}{where}"
+        text = f"step {step} ({stage.name}, {stage.kind}): {reason}; expected finite values. That state is not saved"
+        raise Diverged(step, reason, text)
+
+
 class Guard:
     """The interventions of one run, and what calls for the next."""
 
@@ -131,6 +146,10 @@ class Guard:
     def stages(self, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
         """The stages of the config as the interventions have left them."""
         return functools.reduce(applied, self.rows, stages)
+
+    def told(self) -> str:
+        """The interventions, as all processes of a run have to see them."""
+        return json.dumps([row | {"settled": True} for row in self.rows])
 
     def settle(self) -> None:
         """Does the rest of the last intervention: what is beyond the step to go back to is deleted."""
@@ -146,26 +165,32 @@ class Guard:
         self.rows[-1]["settled"] = True
         self._write()
 
-    def refuse(self, step: int) -> None:
-        """Raises DmfError where a run that starts from this step has been stopped there, by these very rules."""
+    def stopped(self, step: int) -> str:
+        """Why a run that starts from this step may not go on, "" where it may: it was stopped there by these very rules."""
         last = self.rows[-1] if self.rows else None
-        if last and last["action"] == "stop" and last["rules"] == asdict(self._config) and step <= last["back_to"]:
-            raise DmfError(
-                f"the guard has stopped this run: {describe(last)}; expected --allow_change with another config.guard, such as "
-                f"action = 'jvp' or a limit above {self._config.limit}, or another curriculum in another directory"
-            )
+        if (
+            not last
+            or last["action"] != "stop"
+            or step > last["back_to"]
+            or _rules(last["rules"]) != _rules(asdict(self._config))
+        ):
+            return ""
+        return (
+            f"the guard has stopped this run: {describe(last)}; expected --allow_change with another config.guard, such as "
+            f"action = 'jvp' or a limit above {self._config.limit}, or another curriculum in another directory"
+        )
 
     def probe_alarm(self, probes: Sequence[Mapping[str, Any]], stage: Stage) -> str:
         """What is wrong with the last of the run's probes, "" if nothing is."""
         seen = _of_stage(probes, stage)
         return alarm(seen[-1], seen[0], self._config)
 
-    def score_alarm(self, scores: Sequence[tuple[int, float]], name: str) -> str:
+    def score_alarm(self, scores: Sequence[tuple[int, float]], name: str, stages: tuple[Stage, ...]) -> str:
         """What is wrong with the last of the run's scores, (step, value), "" if nothing is. Lower is better."""
-        factor = self._config.factor
-        if not scores or math.isfinite(scores[-1][1]) and scores[-1][1] <= factor * _best(scores):
+        if not scores or _is_fine(scores, stages, self._config.factor):
             return ""
-        return f"{name} = {scores[-1][1]:.4g}, above {factor:g} x the best, {_best(scores):.4g}"
+        best = _best(_comparable(scores, stages))
+        return f"{name} = {scores[-1][1]:.4g}, above {self._config.factor:g} x the best, {best:.4g}"
 
     def intervene(
         self,
@@ -174,36 +199,44 @@ class Guard:
         probes: Sequence[Mapping[str, Any]],
         scores: Sequence[tuple[int, float]],
         kept: Collection[int],
+        scheduled: Callable[[int], bool],
     ) -> None:
-        """Decides what to do, and writes it down; `settle` of the next start does it.
+        """Decides what to do, and writes it down; `settle` of the next start does it. found.step: above 0.
 
-        kept: steps of checkpoints that are kept for good, which is as far as it goes back.
+        kept: steps of checkpoints that are kept for good, which is as far as it goes back. scheduled: whether a checkpoint
+        is due after a step; a run that was asked to stop has others, and goes back no less far than one that was not.
         """
         failing = stage_at(stages, found.step - 1)
-        calm = self._calm_until(found, failing, probes, scores)
-        back = self._newest_good(max([calm, *(n for n in kept if n <= found.step)]))
+        calm = self._calm_until(found, failing, stages, probes, scores)
+        until = min(max([calm, *(n for n in kept if n < found.step)]), found.step - 1)  # what has failed fails again
+        back = self._newest_good(until, lambda n: n in kept or scheduled(n))
         action = remedy(self._next(), failing)
         what = {"step": found.step, "stage": failing.name, "kind": failing.kind, "reason": found.reason}
         self.rows.append({**what, "back_to": back, "action": action, "rules": asdict(self._config), "settled": False})
         self._write()
 
-    def _newest_good(self, until: int) -> int:
-        """The newest step up to `until` whose checkpoint can be read, 0 where there is none."""
+    def _newest_good(self, until: int, wanted: Callable[[int], bool]) -> int:
+        """The newest wanted step up to `until` whose checkpoint can be read, 0 where there is none."""
         steps = [int(p.name) for p in self._folder.glob("[0-9]*") if p.name.isdecimal() and int(p.name) <= until]
-        for step in sorted(steps, reverse=True):
+        for step in sorted(filter(wanted, steps), reverse=True):
             with suppress(DmfError):
                 verify(self._folder / str(step))
                 return step
         return 0
 
     def _calm_until(
-        self, found: Diverged, failing: Stage, probes: Sequence[Mapping[str, Any]], scores: Sequence[tuple[int, float]]
+        self,
+        found: Diverged,
+        failing: Stage,
+        stages: tuple[Stage, ...],
+        probes: Sequence[Mapping[str, Any]],
+        scores: Sequence[tuple[int, float]],
     ) -> int:
         """The last step by which no value was worse than half way, as a ratio, to the alarm; at least the stage's start."""
         half, seen = math.sqrt(self._config.factor), _of_stage(probes, failing)
         calm = list(itertools.takewhile(lambda p: not alarm(p, seen[0], self._config, half), seen))
         until = calm[-1]["step"] if calm else failing.first
-        fine = [(step, value <= half * _best(scores[: i + 1])) for i, (step, value) in enumerate(scores)]  # the best by then
+        fine = [(step, _is_fine(scores[: i + 1], stages, half)) for i, (step, _) in enumerate(scores)]  # the best by then
         within = [(step, good) for step, good in fine if failing.first <= step <= found.step]
         bad = [step for step, good in within if not good and step > failing.first]
         if bad:
@@ -225,8 +258,28 @@ def describe(row: Mapping[str, Any]) -> str:
     return f"{where}: {row['reason']}; back to step {row['back_to']}, {DONE[row['action']]}"
 
 
+def _rules(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """What a stop follows from: how often a run is probed, and on how many images, may change at any time."""
+    return {name: value for name, value in stored.items() if name not in ("every_steps", "rows")}
+
+
 def _of_stage(probes: Sequence[Mapping[str, Any]], stage: Stage) -> list[Mapping[str, Any]]:
-    return [p for p in probes if p["stage"] == stage.index and stage.first < p["step"] <= stage.last]
+    """The stage's probes of the same rows as the last of them."""
+    seen = [p for p in probes if p["stage"] == stage.index and stage.first < p["step"] <= stage.last]
+    return [p for p in seen if p.get("rows") == seen[-1].get("rows")]
+
+
+def _is_fine(scores: Sequence[tuple[int, float]], stages: tuple[Stage, ...], factor: float) -> bool:
+    """Whether the last score is finite and at most so many times the best that it can be held against."""
+    value = scores[-1][1]
+    return math.isfinite(value) and value <= factor * _best(_comparable(scores, stages))
+
+
+def _comparable(scores: Sequence[tuple[int, float]], stages: tuple[Stage, ...]) -> list[tuple[int, float]]:
+    """The scores from the end on of the last stage of plain flow matching; within such a stage the last score alone."""
+    step = scores[-1][0]
+    ends = [min(s.last, step) for s in stages if identity_of(s.kind) in ("flow", "trajectory") and s.first < step]
+    return [score for score in scores if score[0] >= max(ends, default=0)]
 
 
 def _best(scores: Sequence[tuple[int, float]]) -> float:

@@ -50,7 +50,9 @@ def panels(path: Path, named: Mapping[str, np.ndarray], columns: int) -> None:
 
 
 def stack(path: Path, parts: Sequence[Path]) -> None:
-    """Pictures below each other, written to `path`."""
+    """Pictures below each other, written to `path`; of no pictures none."""
+    if not parts:
+        return
     images = [Image.open(io.BytesIO(p.read_bytes())) for p in parts]
     page = Image.new("RGB", (max(i.width for i in images), sum(i.height for i in images)), (BACKGROUND,) * 3)
     top = 0

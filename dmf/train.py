@@ -19,7 +19,6 @@ functions of (seed, step), and a boundary is scored, pictured and switched by th
 from __future__ import annotations
 
 import json
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -94,7 +93,7 @@ class Run:
         hosts.check_shared(workdir)
         shape, about = self.dataset.image_shape, data.identity(self.dataset)
         hosts.same("config, data or jax", json.dumps([to_dict(replace(config, run=RunConfig())), about, jax.__version__]))
-        hosts.same("guard.json", str(self.stages))  # a network file system may still show the one before
+        hosts.same("guard.json", self.guard.told())  # a network file system may still show the one before
         self.metrics, self.watched = (JsonLines(workdir / f"{name}.jsonl", hosts.is_first()) for name in ("metrics", "watch"))
         self.tensorboard = TensorBoard(workdir / "tensorboard", config.run.tensorboard and hosts.is_first())
         with hosts.together():
@@ -102,7 +101,8 @@ class Run:
             self.watch = self._make_watch() if config.guard.every_steps else None
         kept = [0, *(n for n, b in self.scores.boundaries.items() if b.kept)]
         metadata = {"config": to_dict(config), "image_shape": list(shape), "source": origin(workdir), "data": about}
-        self.checkpoints = checkpoint.Checkpoints(workdir, config.run.keep_checkpoints, kept, metadata, self._also_kept)
+        which = config.run.keep_checkpoints, kept, metadata, self._also_kept, self._is_scheduled
+        self.checkpoints = checkpoint.Checkpoints(workdir, *which)
 
     def _prepare(self, fresh: bool, allow_change: bool) -> None:
         """Data, stages, networks, mesh and programs, all checked; the work directory claimed. Raises DmfError."""
@@ -166,13 +166,13 @@ class Run:
         try:
             return self.finish() if self.loop() else self.scores.rows()
         except Diverged as found:
-            if not self.guard.active:
+            if not self.guard.active or found.step == 0:
                 raise
             self.checkpoints.wait()
             with hosts.together():
                 if hosts.is_first():
                     seen = self.watched.read(), self.scores.history(), kept_by_changes(self.workdir)
-                    self.guard.intervene(found, self.stages, *seen)
+                    self.guard.intervene(found, self.stages, *seen, self._is_scheduled)
             self.stop.saved()
         return None
 
@@ -217,7 +217,7 @@ class Run:
                     self._report(pending, progress)
                     pending = None
                     self._probe(self.watch, n + 1, stage, now, progress)
-                if (n + 1) % self.config.run.checkpoint_every_steps == 0 and n + 1 not in self.scores.boundaries:
+                if self._is_scheduled(n + 1) and n + 1 not in self.scores.boundaries:
                     self._report(pending, progress)  # never save a state whose step has not been checked
                     pending = None
                     self._save(n + 1, now, wait=False)
@@ -250,7 +250,7 @@ class Run:
     def _probe(self, watch: Watch, n: int, stage: Stage, now: TrainState, progress: Progress) -> None:
         rho = curriculum.rho_at(stage, n - 1)
         values = watch(stage.kind, now.params, rho)
-        self.watched.write({"step": n, "stage": stage.index, "kind": stage.kind, "rho": rho, **values})
+        self.watched.write({"step": n, "stage": stage.index, "kind": stage.kind, "rho": rho, "rows": watch.rows, **values})
         self.tensorboard.write(n, {f"watch/{name}": value for name, value in values.items()})
         progress.restart(n)
         if self.guard.active:
@@ -260,6 +260,10 @@ class Run:
     def _is_probed(self, n: int, stage: Stage) -> bool:
         """Whether the weights after n steps are: every so often, after a stage's first step and at its end."""
         return n % self.config.guard.every_steps == 0 or n in (stage.first + 1, stage.last)
+
+    def _is_scheduled(self, n: int) -> bool:
+        """Whether a checkpoint is due after n steps, be the run asked to stop or not."""
+        return n % self.config.run.checkpoint_every_steps == 0 or n in self.scores.boundaries
 
     def _heed(self, n: int, reason: str) -> None:
         if reason:
@@ -317,13 +321,20 @@ class Run:
             )
         with hosts.together():
             if hosts.is_first():
+                self._refuse_if_stopped()
                 note_change(self.workdir, self.start, self.config)
                 note_start(self.workdir, self.start, self.config)
         self.metrics.resume(self.start)
         self.watched.resume(self.start)
         self.scores.resume(self.start)
-        self.guard.refuse(self.start)
         return now
+
+    def _refuse_if_stopped(self) -> None:
+        """With the report of the run, up to what it was stopped for. Raises DmfError."""
+        if reason := self.guard.stopped(self.start):
+            self.scores.show(self.metrics.read(), self.stages)
+            self._tell_interventions()
+            raise DmfError(reason)
 
     def _announce(self, now: TrainState) -> None:
         count = sum(x.size for x in jax.tree.leaves(now.params))
@@ -339,8 +350,8 @@ class Run:
         print(curriculum.table(self.stages, self.config.curriculum, self.config.times.r_neq_t_fraction))
         self._tell_interventions()
         if self.watch:
-            rows, every = self.config.guard.rows, self.config.guard.every_steps
-            print(f"watch     {rows} {self.watched_on} images every {every} steps, to {self.watched.path}")
+            every = self.config.guard.every_steps
+            print(f"watch     {self.watch.rows} {self.watched_on} images every {every} steps, to {self.watched.path}")
         origin = f"step {self.start} of {self.stages[-1].last}, resuming" if self.start else self.config.init
         print(f"start     {origin or 'fresh weights (config.init names no flow model)'}", flush=True)
 
@@ -354,7 +365,7 @@ class Run:
             return
         n, stage, device_values = pending
         values = {k: float(v) for k, v in jax.device_get(device_values).items()}
-        self._stop_if_not_finite(n, stage, values)
+        guard.check_finite(n, stage, values, self._leaves)
         values.pop("nonfinite_leaf")
         if n % self.config.run.log_every_steps == 0 or n == 1 or n == self.stages[-1].last:
             rate = optim.learning_rate(n - 1, self.stages, self.config.curriculum, self.config.optimizer)
@@ -363,19 +374,9 @@ class Run:
             self.tensorboard.write(n, {"stage": stage.index, **values})
             progress.show(n, stage.name, values["loss"])
 
-    def _stop_if_not_finite(self, n: int, stage: Stage, values: dict[str, float]) -> None:
-        bad = [k for k, v in values.items() if not math.isfinite(v)]
-        if bad:
-            leaf = int(values["nonfinite_leaf"])
-            paths = jax.tree_util.tree_leaves_with_path(pretrained.abstract_params(self.network, self.mesh))
-            where = f", first in the gradient of {jax.tree_util.keystr(paths[leaf][0])}" if leaf >= 0 else ""
-            reason = f"{bad[0]} = {values[bad[0]]}{where}"
-            raise Diverged(
-                n,
-                reason,
-                f"step {n} ({stage.name}, {stage.kind}): {reason}; expected finite values. "
-                f"The last good checkpoint is in {self.checkpoints.directory}",
-            )
+    def _leaves(self) -> list[str]:
+        params = pretrained.abstract_params(self.network, self.mesh)
+        return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
 
     def _at_boundary(self, boundary: Boundary, now: TrainState, progress: Progress) -> bool:
         """Keeps the state, then pictures and scores it; a part that an earlier run has done is not done again.
@@ -394,6 +395,6 @@ class Run:
                 raise Diverged(boundary.step, str(error), str(error)) from error
             progress.restart(boundary.step)
         if self.guard.active:
-            reason = self.guard.score_alarm(self.scores.history(), self.scores.main) if hosts.is_first() else ""
-            self._heed(boundary.step, hosts.first_says(reason))
+            seen = self.scores.history(), self.scores.main, self.stages
+            self._heed(boundary.step, hosts.first_says(self.guard.score_alarm(*seen) if hosts.is_first() else ""))
         return True

@@ -63,7 +63,7 @@ class Watch:
         batch = sharding.put_rows(mesh, mine)
         share = config.times.r_neq_t_fraction if 0 < config.times.r_neq_t_fraction < 1 else 0.5
         pairs = min(max(round(share * per_device), 1), per_device - 1)
-        self._split = RowSplit(count, per_device, pairs)
+        self._split, self.rows = RowSplit(count, per_device, pairs), count
         draw = jax.jit(partial(_draw, config=config, split=self._split), out_shardings=sharding.rows(mesh))
         self._even, self._law = draw(batch)
         self._programs: dict[str, Callable[..., Any]] = {}

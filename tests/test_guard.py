@@ -15,6 +15,7 @@ from dmf.guard import Diverged, Guard, GuardConfig
 from dmf.manifest import write_manifest
 from dmf.optim import EMAConfig, OptimizerConfig, ema_decays, learning_rate
 from dmf.scoreboard import Scoreboard
+from dmf.stopping import Stop
 from dmf.train import train
 from dmf.watch import Watch
 from tests.test_train import leaves
@@ -38,12 +39,13 @@ def rhos(stages):
     [
         ({}, ""),
         ({"residual_border": 4.0, "residual_median": 8.0, "change_ulps": 1.0}, ""),
-        ({"residual_border": 4.1}, "residual_border = 4.1 on held-out images, above 4 x the stage's first, 1"),
+        ({"residual_border": 4.1}, "residual_border = 4.1, above 4 x the stage's first, 1"),
         ({"residual_median": 8.1}, "residual_median = 8.1"),
         ({"residual_median": math.nan}, "residual_median = nan"),
         ({"residual_median": math.inf}, "residual_median = inf"),
         ({"change_ulps": 0.9}, "0.9 ulps of the compute dtype, below 1"),
-        ({"change_ulps": math.nan}, "nan ulps"),
+        ({"change_ulps": math.nan}, "change_ulps = nan, expected a finite value"),
+        ({"consistency": math.inf}, "consistency = inf"),
     ],
 )
 def test_a_probe_is_held_against_the_stages_first(change, named):
@@ -51,11 +53,31 @@ def test_a_probe_is_held_against_the_stages_first(change, named):
     assert (named in found) if named else found == ""
 
 
-def test_a_score_is_held_against_the_best(tmp_path):
+def test_an_infinite_first_probe_is_an_alarm_and_no_measure():
+    start = {**CALM, "residual_border": math.inf}
+    assert "residual_border = inf, expected a finite value" in guard.alarm(start, start, CONFIG)
+
+
+def test_probes_of_other_rows_are_not_compared(tmp_path):
     watching = Guard(tmp_path / "guard.json", tmp_path, CONFIG, fresh=True)
-    assert watching.score_alarm([], "fid") == watching.score_alarm([(1, 30.0), (2, 2.0), (3, 8.0)], "fid") == ""
-    assert watching.score_alarm([(1, 30.0), (2, 2.0), (3, 8.1)], "fid") == "fid = 8.1, above 4 x the best, 2"
-    assert watching.score_alarm([(1, 30.0), (2, math.nan)], "fid") == "fid = nan, above 4 x the best, 30"
+    probes = [
+        {"step": n, "stage": 3, "rows": rows, **CALM, "residual_border": x} for n, rows, x in ((31, 8, 1.0), (33, 16, 9.0))
+    ]
+    assert watching.probe_alarm(probes, LADDER[3]) == ""
+    assert "residual_border = 9, above" in watching.probe_alarm([probes[0], {**probes[1], "rows": 8}], LADDER[3])
+
+
+def test_a_score_is_held_against_the_best_since_the_last_stage_of_flow_matching(tmp_path):
+    watching = Guard(tmp_path / "guard.json", tmp_path, CONFIG, fresh=True)
+
+    def said(*scores):
+        return watching.score_alarm(scores, "fid", LADDER)  # trajectory to step 10
+
+    assert said() == said((10, 30.0), (20, 2.0), (30, 8.0)) == ""
+    assert said((10, 30.0), (20, 2.0), (30, 8.1)) == "fid = 8.1, above 4 x the best, 2"
+    assert said((10, 30.0), (20, math.nan)) == "fid = nan, above 4 x the best, 30"
+    assert said((0, 1.0), (5, 8.0)) == said((0, 1.0), (10, 30.0)) == said((0, 1.0), (5, 1.0), (10, 30.0), (20, 100.0)) == ""
+    assert said((0, 1.0), (10, math.inf)) == "fid = inf, above 4 x the best, inf"
 
 
 @pytest.mark.parametrize("back", [30, 33])
@@ -123,7 +145,7 @@ def test_it_goes_back_to_the_newest_checkpoint_before_values_were_half_way_to_th
         {"step": n, "stage": 3, **CALM, "residual_median": x} for n, x in ((31, 2), (33, 3.9), (35, 4.1), (36, 3), (38, 9))
     ]
     probes.insert(0, {"step": 30, "stage": 2, **CALM, "residual_median": 1e9})
-    how = dict(stages=LADDER, probes=probes, kept=())
+    how = dict(stages=LADDER, probes=probes, kept=(), scheduled=lambda step: True)
     for n in (37, 34, 32, 30, 20, 10):
         (tmp_path / str(n)).mkdir()
         (tmp_path / str(n) / "weights").write_text("1")
@@ -141,6 +163,9 @@ def test_it_goes_back_to_the_newest_checkpoint_before_values_were_half_way_to_th
     falling = [(n, 500.0 / n**2) for n in range(30, 38)] + [(38, math.nan)]
     assert back(Diverged(38, "x"), falling) == back(Diverged(38, "x"), steep) == 32
     assert back(Diverged(38, "x"), [], kept={10, 34, 60}) == 34  # never before what a change of the config has kept
+    assert back(Diverged(34, "x"), [], kept={10, 20, 34}) == 32  # nor to the step that has failed
+    assert back(Diverged(30, "x"), [], probes=[], stages=LADDER[:3]) == 20
+    assert back(Diverged(38, "x"), [], scheduled=lambda step: step != 32) == 30  # nor to one that was saved by the way
     (tmp_path / "32" / "weights").write_text("2")  # a damaged one is nothing to go back to
     (tmp_path / "30" / "manifest.json").unlink()
     assert back(Diverged(38, "x"), []) == 20
@@ -184,7 +209,7 @@ def test_a_run_hands_over_to_jvp_and_says_so(tmp_path, diverges, capsys):
     logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [r["kind"] for r in logged] == ["flow"] * 4 + ["trajectory"] * 2 + ["discrete"] * 2 + ["jvp"] * 4
     assert [r["step"] for r in logged] == list(range(1, 13))
-    line = "guard     stage 2 (discrete), step 10: residual_median = 9 on held-out images, above 3 x the stage's first, 2; "
+    line = "guard     stage 2 (discrete), step 10: residual_median = 9, above 3 x the stage's first, 2; "
     line += "back to step 8, the discrete stages left are jvp stages now"
     assert capsys.readouterr().out.count(line) == 2  # when it happens, and below the closing table
     plain = merged(TINY, curriculum=dict(stages=4, kinds=("trajectory", "discrete", "jvp", "jvp")))
@@ -205,36 +230,94 @@ def test_each_way_on_reaches_the_end(tmp_path, diverges, action):
     assert len(rows) == 1 and len(state_of(tmp_path)) > 0
 
 
-def test_a_kill_in_an_intervention_changes_nothing(tmp_path, diverges, monkeypatch):
-    train(parse(GUARDED), tmp_path / "whole")
+# Four steps a stage, d = 1/4 from step 12 to 16; it goes back to step 13, beyond which are the checkpoints 14 and 15.
+LONGER = merged(GUARDED, curriculum=dict(length=16.0), run=dict(checkpoint_every_steps=1, keep_checkpoints=3))
 
-    def killed(self):
-        if self.rows and not self.rows[-1]["settled"]:
+
+def climbs(monkeypatch, *residuals):
+    """Makes the probes of d = 1/4 say these medians one after the other, and then the last of them again."""
+    left = list(residuals)
+
+    def probe(self, kind, params, rho):
+        return {**CALM, "residual_median": (left.pop(0) if left[1:] else left[0]) if rho == 0.25 else 2.0}
+
+    monkeypatch.setattr(Watch, "__call__", probe)
+
+
+def end_of(workdir):
+    """What two runs that are the same run end with."""
+    logs = [(workdir / name).read_text() for name in ("metrics.jsonl", "watch.jsonl", guard.FILE)]
+    return logs, [leaf.tobytes() for leaf in leaves(workdir / "checkpoints" / "20")]
+
+
+@pytest.mark.parametrize(
+    "where, name, call, after",
+    [
+        (Guard, "_write", 1, True),  # the intervention is written down, and no more
+        (guard.places, "remove_tree", 1, False),  # one checkpoint has lost its manifest
+        (guard.places, "remove_tree", 1, True),
+        (guard.places, "remove_tree", 2, False),
+        (Guard, "_write", 2, False),  # all is deleted, which is not noted yet
+        (Guard, "_write", 2, True),
+    ],
+)
+def test_a_kill_in_an_intervention_changes_nothing(tmp_path, monkeypatch, where, name, call, after):
+    calls, real = [], getattr(where, name)
+
+    def killed(*given):
+        calls.append(given)
+        if len(calls) == call and not after:
+            raise KeyboardInterrupt
+        real(*given)
+        if len(calls) == call:
             raise KeyboardInterrupt
 
-    settle = Guard.settle
-    for i, when in enumerate((killed, lambda self: (settle(self), killed(self)))):
-        diverges.clear()
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(Guard, "settle", when)
-            patch.setattr(Guard, "_write", _written_then_killed if i else Guard._write)
-            train(parse(GUARDED), tmp_path / str(i))
-        assert not (tmp_path / str(i) / "checkpoints" / "12").exists()
-        train(parse(GUARDED), tmp_path / str(i))
-        assert len(json.loads((tmp_path / str(i) / guard.FILE).read_text())) == 1
-        for a, b in zip(state_of(tmp_path / "whole"), state_of(tmp_path / str(i)), strict=True):
-            np.testing.assert_array_equal(a, b)
+    climbs(monkeypatch, 2.0, 4.5, 4.5, 9.0)
+    train(parse(LONGER), tmp_path / "whole")
+    climbs(monkeypatch, 2.0, 4.5, 4.5, 9.0)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(where, name, killed)
+        train(parse(LONGER), tmp_path / "killed")
+    train(parse(LONGER), tmp_path / "killed")
+    (row,) = json.loads((tmp_path / "killed" / guard.FILE).read_text())
+    assert (row["step"], row["back_to"]) == (16, 13)
+    assert end_of(tmp_path / "killed") == end_of(tmp_path / "whole")
 
 
-WRITE = Guard._write
+class AskedAfter(Stop):
+    """A request to stop in the midst of the run's so-manieth step."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self.left = steps
+
+    def unsaved(self):
+        super().unsaved()
+        self.left -= 1
+        if self.left == 0:
+            self.ask()
 
 
-def _written_then_killed(self):
-    WRITE(self)
-    raise KeyboardInterrupt
+@pytest.mark.parametrize("asked", [13, 14])
+def test_a_run_that_was_asked_to_stop_goes_back_no_less_far(tmp_path, monkeypatch, asked):
+    values = parse(merged(LONGER, run=dict(checkpoint_every_steps=3, keep_checkpoints=2)))
+    climbs(monkeypatch, 2.0, 2.0, 2.0, 9.0)
+    train(values, tmp_path / "whole")
+    climbs(monkeypatch, 2.0, 2.0, 2.0, 9.0)
+    train(values, tmp_path / "asked", stop=AskedAfter(asked))
+    assert (tmp_path / "asked" / "checkpoints" / str(asked) / "manifest.json").exists()
+    train(values, tmp_path / "asked")
+    (row,) = json.loads((tmp_path / "asked" / guard.FILE).read_text())
+    assert (row["step"], row["back_to"]) == (16, 15)
+    assert end_of(tmp_path / "asked") == end_of(tmp_path / "whole")
+    climbs(monkeypatch, 2.0, 2.0, 9.0)
+    train(values, tmp_path / "again", stop=AskedAfter(asked))
+    train(values, tmp_path / "again")
+    (row,) = json.loads((tmp_path / "again" / guard.FILE).read_text())
+    assert (row["step"], row["back_to"]) == (15, 12)  # and not to the one that was saved on request
 
 
-def test_stop_leaves_the_last_good_state_and_a_report_again_and_again(tmp_path, diverges):
+def test_stop_leaves_the_last_good_state_and_a_report_again_and_again(tmp_path, diverges, capsys):
     stopping = parse(merged(GUARDED, guard=dict(action="stop")))
     for _ in range(2):
         with pytest.raises(
@@ -242,6 +325,7 @@ def test_stop_leaves_the_last_good_state_and_a_report_again_and_again(tmp_path, 
         ):
             train(stopping, tmp_path)
         assert max(int(p.name) for p in (tmp_path / "checkpoints").glob("[0-9]*")) == 8
+    assert capsys.readouterr().out.count("guard     stage 2 (discrete), step 10: residual_median = 9, above") == 2  # the report
     assert not (tmp_path / guard.FILE).with_suffix(".json.tmp").exists()
     with pytest.raises(DmfError, match="config.guard.action: stop -> off"):
         train(parse(merged(GUARDED, guard=dict(action="off"))), tmp_path)
@@ -255,6 +339,8 @@ def test_a_stop_is_taken_back_by_other_rules_alone(tmp_path, diverges):
         train(parse(stopping), tmp_path)
     with pytest.raises(DmfError, match="the guard has stopped"):
         train(parse(merged(stopping, curriculum=dict(q=3.0))), tmp_path, allow_change=True)
+    with pytest.raises(DmfError, match="the guard has stopped"):  # which has changed nothing; nor do other probes
+        train(parse(merged(stopping, guard=dict(rows=16, every_steps=2))), tmp_path)
     train(parse(merged(stopping, curriculum=dict(q=3.0), guard=dict(factor=100.0))), tmp_path, allow_change=True)
     assert len(state_of(tmp_path)) > 0
 
@@ -274,7 +360,20 @@ def test_samples_that_are_not_finite_are_a_divergence(tmp_path, monkeypatch):
     done.clear()
     train(parse(GUARDED), tmp_path / "jvp")
     (row,) = json.loads((tmp_path / "jvp" / guard.FILE).read_text())
-    assert (row["step"], row["stage"], row["action"]) == (8, "stage 1", "jvp") and row["back_to"] in (6, 8)
+    assert (row["step"], row["stage"], row["action"]) == (8, "stage 1", "jvp") and row["back_to"] == 6
+
+
+def test_weights_that_sample_no_finite_values_are_refused_before_a_step(tmp_path, monkeypatch):
+    train(parse(TINY), tmp_path / "given")
+
+    def never(self, boundary, params):
+        raise NotFinite("samples has non-finite values in 4 of 4 images")
+
+    monkeypatch.setattr(Scoreboard, "add", never)
+    with pytest.raises(DmfError, match="samples has non-finite values in 4 of 4 images"):
+        init = str(tmp_path / "given" / "checkpoints" / "12")
+        train(parse(merged(GUARDED, init=init, curriculum=dict(pretrain_length=0.0))), tmp_path / "run")
+    assert not (tmp_path / "run" / guard.FILE).exists()
 
 
 def test_values_that_are_not_finite_lower_the_rate_until_the_limit(tmp_path):

@@ -161,7 +161,7 @@ def pretend(study, folder, monkeypatch, ends):
 
 
 def test_finished_runs_are_skipped_and_those_that_end_on_values_are_results(study, tmp_path, monkeypatch):
-    ends = {"linear": "error: step 7 (stage 1, discrete): loss = nan; expected finite values. The last good checkpoint is in x"}
+    ends = {"linear": "error: step 7 (stage 1, discrete): loss = nan; expected finite values. That state is not saved"}
     calls = pretend(study, tmp_path, monkeypatch, ends)
     assert calls == sorted(["flow", "linear", "dagger", "scratch"] * 2)
     results = study.collect(tmp_path)
