@@ -6,7 +6,7 @@
     workdir/best.json         its step and score; WORKDIR/best stands for that checkpoint
     workdir/origin.json       where the weights of config.init came from, if they were converted
     workdir/data.json         what identifies the data; a later command with other data is refused
-    workdir/programs/         compiled programs, kept by main.py for the next start
+    workdir/programs/         compiled programs, kept by main.py for the next start;  workdir/.lock  held while it trains
     workdir/metrics.jsonl     logged steps;  workdir/scores.jsonl  scores at the stage boundaries
     workdir/watch.jsonl       probes of the weights (`dmf.watch`);  workdir/guard.json  what followed from them (`dmf.guard`)
     workdir/samples/*.png     a grid per stage boundary;  samples.png, curves.png  at the end
@@ -42,7 +42,7 @@ from dmf.scoreboard import Boundary, Scoreboard
 from dmf.state import TrainState
 from dmf.stopping import Stop
 from dmf.watch import Watch
-from dmf.workdir import claim, kept_by_changes, note_change, note_start, origin
+from dmf.workdir import claim, held, kept_by_changes, note_change, note_start, origin
 
 
 def train(
@@ -57,18 +57,19 @@ def train(
     began: when the process started, by time.monotonic; now, if it is not given. allow_change: a run in `workdir` with another
     config goes on with this one (`dmf.workdir.claim`). stop: asks the run to stop before its end (`dmf.stopping`).
     """
-    rows = None
-    while rows is None:
-        run = Run(config, places.reach(places.at(workdir)), began, allow_change, stop)
-        try:
-            rows = run.to_its_end()
-        except BaseException:
-            if jax.process_count() == 1:  # of several, the others would have to close theirs at the same time
-                run.close()
-            raise
-        run.close()
-        del run  # the device may not hold two
-        began = None
+    place, rows = places.reach(places.at(workdir)), None
+    with held(place):
+        while rows is None:
+            run = Run(config, place, began, allow_change, stop)
+            try:
+                rows = run.to_its_end()
+            except BaseException:
+                if jax.process_count() == 1:  # of several, the others would have to close theirs at the same time
+                    run.close()
+                raise
+            run.close()
+            del run  # the device may not hold two
+            began = None
     return rows
 
 

@@ -12,6 +12,8 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -19,12 +21,13 @@ from typing import Any
 
 import jax
 
-from dmf import checkpoint, guard, places
+from dmf import checkpoint, guard, hosts, places
 from dmf.config import Config, differences, parse, to_dict
 from dmf.errors import DmfError, short
 
 CONFIG, ORIGIN, DATA = "config.json", "origin.json", "data.json"
 STARTS, CHANGES = "starts.jsonl", "changes.jsonl"
+LOCK = ".lock"
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 SOURCE = Path(__file__).parent.parent
 # Logging and probes may change, and data and the flow model may have moved; a resumed run reads the latter no more. How the
@@ -46,6 +49,32 @@ FIXED = {
 SWITCHES = ("config.optimizer.clip_norm", "config.optimizer.weight_decay")
 
 
+@contextmanager
+def held(workdir: Path) -> Iterator[None]:
+    """Makes the work directory, and keeps other runs out of it until the block is left; a bucket has no lock (`dmf.places`).
+
+    Raises DmfError, on all processes of this run, where the process of another one holds it or it cannot be written.
+    """
+    with ExitStack() as lock:
+        with hosts.together():
+            if hosts.is_first():
+                with _writable(workdir):
+                    places.make(workdir)
+                    taken = f"--workdir={workdir} is in use by another process; expected one at a time, or another directory"
+                    lock.enter_context(places.alone(workdir / LOCK, taken))
+        yield
+
+
+@contextmanager
+def _writable(workdir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DmfError(
+            f"--workdir={workdir} cannot be written: {error.strerror or short(error)}; expected a writable directory"
+        ) from error
+
+
 def claim(
     workdir: Path,
     config: Config,
@@ -62,19 +91,16 @@ def claim(
     """
     path, mine = workdir / CONFIG, to_dict(config)
     try:
-        places.make(workdir)
-        if fresh:
-            for old in (ORIGIN, CHANGES, guard.FILE):
-                (workdir / old).unlink(missing_ok=True)
-            for file, values in ((workdir / ORIGIN, origin), (workdir / DATA, about), (path, mine)):
-                if values is not None:
-                    _write(file, values)
-        theirs = _stored(workdir)
-        seen = json.loads((workdir / DATA).read_text()) if (workdir / DATA).is_file() else about
-    except OSError as error:
-        raise DmfError(
-            f"--workdir={workdir} cannot be written: {error.strerror or short(error)}; expected a writable directory"
-        ) from error
+        with _writable(workdir):
+            places.make(workdir)
+            if fresh:
+                for old in (ORIGIN, CHANGES, guard.FILE):
+                    (workdir / old).unlink(missing_ok=True)
+                for file, values in ((workdir / ORIGIN, origin), (workdir / DATA, about), (path, mine)):
+                    if values is not None:
+                        _write(file, values)
+            theirs = _stored(workdir)
+            seen = json.loads((workdir / DATA).read_text()) if (workdir / DATA).is_file() else about
     except ValueError as error:
         raise DmfError(f"{path} is not the JSON of a config: {error}; expected what dmf wrote there") from error
     changed = changes(theirs, mine) + differences(seen, about, "data")
