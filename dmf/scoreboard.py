@@ -126,8 +126,12 @@ class Scoreboard:
 
     def _main_rows(self) -> list[dict[str, Any]]:
         nfe = self._config.run.score_steps[0]
-        rows = [row for row in self.rows() if row.get("nfe") == nfe and self.main in row]
-        return [row for row in rows if row.get("scored_by", "") == self._scored_by]  # settings may change on resume
+        return [row for row in self.rows() if row.get("nfe") == nfe and self.main in row and self._is_like(row)]
+
+    def _is_like(self, row: dict[str, Any]) -> bool:
+        """Whether a row was scored as this run does: settings may change on resume."""
+        by = row.get("scored_by")  # older rows of digits and photos say nothing but the number of samples
+        return by == self._scored_by if by else row.get("n_samples") == self._config.run.score_samples
 
     def _note_best(self) -> None:
         """Writes best.json, for whoever looks for that checkpoint."""
