@@ -14,6 +14,8 @@ from dmf.config import Config
 from dmf.curriculum import Stage
 from dmf.logging import JsonLines, TensorBoard
 
+FILE = "scores.jsonl"
+
 
 @dataclass(frozen=True)
 class Boundary:
@@ -51,14 +53,14 @@ class Scoreboard:
     ):
         self._config, self._workdir, self._tensorboard = config, workdir, tensorboard
         self.boundaries = boundaries(stages, bool(config.init), config.run.score_every_steps)
-        self._rows = JsonLines(workdir / "scores.jsonl", hosts.is_first())
+        self._rows = JsonLines(workdir / FILE, hosts.is_first())
         labels = scoring.labels_of_run(config, dataset)
         self._sampler = evaluate.Sampler(network, config, dataset.image_shape, labels, mesh)
         self._score: Any = None
         self.main = ""  # name of the score by which the best checkpoint is told
         if scorer := scoring.make_scorer(config, dataset, mesh):
             self._score, self.main = scorer
-        self._scored_by = getattr(self._score, "scored_by", "")
+        self._scored_by = self._score.scored_by if self._score else ""
         self._decode = evaluate.make_decoder(config.run.vae, dataset.image_shape, mesh, data.identity(dataset))
 
     def rows(self) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 
-from dmf import checkpoint, guard, hosts, places
+from dmf import checkpoint, guard, hosts, places, scoreboard
 from dmf.config import Config, differences, parse, to_dict
 from dmf.errors import DmfError, short
 
@@ -94,7 +94,7 @@ def claim(
         with _writable(workdir):
             places.make(workdir)
             if fresh:
-                for old in (ORIGIN, CHANGES, guard.FILE):
+                for old in (ORIGIN, CHANGES, guard.FILE, scoreboard.FILE):
                     (workdir / old).unlink(missing_ok=True)
                 for file, values in ((workdir / ORIGIN, origin), (workdir / DATA, about), (path, mine)):
                     if values is not None:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from dmf import places, train, workdir
+from dmf import places, scoreboard, train, workdir
 from dmf.config import parse
 from dmf.errors import DmfError
 from tests.test_processes import ROOT, Group
@@ -39,6 +39,22 @@ def test_a_directory_is_free_again_after_a_kill_an_error_and_an_end(tmp_path):
         train.train(parse(merged(QUICK, init="nowhere")), tmp_path)
     first = train.train(parse(QUICK), tmp_path)
     assert train.train(parse(QUICK), tmp_path) == first and kept.tb
+
+
+def test_a_run_that_starts_afresh_forgets_the_scores_of_the_one_before(tmp_path):
+    # Its checkpoints were moved away, and its start may have been scored: step 0, like that of a run from other weights.
+    row = '{"step": 0, "stage": "init", "kind": "given"}\n'
+    (tmp_path / scoreboard.FILE).write_text(row)
+    run = train.Run(parse(QUICK), tmp_path)
+    now = run._start()
+    assert not run.scores.rows()
+    run.checkpoints.save(0, now)
+    run.close()
+    (tmp_path / scoreboard.FILE).write_text(row + row.replace("0", "1"))
+    run = train.Run(parse(QUICK), tmp_path)  # the same run, killed after its start was scored
+    run._start()
+    run.close()
+    assert [found["step"] for found in run.scores.rows()] == [0]
 
 
 def test_a_folder_and_a_file_system_without_locks(tmp_path, monkeypatch):
