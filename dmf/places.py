@@ -131,6 +131,17 @@ def remove_tree(folder: Path) -> None:
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What a disk or a bucket refuses in the block, as a DmfError of one sentence that names the file `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise DmfError(
+            f"{path} cannot be written: {error.strerror or short(error)}; expected a writable directory with room"
+        ) from error
+
+
+@contextmanager
 def alone(path: Path, refusal: str) -> Iterator[None]:
     """Keeps other processes out of such a block of the same path: a folder, or a file, which is made for it and stays.
 

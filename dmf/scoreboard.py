@@ -84,7 +84,8 @@ class Scoreboard:
         draw = {f"{boundary.name}: {n} step{'s' * (n > 1)}": self._sampler(params, side * side, n) for n in steps}
         grids = {name: self._decode(x) for name, x in draw.items()}
         if hosts.is_first():
-            pictures.panels(self._picture(boundary), grids, side)
+            with places.writing(self._picture(boundary)):
+                pictures.panels(self._picture(boundary), grids, side)
         rows: list[dict[str, Any]] = [{}]
         if self._score:
             rows = evaluate.score(self._sampler, self._score, params, self._config.run.score_samples, steps)
@@ -109,9 +110,11 @@ class Scoreboard:
     def show(self, metrics: list[dict[str, Any]], stages: tuple[Stage, ...]) -> None:
         """The closing pictures and tables, from what the run wrote down. metrics: the rows of metrics.jsonl."""
         shown = [row for row in self.rows() if self._score and "nfe" in row and self.main in row]
-        pictures.curves(self._workdir / "curves.png", metrics, shown, stages, self.main)
         full = [self._picture(b) for b in self.boundaries.values() if b.full]
-        pictures.stack(self._workdir / "samples.png", [p for p in full if p.exists()])  # a changed config may have had others
+        with places.writing(curves := self._workdir / "curves.png"):
+            pictures.curves(curves, metrics, shown, stages, self.main)
+        with places.writing(samples := self._workdir / "samples.png"):
+            pictures.stack(samples, [p for p in full if p.exists()])  # a changed config may have had others
         rules, times = self._config.curriculum, self._config.times
         print(curriculum.table(stages, rules, times.r_neq_t_fraction))
         if self._score and shown:
@@ -140,10 +143,11 @@ class Scoreboard:
         if not hosts.is_first():
             return
         best, path = self._best(), self._workdir / checkpoint.BEST
-        if best is None:
-            path.unlink(missing_ok=True)
-        else:
-            places.write(path, json.dumps(best) + "\n", ".json.tmp")
+        with places.writing(path):
+            if best is None:
+                path.unlink(missing_ok=True)
+            else:
+                places.write(path, json.dumps(best) + "\n", ".json.tmp")
 
     def _picture(self, boundary: Boundary) -> Path:
         return self._workdir / "samples" / f"{boundary.step:08}_{boundary.name.replace(' ', '_')}.png"

@@ -139,7 +139,8 @@ def note_change(workdir: Path, step: int, config: Config) -> None:
     kept = [int(p.parent.name) for p in (workdir / checkpoint.FOLDER).glob(f"[0-9]*/{checkpoint.MANIFEST}")]
     kept = sorted(n for n in kept if n <= step)
     append(workdir / CHANGES, {"utc": utc(), "step": step, "changed": changed, "kept": kept, "before": theirs})
-    _write(workdir / CONFIG, mine)  # last: until then the change is refused or made again
+    with places.writing(workdir / CONFIG):
+        _write(workdir / CONFIG, mine)  # last: until then the change is refused or made again
     print(f"changed   after step {step}: {'; '.join(changed)}", flush=True)
 
 
@@ -202,12 +203,8 @@ def note_start(workdir: Path, step: int, config: Config) -> None:
 def append(path: Path, row: dict[str, Any]) -> None:
     """Adds a line of JSON to a file, on a line of its own even where a kill or a full disk has cut the last one."""
     torn = path.is_file() and not path.read_bytes().endswith(b"\n")
-    try:
+    with places.writing(path):
         places.append(path, "\n" * torn + json.dumps(row) + "\n")
-    except OSError as error:
-        raise DmfError(
-            f"{path} cannot be written: {error.strerror or short(error)}; expected a writable directory with room"
-        ) from error
 
 
 def utc() -> str:

@@ -1,14 +1,22 @@
-"""What keeps a work directory one run's: the lock, what a fresh start forgets, and a disk that is full while a run writes."""
+"""A work directory: one run at a time, what a fresh start forgets, a disk that is full, and changes that are refused."""
 
+import json
+import re
+import resource
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 
+import numpy as np
 import pytest
 
-from dmf import places, scoreboard, train, workdir
+from dmf import checkpoint, evaluate, guard, places, scoreboard, train, workdir
 from dmf.config import parse
 from dmf.errors import DmfError
+from dmf.guard import Guard, GuardConfig
+from dmf.logging import JsonLines
+from tests.test_evaluate import Scorer, board
 from tests.test_processes import ROOT, Group
 from tests.tiny import TINY, merged
 
@@ -55,6 +63,43 @@ def test_a_run_that_starts_afresh_forgets_the_scores_of_the_one_before(tmp_path)
     run._start()
     run.close()
     assert [found["step"] for found in run.scores.rows()] == [0]
+
+
+@contextmanager
+def full_disk():
+    """The system itself refuses to write: files may not grow."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_is_full_while_a_run_writes_is_one_line_that_names_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "SCORERS", {"digits": (Scorer, "fd_hidden")})
+    run, empty = tmp_path / "run", tmp_path / "empty"
+    (run / checkpoint.FOLDER / "6").mkdir(parents=True)
+    (run / checkpoint.FOLDER / "6" / checkpoint.MANIFEST).touch()
+    lines, rules = JsonLines(run / "metrics.jsonl"), Guard(run / guard.FILE, run / checkpoint.FOLDER, GuardConfig(), True)
+    lines.write({"step": 1})
+    JsonLines(run / scoreboard.FILE).write({"step": 6, "nfe": 1, "n_samples": 32.0, "fd_hidden": 1.0})
+    scores, unscored = board(run), board(empty)
+    unscored._sampler = lambda params, count, steps: np.zeros((count, 8, 8, 1), np.float32)
+    (empty / "samples").mkdir(parents=True)
+    for name, write in {
+        "metrics.jsonl": lambda: lines.write({"step": 2}),
+        "jsonl": lambda: lines.resume(1),
+        "best.json": scores._note_best,
+        "guard.json": rules._write,
+        "samples/00000004_pretrain.png": lambda: unscored.add(unscored.boundaries[4], None),
+    }.items():
+        with full_disk(), pytest.raises(DmfError) as caught:
+            write()
+        expected = rf"{tmp_path}/\S*{name} cannot be written: File too large; expected a writable directory with room"
+        assert re.fullmatch(expected, str(caught.value))
+    scores._note_best()  # and when there is room again
+    assert json.loads((run / checkpoint.BEST).read_text())["step"] == 6 and lines.read() == [{"step": 1}]
 
 
 def test_a_folder_and_a_file_system_without_locks(tmp_path, monkeypatch):
