@@ -241,11 +241,12 @@ class Run:
         return False
 
     def _make_watch(self) -> Watch:
-        """The probe, of held-out images, or where there are none of the training images."""
-        try:
-            images, self.watched_on = data.load(self.config.data, "heldout"), "held-out"
-        except DmfError:
-            images, self.watched_on = self.dataset, "training"
+        """The probe, of held-out images, or where there are none of the training images. Raises DmfError where they are few."""
+        images, self.watched_on = data.held_out_or(self.dataset, self.config.data)
+        rows, size = self.config.guard.rows, self.mesh.devices.size
+        if len(images) < (taken := max(-(-rows // size), 2) * size):  # each device has as many, and both kinds of rows
+            what = f"config.guard.rows = {rows} takes {taken} images on {size} device(s)"
+            raise DmfError(f"{what}: expected at most the {len(images)} {self.watched_on} ones")
         return Watch(self.config, images, self.mesh, self.place.params)
 
     def _probe(self, watch: Watch, n: int, stage: Stage, now: TrainState, progress: Progress) -> None:
@@ -334,9 +335,7 @@ class Run:
             f"batch {self.config.batch_size} on {self.mesh.devices.size} device(s)"
         )
         if self.mesh.devices.size > 1:
-            held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(now))
-            parts = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items())
-            print(f"mesh      {parts}, {jax.process_count()} process(es), {held / 1e6:,.1f} MB of state on each device")
+            print(f"mesh      {sharding.describe(self.mesh, now)}")
         print(curriculum.table(self.stages, self.config.curriculum, self.config.times.r_neq_t_fraction))
         self._tell_interventions()
         if self.watch:

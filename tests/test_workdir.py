@@ -102,6 +102,14 @@ def test_a_disk_that_is_full_while_a_run_writes_is_one_line_that_names_the_file(
     assert json.loads((run / checkpoint.BEST).read_text())["step"] == 6 and lines.read() == [{"step": 1}]
 
 
+def test_a_probe_of_more_images_than_are_held_out_names_its_field_and_their_number(tmp_path):
+    values = merged(TINY, data=dict(holdout_fraction=0.02), guard=dict(every_steps=3, rows=64))
+    with pytest.raises(DmfError, match=r"config.guard.rows = 64 takes 64 images on 8 .*: expected at most the 3\d held-out"):
+        train.Run(parse(values), tmp_path)
+    values = merged(values, guard=dict(rows=17))  # no more than 24 on eight devices
+    train.Run(parse(values), tmp_path).close()
+
+
 def test_a_folder_and_a_file_system_without_locks(tmp_path, monkeypatch):
     def unsupported(*_):
         raise OSError(95, "Operation not supported")
