@@ -34,7 +34,7 @@ SOURCE = Path(__file__).parent.parent
 # step is computed changes its values by rounding alone, and the devices may be others.
 FREE = ("config.run.", "config.data.data_dir:", "config.init:", "config.guard.every_steps:", "config.guard.rows:")
 COMPUTED = ("config.mesh.", "config.attention.", "config.remat:", "config.scan_blocks:")
-# What no flag lets through, and why; of `SWITCHES`, only turning them on or off.
+# What no flag lets through, and why; of `SWITCHES`, only turning them on or off; of `INTERVAL`, only to or from adaptive.
 OPTIMIZER = "the optimiser's state on disk has other parts"
 FIXED = {
     "config.network.": "the weights on disk are those of this network",
@@ -44,9 +44,11 @@ FIXED = {
     "config.ema.halflife_images:": "the averages on disk have these half-lives",
     "config.optimizer.clip_norm:": OPTIMIZER,
     "config.optimizer.weight_decay:": OPTIMIZER,
+    "config.curriculum.interval:": "the state on disk has a table of intervals for adaptive, and none for any other",
     "data.": "the weights have seen these data",
 }
 SWITCHES = ("config.optimizer.clip_norm", "config.optimizer.weight_decay")
+INTERVAL = "config.curriculum.interval"
 
 
 @contextmanager
@@ -122,7 +124,8 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def _why_fixed(difference: str) -> str:
     """Why no run can go on with this difference, "" where it can."""
     name, _, values = difference.partition(": ")
-    if name in SWITCHES and 0.0 not in (float(value) for value in values.split(" -> ")):
+    both = values.split(" -> ")
+    if name in SWITCHES and 0.0 not in map(float, both) or name == INTERVAL and "adaptive" not in both:
         return ""
     return next((reason for start, reason in FIXED.items() if difference.startswith(start)), "")
 

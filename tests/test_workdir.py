@@ -110,6 +110,20 @@ def test_a_probe_of_more_images_than_are_held_out_names_its_field_and_their_numb
     train.Run(parse(values), tmp_path).close()
 
 
+@pytest.mark.parametrize("old", ["dagger", "floor", "adaptive"])
+@pytest.mark.parametrize("new", ["dagger", "linear", "adaptive"])
+def test_another_interval_is_taken_but_not_to_or_from_adaptive(tmp_path, old, new):
+    """The table of the adaptive one is a part of the state on disk, which could not be read without it."""
+    first, second = (parse(merged(QUICK, curriculum=dict(interval=name))) for name in (old, new))
+    workdir.claim(tmp_path, first, None, {}, fresh=True)
+    if old == new or "adaptive" not in (old, new):
+        workdir.claim(tmp_path, second, None, {}, fresh=False, allow_change=True)
+        return
+    shown = rf"--allow_change does not go as far as config.curriculum.interval: {old} -> {new} \(.* a table of intervals"
+    with pytest.raises(DmfError, match=shown):
+        workdir.claim(tmp_path, second, None, {}, fresh=False, allow_change=True)
+
+
 def test_a_folder_and_a_file_system_without_locks(tmp_path, monkeypatch):
     def unsupported(*_):
         raise OSError(95, "Operation not supported")
