@@ -249,7 +249,8 @@ class Guard:
         return "stop" if done >= self._config.limit else self._config.action
 
     def _write(self) -> None:
-        places.write(self._path, json.dumps(self.rows, indent=1) + "\n", ".json.tmp")
+        with places.writing(self._path):
+            places.write(self._path, json.dumps(self.rows, indent=1) + "\n", ".json.tmp")
 
 
 def describe(row: Mapping[str, Any]) -> str:

@@ -20,7 +20,8 @@ from jax.experimental import multihost_utils
 
 from dmf.errors import DmfError
 
-LONGEST = 4096  # bytes of a message between processes
+USUAL = 4096  # bytes that processes exchange at once; a longer message takes a second time
+HEADER = 8  # of these bytes tell the message's own number of them
 PATIENCE_S = 5.0  # until a file that another process has written must be seen
 HEARTBEAT_S = 30  # of silence after which a process is given up, and with it the run
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -64,14 +65,22 @@ def is_first() -> bool:
 
 
 def all_say(text: str) -> list[str]:
-    """What each process gives, in their order, known to all; of a text beyond `LONGEST` bytes its start."""
+    """What each process gives, in their order, known to all."""
     if jax.process_count() == 1:
         return [text]
-    mine = np.zeros(LONGEST, np.uint8)
-    encoded = np.frombuffer(text.encode()[:LONGEST], np.uint8)
-    mine[: len(encoded)] = encoded
-    found = np.asarray(multihost_utils.process_allgather(mine)).reshape(-1, LONGEST)
-    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in found]
+    encoded = text.encode(errors="replace")
+    mine = len(encoded).to_bytes(HEADER, "big") + encoded
+    found = _gathered(mine, USUAL)
+    ends = [HEADER + int.from_bytes(row[:HEADER], "big") for row in found]
+    if max(ends) > USUAL:  # which all of them know by now
+        found = _gathered(mine, 2 ** (max(ends) - 1).bit_length())  # few sizes, as each is a program
+    return [row[HEADER:end].decode() for row, end in zip(found, ends, strict=True)]
+
+
+def _gathered(mine: bytes, size: int) -> list[bytes]:
+    """The first `size` bytes that each process gives, filled up with zeros."""
+    row = np.frombuffer(mine[:size].ljust(size, b"\0"), np.uint8)
+    return [bytes(found) for found in np.asarray(multihost_utils.process_allgather(row)).reshape(-1, size)]
 
 
 def first_says(text: str) -> str:

@@ -24,11 +24,14 @@ class JsonLines:
         """Drops what a killed run wrote beyond the step it resumes from, and a line it left half-written."""
         kept = [row for row in self.read() if row["step"] <= step]
         if self._writes and self.path.exists():
-            places.write(self.path, "".join(json.dumps(row) + "\n" for row in kept), ".tmp")
+            with places.writing(self.path):
+                places.write(self.path, "".join(json.dumps(row) + "\n" for row in kept), ".tmp")
 
     def write(self, row: Mapping[str, Any]) -> None:
+        """Adds a row. Raises DmfError where the disk is full."""
         if self._writes:
-            places.append(self.path, json.dumps(row) + "\n")
+            with places.writing(self.path):
+                places.append(self.path, json.dumps(row) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
         """All complete rows; a last line that was cut by a kill is ignored."""

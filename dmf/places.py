@@ -8,6 +8,7 @@ epath.Path of etils, which is called in the same way. Orbax, JAX's cache of prog
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import shutil
@@ -127,6 +128,40 @@ def remove_tree(folder: Path) -> None:
     with _told(folder):
         tree: Any = folder
         tree.rmtree(missing_ok=True)  # the last object gone, there is no folder any more
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What a disk or a bucket refuses in the block, as a DmfError of one sentence that names the file `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise DmfError(
+            f"{path} cannot be written: {error.strerror or short(error)}; expected a writable directory with room"
+        ) from error
+
+
+@contextmanager
+def alone(path: Path, refusal: str) -> Iterator[None]:
+    """Keeps other processes out of such a block of the same path: a folder, or a file, which is made for it and stays.
+
+    A process that ends lets go of it, by SIGKILL too. A bucket has no locks, nor has every file system: there all enter. Raises
+    DmfError with the sentence `refusal` where another process is inside, OSError where the path cannot be opened.
+    """
+    if is_bucket(path):
+        yield
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DmfError(refusal) from error
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(handle)
 
 
 def failures(path: Path) -> tuple[type[Exception], ...]:

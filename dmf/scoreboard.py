@@ -14,6 +14,8 @@ from dmf.config import Config
 from dmf.curriculum import Stage
 from dmf.logging import JsonLines, TensorBoard
 
+FILE = "scores.jsonl"
+
 
 @dataclass(frozen=True)
 class Boundary:
@@ -51,14 +53,14 @@ class Scoreboard:
     ):
         self._config, self._workdir, self._tensorboard = config, workdir, tensorboard
         self.boundaries = boundaries(stages, bool(config.init), config.run.score_every_steps)
-        self._rows = JsonLines(workdir / "scores.jsonl", hosts.is_first())
+        self._rows = JsonLines(workdir / FILE, hosts.is_first())
         labels = scoring.labels_of_run(config, dataset)
         self._sampler = evaluate.Sampler(network, config, dataset.image_shape, labels, mesh)
         self._score: Any = None
         self.main = ""  # name of the score by which the best checkpoint is told
         if scorer := scoring.make_scorer(config, dataset, mesh):
             self._score, self.main = scorer
-        self._scored_by = getattr(self._score, "scored_by", "")
+        self._scored_by = self._score.scored_by if self._score else ""
         self._decode = evaluate.make_decoder(config.run.vae, dataset.image_shape, mesh, data.identity(dataset))
 
     def rows(self) -> list[dict[str, Any]]:
@@ -82,7 +84,8 @@ class Scoreboard:
         draw = {f"{boundary.name}: {n} step{'s' * (n > 1)}": self._sampler(params, side * side, n) for n in steps}
         grids = {name: self._decode(x) for name, x in draw.items()}
         if hosts.is_first():
-            pictures.panels(self._picture(boundary), grids, side)
+            with places.writing(self._picture(boundary)):
+                pictures.panels(self._picture(boundary), grids, side)
         rows: list[dict[str, Any]] = [{}]
         if self._score:
             rows = evaluate.score(self._sampler, self._score, params, self._config.run.score_samples, steps)
@@ -107,9 +110,11 @@ class Scoreboard:
     def show(self, metrics: list[dict[str, Any]], stages: tuple[Stage, ...]) -> None:
         """The closing pictures and tables, from what the run wrote down. metrics: the rows of metrics.jsonl."""
         shown = [row for row in self.rows() if self._score and "nfe" in row and self.main in row]
-        pictures.curves(self._workdir / "curves.png", metrics, shown, stages, self.main)
         full = [self._picture(b) for b in self.boundaries.values() if b.full]
-        pictures.stack(self._workdir / "samples.png", [p for p in full if p.exists()])  # a changed config may have had others
+        with places.writing(curves := self._workdir / "curves.png"):
+            pictures.curves(curves, metrics, shown, stages, self.main)
+        with places.writing(samples := self._workdir / "samples.png"):
+            pictures.stack(samples, [p for p in full if p.exists()])  # a changed config may have had others
         rules, times = self._config.curriculum, self._config.times
         print(curriculum.table(stages, rules, times.r_neq_t_fraction))
         if self._score and shown:
@@ -126,18 +131,23 @@ class Scoreboard:
 
     def _main_rows(self) -> list[dict[str, Any]]:
         nfe = self._config.run.score_steps[0]
-        rows = [row for row in self.rows() if row.get("nfe") == nfe and self.main in row]
-        return [row for row in rows if row.get("scored_by", "") == self._scored_by]  # settings may change on resume
+        return [row for row in self.rows() if row.get("nfe") == nfe and self.main in row and self._is_like(row)]
+
+    def _is_like(self, row: dict[str, Any]) -> bool:
+        """Whether a row was scored as this run does: settings may change on resume."""
+        by = row.get("scored_by")  # older rows of digits and photos say nothing but the number of samples
+        return by == self._scored_by if by else row.get("n_samples") == self._config.run.score_samples
 
     def _note_best(self) -> None:
         """Writes best.json, for whoever looks for that checkpoint."""
         if not hosts.is_first():
             return
         best, path = self._best(), self._workdir / checkpoint.BEST
-        if best is None:
-            path.unlink(missing_ok=True)
-        else:
-            places.write(path, json.dumps(best) + "\n", ".json.tmp")
+        with places.writing(path):
+            if best is None:
+                path.unlink(missing_ok=True)
+            else:
+                places.write(path, json.dumps(best) + "\n", ".json.tmp")
 
     def _picture(self, boundary: Boundary) -> Path:
         return self._workdir / "samples" / f"{boundary.step:08}_{boundary.name.replace(' ', '_')}.png"

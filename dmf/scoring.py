@@ -169,8 +169,7 @@ class ProtocolScorer:
         self._decode = evaluate.make_decoder(run.vae, image_shape, mesh, trained_on)
         self._judge.announce()
         self._judge.ready()
-        about = (_identity(self._judge), run.sampler, config.seed, config.ema.evaluate, config.compute_dtype, run.vae)
-        self.scored_by = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
+        self.scored_by = _scored_by(_identity(self._judge), config)
 
     def __call__(self, samples: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """Scores of samples (N, H, W, C) in about [-1, 1], or latents."""
@@ -187,7 +186,17 @@ def make_scorer(config: Config, train: data.Dataset | data.Latents, mesh: Mesh) 
         return None
     if config.run.protocol:
         return ProtocolScorer(config, train.image_shape, mesh, data.identity(train)), "fid"
-    return evaluate.make_scorer(config.data, train)
+    found = evaluate.make_scorer(config.data, train)
+    if found:
+        about = {"data": [config.data.name, config.data.holdout_fraction], "count": config.run.score_samples}
+        found[0].scored_by = _scored_by(about, config)
+    return found
+
+
+def _scored_by(about: dict[str, Any], config: Config) -> str:
+    """What tells scores of a run from those with other settings. about: what is scored how, besides the drawing of samples."""
+    values = (about, config.run.sampler, config.seed, config.ema.evaluate, config.compute_dtype, config.run.vae)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _config(path: str | Path, stored: dict[str, Any], sampler: str, seed: int | None) -> Config:

@@ -74,6 +74,13 @@ def placed(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(place, tree)
 
 
+def describe(mesh: Mesh, tree: Any) -> str:
+    """The mesh in words, and how much of a state each of its devices holds."""
+    held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+    parts = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    return f"{parts}, {jax.process_count()} process(es), {held / 1e6:,.1f} MB of state on each device"
+
+
 def check_batch(mesh: Mesh, batch_size: int) -> None:
     """Raises DmfError where the batch cannot be split evenly over the devices."""
     devices = mesh.devices.size

@@ -6,7 +6,7 @@
     workdir/best.json         its step and score; WORKDIR/best stands for that checkpoint
     workdir/origin.json       where the weights of config.init came from, if they were converted
     workdir/data.json         what identifies the data; a later command with other data is refused
-    workdir/programs/         compiled programs, kept by main.py for the next start
+    workdir/programs/         compiled programs, kept by main.py for the next start;  workdir/.lock  held while it trains
     workdir/metrics.jsonl     logged steps;  workdir/scores.jsonl  scores at the stage boundaries
     workdir/watch.jsonl       probes of the weights (`dmf.watch`);  workdir/guard.json  what followed from them (`dmf.guard`)
     workdir/samples/*.png     a grid per stage boundary;  samples.png, curves.png  at the end
@@ -41,7 +41,7 @@ from dmf.scoreboard import Boundary, Scoreboard
 from dmf.state import TrainState
 from dmf.stopping import Stop
 from dmf.watch import Watch
-from dmf.workdir import claim, kept_by_changes, note_change, note_start, origin
+from dmf.workdir import claim, held, kept_by_changes, note_change, note_start, origin
 
 
 def train(
@@ -56,18 +56,19 @@ def train(
     began: when the process started, by time.monotonic; now, if it is not given. allow_change: a run in `workdir` with another
     config goes on with this one (`dmf.workdir.claim`). stop: asks the run to stop before its end (`dmf.stopping`).
     """
-    rows = None
-    while rows is None:
-        run = Run(config, places.reach(places.at(workdir)), began, allow_change, stop)
-        try:
-            rows = run.to_its_end()
-        except BaseException:
-            if jax.process_count() == 1:  # of several, the others would have to close theirs at the same time
-                run.close()
-            raise
-        run.close()
-        del run  # the device may not hold two
-        began = None
+    place, rows = places.reach(places.at(workdir)), None
+    with held(place):
+        while rows is None:
+            run = Run(config, place, began, allow_change, stop)
+            try:
+                rows = run.to_its_end()
+            except BaseException:
+                if jax.process_count() == 1:  # of several, the others would have to close theirs at the same time
+                    run.close()
+                raise
+            run.close()
+            del run  # the device may not hold two
+            began = None
     return rows
 
 
@@ -240,11 +241,12 @@ class Run:
         return False
 
     def _make_watch(self) -> Watch:
-        """The probe, of held-out images, or where there are none of the training images."""
-        try:
-            images, self.watched_on = data.load(self.config.data, "heldout"), "held-out"
-        except DmfError:
-            images, self.watched_on = self.dataset, "training"
+        """The probe, of held-out images, or where there are none of the training images. Raises DmfError where they are few."""
+        images, self.watched_on = data.held_out_or(self.dataset, self.config.data)
+        rows, size = self.config.guard.rows, self.mesh.devices.size
+        if len(images) < (taken := max(-(-rows // size), 2) * size):  # each device has as many, and both kinds of rows
+            what = f"config.guard.rows = {rows} takes {taken} images on {size} device(s)"
+            raise DmfError(f"{what}: expected at most the {len(images)} {self.watched_on} ones")
         return Watch(self.config, images, self.mesh, self.place.params)
 
     def _probe(self, watch: Watch, n: int, stage: Stage, now: TrainState, progress: Progress) -> None:
@@ -344,9 +346,7 @@ class Run:
             f"batch {self.config.batch_size} on {self.mesh.devices.size} device(s)"
         )
         if self.mesh.devices.size > 1:
-            held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(now))
-            parts = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items())
-            print(f"mesh      {parts}, {jax.process_count()} process(es), {held / 1e6:,.1f} MB of state on each device")
+            print(f"mesh      {sharding.describe(self.mesh, now)}")
         print(curriculum.table(self.stages, self.config.curriculum, self.config.times.r_neq_t_fraction))
         self._tell_interventions()
         if self.watch:

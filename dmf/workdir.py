@@ -12,6 +12,8 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -19,19 +21,20 @@ from typing import Any
 
 import jax
 
-from dmf import checkpoint, guard, places
+from dmf import checkpoint, guard, hosts, places, scoreboard
 from dmf.config import Config, differences, parse, to_dict
 from dmf.errors import DmfError, short
 
 CONFIG, ORIGIN, DATA = "config.json", "origin.json", "data.json"
 STARTS, CHANGES = "starts.jsonl", "changes.jsonl"
+LOCK = ".lock"
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 SOURCE = Path(__file__).parent.parent
 # Logging and probes may change, and data and the flow model may have moved; a resumed run reads the latter no more. How the
 # step is computed changes its values by rounding alone, and the devices may be others.
 FREE = ("config.run.", "config.data.data_dir:", "config.init:", "config.guard.every_steps:", "config.guard.rows:")
 COMPUTED = ("config.mesh.", "config.attention.", "config.remat:", "config.scan_blocks:")
-# What no flag lets through, and why; of `SWITCHES`, only turning them on or off.
+# What no flag lets through, and why; of `SWITCHES`, only turning them on or off; of `INTERVAL`, only to or from adaptive.
 OPTIMIZER = "the optimiser's state on disk has other parts"
 FIXED = {
     "config.network.": "the weights on disk are those of this network",
@@ -41,9 +44,37 @@ FIXED = {
     "config.ema.halflife_images:": "the averages on disk have these half-lives",
     "config.optimizer.clip_norm:": OPTIMIZER,
     "config.optimizer.weight_decay:": OPTIMIZER,
+    "config.curriculum.interval:": "the state on disk has a table of intervals for adaptive, and none for any other",
     "data.": "the weights have seen these data",
 }
 SWITCHES = ("config.optimizer.clip_norm", "config.optimizer.weight_decay")
+INTERVAL = "config.curriculum.interval"
+
+
+@contextmanager
+def held(workdir: Path) -> Iterator[None]:
+    """Makes the work directory, and keeps other runs out of it until the block is left; a bucket has no lock (`dmf.places`).
+
+    Raises DmfError, on all processes of this run, where the process of another one holds it or it cannot be written.
+    """
+    with ExitStack() as lock:
+        with hosts.together():
+            if hosts.is_first():
+                with _writable(workdir):
+                    places.make(workdir)
+                    taken = f"--workdir={workdir} is in use by another process; expected one at a time, or another directory"
+                    lock.enter_context(places.alone(workdir / LOCK, taken))
+        yield
+
+
+@contextmanager
+def _writable(workdir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DmfError(
+            f"--workdir={workdir} cannot be written: {error.strerror or short(error)}; expected a writable directory"
+        ) from error
 
 
 def claim(
@@ -62,19 +93,16 @@ def claim(
     """
     path, mine = workdir / CONFIG, to_dict(config)
     try:
-        places.make(workdir)
-        if fresh:
-            for old in (ORIGIN, CHANGES, guard.FILE):
-                (workdir / old).unlink(missing_ok=True)
-            for file, values in ((workdir / ORIGIN, origin), (workdir / DATA, about), (path, mine)):
-                if values is not None:
-                    _write(file, values)
-        theirs = _stored(workdir)
-        seen = json.loads((workdir / DATA).read_text()) if (workdir / DATA).is_file() else about
-    except OSError as error:
-        raise DmfError(
-            f"--workdir={workdir} cannot be written: {error.strerror or short(error)}; expected a writable directory"
-        ) from error
+        with _writable(workdir):
+            places.make(workdir)
+            if fresh:
+                for old in (ORIGIN, CHANGES, guard.FILE, scoreboard.FILE):
+                    (workdir / old).unlink(missing_ok=True)
+                for file, values in ((workdir / ORIGIN, origin), (workdir / DATA, about), (path, mine)):
+                    if values is not None:
+                        _write(file, values)
+            theirs = _stored(workdir)
+            seen = json.loads((workdir / DATA).read_text()) if (workdir / DATA).is_file() else about
     except ValueError as error:
         raise DmfError(f"{path} is not the JSON of a config: {error}; expected what dmf wrote there") from error
     changed = changes(theirs, mine) + differences(seen, about, "data")
@@ -96,7 +124,8 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def _why_fixed(difference: str) -> str:
     """Why no run can go on with this difference, "" where it can."""
     name, _, values = difference.partition(": ")
-    if name in SWITCHES and 0.0 not in (float(value) for value in values.split(" -> ")):
+    both = values.split(" -> ")
+    if name in SWITCHES and 0.0 not in map(float, both) or name == INTERVAL and "adaptive" not in both:
         return ""
     return next((reason for start, reason in FIXED.items() if difference.startswith(start)), "")
 
@@ -113,7 +142,8 @@ def note_change(workdir: Path, step: int, config: Config) -> None:
     kept = [int(p.parent.name) for p in (workdir / checkpoint.FOLDER).glob(f"[0-9]*/{checkpoint.MANIFEST}")]
     kept = sorted(n for n in kept if n <= step)
     append(workdir / CHANGES, {"utc": utc(), "step": step, "changed": changed, "kept": kept, "before": theirs})
-    _write(workdir / CONFIG, mine)  # last: until then the change is refused or made again
+    with places.writing(workdir / CONFIG):
+        _write(workdir / CONFIG, mine)  # last: until then the change is refused or made again
     print(f"changed   after step {step}: {'; '.join(changed)}", flush=True)
 
 
@@ -176,12 +206,8 @@ def note_start(workdir: Path, step: int, config: Config) -> None:
 def append(path: Path, row: dict[str, Any]) -> None:
     """Adds a line of JSON to a file, on a line of its own even where a kill or a full disk has cut the last one."""
     torn = path.is_file() and not path.read_bytes().endswith(b"\n")
-    try:
+    with places.writing(path):
         places.append(path, "\n" * torn + json.dumps(row) + "\n")
-    except OSError as error:
-        raise DmfError(
-            f"{path} cannot be written: {error.strerror or short(error)}; expected a writable directory with room"
-        ) from error
 
 
 def utc() -> str:

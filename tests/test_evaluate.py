@@ -1,5 +1,7 @@
 """Samples and scores: the same noise for every model and number of steps, and no trace of how they were computed."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +9,8 @@ import pytest
 from dmf import evaluate, sharding
 from dmf.data import DataConfig, load
 from dmf.evaluate import Sampler
+from dmf.logging import TensorBoard
+from dmf.scoreboard import Scoreboard
 from tests.tiny import TINY, Setup, merged
 
 LABELS = np.arange(10, dtype=np.int32).repeat(3)
@@ -70,3 +74,43 @@ def test_the_digits_score_sees_real_images_as_real_and_is_printed_beside_them():
 
 def test_a_data_set_without_a_score_has_none():
     assert evaluate.make_scorer(DataConfig(name="cifar10"), load(DataConfig(), "train")) is None
+
+
+class Scorer:
+    """Scores nothing, and is made at once."""
+
+    floor = {}
+
+    def __init__(self, *real):
+        pass
+
+
+def board(folder, **changes):
+    """The scoreboard of a run on digits that is scored by `Scorer`."""
+    setup = Setup(merged(merged(TINY, run=dict(score_samples=32)), **changes))
+    where = folder, setup.stages, load(DataConfig(), "train"), setup.network, setup.mesh
+    return Scoreboard(setup.config, *where, TensorBoard(folder, False))
+
+
+def test_scores_of_digits_are_compared_with_their_like_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "SCORERS", {"digits": (Scorer, "fd_hidden")})
+    mine = board(tmp_path)
+    others = [
+        board(tmp_path, **change)
+        for change in (
+            dict(seed=1),
+            dict(ema=dict(evaluate=800.0)),
+            dict(run=dict(sampler="euler")),
+            dict(run=dict(score_samples=16)),
+            dict(data=dict(holdout_fraction=0.5)),
+        )
+    ]
+    same = board(tmp_path, run=dict(log_every_steps=7))
+    scored_by = [b._score.scored_by for b in (mine, *others)]
+    assert len(set(scored_by)) == 6 and same._score.scored_by == scored_by[0]
+    rows = [{"scored_by": by, "fd_hidden": 9.0 - n, "n_samples": 32.0} for n, by in enumerate(scored_by)]
+    rows += [{"fd_hidden": 3.0, "n_samples": n} for n in (32.0, 16.0)]  # before they said so
+    text = "".join(json.dumps({"step": n, "nfe": 1, **row}) + "\n" for n, row in enumerate(rows))
+    (tmp_path / "scores.jsonl").write_text(text)
+    assert mine.history() == same.history() == [(0, 9.0), (6, 3.0)]
+    assert [b.history()[0] for b in others] == [(n, 9.0 - n) for n in range(1, 6)]

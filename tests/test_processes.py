@@ -150,6 +150,29 @@ def test_an_error_of_one_process_ends_both_with_its_line(tmp_path):
     assert time.monotonic() - began < 60
 
 
+SAYS = """
+from dmf import hosts
+hosts.start()
+mine = hosts.jax.process_index()
+# Of one process or of both beyond what is exchanged at once, up to its very end, in several bytes a letter.
+texts = [("short", ""), ("x" * 4088, "y" * 4089), ("", "\\u00e9" * 9000 + "!"), ("[" + "1234567, " * 5000 + "0]", "")]
+for text in texts:
+    assert hosts.all_say(text[mine]) == list(text), [len(t) for t in text]
+    assert hosts.first_says(text[mine]) == text[0]
+print("known to all")
+"""
+
+
+def test_processes_tell_each_other_texts_of_any_length():
+    there = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2", "XLA_FLAGS": flags_of(1)}
+    how = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command, env = [sys.executable, "-c", SAYS], {**os.environ, **there}
+    both = [subprocess.Popen(command, env={**env, "JAX_PROCESS_ID": str(i)}, **how) for i in range(2)]
+    for process in both:
+        said, error = process.communicate(timeout=240)
+        assert process.returncode == 0 and "known to all" in said, error[-2000:]
+
+
 def test_a_directory_that_is_not_shared_is_noticed(tmp_path):
     for status, _, error in Group(tmp_path, [tmp_path / "one", tmp_path / "two"], 2).finish():
         assert status == 2

@@ -104,6 +104,14 @@ def load(config: DataConfig, split: Split) -> Dataset | Latents:
     return DATASETS[config.name](config, split)
 
 
+def held_out_or(train: Dataset | Latents, config: DataConfig) -> tuple[Dataset | Latents, str]:
+    """The held-out images, or where none can be read those of `train`, and what to call them: "held-out" or "training"."""
+    try:
+        return load(config, "heldout"), "held-out"
+    except DmfError:
+        return train, "training"
+
+
 def identity(dataset: Dataset | Latents) -> dict[str, Any]:
     """What tells a data set from another one, as plain values: a resumed run has to find the same."""
     found: dict[str, Any] = {"name": dataset.name, "split": dataset.split, "count": len(dataset)}

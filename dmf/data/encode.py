@@ -9,7 +9,6 @@ devices changes a value.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.metadata
 import io
 import itertools
@@ -27,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dmf import pretrained, sharding
+from dmf import places, pretrained, sharding
 from dmf.config import differences
 from dmf.data import images, shards
 from dmf.errors import DmfError
@@ -180,22 +179,14 @@ def _plan(
 @contextlib.contextmanager
 def _claimed(folder: Path, plan: dict[str, Any], parts: dict[Path, str]) -> Iterator[None]:
     """Makes the folder, keeps other processes out of it, and ties it to the plan. parts: identity of the images by shard."""
-    with shards.writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DmfError(f"{folder}: another process encodes into it; expected one at a time") from error
-        except OSError:
-            pass  # a file system without locks
+    with contextlib.ExitStack() as held:
+        with shards.writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(places.alone(folder, f"{folder}: another process encodes into it; expected one at a time"))
         shards.clear(folder)
         with shards.writing(folder):
             _settle(folder / shards.PLAN, plan, parts)
         yield
-    finally:
-        os.close(handle)
 
 
 def _settle(path: Path, plan: dict[str, Any], parts: dict[Path, str]) -> None:

@@ -48,6 +48,7 @@ class LabelledScorer:
 
     floor: dict[str, float]
     classifier_accuracy: float
+    scored_by: str = ""  # of a run: scores with equal ones may be compared
 
     # One BLAS thread: equal numbers for every core count, and small products only lose time to more threads.
     @threadpool_limits.wrap(limits=1, user_api="blas")

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dmf import places
 from dmf.config import differences
 from dmf.errors import DmfError
 from dmf.metrics.judge import Judge, accumulate
@@ -77,14 +78,13 @@ class Progress:
 
     def __init__(self, out: Path, identity: dict[str, Any]):
         self._folder = out.with_name(f".{out.name}.{_digest(identity)}.progress")
+        self._held = ExitStack()
         try:
             if out.is_dir():
                 raise IsADirectoryError(0, "it is a directory")
             self._folder.mkdir(exist_ok=True)
-            self._lock = (self._folder / "lock").open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DmfError(f"{out}: another process is at work on it; expected one at a time") from error
+            taken = f"{out}: another process is at work on it; expected one at a time"
+            self._held.enter_context(places.alone(self._folder / "lock", taken))
         except OSError as error:
             raise DmfError(f"{out} cannot be written: {error.strerror}; expected a file in a writable directory") from error
         for other in sorted(out.parent.glob(f".{out.name}.*.progress")):
@@ -102,7 +102,7 @@ class Progress:
 
     def end(self) -> None:
         """Removes the folder: everything is in the result."""
-        self._lock.close()
+        self._held.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
