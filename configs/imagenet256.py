@@ -9,13 +9,14 @@ r"""ImageNet 256x256 in the latents of the SD autoencoder: SiT-XL/2 to a one-ste
 Cost: the paper's best run is 48 epochs = 60,000 steps of batch 1024; it reports 1.71 s per step on 4 H100 (114 GPU-hours) and
 one-step FID 14.53 without guidance (the SiT it starts from: 11.52 with 50 steps). We have not run it. To try the code path, add
 --config.data.mock --config.curriculum.length_unit=steps --config.curriculum.length=12 --config.batch_size=8
---config.run.sample_rows=2. Scores at stage boundaries: --config.run.protocol=adm-imagenet256-latents
+--config.run.sample_rows=2 --config.guard.action=off --config.guard.every_steps=0.
+Scores at stage boundaries: --config.run.protocol=adm-imagenet256-latents
 --config.run.features=inception --config.run.reference=VIRTUAL_imagenet256_labeled.npz
 --config.run.vae=sd_vae --config.run.score_samples=5000.
 
 The paper's: SiT-XL/2, dagger, no guidance, batch 1024, equal stages, 48 epochs (96 diverged in its fifth stage).
 Unknown in the paper: K (6 here, which never gets finer than d = 1/16), q (2), and, here from the official MeanFlow recipe for
-ImageNet, the law of (r, t), p, eps, Adam 1e-4 (.9, .95), label dropout. Clipping at 1 and the EMAs are ours.
+ImageNet, the law of (r, t), p, eps, Adam 1e-4 (.9, .95), label dropout. Clipping at 1, the EMAs and the guard are ours.
 """
 
 from dataclasses import asdict
