@@ -57,6 +57,7 @@ def held(workdir: Path) -> Iterator[None]:
 
     Raises DmfError, on all processes of this run, where the process of another one holds it or it cannot be written.
     """
+    new = hosts.is_first() and not workdir.exists()
     with ExitStack() as lock:
         with hosts.together():
             if hosts.is_first():
@@ -64,7 +65,13 @@ def held(workdir: Path) -> Iterator[None]:
                     places.make(workdir)
                     taken = f"--workdir={workdir} is in use by another process; expected one at a time, or another directory"
                     lock.enter_context(places.alone(workdir / LOCK, taken))
-        yield
+        try:
+            yield
+        except BaseException:
+            if new and [path.name for path in workdir.iterdir()] == [LOCK]:  # a run that was refused leaves nothing behind
+                (workdir / LOCK).unlink()
+                workdir.rmdir()
+            raise
 
 
 @contextmanager

@@ -34,6 +34,7 @@ ROOT = Path(__file__).parent.parent
 FLOW_STEPS, STEPS = 2000, 1200  # by cost: all of it within two hours on two cores
 SAMPLES = 2000  # per score
 MAIN = str(ROOT / "main.py")
+COMMAND = "python launch/study.py --out=docs/study.json --plot=docs/study.png --docs=docs/study.md"  # all of it, to be stored
 FLOW_NFE, NFE = (1, 2, 4, 8, 16, 32), (1, 2)
 KEYS = ("fd_hidden", "fd_hidden_heldout", "fd_pixels", "fd_pixels_heldout", "accuracy", "precision", "recall", "nn_ratio")
 HELDOUT, TRAIN = "fd_hidden_heldout", "fd_hidden"
@@ -442,8 +443,7 @@ def main() -> None:
         results = merged(stored, collect(folder))
         if given.out:
             about = {"flow_steps": FLOW_STEPS, "steps": STEPS, "samples_per_score": SAMPLES}
-            command = f"python launch/study.py --jobs={given.jobs} --out={given.out}"
-            given.out.write_text(json.dumps({"command": command, **about, "sets": results}, indent=1) + "\n")
+            given.out.write_text(json.dumps({"command": COMMAND, **about, "sets": results}, indent=1) + "\n")
     text = table(results)
     print(text)
     if given.plot:
