@@ -191,7 +191,8 @@ def main() -> None:
     print(f"  {'all':<26}{outcome['kills']:>5}")
     print(f"different {', '.join(outcome['different']) or 'nothing: the same bits'}")
     if given.out:
-        Path(given.out).write_text(json.dumps(outcome, indent=1) + "\n")
+        command = f"python launch/kills.py --kills={given.kills} --out={given.out}"
+        Path(given.out).write_text(json.dumps({"command": command, **outcome}, indent=1) + "\n")
     raise SystemExit(bool(outcome["different"]) or outcome["kills"] < given.kills)
 
 
