@@ -131,13 +131,13 @@ def remove_tree(folder: Path) -> None:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """What a disk or a bucket refuses in the block, as a DmfError of one sentence that names the file `path`."""
+def writing(what: Path | str) -> Iterator[None]:
+    """What a disk or a bucket refuses in the block, as a DmfError of one sentence that names the file, or the flag, `what`."""
     try:
         yield
     except OSError as error:
         raise DmfError(
-            f"{path} cannot be written: {error.strerror or short(error)}; expected a writable directory with room"
+            f"{what} cannot be written: {error.strerror or short(error)}; expected a writable directory with room"
         ) from error
 
 

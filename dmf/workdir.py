@@ -23,7 +23,7 @@ import jax
 
 from dmf import checkpoint, guard, hosts, places, scoreboard
 from dmf.config import Config, differences, parse, to_dict
-from dmf.errors import DmfError, short
+from dmf.errors import DmfError
 
 CONFIG, ORIGIN, DATA = "config.json", "origin.json", "data.json"
 STARTS, CHANGES = "starts.jsonl", "changes.jsonl"
@@ -61,7 +61,7 @@ def held(workdir: Path) -> Iterator[None]:
     with ExitStack() as lock:
         with hosts.together():
             if hosts.is_first():
-                with _writable(workdir):
+                with places.writing(f"--workdir={workdir}"):
                     places.make(workdir)
                     taken = f"--workdir={workdir} is in use by another process; expected one at a time, or another directory"
                     lock.enter_context(places.alone(workdir / LOCK, taken))
@@ -72,16 +72,6 @@ def held(workdir: Path) -> Iterator[None]:
                 (workdir / LOCK).unlink()
                 workdir.rmdir()
             raise
-
-
-@contextmanager
-def _writable(workdir: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DmfError(
-            f"--workdir={workdir} cannot be written: {error.strerror or short(error)}; expected a writable directory"
-        ) from error
 
 
 def claim(
@@ -100,7 +90,7 @@ def claim(
     """
     path, mine = workdir / CONFIG, to_dict(config)
     try:
-        with _writable(workdir):
+        with places.writing(f"--workdir={workdir}"):
             places.make(workdir)
             if fresh:
                 for old in (ORIGIN, CHANGES, guard.FILE, scoreboard.FILE):
