@@ -68,7 +68,8 @@ def held(workdir: Path) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            if new and [path.name for path in workdir.iterdir()] == [LOCK]:  # a run that was refused leaves nothing behind
+            # A run that was refused leaves nothing behind; in a bucket it has made nothing, no folder either.
+            if new and not places.is_bucket(workdir) and os.listdir(workdir) == [LOCK]:
                 (workdir / LOCK).unlink()
                 workdir.rmdir()
             raise
