@@ -134,6 +134,12 @@ def check_finite(step: int, stage: Stage, values: Mapping[str, float], leaves: C
         raise Diverged(step, reason, text)
 
 
+def begins_again(path: Path) -> bool:
+    """Whether the last intervention went back to the fresh weights of step 0: these are drawn again, and on disk nowhere."""
+    rows = json.loads(path.read_text()) if path.is_file() else []
+    return bool(rows) and rows[-1]["back_to"] == 0
+
+
 class Guard:
     """The interventions of one run, and what calls for the next."""
 

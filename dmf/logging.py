@@ -48,14 +48,17 @@ class TensorBoard:
     """Scalars as event files through clu; silently nothing where tensorflow or tensorboard is not installed."""
 
     def __init__(self, directory: Path, wanted: bool):
+        self._directory = directory
+        self._wanted = wanted and all(importlib.util.find_spec(name) for name in ("clu", "tensorflow", "tensorboard"))
         self._writer: Any = None
-        if wanted and all(importlib.util.find_spec(name) for name in ("clu", "tensorflow", "tensorboard")):
-            os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "2", "TF_ENABLE_ONEDNN_OPTS": "0"}  # no notices: it only writes files
-            from clu import metric_writers  # imports tensorflow, so only here
-
-            self._writer = metric_writers.SummaryWriter(str(directory))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Opens the file at the first call, which imports tensorflow: its seconds should not delay the first step."""
+        if self._wanted and self._writer is None:
+            os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "2", "TF_ENABLE_ONEDNN_OPTS": "0"}  # no notices: it only writes files
+            from clu import metric_writers
+
+            self._writer = metric_writers.SummaryWriter(str(self._directory))
         if self._writer is not None:
             self._writer.write_scalars(step, dict(scalars))
 

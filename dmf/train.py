@@ -87,7 +87,8 @@ class Run:
         self.start = self.saved = 0
         self.began = time.monotonic() if began is None else began
         self.stepped_s = self.waited_s = 0.0  # seconds in steps but the first, and those of them spent waiting for batches
-        fresh = not any((workdir / checkpoint.FOLDER).glob("[0-9]*"))
+        empty = not any((workdir / checkpoint.FOLDER).glob("[0-9]*"))
+        fresh = empty and (bool(config.init) or not guard.begins_again(workdir / guard.FILE))
         self.guard = Guard(workdir / guard.FILE, workdir / checkpoint.FOLDER, config.guard, fresh)
         with hosts.together():
             self._prepare(fresh, allow_change)
@@ -313,9 +314,7 @@ class Run:
             params = checkpoint.read_params(folder, ema, pretrained.abstract_params(self.network, self.mesh))
             found = self._jit(self._started)(params)
             self.checkpoints.save(0, found, wait=False)  # a resumed run starts from these weights, whatever init holds then
-        now = found if found is not None else self._jit(self.fresh)()
-        if found is None and self.guard.active:
-            self.checkpoints.save(0, now, wait=False)  # something to go back to
+        now = found if found is not None else self._jit(self.fresh)()  # which the guard may go back to: they are the same again
         self.start = self.saved = int(now.step)  # what a run starts from is on disk already
         if self.start > self.stages[-1].last:
             raise DmfError(

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -51,7 +51,7 @@ def jump_error(net: Callable[[Rows], Array], rows: Rows) -> Array:
 
 
 class Watch:
-    """The probe of a run. Its programs are compiled at their first use, one per kind of stage."""
+    """The probe of a run. Its rows are drawn and its programs compiled at their first use, one program per kind of stage."""
 
     def __init__(self, config: Config, dataset: data.Dataset | data.Latents, mesh: Mesh, place: Any):
         """dataset: held-out images. place: where the parameters live, from `sharding.placed`."""
@@ -59,20 +59,23 @@ class Watch:
         self._shape = dataset.image_shape
         per_device = max(-(-config.guard.rows // mesh.devices.size), 2)  # one row of either kind at least
         count = per_device * mesh.devices.size
-        mine = data.batch(dataset, config.seed, 0, count, rows=sharding.local_rows(mesh, count))
-        batch = sharding.put_rows(mesh, mine)
+        self._images = data.batch(dataset, config.seed, 0, count, rows=sharding.local_rows(mesh, count))
         share = config.times.r_neq_t_fraction if 0 < config.times.r_neq_t_fraction < 1 else 0.5
         pairs = min(max(round(share * per_device), 1), per_device - 1)
         self._split, self.rows = RowSplit(count, per_device, pairs), count
-        draw = jax.jit(partial(_draw, config=config, split=self._split), out_shardings=sharding.rows(mesh))
-        self._even, self._law = draw(batch)
         self._programs: dict[str, Callable[..., Any]] = {}
+
+    @cached_property
+    def drawn(self) -> tuple[Rows, Rows]:
+        """(even rows, law rows)."""
+        draw = jax.jit(partial(_draw, config=self._config, split=self._split), out_shardings=sharding.rows(self._mesh))
+        return draw(sharding.put_rows(self._mesh, self._images))
 
     def __call__(self, kind: str, params: Any, rho: float) -> dict[str, float]:
         """The probe's numbers for the stage of this kind and interval. params: the weights that are trained."""
         if kind not in self._programs:
             self._programs[kind] = self._compile(kind)
-        found = self._programs[kind](params, self._even, self._law, np.float32(rho))
+        found = self._programs[kind](params, *self.drawn, np.float32(rho))
         return {name: float(value) for name, value in jax.device_get(found).items()}
 
     def _compile(self, kind: str) -> Callable[..., Any]:

@@ -407,3 +407,30 @@ def test_pretraining_from_fresh_weights_can_go_back_to_them(tmp_path, monkeypatc
     assert [r["step"] for r in logged] == list(range(1, 13))
     assert [r["learning_rate"] for r in logged][:4] == pytest.approx([0.25e-3, 0.5e-3, 0.5e-3, 0.5e-3])
     assert logged[-1]["learning_rate"] == pytest.approx(0.5e-3)
+    assert not (tmp_path / "checkpoints" / "0").exists()  # they are drawn again
+
+
+@pytest.mark.parametrize("writes", [1, 2])  # of guard.json: the intervention, and that all beyond step 0 is deleted
+def test_a_kill_on_the_way_back_to_fresh_weights_changes_nothing(tmp_path, monkeypatch, writes):
+    calls, real = [], Guard._write
+
+    def killed(self):
+        real(self)
+        calls.append(self)
+        if len(calls) == writes:
+            raise KeyboardInterrupt
+
+    def run(workdir, dies):
+        medians = iter([2.0, 9.0])
+        monkeypatch.setattr(Watch, "__call__", lambda *_: {**CALM, "residual_median": next(medians, 2.0)})
+        with monkeypatch.context() as patch:
+            if dies:
+                patch.setattr(Guard, "_write", killed)
+                with pytest.raises(KeyboardInterrupt):
+                    train(parse(GUARDED), workdir)
+                assert not list(workdir.glob("checkpoints/[0-9]*"))
+        train(parse(GUARDED), workdir)
+        return json.loads((workdir / guard.FILE).read_text()), [leaf.tobytes() for leaf in state_of(workdir)]
+
+    whole, killed_once = run(tmp_path / "whole", False), run(tmp_path / "killed", True)
+    assert whole == killed_once and [row["back_to"] for row in whole[0]] == [0]

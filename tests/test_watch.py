@@ -61,13 +61,13 @@ def test_one_device_and_eight_see_the_same(kind):
 
 def test_one_row_gone_astray_moves_the_mean_and_not_the_median():
     setup, now, probe = made()
-    u = setup.network.apply(now.params, *probe._even[:3], label=probe._even.label)
-    squares = np.mean(np.square(u - probe._even.v), axis=(1, 2, 3))
+    even, law = probe.drawn
+    u = setup.network.apply(now.params, *even[:3], label=even.label)
+    squares = np.mean(np.square(u - even.v), axis=(1, 2, 3))
     found = probe("trajectory", now.params, 1.0)
     assert found["residual_pairs"] == pytest.approx(squares.mean(), rel=1e-4)
     assert found["residual_median"] == pytest.approx(np.median(squares), rel=1e-4)
-    astray = probe._even._replace(v=probe._even.v.at[0].multiply(100.0))
-    probe._even = astray
+    probe.drawn = even._replace(v=even.v.at[0].multiply(100.0)), law
     moved = probe("trajectory", now.params, 1.0)
     assert moved["residual_pairs"] > 100 * found["residual_pairs"] and moved["residual_median"] < 1.5 * found["residual_median"]
 
@@ -75,7 +75,7 @@ def test_one_row_gone_astray_moves_the_mean_and_not_the_median():
 def test_gradients_are_those_of_the_two_kinds_of_rows():
     setup, now, probe = made()
     found = probe("discrete", now.params, 0.25)
-    law, split = probe._law, probe._split
+    (_, law), split = probe.drawn, probe._split
 
     def loss(params, part):
         how = dict(kind="discrete", network=setup.network, config=setup.config, split=split, train=False)
@@ -99,7 +99,7 @@ def test_the_finer_the_interval_the_fewer_ulps_are_left_and_half_precision_leave
 
 def test_intervals_are_spread_evenly_and_times_are_valid():
     _, _, probe = made()
-    even = probe._even
+    even, _ = probe.drawn
     assert (np.histogram(even.t - even.r, watch.EDGES)[0] == 4).all()
     assert (even.r >= 0).all() and (even.t <= 1).all()
 
