@@ -100,7 +100,8 @@ class Run:
         self.tensorboard = TensorBoard(workdir / "tensorboard", config.run.tensorboard and hosts.is_first())
         with hosts.together():
             self.scores = Scoreboard(config, workdir, self.stages, self.dataset, self.network, self.mesh, self.tensorboard)
-            self.watch = self._make_watch() if config.guard.every_steps else None
+            probed = config, self.dataset, self.mesh, self.place.params
+            self.watch = Watch(*probed) if config.guard.every_steps else None
         kept = [0, *(n for n, b in self.scores.boundaries.items() if b.kept)]
         metadata = {"config": to_dict(config), "image_shape": list(shape), "source": origin(workdir), "data": about}
         which = config.run.keep_checkpoints, kept, metadata, self._also_kept, self._is_scheduled
@@ -241,15 +242,6 @@ class Run:
         )
         return False
 
-    def _make_watch(self) -> Watch:
-        """The probe, of held-out images, or where there are none of the training images. Raises DmfError where they are few."""
-        images, self.watched_on = data.held_out_or(self.dataset, self.config.data)
-        rows, size = self.config.guard.rows, self.mesh.devices.size
-        if len(images) < (taken := max(-(-rows // size), 2) * size):  # each device has as many, and both kinds of rows
-            what = f"config.guard.rows = {rows} takes {taken} images on {size} device(s)"
-            raise DmfError(f"{what}: expected at most the {len(images)} {self.watched_on} ones")
-        return Watch(self.config, images, self.mesh, self.place.params)
-
     def _probe(self, watch: Watch, n: int, stage: Stage, now: TrainState, progress: Progress) -> None:
         rho = curriculum.rho_at(stage, n - 1)
         values = watch(stage.kind, now.params, rho)
@@ -350,7 +342,7 @@ class Run:
         self._tell_interventions()
         if self.watch:
             every = self.config.guard.every_steps
-            print(f"watch     {self.watch.rows} {self.watched_on} images every {every} steps, to {self.watched.path}")
+            print(f"watch     {self.watch.rows} {self.watch.source} images every {every} steps, to {self.watched.path}")
         origin = f"step {self.start} of {self.stages[-1].last}, resuming" if self.start else self.config.init
         print(f"start     {origin or 'fresh weights (config.init names no flow model)'}", flush=True)
 

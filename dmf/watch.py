@@ -29,6 +29,7 @@ from jax.sharding import Mesh
 from dmf import data, flow, networks, objectives, optim, sharding, step
 from dmf.config import Config
 from dmf.curriculum import identity_of
+from dmf.errors import DmfError
 from dmf.flow import Rows, RowSplit, expand
 
 Array = jax.Array
@@ -53,12 +54,19 @@ def jump_error(net: Callable[[Rows], Array], rows: Rows) -> Array:
 class Watch:
     """The probe of a run. Its rows are drawn and its programs compiled at their first use, one program per kind of stage."""
 
-    def __init__(self, config: Config, dataset: data.Dataset | data.Latents, mesh: Mesh, place: Any):
-        """dataset: held-out images. place: where the parameters live, from `sharding.placed`."""
+    def __init__(self, config: Config, train: data.Dataset | data.Latents, mesh: Mesh, place: Any):
+        """train: of whose data set held-out images are taken, and training images where it has none; `source` tells which.
+
+        place: where the parameters live, from `sharding.placed`. Raises DmfError where there are too few images.
+        """
+        dataset, self.source = data.held_out_or(train, config.data)
         self._config, self._mesh, self._place = config, mesh, place
         self._shape = dataset.image_shape
         per_device = max(-(-config.guard.rows // mesh.devices.size), 2)  # one row of either kind at least
         count = per_device * mesh.devices.size
+        if len(dataset) < count:
+            what = f"config.guard.rows = {config.guard.rows} takes {count} images on {mesh.devices.size} device(s)"
+            raise DmfError(f"{what}: expected at most the {len(dataset)} {self.source} ones")
         self._images = data.batch(dataset, config.seed, 0, count, rows=sharding.local_rows(mesh, count))
         share = config.times.r_neq_t_fraction if 0 < config.times.r_neq_t_fraction < 1 else 0.5
         pairs = min(max(round(share * per_device), 1), per_device - 1)

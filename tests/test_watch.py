@@ -44,7 +44,7 @@ def made(devices=1, **changes):
     setup = Setup(merged(TINY, guard=dict(rows=16), **changes), devices=devices)
     now = setup.state()
     place = sharding.placed(setup.mesh, now).params
-    return setup, now, watch.Watch(setup.config, data.load(setup.config.data, "heldout"), setup.mesh, place)
+    return setup, now, watch.Watch(setup.config, data.load(setup.config.data, "train"), setup.mesh, place)
 
 
 @pytest.mark.parametrize("kind", ["trajectory", "discrete", "jvp"])
