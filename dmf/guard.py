@@ -4,7 +4,8 @@ Discrete MeanFlow has a ceiling: with d too small its residual is rounding and n
 (arXiv 2604.08837). Whether a run has met it is seen in the probes of `dmf.watch` and in its scores:
 
     a value that is not finite                  of a step, a probe or a score
-    residual_border, residual_median            more than `factor` times that of the stage's first probe
+    residual_border, residual_median            more than `factor` times that of the first probe of the stage, or of the part of
+                                                it that an intervention has left
     change_ulps                                 below `ulps`, in a discrete stage: u and u' are one number to the compute dtype
     the main score at the first number of steps more than `factor` times the best since the last stage of plain flow matching,
                                                 which takes a generator of one step apart
@@ -27,7 +28,7 @@ from typing import Any
 
 from dmf import places
 from dmf.curriculum import GUIDED, Stage, identity_of, rho_at, stage_at
-from dmf.errors import DmfError
+from dmf.errors import DmfError, short
 from dmf.manifest import MANIFEST, verify
 
 ACTIONS = ("off", "stop", "jvp", "halve", "floor", "rate")
@@ -134,19 +135,35 @@ def check_finite(step: int, stage: Stage, values: Mapping[str, float], leaves: C
         raise Diverged(step, reason, text)
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    """The interventions on disk. Raises DmfError where the file is none of them."""
+    try:
+        rows = json.loads(path.read_text())
+        if not isinstance(rows, list) or not all(isinstance(row.get("back_to"), int) for row in rows):
+            raise ValueError("no list of interventions")
+        return rows
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, AttributeError) as error:
+        raise DmfError(f"{path} cannot be read: {short(error)}; expected what dmf wrote there") from error
+
+
 def begins_again(path: Path) -> bool:
     """Whether the last intervention went back to the fresh weights of step 0: these are drawn again, and on disk nowhere."""
-    rows = json.loads(path.read_text()) if path.is_file() else []
+    rows = read(path)
     return bool(rows) and rows[-1]["back_to"] == 0
 
 
 class Guard:
     """The interventions of one run, and what calls for the next."""
 
-    def __init__(self, path: Path, checkpoints: Path, config: GuardConfig, fresh: bool):
-        """path: the file of the interventions; checkpoints: the folder of the step folders; fresh: there is no run yet."""
-        self._path, self._folder, self._config = path, checkpoints, config
-        self.rows: list[dict[str, Any]] = [] if fresh or not path.is_file() else json.loads(path.read_text())
+    def __init__(self, path: Path, checkpoints: Path, config: GuardConfig, fresh: bool, drawn: bool = True):
+        """path: the file of the interventions; checkpoints: the folder of the step folders; fresh: there is no run yet.
+
+        drawn: the run starts from fresh weights, so that it may begin again without a checkpoint of step 0.
+        """
+        self._path, self._folder, self._config, self._drawn = path, checkpoints, config, drawn
+        self.rows: list[dict[str, Any]] = [] if fresh else read(path)
         self.active = config.action != "off"
 
     def stages(self, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
@@ -216,10 +233,21 @@ class Guard:
         calm = self._calm_until(found, failing, stages, probes, scores)
         until = min(max([calm, *(n for n in kept if n < found.step)]), found.step - 1)  # what has failed fails again
         back = self._newest_good(until, lambda n: n in kept or scheduled(n))
+        if back == 0:
+            self._check_start(found)
         action = remedy(self._next(), failing)
         what = {"step": found.step, "stage": failing.name, "kind": failing.kind, "reason": found.reason}
         self.rows.append({**what, "back_to": back, "action": action, "rules": asdict(self._config), "settled": False})
         self._write()
+
+    def _check_start(self, found: Diverged) -> None:
+        """Raises DmfError where there is no way back to step 0: then no later checkpoint may be deleted."""
+        start = self._folder / "0"
+        try:
+            if start.exists() or not self._drawn:
+                verify(start)
+        except DmfError as error:
+            raise DmfError(f"{found}; the guard would go back to step 0, but {error}") from error
 
     def _newest_good(self, until: int, wanted: Callable[[int], bool]) -> int:
         """The newest wanted step up to `until` whose checkpoint can be read, 0 where there is none."""
@@ -271,9 +299,9 @@ def _rules(stored: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_stage(probes: Sequence[Mapping[str, Any]], stage: Stage) -> list[Mapping[str, Any]]:
-    """The stage's probes of the same rows as the last of them."""
+    """The stage's probes of the same images as the last of them."""
     seen = [p for p in probes if p["stage"] == stage.index and stage.first < p["step"] <= stage.last]
-    return [p for p in seen if p.get("rows") == seen[-1].get("rows")]
+    return [p for p in seen if all(p.get(name) == seen[-1].get(name) for name in ("rows", "source"))]
 
 
 def _is_fine(scores: Sequence[tuple[int, float]], stages: tuple[Stage, ...], factor: float) -> bool:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dmf import places
+from dmf.errors import short
+
+log = logging.getLogger(__name__)
 
 
 class JsonLines:
@@ -45,26 +50,46 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Scalars as event files through clu; silently nothing where tensorflow or tensorboard is not installed."""
+    """Scalars as event files through clu; silently nothing where tensorflow or tensorboard is not installed.
+
+    A run has its own files and does without these: what keeps them from being written is told once, as a warning.
+    """
 
     def __init__(self, directory: Path, wanted: bool):
         self._directory = directory
         self._wanted = wanted and all(importlib.util.find_spec(name) for name in ("clu", "tensorflow", "tensorboard"))
         self._writer: Any = None
 
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Opens the file at the first call, which imports tensorflow: its seconds should not delay the first step."""
-        if self._wanted and self._writer is None:
-            os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "2", "TF_ENABLE_ONEDNN_OPTS": "0"}  # no notices: it only writes files
-            from clu import metric_writers
+    def open(self) -> None:
+        """Imports tensorflow, which takes seconds that should not delay the first step; the first `write` does it as well."""
+        with self._optional():
+            if self._wanted and self._writer is None:
+                os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "2", "TF_ENABLE_ONEDNN_OPTS": "0"}  # no notices: it only writes files
+                from clu import metric_writers
 
-            self._writer = metric_writers.SummaryWriter(str(self._directory))
-        if self._writer is not None:
-            self._writer.write_scalars(step, dict(scalars))
+                self._writer = metric_writers.SummaryWriter(str(self._directory))
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Adds the scalars of a step."""
+        if scalars:
+            self.open()
+        with self._optional():
+            if scalars and self._writer is not None:
+                self._writer.write_scalars(step, dict(scalars))
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        """Writes what is left."""
+        with self._optional():
+            if self._writer is not None:
+                self._writer.close()
+
+    @contextmanager
+    def _optional(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # those of tensorflow have no common base
+            self._wanted, self._writer = False, None
+            log.warning("%s: %s; no more event files are written", self._directory, short(error))
 
 
 class Progress:
@@ -78,15 +103,17 @@ class Progress:
     def show(self, step: int, stage: str, loss: float) -> None:
         """Called at the logged steps; the rate is that since the last call."""
         now = time.monotonic()
-        rate = (step - self._count) / max(now - self._mark, 1e-9)
-        self._rate = rate if not self._rate else 0.7 * self._rate + 0.3 * rate
+        if step > self._count:
+            rate = (step - self._count) / max(now - self._mark, 1e-9)
+            self._rate = rate if not self._rate else 0.7 * self._rate + 0.3 * rate
         self._count, self._mark = step, now
         live = sys.stdout.isatty()
         if not live and now - self._printed < 10 and step < self._total:
             return
         self._printed = now
-        left = (self._total - step) / max(self._rate, 1e-9)
-        text = f"{stage:<10} step {step}/{self._total}  loss {loss:.4g}  {self._rate:.1f} steps/s  {_clock(left)} left"
+        text = f"{stage:<10} step {step}/{self._total}  loss {loss:.4g}"
+        if self._rate:
+            text += f"  {self._rate:.1f} steps/s  {_clock((self._total - step) / self._rate)} left"
         print(f"\r{text}\033[K" if live else text, end="" if live else "\n", flush=True)
 
     def pause(self) -> None:

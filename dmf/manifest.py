@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dmf import places
-from dmf.errors import DmfError
+from dmf.errors import DmfError, short
 
 MANIFEST = "manifest.json"
 
@@ -31,7 +31,10 @@ def verify(folder: Path) -> None:
         raise DmfError(f"checkpoint {folder}: no readable {MANIFEST}; expected a folder that was saved to its end") from error
     if not isinstance(expected, dict) or not expected or text != _as_text(expected):
         raise DmfError(f"checkpoint {folder}: {MANIFEST} is altered; expected it as dmf has written it")
-    found = _contents(folder)
+    try:
+        found = _contents(folder)
+    except OSError as error:
+        raise DmfError(f"checkpoint {folder}: {short(error)}; expected files that can be read") from error
     for name, listed in expected.items():
         if name not in found:
             raise DmfError(f"checkpoint {folder}: file {name} is missing; expected it with size and SHA-256 {listed}")
@@ -50,6 +53,12 @@ def _contents(folder: Path) -> dict[str, list[Any]]:
     files = [p for p in places.files(folder) if not p.name.startswith(MANIFEST)]
     found: dict[str, list[Any]] = {}
     for path in files:
-        with path.open("rb") as file:
-            found[path.relative_to(folder).as_posix()] = [places.size(path), hashlib.file_digest(file, "sha256").hexdigest()]
+        try:
+            with path.open("rb") as file:
+                found[path.relative_to(folder).as_posix()] = [
+                    places.size(path),
+                    hashlib.file_digest(file, "sha256").hexdigest(),
+                ]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error  # reading tells no name
     return found

@@ -39,7 +39,7 @@ from dmf.guard import Diverged, Guard
 from dmf.logging import JsonLines, Progress, TensorBoard
 from dmf.scoreboard import Boundary, Scoreboard
 from dmf.state import TrainState
-from dmf.stopping import Stop
+from dmf.stopping import AGAIN, Stop
 from dmf.watch import Watch
 from dmf.workdir import claim, held, kept_by_changes, note_change, note_start, origin
 
@@ -87,10 +87,11 @@ class Run:
         self.start = self.saved = 0
         self.began = time.monotonic() if began is None else began
         self.stepped_s = self.waited_s = 0.0  # seconds in steps but the first, and those of them spent waiting for batches
-        empty = not any((workdir / checkpoint.FOLDER).glob("[0-9]*"))
-        fresh = empty and (bool(config.init) or not guard.begins_again(workdir / guard.FILE))
-        self.guard = Guard(workdir / guard.FILE, workdir / checkpoint.FOLDER, config.guard, fresh)
         with hosts.together():
+            empty = not any((workdir / checkpoint.FOLDER).glob("[0-9]*"))
+            fresh = empty and (bool(config.init) or not guard.begins_again(workdir / guard.FILE))
+            files = workdir / guard.FILE, workdir / checkpoint.FOLDER
+            self.guard = Guard(*files, config.guard, fresh, drawn=not config.init)
             self._prepare(fresh, allow_change)
         hosts.check_shared(workdir)
         shape, about = self.dataset.image_shape, data.identity(self.dataset)
@@ -102,6 +103,7 @@ class Run:
             self.scores = Scoreboard(config, workdir, self.stages, self.dataset, self.network, self.mesh, self.tensorboard)
             probed = config, self.dataset, self.mesh, self.place.params
             self.watch = Watch(*probed) if config.guard.every_steps else None
+        hosts.same("set of images to probe", self.watch.source if self.watch else "")
         kept = [0, *(n for n, b in self.scores.boundaries.items() if b.kept)]
         metadata = {"config": to_dict(config), "image_shape": list(shape), "source": origin(workdir), "data": about}
         which = config.run.keep_checkpoints, kept, metadata, self._also_kept, self._is_scheduled
@@ -177,6 +179,9 @@ class Run:
                     seen = self.watched.read(), self.scores.history(), kept_by_changes(self.workdir)
                     self.guard.intervene(found, self.stages, *seen, self._is_scheduled)
             self.stop.saved()
+            if self.stop.here():
+                print(f"stopped, nothing was unsaved; {AGAIN}", flush=True)
+                return self.scores.rows()
         return None
 
     def loop(self) -> bool:
@@ -211,6 +216,8 @@ class Run:
                 self.stop.unsaved()
                 if n == start:
                     self._announce_first(began, metrics)
+                    self.tensorboard.open()
+                    progress.restart(n + 1)
                 self._report(pending, progress)
                 if n > start:
                     self.stepped_s += time.monotonic() - began
@@ -245,7 +252,7 @@ class Run:
     def _probe(self, watch: Watch, n: int, stage: Stage, now: TrainState, progress: Progress) -> None:
         rho = curriculum.rho_at(stage, n - 1)
         values = watch(stage.kind, now.params, rho)
-        self.watched.write({"step": n, "stage": stage.index, "kind": stage.kind, "rho": rho, "rows": watch.rows, **values})
+        self.watched.write({"step": n, "stage": stage.index, "kind": stage.kind, "rho": rho, **watch.about, **values})
         self.tensorboard.write(n, {f"watch/{name}": value for name, value in values.items()})
         progress.restart(n)
         if self.guard.active:
@@ -307,7 +314,7 @@ class Run:
             found = self._jit(self._started)(params)
             self.checkpoints.save(0, found, wait=False)  # a resumed run starts from these weights, whatever init holds then
         now = found if found is not None else self._jit(self.fresh)()  # which the guard may go back to: they are the same again
-        self.start = self.saved = int(now.step)  # what a run starts from is on disk already
+        self.start = self.saved = int(now.step)  # what a run starts from is on disk already, but for fresh weights
         if self.start > self.stages[-1].last:
             raise DmfError(
                 f"step {self.start} is on disk: expected a config that ends no earlier, not at {self.stages[-1].last}"

@@ -73,6 +73,11 @@ class Watch:
         self._split, self.rows = RowSplit(count, per_device, pairs), count
         self._programs: dict[str, Callable[..., Any]] = {}
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a probe's numbers depend on besides the weights."""
+        return {"rows": self.rows, "source": self.source}
+
     @cached_property
     def drawn(self) -> tuple[Rows, Rows]:
         """(even rows, law rows)."""

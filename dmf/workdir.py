@@ -23,7 +23,7 @@ import jax
 
 from dmf import checkpoint, guard, hosts, places, scoreboard
 from dmf.config import Config, differences, parse, to_dict
-from dmf.errors import DmfError
+from dmf.errors import DmfError, short
 
 CONFIG, ORIGIN, DATA = "config.json", "origin.json", "data.json"
 STARTS, CHANGES = "starts.jsonl", "changes.jsonl"
@@ -86,7 +86,7 @@ def claim(
     """Makes the work directory and ties it to config and data; one that holds another run's checkpoints is refused.
 
     origin: where the weights of config.init came from, if they were converted; about: `data.identity` of the data; fresh: the
-    directory holds no checkpoint yet. allow_change: another config is taken, unless the state on disk is none of it; it is
+    directory holds no run yet. allow_change: another config is taken, unless the state on disk is none of it; it is
     `note_change` that makes it the directory's. Raises DmfError.
     """
     path, mine = workdir / CONFIG, to_dict(config)
@@ -99,8 +99,12 @@ def claim(
                 for file, values in ((workdir / ORIGIN, origin), (workdir / DATA, about), (path, mine)):
                     if values is not None:
                         _write(file, values)
-            theirs = _stored(workdir)
-            seen = json.loads((workdir / DATA).read_text()) if (workdir / DATA).is_file() else about
+        theirs = _stored(workdir)
+        seen = json.loads((workdir / DATA).read_text()) if (workdir / DATA).is_file() else about
+    except OSError as error:
+        raise DmfError(
+            f"{path} cannot be read: {short(error)}; expected what dmf wrote there, beside the checkpoints"
+        ) from error
     except ValueError as error:
         raise DmfError(f"{path} is not the JSON of a config: {error}; expected what dmf wrote there") from error
     changed = changes(theirs, mine) + differences(seen, about, "data")
@@ -170,7 +174,10 @@ def _write(path: Path, values: Any) -> None:
 def origin(workdir: Path) -> dict[str, Any] | None:
     """What was written beside the weights the run started from, where they were converted."""
     path = workdir / ORIGIN
-    return json.loads(path.read_text()) if path.is_file() else None
+    try:
+        return json.loads(path.read_text()) if path.is_file() else None
+    except (OSError, ValueError) as error:
+        raise DmfError(f"{path} cannot be read: {short(error)}; expected what dmf wrote there") from error
 
 
 def keep_programs(workdir: Path) -> None:

@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -91,7 +92,9 @@ def main() -> None:
         print(f"{kind:<6} median of {len(times)}: begun after {begun:.1f} s, done after {done:.1f} s")
     print(f"ratio  {numbers['ratio_begun']:.2f} x to the beginning of the first step, {numbers['ratio_done']:.2f} x to its end")
     if given.out:
-        given.out.write_text(json.dumps({"flags": given.flags, "starts": found, **numbers}, indent=1) + "\n")
+        command = shlex.join(["python", "launch/start_times.py", *sys.argv[1:]])
+        stored = {"command": command, "cores": os.cpu_count(), "flags": given.flags, "starts": found, **numbers}
+        given.out.write_text(json.dumps(stored, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ SCORE = {"digits": HELDOUT, "photos": TRAIN}
 BASE = "dagger"  # what the others are compared with
 WORSE = 1.2  # a last score above so many times the best stage's counts as worse
 DIVERGED = 2.0  # a stage's score above so many times the best before it counts as diverged, as do values that are not finite
-CURVES = ("dagger", "linear", "fine", "hot")  # score by stage in the plot
+CURVES = ("dagger", "linear", "fine", "finest", "hot")  # score by stage in the plot
 FINE = "curriculum.stages=12"
 FINEST = "curriculum.stages=14 loss.p=1.0 optimizer.clip_norm=0.0"
 HOT = f"{FINEST} optimizer.learning_rate=8e-3"

@@ -1,7 +1,9 @@
 """What a run writes: checkpoints that prove themselves, logs that survive a kill, pictures."""
 
+import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -70,6 +72,24 @@ def test_every_damage_is_detected_and_named(saved, tmp_path, damage):
         store.restore_latest(state)
 
 
+def test_a_disk_that_cannot_read_the_newest_checkpoint_lets_the_one_before_be_taken(saved, tmp_path, monkeypatch, caplog):
+    workdir, state = saved
+    shutil.copytree(workdir, tmp_path / "copy")
+    newest = tmp_path / "copy" / "checkpoints" / "8"
+    shutil.copytree(newest.parent / "7", newest)
+    real = hashlib.file_digest
+
+    def read(file, name):
+        if newest in Path(file.name).parents:
+            raise OSError(5, "Input/output error")
+        return real(file, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", read)
+    found = reopened(tmp_path / "copy").restore_latest(state)
+    assert found is not None and int(found.step) == int(state.step)
+    assert f"checkpoint {newest}: OSError: [Errno 5] Input/output error: '{newest}/" in caplog.text
+
+
 def test_no_checkpoint_at_all_is_a_fresh_start(tmp_path):
     assert reopened(tmp_path).restore_latest(Setup().state()) is None
 
@@ -135,15 +155,47 @@ def test_event_files_are_written_where_wanted(tmp_path):
     assert not (tmp_path / "off").exists()
 
 
+def test_event_files_that_cannot_be_written_are_told_once_and_do_without(tmp_path, monkeypatch, caplog):
+    from clu import metric_writers
+
+    class Broken:
+        def __init__(self, folder):
+            self.write_scalars = self.close = self._fail
+
+        def _fail(self, *_):
+            raise RuntimeError("the disk is full")
+
+    monkeypatch.setattr(metric_writers, "SummaryWriter", Broken)
+    for use in (lambda board: board.write(1, {"loss": 0.5}), TensorBoard.close):
+        caplog.clear()
+        board = TensorBoard(tmp_path / "tensorboard", True)
+        board.open()
+        use(board)
+        board.write(2, {"loss": 0.5})
+        board.close()
+        (said,) = caplog.messages
+        assert said == f"{tmp_path}/tensorboard: RuntimeError: the disk is full; no more event files are written"
+
+
+def test_nothing_to_write_opens_no_event_file(tmp_path):
+    board = TensorBoard(tmp_path / "tensorboard", True)
+    board.write(0, {})
+    board.close()
+    assert not (tmp_path / "tensorboard").exists()
+
+
 def test_progress_shows_rate_and_time_left(capsys, monkeypatch):
-    now = iter([0.0, 10.0, 30.0, 50.0])
+    now = iter([-9.0, 0.0, 0.0, 10.0, 30.0])
     monkeypatch.setattr("dmf.logging.time.monotonic", lambda: next(now))
-    progress = Progress(400, 0)
-    progress.show(100, "stage 1", 0.25)  # 10 steps a second
-    progress.show(200, "stage 1", 0.5)
+    progress = Progress(401, 0)
+    progress.restart(1)  # the first step, with all that comes with it, tells no rate
+    progress.show(1, "stage 1", 0.75)
+    progress.show(101, "stage 1", 0.25)  # 10 steps a second
+    progress.show(201, "stage 1", 0.5)
     text = capsys.readouterr().out.splitlines()
-    assert text[0] == "stage 1    step 100/400  loss 0.25  10.0 steps/s  0:00:30 left"
-    assert "8.5 steps/s" in text[1]  # .7 * 10 + .3 * 5
+    assert text[0] == "stage 1    step 1/401  loss 0.75"
+    assert text[1] == "stage 1    step 101/401  loss 0.25  10.0 steps/s  0:00:30 left"
+    assert "8.5 steps/s" in text[2]  # .7 * 10 + .3 * 5
 
 
 def test_a_grid_shows_every_sample_where_it_belongs(tmp_path):

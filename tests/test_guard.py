@@ -58,13 +58,21 @@ def test_an_infinite_first_probe_is_an_alarm_and_no_measure():
     assert "residual_border = inf, expected a finite value" in guard.alarm(start, start, CONFIG)
 
 
-def test_probes_of_other_rows_are_not_compared(tmp_path):
+@pytest.mark.parametrize("other", [{"rows": 16}, {"source": "training"}])
+def test_probes_of_other_images_are_not_compared(tmp_path, other):
     watching = Guard(tmp_path / "guard.json", tmp_path, CONFIG, fresh=True)
-    probes = [
-        {"step": n, "stage": 3, "rows": rows, **CALM, "residual_border": x} for n, rows, x in ((31, 8, 1.0), (33, 16, 9.0))
-    ]
-    assert watching.probe_alarm(probes, LADDER[3]) == ""
-    assert "residual_border = 9, above" in watching.probe_alarm([probes[0], {**probes[1], "rows": 8}], LADDER[3])
+    first = {"step": 31, "stage": 3, "rows": 8, "source": "held-out", **CALM}
+    worse = {**first, "step": 33, "residual_border": 9.0}
+    assert watching.probe_alarm([first, {**worse, **other}], LADDER[3]) == ""
+    assert "residual_border = 9, above" in watching.probe_alarm([first, worse], LADDER[3])
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '[{"step": 3}]', '[{"back_to": 0.5}]'])
+def test_a_file_that_holds_no_interventions_is_one_line(tmp_path, text):
+    (tmp_path / guard.FILE).write_text(text)
+    with pytest.raises(DmfError, match=r"guard.json cannot be read: \w+: .*; expected what dmf wrote there"):
+        train(parse(TINY), tmp_path)
+    assert (tmp_path / guard.FILE).read_text() == text
 
 
 def test_a_score_is_held_against_the_best_since_the_last_stage_of_flow_matching(tmp_path):
@@ -171,7 +179,18 @@ def test_it_goes_back_to_the_newest_checkpoint_before_values_were_half_way_to_th
     assert back(Diverged(38, "x"), []) == 20
     for n in (20, 10):
         (tmp_path / str(n) / "weights").unlink()
+    assert back(Diverged(38, "x"), []) == 0  # weights that were drawn are drawn again
+    given = Guard(tmp_path / "given.json", tmp_path, CONFIG, fresh=True, drawn=False)
+    with pytest.raises(DmfError, match="step 38: x; the guard would go back to step 0, but checkpoint .*/0: no readable"):
+        given.intervene(Diverged(38, "x"), scores=[], **how)
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "weights").write_text("1")
+    write_manifest(tmp_path / "0")
     assert back(Diverged(38, "x"), []) == 0
+    (tmp_path / "0" / "weights").write_text("2")
+    with pytest.raises(DmfError, match="step 38: x; the guard would go back to step 0, but checkpoint .*/0: file weights"):
+        back(Diverged(38, "x"), [])
+    assert not (tmp_path / "given.json").exists() and (tmp_path / "37").exists()
 
 
 def test_an_unknown_action_and_an_action_without_probes_are_refused():
@@ -315,6 +334,26 @@ def test_a_run_that_was_asked_to_stop_goes_back_no_less_far(tmp_path, monkeypatc
     train(values, tmp_path / "again")
     (row,) = json.loads((tmp_path / "again" / guard.FILE).read_text())
     assert (row["step"], row["back_to"]) == (15, 12)  # and not to the one that was saved on request
+
+
+def test_a_run_that_is_asked_to_stop_while_the_guard_goes_back_starts_nothing_more(tmp_path, monkeypatch, capsys):
+    stop, real = Stop(), Guard.intervene
+
+    def intervene(self, *given):
+        stop.ask()
+        real(self, *given)
+
+    climbs(monkeypatch, 2.0, 4.5, 4.5, 9.0)
+    train(parse(LONGER), tmp_path / "whole")
+    climbs(monkeypatch, 2.0, 4.5, 4.5, 9.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Guard, "intervene", intervene)
+        train(parse(LONGER), tmp_path / "asked", stop=stop)
+    assert capsys.readouterr().out.endswith("stopped, nothing was unsaved; the same command goes on from what is on disk\n")
+    (row,) = json.loads((tmp_path / "asked" / guard.FILE).read_text())
+    assert not row["settled"]
+    train(parse(LONGER), tmp_path / "asked")
+    assert end_of(tmp_path / "asked") == end_of(tmp_path / "whole")
 
 
 def test_stop_leaves_the_last_good_state_and_a_report_again_and_again(tmp_path, diverges, capsys):

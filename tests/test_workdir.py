@@ -102,6 +102,16 @@ def test_a_disk_that_is_full_while_a_run_writes_is_one_line_that_names_the_file(
     assert json.loads((run / checkpoint.BEST).read_text())["step"] == 6 and lines.read() == [{"step": 1}]
 
 
+def test_checkpoints_without_their_config_and_a_torn_origin_are_one_line(tmp_path):
+    workdir.claim(tmp_path, parse(QUICK), None, {}, fresh=True)
+    (tmp_path / workdir.CONFIG).unlink()
+    with pytest.raises(DmfError, match=r"config.json cannot be read: FileNotFoundError: .*, beside the checkpoints"):
+        workdir.claim(tmp_path, parse(QUICK), None, {}, fresh=False)
+    (tmp_path / workdir.ORIGIN).write_text("{")
+    with pytest.raises(DmfError, match=r"origin.json cannot be read: JSONDecodeError: .*; expected what dmf wrote there"):
+        workdir.origin(tmp_path)
+
+
 def test_a_probe_of_more_images_than_are_held_out_names_its_field_and_their_number(tmp_path):
     values = merged(TINY, data=dict(holdout_fraction=0.02), guard=dict(every_steps=3, rows=64))
     with pytest.raises(DmfError, match=r"config.guard.rows = 64 takes 64 images on 8 .*: expected at most the 3\d held-out"):
