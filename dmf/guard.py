@@ -10,6 +10,8 @@ Discrete MeanFlow has a ceiling: with d too small its residual is rounding and n
     the main score at the first number of steps more than `factor` times the best since the last stage of plain flow matching,
                                                 which takes a generator of one step apart
 
+A residual that grows by less than `factor` in each of several stages is seen by the scores alone.
+
 An intervention is a row of guard.json. Stages are a function of the config and of these rows, and what is on disk beyond the
 step to go back to is deleted; so it is one more start of the run, and one that was killed in the midst of it does the rest.
 """
@@ -47,7 +49,7 @@ DONE = {
 class GuardConfig:
     """Probes of the weights, and what follows from a bad one. None of it is the paper's.
 
-    Residuals of healthy runs on digits and photos stay below 1.8 times a stage's first, those of runs that diverge pass 3.4.
+    Residuals of healthy runs on digits and photos stay below 2.1 times a stage's first, those of runs that diverge pass 3.4.
     """
 
     every_steps: int = 0  # probe (`dmf.watch`) every so many steps, after the first of a stage and at its end; 0 = never
