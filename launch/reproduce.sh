@@ -27,7 +27,7 @@ tpu_plan | What fits on which TPU: SiT-XL/2 | docs/tpu_plan.json | | tpu | pytho
 tpu_plan | the same, a copy of the state on each device | docs/tpu_plan.json | | tpu | python main.py --mode=plan --out=docs/tpu_plan.json --topology=v5e-16,v4-32 --config=configs/imagenet256.py --config.compute_dtype=bfloat16 --config.scan_blocks --config.remat=blocks
 tpu_plan | the CIFAR U-Net | docs/tpu_plan.json | 2 to 4 minutes a row on 2 cores | tpu | JAX_EXEC_TIME_OPTIMIZATION_EFFORT=-1 python main.py --mode=plan --out=docs/tpu_plan.json --topology=v5e-16,v4-32 --config=configs/cifar10.py --config.compute_dtype=bfloat16
 tpu_plan | the same, its state split | docs/tpu_plan.json | | tpu | JAX_EXEC_TIME_OPTIMIZATION_EFFORT=-1 python main.py --mode=plan --out=docs/tpu_plan.json --topology=v5e-16,v4-32 --config=configs/cifar10.py --config.compute_dtype=bfloat16 --config.mesh.replica=1 --config.mesh.fsdp=0
-study | docs/study.md: the study of variants | docs/study.json, docs/study.png | 2 hours on 2 cores | | python launch/study.py --out=docs/study.json --plot=docs/study.png --docs=docs/study.md
+study | docs/study.md: the study of variants | docs/study.json, docs/study.png | 1 hour 40 minutes on 2 cores | | python launch/study.py --out=docs/study.json --plot=docs/study.png --docs=docs/study.md
 END
 }
 
