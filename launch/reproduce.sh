@@ -21,7 +21,7 @@ benchmark_digits | What a step costs: the digits' transformer | docs/benchmark_d
 benchmark_dit | What a step costs: four blocks of SiT-S/2 | docs/benchmark_dit_cpu.json | | | python main.py --mode=benchmark --config=configs/imagenet256.py:S --config.data.mock --config.batch_size=8 --config.network.depth=4 --out=docs/benchmark_dit_cpu.json
 pytorch | What a step costs: PyTorch's time by ours | docs/against_pytorch.json | | parity | python launch/against_pytorch.py --depth=4 --dit_batch=8 --channels=32 --blocks=1 --size=16 --unet_batch=8 --rounds=5 --out=docs/against_pytorch.json
 kills | What a run survives: the same bits after kills | docs/kills.json | 10 minutes on 2 cores | | python launch/kills.py --kills=100 --out=docs/kills.json
-start_times | What a step costs: first and later starts | docs/start_times.json | 5 minutes on 2 cores | | python launch/start_times.py --out=docs/start_times.json
+start_times | From one device to a pod: first and later starts | docs/start_times.json | 5 minutes on 2 cores | | python launch/start_times.py --out=docs/start_times.json
 memory | What a run needs: docs/memory.md | docs/memory.json | | | python launch/memory_table.py --out=docs/memory.json
 tpu_plan | What fits on which TPU: SiT-XL/2 | docs/tpu_plan.json | | tpu | python main.py --mode=plan --out=docs/tpu_plan.json --topology=v5e-16,v4-32 --config=configs/imagenet256.py --config.compute_dtype=bfloat16 --config.scan_blocks --config.remat=blocks --config.mesh.fsdp=0
 tpu_plan | the same, a copy of the state on each device | docs/tpu_plan.json | | tpu | python main.py --mode=plan --out=docs/tpu_plan.json --topology=v5e-16,v4-32 --config=configs/imagenet256.py --config.compute_dtype=bfloat16 --config.scan_blocks --config.remat=blocks
