@@ -71,10 +71,11 @@ class TensorBoard:
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Adds the scalars of a step."""
-        if scalars:
-            self.open()
+        if not scalars:
+            return
+        self.open()
         with self._optional():
-            if scalars and self._writer is not None:
+            if self._writer is not None:
                 self._writer.write_scalars(step, dict(scalars))
 
     def close(self) -> None:

@@ -60,5 +60,5 @@ def _contents(folder: Path) -> dict[str, list[Any]]:
                     hashlib.file_digest(file, "sha256").hexdigest(),
                 ]
         except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from error  # reading tells no name
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error  # reading tells no name
     return found
