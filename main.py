@@ -28,8 +28,9 @@ from typing import TYPE_CHECKING, Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dmf import places, stopping
+from dmf import stopping
 from dmf.errors import DmfError
+from dmf.storage import paths
 
 if TYPE_CHECKING:
     from dmf.config import Config
@@ -50,8 +51,20 @@ KINDS = {
     "dinov2": "DINOv2 ViT-S/B/L for FD-DINOv2",
     "dmf": "a file that --mode=export has written in our own layout",
 }
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with an optional variant: configs/digits.py:linear.")
-NAMES = ["train", "sample", "score", "reference", "encode", "benchmark", "plan", "convert", "export"]
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file, with an optional variant: configs/digits.py:linear."
+)
+NAMES = [
+    "train",
+    "sample",
+    "score",
+    "reference",
+    "encode",
+    "benchmark",
+    "plan",
+    "convert",
+    "export",
+]
 MODE = flags.DEFINE_enum("mode", "train", NAMES, "What to do.")
 WORKDIR = flags.DEFINE_string(
     "workdir",
@@ -59,14 +72,18 @@ WORKDIR = flags.DEFINE_string(
     "Directory of the run, or gs://BUCKET/FOLDER: written by train (default: runs/ and the config's name), read by sample, "
     "score and export, which also take a converted directory.",
 )
-STEPS = flags.DEFINE_list("steps", ["1"], "Sampling steps, comma-separated (sample, score, export).")
+STEPS = flags.DEFINE_list(
+    "steps", ["1"], "Sampling steps, comma-separated (sample, score, export)."
+)
 COUNT = flags.DEFINE_integer(
     "count",
     0,
     "Number of images; default: 64 for sample; for score the config's, the protocol's or all of --source; all for reference.",
     lower_bound=0,
 )
-SAMPLER = flags.DEFINE_enum("sampler", "", ["", "few_step", "euler", "heun"], "Default: the run's (sample, score, export).")
+SAMPLER = flags.DEFINE_enum(
+    "sampler", "", ["", "few_step", "euler", "heun"], "Default: the run's (sample, score, export)."
+)
 OUT = flags.DEFINE_string(
     "out",
     "",
@@ -80,36 +97,69 @@ EMA = flags.DEFINE_list(
     "Half-life in images of the average to take, 0 = raw weights; default: the run's; several, comma-separated, for score by a "
     "protocol (sample, score, export).",
 )
-VAE = flags.DEFINE_string("vae", "", "Converted autoencoder's directory: latents to images, or back (sample, score, encode).")
+VAE = flags.DEFINE_string(
+    "vae",
+    "",
+    "Converted autoencoder's directory: latents to images, or back (sample, score, encode).",
+)
 PROTOCOL = flags.DEFINE_string(
     "protocol",
     "",
     "Rules of a score: cifar10, adm-imagenet256, meanflow-imagenet256, edm, edm2-dinov2, or a .json of your own; without it, "
     "digits are scored by their own (score, reference).",
 )
-FEATURES = flags.DEFINE_string("features", "", "Directory of the protocol's converted feature network (score, reference).")
+FEATURES = flags.DEFINE_string(
+    "features", "", "Directory of the protocol's converted feature network (score, reference)."
+)
 REFERENCE = flags.DEFINE_string(
-    "reference", "", "Reference statistics: ours, ADM, EDM, EDM2, MeanFlow, clean-fid, dgm-eval (score)."
+    "reference",
+    "",
+    "Reference statistics: ours, ADM, EDM, EDM2, MeanFlow, clean-fid, dgm-eval (score).",
 )
 DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "One process of a TPU pod, of Slurm or Open MPI; else see JAX_COORDINATOR_ADDRESS in README (train)."
+    "distributed",
+    False,
+    "One process of a TPU pod, of Slurm or Open MPI; else see JAX_COORDINATOR_ADDRESS in README (train).",
 )
 ALLOW_CHANGE = flags.DEFINE_bool(
-    "allow_change", False, "Go on with another config than the run in --workdir had so far; noted there (train)."
+    "allow_change",
+    False,
+    "Go on with another config than the run in --workdir had so far; noted there (train).",
 )
 TOPOLOGY = flags.DEFINE_list(
-    "topology", [], "TPUs to compile for, comma-separated, such as v4-32,v5e-16, or in libtpu's names, such as v5e:4x4 (plan)."
+    "topology",
+    [],
+    "TPUs to compile for, comma-separated, such as v4-32,v5e-16, or in libtpu's names, such as v5e:4x4 (plan).",
 )
 SEED = flags.DEFINE_integer(
-    "seed", None, "Of noise and drawn labels; default: the run's (score).", lower_bound=0, upper_bound=2**32 - 1
+    "seed",
+    None,
+    "Of noise and drawn labels; default: the run's (score).",
+    lower_bound=0,
+    upper_bound=2**32 - 1,
 )
-VERIFY = flags.DEFINE_bool("verify", False, "Only hold every file of encoded latents in --out against its checksum (encode).")
-BATCH = flags.DEFINE_integer("batch", 16, "Images encoded at once, on each device (encode).", lower_bound=1)
-SELFCHECK = flags.DEFINE_bool("selfcheck", False, "Only hold the features against known answers, and stop (score).")
-SPLIT = flags.DEFINE_string("split", "train", "Split of a tfds: source, such as validation (score, reference, encode).")
-DATA_DIR = flags.DEFINE_string("data_dir", "", "Where TFDS has prepared a tfds: source (score, reference, encode).")
+VERIFY = flags.DEFINE_bool(
+    "verify",
+    False,
+    "Only hold every file of encoded latents in --out against its checksum (encode).",
+)
+BATCH = flags.DEFINE_integer(
+    "batch", 16, "Images encoded at once, on each device (encode).", lower_bound=1
+)
+SELFCHECK = flags.DEFINE_bool(
+    "selfcheck", False, "Only hold the features against known answers, and stop (score)."
+)
+SPLIT = flags.DEFINE_string(
+    "split", "train", "Split of a tfds: source, such as validation (score, reference, encode)."
+)
+DATA_DIR = flags.DEFINE_string(
+    "data_dir", "", "Where TFDS has prepared a tfds: source (score, reference, encode)."
+)
 SIZE = flags.DEFINE_integer(
-    "size", None, "Centre crop to this size by ADM's rule; default: 256 for encode, none for reference.", lower_bound=1
+    "size",
+    None,
+    "Centre crop to this size by ADM's rule; default: 256 for encode, none for reference.",
+    lower_bound=1,
 )
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "float16"], "Of stored latents (encode).")
 KIND = flags.DEFINE_enum(
@@ -125,11 +175,21 @@ SOURCE = flags.DEFINE_string(
     "File to convert: .pt, .pth, .bin, .ckpt, .pkl, .safetensors, Flax msgpack; or images to encode, to score in the place of "
     "a checkpoint's, or to make a reference of: a folder, an .npz with arr_0, or tfds:NAME.",
 )
-COPY = flags.DEFINE_string("copy", "", "Which copy of the weights, where a file holds several; default: the kind's (convert).")
-SET = flags.DEFINE_list("set", [], "Fields of the network that the file does not tell, such as heads=4 (convert).")
-UPLOAD = flags.DEFINE_string("upload", "", "NAME/REPO of the Hugging Face Hub, for a copy of the model folder (export).")
+COPY = flags.DEFINE_string(
+    "copy",
+    "",
+    "Which copy of the weights, where a file holds several; default: the kind's (convert).",
+)
+SET = flags.DEFINE_list(
+    "set", [], "Fields of the network that the file does not tell, such as heads=4 (convert)."
+)
+UPLOAD = flags.DEFINE_string(
+    "upload", "", "NAME/REPO of the Hugging Face Hub, for a copy of the model folder (export)."
+)
 CHECK = flags.DEFINE_string(
-    "check", "auto", "Forward check: auto = against PyTorch where installed, none, or an .npz of inputs and outputs (convert)."
+    "check",
+    "auto",
+    "Forward check: auto = against PyTorch where installed, none, or an .npz of inputs and outputs (convert).",
 )
 ALIGN_STEPS = flags.DEFINE_integer(
     "align_steps",
@@ -143,9 +203,13 @@ ALIGN_STEPS = flags.DEFINE_integer(
 def main(argv: list[str]) -> None:
     """One mode, after the flags have been read."""
     if len(argv) > 1:
-        raise DmfError(f"argument {argv[1]!r}: expected only flags, such as --config=configs/digits.py")
+        raise DmfError(
+            f"argument {argv[1]!r}: expected only flags, such as --config=configs/digits.py"
+        )
     _check_flags()
-    gc.set_threshold(100_000, 50)  # tracing makes very many objects that stay: looked through less often, .8 x the time
+    gc.set_threshold(
+        100_000, 50
+    )  # tracing makes very many objects that stay: looked through less often, .8 x the time
     logging.set_verbosity(logging.WARNING)
     MODES[MODE.value]()
 
@@ -163,24 +227,44 @@ def train() -> None:
     from dmf.workdir import keep_programs
 
     path = config_flags.get_config_filename(flags.FLAGS["config"])
-    workdir = WORKDIR.value or f"runs/{path.rpartition('/')[2].replace('.py', '').replace(':', '_')}"
-    keep_programs(places.at(workdir))
+    workdir = (
+        WORKDIR.value or f"runs/{path.rpartition('/')[2].replace('.py', '').replace(':', '_')}"
+    )
+    keep_programs(paths.at(workdir))
     run(config, workdir, STARTED, ALLOW_CHANGE.value, stop)
 
 
 def sample() -> None:
     from dmf.evaluate import write_samples
 
-    write_samples(_need(WORKDIR, "workdir"), _steps(), COUNT.value or 64, SAMPLER.value, _out(".png"), _ema(), VAE.value)
+    write_samples(
+        _need(WORKDIR, "workdir"),
+        _steps(),
+        COUNT.value or 64,
+        SAMPLER.value,
+        _out(".png"),
+        _ema(),
+        VAE.value,
+    )
 
 
 def score() -> None:
-    what = "own" if not PROTOCOL.value else "selfcheck" if SELFCHECK.value else "images" if SOURCE.value else "checkpoint"
+    what = (
+        "own"
+        if not PROTOCOL.value
+        else "selfcheck"
+        if SELFCHECK.value
+        else "images"
+        if SOURCE.value
+        else "checkpoint"
+    )
     _check_read(SCORE_FLAGS[what], SCORED[what], ", or --protocol with it" * (what == "own"))
     if what == "own":
         from dmf.evaluate import write_scores
 
-        write_scores(_need(WORKDIR, "workdir"), _steps(), COUNT.value, SAMPLER.value, _out(".json"), _ema())
+        write_scores(
+            _need(WORKDIR, "workdir"), _steps(), COUNT.value, SAMPLER.value, _out(".json"), _ema()
+        )
         return
     from dmf import scoring
 
@@ -188,10 +272,14 @@ def score() -> None:
     if what == "selfcheck":
         scoring.self_check(setting)
     elif what == "images":
-        scoring.score_images(_need(SOURCE, "source"), setting, _out(".json"), DATA_DIR.value, SPLIT.value)
+        scoring.score_images(
+            _need(SOURCE, "source"), setting, _out(".json"), DATA_DIR.value, SPLIT.value
+        )
     else:
         path, out = _need(WORKDIR, "workdir"), _out(".json")
-        scoring.score_checkpoint(path, setting, _steps(), _emas(), SAMPLER.value, SEED.value, VAE.value, out)
+        scoring.score_checkpoint(
+            path, setting, _steps(), _emas(), SAMPLER.value, SEED.value, VAE.value, out
+        )
 
 
 def reference() -> None:
@@ -212,7 +300,9 @@ def encode() -> None:
         return
     source, out = _need(SOURCE, "source"), _needed_out("the directory to make")
     if not VAE.value:
-        raise DmfError("--vae is missing: expected the directory of a converted autoencoder (--mode=convert --kind=sd_vae)")
+        raise DmfError(
+            "--vae is missing: expected the directory of a converted autoencoder (--mode=convert --kind=sd_vae)"
+        )
     run(
         VAE.value,
         source,
@@ -235,31 +325,73 @@ def plan() -> None:
     from dmf.plan import plan as run
 
     if not TOPOLOGY.value:
-        raise DmfError("--topology is missing: expected TPUs to compile for with --mode=plan, such as v5e-16; see --help")
-    run(_config(), TOPOLOGY.value, _out(".json"), config_flags.get_config_filename(flags.FLAGS["config"]))
+        raise DmfError(
+            "--topology is missing: expected TPUs to compile for with --mode=plan, such as v5e-16; see --help"
+        )
+    run(
+        _config(),
+        TOPOLOGY.value,
+        _out(".json"),
+        config_flags.get_config_filename(flags.FLAGS["config"]),
+    )
 
 
 def convert() -> None:
     from dmf.convert.command import convert as run
     from dmf.convert.command import given
 
-    kind, source, out = _need(KIND, "kind"), _need(SOURCE, "source"), _needed_out("the directory to make")
-    run(kind, source, out, copy=COPY.value, given=given(SET.value), check=CHECK.value, align_steps=ALIGN_STEPS.value)
+    kind, source, out = (
+        _need(KIND, "kind"),
+        _need(SOURCE, "source"),
+        _needed_out("the directory to make"),
+    )
+    run(
+        kind,
+        source,
+        out,
+        copy=COPY.value,
+        given=given(SET.value),
+        check=CHECK.value,
+        align_steps=ALIGN_STEPS.value,
+    )
 
 
 def export() -> None:
     from dmf.export.command import READS, form
     from dmf.export.command import export as run
 
-    workdir, out = _need(WORKDIR, "workdir"), _needed_out("a .safetensors, .pt or .onnx file or a model folder to write")
+    workdir, out = (
+        _need(WORKDIR, "workdir"),
+        _needed_out("a .safetensors, .pt or .onnx file or a model folder to write"),
+    )
     _check_read(READS[form(out)], form(out))
-    run(workdir, out, kind=KIND.value or "", ema=_ema(), steps=_steps(), sampler=SAMPLER.value, upload=UPLOAD.value)
+    run(
+        workdir,
+        out,
+        kind=KIND.value or "",
+        ema=_ema(),
+        steps=_steps(),
+        sampler=SAMPLER.value,
+        upload=UPLOAD.value,
+    )
 
 
 FLAGS = {
     "train": ("config", "workdir", "distributed", "allow_change"),
     "sample": ("workdir", "steps", "count", "sampler", "out", "ema", "vae"),
-    "score": ("workdir", "steps", "count", "sampler", "out", "ema", "vae", "protocol", "features", "reference", "seed")
+    "score": (
+        "workdir",
+        "steps",
+        "count",
+        "sampler",
+        "out",
+        "ema",
+        "vae",
+        "protocol",
+        "features",
+        "reference",
+        "seed",
+    )
     + ("selfcheck", "source", "split", "data_dir"),
     "reference": ("protocol", "features", "source", "split", "data_dir", "size", "count", "out"),
     "encode": ("source", "split", "data_dir", "size", "vae", "dtype", "batch", "verify", "out"),
@@ -277,7 +409,19 @@ SCORED = {
 }
 SCORE_FLAGS = {
     "own": ("workdir", "steps", "count", "sampler", "out", "ema"),
-    "checkpoint": ("workdir", "steps", "count", "sampler", "out", "ema", "vae", "protocol", "features", "reference", "seed"),
+    "checkpoint": (
+        "workdir",
+        "steps",
+        "count",
+        "sampler",
+        "out",
+        "ema",
+        "vae",
+        "protocol",
+        "features",
+        "reference",
+        "seed",
+    ),
     "images": ("source", "split", "data_dir", "count", "out", "protocol", "features", "reference"),
     "selfcheck": ("selfcheck", "protocol", "features", "reference"),
 }
@@ -298,7 +442,9 @@ def _emas() -> list[float | None]:
     try:
         values = [float(text) for text in EMA.value]
     except ValueError as error:
-        raise DmfError(f"--ema={','.join(EMA.value)}: expected half-lives in images, such as 0,1.774e6") from error
+        raise DmfError(
+            f"--ema={','.join(EMA.value)}: expected half-lives in images, such as 0,1.774e6"
+        ) from error
     if not all(0 <= value < float("inf") for value in values):
         raise DmfError(f"--ema={','.join(EMA.value)}: expected half-lives in images of at least 0")
     return [*values] or [None]
@@ -307,20 +453,24 @@ def _emas() -> list[float | None]:
 def _ema() -> float | None:
     values = _emas()
     if len(values) > 1:
-        raise DmfError(f"--ema={','.join(EMA.value)}: expected one half-life here; several need --mode=score with a --protocol")
+        raise DmfError(
+            f"--ema={','.join(EMA.value)}: expected one half-life here; several need --mode=score with a --protocol"
+        )
     return values[0]
 
 
 def _needed_out(what: str) -> str:
     if not OUT.value:
         raise DmfError(f"--out is missing: expected {what} with --mode={MODE.value}; see --help")
-    places.local(OUT.value, f"as --out of --mode={MODE.value}")
+    paths.local(OUT.value, f"as --out of --mode={MODE.value}")
     return OUT.value
 
 
 def _steps() -> list[int]:
     if not STEPS.value or not all(n.isdigit() and int(n) > 0 for n in STEPS.value):
-        raise DmfError(f"--steps={','.join(STEPS.value)}: expected positive whole numbers, such as 1,2,4")
+        raise DmfError(
+            f"--steps={','.join(STEPS.value)}: expected positive whole numbers, such as 1,2,4"
+        )
     return [int(n) for n in STEPS.value]
 
 
@@ -328,7 +478,9 @@ def _check_flags() -> None:
     """Refuses a flag that the mode would not read."""
     for name in sorted({name for names in FLAGS.values() for name in names}):
         if flags.FLAGS[name].present and name not in FLAGS[MODE.value]:
-            raise DmfError(f"--{name} with --mode={MODE.value}: expected none, this mode does not read it")
+            raise DmfError(
+                f"--{name} with --mode={MODE.value}: expected none, this mode does not read it"
+            )
 
 
 def _check_read(read: tuple[str, ...], what: str, hint: str = "") -> None:
@@ -339,9 +491,11 @@ def _check_read(read: tuple[str, ...], what: str, hint: str = "") -> None:
 
 
 def _out(suffix: str) -> str:
-    path = places.local(OUT.value, "as --out")
+    path = paths.local(OUT.value, "as --out")
     if OUT.value and (path.suffix != suffix or not path.parent.is_dir()):
-        raise DmfError(f"--out={OUT.value}: expected a file name ending in {suffix}, in a directory that exists")
+        raise DmfError(
+            f"--out={OUT.value}: expected a file name ending in {suffix}, in a directory that exists"
+        )
     return OUT.value
 
 
@@ -353,7 +507,9 @@ def _config() -> Config:
         return parse(values.to_dict())
     except OSError as error:  # a missing file is only noticed when the config is first read
         path = config_flags.get_config_filename(flags.FLAGS["config"])
-        raise DmfError(f"--config={path}: cannot be read; expected a config file such as configs/digits.py") from error
+        raise DmfError(
+            f"--config={path}: cannot be read; expected a config file such as configs/digits.py"
+        ) from error
 
 
 def _need(flag: flags.FlagHolder, name: str) -> Any:
@@ -369,11 +525,15 @@ def _parse_flags(argv: list[str]) -> list[str]:
     except (flags.Error, AttributeError, KeyError, OSError, SyntaxError) as error:
         from dmf.config import check_path
 
-        fields = [a.partition("=")[0].lstrip("-") for a in argv if a.lstrip("-").startswith("config.")]
+        fields = [
+            a.partition("=")[0].lstrip("-") for a in argv if a.lstrip("-").startswith("config.")
+        ]
         for path in fields:  # the flag parser says little of an unknown field
             check_path(path)
         text = " ".join(str(error).replace("\\n", " ").split())
-        names = [path for path in fields if path.startswith("config.network.")]  # all others are known by now
+        names = [
+            path for path in fields if path.startswith("config.network.")
+        ]  # all others are known by now
         if names and isinstance(error, AttributeError | KeyError):
             text = f"{', '.join(names)}: expected fields of this config's kind of network"
         raise DmfError(text) from error

@@ -46,10 +46,23 @@ def get_config(variant: str = "dagger"):
             data=dict(name="cifar10", flip=True, augment=0.12),
             times=asdict(TIME_LAWS["cifar_v1"]),
             loss=dict(p=0.75, eps=1e-3, product_rule=1.0, residual_scale="raw"),
-            curriculum=dict(stages=10, q=2.0, interval=variant, length=2000.0, length_unit="epochs"),
-            optimizer=dict(learning_rate=6e-4, warmup_steps=9600, decay_fraction=0.0, b1=0.9, b2=0.999, clip_norm=0.0),
+            curriculum=dict(
+                stages=10, q=2.0, interval=variant, length=2000.0, length_unit="epochs"
+            ),
+            optimizer=dict(
+                learning_rate=6e-4,
+                warmup_steps=9600,
+                decay_fraction=0.0,
+                b1=0.9,
+                b2=0.999,
+                clip_norm=0.0,
+            ),
             # decays .999, .9996, .9999, .99995 per step of 1,024 images
-            ema=dict(halflife_images=(709e3, 1.774e6, 7.097e6, 14.195e6), rampup_ratio=0.05, evaluate=1.774e6),
+            ema=dict(
+                halflife_images=(709e3, 1.774e6, 7.097e6, 14.195e6),
+                rampup_ratio=0.05,
+                evaluate=1.774e6,
+            ),
             guard=dict(every_steps=1200, action="jvp"),
             run=dict(log_every_steps=100, checkpoint_every_steps=2400, score_steps=(1, 2, 4, 32)),
         )

@@ -18,7 +18,9 @@ from dmf.errors import DmfError
 
 def get_config(folder: str = ""):
     if not folder:
-        raise DmfError("configs/cifar10_from.py: expected a converted directory behind a colon, as in cifar10_from.py:edm_vp")
+        raise DmfError(
+            "configs/cifar10_from.py: expected a converted directory behind a colon, as in cifar10_from.py:edm_vp"
+        )
     _, stored = pretrained.open_folder(folder)
     network, _ = pretrained.described(stored)
     values = cifar10.get_config().to_dict()

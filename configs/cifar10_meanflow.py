@@ -18,9 +18,13 @@ VARIANTS = ("scratch", "finetune")
 
 def get_config(variant: str = "scratch"):
     if variant not in VARIANTS:
-        raise DmfError(f"configs/cifar10_meanflow.py:{variant}: expected one of {', '.join(VARIANTS)}")
+        raise DmfError(
+            f"configs/cifar10_meanflow.py:{variant}: expected one of {', '.join(VARIANTS)}"
+        )
     config = cifar10.get_config()
-    config.curriculum.update(stages=1, kinds=("jvp",), length=4000.0 if variant == "scratch" else 2000.0)
+    config.curriculum.update(
+        stages=1, kinds=("jvp",), length=4000.0 if variant == "scratch" else 2000.0
+    )
     if variant == "scratch":
         config.network.interval_init = "random"  # nothing to preserve: the official initialisation
     return config

@@ -37,15 +37,24 @@ def get_config(variant: str = "XL"):
             seed=0,
             batch_size=1024,
             label_dropout=0.1,
-            network=dict(kind="dit", **DIT_SIZES[variant], patch=2, num_classes=1000, interval_init="zero"),
+            network=dict(
+                kind="dit", **DIT_SIZES[variant], patch=2, num_classes=1000, interval_init="zero"
+            ),
             data=dict(name="imagenet256_latents", flip=True),
             times=asdict(TIME_LAWS["imagenet"]),
             loss=dict(p=1.0, eps=1e-3, product_rule=1.0, residual_scale="raw"),
             curriculum=dict(stages=6, q=2.0, interval="dagger", length=48.0, length_unit="epochs"),
             optimizer=dict(learning_rate=1e-4, warmup_steps=1000, b1=0.9, b2=0.95, clip_norm=1.0),
             # decays .999, .9996, .9999 per step of 1,024 images
-            ema=dict(halflife_images=(709e3, 1.774e6, 7.097e6), rampup_ratio=0.05, evaluate=1.774e6),
+            ema=dict(
+                halflife_images=(709e3, 1.774e6, 7.097e6), rampup_ratio=0.05, evaluate=1.774e6
+            ),
             guard=dict(every_steps=2000, action="jvp"),
-            run=dict(log_every_steps=100, checkpoint_every_steps=1000, score_samples=0, score_steps=(1, 2, 4, 50)),
+            run=dict(
+                log_every_steps=100,
+                checkpoint_every_steps=1000,
+                score_samples=0,
+                score_steps=(1, 2, 4, 50),
+            ),
         )
     )

@@ -33,7 +33,9 @@ VARIANTS = ("XL", "L", "B", "S")
 
 def get_config(variant: str = "XL"):
     if variant not in VARIANTS:
-        raise DmfError(f"configs/imagenet256_guided.py:{variant}: expected one of {', '.join(VARIANTS)}")
+        raise DmfError(
+            f"configs/imagenet256_guided.py:{variant}: expected one of {', '.join(VARIANTS)}"
+        )
     config = imagenet256.get_config(variant)
     config.curriculum.update(stages=1, kinds=("guided_jvp",), length=40.0, length_unit="epochs")
     config.guidance.update(GUIDANCE[variant])

@@ -30,7 +30,14 @@ from dmf.networks import attention
 ROUNDS = 9
 WHOLE_JVP = ("jvp", 1.0)
 # Besides these, what the config's own curriculum has, with its own share of r < t rows. The first is what all are held against.
-CASES = (("flow", 0.0), ("discrete", 0.25), ("discrete", 0.75), ("jvp", 0.25), ("jvp", 0.75), WHOLE_JVP)
+CASES = (
+    ("flow", 0.0),
+    ("discrete", 0.25),
+    ("discrete", 0.75),
+    ("jvp", 0.25),
+    ("jvp", 0.75),
+    WHOLE_JVP,
+)
 
 # Key of a row, heading, width, format. A column that no row has a number for is left out.
 COLUMNS = (
@@ -76,7 +83,9 @@ class Program:
     device_peak: int | None = None
     seconds: list[float] = field(default_factory=list)
 
-    def __call__(self, now: Any, batch: Any, scalars: step.Scalars, seen: Compilations) -> tuple[Any, float]:
+    def __call__(
+        self, now: Any, batch: Any, scalars: step.Scalars, seen: Compilations
+    ) -> tuple[Any, float]:
         """One step to its end: (state, seconds)."""
         before, started = seen.count, time.perf_counter()
         now, metrics = self.run(now, batch, scalars)
@@ -98,15 +107,26 @@ def benchmark(config: Config, out: str = "", rounds: int = ROUNDS) -> list[dict[
     mesh = sharding.make_mesh(config.mesh)
     _check_cases(config, mesh)
     with Compilations() as seen:
-        programs, fresh, batch = compile_cases(config, shape, dataset.num_classes, _cases(config, stages), mesh, seen)
-        _take_turns([p for p in programs if _fits(p)], rounds, fresh, batch, len(config.ema.halflife_images), seen)
+        programs, fresh, batch = compile_cases(
+            config, shape, dataset.num_classes, _cases(config, stages), mesh, seen
+        )
+        _take_turns(
+            [p for p in programs if _fits(p)],
+            rounds,
+            fresh,
+            batch,
+            len(config.ema.halflife_images),
+            seen,
+        )
     forward = cost.forward_flops(config, shape)
     rows = _rows(programs, config.batch_size, forward, mesh)
     about = _about(config, shape, mesh, rounds, forward)
     total = _total(rows, stages, config.times.r_neq_t_fraction)
     print(_report(about, rows, total))
     if out:
-        Path(out).write_text(json.dumps({**about, "programs": rows, "total": total}, indent=1) + "\n")
+        Path(out).write_text(
+            json.dumps({**about, "programs": rows, "total": total}, indent=1) + "\n"
+        )
     return rows
 
 
@@ -124,7 +144,9 @@ def compile_cases(
     network = networks.build(config.network, shape)
 
     def fresh() -> state.TrainState:
-        return state.create(network.init(jax.random.key(0)), optimizer, config.ema, config.curriculum.interval)
+        return state.create(
+            network.init(jax.random.key(0)), optimizer, config.ema, config.curriculum.interval
+        )
 
     place = sharding.placed(mesh, jax.eval_shape(fresh))
     start = jax.jit(fresh, out_shardings=place, compiler_options=sharding.compiler_options(mesh))
@@ -133,7 +155,9 @@ def compile_cases(
     programs = []
     for kind, fraction in cases:
         case = replace(config, times=replace(config.times, r_neq_t_fraction=fraction))
-        run = step.make_train_step(kind, step.network_for(kind, case, shape, mesh), optimizer, case, mesh, place)
+        run = step.make_train_step(
+            kind, step.network_for(kind, case, shape, mesh), optimizer, case, mesh, place
+        )
         lowered = run.lower(now, batch, _scalars(0, len(config.ema.halflife_images)))
         before, started = seen.count, time.perf_counter()
         found, seconds = Counts(None, None, None, None), None
@@ -143,7 +167,9 @@ def compile_cases(
         except jax.errors.JaxRuntimeError as error:
             _pass_over(kind, error)
         extra = guidance.passes(config.guidance) if kind in curriculum.GUIDED else 0
-        passes = curriculum.passes(Stage(0, kind, 1.0, 0, 1, extra, objectives.passes(config.loss)), fraction)
+        passes = curriculum.passes(
+            Stage(0, kind, 1.0, 0, 1, extra, objectives.passes(config.loss)), fraction
+        )
         programs.append(Program(kind, fraction, passes, run, seconds, found, seen.count - before))
     return programs, start, batch
 
@@ -152,15 +178,24 @@ def format_rows(rows: list[dict[str, Any]]) -> str:
     """The rows as a printed table, a dash where there is no number."""
     first = max(14, 1 + max(len(row["kind"]) for row in rows))
     columns = [c for c in COLUMNS if any(row[c[0]] is not None for row in rows)]
-    lines = [f"{'kind':>{first}}" + "".join(f"{heading:>{width}}" for _, heading, width, _ in columns)]
+    lines = [
+        f"{'kind':>{first}}" + "".join(f"{heading:>{width}}" for _, heading, width, _ in columns)
+    ]
     for row in rows:
         cells = ("-" if row[key] is None else format(row[key], form) for key, _, _, form in columns)
-        lines.append(f"{row['kind']:>{first}}" + "".join(f"{x:>{c[2]}}" for x, c in zip(cells, columns, strict=True)))
+        lines.append(
+            f"{row['kind']:>{first}}"
+            + "".join(f"{x:>{c[2]}}" for x, c in zip(cells, columns, strict=True))
+        )
     return "\n".join(lines)
 
 
 def _cases(config: Config, stages: Sequence[Stage]) -> list[tuple[str, float]]:
-    own = {(s.kind, config.times.r_neq_t_fraction) for s in stages if s.kind not in ("flow", "trajectory")}
+    own = {
+        (s.kind, config.times.r_neq_t_fraction)
+        for s in stages
+        if s.kind not in ("flow", "trajectory")
+    }
     return [*CASES, *sorted(own - set(CASES))]
 
 
@@ -179,20 +214,30 @@ def _check_cases(config: Config, mesh: Mesh) -> None:
             ) from error
 
 
-def _random_batch(config: Config, shape: tuple[int, ...], num_classes: int) -> dict[str, np.ndarray]:
+def _random_batch(
+    config: Config, shape: tuple[int, ...], num_classes: int
+) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     draw: dict[str, Callable[[tuple[int, ...]], np.ndarray]] = {
         "x": lambda size: rng.uniform(-1, 1, size),
         "label": lambda size: rng.integers(0, num_classes, size),
         "std": lambda size: rng.uniform(0, 1, size),
     }
-    return {key: draw[key](s.shape).astype(s.dtype) for key, s in cost.batch_shapes(config, shape).items()}
+    return {
+        key: draw[key](s.shape).astype(s.dtype)
+        for key, s in cost.batch_shapes(config, shape).items()
+    }
 
 
 def _scalars(turn: int, averages: int) -> step.Scalars:
     """Other numbers for every round, as in a run: rho, learning rate, EMA decays, seed."""
     rate = 1e-6 / (1 + turn)
-    return step.Scalars(np.float32(0.5**turn), np.float32(rate), np.full(averages, 1 - rate, np.float32), np.uint32(turn))
+    return step.Scalars(
+        np.float32(0.5**turn),
+        np.float32(rate),
+        np.full(averages, 1 - rate, np.float32),
+        np.uint32(turn),
+    )
 
 
 def _fits(program: Program) -> bool:
@@ -221,7 +266,12 @@ def _too_much(what: str) -> DmfError:
 
 
 def _take_turns(
-    programs: list[Program], rounds: int, fresh: Callable[[], Any], batch: Any, averages: int, seen: Compilations
+    programs: list[Program],
+    rounds: int,
+    fresh: Callable[[], Any],
+    batch: Any,
+    averages: int,
+    seen: Compilations,
 ) -> None:
     now = fresh()
     for turn in range(rounds + 1):
@@ -233,7 +283,9 @@ def _take_turns(
                 _pass_over(p.kind, error)
                 programs.remove(p)
                 p.seconds.clear()
-                if any(x.is_deleted() for x in jax.tree.leaves(now)):  # the failed step may have consumed it
+                if any(
+                    x.is_deleted() for x in jax.tree.leaves(now)
+                ):  # the failed step may have consumed it
                     now = fresh()
                 continue
             if turn:  # the first round warms up
@@ -242,7 +294,9 @@ def _take_turns(
                 p.device_peak = cost.device_memory("peak_bytes_in_use")
 
 
-def _rows(programs: list[Program], batch_size: int, forward: float | None, mesh: Mesh) -> list[dict[str, Any]]:
+def _rows(
+    programs: list[Program], batch_size: int, forward: float | None, mesh: Mesh
+) -> list[dict[str, Any]]:
     base = programs[0]
     whole = next((p for p in programs if (p.kind, p.fraction) == WHOLE_JVP), None)
     peak = cost.peak_flops(mesh.devices.flat[0].device_kind)
@@ -299,7 +353,11 @@ def _total(rows: list[dict[str, Any]], stages: Sequence[Stage], fraction: float)
 
     def hours(of: Any) -> float | None:
         found = [(s.steps, ms.get(of(s))) for s in stages]
-        return None if any(m is None for _, m in found) else sum(n * m for n, m in found if m is not None) / 3.6e6
+        return (
+            None
+            if any(m is None for _, m in found)
+            else sum(n * m for n, m in found if m is not None) / 3.6e6
+        )
 
     def own(s: Stage) -> tuple[str, float]:
         return CASES[0] if s.kind in ("flow", "trajectory") else (s.kind, fraction)
@@ -312,7 +370,9 @@ def _total(rows: list[dict[str, Any]], stages: Sequence[Stage], fraction: float)
     }
 
 
-def _about(config: Config, shape: tuple[int, ...], mesh: Mesh, rounds: int, forward: float | None) -> dict[str, Any]:
+def _about(
+    config: Config, shape: tuple[int, ...], mesh: Mesh, rounds: int, forward: float | None
+) -> dict[str, Any]:
     return {
         "device": mesh.devices.flat[0].device_kind,
         "mesh": dict(mesh.shape),
@@ -350,12 +410,22 @@ def _report(about: dict[str, Any], rows: list[dict[str, Any]], total: dict[str, 
 def _uncounted(about: dict[str, Any], kinds: Sequence[str]) -> list[str]:
     """What XLA's counts leave out of these kinds' programs, in words."""
     kernels = {kind: about["attention"][curriculum.identity_of(kind)] for kind in kinds}
-    loops = [f"one of {about['microbatches']} microbatches"] * (about["microbatches"] > 1) + ["one block"] * about[
-        "scan_blocks"
-    ]
+    loops = [f"one of {about['microbatches']} microbatches"] * (about["microbatches"] > 1) + [
+        "one block"
+    ] * about["scan_blocks"]
     chunked = [kind for kind, kernel in kernels.items() if kernel == "chunked"]
     if chunked:
         loops.append(f"one chunk of attention's keys ({', '.join(chunked)})")
-    fused = [f"{kind}: {kernel}" for kind, kernel in kernels.items() if kernel in attention.PLATFORMS]
-    lines = [f"GFLOP and GB count the body of a loop once: they are of {', '.join(loops)}"] if loops else []
-    return lines + ([f"GFLOP and GB count a fused attention kernel as nothing ({', '.join(fused)})"] if fused else [])
+    fused = [
+        f"{kind}: {kernel}" for kind, kernel in kernels.items() if kernel in attention.PLATFORMS
+    ]
+    lines = (
+        [f"GFLOP and GB count the body of a loop once: they are of {', '.join(loops)}"]
+        if loops
+        else []
+    )
+    return lines + (
+        [f"GFLOP and GB count a fused attention kernel as nothing ({', '.join(fused)})"]
+        if fused
+        else []
+    )

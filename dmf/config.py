@@ -46,7 +46,10 @@ CHOICES: dict[str, Collection[str]] = {
     "guard.action": ACTIONS,
     "run.sampler": SAMPLERS,
     **{f"precision.{kind}": ("default", "high", "highest") for kind in PASSES},
-    **{f"attention.{kind}": attention.HAS_JVP if kind == "jvp" else tuple(attention.KERNELS) for kind in PASSES},
+    **{
+        f"attention.{kind}": attention.HAS_JVP if kind == "jvp" else tuple(attention.KERNELS)
+        for kind in PASSES
+    },
 }
 RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**32 - 1),
@@ -89,7 +92,10 @@ RANGES: dict[str, tuple[float, float]] = {
     "ema.rampup_ratio": (0, INF),
     "run.log_every_steps": (1, INF),
     "run.checkpoint_every_steps": (1, INF),
-    "run.keep_checkpoints": (2, INF),  # the one before is all there is while the newest is being completed
+    "run.keep_checkpoints": (
+        2,
+        INF,
+    ),  # the one before is all there is while the newest is being completed
     "run.sample_rows": (1, INF),
     "run.score_samples": (0, INF),
     "run.score_steps": (1, INF),
@@ -140,13 +146,24 @@ class RunConfig:
     keep_checkpoints: int = 2  # newest ones kept apart from the stage boundaries
     sample_rows: int = 8  # the sample grid has this many rows and columns
     score_samples: int = 2000  # samples per score; 0 = no scores
-    score_steps: tuple[int, ...] = (1, 2, 4, 32)  # scored before and after the curriculum; at other stages: the first
-    score_every_steps: int = 0  # also score, and save, every so many steps; 0 = at stage boundaries only
-    protocol: str = ""  # of dmf.metrics.protocols, or a .json; "" = the data set's own score, if it has one
+    score_steps: tuple[int, ...] = (
+        1,
+        2,
+        4,
+        32,
+    )  # scored before and after the curriculum; at other stages: the first
+    score_every_steps: int = (
+        0  # also score, and save, every so many steps; 0 = at stage boundaries only
+    )
+    protocol: str = (
+        ""  # of dmf.metrics.protocols, or a .json; "" = the data set's own score, if it has one
+    )
     features: str = ""  # converted feature network of the protocol
     reference: str = ""  # the protocol's reference statistics
     vae: str = ""  # converted autoencoder that makes images of latents, for scores and pictures
-    sampler: str = "few_step"  # of scores and pictures; euler and heun follow u(z, t, t), for flow models
+    sampler: str = (
+        "few_step"  # of scores and pictures; euler and heun follow u(z, t, t), for flow models
+    )
     tensorboard: bool = True  # write event files where tensorflow and tensorboard are installed
 
 
@@ -161,9 +178,13 @@ class Config:
     init: str = ""  # checkpoint or work directory of a flow model to start from; "" = fresh weights
     batch_size: int = 1024  # global, over all devices and microbatches
     microbatches: int = 1  # gradient accumulation inside one program
-    compute_dtype: str = "float32"  # * float32 | bfloat16; parameters, times, EMAs and loss stay float32
+    compute_dtype: str = (
+        "float32"  # * float32 | bfloat16; parameters, times, EMAs and loss stay float32
+    )
     remat: str = "none"  # what the backward pass computes again: none | blocks = all inside a block | dots = all but matmuls
-    scan_blocks: bool = False  # a DiT's blocks as one compiled block, run depth times: compiles faster
+    scan_blocks: bool = (
+        False  # a DiT's blocks as one compiled block, run depth times: compiles faster
+    )
     label_dropout: float = 0.0  # * share of rows trained with the null class
     network: UNetConfig | DiTConfig | MLPConfig | ADMConfig = field(default_factory=UNetConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -213,13 +234,17 @@ def check(config: Config, num_classes: int, dataset_size: int) -> tuple[Stage, .
             f"config.batch_size = {config.batch_size}: expected at most the {dataset_size} images of {config.data.name}"
         )
     if config.batch_size % config.microbatches:
-        raise DmfError(f"config.microbatches = {config.microbatches}: expected a divisor of batch_size {config.batch_size}")
+        raise DmfError(
+            f"config.microbatches = {config.microbatches}: expected a divisor of batch_size {config.batch_size}"
+        )
     if config.ema.index() is None and config.loss.tangent == "ema":
         raise DmfError(
             "config.loss.tangent = 'ema' with config.ema.evaluate = 0: expected the half-life of the EMA to go along"
         )
     if config.guard.action != "off" and not config.guard.every_steps:
-        raise DmfError(f"config.guard.every_steps = 0 with config.guard.action = {config.guard.action!r}: expected probes")
+        raise DmfError(
+            f"config.guard.every_steps = 0 with config.guard.action = {config.guard.action!r}: expected probes"
+        )
     _check_scores(config)
     _check_labels(config, num_classes)
     extra = guidance.passes(config.guidance), objectives.passes(config.loss)
@@ -234,16 +259,25 @@ def check_path(path: str) -> None:
     names = path.split(".")
     rooms: list[Any] = [Config]
     for depth, name in enumerate(names[1:], 1):
-        hints = {k: v for room in rooms if dataclasses.is_dataclass(room) for k, v in typing.get_type_hints(room).items()}
+        hints = {
+            k: v
+            for room in rooms
+            if dataclasses.is_dataclass(room)
+            for k, v in typing.get_type_hints(room).items()
+        }
         parent = ".".join(names[:depth])
         if not hints:
             raise DmfError(f"{path}: {parent} is a value, not a section; expected {parent}")
         if name not in hints:
             raise _unknown(parent, name, hints)
-        rooms = list(NETWORKS.values()) if parent == "config" and name == "network" else [hints[name]]
+        rooms = (
+            list(NETWORKS.values()) if parent == "config" and name == "network" else [hints[name]]
+        )
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "config") -> list[str]:
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "config"
+) -> list[str]:
     """Keys whose values differ between two nested mappings, as 'config.a.b: old -> new'."""
     found = []
     for key in sorted({*old, *new}):
@@ -258,7 +292,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "c
 def section(cls: type, values: Any, path: str) -> Any:
     """Nested mapping -> an instance of the dataclass `cls`, every key known and every value of its field's type."""
     if not isinstance(values, Mapping):
-        raise DmfError(f"{path} = {values!r:.100}: expected a section with the fields {', '.join(_names(cls))}")
+        raise DmfError(
+            f"{path} = {values!r:.100}: expected a section with the fields {', '.join(_names(cls))}"
+        )
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in hints:
@@ -314,8 +350,20 @@ def _check_values(config: Config) -> None:
         value = operator.attrgetter(key)(config)
         for number in value if isinstance(value, tuple) else (value,):
             if not low <= number <= high:
-                least = "above 0" if low == LEAST else f"of at least {low:g}" if low > -INF else "that is finite"
-                most = " and below 1" if high == BELOW_1 else f" and at most {high:g}" if high < INF else ""
+                least = (
+                    "above 0"
+                    if low == LEAST
+                    else f"of at least {low:g}"
+                    if low > -INF
+                    else "that is finite"
+                )
+                most = (
+                    " and below 1"
+                    if high == BELOW_1
+                    else f" and at most {high:g}"
+                    if high < INF
+                    else ""
+                )
                 raise DmfError(f"config.{key} = {value}: expected a number {least}{most}")
     for key in NOT_EMPTY:
         if not operator.attrgetter(key)(config):
@@ -330,15 +378,21 @@ def _check_scores(config: Config) -> None:
                 f"config.run.{name} = {getattr(run, name)!r}: expected config.run.protocol with it, which says its use"
             )
     if run.protocol and not run.score_samples:
-        raise DmfError(f"config.run.protocol = {run.protocol!r} with config.run.score_samples = 0: expected samples to score")
+        raise DmfError(
+            f"config.run.protocol = {run.protocol!r} with config.run.score_samples = 0: expected samples to score"
+        )
 
 
 def _check_labels(config: Config, num_classes: int) -> None:
     wanted = config.num_classes
     if wanted and wanted != num_classes:
-        raise DmfError(f"config.network.num_classes = {wanted}: expected 0 or the {num_classes} classes of {config.data.name}")
+        raise DmfError(
+            f"config.network.num_classes = {wanted}: expected 0 or the {num_classes} classes of {config.data.name}"
+        )
     if config.label_dropout and not wanted:
-        raise DmfError(f"config.label_dropout = {config.label_dropout}: expected 0, as config.network takes no classes")
+        raise DmfError(
+            f"config.label_dropout = {config.label_dropout}: expected 0, as config.network takes no classes"
+        )
     augment_dim = getattr(config.network, "augment_dim", 0)
     if config.data.augment and augment_dim != 6:
         raise DmfError(
@@ -388,4 +442,6 @@ def _check_guidance(config: Config, stages: tuple[Stage, ...]) -> None:
             f"would be a {identity_of(kinds[0])} stage that costs more"
         )
     if given.t_start >= given.t_end:
-        raise DmfError(f"config.guidance.t_start = {given.t_start}: expected a time below t_end = {given.t_end}")
+        raise DmfError(
+            f"config.guidance.t_start = {given.t_start}: expected a time below t_end = {given.t_end}"
+        )

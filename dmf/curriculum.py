@@ -71,7 +71,9 @@ class CurriculumConfig:
     q: float = 2.0  # * d_i = q^-i; a guided_discrete stage takes the d of the last discrete one before it, or q^-1
     interval: str = "dagger"  # linear | dagger | floor = dagger with a least d | adaptive = by a table that training keeps
     interval_floor: float = 0.1  # of rho: the least d of floor and adaptive
-    interval_halflife_images: float = 50e3  # adaptive: the table forgets half of a bin in so many images, while it has rows
+    interval_halflife_images: float = (
+        50e3  # adaptive: the table forgets half of a bin in so many images, while it has rows
+    )
     schedule: str = "steps"  # steps: d falls between discrete stages | smooth: with every discrete step, first d to last
     length: float = 96000.0  # of the K stages together, in length_unit
     stage_lengths: tuple[float, ...] = ()  # explicit lengths that add up to `length`; () = equal
@@ -127,7 +129,11 @@ def identity_of(kind: str) -> str:
 
 
 def build_stages(
-    config: CurriculumConfig, batch_size: int, dataset_size: int, guidance_passes: int = 0, tangent_passes: int = 0
+    config: CurriculumConfig,
+    batch_size: int,
+    dataset_size: int,
+    guidance_passes: int = 0,
+    tangent_passes: int = 0,
 ) -> tuple[Stage, ...]:
     """The run as consecutive stages, in steps. Raises DmfError naming the config key where the curriculum makes no sense.
 
@@ -136,7 +142,9 @@ def build_stages(
     """
     kinds = _kinds(config)
     _check(config, kinds)
-    per_unit = {"steps": 1.0, "epochs": dataset_size // batch_size, "images": 1 / batch_size}[config.length_unit]
+    per_unit = {"steps": 1.0, "epochs": dataset_size // batch_size, "images": 1 / batch_size}[
+        config.length_unit
+    ]
     lengths = config.stage_lengths or (config.length / len(kinds),) * len(kinds)
     stages = []
     first = 0
@@ -151,7 +159,9 @@ def build_stages(
     start, done, rho = first, 0.0, 1 / config.q
     for i, (kind, length) in enumerate(zip(kinds, lengths, strict=True)):
         done += length
-        end = start + round(done * per_unit)  # the cumulated length is rounded, so that the stages add up to the whole
+        end = start + round(
+            done * per_unit
+        )  # the cumulated length is rounded, so that the stages add up to the whole
         if end <= first:
             raise DmfError(
                 f"config.curriculum: stage {i} has no step; expected length {config.length:g} {config.length_unit} "
@@ -252,17 +262,29 @@ def _kinds(config: CurriculumConfig) -> tuple[str, ...]:
 def _check(config: CurriculumConfig, kinds: tuple[str, ...]) -> None:
     for kind in kinds:
         if identity_of(kind) not in PASSES:
-            raise DmfError(f"config.curriculum.kinds has {kind!r}: expected only {', '.join((*PASSES, *GUIDED))}")
+            raise DmfError(
+                f"config.curriculum.kinds has {kind!r}: expected only {', '.join((*PASSES, *GUIDED))}"
+            )
     if len(kinds) != config.stages:
-        raise DmfError(f"config.curriculum.kinds has {len(kinds)} entries: expected config.curriculum.stages = {config.stages}")
+        raise DmfError(
+            f"config.curriculum.kinds has {len(kinds)} entries: expected config.curriculum.stages = {config.stages}"
+        )
     if not 1 < config.q < float("inf"):
-        raise DmfError(f"config.curriculum.q = {config.q}: expected a ratio above 1 (d = q^-i has to shrink)")
+        raise DmfError(
+            f"config.curriculum.q = {config.q}: expected a ratio above 1 (d = q^-i has to shrink)"
+        )
     if config.interval not in RULES:
-        raise DmfError(f"config.curriculum.interval = {config.interval!r}: expected {' or '.join(RULES)}")
+        raise DmfError(
+            f"config.curriculum.interval = {config.interval!r}: expected {' or '.join(RULES)}"
+        )
     if config.schedule not in SCHEDULES:
-        raise DmfError(f"config.curriculum.schedule = {config.schedule!r}: expected {' or '.join(SCHEDULES)}")
+        raise DmfError(
+            f"config.curriculum.schedule = {config.schedule!r}: expected {' or '.join(SCHEDULES)}"
+        )
     if config.length_unit not in UNITS:
-        raise DmfError(f"config.curriculum.length_unit = {config.length_unit!r}: expected one of {', '.join(UNITS)}")
+        raise DmfError(
+            f"config.curriculum.length_unit = {config.length_unit!r}: expected one of {', '.join(UNITS)}"
+        )
     if config.stage_lengths and len(config.stage_lengths) != len(kinds):
         raise DmfError(
             f"config.curriculum.stage_lengths has {len(config.stage_lengths)} entries: expected {len(kinds)}, one per stage"
@@ -280,4 +302,6 @@ def _check(config: CurriculumConfig, kinds: tuple[str, ...]) -> None:
         )
     for key in ("switch_optimizer", "switch_ema"):
         if getattr(config, key) not in ("keep", "reset"):
-            raise DmfError(f"config.curriculum.{key} = {getattr(config, key)!r}: expected 'keep' or 'reset'")
+            raise DmfError(
+                f"config.curriculum.{key} = {getattr(config, key)!r}: expected 'keep' or 'reset'"
+            )

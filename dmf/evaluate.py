@@ -14,13 +14,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dmf import data, networks, pictures, places, pretrained, sharding
+from dmf import data, networks, pictures, pretrained, sharding
 from dmf.config import Config, parse
 from dmf.data import Dataset, Latents, latents
 from dmf.errors import DmfError, short
 from dmf.metrics.labelled import DigitsScorer, PhotosScorer
 from dmf.networks.vae import unscaled
 from dmf.sample import SAMPLERS
+from dmf.storage import paths
 
 ROWS_PER_DEVICE = 128  # of samples drawn at once
 DECODED_PER_DEVICE = 8  # of latents decoded at once
@@ -36,12 +37,23 @@ class Sampler:
     not show in a sample, nor, but for rounding, how many are drawn at once.
     """
 
-    def __init__(self, network: networks.Network, config: Config, image_shape: tuple[int, ...], labels: np.ndarray, mesh: Mesh):
+    def __init__(
+        self,
+        network: networks.Network,
+        config: Config,
+        image_shape: tuple[int, ...],
+        labels: np.ndarray,
+        mesh: Mesh,
+    ):
         self._mesh, self._labels, self._seed = mesh, labels, np.uint32(config.seed)
 
-        def draw(whole: tuple[Any, jax.Array, jax.Array], rows: tuple[jax.Array, jax.Array]) -> jax.Array:
+        def draw(
+            whole: tuple[Any, jax.Array, jax.Array], rows: tuple[jax.Array, jax.Array]
+        ) -> jax.Array:
             (params, steps, seed), (row, label) = whole, rows
-            key = jax.random.fold_in(jax.random.key(seed), 2**31 - 1)  # no training step has this number
+            key = jax.random.fold_in(
+                jax.random.key(seed), 2**31 - 1
+            )  # no training step has this number
             keys = jax.vmap(partial(jax.random.fold_in, key))(row)
             e = jax.vmap(lambda k: jax.random.normal(k, image_shape))(keys)
             classes = label if config.num_classes else None
@@ -84,7 +96,9 @@ def make_scorer(config: data.DataConfig, train: Dataset | Latents) -> tuple[Any,
     return scorer(*real), main
 
 
-def score(sampler: Sampler, scorer: Score, params: Any, count: int, steps: Sequence[int]) -> list[dict[str, float]]:
+def score(
+    sampler: Sampler, scorer: Score, params: Any, count: int, steps: Sequence[int]
+) -> list[dict[str, float]]:
     """One row of scores per number of sampling steps, from the same noise."""
     return [{"nfe": n, **scorer(sampler(params, count, n), sampler.labels(count))} for n in steps]
 
@@ -94,7 +108,10 @@ def format_scores(rows: Sequence[dict[str, Any]], floor: dict[str, float]) -> st
     hidden = ("nfe", "n_samples", "step", "stage", "kind", "scored_by")
     wide = {k: max(len(k), 8) + 2 for k in rows[0] if k not in hidden}
     lines = [f"{'steps':>6}" + "".join(f"{k:>{width}}" for k, width in wide.items())]
-    lines += [f"{row['nfe']:>6}" + "".join(f"{row[k]:>{width}.3f}" for k, width in wide.items()) for row in rows]
+    lines += [
+        f"{row['nfe']:>6}" + "".join(f"{row[k]:>{width}.3f}" for k, width in wide.items())
+        for row in rows
+    ]
     real = {k: f"{floor[k]:.3f}" if k in floor else "-" for k in wide}
     lines.append(f"{'real':>6}" + "".join(f"{real[k]:>{width}}" for k, width in wide.items()))
     return "\n".join(lines)
@@ -118,14 +135,19 @@ def write_samples(
     network, params, config = _load(path, folder, stored, sampler, ema)
     mesh, shape = sharding.make_mesh(), tuple(stored["image_shape"])
     decode = make_decoder(vae, shape, mesh, stored.get("data"))
-    in_turn = pretrained.is_converted(stored) or config.data.name == latents.NAME  # no data, or too large
+    in_turn = (
+        pretrained.is_converted(stored) or config.data.name == latents.NAME
+    )  # no data, or too large
     if not config.num_classes or in_turn:
         labels = np.arange(max(config.num_classes, 1), dtype=np.int32)
     else:
         labels = data.load(config.data, "train").labels
     draw = Sampler(network, config, shape, labels, mesh)
     side = math.isqrt(count - 1) + 1
-    target = places.at(out or home(folder, stored) / f"samples_{config.run.sampler}_{'_'.join(map(str, steps))}.png")
+    target = paths.at(
+        out
+        or home(folder, stored) / f"samples_{config.run.sampler}_{'_'.join(map(str, steps))}.png"
+    )
     grids = {f"{n} step{'s' * (n > 1)}": decode(draw(params, count, n)) for n in steps}
     try:
         pictures.panels(target, grids, side)
@@ -144,22 +166,33 @@ def home(folder: Path, stored: dict[str, Any]) -> Path:
 
 
 def write_scores(
-    path: str | Path, steps: Sequence[int], count: int, sampler: str = "", out: str = "", ema: float | None = None
+    path: str | Path,
+    steps: Sequence[int],
+    count: int,
+    sampler: str = "",
+    out: str = "",
+    ema: float | None = None,
 ) -> list[dict[str, float]]:
     """Scores a checkpoint at each number of steps, prints the table and writes it as JSON where `out` is given."""
     folder, stored = pretrained.open_folder(path)
     network, params, config = _load(path, folder, stored, sampler, ema)
     if pretrained.is_converted(stored):
-        raise DmfError(f"checkpoint {path} holds converted weights, without data to score against: expected a run's")
+        raise DmfError(
+            f"checkpoint {path} holds converted weights, without data to score against: expected a run's"
+        )
     train = data.load(config.data, "train")
     found = make_scorer(config.data, train)
     if found is None:
-        raise DmfError(f"config.data.name = {config.data.name!r} has no score: expected one of {', '.join(SCORERS)}")
-    draw = Sampler(network, config, tuple(stored["image_shape"]), train.labels, sharding.make_mesh())
+        raise DmfError(
+            f"config.data.name = {config.data.name!r} has no score: expected one of {', '.join(SCORERS)}"
+        )
+    draw = Sampler(
+        network, config, tuple(stored["image_shape"]), train.labels, sharding.make_mesh()
+    )
     rows = score(draw, found[0], params, count or config.run.score_samples or 2000, steps)
     print(format_scores(rows, found[0].floor))
     if out:
-        places.at(out).write_text(json.dumps(rows, indent=1) + "\n")
+        paths.at(out).write_text(json.dumps(rows, indent=1) + "\n")
     return rows
 
 
@@ -168,7 +201,9 @@ def _load(
 ) -> tuple[networks.Network, Any, Config]:
     """Network, weights and config of a checkpoint, with another sampler where one is given."""
     if "config" not in stored:
-        raise DmfError(f"checkpoint {path} holds a {stored['network']['kind']}: expected a flow model or a generator")
+        raise DmfError(
+            f"checkpoint {path} holds a {stored['network']['kind']}: expected a flow model or a generator"
+        )
     network, params = pretrained.load_folder(folder, stored, ema)
     config = parse(stored["config"])
     if sampler:
@@ -189,14 +224,23 @@ def make_decoder(
     folder, stored = pretrained.open_folder(path)
     config, _ = pretrained.described(stored)
     if config.kind != "vae" or config.latent_channels != image_shape[-1]:
-        raise DmfError(f"--vae={path}: holds a {config.kind}; expected an autoencoder of {image_shape[-1]}-channel latents")
+        raise DmfError(
+            f"--vae={path}: holds a {config.kind}; expected an autoencoder of {image_shape[-1]}-channel latents"
+        )
     network, params = pretrained.load_folder(folder, stored)
-    theirs, mine = (trained_on or {}).get("vae", {}).get("sha256"), stored.get("source", {}).get("source", {}).get("sha256")
+    theirs, mine = (
+        (trained_on or {}).get("vae", {}).get("sha256"),
+        stored.get("source", {}).get("source", {}).get("sha256"),
+    )
     scale = (trained_on or {}).get("scale", network.scale)
     if scale != network.scale:
-        raise DmfError(f"--vae={path}: its latents are scaled by {network.scale}; expected {scale}, as in training")
+        raise DmfError(
+            f"--vae={path}: its latents are scaled by {network.scale}; expected {scale}, as in training"
+        )
     if theirs and theirs != mine:
-        print(f"warning: the autoencoder {path} comes from another file than the one that made the training latents")
+        print(
+            f"warning: the autoencoder {path} comes from another file than the one that made the training latents"
+        )
 
     def decode(params: Any, z: jax.Array) -> jax.Array:
         return network.decode(params, unscaled(z, network.scale))
@@ -205,7 +249,10 @@ def make_decoder(
 
     def images(x: np.ndarray) -> np.ndarray:
         pieces = sharding.in_pieces(mesh, len(x), DECODED_PER_DEVICE)
-        found = [sharding.fetch(mesh, run(params, sharding.put_padded(mesh, DECODED_PER_DEVICE, x[p]))) for p in pieces]
+        found = [
+            sharding.fetch(mesh, run(params, sharding.put_padded(mesh, DECODED_PER_DEVICE, x[p])))
+            for p in pieces
+        ]
         return np.concatenate([y[: p.stop - p.start] for p, y in zip(pieces, found, strict=True)])
 
     return images

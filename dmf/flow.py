@@ -31,7 +31,9 @@ class TimeLaw:
     """
 
     pairing: str = "sorted"  # * sorted: t and r are the larger and the smaller of two draws | min: t as drawn, r = min(r, t)
-    t_mean: float = -0.4  # * mean of the normal draw whose sigmoid is t, or one of the two that are sorted
+    t_mean: float = (
+        -0.4
+    )  # * mean of the normal draw whose sigmoid is t, or one of the two that are sorted
     t_std: float = 1.0  # * its standard deviation
     r_mean: float = -0.4  # * the same for r, or the other of the two
     r_std: float = 1.0  # * its standard deviation
@@ -121,7 +123,9 @@ def row_split(batch: int, fraction: float, parts: int = 1) -> RowSplit:
     Raises DmfError where the share is not a whole number of rows, or the pattern does not fit into the parts.
     """
     if not 0.0 <= fraction <= 1.0:
-        raise DmfError(f"config.times.r_neq_t_fraction = {fraction}: expected a share between 0 and 1")
+        raise DmfError(
+            f"config.times.r_neq_t_fraction = {fraction}: expected a share between 0 and 1"
+        )
     wanted = fraction * batch
     pairs = round(wanted)
     if abs(wanted - pairs) > 1e-6 * batch:

@@ -28,14 +28,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dmf import places
 from dmf.curriculum import GUIDED, Stage, identity_of, rho_at, stage_at
 from dmf.errors import DmfError, short
-from dmf.manifest import MANIFEST, verify
+from dmf.storage import paths
+from dmf.storage.manifest import MANIFEST, verify
 
 ACTIONS = ("off", "stop", "jvp", "halve", "floor", "rate")
 FILE = "guard.json"
-WORSE = ("residual_border", "residual_median")  # a mean over pairs is that of the few that end near t = 1
+WORSE = (
+    "residual_border",
+    "residual_median",
+)  # a mean over pairs is that of the few that end near t = 1
 DONE = {
     "stop": "where the run ends",
     "jvp": "the discrete stages left are jvp stages now",
@@ -56,7 +59,9 @@ class GuardConfig:
     rows: int = 64  # held-out images of a probe
     action: str = "off"  # off | stop | for the discrete stages left: jvp, halve (their refinement), floor (of d) | rate
     factor: float = 3.0  # how much worse a residual or a score may become
-    ulps: float = 1.0  # the least change |u - u'| / |u| of a discrete stage, by the compute dtype's epsilon
+    ulps: float = (
+        1.0  # the least change |u - u'| / |u| of a discrete stage, by the compute dtype's epsilon
+    )
     limit: int = 3  # after so many interventions the next one is stop
 
 
@@ -68,7 +73,9 @@ class Diverged(DmfError):
         self.step, self.reason = step, reason
 
 
-def alarm(probe: Mapping[str, Any], start: Mapping[str, Any], config: GuardConfig, factor: float = 0.0) -> str:
+def alarm(
+    probe: Mapping[str, Any], start: Mapping[str, Any], config: GuardConfig, factor: float = 0.0
+) -> str:
     """Why a probe of a stage is not that of a healthy run, "" where it is. start: the stage's first probe.
 
     factor: another one than the config's.
@@ -110,7 +117,9 @@ def _good_rho(stages: tuple[Stage, ...], failing: Stage, back: int) -> float:
     """The rho that was still good: of the step to go back to in a smooth schedule, else the next larger one before, or 1."""
     if failing.fall != 1:
         return rho_at(failing, max(failing.first, back))
-    before = [s.rho for s in stages if s.first < failing.first and identity_of(s.kind) == "discrete"]
+    before = [
+        s.rho for s in stages if s.first < failing.first and identity_of(s.kind) == "discrete"
+    ]
     return min((rho for rho in before if rho > failing.rho), default=1.0)
 
 
@@ -120,13 +129,19 @@ def _changed(stage: Stage, action: str, good: float) -> Stage:
     if identity_of(stage.kind) != "discrete":
         return stage
     if action == "jvp":
-        return replace(stage, kind="guided_jvp" if stage.kind in GUIDED else "jvp", rho=1.0, fall=1.0)
+        return replace(
+            stage, kind="guided_jvp" if stage.kind in GUIDED else "jvp", rho=1.0, fall=1.0
+        )
     if action == "halve":
-        return replace(stage, rho=max(stage.rho, math.sqrt(stage.rho * good)), fall=math.sqrt(stage.fall))
+        return replace(
+            stage, rho=max(stage.rho, math.sqrt(stage.rho * good)), fall=math.sqrt(stage.fall)
+        )
     return replace(stage, rho=max(stage.rho, good), fall=1.0) if action == "floor" else stage
 
 
-def check_finite(step: int, stage: Stage, values: Mapping[str, float], leaves: Callable[[], Sequence[str]]) -> None:
+def check_finite(
+    step: int, stage: Stage, values: Mapping[str, float], leaves: Callable[[], Sequence[str]]
+) -> None:
     """Raises Diverged where a metric of the step that led to `step` is not finite. leaves: gives the names of all weights."""
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     if bad:
@@ -141,13 +156,17 @@ def read(path: Path) -> list[dict[str, Any]]:
     """The interventions on disk. Raises DmfError where the file is none of them."""
     try:
         rows = json.loads(path.read_text())
-        if not isinstance(rows, list) or not all(isinstance(row.get("back_to"), int) for row in rows):
+        if not isinstance(rows, list) or not all(
+            isinstance(row.get("back_to"), int) for row in rows
+        ):
             raise ValueError("no list of interventions")
         return rows
     except FileNotFoundError:
         return []
     except (OSError, ValueError, AttributeError) as error:
-        raise DmfError(f"{path} cannot be read: {short(error)}; expected what dmf wrote there") from error
+        raise DmfError(
+            f"{path} cannot be read: {short(error)}; expected what dmf wrote there"
+        ) from error
 
 
 def begins_again(path: Path) -> bool:
@@ -159,7 +178,9 @@ def begins_again(path: Path) -> bool:
 class Guard:
     """The interventions of one run, and what calls for the next."""
 
-    def __init__(self, path: Path, checkpoints: Path, config: GuardConfig, fresh: bool, drawn: bool = True):
+    def __init__(
+        self, path: Path, checkpoints: Path, config: GuardConfig, fresh: bool, drawn: bool = True
+    ):
         """path: the file of the interventions; checkpoints: the folder of the step folders; fresh: there is no run yet.
 
         drawn: the run starts from fresh weights, so that it may begin again without a checkpoint of step 0.
@@ -183,10 +204,14 @@ class Guard:
         for folder in self._folder.glob("[0-9]*"):
             if folder.name.isdecimal() and int(folder.name) > self.rows[-1]["back_to"]:
                 try:
-                    (folder / MANIFEST).unlink(missing_ok=True)  # first: from now on it is not a checkpoint
-                    places.remove_tree(folder)
+                    (folder / MANIFEST).unlink(
+                        missing_ok=True
+                    )  # first: from now on it is not a checkpoint
+                    paths.remove_tree(folder)
                 except OSError as error:
-                    raise DmfError(f"{folder} cannot be deleted: {error.strerror}; expected to, to go back") from error
+                    raise DmfError(
+                        f"{folder} cannot be deleted: {error.strerror}; expected to, to go back"
+                    ) from error
         self.rows[-1]["settled"] = True
         self._write()
 
@@ -210,7 +235,9 @@ class Guard:
         seen = _of_stage(probes, stage)
         return alarm(seen[-1], seen[0], self._config)
 
-    def score_alarm(self, scores: Sequence[tuple[int, float]], name: str, stages: tuple[Stage, ...]) -> str:
+    def score_alarm(
+        self, scores: Sequence[tuple[int, float]], name: str, stages: tuple[Stage, ...]
+    ) -> str:
         """What is wrong with the last of the run's scores, (step, value), "" if nothing is. Lower is better."""
         if not scores or _is_fine(scores, stages, self._config.factor):
             return ""
@@ -233,13 +260,28 @@ class Guard:
         """
         failing = stage_at(stages, found.step - 1)
         calm = self._calm_until(found, failing, stages, probes, scores)
-        until = min(max([calm, *(n for n in kept if n < found.step)]), found.step - 1)  # what has failed fails again
+        until = min(
+            max([calm, *(n for n in kept if n < found.step)]), found.step - 1
+        )  # what has failed fails again
         back = self._newest_good(until, lambda n: n in kept or scheduled(n))
         if back == 0:
             self._check_start(found)
         action = remedy(self._next(), failing)
-        what = {"step": found.step, "stage": failing.name, "kind": failing.kind, "reason": found.reason}
-        self.rows.append({**what, "back_to": back, "action": action, "rules": asdict(self._config), "settled": False})
+        what = {
+            "step": found.step,
+            "stage": failing.name,
+            "kind": failing.kind,
+            "reason": found.reason,
+        }
+        self.rows.append(
+            {
+                **what,
+                "back_to": back,
+                "action": action,
+                "rules": asdict(self._config),
+                "settled": False,
+            }
+        )
         self._write()
 
     def _check_start(self, found: Diverged) -> None:
@@ -253,7 +295,11 @@ class Guard:
 
     def _newest_good(self, until: int, wanted: Callable[[int], bool]) -> int:
         """The newest wanted step up to `until` whose checkpoint can be read, 0 where there is none."""
-        steps = [int(p.name) for p in self._folder.glob("[0-9]*") if p.name.isdecimal() and int(p.name) <= until]
+        steps = [
+            int(p.name)
+            for p in self._folder.glob("[0-9]*")
+            if p.name.isdecimal() and int(p.name) <= until
+        ]
         for step in sorted(filter(wanted, steps), reverse=True):
             with suppress(DmfError):
                 verify(self._folder / str(step))
@@ -272,11 +318,15 @@ class Guard:
         half, seen = math.sqrt(self._config.factor), _of_stage(probes, failing)
         calm = list(itertools.takewhile(lambda p: not alarm(p, seen[0], self._config, half), seen))
         until = calm[-1]["step"] if calm else failing.first
-        fine = [(step, _is_fine(scores[: i + 1], stages, half)) for i, (step, _) in enumerate(scores)]  # the best by then
+        fine = [
+            (step, _is_fine(scores[: i + 1], stages, half)) for i, (step, _) in enumerate(scores)
+        ]  # the best by then
         within = [(step, good) for step, good in fine if failing.first <= step <= found.step]
         bad = [step for step, good in within if not good and step > failing.first]
         if bad:
-            until = min(until, max((step for step, _ in within if step < bad[0]), default=failing.first))
+            until = min(
+                until, max((step for step, _ in within if step < bad[0]), default=failing.first)
+            )
         return until
 
     def _next(self) -> str:
@@ -285,8 +335,8 @@ class Guard:
         return "stop" if done >= self._config.limit else self._config.action
 
     def _write(self) -> None:
-        with places.writing(self._path):
-            places.write(self._path, json.dumps(self.rows, indent=1) + "\n", ".json.tmp")
+        with paths.writing(self._path):
+            paths.write(self._path, json.dumps(self.rows, indent=1) + "\n", ".json.tmp")
 
 
 def describe(row: Mapping[str, Any]) -> str:
@@ -302,8 +352,12 @@ def _rules(stored: Mapping[str, Any]) -> dict[str, Any]:
 
 def _of_stage(probes: Sequence[Mapping[str, Any]], stage: Stage) -> list[Mapping[str, Any]]:
     """The stage's probes of the same images as the last of them."""
-    seen = [p for p in probes if p["stage"] == stage.index and stage.first < p["step"] <= stage.last]
-    return [p for p in seen if all(p.get(name) == seen[-1].get(name) for name in ("rows", "source"))]
+    seen = [
+        p for p in probes if p["stage"] == stage.index and stage.first < p["step"] <= stage.last
+    ]
+    return [
+        p for p in seen if all(p.get(name) == seen[-1].get(name) for name in ("rows", "source"))
+    ]
 
 
 def _is_fine(scores: Sequence[tuple[int, float]], stages: tuple[Stage, ...], factor: float) -> bool:
@@ -312,10 +366,16 @@ def _is_fine(scores: Sequence[tuple[int, float]], stages: tuple[Stage, ...], fac
     return math.isfinite(value) and value <= factor * _best(_comparable(scores, stages))
 
 
-def _comparable(scores: Sequence[tuple[int, float]], stages: tuple[Stage, ...]) -> list[tuple[int, float]]:
+def _comparable(
+    scores: Sequence[tuple[int, float]], stages: tuple[Stage, ...]
+) -> list[tuple[int, float]]:
     """The scores from the end on of the last stage of plain flow matching; within such a stage the last score alone."""
     step = scores[-1][0]
-    ends = [min(s.last, step) for s in stages if identity_of(s.kind) in ("flow", "trajectory") and s.first < step]
+    ends = [
+        min(s.last, step)
+        for s in stages
+        if identity_of(s.kind) in ("flow", "trajectory") and s.first < step
+    ]
     return [score for score in scores if score[0] >= max(ends, default=0)]
 
 

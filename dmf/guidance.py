@@ -39,14 +39,18 @@ def passes(config: GuidanceConfig) -> int:
     return 2 if config.kappa else 1
 
 
-def guided_velocity(net: Net, params: object, rows: Rows, null_class: int, config: GuidanceConfig) -> Array:
+def guided_velocity(
+    net: Net, params: object, rows: Rows, null_class: int, config: GuidanceConfig
+) -> Array:
     """v_g = omega v + (1 - omega - kappa) v_u + kappa v_c on labelled rows with t_start <= t <= t_end, elsewhere v.
 
     net: the network in evaluation mode, without dropout; rows.label: (B,) classes, null_class where the label was dropped.
     Returns (B, ...), through which no gradient reaches params. Raises DmfError for rows without labels.
     """
     if rows.label is None:
-        raise DmfError("rows.label = None: expected classes, as guidance sets the velocity of a class against that of none")
+        raise DmfError(
+            "rows.label = None: expected classes, as guidance sets the velocity of a class against that of none"
+        )
     frozen, now = jax.lax.stop_gradient(params), rows._replace(r=rows.t)
     v_u = net(frozen, now._replace(label=jnp.full_like(rows.label, null_class)))
     v_g = config.omega * rows.v + (1 - config.omega - config.kappa) * v_u

@@ -12,12 +12,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
-BITS = {"pred": 8, "c64": 64, "c128": 128}  # of the types whose name does not say them; token and opaque have none
+BITS = {
+    "pred": 8,
+    "c64": 64,
+    "c128": 128,
+}  # of the types whose name does not say them; token and opaque have none
 HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 LINE = re.compile(r"^\s+(ROOT )?%([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
 SHAPE = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\](?:\{([^}]*)\})?")
 # Instructions that move nothing themselves: names for what is there already, or for what other instructions do.
-STILL = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"}
+STILL = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+    "after-all",
+}
 STILL_TARGETS = {"ConcatBitcast", "AllocateBuffer", "AssumeGatherIndicesInBound"}
 STILL |= {"partition-id", "replica-id", "opt-barrier", "async-start", "async-update", "iota"}
 
@@ -77,7 +91,10 @@ def parse(text: str) -> Module:
 
 def size(shape: str) -> int:
     """Bytes of a shape such as bf16[8,128]{1,0} or of a tuple of them, without what its layout pads."""
-    return sum(_bytes(kind, [int(d) for d in dims.split(",") if d]) for kind, dims, _ in SHAPE.findall(shape))
+    return sum(
+        _bytes(kind, [int(d) for d in dims.split(",") if d])
+        for kind, dims, _ in SHAPE.findall(shape)
+    )
 
 
 def occupied(shape: str, main_memory: bool = True) -> int:
@@ -93,7 +110,9 @@ def occupied(shape: str, main_memory: bool = True) -> int:
         order, _, tiles = layout.partition(":")
         minor_first = [lengths[int(axis)] for axis in order.split(",") if axis] or lengths[::-1]
         tile = re.match(r"T\(([\d,]+)\)", tiles)
-        for position, step in enumerate(reversed([int(n) for n in tile.group(1).split(",")] if tile else [])):
+        for position, step in enumerate(
+            reversed([int(n) for n in tile.group(1).split(",")] if tile else [])
+        ):
             minor_first += [1] * (position >= len(minor_first))
             minor_first[position] = -(-minor_first[position] // step) * step
         total += _bytes(kind, minor_first)
@@ -126,16 +145,30 @@ def _compared(module: Module, condition: dict[str, Instruction]) -> list[list[In
     """What a loop's condition compares by <, of each such comparison; in a fusion a parameter is what the fusion is given."""
     found = []
     for outer in condition.values():
-        inside = module.computations.get(outer.attribute("calls") or "", {}) if outer.opcode == "fusion" else {}
+        inside = (
+            module.computations.get(outer.attribute("calls") or "", {})
+            if outer.opcode == "fusion"
+            else {}
+        )
         for i in inside.values() or (outer,):
             if i.opcode == "compare" and "direction=LT" in i.rest:
                 given = [x for x in map((inside or condition).get, i.operands) if x]
-                numbers = [re.match(r"\d+", x.rest) if inside and x.opcode == "parameter" else None for x in given]
-                found.append([condition[outer.operands[int(n[0])]] if n else x for x, n in zip(given, numbers, strict=True)])
+                numbers = [
+                    re.match(r"\d+", x.rest) if inside and x.opcode == "parameter" else None
+                    for x in given
+                ]
+                found.append(
+                    [
+                        condition[outer.operands[int(n[0])]] if n else x
+                        for x, n in zip(given, numbers, strict=True)
+                    ]
+                )
     return found
 
 
-def walk(module: Module, name: str | None = None, times: int = 1) -> Iterator[tuple[dict[str, Instruction], Instruction, int]]:
+def walk(
+    module: Module, name: str | None = None, times: int = 1
+) -> Iterator[tuple[dict[str, Instruction], Instruction, int]]:
     """(computation, instruction, how often it runs) of all that runs by itself; what a fusion holds is not looked into.
 
     Both branches of a conditional are counted, a loop of unknown length once, and a computation that the text lacks not at all.
@@ -145,9 +178,15 @@ def walk(module: Module, name: str | None = None, times: int = 1) -> Iterator[tu
         yield where, instruction, times
         if instruction.opcode == "while":
             count = trips(module, instruction, where)
-            yield from walk(module, instruction.attribute("body") or "", times * (1 if count is None else count))
+            yield from walk(
+                module, instruction.attribute("body") or "", times * (1 if count is None else count)
+            )
         elif instruction.opcode in ("call", "async-start"):
-            yield from walk(module, instruction.attribute("to_apply") or instruction.attribute("calls") or "", times)
+            yield from walk(
+                module,
+                instruction.attribute("to_apply") or instruction.attribute("calls") or "",
+                times,
+            )
         elif instruction.opcode == "conditional":
             for branch in re.findall(r"%([\w.-]+)", re.sub(r"^.*?\), ", "", instruction.rest)):
                 if branch in module.computations:
@@ -165,7 +204,11 @@ def collectives(module: Module, devices: int) -> dict[str, Moved]:
     moved: dict[str, Moved] = {}
     chains = set()
     for where, instruction, times in walk(module):
-        fused = module.computations.get(instruction.attribute("calls") or "", {}) if instruction.opcode == "fusion" else {}
+        fused = (
+            module.computations.get(instruction.attribute("calls") or "", {})
+            if instruction.opcode == "fusion"
+            else {}
+        )
         inside = fused or {instruction.name: instruction}
         for found in inside.values():
             kind = found.opcode.removesuffix("-start")
@@ -177,11 +220,17 @@ def collectives(module: Module, devices: int) -> dict[str, Moved]:
                 if mark in chains:
                     continue
                 chains.add(mark)
-            if kind == "all-reduce" and (instruction.attribute("calls") or "").startswith("all-reduce-scatter"):
+            if kind == "all-reduce" and (instruction.attribute("calls") or "").startswith(
+                "all-reduce-scatter"
+            ):
                 kind = "reduce-scatter"
             given = sum(size((fused or where)[name].result) for name in found.operands)
             n = group(found.rest, devices)
-            share = {"all-reduce": 2 * (n - 1) / n, "all-gather": n - 1.0, "collective-permute": 1.0}.get(kind, (n - 1) / n)
+            share = {
+                "all-reduce": 2 * (n - 1) / n,
+                "all-gather": n - 1.0,
+                "collective-permute": 1.0,
+            }.get(kind, (n - 1) / n)
             total = moved.setdefault(kind, Moved())
             total.count += times
             total.bytes += times * given * share
@@ -195,16 +244,28 @@ def traffic(module: Module, main_memory: bool = True) -> int:
     Of an array that a fusion only slices, the slices count, and of one that it only updates in place, the update; what passes
     between the parts of a fusion is free. main_memory: leave out what lies in the memory on the chip.
     """
-    return sum(times * _moved(module, where, found, main_memory) for where, found, times in walk(module))
+    return sum(
+        times * _moved(module, where, found, main_memory) for where, found, times in walk(module)
+    )
 
 
-def _moved(module: Module, where: dict[str, Instruction], found: Instruction, main_memory: bool) -> int:
+def _moved(
+    module: Module, where: dict[str, Instruction], found: Instruction, main_memory: bool
+) -> int:
     target = re.search(r'custom_call_target="(\w+)"', found.rest)
-    if found.opcode in STILL or found.opcode.endswith("-done") or (target and target.group(1) in STILL_TARGETS):
+    if (
+        found.opcode in STILL
+        or found.opcode.endswith("-done")
+        or (target and target.group(1) in STILL_TARGETS)
+    ):
         return 0
-    given = [occupied(where[name].result, main_memory) if name in where else 0 for name in found.operands]
+    given = [
+        occupied(where[name].result, main_memory) if name in where else 0 for name in found.operands
+    ]
     made = occupied(found.result, main_memory)
-    if found.opcode.endswith("-start"):  # makes a tuple of its operands, what it makes of them, and flags
+    if found.opcode.endswith(
+        "-start"
+    ):  # makes a tuple of its operands, what it makes of them, and flags
         made -= sum(given)
         whole = sum(occupied(where[name].result, False) for name in found.operands if name in where)
         given = [min(sum(given), occupied(found.result, False) - whole)]
@@ -217,7 +278,11 @@ def _moved(module: Module, where: dict[str, Instruction], found: Instruction, ma
         inside = module.computations.get(found.attribute("calls") or "", {})
         uses = [_used(module, inside, number) for number in range(len(given))]
         parts = [int(min(part, whole)) for (part, _), whole in zip(uses, given, strict=True)]
-        made -= sum(whole - part for (_, updated), part, whole in zip(uses, parts, given, strict=True) if updated)
+        made -= sum(
+            whole - part
+            for (_, updated), part, whole in zip(uses, parts, given, strict=True)
+            if updated
+        )
         given = parts
     return sum(given) + max(made, 0)
 
@@ -235,7 +300,9 @@ def _used(module: Module, inside: dict[str, Instruction], number: int) -> tuple[
             continue
         if found.opcode == "bitcast":
             names.add(found.name)
-        elif found.opcode in ("dynamic-slice", "slice", "gather") and not names.intersection(operands[1:]):
+        elif found.opcode in ("dynamic-slice", "slice", "gather") and not names.intersection(
+            operands[1:]
+        ):
             part += occupied(found.result, False)
         elif found.opcode == "dynamic-update-slice" and not names.intersection(operands[1:]):
             part, updated = part + occupied(inside[operands[1]].result, False), True

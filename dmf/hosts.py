@@ -38,14 +38,20 @@ def start(detect: bool = False) -> None:
         return
     if given and len(given) < len(VARIABLES) and not detect:
         missing = ", ".join(name for name in VARIABLES if name not in given)
-        raise DmfError(f"{', '.join(given)} without {missing}: expected all of them, or --distributed to detect the others")
+        raise DmfError(
+            f"{', '.join(given)} without {missing}: expected all of them, or --distributed to detect the others"
+        )
     count, mine = (_number(name, given.get(name)) for name in VARIABLES[1:])
     if count is not None and mine is not None and mine >= count:
-        raise DmfError(f"JAX_PROCESS_ID = {mine}: expected a number below JAX_NUM_PROCESSES = {count}")
+        raise DmfError(
+            f"JAX_PROCESS_ID = {mine}: expected a number below JAX_NUM_PROCESSES = {count}"
+        )
     # With it, SIGTERM would be caught for somebody to ask about between two steps; `dmf.stopping` hears it at any time.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(given.get(VARIABLES[0]), count, mine, heartbeat_timeout_seconds=HEARTBEAT_S)
+        jax.distributed.initialize(
+            given.get(VARIABLES[0]), count, mine, heartbeat_timeout_seconds=HEARTBEAT_S
+        )
     except (RuntimeError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise DmfError(
@@ -73,14 +79,19 @@ def all_say(text: str) -> list[str]:
     found = _gathered(mine, USUAL)
     ends = [HEADER + int.from_bytes(row[:HEADER], "big") for row in found]
     if max(ends) > USUAL:  # which all of them know by now
-        found = _gathered(mine, 2 ** (max(ends) - 1).bit_length())  # few sizes, as each is a program
+        found = _gathered(
+            mine, 2 ** (max(ends) - 1).bit_length()
+        )  # few sizes, as each is a program
     return [row[HEADER:end].decode() for row, end in zip(found, ends, strict=True)]
 
 
 def _gathered(mine: bytes, size: int) -> list[bytes]:
     """The first `size` bytes that each process gives, filled up with zeros."""
     row = np.frombuffer(mine[:size].ljust(size, b"\0"), np.uint8)
-    return [bytes(found) for found in np.asarray(multihost_utils.process_allgather(row)).reshape(-1, size)]
+    return [
+        bytes(found)
+        for found in np.asarray(multihost_utils.process_allgather(row)).reshape(-1, size)
+    ]
 
 
 def first_says(text: str) -> str:
@@ -99,7 +110,11 @@ def together() -> Iterator[None]:
         yield
     except Exception as error:
         mine = error
-    errors = [text for text in all_say(" ".join(str(mine).split()) or type(mine).__name__ if mine else "") if text]
+    errors = [
+        text
+        for text in all_say(" ".join(str(mine).split()) or type(mine).__name__ if mine else "")
+        if text
+    ]
     if mine:
         raise mine
     if errors:
@@ -111,14 +126,18 @@ def same(what: str, text: str) -> None:
     digests = all_say(hashlib.sha256(text.encode()).hexdigest())
     for i, digest in enumerate(digests):
         if digest != digests[0]:
-            raise DmfError(f"process {i} of {len(digests)} has another {what} than process 0: expected the same on all")
+            raise DmfError(
+                f"process {i} of {len(digests)} has another {what} than process 0: expected the same on all"
+            )
 
 
 def check_shared(folder: Path) -> None:
     """Raises DmfError, on all processes, where one of them does not see in `folder` what process 0 writes there."""
     if jax.process_count() == 1:
         return
-    path = folder / f".shared-{first_says(os.urandom(8).hex())}"  # a name that no network file system has looked for before
+    path = (
+        folder / f".shared-{first_says(os.urandom(8).hex())}"
+    )  # a name that no network file system has looked for before
     with together():
         if is_first():
             path.touch()

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dmf import places
 from dmf.errors import short
+from dmf.storage import paths
 
 log = logging.getLogger(__name__)
 
@@ -29,14 +29,14 @@ class JsonLines:
         """Drops what a killed run wrote beyond the step it resumes from, and a line it left half-written."""
         kept = [row for row in self.read() if row["step"] <= step]
         if self._writes and self.path.exists():
-            with places.writing(self.path):
-                places.write(self.path, "".join(json.dumps(row) + "\n" for row in kept), ".tmp")
+            with paths.writing(self.path):
+                paths.write(self.path, "".join(json.dumps(row) + "\n" for row in kept), ".tmp")
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Adds a row. Raises DmfError where the disk is full."""
         if self._writes:
-            with places.writing(self.path):
-                places.append(self.path, json.dumps(row) + "\n")
+            with paths.writing(self.path):
+                paths.append(self.path, json.dumps(row) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
         """All complete rows; a last line that was cut by a kill is ignored."""
@@ -57,14 +57,19 @@ class TensorBoard:
 
     def __init__(self, directory: Path, wanted: bool):
         self._directory = directory
-        self._wanted = wanted and all(importlib.util.find_spec(name) for name in ("clu", "tensorflow", "tensorboard"))
+        self._wanted = wanted and all(
+            importlib.util.find_spec(name) for name in ("clu", "tensorflow", "tensorboard")
+        )
         self._writer: Any = None
 
     def open(self) -> None:
         """Imports tensorflow, which takes seconds that should not delay the first step; the first `write` does it as well."""
         with self._optional():
             if self._wanted and self._writer is None:
-                os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "2", "TF_ENABLE_ONEDNN_OPTS": "0"}  # no notices: it only writes files
+                os.environ |= {
+                    "TF_CPP_MIN_LOG_LEVEL": "2",
+                    "TF_ENABLE_ONEDNN_OPTS": "0",
+                }  # no notices: it only writes files
                 from clu import metric_writers
 
                 self._writer = metric_writers.SummaryWriter(str(self._directory))
@@ -142,9 +147,15 @@ class Count:
         self._printed = now
         rate = (done - self._start) / max(now - self._began, 1e-9)
         ended = done == self._total
-        clock = _clock(now - self._began) if ended else f"{_clock((self._total - done) / max(rate, 1e-9))} left"
+        clock = (
+            _clock(now - self._began)
+            if ended
+            else f"{_clock((self._total - done) / max(rate, 1e-9))} left"
+        )
         text = f"{self._name:<10} {done:,}/{self._total:,} {self._unit}  {rate:.3g}/s  {clock}"
-        print(f"\r{text}\033[K" if live else text, end="" if live and not ended else "\n", flush=True)
+        print(
+            f"\r{text}\033[K" if live else text, end="" if live and not ended else "\n", flush=True
+        )
 
 
 def _clock(seconds: float) -> str:

@@ -26,7 +26,9 @@ from dmf.flow import Rows, RowSplit, expand
 
 Array = jax.Array
 Net = Callable[[object, Rows], Array]  # (params, rows) -> u(z, r, t), (B, ...)
-Tangent = Callable[[Rows], Array]  # rows -> the velocity along which they step back or are differentiated, (B, ...)
+Tangent = Callable[
+    [Rows], Array
+]  # rows -> the velocity along which they step back or are differentiated, (B, ...)
 sg = jax.lax.stop_gradient
 
 # Keeps "unit" finite where a = 0 exactly (t = 1 under dagger): there u = u', so the residual is 0 / 1e-12 = 0.
@@ -40,7 +42,9 @@ class LossConfig:
     p: float = 0.75  # * adaptive weight 1 / (|e|^2 + eps)^p; 0 = plain squared error
     eps: float = 1e-3  # * in the weight; calibrated to the sum over pixels, not the mean
     product_rule: float = 1.0  # c in w = a / (1 + c a): 1 = discrete MeanFlow, 0 = alpha-Flow
-    residual_scale: str = "raw"  # raw = the paper's u - T; unit = (u - T) / w with unit derivative in u
+    residual_scale: str = (
+        "raw"  # raw = the paper's u - T; unit = (u - T) / w with unit derivative in u
+    )
     tangent: str = "data"  # u' and du/dt along data = v | own = u(z, t, t) | ema = that of the evaluated EMA; the target has v
 
 
@@ -129,7 +133,9 @@ def discrete(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) 
     """Finite-difference MeanFlow; the frozen second evaluation runs on the rows with r < t only."""
     u = net(params, rows)
     pairs, u_pairs = split.pairs_of(rows), split.pairs_of(u)
-    a = jnp.where(pairs.r < pairs.t, rule.share(pairs.r, pairs.t), 0.0)  # r = t by rounding: nothing to look back to
+    a = jnp.where(
+        pairs.r < pairs.t, rule.share(pairs.r, pairs.t), 0.0
+    )  # r = t by rounding: nothing to look back to
     u_next = net(sg(params), shift_back(pairs._replace(v=rule.tangent(pairs)), a))
     w = discrete_weight(a, pairs.r, pairs.t, rule.loss.product_rule)
     e = discrete_residual(u_pairs, u_next, pairs.v, w, rule.loss.residual_scale)
@@ -165,7 +171,9 @@ def weighted_loss(e: Array, p: float, eps: float) -> tuple[Array, Array]:
     return s * sg(s + eps) ** -p, s
 
 
-def _apart(split: RowSplit, e_border: Array, e_pairs: Array, change: Array | None, pairs_cut: bool = False) -> Residuals:
+def _apart(
+    split: RowSplit, e_border: Array, e_pairs: Array, change: Array | None, pairs_cut: bool = False
+) -> Residuals:
     """Both kinds of rows apart; `pairs_cut` says that e_pairs already holds the r < t rows alone."""
     border = split.border_of(e_border) if split.n_border else None
     if not split.n_pairs:

@@ -29,8 +29,12 @@ class OptimizerConfig:
 
     learning_rate: float = 6e-4  # * of the curriculum, after its warm-up
     warmup_steps: int = 9600  # * steps of the curriculum over which the rate rises linearly
-    decay_fraction: float = 0.0  # * share of the curriculum, at its end, over which the rate falls linearly to zero
-    pretrain_learning_rate: float = 6e-4  # * the same three for a "flow" stage before the curriculum
+    decay_fraction: float = (
+        0.0  # * share of the curriculum, at its end, over which the rate falls linearly to zero
+    )
+    pretrain_learning_rate: float = (
+        6e-4  # * the same three for a "flow" stage before the curriculum
+    )
     pretrain_warmup_steps: int = 9600  # * as warmup_steps
     pretrain_decay_fraction: float = 0.0  # * as decay_fraction
     b1: float = 0.9  # * decay of Adam's mean of the gradient
@@ -49,7 +53,9 @@ class EMAConfig:
     """
 
     halflife_images: tuple[float, ...] = (709e3, 1.774e6, 7.097e6, 14.195e6)  # * one average each
-    rampup_ratio: float = 0.05  # * largest half-life as a share of the images seen since the last reset; 0 = no ramp
+    rampup_ratio: float = (
+        0.05  # * largest half-life as a share of the images seen since the last reset; 0 = no ramp
+    )
     evaluate: float = 1.774e6  # * half-life of the EMA that is sampled, scored and handed over; 0 = the raw weights
 
     def index(self) -> int | None:
@@ -76,10 +82,14 @@ def build(config: OptimizerConfig) -> optax.GradientTransformation:
 
 def _decays(params: Any) -> Any:
     """False for a network's fixed frequencies, which no gradient would bring back."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1:] != (jax.tree_util.DictKey("freqs"),), params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path[-1:] != (jax.tree_util.DictKey("freqs"),), params
+    )
 
 
-def learning_rate(step: int, stages: tuple[Stage, ...], curriculum: CurriculumConfig, config: OptimizerConfig) -> float:
+def learning_rate(
+    step: int, stages: tuple[Stage, ...], curriculum: CurriculumConfig, config: OptimizerConfig
+) -> float:
     """The rate of a step (0-based): warm-up and decay of its phase, times its stage's factor and switch warm-up."""
     stage = stage_at(stages, step)
     began, ended = extent(stages, stage.index)
@@ -92,7 +102,13 @@ def learning_rate(step: int, stages: tuple[Stage, ...], curriculum: CurriculumCo
             config.pretrain_decay_fraction,
         )
     else:
-        phase = (extent(stages, 0)[0], stages[-1].last, config.learning_rate, config.warmup_steps, config.decay_fraction)
+        phase = (
+            extent(stages, 0)[0],
+            stages[-1].last,
+            config.learning_rate,
+            config.warmup_steps,
+            config.decay_fraction,
+        )
     first, last, rate, warmup, decay = phase
     rate *= _ramp(step - first + 1, warmup)
     if decay:
@@ -105,7 +121,11 @@ def learning_rate(step: int, stages: tuple[Stage, ...], curriculum: CurriculumCo
 
 
 def ema_decays(
-    step: int, stages: tuple[Stage, ...], curriculum: CurriculumConfig, config: EMAConfig, batch_size: int
+    step: int,
+    stages: tuple[Stage, ...],
+    curriculum: CurriculumConfig,
+    config: EMAConfig,
+    batch_size: int,
 ) -> tuple[float, ...]:
     """Decay of every EMA at a step: .5 ** (batch / half-life), the half-life ramped since the last reset."""
     stage = stage_at(stages, step)

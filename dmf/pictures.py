@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from dmf import places
 from dmf.curriculum import Stage, identity_of
+from dmf.storage import paths
 
 GAP = 2  # pixels between samples
 CAPTION = 14  # pixels above a grid
@@ -40,7 +40,9 @@ def panels(path: Path, named: Mapping[str, np.ndarray], columns: int) -> None:
     size = next(iter(named.values())).shape[1]
     sheets = {name: grid(x, columns, max(1, 32 // size)) for name, x in named.items()}
     width = sum(s.width for s in sheets.values()) + 4 * GAP * (len(sheets) - 1)
-    page = Image.new("RGB", (width, max(s.height for s in sheets.values()) + CAPTION), (BACKGROUND,) * 3)
+    page = Image.new(
+        "RGB", (width, max(s.height for s in sheets.values()) + CAPTION), (BACKGROUND,) * 3
+    )
     left = 0
     for name, sheet in sheets.items():
         ImageDraw.Draw(page).text((left + 1, 1), name, fill=(255, 255, 255))
@@ -54,7 +56,9 @@ def stack(path: Path, parts: Sequence[Path]) -> None:
     if not parts:
         return
     images = [Image.open(io.BytesIO(p.read_bytes())) for p in parts]
-    page = Image.new("RGB", (max(i.width for i in images), sum(i.height for i in images)), (BACKGROUND,) * 3)
+    page = Image.new(
+        "RGB", (max(i.width for i in images), sum(i.height for i in images)), (BACKGROUND,) * 3
+    )
     top = 0
     for image in images:
         page.paste(image, (0, top))
@@ -70,7 +74,9 @@ def curves(
     score: str,
 ) -> None:
     """Squared residuals of both kinds of rows, the interval and the score over the steps, stages marked."""
-    from matplotlib.figure import Figure  # and not pyplot, which would change how a notebook shows its own pictures
+    from matplotlib.figure import (
+        Figure,  # and not pyplot, which would change how a notebook shows its own pictures
+    )
 
     fig = Figure(figsize=(9, 6 if scores else 3.5))
     axes = fig.subplots(2 if scores else 1, 1, sharex=True, squeeze=False)
@@ -85,18 +91,31 @@ def curves(
     if scores:
         for nfe in sorted({s["nfe"] for s in scores}):
             rows = [(s["step"], s[score]) for s in scores if s["nfe"] == nfe]
-            axes[1, 0].semilogy(*zip(*rows, strict=True), marker="o", ms=4, lw=1, label=f"{nfe} step{'s' * (nfe > 1)}")
+            axes[1, 0].semilogy(
+                *zip(*rows, strict=True),
+                marker="o",
+                ms=4,
+                lw=1,
+                label=f"{nfe} step{'s' * (nfe > 1)}",
+            )
         axes[1, 0].set_ylabel(score)
         axes[1, 0].legend(loc="upper right", fontsize=8)
     for ax in axes[:, 0]:
         for s in stages:
             ax.axvline(s.first, color="0.8", lw=0.8, zorder=0)
     for s in stages:
-        top.text(s.first, 1.02, f"{s.name} {s.kind}", transform=top.get_xaxis_transform(), fontsize=6, rotation=20)
+        top.text(
+            s.first,
+            1.02,
+            f"{s.name} {s.kind}",
+            transform=top.get_xaxis_transform(),
+            fontsize=6,
+            rotation=20,
+        )
     axes[-1, 0].set_xlabel("step")
     written = io.BytesIO()
     fig.savefig(written, dpi=110, bbox_inches="tight")
-    places.write(path, written.getvalue(), PARTIAL)
+    paths.write(path, written.getvalue(), PARTIAL)
 
 
 def _interval(axis: Any, metrics: Sequence[Mapping[str, Any]]) -> None:
@@ -104,7 +123,10 @@ def _interval(axis: Any, metrics: Sequence[Mapping[str, Any]]) -> None:
 
     Steps of other kinds may lie between.
     """
-    d = [m.get("interval", m["rho"]) if identity_of(m["kind"]) == "discrete" else float("nan") for m in metrics]
+    d = [
+        m.get("interval", m["rho"]) if identity_of(m["kind"]) == "discrete" else float("nan")
+        for m in metrics
+    ]
     if not any(x == x for x in d):
         axis.set_axis_off()
         return
@@ -113,7 +135,7 @@ def _interval(axis: Any, metrics: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _write(image: Image.Image, path: Path) -> None:
-    places.make(path.parent)
+    paths.make(path.parent)
     written = io.BytesIO()
     image.save(written, "PNG")
-    places.write(path, written.getvalue(), PARTIAL)
+    paths.write(path, written.getvalue(), PARTIAL)

@@ -22,10 +22,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from dmf import cost, curriculum, hlo, networks, optim, sharding, state, step, whole
+from dmf import cost, curriculum, hlo, networks, optim, sharding, state, step
 from dmf.config import Config, check, to_dict
 from dmf.curriculum import Stage
 from dmf.errors import DmfError
+from dmf.storage import atomic
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,16 @@ class Generation:
 
 PLANE = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 OLDER_PLANE = {4: "2x2", 16: "4x4", 64: "8x8", 128: "8x16", 256: "16x16"}
-SPACE = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
+SPACE = {
+    4: "2x2x1",
+    8: "2x2x2",
+    16: "2x2x4",
+    32: "2x4x4",
+    64: "4x4x4",
+    128: "4x4x8",
+    256: "4x8x8",
+    512: "8x8x8",
+}
 GENERATIONS = {
     "v2": Generation(2, OLDER_PLANE, 7.48, {}),
     "v3": Generation(2, OLDER_PLANE, 15.48, {}),
@@ -72,7 +82,17 @@ DATA = {
     "imagenet256_latents": ((32, 32, 4), 1000, 1_281_167),
 }
 # What shapes a program, besides what a row says in words.
-SHAPING = ("network", "data", "times", "loss", "guidance", "optimizer", "ema", "precision", "label_dropout")
+SHAPING = (
+    "network",
+    "data",
+    "times",
+    "loss",
+    "guidance",
+    "optimizer",
+    "ema",
+    "precision",
+    "label_dropout",
+)
 LATER = (("tangent", "data"),)  # came after rows that are kept, and is no other program
 EARLIER = {"effort": 0.0}  # of rows that are kept from before it was a column
 LEGEND = (
@@ -85,7 +105,9 @@ HURRIED = "compiled with JAX_EXEC_TIME_OPTIMIZATION_EFFORT = {}: a program as it
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def plan(config: Config, topologies: list[str], out: str = "", name: str = "") -> list[dict[str, Any]]:
+def plan(
+    config: Config, topologies: list[str], out: str = "", name: str = ""
+) -> list[dict[str, Any]]:
     """Compiles every step program of a config for every topology, prints the table and returns its rows.
 
     topologies: Cloud names such as v4-32 or v5e-16, or libtpu's such as v5e:4x4. out: a JSON file, where new rows are added to
@@ -94,7 +116,9 @@ def plan(config: Config, topologies: list[str], out: str = "", name: str = "") -
     anything is compiled, and where a program cannot be.
     """
     if config.data.name not in DATA:
-        raise DmfError(f"config.data.name is {config.data.name!r}: expected one of {', '.join(DATA)}")
+        raise DmfError(
+            f"config.data.name is {config.data.name!r}: expected one of {', '.join(DATA)}"
+        )
     shape, classes, images = DATA[config.data.name]
     stages = {stage.kind: stage for stage in check(config, classes, images)}
     targets = [(given, libtpu_name(given)) for given in topologies]
@@ -110,11 +134,17 @@ def plan(config: Config, topologies: list[str], out: str = "", name: str = "") -
         for kind, stage in stages.items():
             about = _about(config, name, given, target, mesh, kind)
             same = {k: v for k, v in about.items() if k not in ("config", "topology")}
-            row = next((r for r in kept if all((EARLIER | r).get(k) == v for k, v in same.items())), None)
+            row = next(
+                (r for r in kept if all((EARLIER | r).get(k) == v for k, v in same.items())), None
+            )
             if row is None:
                 forward = forward or cost.forward_flops(config, shape) or float("nan")
                 passes = curriculum.passes(stage, config.times.r_neq_t_fraction)
-                row = about | {"model_flops": passes * forward / mesh.devices.size} | _compile(config, mesh, stage, shape, hbm)
+                row = (
+                    about
+                    | {"model_flops": passes * forward / mesh.devices.size}
+                    | _compile(config, mesh, stage, shape, hbm)
+                )
                 kept = [*(read(out) or kept), row]  # another process may have added rows meanwhile
                 _write(out, kept)
             rows.append(row)
@@ -135,7 +165,9 @@ def libtpu_name(topology: str) -> str:
         names = {str(chips * found.cores): grid for chips, grid in found.shapes.items()}
         if count in names:
             return f"{generation}:{names[count]}"
-        raise DmfError(f"--topology={topology}: expected {generation}- and one of {', '.join(names)}")
+        raise DmfError(
+            f"--topology={topology}: expected {generation}- and one of {', '.join(names)}"
+        )
     raise DmfError(
         f"--topology={topology}: expected a name such as v4-32, of {', '.join(GENERATIONS)}, or libtpu's own, such as v5e:4x4"
     )
@@ -147,7 +179,9 @@ def read(path: str) -> list[dict[str, Any]]:
         return []
     try:
         rows = json.loads(Path(path).read_text())["rows"]
-        if not all(isinstance(row, dict) and {"kind", "fits", "program"} <= row.keys() for row in rows):
+        if not all(
+            isinstance(row, dict) and {"kind", "fits", "program"} <= row.keys() for row in rows
+        ):
             raise KeyError("rows")
         return list(rows)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -190,7 +224,9 @@ def measure(compiled: jax.stages.Compiled, devices: int, hbm_gib: float) -> dict
     module = hlo.parse(compiled.as_text() or "")
     total = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     total += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-    rounds = [hlo.trips(module, i, where) for where, i, _ in hlo.walk(module) if i.opcode == "while"]
+    rounds = [
+        hlo.trips(module, i, where) for where, i, _ in hlo.walk(module) if i.opcode == "while"
+    ]
     return {
         "fits": total <= hbm_gib * UNITS["G"],
         "state_bytes": memory.argument_size_in_bytes,
@@ -198,10 +234,18 @@ def measure(compiled: jax.stages.Compiled, devices: int, hbm_gib: float) -> dict
         "total_bytes": total,
         "hbm_bytes": round(hbm_gib * UNITS["G"]),
         "bytes_accessed": hlo.traffic(module),
-        "xla_bytes": None if any(n != 1 for n in rounds) else (compiled.cost_analysis() or {}).get("bytes accessed"),
-        "collectives": {kind: asdict(moved) for kind, moved in hlo.collectives(module, devices).items()},
+        "xla_bytes": None
+        if any(n != 1 for n in rounds)
+        else (compiled.cost_analysis() or {}).get("bytes accessed"),
+        "collectives": {
+            kind: asdict(moved) for kind, moved in hlo.collectives(module, devices).items()
+        },
         "loops": rounds,
-        "xla_remat": sum(".remat" in name for instructions in module.computations.values() for name in instructions),
+        "xla_remat": sum(
+            ".remat" in name
+            for instructions in module.computations.values()
+            for name in instructions
+        ),
     }
 
 
@@ -214,9 +258,14 @@ def format_rows(rows: list[dict[str, Any]], heading: bool = True) -> str:
             f"{'fits':<5}{'compile s':>10}  collectives: count, GB sent"
         )
     for row in rows:
-        memory = "".join(_gib(row.get(key), width) for key, width in (("state_bytes", 8), ("temporary_bytes", 8)))
+        memory = "".join(
+            _gib(row.get(key), width) for key, width in (("state_bytes", 8), ("temporary_bytes", 8))
+        )
         memory += _gib(row["total_bytes"], 8) + _gib(row["hbm_bytes"], 7)
-        moved = ", ".join(f"{kind} {m['count']} {m['bytes'] / 1e9:.2f}" for kind, m in row.get("collectives", {}).items())
+        moved = ", ".join(
+            f"{kind} {m['count']} {m['bytes'] / 1e9:.2f}"
+            for kind, m in row.get("collectives", {}).items()
+        )
         read = row.get("bytes_accessed")
         kind = row["kind"] + "*" * _unknown(row)
         lines.append(
@@ -230,7 +279,11 @@ def format_rows(rows: list[dict[str, Any]], heading: bool = True) -> str:
 def legend(rows: list[dict[str, Any]]) -> str:
     """What the columns of `format_rows` are, and what a star at one of these rows says."""
     efforts = sorted({row.get("effort", 0.0) for row in rows} - {0.0})
-    return "\n".join([LEGEND] + [UNKNOWN] * any(map(_unknown, rows)) + [HURRIED.format(effort) for effort in efforts])
+    return "\n".join(
+        [LEGEND]
+        + [UNKNOWN] * any(map(_unknown, rows))
+        + [HURRIED.format(effort) for effort in efforts]
+    )
 
 
 def _unknown(row: dict[str, Any]) -> bool:
@@ -240,7 +293,9 @@ def _unknown(row: dict[str, Any]) -> bool:
 def _prepare() -> None:
     """Makes libtpu usable on a machine without a TPU, before it is loaded."""
     if importlib.util.find_spec("libtpu") is None:
-        raise DmfError('libtpu is not installed: expected it, by pip install "jax[tpu]" (it compiles on any Linux machine)')
+        raise DmfError(
+            'libtpu is not installed: expected it, by pip install "jax[tpu]" (it compiles on any Linux machine)'
+        )
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     jax.config.update("jax_platforms", "cpu")
@@ -258,18 +313,30 @@ def _devices(given: str, target: str) -> list[jax.Device]:
     if GENERATIONS[generation].shapes is PLANE and grid in ONE_HOST:
         options["chips_per_host_bounds"] = ONE_HOST[grid]
     try:
-        return list(topologies.get_topology_desc(topology_name=target, platform="tpu", **options).devices)
+        return list(
+            topologies.get_topology_desc(topology_name=target, platform="tpu", **options).devices
+        )
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise DmfError(f"--topology={given}: libtpu does not know {target} ({reason}); expected one such as v5e:4x4") from error
+        raise DmfError(
+            f"--topology={given}: libtpu does not know {target} ({reason}); expected one such as v5e:4x4"
+        ) from error
 
 
-def _about(config: Config, name: str, given: str, target: str, mesh: Any, kind: str) -> dict[str, Any]:
+def _about(
+    config: Config, name: str, given: str, target: str, mesh: Any, kind: str
+) -> dict[str, Any]:
     """What tells a row from another one; config and topology are names alone."""
     values = to_dict(config)
-    shaping: dict[str, Any] = {key: values[key] for key in SHAPING} | {"interval": config.curriculum.interval}
-    shaping["loss"] = {key: value for key, value in shaping["loss"].items() if (key, value) not in LATER}
-    shaping["data"] = {key: value for key, value in shaping["data"].items() if key not in ("data_dir", "mock")}
+    shaping: dict[str, Any] = {key: values[key] for key in SHAPING} | {
+        "interval": config.curriculum.interval
+    }
+    shaping["loss"] = {
+        key: value for key, value in shaping["loss"].items() if (key, value) not in LATER
+    }
+    shaping["data"] = {
+        key: value for key, value in shaping["data"].items() if key not in ("data_dir", "mock")
+    }
     return {
         "config": name,
         "topology": given,
@@ -296,11 +363,20 @@ def _lower(config: Config, mesh: Any, kind: str, shape: tuple[int, ...]) -> jax.
     params, interval = jax.eval_shape(plain.init, jax.random.key(0)), config.curriculum.interval
     now = jax.eval_shape(lambda given: state.create(given, optimizer, config.ema, interval), params)
     batch = cost.batch_shapes(config, shape)
-    scalars = step.Scalars(np.float32(1), np.float32(0), np.zeros(len(config.ema.halflife_images), np.float32), np.uint32(0))
-    return step.make_train_step(kind, network, optimizer, config, mesh, sharding.placed(mesh, now)).lower(now, batch, scalars)
+    scalars = step.Scalars(
+        np.float32(1),
+        np.float32(0),
+        np.zeros(len(config.ema.halflife_images), np.float32),
+        np.uint32(0),
+    )
+    return step.make_train_step(
+        kind, network, optimizer, config, mesh, sharding.placed(mesh, now)
+    ).lower(now, batch, scalars)
 
 
-def _compile(config: Config, mesh: Any, stage: Stage, shape: tuple[int, ...], hbm_gib: float) -> dict[str, Any]:
+def _compile(
+    config: Config, mesh: Any, stage: Stage, shape: tuple[int, ...], hbm_gib: float
+) -> dict[str, Any]:
     """What a row says of the compiled program of a stage, or of why there is none."""
     started = time.perf_counter()
     try:
@@ -324,7 +400,10 @@ def _compile(config: Config, mesh: Any, stage: Stage, shape: tuple[int, ...], hb
 def _of_compiler(error: Exception) -> bool:
     """Whether XLA, a lowering or Pallas' compiler refused. The last one's MosaicError is an Exception without a public name."""
     names = [found.__name__ for found in type(error).__mro__]
-    return isinstance(error, jax.errors.JaxRuntimeError | NotImplementedError) or "MosaicError" in names
+    return (
+        isinstance(error, jax.errors.JaxRuntimeError | NotImplementedError)
+        or "MosaicError" in names
+    )
 
 
 def _gib(value: float | None, width: int) -> str:
@@ -337,7 +416,9 @@ def _write(path: str, rows: list[dict[str, Any]]) -> None:
     if not path:
         return
     try:
-        with whole.made(Path(path)) as partial:
+        with atomic.made(Path(path)) as partial:
             partial.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     except OSError as error:
-        raise DmfError(f"--out={path} could not be written: {error}; expected a writable directory with room") from error
+        raise DmfError(
+            f"--out={path} could not be written: {error}; expected a writable directory with room"
+        ) from error

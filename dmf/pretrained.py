@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dmf import checkpoint, networks, sharding
+from dmf import networks, sharding
 from dmf.config import Config, differences, parse, section, to_dict
 from dmf.errors import DmfError
 from dmf.networks import dinov2, inception, vae
 from dmf.optim import EMAConfig
+from dmf.storage import checkpoint
 
 # Networks that are no u(z, r, t): kind -> (config class, how one is built).
 OTHERS: dict[str, tuple[type, Any]] = {
@@ -49,11 +50,15 @@ def load_folder(folder: Path, stored: dict[str, Any], ema: float | None = None) 
     if "config" in stored:
         config = parse(stored["config"])
         network = networks.build(network_config, shape, jnp.dtype(config.compute_dtype))
-        averages = config.ema if ema is None else EMAConfig(config.ema.halflife_images, evaluate=ema)
+        averages = (
+            config.ema if ema is None else EMAConfig(config.ema.halflife_images, evaluate=ema)
+        )
         index = averages.index()
     else:
         network, index = build(network_config, shape), None
-    return network, checkpoint.read_params(folder, index, abstract_params(network, sharding.make_mesh()))
+    return network, checkpoint.read_params(
+        folder, index, abstract_params(network, sharding.make_mesh())
+    )
 
 
 def open_folder(path: str | Path) -> tuple[Path, dict[str, Any]]:
@@ -94,11 +99,15 @@ def metadata(config: Any, image_shape: tuple[int, ...], source: dict[str, Any]) 
     stored = {"image_shape": list(image_shape), "source": source}
     if config.kind in OTHERS:
         return {"network": dataclasses.asdict(config), **stored}
-    run = parse({"network": dataclasses.asdict(config), "data": {"name": ""}, "ema": {"evaluate": 0.0}})
+    run = parse(
+        {"network": dataclasses.asdict(config), "data": {"name": ""}, "ema": {"evaluate": 0.0}}
+    )
     return {"config": to_dict(run), **stored}
 
 
-def find_init(config: Config, image_shape: tuple[int, ...]) -> tuple[Path, int | None, dict[str, Any] | None]:
+def find_init(
+    config: Config, image_shape: tuple[int, ...]
+) -> tuple[Path, int | None, dict[str, Any] | None]:
     """The flow model that config.init names: (step folder, the average it was evaluated with, where it was converted from).
 
     For `checkpoint.read_params`. Raises DmfError where its network or its images are not the config's: many differences would
@@ -106,7 +115,9 @@ def find_init(config: Config, image_shape: tuple[int, ...]) -> tuple[Path, int |
     """
     folder, stored = open_folder(config.init)
     if "config" not in stored:
-        raise DmfError(f"config.init = {config.init}: holds a {stored['network']['kind']}; expected a flow model")
+        raise DmfError(
+            f"config.init = {config.init}: holds a {stored['network']['kind']}; expected a flow model"
+        )
     theirs = parse(stored["config"])
     old, new = dataclasses.asdict(theirs.network), dataclasses.asdict(config.network)
     for free in FREE:
@@ -114,7 +125,9 @@ def find_init(config: Config, image_shape: tuple[int, ...]) -> tuple[Path, int |
             old[free] = new.get(free)
     changed = differences(old, new, "config.network")
     if changed:
-        raise DmfError(f"config.init = {config.init}: its network differs: {'; '.join(changed)}; expected the same network")
+        raise DmfError(
+            f"config.init = {config.init}: its network differs: {'; '.join(changed)}; expected the same network"
+        )
     if tuple(stored["image_shape"]) != image_shape:
         raise DmfError(
             f"config.init = {config.init}: its images are {tuple(stored['image_shape'])}; expected {image_shape}, as in "
@@ -127,4 +140,6 @@ def abstract_params(network: Any, mesh: Mesh) -> Any:
     """Shapes, dtypes and placement of the network's weights, nothing allocated."""
     shapes = jax.eval_shape(network.init, jax.random.key(0))
     place = sharding.placed(mesh, shapes)
-    return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, place)
+    return jax.tree.map(
+        lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, place
+    )

@@ -50,7 +50,9 @@ def heun(u: Velocity, e: Array, steps: int | Array) -> Array:
 SAMPLERS = {"few_step": few_step, "euler": euler, "heun": heun}
 
 
-def _integrate(step: Callable[[Array, Array, Array, Array], Array], e: Array, steps: int | Array) -> Array:
+def _integrate(
+    step: Callable[[Array, Array, Array, Array], Array], e: Array, steps: int | Array
+) -> Array:
     """The grid t_i = 1 - i / n, both ends exact; n may be traced, so that one program serves every number of steps."""
     if isinstance(steps, int) and steps < 1:
         raise DmfError(f"sampling steps = {steps}: expected at least 1")

@@ -9,10 +9,11 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from dmf import checkpoint, curriculum, data, evaluate, hosts, networks, pictures, places, scoring
+from dmf import curriculum, data, evaluate, hosts, networks, pictures, scoring
 from dmf.config import Config
 from dmf.curriculum import Stage
 from dmf.logging import JsonLines, TensorBoard
+from dmf.storage import checkpoint, paths
 
 FILE = "scores.jsonl"
 
@@ -61,7 +62,9 @@ class Scoreboard:
         if scorer := scoring.make_scorer(config, dataset, mesh):
             self._score, self.main = scorer
         self._scored_by = self._score.scored_by if self._score else ""
-        self._decode = evaluate.make_decoder(config.run.vae, dataset.image_shape, mesh, data.identity(dataset))
+        self._decode = evaluate.make_decoder(
+            config.run.vae, dataset.image_shape, mesh, data.identity(dataset)
+        )
 
     def rows(self) -> list[dict[str, Any]]:
         """What scores.jsonl holds."""
@@ -81,19 +84,26 @@ class Scoreboard:
         """Pictures and scores the weights; what a kill left half done is done again."""
         self._rows.resume(boundary.step - 1)
         side, steps = self._config.run.sample_rows, self._steps(boundary)
-        draw = {f"{boundary.name}: {n} step{'s' * (n > 1)}": self._sampler(params, side * side, n) for n in steps}
+        draw = {
+            f"{boundary.name}: {n} step{'s' * (n > 1)}": self._sampler(params, side * side, n)
+            for n in steps
+        }
         grids = {name: self._decode(x) for name, x in draw.items()}
         if hosts.is_first():
-            with places.writing(self._picture(boundary)):
+            with paths.writing(self._picture(boundary)):
                 pictures.panels(self._picture(boundary), grids, side)
         rows: list[dict[str, Any]] = [{}]
         if self._score:
-            rows = evaluate.score(self._sampler, self._score, params, self._config.run.score_samples, steps)
+            rows = evaluate.score(
+                self._sampler, self._score, params, self._config.run.score_samples, steps
+            )
             print(f"after {boundary.name} ({boundary.kind}), step {boundary.step}")
             print(evaluate.format_scores(rows, self._score.floor), flush=True)
         by = {"scored_by": self._scored_by} if self._scored_by else {}
         for row in rows:
-            self._rows.write({"step": boundary.step, "stage": boundary.name, "kind": boundary.kind, **by, **row})
+            self._rows.write(
+                {"step": boundary.step, "stage": boundary.name, "kind": boundary.kind, **by, **row}
+            )
             scalars = {f"score/{row['nfe']}_steps/{k}": v for k, v in row.items() if k != "nfe"}
             self._tensorboard.write(boundary.step, scalars)
         self._note_best()
@@ -111,10 +121,12 @@ class Scoreboard:
         """The closing pictures and tables, from what the run wrote down. metrics: the rows of metrics.jsonl."""
         shown = [row for row in self.rows() if self._score and "nfe" in row and self.main in row]
         full = [self._picture(b) for b in self.boundaries.values() if b.full]
-        with places.writing(curves := self._workdir / "curves.png"):
+        with paths.writing(curves := self._workdir / "curves.png"):
             pictures.curves(curves, metrics, shown, stages, self.main)
-        with places.writing(samples := self._workdir / "samples.png"):
-            pictures.stack(samples, [p for p in full if p.exists()])  # a changed config may have had others
+        with paths.writing(samples := self._workdir / "samples.png"):
+            pictures.stack(
+                samples, [p for p in full if p.exists()]
+            )  # a changed config may have had others
         rules, times = self._config.curriculum, self._config.times
         print(curriculum.table(stages, rules, times.r_neq_t_fraction))
         if self._score and shown:
@@ -126,31 +138,45 @@ class Scoreboard:
     def _best(self) -> dict[str, Any] | None:
         """The row with the lowest main score at the first of the numbers of sampling steps, the earliest of equals."""
         folder = self._workdir / checkpoint.FOLDER
-        rows = [row for row in self._main_rows() if (folder / str(row["step"]) / checkpoint.MANIFEST).is_file()]
+        rows = [
+            row
+            for row in self._main_rows()
+            if (folder / str(row["step"]) / checkpoint.MANIFEST).is_file()
+        ]
         return min(rows, key=lambda row: row[self.main], default=None)
 
     def _main_rows(self) -> list[dict[str, Any]]:
         nfe = self._config.run.score_steps[0]
-        return [row for row in self.rows() if row.get("nfe") == nfe and self.main in row and self._is_like(row)]
+        return [
+            row
+            for row in self.rows()
+            if row.get("nfe") == nfe and self.main in row and self._is_like(row)
+        ]
 
     def _is_like(self, row: dict[str, Any]) -> bool:
         """Whether a row was scored as this run does: settings may change on resume."""
-        by = row.get("scored_by")  # older rows of digits and photos say nothing but the number of samples
-        return by == self._scored_by if by else row.get("n_samples") == self._config.run.score_samples
+        by = row.get(
+            "scored_by"
+        )  # older rows of digits and photos say nothing but the number of samples
+        return (
+            by == self._scored_by if by else row.get("n_samples") == self._config.run.score_samples
+        )
 
     def _note_best(self) -> None:
         """Writes best.json, for whoever looks for that checkpoint."""
         if not hosts.is_first():
             return
         best, path = self._best(), self._workdir / checkpoint.BEST
-        with places.writing(path):
+        with paths.writing(path):
             if best is None:
                 path.unlink(missing_ok=True)
             else:
-                places.write(path, json.dumps(best) + "\n", ".json.tmp")
+                paths.write(path, json.dumps(best) + "\n", ".json.tmp")
 
     def _picture(self, boundary: Boundary) -> Path:
-        return self._workdir / "samples" / f"{boundary.step:08}_{boundary.name.replace(' ', '_')}.png"
+        return (
+            self._workdir / "samples" / f"{boundary.step:08}_{boundary.name.replace(' ', '_')}.png"
+        )
 
     def _print_scores(self, scores: list[dict[str, Any]], floor: dict[str, float]) -> None:
         first, main = self._config.run.score_steps[0], self.main

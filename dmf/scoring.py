@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from dmf import checkpoint, data, evaluate, places, pretrained, sharding
+from dmf import data, evaluate, pretrained, sharding
 from dmf.config import Config, parse
 from dmf.curriculum import GUIDED
 from dmf.data import images as sources
@@ -32,8 +32,13 @@ from dmf.metrics.protocols import Protocol
 from dmf.metrics.reference import Reference
 from dmf.metrics.results import Progress, Results, free_name, sha256
 from dmf.metrics.totals import PART, Totals
+from dmf.storage import checkpoint, paths
 
-CHEAP = ("fid", "sfid", "is")  # what is scored during training; the others need the features of all samples at once
+CHEAP = (
+    "fid",
+    "sfid",
+    "is",
+)  # what is scored during training; the others need the features of all samples at once
 READERS = 8  # threads that decode image files
 
 
@@ -60,15 +65,24 @@ def score_checkpoint(
     _check_images(tuple(stored["image_shape"]), vae)
     decode = evaluate.make_decoder(vae, tuple(stored["image_shape"]), mesh, stored.get("data"))
     judge.announce()
-    labels = _labels(judge.protocol, config, None if pretrained.is_converted(stored) else config.data)
+    labels = _labels(
+        judge.protocol, config, None if pretrained.is_converted(stored) else config.data
+    )
     named = (judge.protocol.name, folder.name, config.run.sampler, f"seed{config.seed}")
     beside = evaluate.home(folder, stored)
-    beside = Path() if places.is_bucket(beside) else beside  # sums wait in files that are mapped and locked
+    beside = (
+        Path() if paths.is_bucket(beside) else beside
+    )  # sums wait in files that are mapped and locked
     results = Results(
         Path(out) if out else beside / f"scores_{free_name('_'.join(map(str, named)))}.json",
         {
-            "checkpoint": {"folder": folder.name, "manifest_sha256": sha256(folder / checkpoint.MANIFEST)},
-            "autoencoder": sha256(pretrained.open_folder(vae)[0] / checkpoint.MANIFEST) if vae else "none",
+            "checkpoint": {
+                "folder": folder.name,
+                "manifest_sha256": sha256(folder / checkpoint.MANIFEST),
+            },
+            "autoencoder": sha256(pretrained.open_folder(vae)[0] / checkpoint.MANIFEST)
+            if vae
+            else "none",
             "sampler": config.run.sampler,
             "seed": config.seed,
             "compute_dtype": config.compute_dtype,
@@ -82,8 +96,14 @@ def score_checkpoint(
         draw = draw or evaluate.Sampler(network, config, tuple(stored["image_shape"]), labels, mesh)
         half_life = config.ema.evaluate if ema is None else ema
         for n in steps:
-            row = {"ema_halflife_images": half_life, "steps": n, "nfe": n * evaluate.evaluations(config.run.sampler)}
-            results.add(row, judge, partial(_samples, draw, params, n, decode, judge.protocol.rounding))
+            row = {
+                "ema_halflife_images": half_life,
+                "steps": n,
+                "nfe": n * evaluate.evaluations(config.run.sampler),
+            }
+            results.add(
+                row, judge, partial(_samples, draw, params, n, decode, judge.protocol.rounding)
+            )
     return results.finish()
 
 
@@ -95,10 +115,14 @@ def self_check(setting: Setting) -> None:
     if setting.reference:
         stored = reference.read(setting.reference, found.space, images=False)
         reference.check(stored, found, extract.about["network_sha256"], extract.dims())
-        print(f"reference {stored.about.get('file')}: readable, and nothing in it contradicts the protocol")
+        print(
+            f"reference {stored.about.get('file')}: readable, and nothing in it contradicts the protocol"
+        )
 
 
-def score_images(source: str, setting: Setting, out: str, data_dir: str = "", split: str = "train") -> list[dict[str, Any]]:
+def score_images(
+    source: str, setting: Setting, out: str, data_dir: str = "", split: str = "train"
+) -> list[dict[str, Any]]:
     """Scores image files (as `data.images.open_images` takes them), all of them or the first `setting.count`.
 
     out: the JSON file, "" for one in the current directory. Raises DmfError on bad input.
@@ -134,8 +158,16 @@ def make_reference(
     extract = Extractor(protocol, setting.features, sharding.make_mesh())
     print(f"protocol  {protocols.describe(protocol)}\n{extract.self_check()}", flush=True)
     metrics = tuple(m for m in ("fid", "sfid") if m == "fid" or m in protocol.metrics)
-    keep = np.unique(np.linspace(0, count - 1, min(count, protocol.reference_images)).astype(np.int64))
-    identity = {"source": found.about, "count": count, "size": size, "protocol": asdict(protocol), **extract.about}
+    keep = np.unique(
+        np.linspace(0, count - 1, min(count, protocol.reference_images)).astype(np.int64)
+    )
+    identity = {
+        "source": found.about,
+        "count": count,
+        "size": size,
+        "protocol": asdict(protocol),
+        **extract.about,
+    }
     progress = Progress(path, identity)
     totals = Totals(replace(protocol, metrics=metrics), count, progress.folder({}), keep)
     totals.restore()
@@ -144,7 +176,12 @@ def make_reference(
     made_from = json.dumps({**found.about, **crop}, sort_keys=True)
     about: dict[str, str | int] = {
         **{key: extract.about[key] for key in ("space", "resize", "scaling", "network_sha256")},
-        **{"dataset": str(found.about["name"]), "split": str(found.about["split"]), "count": count, "made_from": made_from},
+        **{
+            "dataset": str(found.about["name"]),
+            "split": str(found.about["split"]),
+            "count": count,
+            "made_from": made_from,
+        },
     }
     reference.write(path, totals.reference(about))
     progress.end()
@@ -158,10 +195,14 @@ class ProtocolScorer:
     floor: dict[str, float] = {}
     scored_by: str  # scores with equal ones may be compared
 
-    def __init__(self, config: Config, image_shape: tuple[int, ...], mesh: Mesh, trained_on: dict[str, Any]):
+    def __init__(
+        self, config: Config, image_shape: tuple[int, ...], mesh: Mesh, trained_on: dict[str, Any]
+    ):
         run = config.run
         _check_images(image_shape, run.vae)
-        self._judge = Judge(Setting(run.protocol, run.features, run.reference, run.score_samples), mesh, CHEAP)
+        self._judge = Judge(
+            Setting(run.protocol, run.features, run.reference, run.score_samples), mesh, CHEAP
+        )
         if "fid" not in self._judge.protocol.metrics:
             raise DmfError(
                 f"config.run.protocol = {run.protocol!r}: expected one with fid, by which the best checkpoint is told"
@@ -180,7 +221,9 @@ class ProtocolScorer:
         return totals.scores(self._judge.reference)
 
 
-def make_scorer(config: Config, train: data.Dataset | data.Latents, mesh: Mesh) -> tuple[Any, str] | None:
+def make_scorer(
+    config: Config, train: data.Dataset | data.Latents, mesh: Mesh
+) -> tuple[Any, str] | None:
     """(scorer, name of its main score) for a run: by config.run.protocol, else by its data set; None for pictures alone."""
     if not config.run.score_samples:
         return None
@@ -188,21 +231,33 @@ def make_scorer(config: Config, train: data.Dataset | data.Latents, mesh: Mesh) 
         return ProtocolScorer(config, train.image_shape, mesh, data.identity(train)), "fid"
     found = evaluate.make_scorer(config.data, train)
     if found:
-        about = {"data": [config.data.name, config.data.holdout_fraction], "count": config.run.score_samples}
+        about = {
+            "data": [config.data.name, config.data.holdout_fraction],
+            "count": config.run.score_samples,
+        }
         found[0].scored_by = _scored_by(about, config)
     return found
 
 
 def _scored_by(about: dict[str, Any], config: Config) -> str:
     """What tells scores of a run from those with other settings. about: what is scored how, besides the drawing of samples."""
-    values = (about, config.run.sampler, config.seed, config.ema.evaluate, config.compute_dtype, config.run.vae)
+    values = (
+        about,
+        config.run.sampler,
+        config.seed,
+        config.ema.evaluate,
+        config.compute_dtype,
+        config.run.vae,
+    )
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _config(path: str | Path, stored: dict[str, Any], sampler: str, seed: int | None) -> Config:
     """The config of a checkpoint with another sampler and seed, where they are given."""
     if "config" not in stored:
-        raise DmfError(f"checkpoint {path} holds a {stored['network']['kind']}: expected a flow model or a generator")
+        raise DmfError(
+            f"checkpoint {path} holds a {stored['network']['kind']}: expected a flow model or a generator"
+        )
     config = parse(stored["config"])
     run = replace(config.run, sampler=sampler or config.run.sampler)
     return replace(config, run=run, seed=config.seed if seed is None else seed)
@@ -270,7 +325,9 @@ def labels_of_run(config: Config, train: data.Dataset | data.Latents) -> np.ndar
     return train.labels
 
 
-def _labels(protocol: Protocol, config: Config, found: data.DataConfig | np.ndarray | None) -> np.ndarray:
+def _labels(
+    protocol: Protocol, config: Config, found: data.DataConfig | np.ndarray | None
+) -> np.ndarray:
     """Labels of the samples in their order, (N,) int32, by the protocol's rule; found: those of the data, or their config."""
     classes, rule = config.num_classes, protocol.labels
     if not classes:
@@ -278,7 +335,9 @@ def _labels(protocol: Protocol, config: Config, found: data.DataConfig | np.ndar
     if rule == "balanced":
         return np.arange(classes, dtype=np.int32)
     if rule == "uniform":
-        return np.random.RandomState(config.seed).randint(0, classes, protocol.count).astype(np.int32)
+        return (
+            np.random.RandomState(config.seed).randint(0, classes, protocol.count).astype(np.int32)
+        )
     if found is None:
         raise DmfError(
             f"protocol {protocol.name} takes its labels from the training data, and a converted checkpoint has none: expected "

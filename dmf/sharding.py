@@ -20,7 +20,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from dmf.errors import DmfError
 
 ROWS = ("replica", "fsdp")
-SMALLEST = 2**14  # numbers in an array that is worth splitting: gathering less costs more time than memory is won
+SMALLEST = (
+    2**14
+)  # numbers in an array that is worth splitting: gathering less costs more time than memory is won
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,14 @@ class MeshConfig:
     """The devices as replica x fsdp; 0 stands for all that the other leaves."""
 
     replica: int = 0  # copies of the state; rows are split over them
-    fsdp: int = 1  # devices that share one copy of parameters, optimiser state and EMAs; 1 = a copy on each
+    fsdp: int = (
+        1  # devices that share one copy of parameters, optimiser state and EMAs; 1 = a copy on each
+    )
 
 
-def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """The mesh over the given devices, by default all. Axes are Auto: Explicit ones reject ordinary networks' reshapes.
 
     Raises DmfError where the devices do not come out.
@@ -78,14 +84,18 @@ def describe(mesh: Mesh, tree: Any) -> str:
     """The mesh in words, and how much of a state each of its devices holds."""
     held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
     parts = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    return f"{parts}, {jax.process_count()} process(es), {held / 1e6:,.1f} MB of state on each device"
+    return (
+        f"{parts}, {jax.process_count()} process(es), {held / 1e6:,.1f} MB of state on each device"
+    )
 
 
 def check_batch(mesh: Mesh, batch_size: int) -> None:
     """Raises DmfError where the batch cannot be split evenly over the devices."""
     devices = mesh.devices.size
     if batch_size % devices:
-        raise DmfError(f"config.batch_size = {batch_size}: expected a multiple of the {devices} devices")
+        raise DmfError(
+            f"config.batch_size = {batch_size}: expected a multiple of the {devices} devices"
+        )
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
@@ -119,7 +129,9 @@ def _plain_fusions(cpu: jax.Device) -> dict[str, Any]:
     return options
 
 
-def per_device(mesh: Mesh, function: Callable[..., Any], options: dict[str, Any] | None = None) -> Callable[..., Any]:
+def per_device(
+    mesh: Mesh, function: Callable[..., Any], options: dict[str, Any] | None = None
+) -> Callable[..., Any]:
     """Jits `function(whole, rows) -> rows` so that each device runs it on its own rows, and no other.
 
     Every device runs one and the same program on the same number of rows, whatever the number of devices: with rows given in
@@ -127,7 +139,9 @@ def per_device(mesh: Mesh, function: Callable[..., Any], options: dict[str, Any]
     options: as `jax.jit` takes them with its compiler_options, besides those of every program.
     """
     cut = PartitionSpec(ROWS)
-    split = jax.shard_map(function, mesh=mesh, in_specs=(PartitionSpec(), cut), out_specs=cut, check_vma=False)
+    split = jax.shard_map(
+        function, mesh=mesh, in_specs=(PartitionSpec(), cut), out_specs=cut, check_vma=False
+    )
     return jax.jit(split, compiler_options=compiler_options(mesh) | (options or {}))
 
 
@@ -176,7 +190,11 @@ def constrain_rows(mesh: Mesh, tree: Any, axis: int = 0) -> Any:
 
 def whole(mesh: Mesh, tree: Any) -> Any:
     """Inside jit: weights placed by `placed`, gathered for rows to be evaluated with."""
-    return tree if mesh.shape["fsdp"] == 1 else jax.lax.with_sharding_constraint(tree, replicated(mesh))
+    return (
+        tree
+        if mesh.shape["fsdp"] == 1
+        else jax.lax.with_sharding_constraint(tree, replicated(mesh))
+    )
 
 
 def gradient(mesh: Mesh, loss: Callable[..., Any]) -> Callable[..., Any]:

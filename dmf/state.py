@@ -31,10 +31,14 @@ class TrainState:
     intervals: jax.Array | tuple[()] = ()
 
 
-def create(params: Params, optimizer: optax.GradientTransformation, ema: EMAConfig, interval: str = "") -> TrainState:
+def create(
+    params: Params, optimizer: optax.GradientTransformation, ema: EMAConfig, interval: str = ""
+) -> TrainState:
     """The state before the first step; every EMA starts at the weights, and the table of an adaptive interval empty."""
     intervals = adaptive.empty() if interval == "adaptive" else ()
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), _copies(params, ema), intervals)
+    return TrainState(
+        jnp.zeros((), jnp.int32), params, optimizer.init(params), _copies(params, ema), intervals
+    )
 
 
 def evaluated(state: TrainState, ema: EMAConfig) -> Params:

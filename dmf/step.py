@@ -57,7 +57,9 @@ def network_for(kind: str, config: Config, image_shape: tuple[int, ...], mesh: M
     name, platform = getattr(config.attention, identity_of(kind)), mesh.devices.flat[0].platform
     wanted = attention.PLATFORMS.get(name, platform)
     if platform != wanted:
-        raise DmfError(f"config.attention.{identity_of(kind)} = {name!r}: expected a {wanted}, found a {platform}")
+        raise DmfError(
+            f"config.attention.{identity_of(kind)} = {name!r}: expected a {wanted}, found a {platform}"
+        )
     kernel = attention.KERNELS[name]
     attend = sharding.on_rows(mesh, kernel) if name in attention.PLATFORMS else kernel
     how = Execution(attend, config.remat, config.scan_blocks)
@@ -65,7 +67,12 @@ def network_for(kind: str, config: Config, image_shape: tuple[int, ...], mesh: M
 
 
 def make_train_step(
-    kind: str, network: Network, optimizer: optax.GradientTransformation, config: Config, mesh: Mesh, place: Any
+    kind: str,
+    network: Network,
+    optimizer: optax.GradientTransformation,
+    config: Config,
+    mesh: Mesh,
+    place: Any,
 ) -> jax.stages.Wrapped:
     """The jitted step of one kind of stage: (state, batch, scalars) -> (state, metrics). The given state is consumed.
 
@@ -75,27 +82,50 @@ def make_train_step(
     r < t), change (|u - u'| / |u|), interval (mean a where it is adaptive), grad_norm before clipping, nonfinite_leaf (index in
     jax.tree.leaves, or -1).
     """
-    split, average = split_for(kind, config, mesh), config.ema.index() if config.loss.tangent == "ema" else None
+    split, average = (
+        split_for(kind, config, mesh),
+        config.ema.index() if config.loss.tangent == "ema" else None,
+    )
     draw = partial(draw_rows, split=split, config=config)
-    loss = partial(stage_loss, kind=kind, network=network, config=config, split=split.micro(config.microbatches))
+    loss = partial(
+        stage_loss,
+        kind=kind,
+        network=network,
+        config=config,
+        split=split.micro(config.microbatches),
+    )
 
-    def train_step(state: TrainState, batch: dict[str, Array], scalars: Scalars) -> tuple[TrainState, Metrics]:
+    def train_step(
+        state: TrainState, batch: dict[str, Array], scalars: Scalars
+    ) -> tuple[TrainState, Metrics]:
         rows = sharding.constrain_rows(mesh, draw(state.step, batch, seed=scalars.seed))
         along = None if average is None else sharding.whole(mesh, state.ema[average])
         loss_now = partial(loss, average=along, sums=state.intervals)
-        grads, metrics = _gradient(loss_now, state.params, rows, scalars.rho, split, config.microbatches, mesh)
+        grads, metrics = _gradient(
+            loss_now, state.params, rows, scalars.rho, split, config.microbatches, mesh
+        )
         intervals = _tallied(state.intervals, metrics.pop("intervals", None), config)
         metrics["grad_norm"], metrics["nonfinite_leaf"] = optim.global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - scalars.learning_rate * u, state.params, updates)
-        ema = tuple(optim.update_ema(e, params, scalars.ema_decays[i]) for i, e in enumerate(state.ema))
+        ema = tuple(
+            optim.update_ema(e, params, scalars.ema_decays[i]) for i, e in enumerate(state.ema)
+        )
         return TrainState(state.step + 1, params, opt_state, ema, intervals), metrics
 
-    with_precision = jax.default_matmul_precision(getattr(config.precision, identity_of(kind)))(train_step)
+    with_precision = jax.default_matmul_precision(getattr(config.precision, identity_of(kind)))(
+        train_step
+    )
     whole = sharding.replicated(mesh)
     given, made = (place, sharding.rows(mesh), whole), (place, whole)
     options = sharding.compiler_options(mesh)
-    return jax.jit(with_precision, donate_argnums=0, in_shardings=given, out_shardings=made, compiler_options=options)
+    return jax.jit(
+        with_precision,
+        donate_argnums=0,
+        in_shardings=given,
+        out_shardings=made,
+        compiler_options=options,
+    )
 
 
 def split_for(kind: str, config: Config, mesh: Mesh) -> RowSplit:
@@ -111,7 +141,12 @@ def step_keys(seed: int | np.uint32 | Array, step: Array) -> dict[str, Array]:
 
 
 def draw_rows(
-    step: Array, batch: dict[str, Array], *, split: RowSplit, config: Config, seed: np.uint32 | Array | None = None
+    step: Array,
+    batch: dict[str, Array],
+    *,
+    split: RowSplit,
+    config: Config,
+    seed: np.uint32 | Array | None = None,
 ) -> Rows:
     """Augment the data, draw noise and times, and lay out the rows of a step (each drawn by its global row number).
 
@@ -126,7 +161,9 @@ def draw_rows(
     return Rows(z, r, t, v, label, row_keys)
 
 
-def stage_loss(params: Any, rows: Rows, rho: Array, *, config: Config, split: RowSplit, **how: Any) -> tuple[Array, Metrics]:
+def stage_loss(
+    params: Any, rows: Rows, rho: Array, *, config: Config, split: RowSplit, **how: Any
+) -> tuple[Array, Metrics]:
     """Mean weighted loss of the rows under the kind's identity, and what is logged of it.
 
     how: as `stage_residuals` takes it. What the rows add to the table of an adaptive interval is in the metrics as `intervals`.
@@ -140,7 +177,10 @@ def stage_loss(params: Any, rows: Rows, rho: Array, *, config: Config, split: Ro
         total += jnp.sum(loss) / split.batch
         metrics[f"squares_{name}"] = jnp.mean(squares)
     if config.curriculum.interval == "adaptive" and found.products is not None:
-        pairs, interval = split.pairs_of(rows), curriculum.interval_rule(config.curriculum, how["sums"])
+        pairs, interval = (
+            split.pairs_of(rows),
+            curriculum.interval_rule(config.curriculum, how["sums"]),
+        )
         metrics["interval"] = jnp.mean(interval(rho, pairs.r, pairs.t))
         metrics["intervals"] = adaptive.tally(pairs.r, pairs.t, found.products)
     return total, metrics | {"loss": total}
@@ -168,14 +208,20 @@ def stage_residuals(
         params = freeze_interval(params)
 
     def net(params: Any, rows: Rows, train: bool = train) -> Array:
-        return network.apply(params, rows.z, rows.r, rows.t, label=rows.label, train=train, rngs=rows.keys)
+        return network.apply(
+            params, rows.z, rows.r, rows.t, label=rows.label, train=train, rngs=rows.keys
+        )
 
     if kind in GUIDED:
-        v_g = guided_velocity(partial(net, train=False), params, rows, config.num_classes, config.guidance)
+        v_g = guided_velocity(
+            partial(net, train=False), params, rows, config.num_classes, config.guidance
+        )
         rows = rows._replace(v=v_g)
     tangent: objectives.Tangent = objectives.along_data
     if config.loss.tangent != "data":
-        tangent = objectives.along_own(partial(net, train=False), params if config.loss.tangent == "own" else average)
+        tangent = objectives.along_own(
+            partial(net, train=False), params if config.loss.tangent == "own" else average
+        )
     enforce = objectives.OBJECTIVES[identity_of(kind)]
     share = partial(curriculum.interval_rule(config.curriculum, sums), rho)
     return rows, enforce(net, params, rows, split, objectives.Rule(config.loss, share, tangent))
@@ -196,10 +242,14 @@ def freeze_interval(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(freeze, params)
 
 
-def _condition(keys: dict[str, Array], batch: dict[str, Array], config: Config) -> tuple[Array, Array | None]:
+def _condition(
+    keys: dict[str, Array], batch: dict[str, Array], config: Config
+) -> tuple[Array, Array | None]:
     """Data after augmentation, and the label the network is given: augmentation vector, class, or None."""
     x = batch["x"]
-    if "std" in batch:  # an encoded image is a normal law; its mirror image was encoded apart, and chosen by the batch
+    if (
+        "std" in batch
+    ):  # an encoded image is a normal law; its mirror image was encoded apart, and chosen by the batch
         x = x + batch["std"] * jax.random.normal(keys["latent"], x.shape)
     elif config.data.flip:
         x = augment.random_flip(keys["flip"], x)

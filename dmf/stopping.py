@@ -22,9 +22,13 @@ from typing import Protocol
 
 POLL_S = 0.5  # between two looks whether another process was asked to stop
 ANSWER_S = 0.02  # between two looks for the others' answers, once it was
-LAST_S = 10.0  # how long the first process, which the others need until they have left, waits for them
+LAST_S = (
+    10.0  # how long the first process, which the others need until they have left, waits for them
+)
 GONE_S = 0.3  # from their last word to their end
-ONE_S = 1.0  # signals within this time are one request: some senders address a process and its group
+ONE_S = (
+    1.0  # signals within this time are one request: some senders address a process and its group
+)
 LATE = 0  # stands for SIGTERM, when Python's own handler tells of it
 AGAIN = "the same command goes on from what is on disk"
 
@@ -118,7 +122,9 @@ def listen() -> Stop:
     os.set_blocking(wake, False)
     # The number of a signal that comes is written there at once, whatever the main thread does; Python's own handlers wait.
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-    signal.signal(signal.SIGTERM, lambda *_: os.write(wake, bytes([LATE])))  # should somebody else have set another place
+    signal.signal(
+        signal.SIGTERM, lambda *_: os.write(wake, bytes([LATE]))
+    )  # should somebody else have set another place
     threading.Thread(target=_watch, args=(stop, heard), name="stopping", daemon=True).start()
     return stop
 

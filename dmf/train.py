@@ -30,7 +30,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dmf import ahead, checkpoint, curriculum, data, guard, hosts, networks, optim, places, pretrained, sharding, state, step
+from dmf import (
+    ahead,
+    curriculum,
+    data,
+    guard,
+    hosts,
+    networks,
+    optim,
+    pretrained,
+    sharding,
+    state,
+    step,
+)
 from dmf.config import Config, RunConfig, check, to_dict
 from dmf.curriculum import Stage
 from dmf.data.feed import Feed
@@ -40,6 +52,7 @@ from dmf.logging import JsonLines, Progress, TensorBoard
 from dmf.scoreboard import Boundary, Scoreboard
 from dmf.state import TrainState
 from dmf.stopping import AGAIN, Stop
+from dmf.storage import checkpoint, paths
 from dmf.watch import Watch
 from dmf.workdir import claim, held, kept_by_changes, note_change, note_start, origin
 
@@ -56,14 +69,16 @@ def train(
     began: when the process started, by time.monotonic; now, if it is not given. allow_change: a run in `workdir` with another
     config goes on with this one (`dmf.workdir.claim`). stop: asks the run to stop before its end (`dmf.stopping`).
     """
-    place, rows = places.reach(places.at(workdir)), None
+    place, rows = paths.reach(paths.at(workdir)), None
     with held(place):
         while rows is None:
             run = Run(config, place, began, allow_change, stop)
             try:
                 rows = run.to_its_end()
             except BaseException:
-                if jax.process_count() == 1:  # of several, the others would have to close theirs at the same time
+                if (
+                    jax.process_count() == 1
+                ):  # of several, the others would have to close theirs at the same time
                     run.close()
                 raise
             run.close()
@@ -86,7 +101,9 @@ class Run:
         self.config, self.workdir, self.stop = config, workdir, stop or Stop()
         self.start = self.saved = 0
         self.began = time.monotonic() if began is None else began
-        self.stepped_s = self.waited_s = 0.0  # seconds in steps but the first, and those of them spent waiting for batches
+        self.stepped_s = self.waited_s = (
+            0.0  # seconds in steps but the first, and those of them spent waiting for batches
+        )
         with hosts.together():
             empty = not any((workdir / checkpoint.FOLDER).glob("[0-9]*"))
             fresh = empty and (bool(config.init) or not guard.begins_again(workdir / guard.FILE))
@@ -95,17 +112,39 @@ class Run:
             self._prepare(fresh, allow_change)
         hosts.check_shared(workdir)
         shape, about = self.dataset.image_shape, data.identity(self.dataset)
-        hosts.same("config, data or jax", json.dumps([to_dict(replace(config, run=RunConfig())), about, jax.__version__]))
-        hosts.same("guard.json", self.guard.told())  # a network file system may still show the one before
-        self.metrics, self.watched = (JsonLines(workdir / f"{name}.jsonl", hosts.is_first()) for name in ("metrics", "watch"))
-        self.tensorboard = TensorBoard(workdir / "tensorboard", config.run.tensorboard and hosts.is_first())
+        hosts.same(
+            "config, data or jax",
+            json.dumps([to_dict(replace(config, run=RunConfig())), about, jax.__version__]),
+        )
+        hosts.same(
+            "guard.json", self.guard.told()
+        )  # a network file system may still show the one before
+        self.metrics, self.watched = (
+            JsonLines(workdir / f"{name}.jsonl", hosts.is_first()) for name in ("metrics", "watch")
+        )
+        self.tensorboard = TensorBoard(
+            workdir / "tensorboard", config.run.tensorboard and hosts.is_first()
+        )
         with hosts.together():
-            self.scores = Scoreboard(config, workdir, self.stages, self.dataset, self.network, self.mesh, self.tensorboard)
+            self.scores = Scoreboard(
+                config,
+                workdir,
+                self.stages,
+                self.dataset,
+                self.network,
+                self.mesh,
+                self.tensorboard,
+            )
             probed = config, self.dataset, self.mesh, self.place.params
             self.watch = Watch(*probed) if config.guard.every_steps else None
         hosts.same("set of images to probe", self.watch.source if self.watch else "")
         kept = [0, *(n for n, b in self.scores.boundaries.items() if b.kept)]
-        metadata = {"config": to_dict(config), "image_shape": list(shape), "source": origin(workdir), "data": about}
+        metadata = {
+            "config": to_dict(config),
+            "image_shape": list(shape),
+            "source": origin(workdir),
+            "data": about,
+        }
         which = config.run.keep_checkpoints, kept, metadata, self._also_kept, self._is_scheduled
         self.checkpoints = checkpoint.Checkpoints(workdir, *which)
 
@@ -122,11 +161,18 @@ class Run:
         self.fresh = jax.jit(self._fresh)  # which is traced once so, for its shapes and for itself
         shapes = jax.eval_shape(self.fresh)
         self.place = sharding.placed(self.mesh, shapes)
-        self.like = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, self.place)
+        self.like = jax.tree.map(
+            lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, self.place
+        )
         self.local_rows = sharding.local_rows(self.mesh, config.batch_size)
         self.steps = {
             kind: step.make_train_step(
-                kind, step.network_for(kind, config, shape, self.mesh), self.optimizer, config, self.mesh, self.place
+                kind,
+                step.network_for(kind, config, shape, self.mesh),
+                self.optimizer,
+                config,
+                self.mesh,
+                self.place,
             )
             for kind in {s.kind for s in self.stages}
         }
@@ -144,11 +190,17 @@ class Run:
         return self._started(self.network.init(jax.random.key(self.config.seed)))
 
     def _started(self, params: Any) -> TrainState:
-        return state.create(params, self.optimizer, self.config.ema, self.config.curriculum.interval)
+        return state.create(
+            params, self.optimizer, self.config.ema, self.config.curriculum.interval
+        )
 
-    def _jit(self, make: Callable[..., TrainState], donate_argnums: tuple[int, ...] | int = ()) -> Callable[..., TrainState]:
+    def _jit(
+        self, make: Callable[..., TrainState], donate_argnums: tuple[int, ...] | int = ()
+    ) -> Callable[..., TrainState]:
         options = sharding.compiler_options(self.mesh)
-        return jax.jit(make, donate_argnums=donate_argnums, out_shardings=self.place, compiler_options=options)
+        return jax.jit(
+            make, donate_argnums=donate_argnums, out_shardings=self.place, compiler_options=options
+        )
 
     def _batch(self, n: int) -> dict[str, jax.Array]:
         config = self.config
@@ -228,7 +280,9 @@ class Run:
                     pending = None
                     self._probe(self.watch, n + 1, stage, now, progress)
                 if self._is_scheduled(n + 1) and n + 1 not in self.scores.boundaries:
-                    self._report(pending, progress)  # never save a state whose step has not been checked
+                    self._report(
+                        pending, progress
+                    )  # never save a state whose step has not been checked
                     pending = None
                     self._save(n + 1, now, wait=False)
         return True
@@ -245,14 +299,26 @@ class Run:
         progress.pause()
         self._save(n, now)
         print(
-            f"stopped after step {n} of {self.stages[-1].last}, which is saved; the same command goes on from there", flush=True
+            f"stopped after step {n} of {self.stages[-1].last}, which is saved; the same command goes on from there",
+            flush=True,
         )
         return False
 
-    def _probe(self, watch: Watch, n: int, stage: Stage, now: TrainState, progress: Progress) -> None:
+    def _probe(
+        self, watch: Watch, n: int, stage: Stage, now: TrainState, progress: Progress
+    ) -> None:
         rho = curriculum.rho_at(stage, n - 1)
         values = watch(stage.kind, now.params, rho)
-        self.watched.write({"step": n, "stage": stage.index, "kind": stage.kind, "rho": rho, **watch.about, **values})
+        self.watched.write(
+            {
+                "step": n,
+                "stage": stage.index,
+                "kind": stage.kind,
+                "rho": rho,
+                **watch.about,
+                **values,
+            }
+        )
         self.tensorboard.write(n, {f"watch/{name}": value for name, value in values.items()})
         progress.restart(n)
         if self.guard.active:
@@ -278,14 +344,22 @@ class Run:
         before = self.stages[self.stages.index(stage) - 1]
         if before.index == stage.index or not state.switches(before, self.config.curriculum):
             return now  # the one: two parts of a stage, which the guard has cut
-        of = dict(before=before, curriculum=self.config.curriculum, ema=self.config.ema, optimizer=self.optimizer)
+        of = dict(
+            before=before,
+            curriculum=self.config.curriculum,
+            ema=self.config.ema,
+            optimizer=self.optimizer,
+        )
         switch = partial(state.switch, **of)  # fresh parts are placed as well
         return self._jit(switch, donate_argnums=0)(now)
 
     def _announce_first(self, began: float, metrics: dict[str, jax.Array]) -> None:
         jax.block_until_ready(metrics)
         took = time.monotonic() - began
-        print(f"first step begun after {began - self.began:.1f} s, compilation included; it took {took:.1f} s", flush=True)
+        print(
+            f"first step begun after {began - self.began:.1f} s, compilation included; it took {took:.1f} s",
+            flush=True,
+        )
 
     def finish(self) -> list[dict[str, Any]]:
         """The closing table and pictures, made from what the run wrote down."""
@@ -295,7 +369,9 @@ class Run:
         self._tell_interventions()
         if self.stepped_s:
             share = self.waited_s / self.stepped_s
-            print(f"input     steps waited {self.waited_s:.2f} s of {self.stepped_s:.1f} s for batches ({share:.2%})")
+            print(
+                f"input     steps waited {self.waited_s:.2f} s of {self.stepped_s:.1f} s for batches ({share:.2%})"
+            )
         print(
             f"samples   {self.workdir / 'samples.png'}\ncurves    {self.workdir / 'curves.png'}\n"
             f"weights   {self.workdir / checkpoint.FOLDER / str(self.stages[-1].last)}"
@@ -309,12 +385,22 @@ class Run:
     def _start(self) -> TrainState:
         found = self.checkpoints.restore_latest(self.like)  # two states may be one too many
         if found is None and self.config.init:
-            folder, ema, _ = self.init or pretrained.find_init(self.config, self.dataset.image_shape)
-            params = checkpoint.read_params(folder, ema, pretrained.abstract_params(self.network, self.mesh))
+            folder, ema, _ = self.init or pretrained.find_init(
+                self.config, self.dataset.image_shape
+            )
+            params = checkpoint.read_params(
+                folder, ema, pretrained.abstract_params(self.network, self.mesh)
+            )
             found = self._jit(self._started)(params)
-            self.checkpoints.save(0, found, wait=False)  # a resumed run starts from these weights, whatever init holds then
-        now = found if found is not None else self._jit(self.fresh)()  # which the guard may go back to: they are the same again
-        self.start = self.saved = int(now.step)  # what a run starts from is on disk already, but for fresh weights
+            self.checkpoints.save(
+                0, found, wait=False
+            )  # a resumed run starts from these weights, whatever init holds then
+        now = (
+            found if found is not None else self._jit(self.fresh)()
+        )  # which the guard may go back to: they are the same again
+        self.start = self.saved = int(
+            now.step
+        )  # what a run starts from is on disk already, but for fresh weights
         if self.start > self.stages[-1].last:
             raise DmfError(
                 f"step {self.start} is on disk: expected a config that ends no earlier, not at {self.stages[-1].last}"
@@ -338,20 +424,34 @@ class Run:
 
     def _announce(self, now: TrainState) -> None:
         count = sum(x.size for x in jax.tree.leaves(now.params))
-        print(f"network   {self.config.network.kind}, {count:,} parameters ({count / 1e6:.2f} M), {self.config.compute_dtype}")
+        print(
+            f"network   {self.config.network.kind}, {count:,} parameters ({count / 1e6:.2f} M), {self.config.compute_dtype}"
+        )
         print(
             f"data      {self.dataset.name}, {len(self.dataset.labels):,} images {self.dataset.image_shape}, "
             f"batch {self.config.batch_size} on {self.mesh.devices.size} device(s)"
         )
         if self.mesh.devices.size > 1:
             print(f"mesh      {sharding.describe(self.mesh, now)}")
-        print(curriculum.table(self.stages, self.config.curriculum, self.config.times.r_neq_t_fraction))
+        print(
+            curriculum.table(
+                self.stages, self.config.curriculum, self.config.times.r_neq_t_fraction
+            )
+        )
         self._tell_interventions()
         if self.watch:
             every = self.config.guard.every_steps
-            print(f"watch     {self.watch.rows} {self.watch.source} images every {every} steps, to {self.watched.path}")
-        origin = f"step {self.start} of {self.stages[-1].last}, resuming" if self.start else self.config.init
-        print(f"start     {origin or 'fresh weights (config.init names no flow model)'}", flush=True)
+            print(
+                f"watch     {self.watch.rows} {self.watch.source} images every {every} steps, to {self.watched.path}"
+            )
+        origin = (
+            f"step {self.start} of {self.stages[-1].last}, resuming"
+            if self.start
+            else self.config.init
+        )
+        print(
+            f"start     {origin or 'fresh weights (config.init names no flow model)'}", flush=True
+        )
 
     def _tell_interventions(self) -> None:
         for row in self.guard.rows:
@@ -366,7 +466,9 @@ class Run:
         guard.check_finite(n, stage, values, self._leaves)
         values.pop("nonfinite_leaf")
         if n % self.config.run.log_every_steps == 0 or n == 1 or n == self.stages[-1].last:
-            rate = optim.learning_rate(n - 1, self.stages, self.config.curriculum, self.config.optimizer)
+            rate = optim.learning_rate(
+                n - 1, self.stages, self.config.curriculum, self.config.optimizer
+            )
             values = {"rho": curriculum.rho_at(stage, n - 1), "learning_rate": rate, **values}
             self.metrics.write({"step": n, "stage": stage.index, "kind": stage.kind, **values})
             self.tensorboard.write(n, {"stage": stage.index, **values})
@@ -374,7 +476,9 @@ class Run:
 
     def _leaves(self) -> list[str]:
         params = pretrained.abstract_params(self.network, self.mesh)
-        return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        return [
+            jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)
+        ]
 
     def _at_boundary(self, boundary: Boundary, now: TrainState, progress: Progress) -> bool:
         """Keeps the state, then pictures and scores it; a part that an earlier run has done is not done again.
@@ -394,5 +498,8 @@ class Run:
             progress.restart(boundary.step)
         if self.guard.active:
             seen = self.scores.history(), self.scores.main, self.stages
-            self._heed(boundary.step, hosts.first_says(self.guard.score_alarm(*seen) if hosts.is_first() else ""))
+            self._heed(
+                boundary.step,
+                hosts.first_says(self.guard.score_alarm(*seen) if hosts.is_first() else ""),
+            )
         return True

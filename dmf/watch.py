@@ -62,12 +62,16 @@ class Watch:
         dataset, self.source = data.held_out_or(train, config.data)
         self._config, self._mesh, self._place = config, mesh, place
         self._shape = dataset.image_shape
-        per_device = max(-(-config.guard.rows // mesh.devices.size), 2)  # one row of either kind at least
+        per_device = max(
+            -(-config.guard.rows // mesh.devices.size), 2
+        )  # one row of either kind at least
         count = per_device * mesh.devices.size
         if len(dataset) < count:
             what = f"config.guard.rows = {config.guard.rows} takes {count} images on {mesh.devices.size} device(s)"
             raise DmfError(f"{what}: expected at most the {len(dataset)} {self.source} ones")
-        self._images = data.batch(dataset, config.seed, 0, count, rows=sharding.local_rows(mesh, count))
+        self._images = data.batch(
+            dataset, config.seed, 0, count, rows=sharding.local_rows(mesh, count)
+        )
         share = config.times.r_neq_t_fraction if 0 < config.times.r_neq_t_fraction < 1 else 0.5
         pairs = min(max(round(share * per_device), 1), per_device - 1)
         self._split, self.rows = RowSplit(count, per_device, pairs), count
@@ -81,7 +85,10 @@ class Watch:
     @cached_property
     def drawn(self) -> tuple[Rows, Rows]:
         """(even rows, law rows)."""
-        draw = jax.jit(partial(_draw, config=self._config, split=self._split), out_shardings=sharding.rows(self._mesh))
+        draw = jax.jit(
+            partial(_draw, config=self._config, split=self._split),
+            out_shardings=sharding.rows(self._mesh),
+        )
         return draw(sharding.put_rows(self._mesh, self._images))
 
     def __call__(self, kind: str, params: Any, rho: float) -> dict[str, float]:
@@ -109,7 +116,10 @@ def _draw(batch: dict[str, Array], *, config: Config, split: RowSplit) -> tuple[
     e = jax.random.normal(keys[0], x.shape)
     shares = (jnp.arange(split.batch) + jax.random.uniform(keys[1], (split.batch,))) / split.batch
     t_even = shares + (1 - shares) * jax.random.uniform(keys[2], (split.batch,))
-    times = ((jnp.maximum(t_even - shares, 0), t_even), flow.draw_times(keys[3], config.times, split))
+    times = (
+        (jnp.maximum(t_even - shares, 0), t_even),
+        flow.draw_times(keys[3], config.times, split),
+    )
     drawn = [(r, t, *flow.interpolate(x, e, t)) for r, t in times]
     even, law = (Rows(z, r, t, v, label) for r, t, z, v in drawn)
     return even, law
@@ -134,9 +144,14 @@ def _probe(
     def net(rows: Rows) -> Array:
         return network.apply(params, rows.z, rows.r, rows.t, label=rows.label)
 
-    _, found = step.stage_residuals(params, even, rho, kind=kind, network=network, config=unit, split=whole, train=False)
+    _, found = step.stage_residuals(
+        params, even, rho, kind=kind, network=network, config=unit, split=whole, train=False
+    )
     border = even._replace(r=even.t)
-    out = {"residual_border": jnp.mean(jnp.square(net(border) - border.v)), "consistency": jnp.mean(jump_error(net, even))}
+    out = {
+        "residual_border": jnp.mean(jnp.square(net(border) - border.v)),
+        "consistency": jnp.mean(jump_error(net, even)),
+    }
     if found.change is not None:
         out["change"] = found.change
         if identity_of(kind) == "discrete":
@@ -149,7 +164,9 @@ def _probe(
         if found.products is not None:
             dot, square = jnp.sum(found.products[part], axis=0)
             out[f"ratio_{i}"] = dot / jnp.maximum(square, objectives.TINY)
-    return out | _gradients(params, law, rho, kind=kind, network=network, config=config, split=split, mesh=mesh)
+    return out | _gradients(
+        params, law, rho, kind=kind, network=network, config=config, split=split, mesh=mesh
+    )
 
 
 def _gradients(params: Any, law: Rows, rho: Array, *, mesh: Mesh, **how: Any) -> dict[str, Array]:
@@ -158,9 +175,14 @@ def _gradients(params: Any, law: Rows, rho: Array, *, mesh: Mesh, **how: Any) ->
     def loss(params: Any, law: Rows, rho: Array, part: str) -> tuple[Array, None]:
         _, found = step.stage_residuals(params, law, rho, train=False, **how)
         config = how["config"].loss
-        return jnp.mean(objectives.weighted_loss(getattr(found, part), config.p, config.eps)[0]), None
+        return jnp.mean(
+            objectives.weighted_loss(getattr(found, part), config.p, config.eps)[0]
+        ), None
 
-    border, pairs = (sharding.gradient(mesh, partial(loss, part=part))(params, law, rho)[0] for part in ("border", "pairs"))
+    border, pairs = (
+        sharding.gradient(mesh, partial(loss, part=part))(params, law, rho)[0]
+        for part in ("border", "pairs")
+    )
     norms = [optim.global_norm(g)[0] for g in (border, pairs)]
     inner = jax.tree.reduce(jnp.add, jax.tree.map(jnp.vdot, border, pairs))
     floor = objectives.TINY
@@ -174,12 +196,18 @@ def _plain(config: Config) -> Config:
     """The config without what a probe cannot have: the averages of an adaptive interval, and the averaged weights."""
     rules = config.curriculum
     interval = "dagger" if rules.interval == "adaptive" else rules.interval
-    return replace(config, curriculum=replace(rules, interval=interval), loss=replace(config.loss, tangent="data"))
+    return replace(
+        config,
+        curriculum=replace(rules, interval=interval),
+        loss=replace(config.loss, tangent="data"),
+    )
 
 
 def _by_interval(count: int) -> list[slice]:
     """The even rows of each interval between two EDGES: they are drawn in its order."""
-    return [slice(round(a * count), round(b * count)) for a, b in zip(EDGES, EDGES[1:], strict=False)]
+    return [
+        slice(round(a * count), round(b * count)) for a, b in zip(EDGES, EDGES[1:], strict=False)
+    ]
 
 
 def _norms(x: Array) -> Array:

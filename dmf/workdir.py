@@ -21,9 +21,10 @@ from typing import Any
 
 import jax
 
-from dmf import checkpoint, guard, hosts, places, scoreboard
+from dmf import guard, hosts, scoreboard
 from dmf.config import Config, differences, parse, to_dict
 from dmf.errors import DmfError, short
+from dmf.storage import checkpoint, paths
 
 CONFIG, ORIGIN, DATA = "config.json", "origin.json", "data.json"
 STARTS, CHANGES = "starts.jsonl", "changes.jsonl"
@@ -32,7 +33,13 @@ LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 SOURCE = Path(__file__).parent.parent
 # Logging and probes may change, and data and the flow model may have moved; a resumed run reads the latter no more. How the
 # step is computed changes its values by rounding alone, and the devices may be others.
-FREE = ("config.run.", "config.data.data_dir:", "config.init:", "config.guard.every_steps:", "config.guard.rows:")
+FREE = (
+    "config.run.",
+    "config.data.data_dir:",
+    "config.init:",
+    "config.guard.every_steps:",
+    "config.guard.rows:",
+)
 COMPUTED = ("config.mesh.", "config.attention.", "config.remat:", "config.scan_blocks:")
 # What no flag lets through, and why; of `SWITCHES`, only turning them on or off; of `INTERVAL`, only to or from adaptive.
 OPTIMIZER = "the optimiser's state on disk has other parts"
@@ -53,7 +60,7 @@ INTERVAL = "config.curriculum.interval"
 
 @contextmanager
 def held(workdir: Path) -> Iterator[None]:
-    """Makes the work directory, and keeps other runs out of it until the block is left; a bucket has no lock (`dmf.places`).
+    """Makes the work directory, and keeps other runs out of it until the block is left; a bucket has no lock (`dmf.storage.paths`).
 
     Raises DmfError, on all processes of this run, where the process of another one holds it or it cannot be written.
     """
@@ -61,15 +68,15 @@ def held(workdir: Path) -> Iterator[None]:
     with ExitStack() as lock:
         with hosts.together():
             if hosts.is_first():
-                with places.writing(f"--workdir={workdir}"):
-                    places.make(workdir)
+                with paths.writing(f"--workdir={workdir}"):
+                    paths.make(workdir)
                     taken = f"--workdir={workdir} is in use by another process; expected one at a time, or another directory"
-                    lock.enter_context(places.alone(workdir / LOCK, taken))
+                    lock.enter_context(paths.alone(workdir / LOCK, taken))
         try:
             yield
         except BaseException:
             # A run that was refused leaves nothing behind; in a bucket it has made nothing, no folder either.
-            if new and not places.is_bucket(workdir) and os.listdir(workdir) == [LOCK]:
+            if new and not paths.is_bucket(workdir) and os.listdir(workdir) == [LOCK]:
                 (workdir / LOCK).unlink()
                 workdir.rmdir()
             raise
@@ -91,12 +98,16 @@ def claim(
     """
     path, mine = workdir / CONFIG, to_dict(config)
     try:
-        with places.writing(f"--workdir={workdir}"):
-            places.make(workdir)
+        with paths.writing(f"--workdir={workdir}"):
+            paths.make(workdir)
             if fresh:
                 for old in (ORIGIN, CHANGES, guard.FILE, scoreboard.FILE):
                     (workdir / old).unlink(missing_ok=True)
-                for file, values in ((workdir / ORIGIN, origin), (workdir / DATA, about), (path, mine)):
+                for file, values in (
+                    (workdir / ORIGIN, origin),
+                    (workdir / DATA, about),
+                    (path, mine),
+                ):
                     if values is not None:
                         _write(file, values)
         theirs = _stored(workdir)
@@ -106,11 +117,15 @@ def claim(
             f"{path} cannot be read: {short(error)}; expected what dmf wrote there, beside the checkpoints"
         ) from error
     except ValueError as error:
-        raise DmfError(f"{path} is not the JSON of a config: {error}; expected what dmf wrote there") from error
+        raise DmfError(
+            f"{path} is not the JSON of a config: {error}; expected what dmf wrote there"
+        ) from error
     changed = changes(theirs, mine) + differences(seen, about, "data")
     fixed = [f"{d} ({reason})" for d in changed for reason in [_why_fixed(d)] if reason]
     if fixed and allow_change:
-        raise DmfError(f"--allow_change does not go as far as {'; '.join(fixed)}; expected another directory for such a run")
+        raise DmfError(
+            f"--allow_change does not go as far as {'; '.join(fixed)}; expected another directory for such a run"
+        )
     if changed and not allow_change:
         raise DmfError(
             f"--workdir={workdir} holds a run with another config: {'; '.join(changed)}; expected the same config, or "
@@ -127,7 +142,12 @@ def _why_fixed(difference: str) -> str:
     """Why no run can go on with this difference, "" where it can."""
     name, _, values = difference.partition(": ")
     both = values.split(" -> ")
-    if name in SWITCHES and 0.0 not in map(float, both) or name == INTERVAL and "adaptive" not in both:
+    if (
+        name in SWITCHES
+        and 0.0 not in map(float, both)
+        or name == INTERVAL
+        and "adaptive" not in both
+    ):
         return ""
     return next((reason for start, reason in FIXED.items() if difference.startswith(start)), "")
 
@@ -141,10 +161,16 @@ def note_change(workdir: Path, step: int, config: Config) -> None:
     changed = changes(theirs, mine)
     if not changed:
         return
-    kept = [int(p.parent.name) for p in (workdir / checkpoint.FOLDER).glob(f"[0-9]*/{checkpoint.MANIFEST}")]
+    kept = [
+        int(p.parent.name)
+        for p in (workdir / checkpoint.FOLDER).glob(f"[0-9]*/{checkpoint.MANIFEST}")
+    ]
     kept = sorted(n for n in kept if n <= step)
-    append(workdir / CHANGES, {"utc": utc(), "step": step, "changed": changed, "kept": kept, "before": theirs})
-    with places.writing(workdir / CONFIG):
+    append(
+        workdir / CHANGES,
+        {"utc": utc(), "step": step, "changed": changed, "kept": kept, "before": theirs},
+    )
+    with paths.writing(workdir / CONFIG):
         _write(workdir / CONFIG, mine)  # last: until then the change is refused or made again
     print(f"changed   after step {step}: {'; '.join(changed)}", flush=True)
 
@@ -152,7 +178,11 @@ def note_change(workdir: Path, step: int, config: Config) -> None:
 def kept_by_changes(workdir: Path) -> set[int]:
     """Steps of the checkpoints that were there when the config was changed: boundaries of before, and the way back."""
     path = workdir / CHANGES
-    return {n for line in path.read_text().splitlines() for n in _kept(line)} if path.is_file() else set()
+    return (
+        {n for line in path.read_text().splitlines() for n in _kept(line)}
+        if path.is_file()
+        else set()
+    )
 
 
 def _kept(line: str) -> list[int]:
@@ -168,7 +198,7 @@ def _stored(workdir: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, values: Any) -> None:
-    places.write(path, json.dumps(values, indent=2) + "\n", ".tmp")
+    paths.write(path, json.dumps(values, indent=2) + "\n", ".tmp")
 
 
 def origin(workdir: Path) -> dict[str, Any] | None:
@@ -177,13 +207,15 @@ def origin(workdir: Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text()) if path.is_file() else None
     except (OSError, ValueError) as error:
-        raise DmfError(f"{path} cannot be read: {short(error)}; expected what dmf wrote there") from error
+        raise DmfError(
+            f"{path} cannot be read: {short(error)}; expected what dmf wrote there"
+        ) from error
 
 
 def keep_programs(workdir: Path) -> None:
     """Compiled programs stay in the work directory, so that a run that is started again need not compile them again."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # which names another place
-        jax.config.update("jax_compilation_cache_dir", str(places.absolute(workdir) / "programs"))
+        jax.config.update("jax_compilation_cache_dir", str(paths.absolute(workdir) / "programs"))
         # Else the folder's path is a part of each program's key, and a directory that was moved compiles all anew.
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
@@ -211,8 +243,8 @@ def note_start(workdir: Path, step: int, config: Config) -> None:
 def append(path: Path, row: dict[str, Any]) -> None:
     """Adds a line of JSON to a file, on a line of its own even where a kill or a full disk has cut the last one."""
     torn = path.is_file() and not path.read_bytes().endswith(b"\n")
-    with places.writing(path):
-        places.append(path, "\n" * torn + json.dumps(row) + "\n")
+    with paths.writing(path):
+        paths.append(path, "\n" * torn + json.dumps(row) + "\n")
 
 
 def utc() -> str:
@@ -222,13 +254,23 @@ def utc() -> str:
 
 def revision(source: Path) -> dict[str, Any]:
     """The commit of the code in `source`, and whether files differ from it; "unknown" where no git repository begins there."""
-    options: dict[str, Any] = dict(cwd=source, capture_output=True, text=True, check=True, timeout=20)
+    options: dict[str, Any] = dict(
+        cwd=source, capture_output=True, text=True, check=True, timeout=20
+    )
     try:
         top, commit, changed = (
             subprocess.run(["git", "--no-optional-locks", *args], **options)
-            for args in (("rev-parse", "--show-toplevel"), ("rev-parse", "HEAD"), ("status", "--porcelain"))
+            for args in (
+                ("rev-parse", "--show-toplevel"),
+                ("rev-parse", "HEAD"),
+                ("status", "--porcelain"),
+            )
         )
         inside = Path(top.stdout.strip()).samefile(source)
     except (OSError, subprocess.SubprocessError):
         inside = False
-    return {"revision": commit.stdout.strip(), "dirty": bool(changed.stdout.strip())} if inside else {"revision": "unknown"}
+    return (
+        {"revision": commit.stdout.strip(), "dirty": bool(changed.stdout.strip())}
+        if inside
+        else {"revision": "unknown"}
+    )

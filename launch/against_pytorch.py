@@ -38,10 +38,14 @@ from dmf.convert.rules import relative_l2
 from dmf.errors import DmfError
 from dmf.flow import Rows
 
-jax.config.update("jax_platforms", "cpu")  # also where there is an accelerator, of which PyTorch's side makes no use
+jax.config.update(
+    "jax_platforms", "cpu"
+)  # also where there is an accelerator, of which PyTorch's side makes no use
 RHO, RATE, DECAY = 0.25, 1e-4, 0.999
 SAME = 1e-5  # relative: float32 round-off between two implementations of one network
-SAME_GRADIENT = 1e-4  # relative, of all weights together: the sums of a backward pass over a batch are longer
+SAME_GRADIENT = (
+    1e-4  # relative, of all weights together: the sums of a backward pass over a batch are longer
+)
 # Ours: kind and share of r < t rows -> PyTorch's: the same for the first three; the JVP takes every row, whatever its share.
 CASES = (("flow", 0.0), ("discrete", 0.25), ("discrete", 0.75), ("jvp", 0.25), ("jvp", 1.0))
 
@@ -64,7 +68,11 @@ class TimeEmbedder(nn.Module):
 class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
-        self.heads, self.qkv, self.proj = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.heads, self.qkv, self.proj = (
+            heads,
+            nn.Linear(width, 3 * width),
+            nn.Linear(width, width),
+        )
 
     def forward(self, x):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -88,7 +96,9 @@ class DiTBlock(nn.Module):
         self.attn, self.mlp = Attention(width, heads), FeedForward(width, hidden)
 
     def forward(self, x, cond):
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation_1(cond).chunk(6, -1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation_1(cond).chunk(
+            6, -1
+        )
         x = x + gate_a * self.attn(self.norm(x) * (1 + scale_a) + shift_a)
         return x + gate_m * self.mlp(self.norm(x) * (1 + scale_m) + shift_m)
 
@@ -111,7 +121,9 @@ class DiT(nn.Module):
         super().__init__()
         self.config, (size, _, channels), width = config, shape, config.width
         self.side = size // config.patch
-        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(channels, width, config.patch, config.patch)})
+        self.x_embedder = nn.ModuleDict(
+            {"proj": nn.Conv2d(channels, width, config.patch, config.patch)}
+        )
         self.t_embedder, self.interval = TimeEmbedder(width), TimeEmbedder(width)
         self.names = [f"blocks_{i}" for i in range(config.depth)]
         for name in self.names:
@@ -129,7 +141,12 @@ class DiT(nn.Module):
             x = self.get_submodule(name)(x, cond)
         x = self.final_layer(x, cond)
         p = self.config.patch
-        return x.unflatten(2, (p, p, -1)).unflatten(1, (self.side, self.side)).permute(0, 5, 1, 3, 2, 4).reshape(z.shape)
+        return (
+            x.unflatten(2, (p, p, -1))
+            .unflatten(1, (self.side, self.side))
+            .permute(0, 5, 1, 3, 2, 4)
+            .reshape(z.shape)
+        )
 
 
 def norm(width):
@@ -143,9 +160,15 @@ class Block(nn.Module):
         self.norm0, self.conv0 = norm(inputs), nn.Conv2d(inputs, width, 3, padding=1)
         self.affine = nn.Linear(emb, width)
         self.norm1, self.conv1 = norm(width), nn.Conv2d(width, width, 3, padding=1)
-        self.skip = nn.Conv2d(inputs, width, 1) if resample != "keep" or inputs != width else nn.Identity()
+        self.skip = (
+            nn.Conv2d(inputs, width, 1) if resample != "keep" or inputs != width else nn.Identity()
+        )
         if attend:
-            self.norm2, self.qkv, self.proj = norm(width), nn.Conv2d(width, 3 * width, 1), nn.Conv2d(width, width, 1)
+            self.norm2, self.qkv, self.proj = (
+                norm(width),
+                nn.Conv2d(width, 3 * width, 1),
+                nn.Conv2d(width, width, 1),
+            )
         if resample != "keep":
             taps = torch.tensor([1.0, 3.0, 3.0, 1.0])
             window = torch.outer(taps, taps)[None, None] / (64 if resample == "down" else 16)
@@ -180,7 +203,8 @@ class UNet(nn.Module):
         self.enc[f"{size}x{size}_conv"] = nn.Conv2d(colours, c.channels, 3, padding=1)
         skips = [c.channels]
         levels = [
-            (size >> i, c.channels * mult, (size >> i) in c.attention_resolutions) for i, mult in enumerate(c.channel_mult)
+            (size >> i, c.channels * mult, (size >> i) in c.attention_resolutions)
+            for i, mult in enumerate(c.channel_mult)
         ]
         for res, width, attend in levels:
             if res < size:
@@ -197,14 +221,18 @@ class UNet(nn.Module):
             else:
                 self.dec[f"{res}x{res}_up"] = Block(last, last, emb, "up")
             for k in range(c.blocks + 1):
-                self.dec[f"{res}x{res}_block{k}"] = Block(last + skips.pop(), width, emb, attend=attend and k == c.blocks)
+                self.dec[f"{res}x{res}_block{k}"] = Block(
+                    last + skips.pop(), width, emb, attend=attend and k == c.blocks
+                )
                 last = width
         self.dec[f"{size}x{size}_aux_norm"] = norm(last)
         self.dec[f"{size}x{size}_aux_conv"] = nn.Conv2d(last, colours, 3, padding=1)
 
     def forward(self, z, r, t):
         of_t, of_h = (features(time, self.half, endpoint=True) for time in (t, t - r))
-        emb = self.map_layer0(torch.cat((of_t.sin(), of_t.cos()), 1)) + self.interval(torch.cat((of_h.sin(), of_h.cos()), 1))
+        emb = self.map_layer0(torch.cat((of_t.sin(), of_t.cos()), 1)) + self.interval(
+            torch.cat((of_h.sin(), of_h.cos()), 1)
+        )
         emb = F.silu(self.map_layer1(F.silu(emb)))
         x, skips = z, []
         for layer in self.enc.values():
@@ -254,7 +282,9 @@ class TorchStep:
         r = torch.where(torch.arange(len(x)) < pairs, r, t)
         noise = torch.randn_like(x)
         at = t[:, None, None, None]
-        loss = loss_of(self.model, ((1 - at) * x + at * noise, r, t, noise - x), kind, pairs, self.config.loss)
+        loss = loss_of(
+            self.model, ((1 - at) * x + at * noise, r, t, noise - x), kind, pairs, self.config.loss
+        )
         self.adam.zero_grad()
         loss.backward()
         self.adam.step()
@@ -269,17 +299,24 @@ class OurSteps:
         self.config, self.shape = config, shape
         self.network = networks.build(config.network, shape)
         self.params = no_zeros(self.network.init(jax.random.key(0)))
-        mesh, optimizer = sharding.make_mesh(config.mesh, jax.devices()[:1]), optim.build(config.optimizer)
+        mesh, optimizer = (
+            sharding.make_mesh(config.mesh, jax.devices()[:1]),
+            optim.build(config.optimizer),
+        )
         fresh = state.create(self.params, optimizer, config.ema)
         place = sharding.placed(mesh, fresh)
         self.now, self.mesh = jax.device_put(fresh, place), mesh
         self.steps = {
-            case: step.make_train_step(case[0], self.network, optimizer, with_share(config, case[1]), mesh, place)
+            case: step.make_train_step(
+                case[0], self.network, optimizer, with_share(config, case[1]), mesh, place
+            )
             for case in CASES
         }
 
     def __call__(self, batch, kind, fraction):
-        scalars = step.Scalars(np.float32(RHO), np.float32(RATE), np.full(1, DECAY, np.float32), np.uint32(0))
+        scalars = step.Scalars(
+            np.float32(RHO), np.float32(RATE), np.full(1, DECAY, np.float32), np.uint32(0)
+        )
         self.now, metrics = self.steps[kind, fraction](self.now, batch, scalars)
         jax.block_until_ready(self.now)
         return float(metrics["loss"])
@@ -287,8 +324,15 @@ class OurSteps:
     def loss(self, rows, kind, fraction):
         """The loss of a case on these rows, and its gradient under PyTorch's names."""
         config = with_share(self.config, fraction)
-        how = {"kind": kind, "network": self.network, "config": config, "split": step.split_for(kind, config, self.mesh)}
-        graded = jax.value_and_grad(lambda params, rows: step.stage_loss(params, rows, RHO, **how)[0])
+        how = {
+            "kind": kind,
+            "network": self.network,
+            "config": config,
+            "split": step.split_for(kind, config, self.mesh),
+        }
+        graded = jax.value_and_grad(
+            lambda params, rows: step.stage_loss(params, rows, RHO, **how)[0]
+        )
         loss, grads = jax.jit(graded)(self.params, rows)
         return float(loss), self.as_tensors(grads)
 
@@ -299,13 +343,17 @@ class OurSteps:
 
 
 def with_share(config, fraction):
-    return dataclasses.replace(config, times=dataclasses.replace(config.times, r_neq_t_fraction=fraction or 0.25))
+    return dataclasses.replace(
+        config, times=dataclasses.replace(config.times, r_neq_t_fraction=fraction or 0.25)
+    )
 
 
 def no_zeros(params):
     """Weights without a layer at its zero start, behind which a difference would not show."""
     rng = np.random.default_rng(1)
-    return jax.tree.map(lambda x: x + 0.02 * rng.standard_normal(x.shape).astype(np.float32), params)
+    return jax.tree.map(
+        lambda x: x + 0.02 * rng.standard_normal(x.shape).astype(np.float32), params
+    )
 
 
 def as_torch(x):
@@ -323,7 +371,9 @@ def check_same(ours, model):
     r, t = np.sort(rng.uniform(0.02, 0.98, (2, config.batch_size)).astype(np.float32), 0)
     with torch.no_grad():
         theirs = model(*(as_torch(x) for x in (z, r, t))).movedim(1, 3).numpy()
-    found = {"u": relative_l2(np.asarray(jax.jit(ours.network.apply)(ours.params, z, r, t)), theirs)}
+    found = {
+        "u": relative_l2(np.asarray(jax.jit(ours.network.apply)(ours.params, z, r, t)), theirs)
+    }
     for kind, fraction in CASES:
         split = step.split_for(kind, with_share(config, fraction), ours.mesh)
         pair = np.asarray(split.is_pair()) if fraction else np.zeros(config.batch_size, bool)
@@ -333,14 +383,24 @@ def check_same(ours, model):
         theirs = loss_of(model, their_rows, kind, int(pair.sum()), config.loss)
         loss, grads = ours.loss(Rows(*rows), kind, fraction)
         found[f"loss of {kind} {fraction:g}"] = abs(loss / theirs.item() - 1)
-        weights = {n: x for n, x in model.named_parameters() if kind != "flow" or not n.startswith("interval")}
-        their_grads = [x.numpy().ravel() for x in torch.autograd.grad(theirs, list(weights.values()))]
+        weights = {
+            n: x
+            for n, x in model.named_parameters()
+            if kind != "flow" or not n.startswith("interval")
+        }
+        their_grads = [
+            x.numpy().ravel() for x in torch.autograd.grad(theirs, list(weights.values()))
+        ]
         mine = [grads[name].ravel() for name in weights]
-        found[f"gradient of {kind} {fraction:g}"] = relative_l2(np.concatenate(mine), np.concatenate(their_grads))
+        found[f"gradient of {kind} {fraction:g}"] = relative_l2(
+            np.concatenate(mine), np.concatenate(their_grads)
+        )
     for name, difference in found.items():
         most = SAME_GRADIENT if name.startswith("gradient") else SAME
         if not difference <= most:
-            raise SystemExit(f"{name} differs by {difference:.1e} between ours and PyTorch's: expected {most:g} or less")
+            raise SystemExit(
+                f"{name} differs by {difference:.1e} between ours and PyTorch's: expected {most:g} or less"
+            )
     return found
 
 
@@ -375,7 +435,8 @@ def compare(ours, theirs, rounds):
 def table(rows):
     lines = [f"{'kind':>12}{'r<t':>8}{'ours ms':>12}{'PyTorch ms':>12}{'PyTorch/ours':>14}"]
     lines += [
-        f"{r['kind']:>12}{r['r_neq_t']:>8.2f}{r['ours_ms']:>12.1f}{r['torch_ms']:>12.1f}{r['ratio']:>14.2f}" for r in rows
+        f"{r['kind']:>12}{r['r_neq_t']:>8.2f}{r['ours_ms']:>12.1f}{r['torch_ms']:>12.1f}{r['ratio']:>14.2f}"
+        for r in rows
     ]
     return "\n".join(lines)
 
@@ -383,7 +444,13 @@ def table(rows):
 def configs(args):
     """Name -> (PyTorch's class, values of our config, image shape)."""
     dit = {"kind": "dit", "depth": args.depth, "width": args.width, "heads": args.heads, "patch": 2}
-    unet = {"kind": "unet", "channels": args.channels, "blocks": args.blocks, "dropout": 0.0, "augment_dim": 0}
+    unet = {
+        "kind": "unet",
+        "channels": args.channels,
+        "blocks": args.blocks,
+        "dropout": 0.0,
+        "augment_dim": 0,
+    }
     unet["attention_resolutions"] = (args.size // 2,)
     shared = {
         "curriculum": {"interval": "linear"},
@@ -392,7 +459,11 @@ def configs(args):
     }
     return {
         "dit": (DiT, {**shared, "batch_size": args.dit_batch, "network": dit}, (32, 32, 4)),
-        "unet": (UNet, {**shared, "batch_size": args.unet_batch, "network": unet}, (args.size, args.size, 3)),
+        "unet": (
+            UNet,
+            {**shared, "batch_size": args.unet_batch, "network": unet},
+            (args.size, args.size, 3),
+        ),
     }
 
 
@@ -405,25 +476,43 @@ def build(name, args):
     except DmfError as error:
         raise SystemExit(f"error: {name}: {error}") from error
     model = module(config.network, shape)
-    model.load_state_dict({key: torch.from_numpy(np.array(x)) for key, x in ours.as_tensors(ours.params).items()})
+    model.load_state_dict(
+        {key: torch.from_numpy(np.array(x)) for key, x in ours.as_tensors(ours.params).items()}
+    )
     return ours, model
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--networks", nargs="+", choices=("dit", "unet"), default=("dit", "unet"))
-    parser.add_argument("--depth", type=int, default=6, help="of the DiT, on 32 x 32 x 4 latents: 256 tokens")
+    parser.add_argument(
+        "--depth", type=int, default=6, help="of the DiT, on 32 x 32 x 4 latents: 256 tokens"
+    )
     parser.add_argument("--width", type=int, default=256, help="of the DiT")
     parser.add_argument("--heads", type=int, default=4, help="of the DiT")
     parser.add_argument("--dit_batch", type=int, default=16)
-    parser.add_argument("--channels", type=int, default=64, help="of the U-Net, whose three levels have twice as many")
+    parser.add_argument(
+        "--channels",
+        type=int,
+        default=64,
+        help="of the U-Net, whose three levels have twice as many",
+    )
     parser.add_argument("--blocks", type=int, default=2, help="of the U-Net, per level")
-    parser.add_argument("--size", type=int, default=32, help="of the U-Net's images; attention at half of it")
+    parser.add_argument(
+        "--size", type=int, default=32, help="of the U-Net's images; attention at half of it"
+    )
     parser.add_argument("--unet_batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
-    found = {"jax": jax.__version__, "torch": torch.__version__, "cores": os.cpu_count(), "rounds": args.rounds}
+    found = {
+        "jax": jax.__version__,
+        "torch": torch.__version__,
+        "cores": os.cpu_count(),
+        "rounds": args.rounds,
+    }
     found["device"] = jax.devices()[0].device_kind
     found["threads_of_torch"] = torch.get_num_threads()
     built = {name: build(name, args) for name in args.networks}
@@ -431,10 +520,17 @@ def main(argv=None):
         config, shape = ours.config, ours.shape
         same = check_same(ours, model)
         count = sum(p.numel() for p in model.parameters())
-        print(f"{name}, {count:,} parameters, {shape}, batch {config.batch_size}: u differs by {same['u']:.1e}", flush=True)
+        print(
+            f"{name}, {count:,} parameters, {shape}, batch {config.batch_size}: u differs by {same['u']:.1e}",
+            flush=True,
+        )
         rows = compare(ours, TorchStep(model, config), args.rounds)
         print(table(rows), flush=True)
-        about = {"network": dataclasses.asdict(config.network), "image_shape": shape, "batch_size": config.batch_size}
+        about = {
+            "network": dataclasses.asdict(config.network),
+            "image_shape": shape,
+            "batch_size": config.batch_size,
+        }
         found[name] = {**about, "parameters": count, "differences": same, "steps": rows}
     if args.out:
         args.out.write_text(json.dumps(found, indent=1) + "\n")

@@ -56,7 +56,9 @@ def write_images(folder, photo, count, seed):
         side = int(rng.integers(32, 129))
         y, x = (int(rng.integers(0, n - side)) for n in photo.shape[:2])
         crop = Image.fromarray(photo[y : y + side, x : x + side]).resize((32, 32), Image.BICUBIC)
-        (crop.transpose(Image.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else crop).save(folder / f"{i:06}.png")
+        (crop.transpose(Image.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else crop).save(
+            folder / f"{i:06}.png"
+        )
 
 
 def write_weights(path):
@@ -66,9 +68,16 @@ def write_weights(path):
     leaves = {}
     for name, x in audit.flat(network.init(jax.random.key(0))).items():
         noise = rng.standard_normal(x.shape).astype(np.float32)
-        leaves[name] = np.asarray(x) * (1 + 0.2 * np.tanh(noise)) if name.endswith("var") else np.asarray(x) + 0.02 * noise
+        leaves[name] = (
+            np.asarray(x) * (1 + 0.2 * np.tanh(noise))
+            if name.endswith("var")
+            else np.asarray(x) + 0.02 * noise
+        )
     tensors = audit.write(FID_INCEPTION.rules(InceptionConfig(), (299, 299, 3), None), leaves)
-    torch.save({name: torch.from_numpy(x) for name, x in tensors.items() if "num_batches" not in name}, path)
+    torch.save(
+        {name: torch.from_numpy(x) for name, x in tensors.items() if "num_batches" not in name},
+        path,
+    )
 
 
 def throughput(extract, theirs, images):
@@ -85,11 +94,17 @@ def throughput(extract, theirs, images):
             ours_s.append(between - started)
             theirs_s.append(time.perf_counter() - between)
     ratios = [b / a for a, b in zip(ours_s, theirs_s, strict=True)]
-    return len(images) / statistics.median(ours_s), len(images) / statistics.median(theirs_s), statistics.median(ratios)
+    return (
+        len(images) / statistics.median(ours_s),
+        len(images) / statistics.median(theirs_s),
+        statistics.median(ratios),
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=5000)
     parser.add_argument("--reference_count", type=int, default=1000)
     parser.add_argument("--work", type=Path, default=Path("runs/fidelity"))
@@ -102,7 +117,9 @@ def main():
 
     work = args.work
     counts = {"real": args.reference_count, "fake": args.count}
-    for (name, count), photo, seed in zip(counts.items(), load_sample_images().images, (0, 1), strict=True):
+    for (name, count), photo, seed in zip(
+        counts.items(), load_sample_images().images, (0, 1), strict=True
+    ):
         if len(list((work / name).glob("*.png"))) != count:
             shutil.rmtree(work / name, ignore_errors=True)
             write_images(work / name, photo, count, seed)
@@ -113,15 +130,24 @@ def main():
     if not inception.is_dir():
         convert("fid_inception", weights, inception)
     own = work / "edm_any_weights.json"
-    own.write_text(json.dumps({"base": "edm", "weights_sha256": "", "metrics": ["fid", "is"], "is_shuffle_seed": -1}))
+    own.write_text(
+        json.dumps(
+            {"base": "edm", "weights_sha256": "", "metrics": ["fid", "is"], "is_shuffle_seed": -1}
+        )
+    )
 
     setting = Setting(str(own), str(inception))
     extract = Extractor(protocols.load(str(own)), str(inception), sharding.make_mesh())
     options = {"feature_extractor_weights_path": str(weights)}
-    theirs = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], **options).eval()
+    theirs = FeatureExtractorInceptionV3(
+        "inception-v3-compat", ["2048", "logits_unbiased"], **options
+    ).eval()
     block = np.stack([np.asarray(Image.open(p)) for p in sorted((work / "fake").iterdir())[:BATCH]])
     ours_per_s, theirs_per_s, ratio = throughput(extract, theirs, block)
-    print(f"throughput: ours {ours_per_s:.2f} images/s, torch-fidelity {theirs_per_s:.2f}; ratio {ratio:.3f}", flush=True)
+    print(
+        f"throughput: ours {ours_per_s:.2f} images/s, torch-fidelity {theirs_per_s:.2f}; ratio {ratio:.3f}",
+        flush=True,
+    )
 
     scoring.make_reference(str(work / "real"), setting, str(work / "real.npz"))
     scored = Setting(setting.protocol, setting.features, str(work / "real.npz"))
@@ -146,12 +172,22 @@ def main():
         "weights": "random" if args.weights is None else args.weights.name,
         "fid": {"ours": ours["fid"], "torch_fidelity": found["frechet_inception_distance"]},
         "is": {"ours": ours["is"], "torch_fidelity": found["inception_score_mean"]},
-        "images_per_second": {"ours": ours_per_s, "torch_fidelity": theirs_per_s, "median_ratio": ratio, "batch": BATCH},
+        "images_per_second": {
+            "ours": ours_per_s,
+            "torch_fidelity": theirs_per_s,
+            "median_ratio": ratio,
+            "batch": BATCH,
+        },
         "threads": torch.get_num_threads(),
     }
     for name in ("fid", "is"):
-        rows[name]["relative_difference"] = abs(rows[name]["ours"] / rows[name]["torch_fidelity"] - 1)
-        print(f"{name}: ours {rows[name]['ours']:.9g}, torch-fidelity {rows[name]['torch_fidelity']:.9g}, ", end="")
+        rows[name]["relative_difference"] = abs(
+            rows[name]["ours"] / rows[name]["torch_fidelity"] - 1
+        )
+        print(
+            f"{name}: ours {rows[name]['ours']:.9g}, torch-fidelity {rows[name]['torch_fidelity']:.9g}, ",
+            end="",
+        )
         print(f"relative difference {rows[name]['relative_difference']:.2e}")
     args.out.write_text(json.dumps(rows, indent=1) + "\n")
     del keep

@@ -50,17 +50,33 @@ class Field(NamedTuple):
 def fields_of(cls: type) -> list[Field]:
     """The fields of a dataclass as its source has them. comment: at its line, and those of the lines right above."""
     text = Path(inspect.getfile(cls)).read_text()
-    comments = {t.start[0]: t for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type == tokenize.COMMENT}
-    body = next(n for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == cls.__name__).body
+    comments = {
+        t.start[0]: t
+        for t in tokenize.generate_tokens(io.StringIO(text).readline)
+        if t.type == tokenize.COMMENT
+    }
+    body = next(
+        n for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == cls.__name__
+    ).body
     found = []
     for node in body:
         if isinstance(node, ast.AnnAssign):
             above = node.lineno - 1
-            while above in comments and not comments[above].line[: comments[above].start[1]].strip():
+            while (
+                above in comments and not comments[above].line[: comments[above].start[1]].strip()
+            ):
                 above -= 1
-            lines = [comments[n].string.lstrip("# ") for n in range(above + 1, (node.end_lineno or 0) + 1) if n in comments]
+            lines = [
+                comments[n].string.lstrip("# ")
+                for n in range(above + 1, (node.end_lineno or 0) + 1)
+                if n in comments
+            ]
             default = ast.get_source_segment(text, node.value) if node.value else None
-            found.append(Field(ast.unparse(node.target), ast.unparse(node.annotation), default, " ".join(lines)))
+            found.append(
+                Field(
+                    ast.unparse(node.target), ast.unparse(node.annotation), default, " ".join(lines)
+                )
+            )
     return found
 
 
@@ -106,8 +122,16 @@ def row(path: str, field: Field, sections: dict[str, type]) -> str:
     if below:
         links = ", ".join(f"[{name.removeprefix('config.')}](#{anchor(name)})" for name in below)
         return f"| `{field.name}` | section |  |  | {links} |"
-    mark, comment = (r" **\***", field.comment[1:].strip()) if field.comment.startswith("*") else ("", field.comment)
-    cells = [f"`{field.type}`", "none" if field.default is None else f"`{field.default}`", allowed(key.removeprefix("config."))]
+    mark, comment = (
+        (r" **\***", field.comment[1:].strip())
+        if field.comment.startswith("*")
+        else ("", field.comment)
+    )
+    cells = [
+        f"`{field.type}`",
+        "none" if field.default is None else f"`{field.default}`",
+        allowed(key.removeprefix("config.")),
+    ]
     return f"| `{field.name}`{mark} | {' | '.join(cell.replace('|', chr(92) + '|') for cell in (*cells, comment))} |"
 
 
@@ -127,20 +151,31 @@ def page() -> str:
         lines = ["| field | type | default | allowed | |", "|---|---|---|---|---|"]
         lines += [row(path, field, sections) for field in fields_of(cls)]
         where = f"`{cls.__name__}` in [`{source}`](../{source}): {summary(cls)}"
-        parts += [f"## {path}", where, "\n".join(lines), *([data_sets()] if path == "config.data" else [])]
+        parts += [
+            f"## {path}",
+            where,
+            "\n".join(lines),
+            *([data_sets()] if path == "config.data" else []),
+        ]
     return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:
-    parser: Any = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser: Any = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--write", action="store_true", help="write docs/config.md")
-    parser.add_argument("--check", action="store_true", help="say whether docs/config.md is this page")
+    parser.add_argument(
+        "--check", action="store_true", help="say whether docs/config.md is this page"
+    )
     flags = parser.parse_args()
     if flags.write:
         PAGE.write_text(page())
     elif flags.check:
         if not PAGE.is_file() or PAGE.read_text() != page():
-            sys.exit("docs/config.md is not what the source says: expected python launch/config_reference.py --write")
+            sys.exit(
+                "docs/config.md is not what the source says: expected python launch/config_reference.py --write"
+            )
     else:
         print(page(), end="")
 

@@ -17,14 +17,31 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-METHODS = {"dagger": "discrete MeanFlow, dagger", "linear": "discrete MeanFlow, linear", "meanflow": "JVP MeanFlow"}
+METHODS = {
+    "dagger": "discrete MeanFlow, dagger",
+    "linear": "discrete MeanFlow, linear",
+    "meanflow": "JVP MeanFlow",
+}
 SAMPLES = 2000  # per score
-KEYS = ("fd_hidden", "fd_hidden_heldout", "fd_pixels", "accuracy", "precision", "recall", "nn_ratio")
+KEYS = (
+    "fd_hidden",
+    "fd_hidden_heldout",
+    "fd_pixels",
+    "accuracy",
+    "precision",
+    "recall",
+    "nn_ratio",
+)
 
 
 def run(variant: str, workdir: Path, *flags: str) -> None:
     """Trains one run to its end, or goes on with it."""
-    command = [sys.executable, "main.py", f"--config=configs/digits.py:{variant}", f"--workdir={workdir}"]
+    command = [
+        sys.executable,
+        "main.py",
+        f"--config=configs/digits.py:{variant}",
+        f"--workdir={workdir}",
+    ]
     command += [f"--config.run.score_samples={SAMPLES}", *flags]
     print(" ".join(command[1:]), flush=True)
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
@@ -73,12 +90,18 @@ def table(results: dict[int, dict[str, dict[int, dict[str, float]]]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "table", help="where the runs are kept")
+    parser.add_argument(
+        "--folder", type=Path, default=ROOT / "runs" / "table", help="where the runs are kept"
+    )
     parser.add_argument("--out", type=Path, help="JSON file for the numbers")
     flags = parser.parse_args()
-    results = {int(s): seed_results(flags.folder.absolute(), int(s)) for s in flags.seeds.split(",")}
+    results = {
+        int(s): seed_results(flags.folder.absolute(), int(s)) for s in flags.seeds.split(",")
+    }
     print(table(results))
     if flags.out:
         command = f"python launch/digits_table.py --seeds={flags.seeds} --out={flags.out}"

@@ -55,10 +55,16 @@ class Life:
         self.left_over = self.unfinished()
         workdir.parent.mkdir(parents=True, exist_ok=True)
         with self.said.open("w") as out:
-            programs = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(workdir.parent / "programs")
+            programs = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(
+                workdir.parent / "programs"
+            )
             environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": programs}
             self.process = subprocess.Popen(
-                command(workdir, total), cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT
+                command(workdir, total),
+                cwd=ROOT,
+                env=environment,
+                stdout=out,
+                stderr=subprocess.STDOUT,
             )
 
     def running(self) -> bool:
@@ -92,7 +98,10 @@ class Life:
             return "save"
         if "first step begun" not in said:
             return "compilation, first step"
-        done = max((int(p.parent.name) for p in self.workdir.glob("checkpoints/*/manifest.json")), default=0)
+        done = max(
+            (int(p.parent.name) for p in self.workdir.glob("checkpoints/*/manifest.json")),
+            default=0,
+        )
         if done == self.steps() and not self.scored(done):
             return "pictures, scores"
         return "steps"
@@ -112,7 +121,9 @@ class Life:
 def wait_and_kill(life: Life, how: str, start_s: float, rng: random.Random) -> str | None:
     """Kills a life at its time, and returns what that interrupted; None where it has ended before. start_s: of a start."""
     target = life.steps() + rng.randint(1, 12)
-    until = {"start": lambda: True, "steps": lambda: life.steps() >= target, "save": life.saving}[how]
+    until = {"start": lambda: True, "steps": lambda: life.steps() >= target, "save": life.saving}[
+        how
+    ]
     extra = rng.uniform(0, {"start": 1.2 * start_s, "steps": 0.05, "save": SAVE_S}[how])
     while life.running() and not until():
         time.sleep(0.001)
@@ -130,13 +141,18 @@ def survive(folder: Path, kills: int, seed: int, total: int) -> dict[str, Any]:
     while sum(phases.values()) < kills:
         life, starts = Life(killed, total), starts + 1
         near = life.steps() > total - 30
-        phase = wait_and_kill(life, "start" if near else ("start", "steps", "save")[starts % 3], start_s, rng)
+        phase = wait_and_kill(
+            life, "start" if near else ("start", "steps", "save")[starts % 3], start_s, rng
+        )
         if phase is None:
             check(life)
             break
         phases[phase] += 1
         if sum(phases.values()) % 10 == 0:
-            print(f"{sum(phases.values())} kills, step {life.steps()} of {total}, {time.monotonic() - began:.0f} s", flush=True)
+            print(
+                f"{sum(phases.values())} kills, step {life.steps()} of {total}, {time.monotonic() - began:.0f} s",
+                flush=True,
+            )
     finished(killed, total)
     return {
         "kills": sum(phases.values()),
@@ -168,20 +184,37 @@ def compare(a: Path, b: Path, total: int) -> list[str]:
 
     def arrays(workdir: Path) -> dict[str, np.ndarray]:
         found = ocp.load_checkpointables((workdir / "checkpoints" / str(total)).absolute())
-        return {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(found)}
+        return {
+            jax.tree_util.keystr(p): np.asarray(x)
+            for p, x in jax.tree_util.tree_leaves_with_path(found)
+        }
 
     x, y = arrays(a), arrays(b)
-    names = [name for name in x.keys() | y.keys() if name not in x or name not in y or x[name].tobytes() != y[name].tobytes()]
-    return sorted(names) + [log for log in ("metrics.jsonl", "scores.jsonl") if (a / log).read_text() != (b / log).read_text()]
+    names = [
+        name
+        for name in x.keys() | y.keys()
+        if name not in x or name not in y or x[name].tobytes() != y[name].tobytes()
+    ]
+    return sorted(names) + [
+        log
+        for log in ("metrics.jsonl", "scores.jsonl")
+        if (a / log).read_text() != (b / log).read_text()
+    ]
 
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=600, help="of the run; about four times the kills are needed")
+    parser.add_argument(
+        "--steps", type=int, default=600, help="of the run; about four times the kills are needed"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", default="", help="where the runs go; default: a temporary directory")
+    parser.add_argument(
+        "--folder", default="", help="where the runs go; default: a temporary directory"
+    )
     parser.add_argument("--out", default="", help="JSON of the outcome")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="dmf-kills-") as temporary:

@@ -50,7 +50,9 @@ def config_of(name: str, **changes: Any) -> Config:
     found = parse(made)
     depth = changes.pop("depth", None)
     return (
-        replace(found, **changes) if depth is None else replace(found, network=replace(found.network, depth=depth), **changes)
+        replace(found, **changes)
+        if depth is None
+        else replace(found, network=replace(found.network, depth=depth), **changes)
     )
 
 
@@ -64,7 +66,9 @@ def state_of(config: Config) -> dict[str, Any]:
     shape = plan.DATA[config.data.name][0]
     params = jax.eval_shape(networks.build(config.network, shape).init, jax.random.key(0))
     optimizer = optim.build(config.optimizer)
-    now = jax.eval_shape(lambda given: state.create(given, optimizer, config.ema, config.curriculum.interval), params)
+    now = jax.eval_shape(
+        lambda given: state.create(given, optimizer, config.ema, config.curriculum.interval), params
+    )
     return {
         "parameters": sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params)),
         "weights": size(now.params),
@@ -80,17 +84,31 @@ def temporary(config: Config, kind: str) -> int:
     shape, optimizer = plan.DATA[config.data.name][0], optim.build(config.optimizer)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     params = jax.eval_shape(networks.build(config.network, shape).init, jax.random.key(0))
-    now = jax.eval_shape(lambda given: state.create(given, optimizer, config.ema, config.curriculum.interval), params)
-    scalars = step.Scalars(np.float32(1), np.float32(0), np.zeros(len(config.ema.halflife_images), np.float32), np.uint32(0))
+    now = jax.eval_shape(
+        lambda given: state.create(given, optimizer, config.ema, config.curriculum.interval), params
+    )
+    scalars = step.Scalars(
+        np.float32(1),
+        np.float32(0),
+        np.zeros(len(config.ema.halflife_images), np.float32),
+        np.uint32(0),
+    )
     network = step.network_for(kind, config, shape, mesh)
-    program = step.make_train_step(kind, network, optimizer, config, mesh, sharding.placed(mesh, now))
-    found = cost.counts(program.lower(now, cost.batch_shapes(config, shape), scalars).compile()).temporary_bytes
+    program = step.make_train_step(
+        kind, network, optimizer, config, mesh, sharding.placed(mesh, now)
+    )
+    found = cost.counts(
+        program.lower(now, cost.batch_shapes(config, shape), scalars).compile()
+    ).temporary_bytes
     return int(found or 0)
 
 
 def state_table(states: dict[str, Any]) -> str:
     """Markdown: bytes by part."""
-    lines = ["| config | parameters | weights | Adam | averages | state |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| config | parameters | weights | Adam | averages | state |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, of in states.items():
         mb = (of["weights"], of["adam"], sum(of["averages"]), of["state"])
         cells = [f"{of['parameters']:,}", *(f"{n / 1e6:,.1f}" for n in mb)]
@@ -104,13 +122,21 @@ def policy_table(programs: dict[str, dict[str, dict[str, int]]]) -> str:
     lines = [f"| program | step | {' | '.join(POLICIES)} |", "|---|---|" + "---|" * len(POLICIES)]
     for name, kinds in programs.items():
         for kind, of in kinds.items():
-            lines.append(f"| {name} | {kind} | {' | '.join(f'{of[policy] / 1e6:,.1f}' for policy in POLICIES)} |")
+            lines.append(
+                f"| {name} | {kind} | {' | '.join(f'{of[policy] / 1e6:,.1f}' for policy in POLICIES)} |"
+            )
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="JSON file for the numbers; programs that are in it are not compiled again")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="JSON file for the numbers; programs that are in it are not compiled again",
+    )
     flags = parser.parse_args()
     about = {"command": f"python launch/memory_table.py --out={flags.out}", "jax": jax.__version__}
     stored: dict[str, Any] = {**about, "device": jax.devices()[0].platform, "temporary_bytes": {}}

@@ -19,7 +19,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "notebooks"
-SHORT = re.compile(r"(length(?:, config\.curriculum\.length)? ?= ?)([\d.]+)(, [\d.]+)?")  # the lengths that a notebook sets
+SHORT = re.compile(
+    r"(length(?:, config\.curriculum\.length)? ?= ?)([\d.]+)(, [\d.]+)?"
+)  # the lengths that a notebook sets
 
 
 def shortened(source: str) -> str:
@@ -46,7 +48,9 @@ def run(path: Path, out: Path, short: bool, limit_s: int = 900) -> list[Path]:
             cell.source = shortened(cell.source)
     out.mkdir(parents=True, exist_ok=True)
     there = {"DMF_NOTEBOOK_RUN": str(out.resolve() / "short_run")} if short else {}
-    client = NotebookClient(notebook, timeout=limit_s, resources={"metadata": {"path": str(path.parent)}})
+    client = NotebookClient(
+        notebook, timeout=limit_s, resources={"metadata": {"path": str(path.parent)}}
+    )
     client.execute(env={**there, **os.environ})
     nbformat.write(notebook, out / path.name)
     pictures = []
@@ -58,10 +62,16 @@ def run(path: Path, out: Path, short: bool, limit_s: int = 900) -> list[Path]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     known = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}; all, if none is given")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "notebooks", help="for outputs and pictures")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}; all, if none is given"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "runs" / "notebooks", help="for outputs and pictures"
+    )
     parser.add_argument("--short", action="store_true", help="train for a hundredth of the steps")
     flags = parser.parse_args()
     unknown = sorted(set(flags.names) - set(known))
@@ -74,7 +84,10 @@ def main() -> int:
         began = time.monotonic()
         try:
             pictures = run(FOLDER / f"{name}.ipynb", flags.out, flags.short)
-            print(f"{name:<12} {time.monotonic() - began:5.0f} s, {len(pictures)} pictures in {flags.out}", flush=True)
+            print(
+                f"{name:<12} {time.monotonic() - began:5.0f} s, {len(pictures)} pictures in {flags.out}",
+                flush=True,
+            )
         except CellExecutionError as error:
             failed = True
             print(f"{name:<12} failed:\n{error}", file=sys.stderr, flush=True)

@@ -45,7 +45,9 @@ def start(flags: list[str], programs: Path) -> tuple[float, float]:
             except subprocess.TimeoutExpired:
                 continue
             if not (found := SAID.search(said.read_text())):
-                raise SystemExit(f"error: the run ended before its first step:\n{said.read_text()[-2000:]}")
+                raise SystemExit(
+                    f"error: the run ended before its first step:\n{said.read_text()[-2000:]}"
+                )
             break
         process.kill()
         process.wait()
@@ -62,38 +64,59 @@ def measure(flags: list[str], firsts: int, later: int) -> dict[str, list[tuple[f
             for kind in ("first", *["later"] * count):
                 found[kind].append(start(flags, Path(folder)))
                 begun, done = found[kind][-1]
-                print(f"  {kind:<6} first step begun after {begun:>6.1f} s, done after {done:>6.1f} s", flush=True)
+                print(
+                    f"  {kind:<6} first step begun after {begun:>6.1f} s, done after {done:>6.1f} s",
+                    flush=True,
+                )
     return found
 
 
 def summary(found: dict[str, list[tuple[float, float]]]) -> dict[str, float]:
     """Medians of both kinds and their ratios, to the beginning and to the end of the first step."""
     medians = {
-        f"{kind}_{what}_s": statistics.median(t[i] for t in found[kind]) for kind in found for i, what in enumerate(ENDS)
+        f"{kind}_{what}_s": statistics.median(t[i] for t in found[kind])
+        for kind in found
+        for i, what in enumerate(ENDS)
     }
-    ratios = {f"ratio_{what}": medians[f"first_{what}_s"] / medians[f"later_{what}_s"] for what in ENDS}
+    ratios = {
+        f"ratio_{what}": medians[f"first_{what}_s"] / medians[f"later_{what}_s"] for what in ENDS
+    }
     return {name: round(value, 2) for name, value in (medians | ratios).items()}
 
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--firsts", type=int, default=3)
     parser.add_argument("--later", type=int, default=6, help="no fewer than the first ones")
     parser.add_argument("--out", type=Path, help="JSON of all times")
     parser.add_argument("flags", nargs="*", default=[*FLAGS], help="of main.py, behind --")
     given = parser.parse_args()
     if not 1 <= given.firsts <= given.later:
-        parser.error(f"--firsts={given.firsts} --later={given.later}: expected 1 or more, and no fewer later ones")
+        parser.error(
+            f"--firsts={given.firsts} --later={given.later}: expected 1 or more, and no fewer later ones"
+        )
     found = measure(given.flags, given.firsts, given.later)
     numbers = summary(found)
     for kind, times in found.items():
         begun, done = (numbers[f"{kind}_{end}_s"] for end in ENDS)
-        print(f"{kind:<6} median of {len(times)}: begun after {begun:.1f} s, done after {done:.1f} s")
-    print(f"ratio  {numbers['ratio_begun']:.2f} x to the beginning of the first step, {numbers['ratio_done']:.2f} x to its end")
+        print(
+            f"{kind:<6} median of {len(times)}: begun after {begun:.1f} s, done after {done:.1f} s"
+        )
+    print(
+        f"ratio  {numbers['ratio_begun']:.2f} x to the beginning of the first step, {numbers['ratio_done']:.2f} x to its end"
+    )
     if given.out:
         command = shlex.join(["python", "launch/start_times.py", *sys.argv[1:]])
-        stored = {"command": command, "cores": os.cpu_count(), "flags": given.flags, "starts": found, **numbers}
+        stored = {
+            "command": command,
+            "cores": os.cpu_count(),
+            "flags": given.flags,
+            "starts": found,
+            **numbers,
+        }
         given.out.write_text(json.dumps(stored, indent=1) + "\n")
 
 

@@ -36,7 +36,16 @@ SAMPLES = 2000  # per score
 MAIN = str(ROOT / "main.py")
 COMMAND = "python launch/study.py --out=docs/study.json --plot=docs/study.png --docs=docs/study.md"  # all of it, to be stored
 FLOW_NFE, NFE = (1, 2, 4, 8, 16, 32), (1, 2)
-KEYS = ("fd_hidden", "fd_hidden_heldout", "fd_pixels", "fd_pixels_heldout", "accuracy", "precision", "recall", "nn_ratio")
+KEYS = (
+    "fd_hidden",
+    "fd_hidden_heldout",
+    "fd_pixels",
+    "fd_pixels_heldout",
+    "accuracy",
+    "precision",
+    "recall",
+    "nn_ratio",
+)
 HELDOUT, TRAIN = "fd_hidden_heldout", "fd_hidden"
 # What is compared, set by set. Held-out crops of two photographs are far from the training crops whatever a model does.
 SCORE = {"digits": HELDOUT, "photos": TRAIN}
@@ -61,7 +70,10 @@ VARIANTS = {
     "p25": ("loss.p=0.25", "p = .25"),
     "p75": ("loss.p=0.75", "p = .75"),
     "p1": ("loss.p=1.0", "p = 1"),
-    "meanflow_p1": ("curriculum.stages=1 curriculum.kinds=('jvp',) loss.p=1.0", "MeanFlow by JVP, fine-tuning, p = 1"),
+    "meanflow_p1": (
+        "curriculum.stages=1 curriculum.kinds=('jvp',) loss.p=1.0",
+        "MeanFlow by JVP, fine-tuning, p = 1",
+    ),
     "clip_off": ("optimizer.clip_norm=0.0", "gradients not clipped"),
     "unit": ("loss.residual_scale=unit", "residuals in unit scale"),
     "own": ("loss.tangent=own", "the step back along the network's own u(z, t, t)"),
@@ -113,13 +125,19 @@ class Job:
         }
         self.steps = FLOW_STEPS if name == "flow" else STEPS + FLOW_STEPS * (name in FRESH)
         self.nfe = FLOW_NFE if name == "flow" else NFE
-        values |= {"curriculum.length": f"{self.steps}.0", "run.score_steps": f"({','.join(map(str, self.nfe))})"}
+        values |= {
+            "curriculum.length": f"{self.steps}.0",
+            "run.score_steps": f"({','.join(map(str, self.nfe))})",
+        }
         if name != "flow":
             values |= dict(field.split("=", 1) for field in VARIANTS[name][0].split())
             if name not in FRESH:
                 values["init"] = str(flow / "checkpoints" / str(FLOW_STEPS))
         recipe = "flow" if name == "flow" else BASE
-        self.flags = [f"--config=configs/{dataset}.py:{recipe}", *(f"--config.{k}={v}" for k, v in values.items())]
+        self.flags = [
+            f"--config=configs/{dataset}.py:{recipe}",
+            *(f"--config.{k}={v}" for k, v in values.items()),
+        ]
 
     def rows(self) -> list[dict[str, Any]]:
         """What scores.jsonl holds, but a line that a kill has torn."""
@@ -138,7 +156,9 @@ class Job:
         kept = self.outcome()
         if kept["flags"] != self.flags:
             other = sorted(set(kept["flags"]) ^ set(self.flags))
-            raise SystemExit(f"error: {self.workdir} holds a run of other flags, {' '.join(other)}: remove it to run it again")
+            raise SystemExit(
+                f"error: {self.workdir} holds a run of other flags, {' '.join(other)}: remove it to run it again"
+            )
         last = {row["nfe"] for row in self.rows() if row["step"] == self.steps}
         return bool(kept["failed"]) or last == set(self.nfe)
 
@@ -155,14 +175,28 @@ class Job:
         """What the study keeps of the run: the score of every stage, the last scores, seconds."""
         rows, kept = self.rows(), self.outcome()
         stages = [
-            {"stage": r["stage"], "kind": r["kind"], "step": r["step"], TRAIN: r[TRAIN], HELDOUT: r[HELDOUT]}
+            {
+                "stage": r["stage"],
+                "kind": r["kind"],
+                "step": r["step"],
+                TRAIN: r[TRAIN],
+                HELDOUT: r[HELDOUT],
+            }
             for r in rows
             if r["nfe"] == 1
         ]
-        last = {str(r["nfe"]): {key: r[key] for key in KEYS} for r in rows if r["step"] == self.steps}
+        last = {
+            str(r["nfe"]): {key: r[key] for key in KEYS} for r in rows if r["step"] == self.steps
+        }
         path = self.workdir / "guard.json"
         guarded = len(json.loads(path.read_text())) if path.is_file() else 0
-        return {"stages": stages, "last": last, "failed": kept["failed"], "seconds": kept["seconds"], "interventions": guarded}
+        return {
+            "stages": stages,
+            "last": last,
+            "failed": kept["failed"],
+            "seconds": kept["seconds"],
+            "interventions": guarded,
+        }
 
 
 # ---- running
@@ -181,7 +215,11 @@ class Runner:
     def __init__(self, folder: Path, side_by_side: int, keep: bool, todo: list[Job]):
         self.keep, self.total, self.done = keep, len(todo), 0
         self.left = self.all_steps = sum(job.steps for job in todo)
-        self.began, self.lock, self.children = time.monotonic(), threading.Lock(), set[subprocess.Popen]()
+        self.began, self.lock, self.children = (
+            time.monotonic(),
+            threading.Lock(),
+            set[subprocess.Popen](),
+        )
         self.stopped = False
         self.side_by_side = side_by_side
         self.environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "programs")}
@@ -213,7 +251,9 @@ class Runner:
             os.sched_setaffinity(0, cores)  # of this thread, and of what it starts
         command = [sys.executable, MAIN, *job.flags, f"--workdir={job.workdir}"]
         with said.open("w") as out:
-            child = subprocess.Popen(command, cwd=ROOT, env=self.environment, stdout=out, stderr=subprocess.STDOUT)
+            child = subprocess.Popen(
+                command, cwd=ROOT, env=self.environment, stdout=out, stderr=subprocess.STDOUT
+            )
             self.children.add(child)
             status = child.wait()
         self.children.discard(child)
@@ -223,7 +263,9 @@ class Runner:
         if self.stopped:
             return
         if not job.finished():
-            raise SystemExit(f"error: {job.workdir} ended with {status}:\n{said.read_text()[-2000:]}")
+            raise SystemExit(
+                f"error: {job.workdir} ended with {status}:\n{said.read_text()[-2000:]}"
+            )
         if not self.keep and job.name != "flow":
             shutil.rmtree(job.workdir / "checkpoints", ignore_errors=True)
         with self.lock:
@@ -243,15 +285,28 @@ class Runner:
         )
 
 
-def run(folder: Path, sets: list[str], seeds: list[int], only: list[str], side_by_side: int, keep: bool) -> None:
+def run(
+    folder: Path, sets: list[str], seeds: list[int], only: list[str], side_by_side: int, keep: bool
+) -> None:
     """Runs what is missing: the flow models, then the variants, seed by seed."""
     flows = [Job(folder, s, seed, "flow") for seed in seeds for s in sets]
-    variants = [Job(folder, s, seed, v) for seed in seeds for s in sets for v in SETS[s] if not only or v in only]
+    variants = [
+        Job(folder, s, seed, v)
+        for seed in seeds
+        for s in sets
+        for v in SETS[s]
+        if not only or v in only
+    ]
     flows, variants = ([job for job in jobs if not job.finished()] for jobs in (flows, variants))
     runner = Runner(folder, side_by_side, keep, flows + variants)
     runner.all(flows)
-    if any(job.record()["failed"] for job in (Job(folder, s, seed, "flow") for seed in seeds for s in sets)):
-        raise SystemExit("error: a flow model ended on values that are not finite, nothing can start from it")
+    if any(
+        job.record()["failed"]
+        for job in (Job(folder, s, seed, "flow") for seed in seeds for s in sets)
+    ):
+        raise SystemExit(
+            "error: a flow model ended on values that are not finite, nothing can start from it"
+        )
     runner.all(variants)
 
 
@@ -295,7 +350,9 @@ def last(record: Record, key: str, nfe: int = 1) -> float:
 def diverged(record: Record, key: str) -> bool:
     """Not finite, or a stage's score above `DIVERGED` times the best before it."""
     scores = [s[key] for s in record["stages"]]
-    return bool(record["failed"]) or any(b > DIVERGED * min(scores[:i]) for i, b in enumerate(scores) if i)
+    return bool(record["failed"]) or any(
+        b > DIVERGED * min(scores[:i]) for i, b in enumerate(scores) if i
+    )
 
 
 def worse(record: Record, key: str) -> bool:
@@ -314,7 +371,9 @@ def spread(values: list[float], digits: int = 3, sign: str = "") -> str:
 
 def differences(seeds: dict[str, dict[str, Record]], name: str, key: str) -> list[float]:
     """Last one-step score minus that of `BASE` with the same seed."""
-    return [last(s[name], key) - last(s[BASE], key) for s in seeds.values() if name in s and BASE in s]
+    return [
+        last(s[name], key) - last(s[BASE], key) for s in seeds.values() if name in s and BASE in s
+    ]
 
 
 def table(results: Results) -> str:
@@ -333,7 +392,11 @@ def table(results: Results) -> str:
         head = f"1 step, held-out | 2 steps, held-out | 1 step, train | minus {BASE}, {word} | best stage, {word}"
         parts.append(f"| variant | what | {head} | diverged | worse | guard | s |")
         parts.append("|---" * 11 + "|")
-        parts.extend(_row(seeds, name, SCORE[dataset]) for name in VARIANTS if any(name in s for s in seeds.values()))
+        parts.extend(
+            _row(seeds, name, SCORE[dataset])
+            for name in VARIANTS
+            if any(name in s for s in seeds.values())
+        )
         parts.append("")
     return "\n".join(parts).rstrip()
 
@@ -360,7 +423,9 @@ def paste(text: str, between: str) -> str:
     """`text` with what stands between its lines <!-- table --> and <!-- end of table --> replaced."""
     first, end = "<!-- table -->\n", "<!-- end of table -->"
     if text.count(first) != 1 or text.count(end) != 1 or text.index(first) > text.index(end):
-        raise SystemExit(f"error: expected the lines {first.strip()} and {end} once each, in this order")
+        raise SystemExit(
+            f"error: expected the lines {first.strip()} and {end} once each, in this order"
+        )
     return text[: text.index(first) + len(first)] + f"\n{between}\n\n" + text[text.index(end) :]
 
 
@@ -384,14 +449,22 @@ def plot(results: Results, path: Path) -> None:
             left.plot(stopped, [i] * len(stopped), "x", color="C3")
             if scores:
                 left.plot([statistics.mean(scores)], [i], "|", ms=12, color="k")
-        left.set(yticks=range(len(there)), yticklabels=there, xscale="log", title=dataset, xlabel=f"{key}, 1 step")
+        left.set(
+            yticks=range(len(there)),
+            yticklabels=there,
+            xscale="log",
+            title=dataset,
+            xlabel=f"{key}, 1 step",
+        )
         left.invert_yaxis()
         for i, name in enumerate(n for n in CURVES if n in there):
             for j, record in enumerate(s[name] for s in seeds.values() if name in s):
                 points = [(s["step"], s[key]) for s in record["stages"]]
                 line = dict(color=f"C{i}", lw=0.9, marker=".", label=name if j == 0 else None)
                 right.plot(*zip(*points, strict=True), **line)
-        right.set(yscale="log", title=f"{dataset}, by stage", xlabel="step", ylabel=f"{key}, 1 step")
+        right.set(
+            yscale="log", title=f"{dataset}, by stage", xlabel="step", ylabel=f"{key}, 1 step"
+        )
         right.legend(fontsize=8)
     fig.tight_layout()
     fig.savefig(path, dpi=100)
@@ -407,7 +480,9 @@ def some_of(choices: Collection[str]) -> Callable[[str], list[str]]:
     def parse(text: str) -> list[str]:
         unknown = [name for name in text.split(",") if name not in choices]
         if unknown:
-            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: expected some of {', '.join(choices)}")
+            raise argparse.ArgumentTypeError(
+                f"{', '.join(unknown)}: expected some of {', '.join(choices)}"
+            )
         return text.split(",")
 
     return parse
@@ -415,17 +490,35 @@ def some_of(choices: Collection[str]) -> Callable[[str], list[str]]:
 
 def arguments() -> argparse.Namespace:
     """The flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sets", type=some_of(SETS), default=list(SETS), help="comma-separated")
-    parser.add_argument("--seeds", type=lambda text: [int(n) for n in text.split(",")], default=[0, 1, 2, 3, 4])
-    parser.add_argument("--only", type=some_of(VARIANTS), default=[], help="variants, comma-separated; default: all")
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, each on its share of the cores")
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "study", help="where the runs are kept")
-    parser.add_argument("--keep", action="store_true", help="keep the checkpoints of finished runs, 90 MB each")
+    parser.add_argument(
+        "--seeds", type=lambda text: [int(n) for n in text.split(",")], default=[0, 1, 2, 3, 4]
+    )
+    parser.add_argument(
+        "--only", type=some_of(VARIANTS), default=[], help="variants, comma-separated; default: all"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="runs side by side, each on its share of the cores"
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=ROOT / "runs" / "study", help="where the runs are kept"
+    )
+    parser.add_argument(
+        "--keep", action="store_true", help="keep the checkpoints of finished runs, 90 MB each"
+    )
     parser.add_argument("--out", type=Path, help="JSON of all numbers; read where --table is given")
     parser.add_argument("--plot", type=Path, help="PNG to write")
-    parser.add_argument("--docs", type=Path, help="Markdown file that takes the table between its marks")
-    parser.add_argument("--table", action="store_true", help="run nothing: table, plot and page of what is in --out, or there")
+    parser.add_argument(
+        "--docs", type=Path, help="Markdown file that takes the table between its marks"
+    )
+    parser.add_argument(
+        "--table",
+        action="store_true",
+        help="run nothing: table, plot and page of what is in --out, or there",
+    )
     return parser.parse_args()
 
 
@@ -443,7 +536,9 @@ def main() -> None:
         results = merged(stored, collect(folder))
         if given.out:
             about = {"flow_steps": FLOW_STEPS, "steps": STEPS, "samples_per_score": SAMPLES}
-            given.out.write_text(json.dumps({"command": COMMAND, **about, "sets": results}, indent=1) + "\n")
+            given.out.write_text(
+                json.dumps({"command": COMMAND, **about, "sets": results}, indent=1) + "\n"
+            )
     text = table(results)
     print(text)
     if given.plot:

@@ -24,7 +24,9 @@ from orbax.checkpoint._src.path import gcs_utils
 def serve(bucket, patch, with_gcsfs):
     """Puts a bucket behind gs://, by a pytest.MonkeyPatch. with_gcsfs: gcsfs sees it, through the port, and not `Files`."""
     patch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://127.0.0.1:{bucket.port}")
-    patch.setenv("GCE_METADATA_ROOT", f"127.0.0.1:{bucket.port}")  # where nobody has credentials to give
+    patch.setenv(
+        "GCE_METADATA_ROOT", f"127.0.0.1:{bucket.port}"
+    )  # where nobody has credentials to give
     patch.setenv("EPATH_USE_TF", "false")
     if with_gcsfs:
         patch.setenv(
@@ -37,7 +39,11 @@ def serve(bucket, patch, with_gcsfs):
         patch.setattr(Files, "store", bucket)
         patch.setitem(_registry, "gcs", Files)
         # Whether a bucket has real folders Orbax asks google-cloud-storage, which comes with gcsfs.
-        patch.setattr(gcs_utils, "get_bucket", lambda name: types.SimpleNamespace(hierarchical_namespace_enabled=False))
+        patch.setattr(
+            gcs_utils,
+            "get_bucket",
+            lambda name: types.SimpleNamespace(hierarchical_namespace_enabled=False),
+        )
     backend.fsspec_backend._get_filesystem.cache_clear()
     gpath._is_tf_installed.cache_clear()
 
@@ -77,8 +83,20 @@ class Bucket:
         data, generation = self.objects[name]
         bucket, _, key = name.partition("/")
         now = "2026-01-01T00:00:00.000Z"
-        about = {"kind": "storage#object", "bucket": bucket, "name": key, "size": str(len(data)), "updated": now}
-        return {**about, "timeCreated": now, "generation": str(generation), "metageneration": "1", "id": f"{name}/{generation}"}
+        about = {
+            "kind": "storage#object",
+            "bucket": bucket,
+            "name": key,
+            "size": str(len(data)),
+            "updated": now,
+        }
+        return {
+            **about,
+            "timeCreated": now,
+            "generation": str(generation),
+            "metageneration": "1",
+            "id": f"{name}/{generation}",
+        }
 
     def under(self, prefix):
         """Names that begin with a prefix, sorted."""
@@ -100,7 +118,10 @@ class _Handler(BaseHTTPRequestHandler):
     """The few calls of the JSON protocol that TensorStore and gcsfs make."""
 
     protocol_version = "HTTP/1.1"
-    wbufsize, disable_nagle_algorithm = -1, True  # an answer is one packet: in two, each waits for the other side
+    wbufsize, disable_nagle_algorithm = (
+        -1,
+        True,
+    )  # an answer is one packet: in two, each waits for the other side
     store = None
 
     def log_message(self, *_):
@@ -118,8 +139,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _asked(self):
         url = urllib.parse.urlsplit(self.path)
-        found = re.fullmatch(r"/(?:(upload|download)/)?storage/v1/b/([^/]+)(?:/o(?:/(.+))?)?(/)?", url.path)
-        query = {k: v[0] for k, v in urllib.parse.parse_qs(url.query, keep_blank_values=True).items()}
+        found = re.fullmatch(
+            r"/(?:(upload|download)/)?storage/v1/b/([^/]+)(?:/o(?:/(.+))?)?(/)?", url.path
+        )
+        query = {
+            k: v[0] for k, v in urllib.parse.parse_qs(url.query, keep_blank_values=True).items()
+        }
         self.store.requests.append((self.command, url.path))
         if found is None:
             return url.path, "", None, query
@@ -141,7 +166,12 @@ class _Handler(BaseHTTPRequestHandler):
         with self.store.lock:
             if key is None:
                 is_list = urllib.parse.urlsplit(self.path).path.rstrip("/").endswith("/o")
-                return self._answer(200, self._listed(bucket, query) if is_list else {"name": bucket, "kind": "storage#bucket"})
+                return self._answer(
+                    200,
+                    self._listed(bucket, query)
+                    if is_list
+                    else {"name": bucket, "kind": "storage#bucket"},
+                )
             name = f"{bucket}/{key}"
             if name not in self.store.objects:
                 return self._missing()
@@ -162,14 +192,20 @@ class _Handler(BaseHTTPRequestHandler):
         if first >= len(data):
             return self._answer(416, b"", Content_Range=f"bytes */{len(data)}")
         part = data[first : last + 1]
-        return self._answer(206, part, Content_Range=f"bytes {first}-{first + len(part) - 1}/{len(data)}", **headers)
+        return self._answer(
+            206, part, Content_Range=f"bytes {first}-{first + len(part) - 1}/{len(data)}", **headers
+        )
 
     def _listed(self, bucket, query):
         prefix, cut = query.get("prefix", ""), query.get("delimiter", "")
         items, prefixes = [], set()
         for name in self.store.under(f"{bucket}/{prefix}"):
             key = name.partition("/")[2]
-            if key < query.get("startOffset", "") or query.get("endOffset") and key >= query["endOffset"]:
+            if (
+                key < query.get("startOffset", "")
+                or query.get("endOffset")
+                and key >= query["endOffset"]
+            ):
                 continue
             head, found, _ = key[len(prefix) :].partition(cut) if cut else (key, "", "")
             if found:
@@ -197,9 +233,13 @@ class _Handler(BaseHTTPRequestHandler):
             return self._batch(body) if how.startswith("/batch") else self._answer(501)
         name = query.get("name")
         if query.get("uploadType") == "multipart":
-            edge = b"--" + re.search(r"boundary=[\"']?([^\"';]+)", self.headers["Content-Type"])[1].encode()
+            edge = (
+                b"--"
+                + re.search(r"boundary=[\"']?([^\"';]+)", self.headers["Content-Type"])[1].encode()
+            )
             about, data = (
-                part.split(b"\r\n\r\n", 1) if b"\r\n\r\n" in part else part.split(b"\n\n", 1) for part in body.split(edge)[1:3]
+                part.split(b"\r\n\r\n", 1) if b"\r\n\r\n" in part else part.split(b"\n\n", 1)
+                for part in body.split(edge)[1:3]
             )
             name, body = json.loads(about[1])["name"], re.sub(rb"\r?\n$", b"", data[1])
         if query.get("uploadType") == "resumable":
@@ -248,7 +288,11 @@ class _Handler(BaseHTTPRequestHandler):
             parts.append(
                 f"--edge\r\nContent-Type: application/http\r\nContent-ID: <response-{i}>\r\n\r\nHTTP/1.1 {status} x\r\n\r\n"
             )
-        self._answer(200, ("".join(parts) + "--edge--").encode(), Content_Type="multipart/mixed; boundary=edge")
+        self._answer(
+            200,
+            ("".join(parts) + "--edge--").encode(),
+            Content_Type="multipart/mixed; boundary=edge",
+        )
 
 
 class Files(AbstractFileSystem):
@@ -272,7 +316,9 @@ class Files(AbstractFileSystem):
             elif key.startswith(name + "/"):
                 head, cut, _ = key[len(name) + 1 :].partition("/")
                 child = f"{name}/{head}"
-                found[child] = {"name": child, "size": 0, "type": "directory"} if cut else self.info(child)
+                found[child] = (
+                    {"name": child, "size": 0, "type": "directory"} if cut else self.info(child)
+                )
         if not found:
             raise FileNotFoundError(path)
         return list(found.values()) if detail else list(found)

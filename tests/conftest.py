@@ -25,8 +25,15 @@ import pytest
 
 # A shell lets what it starts in the background ignore interrupts, and so would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-gc.set_threshold(100_000, 50)  # as in main.py; a fifth of the time went into looking through what jax keeps
-LONGEST = ("test_survive", "test_processes", "test_train", "test_guard")  # these start processes of their own
+gc.set_threshold(
+    100_000, 50
+)  # as in main.py; a fifth of the time went into looking through what jax keeps
+LONGEST = (
+    "test_survive",
+    "test_processes",
+    "test_train",
+    "test_guard",
+)  # these start processes of their own
 GOLDEN = Path(__file__).parent / "golden"
 
 

@@ -14,7 +14,8 @@ from dmf.convert import audit
 from dmf.convert.files.read import Tensor
 
 needs_torch = pytest.mark.skipif(
-    importlib.util.find_spec("torch") is None, reason="torch is not installed: nothing to compare with (pip install torch)"
+    importlib.util.find_spec("torch") is None,
+    reason="torch is not installed: nothing to compare with (pip install torch)",
 )
 
 
@@ -22,13 +23,16 @@ def recipe_weights(data):
     """A reference network's weights, torch names and layouts, redrawn from the arrays recipe/* and fixed/*."""
     weights = {}
     for name, shape, scale, offset, sums in zip(
-        *(data[f"recipe/{field}"] for field in ("keys", "shapes", "scale", "offset", "sums")), strict=True
+        *(data[f"recipe/{field}"] for field in ("keys", "shapes", "scale", "offset", "sums")),
+        strict=True,
     ):
         if np.isnan(scale):
             weights[str(name)] = data[f"fixed/{name}"]
             continue
         dims = [int(d) for d in str(shape).split(",")]
-        draw = np.random.RandomState((zlib.crc32(str(name).encode()) ^ int(data["recipe/seed"])) & 0xFFFFFFFF)
+        draw = np.random.RandomState(
+            (zlib.crc32(str(name).encode()) ^ int(data["recipe/seed"])) & 0xFFFFFFFF
+        )
         value = (offset + scale * draw.standard_normal(dims)).astype(np.float32)
         assert np.allclose(value.sum(dtype=np.float64), sums[0], atol=1e-3)
         weights[str(name)] = value
@@ -37,21 +41,29 @@ def recipe_weights(data):
 
 def tensors_of(arrays):
     """Arrays as the lazy tensors a file would give."""
-    return {name: Tensor(x.shape, x.dtype, functools.partial(np.ascontiguousarray, x)) for name, x in arrays.items()}
+    return {
+        name: Tensor(x.shape, x.dtype, functools.partial(np.ascontiguousarray, x))
+        for name, x in arrays.items()
+    }
 
 
 def key_list(path):
     """The lines 'name (shape)' of a key list as {name: shape}."""
     lines = [line for line in path.read_text().splitlines() if "(" in line]
     return {
-        line.split(" (")[0]: tuple(int(n) for n in line.split(" (")[1].rstrip(")").split(",") if n.strip()) for line in lines
+        line.split(" (")[0]: tuple(
+            int(n) for n in line.split(" (")[1].rstrip(")").split(",") if n.strip()
+        )
+        for line in lines
     }
 
 
 def hollow(shapes):
     """Tensors of full size that hold one zero each: for checks of names and shapes alone."""
     return {
-        name: Tensor(shape, np.dtype(np.float32), functools.partial(np.broadcast_to, np.float32(0), shape))
+        name: Tensor(
+            shape, np.dtype(np.float32), functools.partial(np.broadcast_to, np.float32(0), shape)
+        )
         for name, shape in shapes.items()
     }
 
@@ -62,7 +74,9 @@ def convert_arrays(kind, arrays, given=None, which=""):
     tensors, _ = kind.select(tree, which)
     config, shape = kind.describe(tensors, given or {})
     network = pretrained.build(config, shape)
-    params, _ = audit.convert(kind.rules(config, shape, tensors), tensors, network, kind.name, lambda done, total: None)
+    params, _ = audit.convert(
+        kind.rules(config, shape, tensors), tensors, network, kind.name, lambda done, total: None
+    )
     return config, shape, network, params
 
 
@@ -85,4 +99,7 @@ def small_noise(params, scale=0.1, seed=0):
     """Parameters with noise on every leaf, so that no branch is dead."""
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(seed)
-    return jax.tree.unflatten(tree, [jnp.asarray(x + scale * rng.standard_normal(x.shape).astype(np.float32)) for x in leaves])
+    return jax.tree.unflatten(
+        tree,
+        [jnp.asarray(x + scale * rng.standard_normal(x.shape).astype(np.float32)) for x in leaves],
+    )

@@ -90,8 +90,18 @@ class Bench:
     def __init__(self, folder):
         self.root, self.bin = folder / "repo", folder / "bin"
         self.bin.mkdir()
-        shutil.copytree(ROOT / "launch", self.root / "launch", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
-        for name in ("requirements.txt", "requirements-gcs.txt", "requirements-parity.txt", "requirements.lock", ".gitignore"):
+        shutil.copytree(
+            ROOT / "launch",
+            self.root / "launch",
+            ignore=shutil.ignore_patterns("*.py", "__pycache__"),
+        )
+        for name in (
+            "requirements.txt",
+            "requirements-gcs.txt",
+            "requirements-parity.txt",
+            "requirements.lock",
+            ".gitignore",
+        ):
             shutil.copy(ROOT / name, self.root / name)
         git = ["git", "-C", self.root, "-c", "user.name=n", "-c", "user.email=e"]
         for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"]):
@@ -100,13 +110,22 @@ class Bench:
         self.tool("python3", PYTHON)
         self.rules()
         self.program()
-        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("DMF_", "JAX_", "SLURM_"))}
-        self.environment |= {"PATH": f"{self.bin}:{os.environ['PATH']}", "DMF_STATE": "", "HOME": str(folder)}
+        self.environment = {
+            k: v for k, v in os.environ.items() if not k.startswith(("DMF_", "JAX_", "SLURM_"))
+        }
+        self.environment |= {
+            "PATH": f"{self.bin}:{os.environ['PATH']}",
+            "DMF_STATE": "",
+            "HOME": str(folder),
+        }
         self.environment["PYTHON"] = str(self.bin / "python3")
 
     def tool(self, name, does=""):
         path = self.bin / name
-        path.write_text(RECORD.replace("{python}", sys.executable).replace("{here!r}", repr(str(self.bin))) + does)
+        path.write_text(
+            RECORD.replace("{python}", sys.executable).replace("{here!r}", repr(str(self.bin)))
+            + does
+        )
         path.chmod(0o755)
 
     def rules(self, *rules):
@@ -122,7 +141,12 @@ class Bench:
         """(exit status, standard output, standard error)"""
         command = [self.root / "launch" / script, *words]
         done = subprocess.run(
-            command, cwd=self.root, env={**self.environment, **environment}, capture_output=True, text=True, timeout=60
+            command,
+            cwd=self.root,
+            env={**self.environment, **environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
         return done.returncode, done.stdout, done.stderr
 
@@ -131,7 +155,9 @@ class Bench:
 
     def noted(self, name, tool=None):
         path = self.bin / name
-        found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        found = (
+            [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        )
         return [words for words in found if tool in (None, words[0])]
 
     def calls(self, tool="gcloud"):
@@ -153,7 +179,9 @@ def bench_in(folder):
 
 def shown(text):
     """The commands of a dry run, which are shell lines among comments."""
-    return [words for line in text.splitlines() for words in [shlex.split(line, comments=True)] if words]
+    return [
+        words for line in text.splitlines() for words in [shlex.split(line, comments=True)] if words
+    ]
 
 
 def until(condition, seconds=30):

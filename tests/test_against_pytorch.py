@@ -8,9 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="torch is not installed: nothing to compare with (pip install torch)")
+torch = pytest.importorskip(
+    "torch", reason="torch is not installed: nothing to compare with (pip install torch)"
+)
 
-ARGUMENTS = dict(depth=1, width=32, heads=2, dit_batch=4, channels=8, blocks=1, size=8, unet_batch=4)
+ARGUMENTS = dict(
+    depth=1, width=32, heads=2, dit_batch=4, channels=8, blocks=1, size=8, unet_batch=4
+)
 
 
 @pytest.fixture
@@ -41,9 +45,15 @@ def test_it_writes_a_row_per_case_after_the_losses_agreed(script, monkeypatch, t
     script.main(["--networks=dit", "--rounds=1", f"--out={out}", *flags])
     found = json.loads(out.read_text())["dit"]
     cases = ("discrete 0.75", "jvp 0.25")
-    assert set(found["differences"]) == {"u", *(f"{what} of {case}" for what in ("loss", "gradient") for case in cases)}
+    assert set(found["differences"]) == {
+        "u",
+        *(f"{what} of {case}" for what in ("loss", "gradient") for case in cases),
+    }
     assert json.loads(out.read_text())["device"] == "cpu"
-    assert [(r["kind"], r["r_neq_t"]) for r in found["steps"]] == [("discrete", 0.75), ("jvp", 0.25)]
+    assert [(r["kind"], r["r_neq_t"]) for r in found["steps"]] == [
+        ("discrete", 0.75),
+        ("jvp", 0.25),
+    ]
     for row in found["steps"]:
         assert row["ratio"] == pytest.approx(row["torch_ms"] / row["ours_ms"])
 
@@ -63,12 +73,15 @@ def test_a_target_that_is_not_held_fixed_is_refused(script, monkeypatch):
         return u - (v - (t - r)[:, None, None, None] * dudt)
 
     monkeypatch.setattr(script, "residual", lost)
-    with pytest.raises(SystemExit, match="^gradient of jvp 0.25 differs by .* expected 0.0001 or less"):
+    with pytest.raises(
+        SystemExit, match="^gradient of jvp 0.25 differs by .* expected 0.0001 or less"
+    ):
         script.check_same(ours, model)
 
 
 @pytest.mark.parametrize(
-    ("flag", "said"), [("--dit_batch=6", "dit: .*of batch_size 6 is"), ("--unet_batch=0", "unet: .*= 0: ")]
+    ("flag", "said"),
+    [("--dit_batch=6", "dit: .*of batch_size 6 is"), ("--unet_batch=0", "unet: .*= 0: ")],
 )
 def test_a_batch_that_does_not_come_out_is_one_line(script, flag, said):
     flags = [f"--{key}={value}" for key, value in ARGUMENTS.items()]

@@ -10,8 +10,8 @@ import numpy as np
 from jax import monitoring
 
 from dmf import ahead, train
-from dmf.checkpoint import FOLDER
 from dmf.config import parse
+from dmf.storage.checkpoint import FOLDER
 from tests.test_train import ENV, ROOT
 from tests.tiny import TINY, merged
 
@@ -79,8 +79,14 @@ def test_an_error_meanwhile_ends_the_process_at_once():
         "ahead.compiling(jax.jit(lambda x: time.sleep(600)), 1.0)\n"
         "main._stop(2, 'error: the weights cannot be read')"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: the weights cannot be read\n")
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (
+        2,
+        "",
+        "error: the weights cannot be read\n",
+    )
 
 
 def test_a_work_directory_that_was_moved_keeps_its_programs(tmp_path):
@@ -93,7 +99,9 @@ def test_a_work_directory_that_was_moved_keeps_its_programs(tmp_path):
     env = {name: value for name, value in ENV.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     kept = []
     for folder in ("one", "two"):
-        subprocess.run([sys.executable, "-c", code, tmp_path / folder], cwd=ROOT, env=env, check=True)
+        subprocess.run(
+            [sys.executable, "-c", code, tmp_path / folder], cwd=ROOT, env=env, check=True
+        )
         kept.append({p.name for p in (tmp_path / folder / "programs").glob("*-cache")})
         if folder == "one":
             shutil.copytree(tmp_path / "one", tmp_path / "two")

@@ -35,7 +35,9 @@ def meanflow(attend):
 
 def second(attend):
     """Gradient of a loss whose tangent is differentiated too."""
-    return jax.grad(lambda *x: jnp.sum(jax.jvp(attend, x[:3], x[3:])[1].astype(jnp.float32) ** 2), (0, 1, 2))
+    return jax.grad(
+        lambda *x: jnp.sum(jax.jvp(attend, x[:3], x[3:])[1].astype(jnp.float32) ** 2), (0, 1, 2)
+    )
 
 
 PASSES = {
@@ -50,7 +52,13 @@ PASSES = {
 def temporary_bytes(name, kind, tokens=SHAPE[1]):
     """Compiled temporary memory of one pass of one kernel."""
     x = jax.ShapeDtypeStruct((SHAPE[0], tokens, *SHAPE[2:]), jnp.float32)
-    return jax.jit(PASSES[kind](attention.KERNELS[name])).lower(*[x] * 6).compile().memory_analysis().temp_size_in_bytes
+    return (
+        jax.jit(PASSES[kind](attention.KERNELS[name]))
+        .lower(*[x] * 6)
+        .compile()
+        .memory_analysis()
+        .temp_size_in_bytes
+    )
 
 
 def draw(*shape, seed=0):
@@ -60,7 +68,10 @@ def draw(*shape, seed=0):
 def error(got, want):
     """Relative L2 of each array."""
     pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
-    differences = [(np.asarray(a, np.float64) - np.asarray(b, np.float64), np.asarray(b, np.float64)) for a, b in pairs]
+    differences = [
+        (np.asarray(a, np.float64) - np.asarray(b, np.float64), np.asarray(b, np.float64))
+        for a, b in pairs
+    ]
     return [np.linalg.norm(d) / np.linalg.norm(b) for d, b in differences]
 
 
@@ -70,7 +81,10 @@ def test_chunked_attention_is_attention(float64, kind, tokens, chunk):
     """In float64, whatever N; 17 keys are three parts of 6 with one key that does not exist."""
     x = draw(2, tokens, 3, 8)
     attend = functools.partial(attention.chunked, chunk=chunk)
-    got, want = fast_compile(PASSES[kind](attend))(*x), fast_compile(PASSES[kind](attention.xla))(*x)
+    got, want = (
+        fast_compile(PASSES[kind](attend))(*x),
+        fast_compile(PASSES[kind](attention.xla))(*x),
+    )
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert a.dtype == jnp.float64 and a.shape == b.shape
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-12 * max(1, np.abs(b).max()))
@@ -78,13 +92,17 @@ def test_chunked_attention_is_attention(float64, kind, tokens, chunk):
 
 def test_queries_need_not_be_as_many_as_keys(float64):
     q, k, v = draw(2, 9, 3, 8)[0, :, :4], *draw(2, 9, 3, 8)[1:3]
-    np.testing.assert_allclose(attention.chunked(q, k, v, 4), attention.xla(q, k, v), rtol=0, atol=1e-14)
+    np.testing.assert_allclose(
+        attention.chunked(q, k, v, 4), attention.xla(q, k, v), rtol=0, atol=1e-14
+    )
 
 
 @pytest.mark.parametrize("kind", ["jvp", "gradient of the jvp loss"])
 def test_chunked_attention_in_float32_at_1024_tokens(kind):
     x = draw(1, *SHAPE[1:]).astype(np.float32)[:, :, :, :2]
-    got, want = (fast_compile(PASSES[kind](attention.KERNELS[name]))(*x) for name in ("chunked", "xla"))
+    got, want = (
+        fast_compile(PASSES[kind](attention.KERNELS[name]))(*x) for name in ("chunked", "xla")
+    )
     assert max(error(got, want)) < 1e-5
 
 
@@ -106,9 +124,13 @@ def test_huge_logits_stay_finite(float64):
     x[:2] *= 100
     for kind in PASSES:
         one = fast_compile(PASSES[kind](functools.partial(attention.chunked, chunk=16)))
-        if kind == "jvp":  # a logit of 1e4 is known to 2e-12, and so is every weight; gradients in q and k are next to nothing
+        if (
+            kind == "jvp"
+        ):  # a logit of 1e4 is known to 2e-12, and so is every weight; gradients in q and k are next to nothing
             assert max(error(one(*x), fast_compile(PASSES[kind](attention.xla))(*x))) < 1e-10
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(one(*x.astype(np.float32)))), kind
+        assert all(
+            np.isfinite(leaf).all() for leaf in jax.tree.leaves(one(*x.astype(np.float32)))
+        ), kind
 
 
 @pytest.mark.parametrize("mean_key", [0, 3])
@@ -124,7 +146,9 @@ def test_bfloat16_rounds_as_the_plain_path_does(float64, mean_key):
     low = jnp.asarray(x, jnp.bfloat16)
     for kind, factor in (("jvp", 1.3), ("gradient", 2.5), ("gradient of the jvp loss", 2.5)):
         exact = fast_compile(PASSES[kind](attention.xla))(*low.astype(jnp.float64))
-        got, plain = (fast_compile(PASSES[kind](attention.KERNELS[name]))(*low) for name in ("chunked", "xla"))
+        got, plain = (
+            fast_compile(PASSES[kind](attention.KERNELS[name]))(*low) for name in ("chunked", "xla")
+        )
         assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(got))
         for a, b in zip(error(got, exact), error(plain, exact), strict=True):
             assert a <= factor * b < 0.02, (kind, a, b)
@@ -137,7 +161,9 @@ def test_rows_stay_on_their_devices():
     step = PASSES["gradient of the jvp loss"](functools.partial(attention.chunked, chunk=32))
     text = jax.jit(step, out_shardings=sharding.rows(mesh)).lower(*[x] * 6).compile().as_text()
     assert "while(" in text
-    assert not any(word in text for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
+    assert not any(
+        word in text for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute")
+    )
 
 
 @pytest.mark.parametrize(
@@ -153,7 +179,9 @@ def test_flash_attention_is_attention(tokens, head_dim, dtype):
     q, k, v, weights, *_ = jnp.asarray(draw(1, tokens, 1, head_dim), dtype)
 
     def both(attend):
-        return fast_compile(lambda q, k, v: (attend(q, k, v), jax.vjp(attend, q, k, v)[1](weights)))(q, k, v)
+        return fast_compile(
+            lambda q, k, v: (attend(q, k, v), jax.vjp(attend, q, k, v)[1](weights))
+        )(q, k, v)
 
     with pltpu.force_tpu_interpret_mode():
         got = both(attention.flash)
@@ -165,7 +193,10 @@ def test_flash_attention_is_attention(tokens, head_dim, dtype):
 def test_cudnn_attention_is_attention():
     """Forward and backward in bfloat16, to its rounding."""
     q, k, v, weights, *_ = jnp.asarray(draw(2, 256, 4, 72), jnp.bfloat16)
-    pairs = [(attend(q, k, v), jax.vjp(attend, q, k, v)[1](weights)) for attend in (attention.cudnn, attention.xla)]
+    pairs = [
+        (attend(q, k, v), jax.vjp(attend, q, k, v)[1](weights))
+        for attend in (attention.cudnn, attention.xla)
+    ]
     assert max(error(*pairs)) < 2e-2
 
 
@@ -175,7 +206,10 @@ def test_cudnn_attention_names_what_it_needs():
         attention.cudnn(x, x, x)
     if not on_nvidia():
         half = x.astype(jnp.bfloat16)
-        with pytest.raises(DmfError, match=r"cannot run on q, k, v of shape \(1, 8, 1, 8\) here: cuDNN is not detected"):
+        with pytest.raises(
+            DmfError,
+            match=r"cannot run on q, k, v of shape \(1, 8, 1, 8\) here: cuDNN is not detected",
+        ):
             attention.cudnn(half, half, half)
 
 
@@ -200,7 +234,9 @@ def test_flash_lowers_for_tpus_under_the_precision_of_any_stage(precision, dtype
     # The kernel itself refuses "high", and in half precision whatever is not "default".
     def loss(q, k, v):
         with jax.default_matmul_precision(precision):
-            return jax.grad(lambda q, k, v: attention.flash(q, k, v).astype(jnp.float32).sum(), (0, 1, 2))(q, k, v)
+            return jax.grad(
+                lambda q, k, v: attention.flash(q, k, v).astype(jnp.float32).sum(), (0, 1, 2)
+            )(q, k, v)
 
     q = jax.ShapeDtypeStruct((2, 256, 4, 72), dtype)
     text = jax.jit(loss).trace(q, q, q).lower(lowering_platforms=("tpu",)).as_text()

@@ -68,7 +68,9 @@ def test_sym6_is_the_order_6_symlet_scaling_filter() -> None:
 def test_warp_by_almost_nothing_is_the_identity() -> None:
     x = np.random.default_rng(0).uniform(-1, 1, (16, 32, 3)).astype(np.float32)
     out = apply_transform(x, transform(shift_x=1e-9))
-    np.testing.assert_allclose(out, x, atol=2e-6)  # white noise: the filter bank reconstructs perfectly
+    np.testing.assert_allclose(
+        out, x, atol=2e-6
+    )  # white noise: the filter bank reconstructs perfectly
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (24, 40), (8, 8)])
@@ -102,7 +104,10 @@ def test_warp_equals_scipy_spline_interpolation_with_mirrored_edges(shape: tuple
 )
 def test_blob_moves_and_spreads_as_the_matrix_says(fields: dict[str, float]) -> None:
     t = transform(**fields)
-    matrix, shift = matrix_of(t), 0.125 * 32 * np.array([fields.get("shift_x", 0), fields.get("shift_y", 0)])
+    matrix, shift = (
+        matrix_of(t),
+        0.125 * 32 * np.array([fields.get("shift_x", 0), fields.get("shift_y", 0)]),
+    )
     position = np.array([2.0, 1.0])
     mean, covariance = moments(apply_transform(blob(*position), t))
     np.testing.assert_allclose(mean, matrix @ position + shift, atol=0.005)
@@ -111,7 +116,9 @@ def test_blob_moves_and_spreads_as_the_matrix_says(fields: dict[str, float]) -> 
 
 
 def test_directions_positive_scale_magnifies_and_positive_shift_goes_right_and_down() -> None:
-    mean, covariance = moments(apply_transform(blob(0, 0), transform(scale=1.0, shift_x=1.0, shift_y=0.5)))
+    mean, covariance = moments(
+        apply_transform(blob(0, 0), transform(scale=1.0, shift_x=1.0, shift_y=0.5))
+    )
     assert covariance[0, 0] > 6.25 * 1.2
     np.testing.assert_allclose(mean, [4.0, 2.0], atol=0.005)
     _, wide = moments(apply_transform(blob(0, 0), transform(aniso=1.0)))
@@ -138,7 +145,9 @@ def test_flip_and_identity_are_exact() -> None:
 
 
 def within_5_sigma(hits: np.ndarray, probability: float) -> bool:
-    return abs(np.mean(hits) - probability) < 5 * np.sqrt(probability * (1 - probability) / len(hits))
+    return abs(np.mean(hits) - probability) < 5 * np.sqrt(
+        probability * (1 - probability) / len(hits)
+    )
 
 
 def test_draws_follow_the_pipe() -> None:
@@ -149,10 +158,19 @@ def test_draws_follow_the_pipe() -> None:
     for name, hits in {"scale": scaled, "aniso": stretched, "translate": moved}.items():
         assert within_5_sigma(hits, P), name
     np.testing.assert_array_equal(moved, t.shift_y != 0)
-    for name, pair in {"scale, aniso": scaled & stretched, "aniso, translate": stretched & moved}.items():
+    for name, pair in {
+        "scale, aniso": scaled & stretched,
+        "aniso, translate": stretched & moved,
+    }.items():
         assert within_5_sigma(pair, P**2), f"{name} are not independent"
-    for name, w in {"scale": t.scale[scaled], "aniso": t.aniso[stretched], "shift": t.shift_x[moved]}.items():
-        assert abs(w.mean()) < 5 / np.sqrt(len(w)) and abs(w.std() - 1) < 5 / np.sqrt(2 * len(w)), name
+    for name, w in {
+        "scale": t.scale[scaled],
+        "aniso": t.aniso[stretched],
+        "shift": t.shift_x[moved],
+    }.items():
+        assert abs(w.mean()) < 5 / np.sqrt(len(w)) and abs(w.std() - 1) < 5 / np.sqrt(2 * len(w)), (
+            name
+        )
     assert abs(np.corrcoef(t.shift_x[moved], t.shift_y[moved])[0, 1]) < 5 / np.sqrt(moved.sum())
     assert not t.angle[~stretched].any() and within_5_sigma(t.angle[stretched] != 0, 0.5)
     angle = t.angle[stretched & (t.angle != 0)]
@@ -192,7 +210,9 @@ def test_augmented_images_stay_near_the_range_of_the_input() -> None:
     out, _ = edm_augment(jax.random.key(1), x, 1.0)
     assert np.isfinite(out).all() and np.abs(out).max() < 1.02  # measured 1.007
     constant = np.full_like(x, -1)
-    np.testing.assert_allclose(edm_augment(jax.random.key(2), constant, 1.0)[0], constant, atol=1e-5)
+    np.testing.assert_allclose(
+        edm_augment(jax.random.key(2), constant, 1.0)[0], constant, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("function", [augment.random_flip, lambda key, x: edm_augment(key, x, 0.5)])
@@ -202,7 +222,9 @@ def test_a_row_does_not_depend_on_the_batch_around_it(function) -> None:
     whole, half = function(key, x), function(key, x[:8])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[:8], b, atol=1e-6), whole, half)
     moved = np.concatenate([x[:1], x[:0:-1]])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b[0], atol=1e-6), whole, function(key, moved))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a[0], b[0], atol=1e-6), whole, function(key, moved)
+    )
 
 
 def test_jit_gives_the_same_and_compiles_once_for_all_probabilities() -> None:
@@ -224,7 +246,11 @@ def test_jit_gives_the_same_and_compiles_once_for_all_probabilities() -> None:
 
 def test_filters_are_applied_in_full_float32_on_accelerators() -> None:
     program = apply_transform.lower(jnp.zeros((8, 8, 3)), transform()).as_text()
-    assert program.count("stablehlo.dot_general") == program.count("precision = [HIGHEST, HIGHEST]") > 0
+    assert (
+        program.count("stablehlo.dot_general")
+        == program.count("precision = [HIGHEST, HIGHEST]")
+        > 0
+    )
 
 
 def test_random_flip_mirrors_half_of_the_rows() -> None:

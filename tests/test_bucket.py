@@ -12,17 +12,22 @@ import pytest
 import safetensors
 from PIL import Image
 
-from dmf import checkpoint, evaluate, guard, places, pretrained, train, workdir
+from dmf import evaluate, guard, pretrained, train, workdir
 from dmf.config import parse
 from dmf.errors import DmfError
 from dmf.export import card, sampler, weights
 from dmf.logging import JsonLines
+from dmf.storage import checkpoint, paths
 from tests.bucket import Bucket, Refused, serve
 from tests.test_train import leaves
 from tests.tiny import TINY, Setup, merged
 
 # One program, two stages of four steps, scored.
-SCORED = merged(TINY, curriculum=dict(stages=2, kinds=("trajectory",) * 2, pretrain_length=0.0), run=dict(score_samples=32))
+SCORED = merged(
+    TINY,
+    curriculum=dict(stages=2, kinds=("trajectory",) * 2, pretrain_length=0.0),
+    run=dict(score_samples=32),
+)
 HERE = "gs://things/runs/tiny"
 
 
@@ -75,17 +80,24 @@ def remote(bucket, local):
 
 def files(bucket, folder):
     """Text of the run's own small files."""
-    return {n[len(folder) + 1 :]: bucket.get(n).decode() for n in bucket.under(folder + "/") if n.endswith((".json", ".jsonl"))}
+    return {
+        n[len(folder) + 1 :]: bucket.get(n).decode()
+        for n in bucket.under(folder + "/")
+        if n.endswith((".json", ".jsonl"))
+    }
 
 
 def test_a_run_in_a_bucket_that_was_killed_ends_in_the_bits_of_a_local_one(bucket, local, remote):
     folder, scores = local
     killed, found = remote
-    assert "things/runs/tiny/checkpoints/4/manifest.json" in killed and "things/runs/tiny/scores.jsonl" in killed
+    assert (
+        "things/runs/tiny/checkpoints/4/manifest.json" in killed
+        and "things/runs/tiny/scores.jsonl" in killed
+    )
     assert found == scores
     steps = {name.split("/")[4] for name in bucket.under("things/runs/tiny/checkpoints/")}
     assert steps == {p.name for p in (folder / "checkpoints").iterdir()} == {"4", "6", "8"}
-    there = places.at(HERE)
+    there = paths.at(HERE)
     for step in steps:
         mine, theirs = (leaves(place / "checkpoints" / step) for place in (there, folder))
         assert len(mine) == len(theirs) > 50
@@ -96,16 +108,25 @@ def test_a_run_in_a_bucket_that_was_killed_ends_in_the_bits_of_a_local_one(bucke
         assert own[name] == (folder / name).read_text()
     assert [json.loads(line)["step"] for line in own["starts.jsonl"].splitlines()] == [0, 4]
     for path in [*folder.glob("samples/*.png"), folder / "samples.png", folder / "curves.png"]:
-        assert bucket.get(f"things/runs/tiny/{path.relative_to(folder).as_posix()}") == path.read_bytes()
+        assert (
+            bucket.get(f"things/runs/tiny/{path.relative_to(folder).as_posix()}")
+            == path.read_bytes()
+        )
     assert not [name for name in bucket.under("") if "tmp" in name]
 
 
 def test_arrays_went_to_the_bucket_through_tensorstores_own_driver(bucket, remote):
-    kinds = {method for method, path in bucket.requests if path.startswith("/upload/storage/v1/b/things/o")}
+    kinds = {
+        method
+        for method, path in bucket.requests
+        if path.startswith("/upload/storage/v1/b/things/o")
+    }
     assert kinds == {"POST"}
 
 
-def test_what_a_bucket_holds_is_loaded_sampled_and_scored_like_a_folder(bucket, local, remote, tmp_path, monkeypatch):
+def test_what_a_bucket_holds_is_loaded_sampled_and_scored_like_a_folder(
+    bucket, local, remote, tmp_path, monkeypatch
+):
     folder, _ = local
     best = json.loads(bucket.get("things/runs/tiny/best.json"))["step"]
     assert os.fspath(checkpoint.find(f"{HERE}/best")) == f"{HERE}/checkpoints/{best}"
@@ -121,7 +142,10 @@ def test_what_a_bucket_holds_is_loaded_sampled_and_scored_like_a_folder(bucket, 
     for place, out in ((HERE, "there"), (folder, "here")):
         weights.export(f"{place}/best", tmp_path / f"{out}.safetensors")
     files = []
-    for name in ("here", "there"):  # not their bytes: safetensors writes the metadata's names in any order
+    for name in (
+        "here",
+        "there",
+    ):  # not their bytes: safetensors writes the metadata's names in any order
         with safetensors.safe_open(tmp_path / f"{name}.safetensors", "numpy") as file:
             files.append((file.metadata(), {key: file.get_tensor(key) for key in file.keys()}))  # noqa: SIM118 - no mapping
     assert files[0][0] == files[1][0]
@@ -141,9 +165,12 @@ def test_a_damaged_or_unfinished_checkpoint_in_a_bucket_is_passed_over(bucket, r
         data[len(data) // 2] ^= 1
         bucket.put(victim, data)
         del bucket.objects["things/runs/tiny/checkpoints/6/manifest.json"]
-        with pytest.raises(DmfError, match=r"checkpoint gs://.*/8: file params/d/\w+ has \d+ bytes and another checksum"):
+        with pytest.raises(
+            DmfError,
+            match=r"checkpoint gs://.*/8: file params/d/\w+ has \d+ bytes and another checksum",
+        ):
             pretrained.load(HERE)
-        saved = checkpoint.Checkpoints(places.at(HERE), 2, [], {"config": {}})
+        saved = checkpoint.Checkpoints(paths.at(HERE), 2, [], {"config": {}})
         assert saved.complete() == [8, 4]
         saved.close()
     finally:
@@ -151,35 +178,42 @@ def test_a_damaged_or_unfinished_checkpoint_in_a_bucket_is_passed_over(bucket, r
 
 
 def test_another_config_is_refused_in_a_bucket_as_in_a_folder(remote):
-    with pytest.raises(DmfError, match=r"--workdir=gs://things/runs/tiny holds a run with another config: config.seed: 0 -> 1"):
+    with pytest.raises(
+        DmfError,
+        match=r"--workdir=gs://things/runs/tiny holds a run with another config: config.seed: 0 -> 1",
+    ):
         train.train(parse(merged(SCORED, seed=1)), HERE)
 
 
 @pytest.mark.parametrize("root", ["folder", "bucket"])
 def test_lines_and_files_are_the_same_in_both(bucket, tmp_path, root):
-    folder = places.at("gs://things/lines" if root == "bucket" else tmp_path)
+    folder = paths.at("gs://things/lines" if root == "bucket" else tmp_path)
     rows = JsonLines(folder / "metrics.jsonl")
     for n in range(3):
         rows.write({"step": n})
     assert rows.read() == [{"step": n} for n in range(3)]
     rows.resume(1)
     assert (folder / "metrics.jsonl").read_text() == '{"step": 0}\n{"step": 1}\n'
-    places.write(folder / "a" / "x.json" if root == "bucket" else folder / "x.json", "{}", ".tmp")
+    paths.write(folder / "a" / "x.json" if root == "bucket" else folder / "x.json", "{}", ".tmp")
     workdir.append(folder / "starts.jsonl", {"a": 1})
-    places.write(folder / "starts.jsonl", '{"a": 1}\n{"b"', ".tmp")
+    paths.write(folder / "starts.jsonl", '{"a": 1}\n{"b"', ".tmp")
     workdir.append(folder / "starts.jsonl", {"c": 1})
     assert (folder / "starts.jsonl").read_text() == '{"a": 1}\n{"b"\n{"c": 1}\n'
-    assert places.size(folder / "starts.jsonl") == 23 and places.absolute(folder) == folder
-    names = [path.name for path in places.files(folder)]
-    assert names == (["x.json"] * (root == "bucket") + ["metrics.jsonl", "starts.jsonl"] + ["x.json"] * (root == "folder"))
-    places.remove_tree(folder)
+    assert paths.size(folder / "starts.jsonl") == 23 and paths.absolute(folder) == folder
+    names = [path.name for path in paths.files(folder)]
+    assert names == (
+        ["x.json"] * (root == "bucket")
+        + ["metrics.jsonl", "starts.jsonl"]
+        + ["x.json"] * (root == "folder")
+    )
+    paths.remove_tree(folder)
     assert not (folder / "metrics.jsonl").exists()
 
 
 def test_what_no_bucket_does_is_refused_by_the_stand_in(bucket, request):
     if "gcsfs" in request.node.name:
         pytest.skip("gcsfs copies and deletes where it is asked to rename")
-    path = places.at("gs://things/refused/a.txt")
+    path = paths.at("gs://things/refused/a.txt")
     path.write_text("a")
     for forbidden in (
         lambda: path.open("a").close(),
@@ -190,11 +224,19 @@ def test_what_no_bucket_does_is_refused_by_the_stand_in(bucket, request):
             forbidden()
 
 
-def test_an_unreachable_or_read_only_bucket_and_other_addresses_are_one_sentence(bucket, remote, monkeypatch, tmp_path):
+def test_an_unreachable_or_read_only_bucket_and_other_addresses_are_one_sentence(
+    bucket, remote, monkeypatch, tmp_path
+):
     with monkeypatch.context() as patch:
         patch.setattr(bucket, "closed", True)
-        for use in (lambda: train.train(parse(TINY), HERE), lambda: pretrained.load(f"{HERE}/nowhere")):
-            with pytest.raises(DmfError, match=r"gs://things/\S+ cannot be reached: \w+Error: .*no right to read; expected"):
+        for use in (
+            lambda: train.train(parse(TINY), HERE),
+            lambda: pretrained.load(f"{HERE}/nowhere"),
+        ):
+            with pytest.raises(
+                DmfError,
+                match=r"gs://things/\S+ cannot be reached: \w+Error: .*no right to read; expected",
+            ):
                 use()
     with monkeypatch.context() as patch:
         patch.setattr(bucket, "read_only", True)
@@ -204,17 +246,24 @@ def test_an_unreachable_or_read_only_bucket_and_other_addresses_are_one_sentence
         ):
             train.train(parse(TINY), "gs://things/new")
         with pytest.raises(
-            DmfError, match=r"gs://things/runs/tiny/samples\S+png cannot be written: .*no right to write.*; exp"
+            DmfError,
+            match=r"gs://things/runs/tiny/samples\S+png cannot be written: .*no right to write.*; exp",
         ):
             evaluate.write_samples(f"{HERE}/best", [1], 4)
     with pytest.raises(DmfError, match=r"no such file or directory; expected a work directory"):
         pretrained.load("gs://things/nowhere")
-    for address in ("s3://things/run", "gs://", "https://x/y", "GS://things/run", Path("gs://things/run")):
+    for address in (
+        "s3://things/run",
+        "gs://",
+        "https://x/y",
+        "GS://things/run",
+        Path("gs://things/run"),
+    ):
         with pytest.raises(DmfError, match=r"expected a local path or gs://BUCKET/FOLDER"):
-            places.at(address)
+            paths.at(address)
     with pytest.raises(DmfError, match=r"gs://things/x: expected a local path, as --out"):
-        places.local("gs://things/x", "as --out")
-    assert places.at(tmp_path) == tmp_path and type(places.at(str(tmp_path))) is type(tmp_path)
+        paths.local("gs://things/x", "as --out")
+    assert paths.at(tmp_path) == tmp_path and type(paths.at(str(tmp_path))) is type(tmp_path)
 
 
 def test_without_its_packages_a_bucket_is_one_sentence(bucket, monkeypatch):
@@ -223,26 +272,33 @@ def test_without_its_packages_a_bucket_is_one_sentence(bucket, monkeypatch):
 
     monkeypatch.setattr("fsspec.get_filesystem_class", missing)
     with pytest.raises(
-        DmfError, match=r"gs://a/b: the packages for gs:// are missing; expected pip install -r requirements-gcs"
+        DmfError,
+        match=r"gs://a/b: the packages for gs:// are missing; expected pip install -r requirements-gcs",
     ):
-        places.at("gs://a/b")
-    assert places.at("a/b").name == "b"
+        paths.at("gs://a/b")
+    assert paths.at("a/b").name == "b"
 
 
 def test_going_back_deletes_what_is_beyond_and_a_failed_save_is_one_sentence(bucket, monkeypatch):
-    folder = places.at("gs://things/back")
+    folder = paths.at("gs://things/back")
     row = {"back_to": 4, "action": "rate", "settled": False}
-    places.write(folder / guard.FILE, json.dumps([row]), ".json.tmp")
+    paths.write(folder / guard.FILE, json.dumps([row]), ".json.tmp")
     for step in (4, 6, 8):
         for name in (checkpoint.MANIFEST, "params/d/0"):
-            places.write(folder / "checkpoints" / str(step) / name, "x", ".json.tmp")
+            paths.write(folder / "checkpoints" / str(step) / name, "x", ".json.tmp")
     guard.Guard(folder / guard.FILE, folder / "checkpoints", guard.GuardConfig(), False).settle()
-    assert [path.parent.name for path in (folder / "checkpoints").glob(f"[0-9]*/{checkpoint.MANIFEST}")] == ["4"]
-    assert bucket.under("things/back/checkpoints/6") == [] and json.loads((folder / guard.FILE).read_text())[0]["settled"]
+    assert [
+        path.parent.name for path in (folder / "checkpoints").glob(f"[0-9]*/{checkpoint.MANIFEST}")
+    ] == ["4"]
+    assert (
+        bucket.under("things/back/checkpoints/6") == []
+        and json.loads((folder / guard.FILE).read_text())[0]["settled"]
+    )
     saved = checkpoint.Checkpoints(folder, 2, [], {"config": {}})
     monkeypatch.setattr(bucket, "read_only", True)
     with pytest.raises(
-        DmfError, match=r"checkpoint of step 9 could not be written to gs://things/back/checkpoints: .*; expected"
+        DmfError,
+        match=r"checkpoint of step 9 could not be written to gs://things/back/checkpoints: .*; expected",
     ):
         saved.save(9, Setup().state())
     saved.close()

@@ -17,7 +17,17 @@ from configs import imagenet256
 from dmf import benchmark, curriculum, objectives, pictures, plan, sharding, state, step, train
 from dmf.config import check, parse
 from dmf.cost import Compilations
-from dmf.curriculum import GUIDED, CurriculumConfig, build_stages, dagger, identity_of, linear, rho_at, stage_at, table
+from dmf.curriculum import (
+    GUIDED,
+    CurriculumConfig,
+    build_stages,
+    dagger,
+    identity_of,
+    linear,
+    rho_at,
+    stage_at,
+    table,
+)
 from dmf.errors import DmfError
 from dmf.flow import Rows, RowSplit
 from dmf.networks import Network
@@ -32,15 +42,21 @@ SMOOTH = CurriculumConfig(stages=6, q=2.0, length=600.0, schedule="smooth")
 def resumed_ends_as_uninterrupted(values, tmp_path, stops):
     """Trains once in one go and once for each step after which an error stops it; all end in the same bits."""
     train.train(parse(values), tmp_path / "whole")
-    last = max(int(p.name) for p in (tmp_path / "whole" / "checkpoints").iterdir() if p.name.isdigit())
+    last = max(
+        int(p.name) for p in (tmp_path / "whole" / "checkpoints").iterdir() if p.name.isdigit()
+    )
     expected = leaves(tmp_path / "whole" / "checkpoints" / str(last))
 
     for n in stops:
         stopped_after(n, values, tmp_path / str(n))
         train.train(parse(values), tmp_path / str(n))
-        for a, b in zip(leaves(tmp_path / str(n) / "checkpoints" / str(last)), expected, strict=True):
+        for a, b in zip(
+            leaves(tmp_path / str(n) / "checkpoints" / str(last)), expected, strict=True
+        ):
             np.testing.assert_array_equal(a, b)
-        assert (tmp_path / str(n) / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+        assert (tmp_path / str(n) / "metrics.jsonl").read_text() == (
+            tmp_path / "whole" / "metrics.jsonl"
+        ).read_text()
     return tmp_path / "whole"
 
 
@@ -50,16 +66,32 @@ def resumed_ends_as_uninterrupted(values, tmp_path, stops):
 def test_a_smooth_schedule_falls_by_one_factor_a_step_between_the_same_ends():
     stages = build_stages(SMOOTH, 8, 1000)
     plain = build_stages(dataclasses.replace(SMOOTH, schedule="steps"), 8, 1000)
-    assert [(s.kind, s.first, s.steps) for s in stages] == [(s.kind, s.first, s.steps) for s in plain]
+    assert [(s.kind, s.first, s.steps) for s in stages] == [
+        (s.kind, s.first, s.steps) for s in plain
+    ]
     rho = np.array([rho_at(stage_at(stages, n), n) for n in range(100, 500)])
     assert rho[0] == 1 / 2 and rho[-1] == pytest.approx(1 / 16, rel=1e-12)
-    np.testing.assert_allclose(rho[1:] / rho[:-1], 8 ** (-1 / 399), rtol=1e-12)  # over the boundaries of stages as well
-    assert {rho_at(plain[i], n) for i in (1, 2) for n in range(plain[i].first, plain[i].last)} == {0.5, 0.25}
+    np.testing.assert_allclose(
+        rho[1:] / rho[:-1], 8 ** (-1 / 399), rtol=1e-12
+    )  # over the boundaries of stages as well
+    assert {rho_at(plain[i], n) for i in (1, 2) for n in range(plain[i].first, plain[i].last)} == {
+        0.5,
+        0.25,
+    }
     assert [rho_at(stages[i], stages[i].first) for i in (0, 5)] == [1.0, 1.0]
 
 
 def test_a_smooth_schedule_passes_over_stages_of_other_kinds():
-    kinds = ("guided_discrete", "discrete", "jvp", "discrete", "guided_discrete", "trajectory", "discrete", "guided_discrete")
+    kinds = (
+        "guided_discrete",
+        "discrete",
+        "jvp",
+        "discrete",
+        "guided_discrete",
+        "trajectory",
+        "discrete",
+        "guided_discrete",
+    )
     config = CurriculumConfig(stages=8, kinds=kinds, q=2.0, length=80.0, schedule="smooth")
     stages = build_stages(config, 8, 1000, 1)
     at = [(rho_at(s, s.first), rho_at(s, s.last - 1)) for s in stages]
@@ -68,9 +100,13 @@ def test_a_smooth_schedule_passes_over_stages_of_other_kinds():
         (2.0**-1 * factor**10, 2.0**-1 * factor**19)
     )
     assert at[6][1] == pytest.approx(2.0**-6, rel=1e-12)
-    assert at[4][0] == at[4][1] == at[3][1] and at[7][0] == at[7][1] == at[6][1]  # guided: what was reached before
+    assert (
+        at[4][0] == at[4][1] == at[3][1] and at[7][0] == at[7][1] == at[6][1]
+    )  # guided: what was reached before
     assert at[0] == (0.5, 0.5) and at[2] == at[5] == (1.0, 1.0)
-    lone = CurriculumConfig(stages=3, length=3.0, schedule="smooth")  # one discrete step: nothing to fall between
+    lone = CurriculumConfig(
+        stages=3, length=3.0, schedule="smooth"
+    )  # one discrete step: nothing to fall between
     assert [s.rho for s in build_stages(lone, 8, 1000)] == [1.0, 0.5, 1.0]
 
 
@@ -78,15 +114,23 @@ def test_the_table_shows_where_a_smooth_stage_begins_and_ends():
     stages = build_stages(SMOOTH, 8, 1000)
     lines = table(stages, SMOOTH, 0.25).splitlines()
     assert lines[2].split() == ["stage", "1", "discrete", "0.5..0.298466+", "100", "100", "3.25"]
-    assert lines[5].split()[3] == "0.104702..0.0625+" and len({len(line) for line in lines[:8]}) == 1
+    assert (
+        lines[5].split()[3] == "0.104702..0.0625+" and len({len(line) for line in lines[:8]}) == 1
+    )
     assert lines[1].split()[3] == "-"
 
 
 def test_the_step_is_told_the_schedule_and_compiles_once():
     setup = Setup(merged(TINY, curriculum=dict(schedule="smooth", stages=6, length=60.0)))
     stage = setup.stages[2]
-    told = [step.step_scalars(n, stage, setup.stages, setup.config).rho for n in range(stage.first, stage.last)]
-    assert told == [np.float32(rho_at(stage, n)) for n in range(stage.first, stage.last)] and len(set(told)) == 10
+    told = [
+        step.step_scalars(n, stage, setup.stages, setup.config).rho
+        for n in range(stage.first, stage.last)
+    ]
+    assert (
+        told == [np.float32(rho_at(stage, n)) for n in range(stage.first, stage.last)]
+        and len(set(told)) == 10
+    )
     train_step, now = setup.step("discrete"), setup.state()
     for n, rho in enumerate(told[:3]):
         now, _ = train_step(now, setup.batch(n), setup.scalars(n, "discrete", rho))
@@ -94,10 +138,14 @@ def test_the_step_is_told_the_schedule_and_compiles_once():
 
 
 def test_a_smooth_run_logs_its_interval_and_resumes_in_the_same_bits(tmp_path):
-    values = merged(TINY, curriculum=dict(schedule="smooth", stages=4, length=12.0, pretrain_length=0.0))
+    values = merged(
+        TINY, curriculum=dict(schedule="smooth", stages=4, length=12.0, pretrain_length=0.0)
+    )
     whole = resumed_ends_as_uninterrupted(values, tmp_path, (7,))
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
-    assert [r["rho"] for r in rows if r["kind"] == "discrete"] == pytest.approx([2.0 ** (-1 - i / 5) for i in range(6)])
+    assert [r["rho"] for r in rows if r["kind"] == "discrete"] == pytest.approx(
+        [2.0 ** (-1 - i / 5) for i in range(6)]
+    )
 
 
 def test_the_curves_draw_the_interval(tmp_path):
@@ -105,7 +153,13 @@ def test_the_curves_draw_the_interval(tmp_path):
 
     def drawn(name, fall):
         rows = [
-            dict(step=n, kind=stage_at(stages, n - 1).kind, rho=0.5 * fall**n, squares_border=1.0, squares_pairs=2.0)
+            dict(
+                step=n,
+                kind=stage_at(stages, n - 1).kind,
+                rho=0.5 * fall**n,
+                squares_border=1.0,
+                squares_pairs=2.0,
+            )
             for n in range(1, 601)
         ]
         pictures.curves(tmp_path / name, rows, [], stages, "fd")
@@ -117,7 +171,9 @@ def test_the_curves_draw_the_interval(tmp_path):
 
 
 def test_an_unknown_schedule_is_refused():
-    with pytest.raises(DmfError, match="config.curriculum.schedule = 'smoth': expected steps or smooth"):
+    with pytest.raises(
+        DmfError, match="config.curriculum.schedule = 'smoth': expected steps or smooth"
+    ):
         build_stages(dataclasses.replace(SMOOTH, schedule="smoth"), 8, 1000)
 
 
@@ -150,7 +206,9 @@ def affine_rows():
 
 def residual_by_hand(kind, rho, along, rows):
     """e of the rows with r < t under linear intervals and raw scale, from the formulas on paper. along: (B, D)."""
-    z, r, t, v, along = (np.asarray(x)[np.arange(ROWS) % 4 < 3] for x in (rows.z, rows.r, rows.t, rows.v, along))
+    z, r, t, v, along = (
+        np.asarray(x)[np.arange(ROWS) % 4 < 3] for x in (rows.z, rows.r, rows.t, rows.v, along)
+    )
     u, L = affine(PARAMS, z, r, t), (t - r)[:, None]
     if kind == "jvp":
         return u - v + L * (PARAMS["p"] * along + PARAMS["c"] + PARAMS["d"])
@@ -160,7 +218,9 @@ def residual_by_hand(kind, rho, along, rows):
 
 @pytest.mark.parametrize("kind", ["discrete", "jvp"])
 @pytest.mark.parametrize("weights", [PARAMS, OTHERS])
-def test_the_residual_along_another_velocity_is_the_formula_with_v_in_the_target_alone(float64, kind, weights):
+def test_the_residual_along_another_velocity_is_the_formula_with_v_in_the_target_alone(
+    float64, kind, weights
+):
     rows, tangent = affine_rows(), objectives.along_own(affine_net, weights)
     found = residuals(kind, affine_net, PARAMS, rows, SPLIT, 0.25, linear, LossConfig(), tangent)
     own = affine(weights, rows.z, rows.t, rows.t)
@@ -178,7 +238,9 @@ def test_no_gradient_flows_through_the_direction(float64, kind, scale):
 
     def total(params):
         tangent = objectives.along_own(affine_net, params)
-        return residuals(kind, affine_net, params, rows, SPLIT, 0.25, linear, config, tangent).pairs.sum()
+        return residuals(
+            kind, affine_net, params, rows, SPLIT, 0.25, linear, config, tangent
+        ).pairs.sum()
 
     first = jax.grad(lambda params: affine_net(params, SPLIT.pairs_of(rows)).sum())(PARAMS)
     for name, g in jax.grad(total)(PARAMS).items():
@@ -191,7 +253,8 @@ def test_where_the_network_already_gives_v_its_own_direction_is_the_data_s(float
     rows = rows._replace(v=affine(PARAMS, rows.z, rows.t, rows.t))
     tangent = objectives.along_own(affine_net, PARAMS)
     one, other = (
-        residuals(kind, affine_net, PARAMS, rows, SPLIT, 0.25, dagger, LossConfig(), *extra) for extra in ((tangent,), ())
+        residuals(kind, affine_net, PARAMS, rows, SPLIT, 0.25, dagger, LossConfig(), *extra)
+        for extra in ((tangent,), ())
     )
     np.testing.assert_array_equal(one.pairs, other.pairs)
 
@@ -205,7 +268,9 @@ def test_what_is_evaluated_with_which_weights_and_what_is_counted(kind, tangent)
     calls = []
 
     def apply(params, z, r, t, *, label, train, rngs):
-        calls.append((len(t), bool((r == t).all()), train, float(jax.lax.stop_gradient(params["p"]))))
+        calls.append(
+            (len(t), bool((r == t).all()), train, float(jax.lax.stop_gradient(params["p"])))
+        )
         return affine(params, z, r, t)
 
     kinds = dict(stages=2, kinds=("discrete", kind), length=8.0, pretrain_length=0.0)
@@ -221,18 +286,31 @@ def test_what_is_evaluated_with_which_weights_and_what_is_counted(kind, tangent)
         split=SPLIT,
         average=OTHERS if tangent == "ema" else None,
     )
-    assert calls.count((12, True, False, {"own": 0.7, "ema": -0.3, "data": 0.0}[tangent])) == (tangent != "data")
+    assert calls.count((12, True, False, {"own": 0.7, "ema": -0.3, "data": 0.0}[tangent])) == (
+        tangent != "data"
+    )
     guided = 2 * (kind in GUIDED)
     assert calls.count((16, True, False, 0.7)) == guided
     assert len(calls) == 2 + guided + (tangent != "data")
-    forward = sum(n for n, *_ in calls) / ROWS + 0.75 * (identity_of(kind) == "jvp")  # the tangent of a JVP is a pass as well
+    forward = sum(n for n, *_ in calls) / ROWS + 0.75 * (
+        identity_of(kind) == "jvp"
+    )  # the tangent of a JVP is a pass as well
     assert curriculum.passes(check(config, 10, 1352)[1], 0.75) == 2 + forward
-    assert f"{2 + forward:.2f}" in table(check(config, 10, 1352), config.curriculum, 0.75).splitlines()[2]
+    assert (
+        f"{2 + forward:.2f}"
+        in table(check(config, 10, 1352), config.curriculum, 0.75).splitlines()[2]
+    )
 
 
 def test_a_kind_without_a_direction_pays_for_none():
     config = parse(merged(TINY, loss=dict(tangent="own"), curriculum=dict(pretrain_length=4.0)))
-    assert [curriculum.passes(s, 0.75) for s in check(config, 10, 1352)] == [3.0, 3.0, 4.5, 4.5, 4.5]
+    assert [curriculum.passes(s, 0.75) for s in check(config, 10, 1352)] == [
+        3.0,
+        3.0,
+        4.5,
+        4.5,
+        4.5,
+    ]
 
 
 def test_the_step_goes_along_the_evaluated_average():
@@ -248,8 +326,16 @@ def test_the_step_goes_along_the_evaluated_average():
 
 
 @pytest.mark.parametrize(("kind", "tangent"), [("discrete", "ema"), ("jvp", "own")])
-def test_split_weights_and_microbatches_take_the_same_steps_along_a_networks_velocity(kind, tangent):
-    values = merged(TINY, loss=dict(tangent=tangent), optimizer=dict(eps=1e-4), network=dict(width=128), batch_size=32)
+def test_split_weights_and_microbatches_take_the_same_steps_along_a_networks_velocity(
+    kind, tangent
+):
+    values = merged(
+        TINY,
+        loss=dict(tangent=tangent),
+        optimizer=dict(eps=1e-4),
+        network=dict(width=128),
+        batch_size=32,
+    )
     one = Setup(values).run(kind, 3)
     many = Setup(merged(values, microbatches=2, mesh=dict(fsdp=4)), devices=4).run(kind, 3)
     assert many[1]["loss"] == pytest.approx(one[1]["loss"], rel=1e-5)
@@ -261,12 +347,18 @@ def test_the_benchmark_counts_the_pass_that_is_compiled():
     with Compilations() as seen:
         found = {}
         for tangent in ("data", "own"):
-            config = parse(merged(TINY, loss=dict(tangent=tangent), network=dict(width=64, depth=2)))
+            config = parse(
+                merged(TINY, loss=dict(tangent=tangent), network=dict(width=64, depth=2))
+            )
             mesh = sharding.make_mesh(devices=jax.devices()[:1])
-            programs, _, _ = benchmark.compile_cases(config, (8, 8, 1), 10, [("discrete", 0.5)], mesh, seen)
+            programs, _, _ = benchmark.compile_cases(
+                config, (8, 8, 1), 10, [("discrete", 0.5)], mesh, seen
+            )
             found[tangent] = programs[0]
     assert (found["data"].passes, found["own"].passes) == (3.5, 4.0)
-    assert found["own"].counts.flops / found["data"].counts.flops == pytest.approx(4.0 / 3.5, rel=0.03)
+    assert found["own"].counts.flops / found["data"].counts.flops == pytest.approx(
+        4.0 / 3.5, rel=0.03
+    )
 
 
 def test_a_plan_that_was_made_before_the_choice_came_stands(monkeypatch):
@@ -276,16 +368,25 @@ def test_a_plan_that_was_made_before_the_choice_came_stands(monkeypatch):
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
 
     def program(**changes):
-        return plan._about(parse(merged(values, **changes)), "", "", "", mesh, "discrete")["program"]
+        return plan._about(parse(merged(values, **changes)), "", "", "", mesh, "discrete")[
+            "program"
+        ]
 
     assert program() in {row["program"] for row in rows}
-    assert len({program(), program(loss=dict(tangent="own")), program(loss=dict(tangent="ema"))}) == 3
+    assert (
+        len({program(), program(loss=dict(tangent="own")), program(loss=dict(tangent="ema"))}) == 3
+    )
 
 
 def test_an_average_that_is_not_kept_cannot_be_gone_along():
-    with pytest.raises(DmfError, match="config.loss.tangent = 'ema' with config.ema.evaluate = 0: expected the half-life"):
+    with pytest.raises(
+        DmfError,
+        match="config.loss.tangent = 'ema' with config.ema.evaluate = 0: expected the half-life",
+    ):
         check(parse(merged(TINY, loss=dict(tangent="ema"), ema=dict(evaluate=0.0))), 10, 1352)
-    with pytest.raises(DmfError, match="config.loss.tangent = 'mine': expected one of data, own, ema"):
+    with pytest.raises(
+        DmfError, match="config.loss.tangent = 'mine': expected one of data, own, ema"
+    ):
         parse(merged(TINY, loss=dict(tangent="mine")))
 
 
@@ -295,11 +396,19 @@ def test_an_average_that_is_not_kept_cannot_be_gone_along():
 @pytest.mark.parametrize("optimizer", ["keep", "reset"])
 @pytest.mark.parametrize("ema", ["keep", "reset"])
 def test_a_switch_resets_what_the_config_says_and_nothing_else(optimizer, ema):
-    setup = Setup(merged(TINY, curriculum=dict(switch_optimizer=optimizer, switch_ema=ema, interval="adaptive")))
+    setup = Setup(
+        merged(
+            TINY, curriculum=dict(switch_optimizer=optimizer, switch_ema=ema, interval="adaptive")
+        )
+    )
     now = setup.state()
-    moved = jax.tree.map(lambda x: x + 1, dataclasses.replace(now, ema=jax.tree.map(lambda x: 2 * x, now.ema)))
+    moved = jax.tree.map(
+        lambda x: x + 1, dataclasses.replace(now, ema=jax.tree.map(lambda x: 2 * x, now.ema))
+    )
     before = setup.stages[1]
-    assert before.index == 0 and state.switches(before, setup.config.curriculum) == ("reset" in (optimizer, ema))
+    assert before.index == 0 and state.switches(before, setup.config.curriculum) == (
+        "reset" in (optimizer, ema)
+    )
     after = state.switch(moved, before, setup.config.curriculum, setup.config.ema, setup.optimizer)
     fresh = state.create(moved.params, setup.optimizer, setup.config.ema)
     for name, expected in (
@@ -309,5 +418,9 @@ def test_a_switch_resets_what_the_config_says_and_nothing_else(optimizer, ema):
         ("opt_state", fresh if optimizer == "reset" else moved),
         ("ema", fresh if ema == "reset" else moved),
     ):
-        for a, b in zip(jax.tree.leaves(getattr(after, name)), jax.tree.leaves(getattr(expected, name)), strict=True):
+        for a, b in zip(
+            jax.tree.leaves(getattr(after, name)),
+            jax.tree.leaves(getattr(expected, name)),
+            strict=True,
+        ):
             np.testing.assert_array_equal(a, b)

@@ -79,7 +79,9 @@ def test_the_papers_curriculum_on_imagenet():
 
 def test_every_config_file_and_variant_is_tried_above():
     for path in (ROOT / "configs").glob("[a-z]*.py"):
-        if path.stem == "cifar10_from":  # its argument is a directory: tried in tests/test_convert_command.py
+        if (
+            path.stem == "cifar10_from"
+        ):  # its argument is a directory: tried in tests/test_convert_command.py
             continue
         listed = re.search(r"VARIANTS = \((.*)\)", path.read_text())
         variants = re.findall(r'"(\w+)"', listed[1]) if listed else [None]
@@ -94,9 +96,18 @@ def test_every_config_file_and_variant_is_tried_above():
         (dict(seed=1.5), "config.seed = 1.5: expected int"),
         (dict(seed=True), "config.seed = True: expected int"),
         (dict(ema=dict(halflife_images=3.0)), "config.ema.halflife_images = 3.0: expected a tuple"),
-        (dict(ema=dict(halflife_images=("a",))), "config.ema.halflife_images = 'a': expected float"),
-        (dict(data="digits"), "config.data = 'digits': expected a section with the fields name, data_dir"),
-        (dict(network=dict(kind="cnn")), "config.network.kind = 'cnn': expected one of unet, dit, mlp"),
+        (
+            dict(ema=dict(halflife_images=("a",))),
+            "config.ema.halflife_images = 'a': expected float",
+        ),
+        (
+            dict(data="digits"),
+            "config.data = 'digits': expected a section with the fields name, data_dir",
+        ),
+        (
+            dict(network=dict(kind="cnn")),
+            "config.network.kind = 'cnn': expected one of unet, dit, mlp",
+        ),
     ],
 )
 def test_wrong_keys_and_types(change, message):
@@ -113,7 +124,10 @@ def test_a_missing_value_without_default_is_named():
 
 def test_names_in_one_flag_are_taken_apart_at_the_commas():
     for given in (("discrete,jvp",), ("discrete", "jvp")):
-        assert config.parse(merged(TINY, curriculum=dict(kinds=given))).curriculum.kinds == ("discrete", "jvp")
+        assert config.parse(merged(TINY, curriculum=dict(kinds=given))).curriculum.kinds == (
+            "discrete",
+            "jvp",
+        )
 
 
 def test_whole_numbers_are_taken_for_floats_also_inside_tuples():
@@ -125,37 +139,85 @@ def test_whole_numbers_are_taken_for_floats_also_inside_tuples():
     ("change", "message"),
     [
         (dict(batch_size=0), "config.batch_size = 0: expected a number of at least 1"),
-        (dict(batch_size=2000), "config.batch_size = 2000: expected at most the 1352 images of digits"),
+        (
+            dict(batch_size=2000),
+            "config.batch_size = 2000: expected at most the 1352 images of digits",
+        ),
         (dict(microbatches=3), "config.microbatches = 3: expected a divisor of batch_size 32"),
         (dict(seed=2**32), "config.seed = 4294967296: expected a number of at least 0 and at most"),
-        (dict(compute_dtype="bf16"), "config.compute_dtype = 'bf16': expected one of float32, bfloat16"),
-        (dict(precision=dict(jvp="higest")), "config.precision.jvp = 'higest': expected one of default, high, highest"),
-        (dict(label_dropout=1.0), "config.label_dropout = 1.0: expected a number of at least 0 and at most 0.999"),
-        (dict(loss=dict(p=-0.5)), "config.loss.p = -0.5: expected a number of at least 0 and at most 2"),
+        (
+            dict(compute_dtype="bf16"),
+            "config.compute_dtype = 'bf16': expected one of float32, bfloat16",
+        ),
+        (
+            dict(precision=dict(jvp="higest")),
+            "config.precision.jvp = 'higest': expected one of default, high, highest",
+        ),
+        (
+            dict(label_dropout=1.0),
+            "config.label_dropout = 1.0: expected a number of at least 0 and at most 0.999",
+        ),
+        (
+            dict(loss=dict(p=-0.5)),
+            "config.loss.p = -0.5: expected a number of at least 0 and at most 2",
+        ),
         (dict(loss=dict(eps=0.0)), "config.loss.eps = 0.0: expected a number above 0"),
-        (dict(loss=dict(product_rule=2.0)), "config.loss.product_rule = 2.0: expected a number of at least 0 and at most 1"),
-        (dict(loss=dict(residual_scale="mf")), "config.loss.residual_scale = 'mf': expected one of raw, unit"),
-        (dict(optimizer=dict(learning_rate=0.0)), "config.optimizer.learning_rate = 0.0: expected a number above 0"),
-        (dict(optimizer=dict(warmup_steps=-1)), "config.optimizer.warmup_steps = -1: expected a number of at least 0"),
+        (
+            dict(loss=dict(product_rule=2.0)),
+            "config.loss.product_rule = 2.0: expected a number of at least 0 and at most 1",
+        ),
+        (
+            dict(loss=dict(residual_scale="mf")),
+            "config.loss.residual_scale = 'mf': expected one of raw, unit",
+        ),
+        (
+            dict(optimizer=dict(learning_rate=0.0)),
+            "config.optimizer.learning_rate = 0.0: expected a number above 0",
+        ),
+        (
+            dict(optimizer=dict(warmup_steps=-1)),
+            "config.optimizer.warmup_steps = -1: expected a number of at least 0",
+        ),
         (dict(optimizer=dict(clip_norm=float("nan"))), "config.optimizer.clip_norm = nan"),
         (dict(curriculum=dict(length=float("inf"))), "config.curriculum.length = inf"),
         (
             dict(curriculum=dict(pretrain_length=0.3)),
             "config.curriculum.pretrain_length = 0.3 steps: expected 0, or at least one step",
         ),
-        (dict(run=dict(keep_checkpoints=1)), "config.run.keep_checkpoints = 1: expected a number of at least 2"),
-        (dict(run=dict(score_steps=())), r"config.run.score_steps = \(\): expected at least one number"),
-        (dict(run=dict(score_steps=(1, 0))), r"config.run.score_steps = \(1, 0\): expected a number of at least 1"),
-        (dict(run=dict(sampler="dpm")), "config.run.sampler = 'dpm': expected one of few_step, euler, heun"),
-        (dict(ema=dict(halflife_images=(), evaluate=0.0)), r"config.ema.halflife_images = \(\): expected at least one number"),
+        (
+            dict(run=dict(keep_checkpoints=1)),
+            "config.run.keep_checkpoints = 1: expected a number of at least 2",
+        ),
+        (
+            dict(run=dict(score_steps=())),
+            r"config.run.score_steps = \(\): expected at least one number",
+        ),
+        (
+            dict(run=dict(score_steps=(1, 0))),
+            r"config.run.score_steps = \(1, 0\): expected a number of at least 1",
+        ),
+        (
+            dict(run=dict(sampler="dpm")),
+            "config.run.sampler = 'dpm': expected one of few_step, euler, heun",
+        ),
+        (
+            dict(ema=dict(halflife_images=(), evaluate=0.0)),
+            r"config.ema.halflife_images = \(\): expected at least one number",
+        ),
         (dict(ema=dict(evaluate=7.0)), "config.ema.evaluate = 7: expected 0"),
-        (dict(network=dict(num_classes=7)), "config.network.num_classes = 7: expected 0 or the 10 classes of digits"),
+        (
+            dict(network=dict(num_classes=7)),
+            "config.network.num_classes = 7: expected 0 or the 10 classes of digits",
+        ),
         (dict(network=dict(num_classes=0)), "config.label_dropout = 0.1: expected 0"),
         (
             dict(data=dict(augment=0.1)),
             "config.data.augment = 0.1: expected 0, or a network with config.network.augment_dim = 6",
         ),
-        (dict(times=dict(r_neq_t_fraction=0.0)), "config.times.r_neq_t_fraction = 0: expected a positive share"),
+        (
+            dict(times=dict(r_neq_t_fraction=0.0)),
+            "config.times.r_neq_t_fraction = 0: expected a positive share",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(change, message):
@@ -167,9 +229,18 @@ def test_what_cannot_work_is_refused_before_training(change, message):
     ("path", "message"),
     [
         ("config.curiculum.q", "config.curiculum: no such field; did you mean config.curriculum?"),
-        ("config.curriculum.kind", "config.curriculum.kind: no such field; did you mean config.curriculum.kinds?"),
-        ("config.seed.x", "config.seed.x: config.seed is a value, not a section; expected config.seed"),
-        ("config.network.dept", "config.network.dept: no such field; did you mean config.network.depth?"),
+        (
+            "config.curriculum.kind",
+            "config.curriculum.kind: no such field; did you mean config.curriculum.kinds?",
+        ),
+        (
+            "config.seed.x",
+            "config.seed.x: config.seed is a value, not a section; expected config.seed",
+        ),
+        (
+            "config.network.dept",
+            "config.network.dept: no such field; did you mean config.network.depth?",
+        ),
     ],
 )
 def test_a_flag_for_no_field_is_answered_with_the_nearest(path, message):
@@ -177,7 +248,10 @@ def test_a_flag_for_no_field_is_answered_with_the_nearest(path, message):
         config.check_path(path)
 
 
-@pytest.mark.parametrize("path", ["config.seed", "config.network.depth", "config.network.channels", "config.run.score_steps"])
+@pytest.mark.parametrize(
+    "path",
+    ["config.seed", "config.network.depth", "config.network.channels", "config.run.score_steps"],
+)
 def test_a_flag_for_a_field_is_let_through(path):
     config.check_path(path)
 
@@ -187,7 +261,9 @@ def test_every_number_of_the_config_has_its_range():
         for key, value in values.items():
             if isinstance(value, dict):
                 yield from numbers(value, f"{path}{key}.")
-            elif not isinstance(value, bool | str) and not (isinstance(value, tuple) and value and isinstance(value[0], str)):
+            elif not isinstance(value, bool | str) and not (
+                isinstance(value, tuple) and value and isinstance(value[0], str)
+            ):
                 yield path + key
 
     values = config.to_dict(config.parse({}))

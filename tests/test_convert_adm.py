@@ -43,7 +43,9 @@ def without(tree, name):
 
 def test_the_network_equals_torchcfm(tiny):
     _, data, config, shape, network, params = tiny
-    assert config == ADMConfig(channels=64, channel_mult=(1, 2, 2), attention_resolutions=(8,), head_channels=32)
+    assert config == ADMConfig(
+        channels=64, channel_mult=(1, 2, 2), attention_resolutions=(8,), head_channels=32
+    )
     assert shape == (16, 16, 3)
     v = TORCHCFM.outputs(network, params, data)["v"]
     assert relative_l2(v, data["v"]) <= PARITY
@@ -57,7 +59,9 @@ def test_the_network_equals_torchcfm_in_float64(tiny):
     _, data, _, _, network, params = tiny
     with jax.enable_x64(True):
         params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-        v = TORCHCFM.outputs(network, params, {k: data[k].astype(np.float64) for k in ("x", "t")})["v"]
+        v = TORCHCFM.outputs(network, params, {k: data[k].astype(np.float64) for k in ("x", "t")})[
+            "v"
+        ]
     # The folded layer was rounded to float32, and the source's frequencies are float32: 6e-8 each.
     assert relative_l2(v, data["v_f64"]) <= 2e-7
 
@@ -68,7 +72,9 @@ def test_the_check_against_pytorch_equals_torchcfm(tiny):
 
     weights, data, config, shape, network, params = tiny
     tensors = {name: torch.from_numpy(x) for name, x in weights.items()}
-    v = TORCHCFM.torch_outputs(tensors, {"x": data["x"], "t": data["t"], "head_channels": np.array(32)})["v"]
+    v = TORCHCFM.torch_outputs(
+        tensors, {"x": data["x"], "t": data["t"], "head_channels": np.array(32)}
+    )["v"]
     assert relative_l2(v, data["v"]) <= PARITY
     probe = TORCHCFM.probe(config, shape)
     ours, theirs = TORCHCFM.outputs(network, params, probe), TORCHCFM.torch_outputs(tensors, probe)
@@ -84,7 +90,9 @@ def test_our_velocity_is_theirs_with_time_and_sign_reversed(tiny):
     at_t = u(params, z, t, t)
     assert relative_l2(at_t, -data["v"].transpose(0, 2, 3, 1)) <= PARITY
     assert np.array_equal(u(params, z, 0 * t, t), at_t)
-    assert np.std(params["interval"]["time_embed_0"]["kernel"]) > 0.05  # alive: a zero here would stay for ever
+    assert (
+        np.std(params["interval"]["time_embed_0"]["kernel"]) > 0.05
+    )  # alive: a zero here would stay for ever
 
 
 def test_every_name_of_the_released_file_has_its_place():
@@ -108,9 +116,13 @@ def test_the_way_back_is_exact(tiny):
             assert np.array_equal(x, weights[name]), name
     trained = small_noise(params)
     back = export_arrays(TORCHCFM, config, shape, network, trained)
-    assert set(back) - set(weights) == {f"interval.time_embed.{i}.{leaf}" for i in (0, 2) for leaf in ("weight", "bias")}
+    assert set(back) - set(weights) == {
+        f"interval.time_embed.{i}.{leaf}" for i in (0, 2) for leaf in ("weight", "bias")
+    }
     again = convert_arrays(TORCHCFM, back, TINY)[-1]
-    for (path, x), (_, y) in zip(*(sorted(audit.flat(p).items()) for p in (trained, again)), strict=True):
+    for (path, x), (_, y) in zip(
+        *(sorted(audit.flat(p).items()) for p in (trained, again)), strict=True
+    ):
         if path == "time_embed_0/kernel":
             assert relative_l2(y, x) <= 1e-7
         else:
@@ -120,15 +132,27 @@ def test_the_way_back_is_exact(tiny):
 def test_copies_are_taken_by_name():
     names = key_list(GOLDEN / "keys_torchcfm.txt")
     ema, raw = hollow(names), hollow(names)
-    tree = {"net_model": raw, "ema_model": ema, "sched": {"last_epoch": 400001}, "optim": {"state": {}}, "step": 400000}
-    for which, name, want in (("", "ema_model", ema), ("ema_model", "ema_model", ema), ("net_model", "net_model", raw)):
+    tree = {
+        "net_model": raw,
+        "ema_model": ema,
+        "sched": {"last_epoch": 400001},
+        "optim": {"state": {}},
+        "step": 400000,
+    }
+    for which, name, want in (
+        ("", "ema_model", ema),
+        ("ema_model", "ema_model", ema),
+        ("net_model", "net_model", raw),
+    ):
         tensors, taken = TORCHCFM.select(tree, which)
         assert taken == name and tensors[FOLDED] is want[FOLDED] and set(tensors) == set(names)
     assert TORCHCFM.select(without(tree, "ema_model"), "")[1] == "net_model"
     assert TORCHCFM.select(raw, "")[1] == "flat"
     with pytest.raises(DmfError, match=r"copy = 'ema': expected 'ema_model' or 'net_model'"):
         TORCHCFM.select(tree, "ema")
-    with pytest.raises(DmfError, match=r"copy = 'ema_model': expected none, as this file holds one copy"):
+    with pytest.raises(
+        DmfError, match=r"copy = 'ema_model': expected none, as this file holds one copy"
+    ):
         TORCHCFM.select(raw, "ema_model")
 
 
@@ -139,15 +163,27 @@ def renamed(names, old, new):
 @pytest.mark.parametrize(
     ("change", "given", "message"),
     [
-        (lambda n: without(n, FOLDED), {}, r"no tensor time_embed\.0\.weight among 303 .* of kind torchcfm"),
+        (
+            lambda n: without(n, FOLDED),
+            {},
+            r"no tensor time_embed\.0\.weight among 303 .* of kind torchcfm",
+        ),
         (lambda n: n | {FOLDED: (512,)}, {}, r"tensor time_embed\.0\.weight has shape \[512\]"),
-        (lambda n: n | {"label_emb.weight": (10, 512)}, {}, r"label_emb\.weight: .* without classes"),
+        (
+            lambda n: n | {"label_emb.weight": (10, 512)},
+            {},
+            r"label_emb\.weight: .* without classes",
+        ),
         (
             lambda n: n | {"input_blocks.2.0.in_layers.2.weight": (96, 128, 3, 3)},
             {},
             r"widths \[\[128, 96\], .*equal blocks",
         ),
-        (lambda n: renamed(n, "input_blocks.3.0.op", "input_blocks.3.0.in_layers.2"), {}, r"equal numbers of equal blocks"),
+        (
+            lambda n: renamed(n, "input_blocks.3.0.op", "input_blocks.3.0.in_layers.2"),
+            {},
+            r"equal numbers of equal blocks",
+        ),
         (
             lambda n: n | {"out.2.weight": (6, 128, 3, 3)},
             {},
@@ -155,8 +191,16 @@ def renamed(names, old, new):
         ),
         (lambda n: without(n, "out.2.bias"), {}, r"tensor out\.2\.bias is missing"),
         (lambda n: n | {"out.3.bias": (3,)}, {}, r"tensor out\.3\.bias \[3\] has no place"),
-        (lambda n: n, {"heads": 4}, r"heads is no field .* expected one of head_channels, resolution, dropout"),
-        (lambda n: n, {"head_channels": 96}, r"head_channels is 96; expected a divisor of the 256 channels"),
+        (
+            lambda n: n,
+            {"heads": 4},
+            r"heads is no field .* expected one of head_channels, resolution, dropout",
+        ),
+        (
+            lambda n: n,
+            {"head_channels": 96},
+            r"head_channels is 96; expected a divisor of the 256 channels",
+        ),
         (lambda n: n, {"resolution": "32x32"}, r"resolution is '32x32'; expected an integer"),
         (lambda n: n, {"dropout": "none"}, r"dropout is 'none': expected a number"),
     ],
@@ -179,7 +223,11 @@ def test_of_another_size_the_user_is_asked_for_what_no_shape_tells(tiny, field):
         (ADMConfig(), (20, 20, 3), r"channel_mult.*divisible by 8; got 20"),
         (ADMConfig(channel_mult=()), (32, 32, 3), r"channel_mult is empty"),
         (ADMConfig(blocks=0), (32, 32, 3), r"network\.blocks is 0"),
-        (ADMConfig(channels=48), (32, 32, 3), r"network\.channels is 48.*multiple of 32.*times 1 it does not"),
+        (
+            ADMConfig(channels=48),
+            (32, 32, 3),
+            r"network\.channels is 48.*multiple of 32.*times 1 it does not",
+        ),
         (ADMConfig(dropout=-0.1), (32, 32, 3), r"network\.dropout is -0\.1"),
         (ADMConfig(interval_init="off"), (32, 32, 3), r"interval_init is 'off'"),
     ],

@@ -36,9 +36,13 @@ def random_flow(config, seed=0):
 
     def draw(path, x):
         scale = 0.5 if len(x.shape) == 1 else np.prod(x.shape[:-1]) ** -0.5
-        return jnp.asarray(0 if path[0].key == "interval" else scale, jnp.float32) * rng.standard_normal(x.shape, np.float32)
+        return jnp.asarray(
+            0 if path[0].key == "interval" else scale, jnp.float32
+        ) * rng.standard_normal(x.shape, np.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(build(config, SHAPE).init, jax.random.key(0)))
+    return jax.tree_util.tree_map_with_path(
+        draw, jax.eval_shape(build(config, SHAPE).init, jax.random.key(0))
+    )
 
 
 @functools.cache
@@ -84,7 +88,12 @@ def test_the_error_falls_and_is_what_the_report_says():
 def test_labels_are_carried_over(label):
     # A label left out would be an error of 0.5 and more here.
     assert errors(aligned()[2], np.array(label)).mean() < 0.2
-    assert errors({**aligned()[2], "map_augment": {"kernel": np.zeros((2, 32))}}, np.array(label)).mean() > 0.4
+    assert (
+        errors(
+            {**aligned()[2], "map_augment": {"kernel": np.zeros((2, 32))}}, np.array(label)
+        ).mean()
+        > 0.4
+    )
 
 
 def test_u_changes_by_what_the_report_says():
@@ -124,7 +133,9 @@ def test_the_seed_decides_alone():
     assert again[0] == config and again[2] == report
     jax.tree.map(np.testing.assert_array_equal, again[1], new)
     other = align(EDM, params, 1, 1)[1]
-    assert not np.array_equal(other["map_layer1"]["kernel"], align(EDM, params, 1, 0)[1]["map_layer1"]["kernel"])
+    assert not np.array_equal(
+        other["map_layer1"]["kernel"], align(EDM, params, 1, 0)[1]["map_layer1"]["kernel"]
+    )
     assert calls == [(100, 300), (200, 300), (300, 300)]
 
 
@@ -139,15 +150,24 @@ def test_the_seed_decides_alone():
 def test_every_other_form_becomes_the_one(form):
     config = dataclasses.replace(EDM, **form)
     new_config, new, report = align(config, random_flow(config), 1)
-    assert (new_config.embedding, new_config.time_input, new_config.time_scale) == ("positional", "t", 1.0)
+    assert (new_config.embedding, new_config.time_input, new_config.time_scale) == (
+        "positional",
+        "t",
+        1.0,
+    )
     leaves = jax.tree_util.tree_leaves_with_path(new)
-    assert {"/".join(k.key for k in path) for path, _ in leaves} == set(leaf_shapes(build(new_config, SHAPE)))
+    assert {"/".join(k.key for k in path) for path, _ in leaves} == set(
+        leaf_shapes(build(new_config, SHAPE))
+    )
     assert np.isfinite(list(report.values())).all()
 
 
 def test_what_cannot_be_aligned_is_refused():
     params = random_flow(EDM)
-    with pytest.raises(DmfError, match="needs no alignment: .*embedding 'positional', embedding_mult 2, time_input 't'"):
+    with pytest.raises(
+        DmfError,
+        match="needs no alignment: .*embedding 'positional', embedding_mult 2, time_input 't'",
+    ):
         align(UNetConfig(), params, 1)
     with pytest.raises(DmfError, match="network.kind is 'mlp': expected 'unet'"):
         align(MLPConfig(), params, 1)

@@ -16,7 +16,7 @@ import safetensors.numpy
 
 import main
 from configs import cifar10_from
-from dmf import checkpoint, evaluate, pretrained, train, whole
+from dmf import evaluate, pretrained, train
 from dmf.config import parse
 from dmf.convert import audit
 from dmf.convert.command import KINDS, REPORT, convert
@@ -27,6 +27,7 @@ from dmf.convert.unet import EDM, MEANFLOW_UNET
 from dmf.errors import DmfError
 from dmf.export.weights import export
 from dmf.networks import DiTConfig, UNetConfig
+from dmf.storage import atomic, checkpoint
 from tests import devices
 from tests.conversion import export_arrays, needs_torch, recipe_weights, small_noise
 from tests.tiny import TINY, UNET, merged
@@ -47,7 +48,9 @@ def sit(weights, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sit")
     file = folder / "sit.safetensors"
     safetensors.numpy.save_file(weights, file)
-    convert("sit", file, folder / "converted", given=SIT_GIVEN, check=str(GOLDEN / "sit_tiny_io.npz"))
+    convert(
+        "sit", file, folder / "converted", given=SIT_GIVEN, check=str(GOLDEN / "sit_tiny_io.npz")
+    )
     return file, folder / "converted"
 
 
@@ -55,8 +58,13 @@ def random_flow(kind, config, shape, file):
     """Writes random weights of a flow model, in the layout of `kind`, to `file`."""
     network = pretrained.build(config, shape)
     params = small_noise(network.init(jax.random.key(0)))
-    flat = {k: np.zeros_like(v) if k.split("/")[0] == "interval" else v for k, v in audit.flat(params).items()}
-    safetensors.numpy.save_file(export_arrays(kind, config, shape, network, audit.nested(flat)), file)
+    flat = {
+        k: np.zeros_like(v) if k.split("/")[0] == "interval" else v
+        for k, v in audit.flat(params).items()
+    }
+    safetensors.numpy.save_file(
+        export_arrays(kind, config, shape, network, audit.nested(flat)), file
+    )
 
 
 def test_a_conversion_is_a_checkpoint_that_explains_itself(sit, weights, capsys):
@@ -69,14 +77,20 @@ def test_a_conversion_is_a_checkpoint_that_explains_itself(sit, weights, capsys)
         "sha256": read.sha256(file),
     }
     assert report["network"]["depth"] == 3 and report["image_shape"] == [16, 16, 4]
-    assert [c["output"] for c in report["checks"]] == ["out"] and report["checks"][0]["relative_l2"] <= 5e-6
+    assert [c["output"] for c in report["checks"]] == ["out"] and report["checks"][0][
+        "relative_l2"
+    ] <= 5e-6
     named = [name for row in report["tensors"] for name in row["tensors"]]
     assert sorted(named) == sorted(weights) and len(set(named)) == len(named)
     network, params = pretrained.load(folder)
     leaves = [leaf for row in report["tensors"] for leaf in row["leaves"]]
     assert sorted(leaves) == sorted(audit.flat(params))
     stored = checkpoint.metadata(folder)
-    assert stored["source"]["kind"] == "sit" and "licence" in stored["source"] and "conventions" in stored["source"]
+    assert (
+        stored["source"]["kind"] == "sit"
+        and "licence" in stored["source"]
+        and "conventions" in stored["source"]
+    )
     assert stored["source"]["checks"] == report["checks"]
     data = np.load(GOLDEN / "sit_tiny_io.npz")
     z, t = data["x"].transpose(0, 2, 3, 1), 1 - data["t"]
@@ -116,7 +130,9 @@ def test_a_trained_interval_branch_survives_the_round_trip(sit, tmp_path, copied
     convert(copied, tmp_path / "tuned.safetensors", tmp_path / "again", given=given, check="none")
     again = pretrained.load(tmp_path / "again")[1]
     for (name, a), b in zip(audit.flat(again).items(), jax.tree.leaves(params), strict=True):
-        np.testing.assert_allclose(a, b, atol=0 if copied == "dmf" or "t_embedder/mlp_0" not in name else 2e-7, rtol=0)
+        np.testing.assert_allclose(
+            a, b, atol=0 if copied == "dmf" or "t_embedder/mlp_0" not in name else 2e-7, rtol=0
+        )
     licence = json.loads((tmp_path / "again" / REPORT).read_text())["licence"]
     assert licence == SIT.licence  # the weights' authors are the same, whatever the layout
     assert len(tensors) == (42 + 4 if copied == "sit" else len(audit.flat(params)))
@@ -136,13 +152,22 @@ def test_a_pt_file_is_what_torch_reads(sit, tmp_path, weights):
 @needs_torch
 def test_without_stored_outputs_pytorch_is_asked(sit, tmp_path, capsys):
     report = convert("sit", sit[0], tmp_path / "out", given=SIT_GIVEN)
-    assert report["checks"][0]["against"].startswith("PyTorch") and report["checks"][0]["relative_l2"] <= 5e-6
+    assert (
+        report["checks"][0]["against"].startswith("PyTorch")
+        and report["checks"][0]["relative_l2"] <= 5e-6
+    )
     assert "check     out against PyTorch" in capsys.readouterr().out
 
 
 TINY_DIT = DiTConfig(depth=1, width=32, heads=2, patch=4, num_classes=10)
 TINY_UNET = UNetConfig(
-    channels=16, channel_mult=(1,), blocks=1, attention_resolutions=(8,), dropout=0.3, augment_dim=6, interval_init="zero"
+    channels=16,
+    channel_mult=(1,),
+    blocks=1,
+    attention_resolutions=(8,),
+    dropout=0.3,
+    augment_dim=6,
+    interval_init="zero",
 )
 
 
@@ -156,40 +181,64 @@ def test_the_curriculum_starts_from_a_converted_flow_model(kind, config, given, 
     random_flow(kind, config, (8, 8, 1), tmp_path / "flow.safetensors")
     convert(kind.name, tmp_path / "flow.safetensors", tmp_path / "flow", given=given, check="none")
     network, flow = pretrained.load(tmp_path / "flow")
-    values = merged(base, init=str(tmp_path / "flow"), curriculum=dict(stages=3, length=6.0, pretrain_length=0.0))
+    values = merged(
+        base,
+        init=str(tmp_path / "flow"),
+        curriculum=dict(stages=3, length=6.0, pretrain_length=0.0),
+    )
     run = train.Run(parse(values), tmp_path / "run")
     start = run._start()
     run.close()
-    z, t = jax.random.normal(jax.random.key(0), (4, 8, 8, 1)), np.linspace(0.1, 1, 4, dtype=np.float32)
+    z, t = (
+        jax.random.normal(jax.random.key(0), (4, 8, 8, 1)),
+        np.linspace(0.1, 1, 4, dtype=np.float32),
+    )
     label = np.arange(4, dtype=np.int32) if config.kind == "dit" else np.ones((4, 6), np.float32)
     v = jax.jit(network.apply)(flow, z, t, t, label=label)
     assert np.std(v) > 0.01
     for r in (t, 0.3 * t, 0 * t):
-        np.testing.assert_array_equal(jax.jit(run.network.apply)(start.params, z, r, t, label=label), v)
+        np.testing.assert_array_equal(
+            jax.jit(run.network.apply)(start.params, z, r, t, label=label), v
+        )
     train.train(parse(values), tmp_path / "run")
     tensors = export(tmp_path / "run", tmp_path / "u.safetensors")  # in the layout it came in
     assert any(name.startswith(("h_embedder", "map_layer0")) for name in tensors)
     convert(kind.name, tmp_path / "u.safetensors", tmp_path / "u", given=given, check="none")
     tuned = pretrained.load(tmp_path / "run")[1]
     assert not np.array_equal(jax.tree.leaves(tuned)[0], jax.tree.leaves(flow)[0])
-    for a, b in zip(jax.tree.leaves(pretrained.load(tmp_path / "u")[1]), jax.tree.leaves(tuned), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(pretrained.load(tmp_path / "u")[1]), jax.tree.leaves(tuned), strict=True
+    ):
         np.testing.assert_allclose(a, b, atol=2e-7, rtol=0)
 
 
-def test_starting_from_another_network_or_other_images_is_refused_and_leaves_no_trace(sit, tmp_path):
+def test_starting_from_another_network_or_other_images_is_refused_and_leaves_no_trace(
+    sit, tmp_path
+):
     values = merged(TINY, init=str(sit[1]), curriculum=dict(pretrain_length=0.0))
-    with pytest.raises(DmfError, match=r"its network differs: config.network.depth: 3 -> 1; .*expected the same network"):
+    with pytest.raises(
+        DmfError,
+        match=r"its network differs: config.network.depth: 3 -> 1; .*expected the same network",
+    ):
         train.train(parse(values), tmp_path / "run")
-    random_flow(SIT, TINY_DIT, (16, 16, 1), tmp_path / "large.safetensors")  # not told by the shape of any leaf
-    convert("sit", tmp_path / "large.safetensors", tmp_path / "large", given={"heads": 2}, check="none")
+    random_flow(
+        SIT, TINY_DIT, (16, 16, 1), tmp_path / "large.safetensors"
+    )  # not told by the shape of any leaf
+    convert(
+        "sit", tmp_path / "large.safetensors", tmp_path / "large", given={"heads": 2}, check="none"
+    )
     values = merged(TINY, init=str(tmp_path / "large"), curriculum=dict(pretrain_length=0.0))
-    with pytest.raises(DmfError, match=r"its images are \(16, 16, 1\); expected \(8, 8, 1\), as in digits"):
+    with pytest.raises(
+        DmfError, match=r"its images are \(16, 16, 1\); expected \(8, 8, 1\), as in digits"
+    ):
         train.train(parse(values), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_without_init_claims_no_origin(tmp_path):
-    (tmp_path / "origin.json").write_text('{"kind": "sit"}')  # of a start that never got to its first checkpoint
+    (tmp_path / "origin.json").write_text(
+        '{"kind": "sit"}'
+    )  # of a start that never got to its first checkpoint
     run = train.Run(parse(TINY), tmp_path)
     run.close()
     assert not (tmp_path / "origin.json").exists()
@@ -210,7 +259,11 @@ def test_what_a_converted_directory_may_be_called(sit, tmp_path, monkeypatch):
         pretrained.load(out)
     assert (tmp_path / "place" / "params").is_dir() and (tmp_path / ".a.partial_notes").is_dir()
     (tmp_path / "file").write_text("")
-    for out, said in {"file": "is there already and a file", "n" * 300: "cannot be made", "none/x": "cannot be made"}.items():
+    for out, said in {
+        "file": "is there already and a file",
+        "n" * 300: "cannot be made",
+        "none/x": "cannot be made",
+    }.items():
         with pytest.raises(DmfError, match=said):
             convert("sit", sit[0], out, given=SIT_GIVEN, check="none")
 
@@ -310,7 +363,9 @@ def test_nothing_is_overwritten(sit, tmp_path):
         export(sit[1], tmp_path / "u.safetensors")
     with pytest.raises(DmfError, match="expected a file name ending in .safetensors or .pt"):
         export(sit[1], tmp_path / "u.onnx")
-    with pytest.raises(DmfError, match="kind = edm: the layout of a unet, this is a dit; expected kind = dmf"):
+    with pytest.raises(
+        DmfError, match="kind = edm: the layout of a unet, this is a dit; expected kind = dmf"
+    ):
         export(sit[1], tmp_path / "v.safetensors", kind="edm")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "u.safetensors"]
 
@@ -327,12 +382,24 @@ runpy.run_path("main.py", run_name="__main__")
 
 @pytest.mark.parametrize("mode", ["convert", "export"])
 def test_a_full_disk_is_one_line_and_leaves_nothing(sit, tmp_path, mode):
-    flags = ["--mode=convert", "--kind=sit", f"--source={sit[0]}", "--set=heads=4", "--check=none", f"--out={tmp_path / 'out'}"]
+    flags = [
+        "--mode=convert",
+        "--kind=sit",
+        f"--source={sit[0]}",
+        "--set=heads=4",
+        "--check=none",
+        f"--out={tmp_path / 'out'}",
+    ]
     if mode == "export":
         flags = ["--mode=export", f"--workdir={sit[1]}", f"--out={tmp_path / 'out.safetensors'}"]
     env = {**os.environ, "XLA_FLAGS": devices(1), "JAX_ENABLE_COMPILATION_CACHE": "false"}
     done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300, env=env
+        [sys.executable, "-c", FULL_DISK, *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=env,
     )
     assert done.returncode == 2 and done.stderr.strip().count("\n") == 0, done.stderr
     assert "could not be written" in done.stderr and not list(tmp_path.iterdir())
@@ -342,18 +409,27 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(sit, tmp_path, mode):
 def test_what_a_killed_conversion_left_is_cleared(sit, tmp_path):
     dead = subprocess.Popen(["true"])
     dead.wait()
-    theirs = whole.partial(tmp_path / "out").name.rpartition("-")[0]
-    for name in (f"{theirs}-{dead.pid}", f"{theirs}-{dead.pid}.orbax-checkpoint-tmp", f"{theirs}-{os.getppid()}"):
+    theirs = atomic.partial(tmp_path / "out").name.rpartition("-")[0]
+    for name in (
+        f"{theirs}-{dead.pid}",
+        f"{theirs}-{dead.pid}.orbax-checkpoint-tmp",
+        f"{theirs}-{os.getppid()}",
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "half").write_text("data")
     convert("sit", sit[0], tmp_path / "out", given=SIT_GIVEN, check="none")
-    assert sorted(p.name for p in tmp_path.iterdir()) == [f"{theirs}-{os.getppid()}", "out"]  # that one is still at work
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        f"{theirs}-{os.getppid()}",
+        "out",
+    ]  # that one is still at work
     pretrained.load(tmp_path / "out")
 
 
 def test_a_flipped_bit_of_a_converted_directory_is_named(sit, tmp_path):
     subprocess.run(["cp", "-r", sit[1], tmp_path / "copy"], check=True)
-    file = max((p for p in (tmp_path / "copy").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    file = max(
+        (p for p in (tmp_path / "copy").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
+    )
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
@@ -363,7 +439,9 @@ def test_a_flipped_bit_of_a_converted_directory_is_named(sit, tmp_path):
 
 def test_the_command_line_knows_the_kinds():
     assert list(main.KINDS) == list(KINDS)
-    assert all(main.KINDS[name] for name in KINDS) and all(k.licence and k.conventions and k.copies for k in KINDS.values())
+    assert all(main.KINDS[name] for name in KINDS) and all(
+        k.licence and k.conventions and k.copies for k in KINDS.values()
+    )
 
 
 def test_a_leaf_or_a_tensor_twice_is_an_error(weights):
@@ -375,10 +453,19 @@ def test_a_leaf_or_a_tensor_twice_is_an_error(weights):
     audit.check(good, tensors, leaves, "test")
     cases = {
         "leaf a/kernel is named twice": [*good, linear("c.weight", "a/kernel")],
-        "tensor a.weight is named twice": [*good, constant("a.weight", lambda: np.ones((2, 3)), "ones")],
+        "tensor a.weight is named twice": [
+            *good,
+            constant("a.weight", lambda: np.ones((2, 3)), "ones"),
+        ],
         "leaf b/kernel is named by the network or the key map alone": good[:1],
-        "leaf c/kernel is named by the network or the key map alone": [*good, linear("c.weight", "c/kernel")],
-        r"tensor b.weight has shape \[2, 3\]: expected \[3, 2\]": [good[0], plain("b.weight", "b/kernel")],
+        "leaf c/kernel is named by the network or the key map alone": [
+            *good,
+            linear("c.weight", "c/kernel"),
+        ],
+        r"tensor b.weight has shape \[2, 3\]: expected \[3, 2\]": [
+            good[0],
+            plain("b.weight", "b/kernel"),
+        ],
     }
     for message, rules in cases.items():
         with pytest.raises(DmfError, match=message):
@@ -388,9 +475,14 @@ def test_a_leaf_or_a_tensor_twice_is_an_error(weights):
 
 
 def test_half_precision_is_lifted_and_said(sit, weights, tmp_path):
-    half = {name: np.asarray(x, jnp.bfloat16) if name != "pos_embed" else x for name, x in weights.items()}
+    half = {
+        name: np.asarray(x, jnp.bfloat16) if name != "pos_embed" else x
+        for name, x in weights.items()
+    }
     safetensors.numpy.save_file(half, tmp_path / "half.safetensors")
-    report = convert("sit", tmp_path / "half.safetensors", tmp_path / "out", given=SIT_GIVEN, check="none")
+    report = convert(
+        "sit", tmp_path / "half.safetensors", tmp_path / "out", given=SIT_GIVEN, check="none"
+    )
     notes = {row["tensors"][0]: row["note"] for row in report["tensors"] if row["tensors"]}
     assert notes["x_embedder.proj.bias"] == "cast from bfloat16 to float32"
     found = audit.flat(pretrained.load(tmp_path / "out")[1])["x_embedder/proj/bias"]
@@ -445,22 +537,34 @@ def test_an_aligned_network_leaves_in_our_own_layout_and_its_source_is_told_as_i
     random_flow(EDM, TINY_EDM, (8, 8, 3), tmp_path / "edm.safetensors")
     plain = convert("edm", tmp_path / "edm.safetensors", tmp_path / "plain", check="none")
     assert plain["network"]["sigma_data"] == 0.75  # no weight shows it, so an export carries it
-    report = convert("edm", tmp_path / "edm.safetensors", tmp_path / "aligned", check="none", align_steps=200)
+    report = convert(
+        "edm", tmp_path / "edm.safetensors", tmp_path / "aligned", check="none", align_steps=200
+    )
     assert report["network"]["time_input"] == "log_sigma" and report["alignment"]["steps"] == 200
     config, _ = pretrained.described(checkpoint.metadata(tmp_path / "aligned"))
     assert config.time_input == "t" and config.embedding_mult == 2
     exported = export(tmp_path / "aligned", tmp_path / "aligned.safetensors")
     assert "map_layer0.weight" in exported and "model.map_layer0.weight" not in exported
     convert("dmf", tmp_path / "aligned.safetensors", tmp_path / "again", check="none")
-    pairs = zip(*(jax.tree.leaves(pretrained.load(tmp_path / name)[1]) for name in ("aligned", "again")), strict=True)
+    pairs = zip(
+        *(jax.tree.leaves(pretrained.load(tmp_path / name)[1]) for name in ("aligned", "again")),
+        strict=True,
+    )
     assert all(np.array_equal(a, b) for a, b in pairs)
-    with pytest.raises(DmfError, match="network.time_input is 't': expected 'log_sigma', as in weights of kind edm"):
+    with pytest.raises(
+        DmfError, match="network.time_input is 't': expected 'log_sigma', as in weights of kind edm"
+    ):
         export(tmp_path / "aligned", tmp_path / "wrong.safetensors", kind="edm")
 
 
 def test_a_config_takes_the_network_of_a_converted_directory(tmp_path):
     """configs/cifar10_from.py:DIRECTORY starts a run from an aligned EDM network, bit for bit."""
-    random_flow(EDM, dataclasses.replace(TINY_EDM, channel_mult=(1, 1)), (32, 32, 3), tmp_path / "edm.safetensors")
+    random_flow(
+        EDM,
+        dataclasses.replace(TINY_EDM, channel_mult=(1, 1)),
+        (32, 32, 3),
+        tmp_path / "edm.safetensors",
+    )
     convert("edm", tmp_path / "edm.safetensors", tmp_path / "edm", check="none", align_steps=10)
     values = cifar10_from.get_config(str(tmp_path / "edm")).to_dict()
     assert values["data"]["augment"] == 0 and values["curriculum"]["stages"] == 10
@@ -469,7 +573,11 @@ def test_a_config_takes_the_network_of_a_converted_directory(tmp_path):
     run.close()
     stored = checkpoint.metadata(tmp_path / "run" / "checkpoints" / "0")
     assert stored["config"]["network"]["precond"] == "edm" and stored["source"]["kind"] == "edm"
-    for a, b in zip(jax.tree.leaves(start.params), jax.tree.leaves(pretrained.load(tmp_path / "edm")[1]), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(start.params),
+        jax.tree.leaves(pretrained.load(tmp_path / "edm")[1]),
+        strict=True,
+    ):
         np.testing.assert_array_equal(a, b)
 
 

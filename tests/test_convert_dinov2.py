@@ -17,7 +17,14 @@ from dmf.errors import DmfError
 from dmf.export.weights import export
 from dmf.networks.dinov2 import DINO_SIZES, DinoConfig, build_dinov2, resampling
 from tests.conftest import GOLDEN
-from tests.conversion import check_names, convert_arrays, export_arrays, hollow, needs_torch, recipe_weights
+from tests.conversion import (
+    check_names,
+    convert_arrays,
+    export_arrays,
+    hollow,
+    needs_torch,
+    recipe_weights,
+)
 
 TINY = DinoConfig(depth=3, width=80, heads=5)
 # Relative L2 to timm 1.0.31 run in float64, its table of positions resampled by PyTorch as DINOv2's program asks for it.
@@ -46,9 +53,25 @@ def shapes(depth, width):
     w = width
     found = {"cls_token": (1, 1, w), "pos_embed": (1, 1370, w), "mask_token": (1, w)}
     found |= {"patch_embed.proj.weight": (w, 3, 14, 14), "patch_embed.proj.bias": (w,)}
-    block = {"norm1.weight": (w,), "norm1.bias": (w,), "attn.qkv.weight": (3 * w, w), "attn.qkv.bias": (3 * w,)}
-    block |= {"attn.proj.weight": (w, w), "attn.proj.bias": (w,), "ls1.gamma": (w,), "norm2.weight": (w,), "norm2.bias": (w,)}
-    block |= {"mlp.fc1.weight": (4 * w, w), "mlp.fc1.bias": (4 * w,), "mlp.fc2.weight": (w, 4 * w), "mlp.fc2.bias": (w,)}
+    block = {
+        "norm1.weight": (w,),
+        "norm1.bias": (w,),
+        "attn.qkv.weight": (3 * w, w),
+        "attn.qkv.bias": (3 * w,),
+    }
+    block |= {
+        "attn.proj.weight": (w, w),
+        "attn.proj.bias": (w,),
+        "ls1.gamma": (w,),
+        "norm2.weight": (w,),
+        "norm2.bias": (w,),
+    }
+    block |= {
+        "mlp.fc1.weight": (4 * w, w),
+        "mlp.fc1.bias": (4 * w,),
+        "mlp.fc2.weight": (w, 4 * w),
+        "mlp.fc2.bias": (w,),
+    }
     block |= {"ls2.gamma": (w,)}
     found |= {f"blocks.{i}.{name}": shape for i in range(depth) for name, shape in block.items()}
     return found | {"norm.weight": (w,), "norm.bias": (w,)}
@@ -70,7 +93,9 @@ def test_the_check_against_pytorch_equals_timm(half, low, high):
     import torch
 
     weights, x, want, _ = reference()
-    tensors = {name: torch.from_numpy(weights[name]) for name in sorted(weights)}  # as safetensors would order them
+    tensors = {
+        name: torch.from_numpy(weights[name]) for name in sorted(weights)
+    }  # as safetensors would order them
     tensors = {name: value.half() for name, value in tensors.items()} if half else tensors
     got = DINOV2.torch_outputs(tensors, {"x": x, "heads": np.array(5)})["features"]
     assert got.dtype == np.float32 and low <= relative_l2(got, want) <= high
@@ -87,7 +112,9 @@ def test_positions_are_resampled_as_by_the_released_program():
 
 
 @needs_torch
-@pytest.mark.parametrize(("source", "target"), [(37, 16), (37, 32), (16, 37), (5, 16), (1, 14), (16, 16)])
+@pytest.mark.parametrize(
+    ("source", "target"), [(37, 16), (37, 32), (16, 37), (5, 16), (1, 14), (16, 16)]
+)
 def test_any_table_is_resampled_as_pytorch_does(source, target):
     import torch
 
@@ -95,7 +122,9 @@ def test_any_table_is_resampled_as_pytorch_does(source, target):
     want = _torch_places(torch.from_numpy(table), target).numpy()[0].reshape(target, target, 2)
     rows = resampling(source, target)
     np.testing.assert_allclose(
-        np.einsum("ip,jq,pqc->ijc", rows, rows, table[0, 1:].reshape(source, source, 2)), want, atol=1e-12
+        np.einsum("ip,jq,pqc->ijc", rows, rows, table[0, 1:].reshape(source, source, 2)),
+        want,
+        atol=1e-12,
     )
 
 
@@ -111,7 +140,9 @@ def test_a_table_of_16_rows_is_taken_as_it_is():
     assert relative_l2(DINOV2.outputs(network, params, {"x": x})["features"], want) <= BOUND
 
 
-@pytest.mark.parametrize(("size", "count"), [("S", 22_056_192), ("B", 86_579_712), ("L", 304_367_616)])
+@pytest.mark.parametrize(
+    ("size", "count"), [("S", 22_056_192), ("B", 86_579_712), ("L", 304_367_616)]
+)
 def test_every_tensor_and_every_leaf_of_a_released_file_is_used_once(size, count):
     """With mask_token and without; counts of parameters as timm gives them."""
     shape = DINO_SIZES[size]
@@ -120,7 +151,10 @@ def test_every_tensor_and_every_leaf_of_a_released_file_is_used_once(size, count
     assert config == DinoConfig(**shape)
     check_names(DINOV2, {name: found for name, found in full.items() if name != "mask_token"})
     leaves = audit.leaf_shapes(build_dinov2(config))
-    assert len(leaves) == len(full) - 1 and sum(int(np.prod(found)) for found in leaves.values()) == count
+    assert (
+        len(leaves) == len(full) - 1
+        and sum(int(np.prod(found)) for found in leaves.values()) == count
+    )
 
 
 def test_a_round_trip_is_bit_equal():
@@ -146,10 +180,14 @@ def test_a_file_becomes_a_checkpoint_and_a_file_again(tmp_path):
     assert list(notes) == ["mask_token"] and "training" in notes["mask_token"]
     network, params = pretrained.load(out)
     assert np.array_equal(params["pos_embed"], weights["pos_embed"])
-    features = jax.eval_shape(network.apply, params, jax.ShapeDtypeStruct((1, 224, 224, 3), np.float32))
+    features = jax.eval_shape(
+        network.apply, params, jax.ShapeDtypeStruct((1, 224, 224, 3), np.float32)
+    )
     assert features.shape == (1, 80)
     back = export(out, tmp_path / "again.safetensors")
-    assert set(back) == set(weights) and np.array_equal(back["blocks.2.attn.qkv.weight"], weights["blocks.2.attn.qkv.weight"])
+    assert set(back) == set(weights) and np.array_equal(
+        back["blocks.2.attn.qkv.weight"], weights["blocks.2.attn.qkv.weight"]
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float64])
@@ -162,7 +200,11 @@ def test_every_product_is_in_full_float32(dtype, float64):
     with jax.default_matmul_precision("bfloat16"):
         assert jax.eval_shape(network.apply, params, x) == jax.ShapeDtypeStruct((2, 80), np.float32)
         program = jax.jit(network.apply).lower(params, x).as_text()
-    products = [line for line in program.splitlines() if "stablehlo.convolution" in line or "stablehlo.dot_general" in line]
+    products = [
+        line
+        for line in program.splitlines()
+        if "stablehlo.convolution" in line or "stablehlo.dot_general" in line
+    ]
     assert len(products) == 6 * 3 + 3
     for line in products:
         assert line.count("HIGHEST") == 2 and "bf16" not in line and "f64" not in line
@@ -177,19 +219,52 @@ def with_(**changes):
 GIANT = {name: shape for name, shape in shapes(40, 1536).items() if ".mlp." not in name}
 GIANT |= {f"blocks.{i}.mlp.w12.weight": (8192, 1536) for i in range(40)}
 WRONG = {
-    "of another kind": ({"fc.weight": (1008, 2048)}, r"no tensor patch_embed\.proj\.weight among 1"),
-    "of ViT-g": (GIANT, r"w12\.weight is of the SwiGLU blocks of ViT-g/14: expected DINOv2 ViT-S/14, B/14 or L/14"),
-    "with registers": (with_(register_tokens=(1, 4, 384)), "register_tokens holds registers.*expected .* without registers"),
-    "without layer scales": (with_(blocks__3__ls1__gamma=None), r"blocks\.3\.ls1\.gamma is missing"),
-    "with a hole": (with_(blocks__7__attn__qkv__bias=None), r"blocks\.7\.attn\.qkv\.bias is missing"),
+    "of another kind": (
+        {"fc.weight": (1008, 2048)},
+        r"no tensor patch_embed\.proj\.weight among 1",
+    ),
+    "of ViT-g": (
+        GIANT,
+        r"w12\.weight is of the SwiGLU blocks of ViT-g/14: expected DINOv2 ViT-S/14, B/14 or L/14",
+    ),
+    "with registers": (
+        with_(register_tokens=(1, 4, 384)),
+        "register_tokens holds registers.*expected .* without registers",
+    ),
+    "without layer scales": (
+        with_(blocks__3__ls1__gamma=None),
+        r"blocks\.3\.ls1\.gamma is missing",
+    ),
+    "with a hole": (
+        with_(blocks__7__attn__qkv__bias=None),
+        r"blocks\.7\.attn\.qkv\.bias is missing",
+    ),
     "without positions": (with_(pos_embed=None), "no tensor pos_embed"),
-    "with odd positions": (with_(pos_embed=(1, 1374, 384)), "pos_embed has 1374 rows: expected one more than a square"),
-    "with flat positions": (with_(pos_embed=(1370, 384)), r"pos_embed has shape \[1370, 384\]: expected 3 axes"),
-    "with odd patches": (with_(patch_embed__proj__weight=(384, 3, 15, 15)), "patches of 15 pixels: expected a divisor of 224"),
-    "with grey images": (with_(patch_embed__proj__weight=(384, 1, 14, 14)), r"\[384, 1, 14, 14\]: expected \[384, 3, 14, 14\]"),
-    "of another ratio": (with_(blocks__0__mlp__fc1__weight=(768, 384)), r"\[768, 384\]: expected \[1536, 384\]"),
+    "with odd positions": (
+        with_(pos_embed=(1, 1374, 384)),
+        "pos_embed has 1374 rows: expected one more than a square",
+    ),
+    "with flat positions": (
+        with_(pos_embed=(1370, 384)),
+        r"pos_embed has shape \[1370, 384\]: expected 3 axes",
+    ),
+    "with odd patches": (
+        with_(patch_embed__proj__weight=(384, 3, 15, 15)),
+        "patches of 15 pixels: expected a divisor of 224",
+    ),
+    "with grey images": (
+        with_(patch_embed__proj__weight=(384, 1, 14, 14)),
+        r"\[384, 1, 14, 14\]: expected \[384, 3, 14, 14\]",
+    ),
+    "of another ratio": (
+        with_(blocks__0__mlp__fc1__weight=(768, 384)),
+        r"\[768, 384\]: expected \[1536, 384\]",
+    ),
     "with a head": (with_(head__weight=(1000, 384)), r"head\.weight \[1000, 384\] has no place"),
-    "of no released size": (shapes(11, 384), "width 384 with depth 11 is none of the released sizes.*expected --set=heads=N"),
+    "of no released size": (
+        shapes(11, 384),
+        "width 384 with depth 11 is none of the released sizes.*expected --set=heads=N",
+    ),
 }
 
 
@@ -203,7 +278,10 @@ def test_a_file_is_refused(which):
 GIVEN = {
     "patch": ({"patch": 14}, "--set=patch=14: expected heads, the only field"),
     "no number": ({"heads": "many"}, "--set=heads is 'many'; expected an integer"),
-    "not the released one": ({"heads": 12}, "--set=heads=12: expected 6, as in the released size of width 384 and depth 12"),
+    "not the released one": (
+        {"heads": 12},
+        "--set=heads=12: expected 6, as in the released size of width 384 and depth 12",
+    ),
 }
 
 

@@ -79,7 +79,9 @@ def test_forward_check_on_the_probe(kind):
     arrays = kind.probe(config, shape)
     theirs = torch_outputs(kind, weights, arrays)
     ours = kind.outputs(network, params, arrays)
-    assert ours.keys() == theirs.keys() and all(relative_l2(ours[k], theirs[k]) <= PARITY for k in ours)
+    assert ours.keys() == theirs.keys() and all(
+        relative_l2(ours[k], theirs[k]) <= PARITY for k in ours
+    )
     assert len(set(arrays["t"])) == len(arrays["t"]) and config.num_classes in arrays["y"]
 
 
@@ -87,22 +89,35 @@ def test_forward_check_on_the_probe(kind):
 def test_sit_with_an_interval_embedder_and_without_sigma_table_or_labels():
     """What our own exports may hold: h_embedder, velocity rows alone, no position table, no label table."""
     weights, _ = reference(SIT)
-    weights = with_interval({k: x for k, x in weights.items() if k != "pos_embed" and not k.startswith("y_")})
+    weights = with_interval(
+        {k: x for k, x in weights.items() if k != "pos_embed" and not k.startswith("y_")}
+    )
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
         weights[name] = np.concatenate([weights[name][8 * i : 8 * i + 4] for i in range(4)])
-    config, shape, network, params = conversion.convert_arrays(SIT, weights, {"heads": 4, "resolution": 12})
+    config, shape, network, params = conversion.convert_arrays(
+        SIT, weights, {"heads": 4, "resolution": 12}
+    )
     assert shape == (12, 12, 4) and config.num_classes == 0
     arrays = SIT.probe(config, shape)
     ours, theirs = SIT.outputs(network, params, arrays), torch_outputs(SIT, weights, arrays)
     assert relative_l2(ours["out"], theirs["out"]) <= PARITY
-    assert relative_l2(SIT.outputs(network, params, arrays | {"h": 0 * arrays["h"]})["out"], ours["out"]) > 1e-3
+    assert (
+        relative_l2(
+            SIT.outputs(network, params, arrays | {"h": 0 * arrays["h"]})["out"], ours["out"]
+        )
+        > 1e-3
+    )
 
 
 def test_converted_sit_is_a_flow_model_with_a_living_interval_branch():
     """u(z, r, t) has the same bits for every r; a gradient step wakes the branch, in both of its layers."""
     _, io = reference(SIT)
     _, _, network, params = converted(SIT)
-    z, y, t = io["x"].transpose(0, 2, 3, 1), io["y"].astype(np.int32), np.float32([1, 0.9, 0.4, 0.2])
+    z, y, t = (
+        io["x"].transpose(0, 2, 3, 1),
+        io["y"].astype(np.int32),
+        np.float32([1, 0.9, 0.4, 0.2]),
+    )
 
     @jax.jit
     def loss(params, r):
@@ -114,11 +129,18 @@ def test_converted_sit_is_a_flow_model_with_a_living_interval_branch():
         return u, gradient["interval"]
 
     u, _ = loss(params, t)
-    assert relative_l2(u, -SIT.outputs(network, params, io | {"t": 1 - t})["out"].transpose(0, 2, 3, 1)) <= PARITY
+    assert (
+        relative_l2(
+            u, -SIT.outputs(network, params, io | {"t": 1 - t})["out"].transpose(0, 2, 3, 1)
+        )
+        <= PARITY
+    )
     for r in (0 * t, t / 3):
         here, gradient = loss(params, r)
         assert np.array_equal(here, u)
-    assert not np.any(params["interval"]["mlp_2"]["kernel"]) and not np.any(params["interval"]["mlp_2"]["bias"])
+    assert not np.any(params["interval"]["mlp_2"]["kernel"]) and not np.any(
+        params["interval"]["mlp_2"]["bias"]
+    )
     assert np.abs(gradient["mlp_2"]["kernel"]).max() > 1e-4
     stepped = params | {"interval": jax.tree.map(lambda p, g: p - g, params["interval"], gradient)}
     awake, gradient = loss(stepped, t / 3)
@@ -129,12 +151,20 @@ def test_converted_sit_is_a_flow_model_with_a_living_interval_branch():
 def test_time_is_reversed_exactly():
     """In float64, the folded first layer on features of t is the file's on features of 1 - t; folding twice undoes it."""
     config, shape, _, _ = converted(SIT)
-    (rule,) = (r for r in SIT.rules(config, shape, None) if r.tensors == ("t_embedder.mlp.0.weight",))
+    (rule,) = (
+        r for r in SIT.rules(config, shape, None) if r.tensors == ("t_embedder.mlp.0.weight",)
+    )
     rng = np.random.default_rng(0)
     weight, t = rng.standard_normal((96, 256)), rng.uniform(size=(50, 1))
 
     def features(t):
-        return np.concatenate((np.cos(t * frequencies(128, endpoint=False)), np.sin(t * frequencies(128, endpoint=False))), 1)
+        return np.concatenate(
+            (
+                np.cos(t * frequencies(128, endpoint=False)),
+                np.sin(t * frequencies(128, endpoint=False)),
+            ),
+            1,
+        )
 
     (kernel,) = rule.forward(weight)
     np.testing.assert_allclose(features(t) @ kernel, features(1 - t) @ weight.T, atol=1e-12)
@@ -146,12 +176,19 @@ def test_copies_of_a_training_checkpoint():
     weights, _ = reference(SIT)
     ema = conversion.tensors_of(weights)
     model = conversion.tensors_of({f"module.{name}": x + 1 for name, x in weights.items()})
-    checkpoint = {"model": model, "ema": ema, "opt": {"state": {0: {"step": 1}}}, "args": "Namespace"}
+    checkpoint = {
+        "model": model,
+        "ema": ema,
+        "opt": {"state": {0: {"step": 1}}},
+        "args": "Namespace",
+    }
 
     def bias(tree, which=""):
         tensors, copy = SIT.select(tree, which)
         assert tensors.keys() == weights.keys()
-        return copy, float(tensors["x_embedder.proj.bias"].read()[0] - weights["x_embedder.proj.bias"][0])
+        return copy, float(
+            tensors["x_embedder.proj.bias"].read()[0] - weights["x_embedder.proj.bias"][0]
+        )
 
     assert bias(checkpoint) == ("ema", 0) and bias(checkpoint, "ema") == ("ema", 0)
     assert bias(checkpoint, "model") == ("model", pytest.approx(1, abs=1e-6))
@@ -166,11 +203,16 @@ def test_copies_of_a_training_checkpoint():
 def test_each_copy_gives_its_own_outputs():
     """The reference's outputs with the weights that are no average, redrawn from another seed."""
     weights, io = reference(SIT)
-    with np.load(GOLDEN / "sit_tiny_io.npz") as data, np.load(GOLDEN / "sit_tiny_model_io.npz") as other:
+    with (
+        np.load(GOLDEN / "sit_tiny_io.npz") as data,
+        np.load(GOLDEN / "sit_tiny_model_io.npz") as other,
+    ):
         want = {"ema": io["out"], "model": other["out"]}
         model = conversion.recipe_weights(dict(data) | dict(other))
     for which, out in want.items():
-        _, _, network, params = conversion.convert_arrays(SIT, {"model": model, "ema": weights}, {"heads": 4}, which)
+        _, _, network, params = conversion.convert_arrays(
+            SIT, {"model": model, "ema": weights}, {"heads": 4}, which
+        )
         assert relative_l2(SIT.outputs(network, params, io)["out"], out) <= PARITY
 
 
@@ -187,7 +229,12 @@ def test_copies_of_a_flax_train_state():
             node[leaf] = conversion.tensors_of({"": x + offset})[""]
         return nested
 
-    state = {"step": 7, "params": tree(1), "ema_params": tree(0), "opt_state": {"0": {"mu": tree(2)}}}
+    state = {
+        "step": 7,
+        "params": tree(1),
+        "ema_params": tree(0),
+        "opt_state": {"0": {"mu": tree(2)}},
+    }
     name = "net.blocks.layers_1.attn.qkv._flax_linear.bias"
     for found, which, copy, offset in (
         (state, "", "ema", 0),
@@ -235,7 +282,9 @@ def test_meanflow_comes_back_bit_for_bit():
 
 def halved(shapes):
     """The key list of B/2 at the width of S/2: every axis that grows with the width is halved."""
-    return {name: tuple(n // 2 if n % 768 == 0 else n for n in shape) for name, shape in shapes.items()}
+    return {
+        name: tuple(n // 2 if n % 768 == 0 else n for n in shape) for name, shape in shapes.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -247,20 +296,31 @@ def halved(shapes):
         (MEANFLOW_DIT, "keys_meanflow-b-4.txt", dict, "B", 4, 135),
     ],
 )
-def test_every_tensor_and_every_leaf_of_the_public_sizes_has_one_place(kind, keys, change, size, patch, tensors):
+def test_every_tensor_and_every_leaf_of_the_public_sizes_has_one_place(
+    kind, keys, change, size, patch, tensors
+):
     shapes = change(conversion.key_list(GOLDEN / keys))
     config, shape = conversion.check_names(kind, shapes)
-    assert (config, shape) == (DiTConfig(**DIT_SIZES[size], patch=patch, num_classes=1000), (32, 32, 4))
+    assert (config, shape) == (
+        DiTConfig(**DIT_SIZES[size], patch=patch, num_classes=1000),
+        (32, 32, 4),
+    )
     exported = [name for rule in kind.rules(config, shape, None) for name in rule.tensors]
     assert len(shapes) == tensors and set(exported) - set(SILENT) == set(shapes)
 
 
 @pytest.mark.parametrize("resolution", [32, 64])
 def test_image_size_is_read_off_the_position_table(resolution):
-    shapes = conversion.key_list(GOLDEN / "keys_sit-b-2.txt") | {"pos_embed": (1, (resolution // 2) ** 2, 768)}
+    shapes = conversion.key_list(GOLDEN / "keys_sit-b-2.txt") | {
+        "pos_embed": (1, (resolution // 2) ** 2, 768)
+    }
     assert conversion.check_names(SIT, shapes)[1] == (resolution, resolution, 4)
     del shapes["pos_embed"]
-    assert conversion.check_names(SIT, shapes, {"resolution": resolution})[1] == (resolution, resolution, 4)
+    assert conversion.check_names(SIT, shapes, {"resolution": resolution})[1] == (
+        resolution,
+        resolution,
+        4,
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
@@ -268,7 +328,9 @@ def test_half_precision_file_keeps_its_weights_and_its_rounded_position_table_pa
     """But no table of another layout."""
     weights = {name: x.astype(dtype) for name, x in reference(SIT)[0].items()}
     config, shape, network, params = conversion.convert_arrays(SIT, weights, {"heads": 4})
-    assert np.array_equal(params["x_embedder"]["proj"]["bias"], weights["x_embedder.proj.bias"].astype(np.float32))
+    assert np.array_equal(
+        params["x_embedder"]["proj"]["bias"], weights["x_embedder.proj.bias"].astype(np.float32)
+    )
     back = conversion.export_arrays(SIT, config, shape, network, params)
     assert relative_l2(back["pos_embed"], weights["pos_embed"]) > 1e-5
     weights["pos_embed"] = np.roll(weights["pos_embed"], 1, axis=1)
@@ -277,21 +339,49 @@ def test_half_precision_file_keeps_its_weights_and_its_rounded_position_table_pa
 
 
 SIT_ERRORS = [
-    ({"pos_embed": (1, 64, 96)}, {}, "no tensor x_embedder.proj.weight among 1 .*pos_embed.*kind sit"),
-    ({"x_embedder.proj.weight": (96, 4)}, {}, r"x_embedder.proj.weight has shape \[96, 4\]: expected 4 axes"),
-    ({"x_embedder.proj.weight": (0, 4, 2, 2)}, {}, r"x_embedder.proj.weight has shape \[0, 4, 2, 2\]: expected .* none empty"),
+    (
+        {"pos_embed": (1, 64, 96)},
+        {},
+        "no tensor x_embedder.proj.weight among 1 .*pos_embed.*kind sit",
+    ),
+    (
+        {"x_embedder.proj.weight": (96, 4)},
+        {},
+        r"x_embedder.proj.weight has shape \[96, 4\]: expected 4 axes",
+    ),
+    (
+        {"x_embedder.proj.weight": (0, 4, 2, 2)},
+        {},
+        r"x_embedder.proj.weight has shape \[0, 4, 2, 2\]: expected .* none empty",
+    ),
     ({"blocks.9.attn.proj.bias": (96,)}, {}, r"tensor blocks.9.attn.proj.bias \[96\] has no place"),
-    ({"final_layer.linear.weight": (48, 96)}, {}, "final_layer.linear.weight has 48 rows: expected 16 .*2x2.*twice"),
+    (
+        {"final_layer.linear.weight": (48, 96)},
+        {},
+        "final_layer.linear.weight has 48 rows: expected 16 .*2x2.*twice",
+    ),
     ({"pos_embed": (1, 60, 96)}, {}, "pos_embed has 60 rows: expected a square number"),
     ({"pos_embed": None}, {}, "no tensor pos_embed.*--set=resolution=N"),
     ({"y_embedder.embedding_table.weight": (1, 96)}, {}, "embedding_table.weight has 1 row"),
-    ({"blocks.1.attn.q_norm.weight": (24,)}, {}, "blocks.1.attn.q_norm.weight normalises queries or keys"),
-    ({}, {"heads": None}, "number of attention heads, and width 96 with depth 3 .*S, B, M, L, XL.*--set=heads=N"),
+    (
+        {"blocks.1.attn.q_norm.weight": (24,)},
+        {},
+        "blocks.1.attn.q_norm.weight normalises queries or keys",
+    ),
+    (
+        {},
+        {"heads": None},
+        "number of attention heads, and width 96 with depth 3 .*S, B, M, L, XL.*--set=heads=N",
+    ),
     ({}, {"heads": 0}, "--set=heads is 0; expected an integer of at least 1"),
     ({}, {"heads": "four"}, "--set=heads is 'four'; expected an integer"),
     ({}, {"resolution": 32}, "--set=resolution=32: expected 16: pos_embed has 64 rows"),
     ({}, {"width": 96}, "--set=width=96: expected one of heads, resolution"),
-    ({"blocks.1.mlp.fc1.weight": (300, 96)}, {}, r"blocks.1.mlp.fc1.weight has shape \[300, 96\]: expected \[384, 96\]"),
+    (
+        {"blocks.1.mlp.fc1.weight": (300, 96)},
+        {},
+        r"blocks.1.mlp.fc1.weight has shape \[300, 96\]: expected \[384, 96\]",
+    ),
     ({"pos_embed": (1, 64, 48)}, {}, r"pos_embed has shape \[1, 64, 48\]: expected \[1, 64, 96\]"),
     ({"blocks.1.attn.proj.bias": None}, {}, "tensor blocks.1.attn.proj.bias is missing"),
     ({"h_embedder.mlp.0.weight": (96, 256)}, {}, "no tensor h_embedder.mlp.0.bias"),
@@ -302,7 +392,11 @@ SIT_ERRORS = [
 @pytest.mark.parametrize(("changes", "given", "message"), SIT_ERRORS)
 def test_errors_of_sit_name_the_tensor_or_the_field(changes, given, message):
     shapes = {name: x.shape for name, x in reference(SIT)[0].items()}
-    shapes = changes if "among 1" in message else {k: v for k, v in (shapes | changes).items() if v is not None}
+    shapes = (
+        changes
+        if "among 1" in message
+        else {k: v for k, v in (shapes | changes).items() if v is not None}
+    )
     given = {k: v for k, v in ({"heads": 4} | given).items() if v is not None}
     with pytest.raises(DmfError, match=message):
         conversion.check_names(SIT, shapes, given)
@@ -311,18 +405,32 @@ def test_errors_of_sit_name_the_tensor_or_the_field(changes, given, message):
 @pytest.mark.parametrize(
     ("changes", "given", "message"),
     [
-        ({"net.x_embedder.proj.kernel": None}, {}, "no tensor net.x_embedder.proj.kernel .*kind meanflow_dit"),
-        ({"net.x_embedder.proj.kernel": (16, 48)}, {}, r"proj.kernel has shape \[16, 48\]: expected 4 axes"),
+        (
+            {"net.x_embedder.proj.kernel": None},
+            {},
+            "no tensor net.x_embedder.proj.kernel .*kind meanflow_dit",
+        ),
+        (
+            {"net.x_embedder.proj.kernel": (16, 48)},
+            {},
+            r"proj.kernel has shape \[16, 48\]: expected 4 axes",
+        ),
         ({}, {"heads": None}, "width 48 with depth 2 .*--set=heads=N"),
         ({}, {"depth": 2}, "--set=depth=2: expected one of heads, resolution"),
-        ({"net.h_embedder.mlp.layers_2._flax_linear.bias": None}, {}, "h_embedder.mlp.layers_2._flax_linear.bias is missing"),
+        (
+            {"net.h_embedder.mlp.layers_2._flax_linear.bias": None},
+            {},
+            "h_embedder.mlp.layers_2._flax_linear.bias is missing",
+        ),
     ],
 )
 def test_errors_of_meanflow_name_the_tensor_or_the_field(changes, given, message):
     shapes = {name: x.shape for name, x in reference(MEANFLOW_DIT)[0].items()}
     shapes = {k: v for k, v in (shapes | changes).items() if v is not None}
     with pytest.raises(DmfError, match=message):
-        conversion.check_names(MEANFLOW_DIT, shapes, {k: v for k, v in ({"heads": 3} | given).items() if v is not None})
+        conversion.check_names(
+            MEANFLOW_DIT, shapes, {k: v for k, v in ({"heads": 3} | given).items() if v is not None}
+        )
 
 
 def test_weights_of_the_other_kind_are_refused():

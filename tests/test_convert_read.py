@@ -77,7 +77,13 @@ def edm_network(torch):
     class Net(torch.nn.Module):
         def __reduce__(self):
             source = "raise SystemExit('the source in the file was run')"
-            meta = {"type": "class", "version": 6, "module_src": source, "class_name": "Net", "state": dict(self.__dict__)}
+            meta = {
+                "type": "class",
+                "version": 6,
+                "module_src": source,
+                "class_name": "Net",
+                "state": dict(self.__dict__),
+            }
             return reconstruct, (meta,)
 
     module("torch_utils")
@@ -87,12 +93,18 @@ def edm_network(torch):
     inner, outer = Net(), Net()
     inner.weight = torch.nn.Parameter(torch.tensor(NETWORK["blocks.0.weight"]))
     linear = torch.nn.Linear(3, 2)
-    linear.weight.data, linear.bias.data = (torch.tensor(NETWORK[f"layers.a.{x}"]) for x in ("weight", "bias"))
+    linear.weight.data, linear.bias.data = (
+        torch.tensor(NETWORK[f"layers.a.{x}"]) for x in ("weight", "bias")
+    )
     outer.layers, outer.blocks = torch.nn.ModuleDict({"a": linear}), torch.nn.ModuleList([inner])
     outer.register_buffer("freqs", torch.tensor(NETWORK["freqs"]))
     outer.register_buffer("scratch", torch.ones(2), persistent=False)
     outer.sigma_min, outer.shape = np.float64(0.25), np.arange(3)
-    return {"ema": outer, "loss_fn": Loss(), "dataset_kwargs": EasyDict(path="x.zip", size=EasyDict(side=32))}
+    return {
+        "ema": outer,
+        "loss_fn": Loss(),
+        "dataset_kwargs": EasyDict(path="x.zip", size=EasyDict(side=32)),
+    }
 
 
 def write_golden(folder):
@@ -100,17 +112,24 @@ def write_golden(folder):
     import torch
 
     numbers = {
-        name: torch.tensor(x.astype(np.float32)).bfloat16() if x.dtype == BF16 else torch.tensor(x) for name, x in MODEL.items()
+        name: torch.tensor(x.astype(np.float32)).bfloat16() if x.dtype == BF16 else torch.tensor(x)
+        for name, x in MODEL.items()
     }
     model = collections.OrderedDict(numbers)
-    model["transposed"], model["sliced"], model["shared"] = model["f32"].T, model["f32"][1:3, ::2], model["f32"].view(-1)[5:11]
+    model["transposed"], model["sliced"], model["shared"] = (
+        model["f32"].T,
+        model["f32"][1:3, ::2],
+        model["f32"].view(-1)[5:11],
+    )
     model["parameter"] = torch.nn.Parameter(model["parameter"])
     model["channels_last"] = model["channels_last"].to(memory_format=torch.channels_last)
     model._metadata = {"": {"version": 1}}
     saved = {
         "model": model,
         "ema": {"shadow_params": [torch.tensor(F32[0]), torch.tensor(F32[1])], "decay": 0.999},
-        "args": argparse.Namespace(lr=1e-4, betas=(0.9, 0.95), name="run", device=torch.device("cpu")),
+        "args": argparse.Namespace(
+            lr=1e-4, betas=(0.9, 0.95), name="run", device=torch.device("cpu")
+        ),
         "numpy": np.asfortranarray(F32),
         "mean": np.float32(2.5),
         "step": 2**40,
@@ -136,7 +155,11 @@ def folder(request, tmp_path, pytestconfig):
 def same(tensor, wanted):
     got = tensor.read()
     wanted = np.asarray(wanted)
-    assert got.flags.c_contiguous and got.shape == wanted.shape == tensor.shape and got.dtype == wanted.dtype == tensor.dtype
+    assert (
+        got.flags.c_contiguous
+        and got.shape == wanted.shape == tensor.shape
+        and got.dtype == wanted.dtype == tensor.dtype
+    )
     assert got.tobytes() == wanted.tobytes()
 
 
@@ -151,9 +174,19 @@ def test_torch_files_give_back_what_was_put_in(folder, kind):
     assert list(found["ema"]["shadow_params"]) == [0, 1] and found["ema"]["decay"] == 0.999
     same(found["ema"]["shadow_params"][1], F32[1])
     assert found["numpy"] == read.Inert("numpy.ndarray", {})  # not row-major
-    args = {"lr": 1e-4, "betas": {0: 0.9, 1: 0.95}, "name": "run", "device": read.Inert("torch.device", {0: "cpu"})}
+    args = {
+        "lr": 1e-4,
+        "betas": {0: 0.9, 1: 0.95},
+        "name": "run",
+        "device": read.Inert("torch.device", {0: "cpu"}),
+    }
     assert found["args"] == read.Inert("argparse.Namespace", args)
-    assert (found["mean"], found["step"], found["last"], found["size"]) == (2.5, 2**40, None, {0: 2, 1: 3})
+    assert (found["mean"], found["step"], found["last"], found["size"]) == (
+        2.5,
+        2**40,
+        None,
+        {0: 2, 1: 3},
+    )
     assert found["dtype"] == read.Inert("torch.float32", {}) and found["skip"] == {"a", "b"}
 
 
@@ -167,9 +200,13 @@ def test_an_edm_pickle_gives_its_tensors_and_not_its_source(folder):
         same(tensors[name], wanted)
     same(net.state["shape"], np.arange(3))
     assert net.state["sigma_min"] == 0.25 and net.state["_buffers"]["scratch"].shape == (2,)
-    assert weights.tree["loss_fn"] == read.Inert("Loss", {"t_to_r": read.Inert("method", {0: "sigmoid"})})
+    assert weights.tree["loss_fn"] == read.Inert(
+        "Loss", {"t_to_r": read.Inert("method", {0: "sigmoid"})}
+    )
     size = read.Inert("dnnlib.util.EasyDict", {"side": 32})
-    assert weights.tree["dataset_kwargs"] == read.Inert("dnnlib.util.EasyDict", {"path": "x.zip", "size": size})
+    assert weights.tree["dataset_kwargs"] == read.Inert(
+        "dnnlib.util.EasyDict", {"path": "x.zip", "size": size}
+    )
 
 
 @needs_torch
@@ -177,7 +214,10 @@ def test_an_ect_training_state_is_a_zip_with_a_network(tmp_path):
     import torch
 
     network = edm_network(torch)["ema"]
-    torch.save({"net": network, "optimizer_state": {"state": {0: {"step": torch.tensor(3.0)}}}}, tmp_path / "state.pt")
+    torch.save(
+        {"net": network, "optimizer_state": {"state": {0: {"step": torch.tensor(3.0)}}}},
+        tmp_path / "state.pt",
+    )
     weights = read.open_file(tmp_path / "state.pt")
     tensors = read.module_tensors(weights.tree["net"])
     assert weights.format == "torch zip" and list(tensors) == list(network.state_dict())
@@ -197,8 +237,16 @@ def test_tensors_of_other_makes(tmp_path):
     module("pytorch_lightning")
     module("pytorch_lightning.callbacks")
     module("pytorch_lightning.callbacks.model_checkpoint", ModelCheckpoint=callback)
-    state = {"callbacks": {callback: {"best_model_score": numbers}}, "wide": numbers[:1].expand(3, 64)}
-    numbers = {"f8": numbers.to(torch.float8_e4m3fn), "u16": numbers.to(torch.uint16), "noted": noted, **state}
+    state = {
+        "callbacks": {callback: {"best_model_score": numbers}},
+        "wide": numbers[:1].expand(3, 64),
+    }
+    numbers = {
+        "f8": numbers.to(torch.float8_e4m3fn),
+        "u16": numbers.to(torch.uint16),
+        "noted": noted,
+        **state,
+    }
     torch.save(numbers, tmp_path / "x.pt")
     found = read.open_file(tmp_path / "x.pt").tree
     for tensor in found["noted"].values():
@@ -206,7 +254,10 @@ def test_tensors_of_other_makes(tmp_path):
     same(found["f8"], np.array([0.5, 2.0]).astype(ml_dtypes.float8_e4m3fn))
     same(found["u16"], np.array([0, 2], np.uint16))
     same(found["wide"], np.full((3, 64), 0.5, np.float32))
-    same(found["callbacks"][f"{callback.__module__}.ModelCheckpoint"]["best_model_score"], np.array([0.5, 2.0], np.float32))
+    same(
+        found["callbacks"][f"{callback.__module__}.ModelCheckpoint"]["best_model_score"],
+        np.array([0.5, 2.0], np.float32),
+    )
 
 
 @needs_torch
@@ -214,12 +265,20 @@ def test_data_parallel_is_a_module(tmp_path):
     import torch
 
     torch.save(torch.nn.DataParallel(torch.nn.Linear(3, 2)), tmp_path / "x.pt")
-    assert list(read.module_tensors(read.open_file(tmp_path / "x.pt").tree)) == ["module.weight", "module.bias"]
+    assert list(read.module_tensors(read.open_file(tmp_path / "x.pt").tree)) == [
+        "module.weight",
+        "module.bias",
+    ]
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_what_else_stands_beside_weights(tmp_path, protocol):
-    odd = {"big": F32.astype(">f4"), "columns": np.asfortranarray(F32), "texts": np.array(["a"]), "objects": np.array([None])}
+    odd = {
+        "big": F32.astype(">f4"),
+        "columns": np.asfortranarray(F32),
+        "texts": np.array(["a"]),
+        "objects": np.array([None]),
+    }
     plain = {
         "none": b"",
         "array": bytearray(),
@@ -230,7 +289,9 @@ def test_what_else_stands_beside_weights(tmp_path, protocol):
     saved = {**odd, **plain, **kept, "empty": np.zeros((0, 3)), "bytearray": bytearray(b"xy")}
     (tmp_path / "x").write_bytes(pickle.dumps(saved, protocol))
     found = read.open_file(tmp_path / "x").tree
-    assert all(isinstance(found[name], read.Inert) for name in [*odd, *kept]) and found["count"] == {"a": 2}
+    assert all(isinstance(found[name], read.Inert) for name in [*odd, *kept]) and found[
+        "count"
+    ] == {"a": 2}
     assert found["none"] == b"" and (protocol == 5 or found["array"] == b"")
     if protocol < 5:
         same(found["empty"], np.zeros((0, 3)))
@@ -268,7 +329,12 @@ def test_safetensors(tmp_path):
     (tmp_path / "x.bin").write_bytes(SAFE)
     weights = read.open_file(tmp_path / "x.bin")
     assert weights.format == "safetensors" and weights.metadata == {"format": "pt"}
-    for name, wanted in {"a": F32, "b": F32.astype(BF16), "s": np.int32(-5), "e": np.zeros((0, 3), np.float32)}.items():
+    for name, wanted in {
+        "a": F32,
+        "b": F32.astype(BF16),
+        "s": np.int32(-5),
+        "e": np.zeros((0, 3), np.float32),
+    }.items():
         same(weights.tree[name], wanted)
 
 
@@ -298,17 +364,25 @@ def test_flax_checkpoints_with_whole_and_with_chunked_arrays(tmp_path, monkeypat
     assert weights.format == "flax msgpack" and weights.tree["step"] == 5
     assert weights.tree["rate"] == read.Inert("scalar", {})
     assert list(weights.tree["flags"].values()) == FLAX["flags"]
-    assert set(read.flatten(weights.tree)) == {f"ema_params.net.{name}" for name in ("kernel", "half", "one")}
+    assert set(read.flatten(weights.tree)) == {
+        f"ema_params.net.{name}" for name in ("kernel", "half", "one")
+    }
     for name, wanted in FLAX["ema_params"]["net"].items():
         same(weights.tree["ema_params"]["net"][name], wanted)
 
 
 def test_orbax_directories_of_a_manager_and_lists_in_them(tmp_path):
     with checkpoint_v0.CheckpointManager(tmp_path) as manager:
-        manager.save(3, args=checkpoint_v0.args.StandardSave({"params": {"w": F32}, "layers": [F32[0]]}))
+        manager.save(
+            3, args=checkpoint_v0.args.StandardSave({"params": {"w": F32}, "layers": [F32[0]]})
+        )
     for path in (tmp_path / "3", tmp_path / "3" / "default"):
         weights = read.open_file(path)
-        assert weights.format == "orbax" and weights.path == path and weights.tree["layers"] == read.Inert("list", {})
+        assert (
+            weights.format == "orbax"
+            and weights.path == path
+            and weights.tree["layers"] == read.Inert("list", {})
+        )
         same(weights.tree["params"]["w"], F32)
 
 
@@ -327,7 +401,10 @@ def test_flatten_names_positions_by_numbers_and_drops_the_rest():
 
 def test_prefixes_go_only_where_every_name_has_them():
     a = leaf()
-    assert list(read.strip_prefix({"module._orig_mod.w": a, "module._orig_mod.module.v": a})) == ["w", "module.v"]
+    assert list(read.strip_prefix({"module._orig_mod.w": a, "module._orig_mod.module.v": a})) == [
+        "w",
+        "module.v",
+    ]
     assert list(read.strip_prefix({"_orig_mod.module.w": a})) == ["w"]
     assert list(read.strip_prefix({"module.w": a, "n_averaged": a})) == ["module.w", "n_averaged"]
     assert list(read.strip_prefix({"module.": a})) == ["module."] and read.strip_prefix({}) == {}
@@ -338,7 +415,9 @@ def test_what_is_no_module_is_named():
     assert read.module_tensors(read.Inert("M", empty)) == {}
     number = {**empty, "_buffers": {"a": leaf()}, "_non_persistent_buffers_set": 5}
     assert list(read.module_tensors(read.Inert("M", number))) == ["a"]
-    with pytest.raises(DmfError, match="module 'b.' is a 'Adam': expected a pickled torch.nn.Module"):
+    with pytest.raises(
+        DmfError, match="module 'b.' is a 'Adam': expected a pickled torch.nn.Module"
+    ):
         read.module_tensors(read.Inert("M", {**empty, "_modules": {"b": read.Inert("Adam", {})}}))
 
 

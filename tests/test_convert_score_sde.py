@@ -21,7 +21,14 @@ from dmf.convert.rules import relative_l2
 from dmf.convert.score_sde import RECTIFIED_FLOW
 from dmf.errors import DmfError
 from dmf.networks import UNetConfig, build
-from tests.conversion import check_names, convert_arrays, export_arrays, key_list, needs_torch, tensors_of
+from tests.conversion import (
+    check_names,
+    convert_arrays,
+    export_arrays,
+    key_list,
+    needs_torch,
+    tensors_of,
+)
 
 FULL = key_list(Path(__file__).parent / "golden" / "keys_rectified_flow.txt")
 SMALL = UNetConfig(
@@ -43,7 +50,9 @@ def shapes_of(config, shape):
     """Names and shapes of a file of that network, its one buffer first, as a state dict has it."""
     leaves, found = audit.leaf_shapes(build(config, shape)), {}
     for rule in RECTIFIED_FLOW.rules(config, shape, None):
-        made = rule.backward(*(np.broadcast_to(np.float32(0), leaves[leaf]) for leaf in rule.leaves))
+        made = rule.backward(
+            *(np.broadcast_to(np.float32(0), leaves[leaf]) for leaf in rule.leaves)
+        )
         found |= {name: x.shape for name, x in zip(rule.tensors, made, strict=True)}
     del found["interval.weight"]
     return {"sigmas": found.pop("sigmas"), **found}
@@ -55,7 +64,9 @@ def weights(seed=0, dtype=np.float32):
     for name, shape in shapes_of(SMALL, SHAPE).items():
         fan_in = math.prod(shape) // (shape[1] if name.endswith("W") else shape[0])
         x = rng.standard_normal(shape) / math.sqrt(fan_in)
-        found[name] = (x if len(shape) > 1 else 0.2 * x + ("GroupNorm" in name and "weight" in name)).astype(dtype)
+        found[name] = (
+            x if len(shape) > 1 else 0.2 * x + ("GroupNorm" in name and "weight" in name)
+        ).astype(dtype)
     return {**found, "sigmas": np.exp(np.linspace(math.log(50), math.log(0.01), 1000))}
 
 
@@ -78,7 +89,9 @@ def double_params(model):
     leaves = {}
     for rule in RECTIFIED_FLOW.rules(SMALL, SHAPE, None):
         if all(name in model for name in rule.tensors):
-            leaves |= zip(rule.leaves, rule.forward(*(model[name] for name in rule.tensors)), strict=True)
+            leaves |= zip(
+                rule.leaves, rule.forward(*(model[name] for name in rule.tensors)), strict=True
+            )
     return audit.nested({"interval/kernel": np.zeros((8, 32)), **leaves})
 
 
@@ -92,7 +105,9 @@ def outputs(params, arrays):
 def torch_outputs(model, arrays):
     import torch
 
-    return RECTIFIED_FLOW.torch_outputs({name: torch.from_numpy(x) for name, x in model.items()}, arrays)
+    return RECTIFIED_FLOW.torch_outputs(
+        {name: torch.from_numpy(x) for name, x in model.items()}, arrays
+    )
 
 
 @needs_torch
@@ -120,7 +135,11 @@ def test_the_network_agrees_with_pytorch_in_float32():
 
 def test_the_fold_reverses_time():
     weight = np.random.default_rng(0).standard_normal((5, 12))
-    rule = next(rule for rule in RECTIFIED_FLOW.rules(SMALL, SHAPE, None) if "all_modules.0.weight" in rule.tensors)
+    rule = next(
+        rule
+        for rule in RECTIFIED_FLOW.rules(SMALL, SHAPE, None)
+        if "all_modules.0.weight" in rule.tensors
+    )
     (kernel,) = rule.forward(weight)
 
     def features(t):  # log-spaced from 1 to 1e-4, the sines first
@@ -137,20 +156,35 @@ def test_the_last_layer_alone_is_negated():
     _, _, _, params = convert_arrays(RECTIFIED_FLOW, model, GIVEN)
     last = max(int(name.split(".")[1]) for name in model if name != "sigmas")
     found = params["dec"]["8x8_aux_conv"]
-    assert np.array_equal(found["kernel"], -model[f"all_modules.{last}.weight"].transpose(2, 3, 1, 0))
+    assert np.array_equal(
+        found["kernel"], -model[f"all_modules.{last}.weight"].transpose(2, 3, 1, 0)
+    )
     assert np.array_equal(found["bias"], -model[f"all_modules.{last}.bias"])
-    assert np.array_equal(params["enc"]["8x8_conv"]["kernel"], model["all_modules.2.weight"].transpose(2, 3, 1, 0))
+    assert np.array_equal(
+        params["enc"]["8x8_conv"]["kernel"], model["all_modules.2.weight"].transpose(2, 3, 1, 0)
+    )
 
 
 def test_the_released_network_is_used_up_tensor_by_tensor():
     config, shape = check_names(RECTIFIED_FLOW, FULL)
     assert len(FULL) == 565 and shape == (32, 32, 3)
-    assert (config.channels, config.channel_mult, config.blocks, config.attention_resolutions) == (128, (1, 2, 2, 2), 4, (16,))
+    assert (config.channels, config.channel_mult, config.blocks, config.attention_resolutions) == (
+        128,
+        (1, 2, 2, 2),
+        4,
+        (16,),
+    )
     assert (config.time_scale, config.embedding_mult, config.resample) == (999.0, 1, "box")
     published = 61_804_419
-    assert sum(math.prod(shape) for name, shape in FULL.items() if name != "module.sigmas") == published
+    assert (
+        sum(math.prod(shape) for name, shape in FULL.items() if name != "module.sigmas")
+        == published
+    )
     leaves = audit.leaf_shapes(build(config, shape))
-    assert sum(math.prod(x) for x in leaves.values()) - math.prod(leaves["interval/kernel"]) == published
+    assert (
+        sum(math.prod(x) for x in leaves.values()) - math.prod(leaves["interval/kernel"])
+        == published
+    )
 
 
 def test_names_stand_in_the_order_of_the_model():
@@ -207,7 +241,9 @@ def test_the_average_is_matched_by_its_order(which, copy):
 def test_a_saved_checkpoint_keeps_the_order(tmp_path):
     import torch
 
-    model, average = ({name: torch.from_numpy(x) for name, x in weights(seed).items()} for seed in (0, 1))
+    model, average = (
+        {name: torch.from_numpy(x) for name, x in weights(seed).items()} for seed in (0, 1)
+    )
     tree = checkpoint(model, parameters(average))
     tree["ema"]["shadow_params"] = list(tree["ema"]["shadow_params"].values())
     torch.save(tree, tmp_path / "checkpoint_8.pth")
@@ -225,15 +261,20 @@ def test_bare_weights_are_taken_as_they_are():
 def test_an_average_that_does_not_fit_is_refused():
     model = weights()
     shadows = parameters(model)
-    with pytest.raises(DmfError, match=f"holds {len(shadows) - 1} tensors: expected {len(shadows)}"):
+    with pytest.raises(
+        DmfError, match=f"holds {len(shadows) - 1} tensors: expected {len(shadows)}"
+    ):
         select(checkpoint(model, shadows[:-1]))
     with pytest.raises(
-        DmfError, match=r"shadow_params\[0\] has shape \[32\]: expected \[32, 8\], that of all_modules.0.weight"
+        DmfError,
+        match=r"shadow_params\[0\] has shape \[32\]: expected \[32, 8\], that of all_modules.0.weight",
     ):
         select(checkpoint(model, [shadows[1], shadows[0], *shadows[2:]]))
     with pytest.raises(DmfError, match="holds 0 tensors"):
         select(model, "ema")
-    with pytest.raises(DmfError, match="'raw' of the weights is unknown: expected one of ema, model"):
+    with pytest.raises(
+        DmfError, match="'raw' of the weights is unknown: expected one of ema, model"
+    ):
         select(checkpoint(model, shadows), "raw")
 
 
@@ -244,13 +285,21 @@ def without(model, prefix):
 @pytest.mark.parametrize(
     ("left_out", "changes", "message"),
     [
-        ("", {"all_modules.0.weight": (32,)}, r"all_modules.0.weight has shape \[32\]: expected 2 axes"),
+        (
+            "",
+            {"all_modules.0.weight": (32,)},
+            r"all_modules.0.weight has shape \[32\]: expected 2 axes",
+        ),
         ("", {"all_modules.2.bias": (4,)}, r"all_modules.2.bias has shape \[4\]: expected \[8\]"),
         ("", {"label_emb.weight": (10, 32)}, r"label_emb.weight \[10, 32\] has no place"),
         ("", {"sigmas": (1000,)}, "sigmas: other values"),
         ("all_modules.3.", {}, "residual blocks, 2 of them resampling: expected a U-Net"),
         ("all_modules.3.Conv_0.bias", {}, "all_modules.3.Conv_0.bias is missing"),
-        ("all_modules.", {"patch_embed.weight": (4, 4)}, "no tensor all_modules.0.weight .* kind rectified_flow"),
+        (
+            "all_modules.",
+            {"patch_embed.weight": (4, 4)},
+            "no tensor all_modules.0.weight .* kind rectified_flow",
+        ),
         # the Fourier features of a network of sigma, as the same code builds it
         ("all_modules.0.", {"all_modules.0.W": (8,)}, "no tensor all_modules.0.weight"),
     ],
@@ -258,13 +307,20 @@ def without(model, prefix):
 def test_files_of_another_kind_are_refused(left_out, changes, message):
     model = without(weights(), left_out) if left_out else weights()
     with pytest.raises(DmfError, match=message):
-        convert_arrays(RECTIFIED_FLOW, model | {name: np.ones(shape, np.float32) for name, shape in changes.items()}, GIVEN)
+        convert_arrays(
+            RECTIFIED_FLOW,
+            model | {name: np.ones(shape, np.float32) for name, shape in changes.items()},
+            GIVEN,
+        )
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"heads": 4}, "heads is no field of kind rectified_flow .* expected one of image_size, dropout"),
+        (
+            {"heads": 4},
+            "heads is no field of kind rectified_flow .* expected one of image_size, dropout",
+        ),
         ({"image_size": "wide"}, "image_size is 'wide': expected the side of the images in pixels"),
         ({"image_size": 9}, "divisible by 2; got 9"),
         ({"dropout": "much"}, "dropout is 'much': expected a number"),

@@ -17,7 +17,15 @@ from dmf.convert.rules import relative_l2
 from dmf.convert.unet import EDM, MEANFLOW_UNET
 from dmf.errors import DmfError
 from dmf.networks import UNetConfig, build
-from tests.conversion import check_names, convert_arrays, export_arrays, key_list, needs_torch, recipe_weights, tensors_of
+from tests.conversion import (
+    check_names,
+    convert_arrays,
+    export_arrays,
+    key_list,
+    needs_torch,
+    recipe_weights,
+    tensors_of,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 PARITY = 5e-6  # relative L2: float32 round-off between two implementations of the same network
@@ -37,7 +45,9 @@ def stored(case):
 def fast(config, shape):
     """The network compiled without LLVM's optimisations: it runs for milliseconds and compiles for seconds."""
     network = build(config, shape)
-    return network._replace(apply=jax.jit(network.apply, compiler_options={"xla_backend_optimization_level": 0}))
+    return network._replace(
+        apply=jax.jit(network.apply, compiler_options={"xla_backend_optimization_level": 0})
+    )
 
 
 @functools.cache
@@ -50,7 +60,9 @@ def converted(case):
 def torch_outputs(kind, weights, arrays):
     import torch
 
-    return kind.torch_outputs({name: torch.from_numpy(np.array(x)) for name, x in weights.items()}, arrays)
+    return kind.torch_outputs(
+        {name: torch.from_numpy(np.array(x)) for name, x in weights.items()}, arrays
+    )
 
 
 def single_time():
@@ -77,7 +89,10 @@ def test_the_converted_network_equals_the_reference(case):
 def test_the_pytorch_network_equals_the_reference(case):
     kind, data, weights = stored(case)
     got = torch_outputs(kind, weights, data)
-    assert set(got) == {"meanflow": {"u_noaug", "u_aug", "dudt_aug"}, "edm": {"D", "D_aug", "F_raw"}}[case]
+    assert (
+        set(got)
+        == {"meanflow": {"u_noaug", "u_aug", "dudt_aug"}, "edm": {"D", "D_aug", "F_raw"}}[case]
+    )
     for name, value in got.items():
         assert relative_l2(value, data[name]) <= PARITY, name
 
@@ -107,7 +122,9 @@ def test_edm_velocity_is_the_reference_denoiser_and_regular():
     assert relative_l2(v[large], ((z - data["D"]) / t)[large]) <= PARITY
     for ends in ([0, 1e-6, 0.5, 1 - 1e-6], [1.0] * 4):
         t = jnp.asarray(ends, jnp.float32)
-        value, slope = jax.jvp(lambda z, t: network.apply(params, z, t, t), (rows, t), (rows, jnp.ones_like(t)))
+        value, slope = jax.jvp(
+            lambda z, t: network.apply(params, z, t, t), (rows, t), (rows, jnp.ones_like(t))
+        )
         assert np.isfinite(value).all() and np.isfinite(slope).all()
         assert np.abs(value).max() < 1e3
 
@@ -123,7 +140,9 @@ def test_a_network_of_one_time_ignores_r(case):
         _, _, _, params = convert_arrays(MEANFLOW_UNET, single_time())
         (_, _, network, whole), z, label = converted("meanflow"), data["z"], data["aug_cond"]
         columns = params["map_layer0"]["kernel"], whole["map_layer0"]["kernel"]
-        assert np.array_equal(*columns) and np.array_equal(params["map_augment"]["kernel"][:, :64], weights[LABEL][:64].T)
+        assert np.array_equal(*columns) and np.array_equal(
+            params["map_augment"]["kernel"][:, :64], weights[LABEL][:64].T
+        )
     assert not np.any(params["interval"]["kernel"])
     z, t = z.transpose(0, 2, 3, 1), np.float32([1, 0.7, 0.5, 0.05])
     for kwargs in ({}, {"label": label}):
@@ -148,7 +167,9 @@ def test_the_way_back_is_exact(case):
     kind, _, weights = stored(case)
     config, shape, network, params = converted(case)
     back = export_arrays(kind, config, shape, network, params)
-    assert {name: x.shape for name, x in back.items()} == {name: x.shape for name, x in weights.items()}
+    assert {name: x.shape for name, x in back.items()} == {
+        name: x.shape for name, x in weights.items()
+    }
     assert all(np.array_equal(back[name], weights[name]) for name in weights)
 
 
@@ -161,7 +182,9 @@ def test_query_key_value_are_interleaved_in_edm_alone():
         want = weights[f"{name}.weight"][j::3, :, 0, 0].T
         assert np.array_equal(kernel[0, 0, :, j * channels : (j + 1) * channels], want)
     plain = converted("meanflow")[3]["enc"]["8x8_block0"]["qkv"]["kernel"]
-    assert np.array_equal(plain[0, 0].T, stored("meanflow")[2]["enc.8x8_block0.qkv.weight"][:, :, 0, 0])
+    assert np.array_equal(
+        plain[0, 0].T, stored("meanflow")[2]["enc.8x8_block0.qkv.weight"][:, :, 0, 0]
+    )
 
 
 VP = UNetConfig(
@@ -239,7 +262,14 @@ FULL = {
     "pymf_unet": (MEANFLOW_UNET, UNetConfig(), 0),
     "edm_vp_ddpmpp": (
         EDM,
-        UNetConfig(dropout=0.13, augment_dim=9, resample="box", embedding_mult=1, time_input="log_sigma", precond="edm"),
+        UNetConfig(
+            dropout=0.13,
+            augment_dim=9,
+            resample="box",
+            embedding_mult=1,
+            time_input="log_sigma",
+            precond="edm",
+        ),
         55_733_891,
     ),
     "edm_ve_ncsnpp": (
@@ -263,12 +293,19 @@ def test_every_tensor_of_the_published_networks_has_its_place(name):
     kind, config, count = FULL[name]
     shapes = key_list(GOLDEN / f"keys_{name}.txt")
     assert check_names(kind, shapes) == (config, (32, 32, 3))
-    trained = [shape for key, shape in shapes.items() if not key.endswith(("resample_filter", "freqs"))]
+    trained = [
+        shape for key, shape in shapes.items() if not key.endswith(("resample_filter", "freqs"))
+    ]
     assert sum(map(math.prod, trained)) == (count or 55_932_419)
 
 
 def test_the_best_copy_is_taken_by_default():
-    tree = {"epoch": 3, "model": tensors_of({f"{c}.w": np.float32([i]) for i, c in enumerate(("net", "net_ema", "net_ema1"))})}
+    tree = {
+        "epoch": 3,
+        "model": tensors_of(
+            {f"{c}.w": np.float32([i]) for i, c in enumerate(("net", "net_ema", "net_ema1"))}
+        ),
+    }
     tree["model"]["num_updates"] = tensors_of({"": np.int64(5)})[""]
     for which, copy, value in (("", "net_ema1", 2), ("net", "net", 0), ("net_ema", "net_ema", 1)):
         tensors, taken = MEANFLOW_UNET.select(tree, which)
@@ -286,18 +323,26 @@ def module(tensors, class_name="SongUNet", **fields):
 
 def pickled(class_name, **fields):
     inner = module(tensors_of({"w": np.float32([1])}))
-    return Inert(class_name, {"_parameters": {}, "_buffers": {}, "_modules": {"model": inner}, **fields})
+    return Inert(
+        class_name, {"_parameters": {}, "_buffers": {}, "_modules": {"model": inner}, **fields}
+    )
 
 
 def test_pickles_and_state_dicts_of_edm():
     tensors, copy = EDM.select({"ema": pickled("EDMPrecond", sigma_data=0.6), "loss_fn": None}, "")
-    assert copy == "ema" and set(tensors) == {"model.w", "sigma_data"} and tensors["sigma_data"].read() == 0.6
+    assert (
+        copy == "ema"
+        and set(tensors) == {"model.w", "sigma_data"}
+        and tensors["sigma_data"].read() == 0.6
+    )
     tensors, copy = EDM.select({"net": pickled("ECMPrecond"), "optimizer_state": {}}, "")
     assert copy == "net" and tensors["sigma_data"].read() == 0.5
     for name in ("w", "model.w", "module.model.w"):
         assert list(EDM.select(tensors_of({name: np.float32([1])}), "")[0]) == ["model.w"]
     for name in ("VPPrecond", "VEPrecond", "iDDPMPrecond"):
-        with pytest.raises(DmfError, match=f"the network is a {name}: expected EDMPrecond or ECMPrecond"):
+        with pytest.raises(
+            DmfError, match=f"the network is a {name}: expected EDMPrecond or ECMPrecond"
+        ):
             EDM.select({"ema": pickled(name)}, "")
     with pytest.raises(DmfError, match="copy 'net'.*expected one of ema"):
         EDM.select({"ema": pickled("EDMPrecond")}, "net")
@@ -309,12 +354,25 @@ def test_sigma_data_is_the_pickles_own():
     """The wrapper's attribute sets the field, and can be overruled; either way no tensor is left over."""
     _, _, weights = stored("edm")
     inner = tensors_of({name.removeprefix("model."): x for name, x in weights.items()})
-    held = Inert("EDMPrecond", {"_parameters": {}, "_buffers": {}, "_modules": {"model": module(inner)}, "sigma_data": 0.6})
+    held = Inert(
+        "EDMPrecond",
+        {
+            "_parameters": {},
+            "_buffers": {},
+            "_modules": {"model": module(inner)},
+            "sigma_data": 0.6,
+        },
+    )
     for given, want in (({}, 0.6), ({"sigma_data": 0.4}, 0.4)):
         tensors, _ = EDM.select({"ema": held}, "")
         config, shape = EDM.describe(tensors, given)
         assert config.sigma_data == want
-        named = {name for rule in EDM.rules(config, shape, tensors) if not rule.missing for name in rule.tensors}
+        named = {
+            name
+            for rule in EDM.rules(config, shape, tensors)
+            if not rule.missing
+            for name in rule.tensors
+        }
         assert named == set(tensors)
 
 
@@ -325,10 +383,30 @@ KEY = "model.enc.8x8_down.conv0.resample_filter"
 @pytest.mark.parametrize(
     ("case", "changes", "given", "message"),
     [
-        ("meanflow", {LAYER0: None}, {}, r"no tensor map_layer0\.weight among 196.*kind meanflow_unet"),
-        ("meanflow", {LAYER0: np.zeros((128, 96))}, {}, "map_layer0.weight has 96 columns: expected 128.*or 64"),
-        ("meanflow", {LAYER0: np.zeros(128)}, {}, r"map_layer0\.weight has shape \[128\]: expected 2 axes"),
-        ("meanflow", {"enc.8x8_block1.conv0.weight": None}, {}, "blocks of the encoder: 2 at 16x16, 1 at 8x8; expected"),
+        (
+            "meanflow",
+            {LAYER0: None},
+            {},
+            r"no tensor map_layer0\.weight among 196.*kind meanflow_unet",
+        ),
+        (
+            "meanflow",
+            {LAYER0: np.zeros((128, 96))},
+            {},
+            "map_layer0.weight has 96 columns: expected 128.*or 64",
+        ),
+        (
+            "meanflow",
+            {LAYER0: np.zeros(128)},
+            {},
+            r"map_layer0\.weight has shape \[128\]: expected 2 axes",
+        ),
+        (
+            "meanflow",
+            {"enc.8x8_block1.conv0.weight": None},
+            {},
+            "blocks of the encoder: 2 at 16x16, 1 at 8x8; expected",
+        ),
         (
             "meanflow",
             {"enc.8x8_block0.conv0.weight": np.zeros((48, 32, 3, 3))},
@@ -341,14 +419,49 @@ KEY = "model.enc.8x8_down.conv0.resample_filter"
             {},
             r"32, 3, 3, 32\]: expected \[32, 32, 3, 3\]",
         ),
-        ("meanflow", {"enc.16x16_block0.norm9.weight": np.zeros(3)}, {}, r"norm9\.weight \[3\] has no place"),
-        ("meanflow", {"enc.16x16_block0.conv1.bias": None}, {}, r"tensor enc\.16x16_block0\.conv1\.bias is missing"),
-        ("meanflow", {}, {"heads": 4}, "heads is no field of kind meanflow_unet that can be given: expected one of dropout"),
+        (
+            "meanflow",
+            {"enc.16x16_block0.norm9.weight": np.zeros(3)},
+            {},
+            r"norm9\.weight \[3\] has no place",
+        ),
+        (
+            "meanflow",
+            {"enc.16x16_block0.conv1.bias": None},
+            {},
+            r"tensor enc\.16x16_block0\.conv1\.bias is missing",
+        ),
+        (
+            "meanflow",
+            {},
+            {"heads": 4},
+            "heads is no field of kind meanflow_unet that can be given: expected one of dropout",
+        ),
         ("meanflow", {}, {"dropout": "low"}, "dropout is 'low': expected a number"),
-        ("edm", {}, {"sigma": 0.5}, "sigma is no field of kind edm.*expected one of dropout, sigma_data"),
-        ("edm", {"model.map_layer0.weight": None}, {}, r"no tensor model\.map_layer0\.weight among 200.*kind edm"),
-        ("edm", {"model.map_layer0.weight": np.zeros((128, 65))}, {}, "has 65 columns: expected a multiple of 32"),
-        ("edm", {"model.map_label.weight": np.zeros((64, 10))}, {}, "conditioned on 10 classes: expected an unconditional"),
+        (
+            "edm",
+            {},
+            {"sigma": 0.5},
+            "sigma is no field of kind edm.*expected one of dropout, sigma_data",
+        ),
+        (
+            "edm",
+            {"model.map_layer0.weight": None},
+            {},
+            r"no tensor model\.map_layer0\.weight among 200.*kind edm",
+        ),
+        (
+            "edm",
+            {"model.map_layer0.weight": np.zeros((128, 65))},
+            {},
+            "has 65 columns: expected a multiple of 32",
+        ),
+        (
+            "edm",
+            {"model.map_label.weight": np.zeros((64, 10))},
+            {},
+            "conditioned on 10 classes: expected an unconditional",
+        ),
         ("edm", {KEY: FLAT}, {}, f"tensor {KEY}: other values than this network computes"),
     ],
 )
@@ -356,15 +469,22 @@ def test_what_is_refused(case, changes, given, message):
     kind = stored(case)[0]
     weights = {name: x for name, x in (stored(case)[2] | changes).items() if x is not None}
     with pytest.raises(DmfError, match=message):
-        convert_arrays(kind, {name: np.asarray(x, np.float32) for name, x in weights.items()}, given)
+        convert_arrays(
+            kind, {name: np.asarray(x, np.float32) for name, x in weights.items()}, given
+        )
 
 
 def test_files_without_their_filters_are_refused():
     kind, _, weights = stored("edm")
     filters = [name for name in weights if name.endswith("resample_filter")]
-    with pytest.raises(DmfError, match="no tensor resample_filter among 196: expected the buffers of kind edm"):
+    with pytest.raises(
+        DmfError, match="no tensor resample_filter among 196: expected the buffers of kind edm"
+    ):
         convert_arrays(kind, {name: x for name, x in weights.items() if name not in filters})
-    with pytest.raises(DmfError, match=r"resample_filter has shape \[1, 1, 3, 3\]: expected a filter of 2 x 2 or 4 x 4"):
+    with pytest.raises(
+        DmfError,
+        match=r"resample_filter has shape \[1, 1, 3, 3\]: expected a filter of 2 x 2 or 4 x 4",
+    ):
         convert_arrays(kind, weights | {name: FLAT[..., :3, :3] for name in filters})
     with pytest.raises(DmfError, match=rf"tensor {KEY} is missing"):
         convert_arrays(kind, {name: x for name, x in weights.items() if name != KEY})
@@ -373,8 +493,16 @@ def test_files_without_their_filters_are_refused():
 @pytest.mark.parametrize(
     ("kind", "config", "message"),
     [
-        (MEANFLOW_UNET, VP, r"network\.embedding_mult is 1: expected 2, as in weights of kind meanflow_unet"),
-        (EDM, UNetConfig(), r"network\.time_input is 't': expected 'log_sigma', as in weights of kind edm"),
+        (
+            MEANFLOW_UNET,
+            VP,
+            r"network\.embedding_mult is 1: expected 2, as in weights of kind meanflow_unet",
+        ),
+        (
+            EDM,
+            UNetConfig(),
+            r"network\.time_input is 't': expected 'log_sigma', as in weights of kind edm",
+        ),
     ],
 )
 def test_a_network_of_another_kind_is_not_exported(kind, config, message):

@@ -14,7 +14,15 @@ from dmf.convert.rules import relative_l2
 from dmf.convert.vae import SD_VAE
 from dmf.errors import DmfError
 from dmf.networks.vae import VAEConfig, build_vae, sample_latent, unscaled
-from tests.conversion import check_names, convert_arrays, export_arrays, hollow, key_list, needs_torch, recipe_weights
+from tests.conversion import (
+    check_names,
+    convert_arrays,
+    export_arrays,
+    hollow,
+    key_list,
+    needs_torch,
+    recipe_weights,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 # Relative L2, float32: round-off of two implementations; the decoder is twice as deep.
@@ -47,7 +55,12 @@ def decoder_weights():
 
 def old_attention(name):
     """diffusers' earlier name of a tensor."""
-    for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+    for new, old in (
+        ("to_q", "query"),
+        ("to_k", "key"),
+        ("to_v", "value"),
+        ("to_out.0", "proj_attn"),
+    ):
         name = name.replace(f".{new}.", f".{old}.")
     return name
 
@@ -61,10 +74,18 @@ def ldm(name, levels=4):
         case ["mid_block", "resnets", i, layer]:
             return f"{side}.mid.block_{int(i) + 1}.{layer}.{last}"
         case ["mid_block", "attentions", "0", layer, *_]:
-            short = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out": "proj_out"}[layer]
+            short = {
+                "group_norm": "norm",
+                "to_q": "q",
+                "to_k": "k",
+                "to_v": "v",
+                "to_out": "proj_out",
+            }[layer]
             return f"{side}.mid.attn_1.{short}.{last}"
         case ["down_blocks", i, "resnets", j, layer]:
-            return f"{side}.down.{i}.block.{j}.{layer.replace('conv_shortcut', 'nin_shortcut')}.{last}"
+            return (
+                f"{side}.down.{i}.block.{j}.{layer.replace('conv_shortcut', 'nin_shortcut')}.{last}"
+            )
         case ["up_blocks", i, "resnets", j, layer]:
             return f"{side}.up.{levels - 1 - int(i)}.block.{j}.{layer.replace('conv_shortcut', 'nin_shortcut')}.{last}"
         case ["down_blocks", i, "downsamplers", "0", "conv"]:
@@ -78,13 +99,18 @@ def ldm(name, levels=4):
 
 def ldm_weights(weights):
     """The LDM file of the same weights: its names, and 1x1 convolutions in the attention."""
-    window = {name: x[:, :, None, None] if ".attentions.0.to_" in name and x.ndim == 2 else x for name, x in weights.items()}
+    window = {
+        name: x[:, :, None, None] if ".attentions.0.to_" in name and x.ndim == 2 else x
+        for name, x in weights.items()
+    }
     return {ldm(name): x for name, x in window.items()}
 
 
 def same_leaves(params, others):
     ours, theirs = flat(params), flat(others)
-    return set(ours) == set(theirs) and all(np.array_equal(ours[path], theirs[path]) for path in ours)
+    return set(ours) == set(theirs) and all(
+        np.array_equal(ours[path], theirs[path]) for path in ours
+    )
 
 
 def check_outputs(found, wanted, names):
@@ -134,7 +160,10 @@ def test_every_tensor_of_the_released_files_has_its_place():
     assert check_names(SD_VAE, decoder) == (VAEConfig(part="decoder"), ())
     assert check_names(SD_VAE, names, {"part": "decoder"}) == (VAEConfig(part="decoder"), ())
 
-    windows = {name: (*s, 1, 1) if ".attentions.0.to_" in name and len(s) == 2 else s for name, s in names.items()}
+    windows = {
+        name: (*s, 1, 1) if ".attentions.0.to_" in name and len(s) == 2 else s
+        for name, s in names.items()
+    }
     assert check_names(SD_VAE, {ldm(name): s for name, s in windows.items()}) == (VAEConfig(), ())
 
 
@@ -155,7 +184,9 @@ def test_known_names_of_the_original_checkpoints():
     assert list(tensors) == list(known.values())
 
 
-@pytest.mark.parametrize("spelling", ["old attention", "LDM", "whole checkpoint", "autoencoder's training"])
+@pytest.mark.parametrize(
+    "spelling", ["old attention", "LDM", "whole checkpoint", "autoencoder's training"]
+)
 def test_other_spellings_give_the_same_leaves(spelling):
     weights = reference()[1]
     original = ldm_weights(weights)
@@ -169,7 +200,9 @@ def test_other_spellings_give_the_same_leaves(spelling):
                 "model_ema.decay": np.ones((), np.float32),
             }
         },
-        "autoencoder's training": {"state_dict": {**original, "loss.logvar": np.ones((), np.float32)}},
+        "autoencoder's training": {
+            "state_dict": {**original, "loss.logvar": np.ones((), np.float32)}
+        },
     }[spelling]
     assert set(file) != set(weights)
     config, _, _, params = convert_arrays(SD_VAE, file, {"groups": 8})
@@ -187,12 +220,16 @@ def test_export_gives_the_tensors_back_bit_for_bit():
 
 
 def test_an_ldm_file_comes_back_from_its_own_rules():
-    tensors, _ = SD_VAE.select(hollow({name: x.shape for name, x in ldm_weights(reference()[1]).items()}), "")
+    tensors, _ = SD_VAE.select(
+        hollow({name: x.shape for name, x in ldm_weights(reference()[1]).items()}), ""
+    )
     config, shape = SD_VAE.describe(tensors, {"groups": 8})
     rng = np.random.default_rng(0)
     windows = 0
     for rule in SD_VAE.rules(config, shape, tensors):
-        values = [rng.standard_normal(tensors[name].shape).astype(np.float32) for name in rule.tensors]
+        values = [
+            rng.standard_normal(tensors[name].shape).astype(np.float32) for name in rule.tensors
+        ]
         windows += bool(rule.note)
         for x, back in zip(values, rule.backward(*rule.forward(*values)), strict=True):
             assert np.array_equal(x, back)
@@ -201,7 +238,11 @@ def test_an_ldm_file_comes_back_from_its_own_rules():
 
 @pytest.mark.parametrize("source", ["decoder file", "given"])
 def test_a_decoder_alone_decodes_the_same(source):
-    weights, given = (decoder_weights(), {}) if source == "decoder file" else (reference()[1], {"part": "decoder"})
+    weights, given = (
+        (decoder_weights(), {})
+        if source == "decoder file"
+        else (reference()[1], {"part": "decoder"})
+    )
     config, shape, network, params = convert_arrays(SD_VAE, weights, {"groups": 8, **given})
     assert config.part == "decoder"
     both = converted()
@@ -237,11 +278,18 @@ def test_scaled_and_unscaled_latents():
 def test_every_product_takes_its_precision_from_the_caller():
     network = build_vae(TINY)
     params = jax.eval_shape(network.init, jax.random.key(0))
-    x, z = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32), jax.ShapeDtypeStruct((1, 4, 4, 4), jnp.float32)
+    x, z = (
+        jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32),
+        jax.ShapeDtypeStruct((1, 4, 4, 4), jnp.float32),
+    )
     for function, like in ((network.encode, x), (network.decode, z)):
         with jax.default_matmul_precision("highest"):
             lines = jax.jit(function).lower(params, like).as_text().splitlines()
-        products = [line for line in lines if "stablehlo.convolution" in line or "stablehlo.dot_general" in line]
+        products = [
+            line
+            for line in lines
+            if "stablehlo.convolution" in line or "stablehlo.dot_general" in line
+        ]
         assert len(products) > 15 and all(line.count("HIGHEST") == 2 for line in products)
 
 
@@ -260,7 +308,10 @@ def test_bfloat16_computes_coarsely_and_answers_in_float32(rng):
 
 def test_float64_passes_through(float64):
     network = build_vae(TINY)
-    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float64), jax.eval_shape(network.init, jax.random.key(0)))
+    params = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float64),
+        jax.eval_shape(network.init, jax.random.key(0)),
+    )
     image = jax.eval_shape(network.decode, params, jnp.zeros((1, 2, 2, 4), jnp.float64))
     assert image.dtype == jnp.float64
 
@@ -274,12 +325,32 @@ def test_float64_passes_through(float64):
         ({}, {"heads": 4}, "heads is no field .* expected one of groups, scale, part"),
         ({}, {"groups": 8, "part": "encoder"}, "part is 'encoder'"),
         ({}, {"groups": 8, "scale": 0.0}, "scale is 0.0"),
-        ({"decoder.conv_in.weight": (32, 5, 3, 3)}, {"groups": 8}, "decoder.conv_in.weight has shape"),
+        (
+            {"decoder.conv_in.weight": (32, 5, 3, 3)},
+            {"groups": 8},
+            "decoder.conv_in.weight has shape",
+        ),
         ({"encoder.conv_out.bias": ()}, {"groups": 8}, "encoder.conv_out.bias has shape"),
-        ({"decoder.conv_out.weight": (3,)}, {"groups": 8}, "decoder.conv_out.weight has shape .* four axes"),
-        ({"encoder.mid_block.attentions.0.to_q.weight": (32, 32, 3, 3)}, {"groups": 8}, "to_q.weight has shape"),
-        ({"encoder.mid_block.attentions.0.query.weight": (32, 32)}, {"groups": 8}, "to_q.weight is there twice"),
-        ({"decoder.up_blocks.1.attentions.0.to_q.bias": (32,)}, {"groups": 8}, "up_blocks.1.attentions.0.to_q.bias"),
+        (
+            {"decoder.conv_out.weight": (3,)},
+            {"groups": 8},
+            "decoder.conv_out.weight has shape .* four axes",
+        ),
+        (
+            {"encoder.mid_block.attentions.0.to_q.weight": (32, 32, 3, 3)},
+            {"groups": 8},
+            "to_q.weight has shape",
+        ),
+        (
+            {"encoder.mid_block.attentions.0.query.weight": (32, 32)},
+            {"groups": 8},
+            "to_q.weight is there twice",
+        ),
+        (
+            {"decoder.up_blocks.1.attentions.0.to_q.bias": (32,)},
+            {"groups": 8},
+            "up_blocks.1.attentions.0.to_q.bias",
+        ),
     ],
 )
 def test_errors_of_a_file(change, given, message):

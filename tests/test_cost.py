@@ -30,7 +30,9 @@ def rows(stored):
     return {(r["kind"], r["r_neq_t"]): r for r in stored["programs"]}
 
 
-@pytest.mark.parametrize(("kind", "fraction"), [("discrete", 0.25), ("discrete", 0.75), ("jvp", 0.25), ("jvp", 0.75)])
+@pytest.mark.parametrize(
+    ("kind", "fraction"), [("discrete", 0.25), ("discrete", 0.75), ("jvp", 0.25), ("jvp", 0.75)]
+)
 def test_only_rows_that_need_it_pay_for_the_second_evaluation(rows, kind, fraction):
     row = rows[kind, fraction]
     assert row["limit"] == 1 + fraction / 3
@@ -49,7 +51,9 @@ def counts_on_one_device(values, cases):
     found = []
     for kind, fraction in cases:
         setup = Setup(merged(values, times=dict(r_neq_t_fraction=fraction)))
-        lowered = setup.step(kind).lower(jax.eval_shape(setup.state), setup.batch(0), setup.scalars(0, kind))
+        lowered = setup.step(kind).lower(
+            jax.eval_shape(setup.state), setup.batch(0), setup.scalars(0, kind)
+        )
         # LLVM's part, which the counts do not see, takes most of the time.
         quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
         found.append(cost.counts(lowered.compile(compiler_options=quick)))
@@ -60,7 +64,9 @@ def test_the_finite_difference_takes_no_more_memory_than_flow_matching():
     """In a network as small as this, what flow matching saves by freezing the interval branch is near 2 %."""
     values = merged(TINY, network=dict(depth=4, width=64), batch_size=64)
     cases = (("flow", 0.25), ("trajectory", 0.25), ("discrete", 0.25), ("discrete", 0.75))
-    flow, trajectory, *discrete = (found.temporary_bytes for found in counts_on_one_device(values, cases))
+    flow, trajectory, *discrete = (
+        found.temporary_bytes for found in counts_on_one_device(values, cases)
+    )
     assert max(discrete) <= 1.02 * flow and max(discrete) <= 1.001 * trajectory
 
 
@@ -104,8 +110,17 @@ def test_model_flops_are_those_of_the_matrices(stored):
 @pytest.mark.parametrize(
     ("kind", "peak"),
     [("TPU v4", 275e12), ("TPU v5 lite", 197e12), ("TPU v5p", 459e12), ("TPU v6 lite", 918e12)]
-    + [("NVIDIA H200", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("cpu", None)]
-    + [("NVIDIA H200 NVL", 835e12), ("NVIDIA H100 NVL", 835e12), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None)],
+    + [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("cpu", None),
+    ]
+    + [
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+    ],
 )
 def test_peaks_by_device(kind, peak):
     assert cost.peak_flops(kind) == peak
@@ -114,7 +129,12 @@ def test_peaks_by_device(kind, peak):
 def test_the_table_has_every_case_and_a_time_for_each(stored, rows):
     assert set(rows) == set(benchmark.CASES)
     assert all(r["step_ms"] > 0 and r["compile_s"] > 0 for r in rows.values())
-    assert rows["flow", 0.0]["ratio"] == rows["flow", 0.0]["flops_ratio"] == rows["jvp", 1.0]["jvp_over"] == 1
+    assert (
+        rows["flow", 0.0]["ratio"]
+        == rows["flow", 0.0]["flops_ratio"]
+        == rows["jvp", 1.0]["jvp_over"]
+        == 1
+    )
     text = benchmark.format_rows(stored["programs"])
     assert len({len(line) for line in text.splitlines()}) == 1 and len(text.splitlines()[0]) <= 160
     assert "MFU" not in text  # no peak is known of a CPU
@@ -130,12 +150,18 @@ def test_utilisation_is_the_models_flops_by_time_devices_and_peak(monkeypatch):
     monkeypatch.setattr(cost, "PEAK_FLOPS", {"cpu": 1e12})
     nothing = Counts(None, None, None, None)
     programs = [benchmark.Program("flow", 0.0, 3.0, None, 1.0, nothing, 1, seconds=[4.0, 2.0, 3.0])]
-    programs.append(benchmark.Program("jvp", 1.0, 4.0, None, 1.0, nothing, 1, seconds=[8.0, 8.0, 8.0]))
+    programs.append(
+        benchmark.Program("jvp", 1.0, 4.0, None, 1.0, nothing, 1, seconds=[8.0, 8.0, 8.0])
+    )
     programs.append(benchmark.Program("discrete", 0.75, 3.75, None, 1.0, nothing, 1))
     rows = benchmark._rows(programs, 64, 2e12, sharding.make_mesh())
     # 3 passes of 2 TFLOP in 3 s on 8 devices of 1 TFLOP/s, and 4 of them in 8 s.
     assert [row["utilisation"] for row in rows] == [pytest.approx(0.25), pytest.approx(0.125), None]
-    assert "25.0%" in benchmark.format_rows(rows) and [row["model_gflops"] for row in rows] == [6000, 8000, 7500]
+    assert "25.0%" in benchmark.format_rows(rows) and [row["model_gflops"] for row in rows] == [
+        6000,
+        8000,
+        7500,
+    ]
 
 
 class StandIn:
@@ -174,23 +200,39 @@ def benchmark_with(monkeypatch, failing, error, when):
 
 @pytest.mark.parametrize("when", ["compile", "run", "run after donation"])
 def test_a_case_without_room_is_a_row_of_dashes_and_the_others_survive(monkeypatch, capsys, when):
-    rows = benchmark_with(monkeypatch, ("jvp", 0.75), "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes", when)
+    rows = benchmark_with(
+        monkeypatch, ("jvp", 0.75), "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes", when
+    )
     assert set(rows) == set(benchmark.CASES)
     assert {key for key, row in rows.items() if row["step_ms"] is None} == {("jvp", 0.75)}
-    (line,) = [line.split() for line in capsys.readouterr().out.splitlines() if line.split()[:2] == ["jvp", "0.75"]]
+    (line,) = [
+        line.split()
+        for line in capsys.readouterr().out.splitlines()
+        if line.split()[:2] == ["jvp", "0.75"]
+    ]
     # The limit is the mathematics'; XLA's counts are known of what was compiled.
     assert line[2:5] == ["-"] * 3 and line[5] == "1.250" and line[6:8] == ["-"] * 2
     assert (set(line[6:]) == {"-"}) == (when == "compile")
 
 
 def test_flow_matching_without_room_and_any_other_error_are_not_passed_over(monkeypatch):
-    with pytest.raises(DmfError, match="config.batch_size: flow matching needs more memory .*9 bytes.*expected fewer rows"):
-        benchmark_with(monkeypatch, ("flow", 0.0), "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes", "run")
+    with pytest.raises(
+        DmfError,
+        match="config.batch_size: flow matching needs more memory .*9 bytes.*expected fewer rows",
+    ):
+        benchmark_with(
+            monkeypatch,
+            ("flow", 0.0),
+            "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes",
+            "run",
+        )
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         benchmark_with(monkeypatch, ("jvp", 0.75), "INTERNAL: something else", "compile")
 
 
-@pytest.mark.parametrize(("batch_size", "microbatches", "would_do"), [(36, 1, 32), (48, 1, 32), (4, 1, 32), (96, 2, 64)])
+@pytest.mark.parametrize(
+    ("batch_size", "microbatches", "would_do"), [(36, 1, 32), (48, 1, 32), (4, 1, 32), (96, 2, 64)]
+)
 def test_a_batch_of_which_a_quarter_is_no_whole_number_of_rows_is_refused_with_one_that_would_do(
     monkeypatch, batch_size, microbatches, would_do
 ):
@@ -206,8 +248,13 @@ def test_batches_of_latents_have_std_in_benchmark_and_plan(monkeypatch):
     shapes = cost.batch_shapes(config, (32, 32, 4))
     assert shapes["std"] == shapes["x"] and shapes["x"].shape == (32, 32, 32, 4)
     made = benchmark._random_batch(config, (32, 32, 4), 10)
-    assert {key: (x.shape, x.dtype) for key, x in made.items()} == {key: (s.shape, s.dtype) for key, s in shapes.items()}
-    assert np.all(made["std"] >= 0) and set(cost.batch_shapes(parse(TINY), (8, 8, 1))) == {"x", "label"}
+    assert {key: (x.shape, x.dtype) for key, x in made.items()} == {
+        key: (s.shape, s.dtype) for key, s in shapes.items()
+    }
+    assert np.all(made["std"] >= 0) and set(cost.batch_shapes(parse(TINY), (8, 8, 1))) == {
+        "x",
+        "label",
+    }
     monkeypatch.setattr(step, "make_train_step", lambda *_: StandIn())
     seen = []
     monkeypatch.setattr(StandIn, "lower", lambda self, now, batch, scalars: seen.append(batch))
@@ -223,6 +270,13 @@ def test_the_note_names_the_kinds_whose_attention_the_counts_leave_out():
     assert loops.endswith("once: they are of one chunk of attention's keys (discrete, guided_jvp)")
     assert fused.endswith("as nothing (flow: cudnn)")
     assert benchmark._uncounted(about | {"attention": dict.fromkeys(kernels, "xla")}, kinds) == []
-    both = about | {"attention": dict.fromkeys(kernels, "flash"), "microbatches": 4, "scan_blocks": True}
+    both = about | {
+        "attention": dict.fromkeys(kernels, "flash"),
+        "microbatches": 4,
+        "scan_blocks": True,
+    }
     loops, fused = benchmark._uncounted(both, kinds)
-    assert loops.endswith("they are of one of 4 microbatches, one block") and "discrete: flash" in fused
+    assert (
+        loops.endswith("they are of one of 4 microbatches, one block")
+        and "discrete: flash" in fused
+    )

@@ -23,7 +23,9 @@ def test_dagger_closed_form_equals_its_definition(float64, rng):
     r = t * rng.uniform(0, 0.999, 100_000)
     for rho in (0.5, 0.125, 2.0**-8, 1 / 16):
         d = INTERVALS["dagger"](rho, r, t)
-        np.testing.assert_allclose(np.asarray(d) * (t - r), literal_dagger(rho, r, t) * (t - r), atol=2e-15)
+        np.testing.assert_allclose(
+            np.asarray(d) * (t - r), literal_dagger(rho, r, t) * (t - r), atol=2e-15
+        )
         assert (d > 0).all() and (d <= rho).all()
 
 
@@ -42,13 +44,19 @@ def test_dagger_is_finite_and_right_where_the_definition_is_not():
     r, t, rho = np.float32(0), np.float32(0.99999), np.float32(1 / 256)
     exact = literal_dagger(np.float64(rho), np.float64(r), np.float64(t))
     assert float(INTERVALS["dagger"](rho, r, t)) == pytest.approx(exact, rel=1e-6)
-    assert abs(literal_dagger(rho, r, t) / exact - 1) > 0.2  # the literal form in float32 is off by half here
+    assert (
+        abs(literal_dagger(rho, r, t) / exact - 1) > 0.2
+    )  # the literal form in float32 is off by half here
     assert float(INTERVALS["dagger"](rho, r, np.float32(1))) == 0.0
-    assert float(INTERVALS["dagger"](rho, np.float32(0.3), np.float32(0.3))) == pytest.approx(float(rho), rel=1e-6)
+    assert float(INTERVALS["dagger"](rho, np.float32(0.3), np.float32(0.3))) == pytest.approx(
+        float(rho), rel=1e-6
+    )
 
 
 def test_linear_is_the_same_share_everywhere():
-    np.testing.assert_array_equal(INTERVALS["linear"](0.25, np.zeros(3), np.array([0.1, 0.5, 1.0])), 0.25)
+    np.testing.assert_array_equal(
+        INTERVALS["linear"](0.25, np.zeros(3), np.array([0.1, 0.5, 1.0])), 0.25
+    )
 
 
 def test_the_papers_curriculum():
@@ -76,12 +84,16 @@ def test_the_stage_at_every_boundary_step():
     ]  # a length K does not divide, and 107
     for before, after in zip(stages, stages[1:], strict=False):
         assert before.last == after.first
-        assert stage_at(stages, after.first - 1) is before and stage_at(stages, after.first) is after
+        assert (
+            stage_at(stages, after.first - 1) is before and stage_at(stages, after.first) is after
+        )
     assert stage_at(stages, stages[-1].last) is stages[-1]
 
 
 def test_explicit_lengths_in_images():
-    config = CurriculumConfig(stages=3, length=640.0, stage_lengths=(320.0, 160.0, 160.0), length_unit="images")
+    config = CurriculumConfig(
+        stages=3, length=640.0, stage_lengths=(320.0, 160.0, 160.0), length_unit="images"
+    )
     assert [s.steps for s in build_stages(config, 16, 1000)] == [20, 10, 10]
 
 
@@ -89,7 +101,9 @@ def test_cost_in_forward_passes_and_the_printed_table():
     stages = build_stages(PAPER, 1024, 50_000)
     assert [passes(stages[i], 0.75) for i in (0, 1, 9)] == [3.0, 3.75, 3.75]
     text = table(stages, PAPER, 0.75)
-    assert ["stage", "8", "discrete", "0.00390625+", "9600", "76800", "3.75"] in [line.split() for line in text.splitlines()]
+    assert ["stage", "8", "discrete", "0.00390625+", "9600", "76800", "3.75"] in [
+        line.split() for line in text.splitlines()
+    ]
     assert text.splitlines()[11].split() == ["all", "96000", "3.67"]
 
 
@@ -109,7 +123,10 @@ def test_cost_in_forward_passes_and_the_printed_table():
         ),
         (dict(stage_lengths=(1.0,)), r"stage_lengths has 1 entries: expected 10"),
         (dict(stage_learning_rates=(1.0,)), r"stage_learning_rates has 1 entries"),
-        (dict(length_unit="epoch"), r"length_unit = 'epoch': expected one of steps, epochs, images"),
+        (
+            dict(length_unit="epoch"),
+            r"length_unit = 'epoch': expected one of steps, epochs, images",
+        ),
         (dict(length=4.0, length_unit="steps"), r"has no step"),
         (dict(switch_ema="drop"), r"switch_ema = 'drop': expected 'keep' or 'reset'"),
     ],

@@ -37,7 +37,9 @@ def numbered(size: int) -> Dataset:
 
 
 def cifar_images(split: str) -> np.ndarray:
-    return np.random.default_rng(SIZES[split]).integers(0, 256, (SIZES[split], 32, 32, 3), dtype=np.uint8)
+    return np.random.default_rng(SIZES[split]).integers(
+        0, 256, (SIZES[split], 32, 32, 3), dtype=np.uint8
+    )
 
 
 def write_shard(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
@@ -64,8 +66,16 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split, size in SIZES.items():
         write_shard(folder / SHARD.format(split), cifar_images(split), np.arange(size) % 10)
     template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-    splits = [{"name": s, "shardLengths": [str(n)], "filepathTemplate": template} for s, n in SIZES.items()]
-    info = {"name": "cifar10", "version": folder.name, "fileFormat": "array_record", "splits": splits}
+    splits = [
+        {"name": s, "shardLengths": [str(n)], "filepathTemplate": template}
+        for s, n in SIZES.items()
+    ]
+    info = {
+        "name": "cifar10",
+        "version": folder.name,
+        "fileFormat": "array_record",
+        "splits": splits,
+    }
     (folder / "dataset_info.json").write_text(json.dumps(info))
     return data_dir
 
@@ -82,11 +92,15 @@ def cifar10(data_dir: Path) -> DataConfig:
 
 
 @pytest.mark.parametrize(("size", "batch_size"), [(12, 4), (13, 4), (7, 7), (5, 3)])
-def test_an_epoch_shows_each_image_at_most_once_and_drops_only_the_rest(size: int, batch_size: int) -> None:
+def test_an_epoch_shows_each_image_at_most_once_and_drops_only_the_rest(
+    size: int, batch_size: int
+) -> None:
     dataset, steps = numbered(size), data.steps_per_epoch(size, batch_size)
     assert steps == size // batch_size
     for epoch in range(3):
-        batches = [data.batch(dataset, 0, epoch * steps + i, batch_size)["label"] for i in range(steps)]
+        batches = [
+            data.batch(dataset, 0, epoch * steps + i, batch_size)["label"] for i in range(steps)
+        ]
         rows = np.concatenate(batches)
         assert len(rows) == steps * batch_size == len(set(rows.tolist()))
         if size % batch_size == 0:
@@ -100,12 +114,16 @@ def test_a_batch_depends_on_seed_and_step_only() -> None:
     again = data.batch(dataset, 3, 17, 8)
     for name in ("x", "label"):
         np.testing.assert_array_equal(first[name], again[name])
-    np.testing.assert_array_equal(first["x"][:, 0, 0, 0], first["label"] - 1)  # image and label are one row's
+    np.testing.assert_array_equal(
+        first["x"][:, 0, 0, 0], first["label"] - 1
+    )  # image and label are one row's
 
 
 def test_seeds_and_epochs_have_unrelated_orders() -> None:
     dataset = numbered(1000)
-    orders = [data.batch(dataset, seed, epoch, 1000)["label"] for seed in range(4) for epoch in range(4)]
+    orders = [
+        data.batch(dataset, seed, epoch, 1000)["label"] for seed in range(4) for epoch in range(4)
+    ]
     for i, a in enumerate(orders):
         for b in orders[:i]:  # matches are about Poisson(1)
             assert (a == b).sum() < 10 and abs(np.corrcoef(a, b)[0, 1]) < 5 / np.sqrt(1000)
@@ -127,9 +145,13 @@ PARTITIONS = {  # positions in a global batch of 8, host by host
 }
 
 
-def reassembled(dataset: Dataset, seed: int, step: int, batch_size: int, parts: list[list[int]]) -> dict[str, np.ndarray]:
+def reassembled(
+    dataset: Dataset, seed: int, step: int, batch_size: int, parts: list[list[int]]
+) -> dict[str, np.ndarray]:
     """The global batch as hosts supply it, each its part, put where the positions say."""
-    found = [data.batch(dataset, seed, step, batch_size, rows=np.array(part, np.int64)) for part in parts]
+    found = [
+        data.batch(dataset, seed, step, batch_size, rows=np.array(part, np.int64)) for part in parts
+    ]
     back = np.argsort(np.concatenate(parts))
     return {name: np.concatenate([some[name] for some in found])[back] for name in found[0]}
 
@@ -147,12 +169,16 @@ def test_the_batches_of_all_hosts_are_the_global_batch(parts: list[list[int]]) -
 def test_a_host_gets_its_rows_in_the_order_it_names_them() -> None:
     whole = data.batch(numbered(50), 1, 3, 8)["label"]
     for rows in (np.array([6, 1, 1, 4]), np.array([7], np.uint8), np.array([], np.int32), [2, 0]):
-        np.testing.assert_array_equal(data.batch(numbered(50), 1, 3, 8, rows=rows)["label"], whole[np.array(rows, int)])
+        np.testing.assert_array_equal(
+            data.batch(numbered(50), 1, 3, 8, rows=rows)["label"], whole[np.array(rows, int)]
+        )
 
 
 def test_consecutive_steps_walk_through_one_permutation_after_the_other() -> None:
     dataset, steps, parts = numbered(24), 4, [[4, 0], [5, 2], [1, 3]]
-    seen = np.stack([reassembled(dataset, 9, n, 6, parts)["label"] for n in range(3 * steps)]).reshape(3, 24)
+    seen = np.stack(
+        [reassembled(dataset, 9, n, 6, parts)["label"] for n in range(3 * steps)]
+    ).reshape(3, 24)
     for epoch, order in enumerate(seen):
         assert sorted(order) == list(range(24))  # no image twice, none skipped
         np.testing.assert_array_equal(order, data._permutation(24, 9, epoch))
@@ -165,11 +191,26 @@ def test_consecutive_steps_walk_through_one_permutation_after_the_other() -> Non
         ({"batch_size": 11}, "batch_size is 11: expected 1 to 10"),
         ({"batch_size": 0}, "batch_size is 0: expected 1 to 10"),
         ({"batch_size": 4, "step": -1}, "step is -1: expected 0 or more"),
-        ({"batch_size": 4, "rows": [0, 4]}, "rows holds 4: expected positions in the global batch, 0 to 3"),
-        ({"batch_size": 4, "rows": [0, -1]}, "rows holds -1: expected positions in the global batch, 0 to 3"),
-        ({"batch_size": 4, "rows": [0.0, 1.0]}, r"rows is float64\[2\]: expected one axis of whole numbers"),
-        ({"batch_size": 4, "rows": [True, False, True, False]}, r"rows is bool\[4\]: expected one axis of whole numbers"),
-        ({"batch_size": 4, "rows": [[0, 1]]}, r"rows is int64\[1, 2\]: expected one axis of whole numbers"),
+        (
+            {"batch_size": 4, "rows": [0, 4]},
+            "rows holds 4: expected positions in the global batch, 0 to 3",
+        ),
+        (
+            {"batch_size": 4, "rows": [0, -1]},
+            "rows holds -1: expected positions in the global batch, 0 to 3",
+        ),
+        (
+            {"batch_size": 4, "rows": [0.0, 1.0]},
+            r"rows is float64\[2\]: expected one axis of whole numbers",
+        ),
+        (
+            {"batch_size": 4, "rows": [True, False, True, False]},
+            r"rows is bool\[4\]: expected one axis of whole numbers",
+        ),
+        (
+            {"batch_size": 4, "rows": [[0, 1]]},
+            r"rows is int64\[1, 2\]: expected one axis of whole numbers",
+        ),
         ({"batch_size": 4, "rows": 2}, r"rows is int64\[\]: expected one axis of whole numbers"),
     ],
 )
@@ -181,7 +222,10 @@ def test_impossible_batches_are_refused(arguments: dict[str, Any], message: str)
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (DataConfig(name="cifar"), "config.data.name is 'cifar': expected one of digits, photos, cifar10"),
+        (
+            DataConfig(name="cifar"),
+            "config.data.name is 'cifar': expected one of digits, photos, cifar10",
+        ),
         (DataConfig(augment=1.5), "config.data.augment is 1.5"),
         (DataConfig(holdout_fraction=0.0), "config.data.holdout_fraction is 0.0"),
         (DataConfig(holdout_fraction=1.0), "config.data.holdout_fraction is 1.0"),
@@ -219,11 +263,15 @@ def test_the_digit_split_holds_out_every_fourth_image_of_each_class() -> None:
     from sklearn.datasets import load_digits
 
     source = load_digits()
-    rows = np.sort(np.concatenate([np.flatnonzero(source.target == label)[3::4] for label in range(10)]))
+    rows = np.sort(
+        np.concatenate([np.flatnonzero(source.target == label)[3::4] for label in range(10)])
+    )
     heldout = data.load(DataConfig(), "heldout")
     np.testing.assert_array_equal(heldout.images[..., 0], source.images[rows])
     np.testing.assert_array_equal(heldout.labels, source.target[rows])
-    assert len(data.load(DataConfig(holdout_fraction=0.2), "heldout")) == sum(np.bincount(source.target) // 5)
+    assert len(data.load(DataConfig(holdout_fraction=0.2), "heldout")) == sum(
+        np.bincount(source.target) // 5
+    )
 
 
 @pytest.mark.parametrize("config", [DataConfig(), DataConfig(name="cifar10", mock=True)])
@@ -238,7 +286,9 @@ def test_batches_are_float32_in_minus_one_to_one(config: DataConfig) -> None:
 
 def test_stored_values_map_linearly_onto_minus_one_to_one() -> None:
     digits = data.load(DataConfig(), "train")
-    np.testing.assert_array_equal(digits.to_float(np.array([0, 8, 12, 16], np.uint8)), [-1, 0, 0.5, 1])
+    np.testing.assert_array_equal(
+        digits.to_float(np.array([0, 8, 12, 16], np.uint8)), [-1, 0, 0.5, 1]
+    )
     cifar = data.load(DataConfig(name="cifar10", mock=True), "train")
     levels = np.arange(256, dtype=np.uint8)
     np.testing.assert_allclose(cifar.to_float(levels), levels / 127.5 - 1, atol=1e-7)
@@ -254,7 +304,9 @@ def test_cifar10_is_read_as_it_was_prepared(prepared: Path) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
-def test_cifar10_is_read_from_tfds_mock_data_of_any_length(split: data.Split, tmp_path: Path) -> None:
+def test_cifar10_is_read_from_tfds_mock_data_of_any_length(
+    split: data.Split, tmp_path: Path
+) -> None:
     with tfds.testing.mock_data(num_examples=37):
         dataset = data.load(cifar10(tmp_path), split)
     assert dataset.images.shape == (37, 32, 32, 3) and dataset.images.dtype == np.uint8
@@ -290,7 +342,9 @@ def flip_one_bit(folder: Path) -> None:
 def other_data(image_size: int, first_label: int) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         images = np.zeros((SIZES["train"], image_size, image_size, 3), np.uint8)
-        write_shard(folder / SHARD.format("train"), images, first_label + np.arange(SIZES["train"]) % 10)
+        write_shard(
+            folder / SHARD.format("train"), images, first_label + np.arange(SIZES["train"]) % 10
+        )
 
     return damage
 
@@ -322,16 +376,25 @@ DAMAGE = {
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damaged_cifar10_is_one_error_that_names_the_directory(kind: str, copy: Path) -> None:
     DAMAGE[kind](copy)
-    with pytest.raises(DmfError, match=r"is damaged \(.+\): delete this folder and run `python") as error:
+    with pytest.raises(
+        DmfError, match=r"is damaged \(.+\): delete this folder and run `python"
+    ) as error:
         data.load(cifar10(copy.parents[1]), "train")
     assert str(copy) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_unprepared_cifar10_is_one_error_with_the_command(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unprepared_cifar10_is_one_error_with_the_command(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (copy / "dataset_info.json").unlink()  # what an interrupted preparation looks like
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "default"))
-    for data_dir in (tmp_path / "nowhere", copy.parents[1], tmp_path / "file", tmp_path / "default"):
+    for data_dir in (
+        tmp_path / "nowhere",
+        copy.parents[1],
+        tmp_path / "file",
+        tmp_path / "default",
+    ):
         named = "" if data_dir.name == "default" else str(data_dir)
         with pytest.raises(DmfError, match="CIFAR-10 is not prepared in ") as error:
             data.load(DataConfig(name="cifar10", data_dir=named), "train")
@@ -347,13 +410,18 @@ def test_unprepared_cifar10_is_one_error_with_the_command(copy: Path, tmp_path: 
 def test_cifar10_prepared_as_tfrecord_is_refused(copy: Path) -> None:
     info = copy / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
-    with pytest.raises(DmfError, match=r"without random access, expected the format array_record; .*another DIR: run"):
+    with pytest.raises(
+        DmfError,
+        match=r"without random access, expected the format array_record; .*another DIR: run",
+    ):
         data.load(cifar10(copy.parents[1]), "train")
 
 
 def run_python(code: str, **environment: str) -> None:
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -391,4 +459,6 @@ for config, size in sizes.items():
 
 def test_importing_the_data_room_imports_none_of_the_libraries_behind_it() -> None:
     libraries = ("tensorflow_datasets", "tensorflow", "sklearn", "jax")
-    run_python(f"import sys, dmf.data\nfound = set(sys.modules) & set({libraries})\nassert not found, found")
+    run_python(
+        f"import sys, dmf.data\nfound = set(sys.modules) & set({libraries})\nassert not found, found"
+    )

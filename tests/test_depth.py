@@ -16,9 +16,23 @@ from dmf.networks import attention as kernels
 from tests.test_networks import fast_compile, leaf_paths, nested, shapes
 
 DIT = DiTConfig(depth=3, width=16, heads=2, patch=2)
-UNET = UNetConfig(channels=8, channel_mult=(1,), blocks=1, attention_resolutions=(4,), dropout=0.3, augment_dim=0)
-ADM = ADMConfig(channels=32, channel_mult=(1,), blocks=1, attention_resolutions=(), head_channels=32, dropout=0.3)
-SMALL = {"dit": (DIT, (4, 6, 2)), "unet": (UNET, (4, 4, 2)), "adm": (ADM, (4, 4, 2)), "mlp": (MLPConfig(), (5,))}
+UNET = UNetConfig(
+    channels=8, channel_mult=(1,), blocks=1, attention_resolutions=(4,), dropout=0.3, augment_dim=0
+)
+ADM = ADMConfig(
+    channels=32,
+    channel_mult=(1,),
+    blocks=1,
+    attention_resolutions=(),
+    head_channels=32,
+    dropout=0.3,
+)
+SMALL = {
+    "dit": (DIT, (4, 6, 2)),
+    "unet": (UNET, (4, 4, 2)),
+    "adm": (ADM, (4, 4, 2)),
+    "mlp": (MLPConfig(), (5,)),
+}
 IN_EVERY_BLOCK = 7  # matrix products: modulation, q k v, logits, mixture, proj, and the MLP's two
 WITHOUT_A_SHARED_MATRIX = 2  # of them logits and mixture: cheap beside what they would take to keep
 ROWS = 2
@@ -45,7 +59,10 @@ def everything(kind, how):
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
         network = build(config, shape, how=how)
-        params = {path: rng.standard_normal(x) / np.sqrt(max(1, np.prod(x[:-1]))) for path, x in shapes(network).items()}
+        params = {
+            path: rng.standard_normal(x) / np.sqrt(max(1, np.prod(x[:-1])))
+            for path, x in shapes(network).items()
+        }
         r, t = np.array([0.1, 0.4]), np.array([0.5, 0.9])
         step = meanflow(network, jax.random.split(jax.random.key(1), ROWS))
         z, v = rng.standard_normal((2, ROWS, *shape))
@@ -56,8 +73,13 @@ def lowered(config, shape, how, rows=ROWS):
     """The program of the loss's gradient, not yet optimised: what remat repeats is still in it."""
     network = build(config, shape, how=how)
     params = jax.eval_shape(network.init, jax.random.key(0))
-    z, t = jax.ShapeDtypeStruct((rows, *shape), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.float32)
-    return jax.jit(meanflow(network, jax.random.split(jax.random.key(0), rows))).lower(params, z, t, t, z)
+    z, t = (
+        jax.ShapeDtypeStruct((rows, *shape), jnp.float32),
+        jax.ShapeDtypeStruct((rows,), jnp.float32),
+    )
+    return jax.jit(meanflow(network, jax.random.split(jax.random.key(0), rows))).lower(
+        params, z, t, t, z
+    )
 
 
 def count(program, word):
@@ -80,7 +102,11 @@ def test_values_and_derivatives_are_those_of_the_plain_network(kind, how):
     got, want = everything(kind, how), everything(kind, Execution())
     gradients, wanted = leaf_paths(got[0]), leaf_paths(want[0])
     assert gradients.keys() == wanted.keys() and all(np.any(wanted[path]) for path in wanted)
-    for a, b in zip([*got[1], *gradients.values()], [*want[1], *(wanted[path] for path in gradients)], strict=True):
+    for a, b in zip(
+        [*got[1], *gradients.values()],
+        [*want[1], *(wanted[path] for path in gradients)],
+        strict=True,
+    ):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-12 * max(1, np.abs(b).max()))
 
 
@@ -93,7 +119,9 @@ def test_parameters_do_not_depend_on_how_the_network_is_computed(kind):
         raise AssertionError("init has no use for an attention kernel that may be bound to a mesh")
 
     hows = Execution(), Execution(given_one, "blocks", scan=kind == "dit")
-    plain, other = (jax.eval_shape(build(config, shape, how=how).init, jax.random.key(3)) for how in hows)
+    plain, other = (
+        jax.eval_shape(build(config, shape, how=how).init, jax.random.key(3)) for how in hows
+    )
     assert leaf_paths(plain) == leaf_paths(other)
 
 
@@ -132,7 +160,8 @@ def test_a_scanned_program_does_not_grow_with_depth():
 def test_remat_of_a_transformer_repeats_what_its_name_says():
     """Products in the program of the gradient: "blocks" repeats all of a block's, "dots" those without a shared matrix."""
     found = {
-        remat: count(lowered(DIT, (4, 4, 1), Execution(remat=remat)), "dot_general") for remat in ("none", "dots", "blocks")
+        remat: count(lowered(DIT, (4, 4, 1), Execution(remat=remat)), "dot_general")
+        for remat in ("none", "dots", "blocks")
     }
     assert found["blocks"] == found["none"] + DIT.depth * IN_EVERY_BLOCK
     assert found["dots"] == found["none"] + DIT.depth * WITHOUT_A_SHARED_MATRIX
@@ -143,11 +172,14 @@ def test_remat_of_a_unet_repeats_what_its_name_says(kind):
     """Convolutions in the program of the gradient: "dots" repeats none, "blocks" at least the first of every block."""
     config, shape = SMALL[kind]
     found = {
-        remat: count(lowered(config, shape, Execution(remat=remat)), "convolution") for remat in ("none", "dots", "blocks")
+        remat: count(lowered(config, shape, Execution(remat=remat)), "convolution")
+        for remat in ("none", "dots", "blocks")
     }
     assert found["dots"] == found["none"]
     params = jax.eval_shape(build(config, shape).init, jax.random.key(0))
-    first = sum(path[-2:] in (("conv0", "kernel"), ("in_layers_2", "kernel")) for path in leaf_paths(params))
+    first = sum(
+        path[-2:] in (("conv0", "kernel"), ("in_layers_2", "kernel")) for path in leaf_paths(params)
+    )
     assert found["blocks"] >= found["none"] + first > found["none"] + 3
 
 
@@ -165,11 +197,23 @@ def test_remat_and_scan_together_save_memory():
 @pytest.mark.parametrize(
     ("kind", "how", "message"),
     [
-        ("unet", Execution(scan=True), r"config\.scan_blocks is True with network\.kind 'unet'; expected False"),
+        (
+            "unet",
+            Execution(scan=True),
+            r"config\.scan_blocks is True with network\.kind 'unet'; expected False",
+        ),
         ("adm", Execution(scan=True), r"config\.scan_blocks is True with network\.kind 'adm'"),
         ("mlp", Execution(scan=True), r"config\.scan_blocks is True with network\.kind 'mlp'"),
-        ("mlp", Execution(remat="blocks"), r"config\.remat is 'blocks' with network\.kind 'mlp'; expected 'none'"),
-        ("dit", Execution(remat="all"), r"config\.remat is 'all'; expected one of 'none', 'blocks', 'dots'"),
+        (
+            "mlp",
+            Execution(remat="blocks"),
+            r"config\.remat is 'blocks' with network\.kind 'mlp'; expected 'none'",
+        ),
+        (
+            "dit",
+            Execution(remat="all"),
+            r"config\.remat is 'all'; expected one of 'none', 'blocks', 'dots'",
+        ),
     ],
 )
 def test_what_a_network_cannot_do_is_named(kind, how, message):

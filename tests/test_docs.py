@@ -38,7 +38,10 @@ def launched(name):
 def anchors(path):
     """The headings of a page as GitHub links to them."""
     headings = re.findall(r"^#+ (.*)$", FENCE.sub("", path.read_text()), re.M)
-    return {launched("config_reference").anchor(re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)) for heading in headings}
+    return {
+        launched("config_reference").anchor(re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading))
+        for heading in headings
+    }
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
@@ -52,19 +55,27 @@ def test_every_relative_link_leads_somewhere(path):
         if name and target.suffix == ".md":
             assert name in anchors(target), f"{path.name}: {link}"
         elif name:
-            assert re.fullmatch(r"L\d+", name) and int(name[1:]) <= len(target.read_text().splitlines()), f"{path.name}: {link}"
+            assert re.fullmatch(r"L\d+", name) and int(name[1:]) <= len(
+                target.read_text().splitlines()
+            ), f"{path.name}: {link}"
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_every_name_behind_a_link_is_defined_in_its_file(path):
-    for file, name, link in re.findall(r"\[`([\w/]+\.py):(\w+)`\]\(([\w./]+?)(?:#L\d+)?\)", path.read_text()):
+    for file, name, link in re.findall(
+        r"\[`([\w/]+\.py):(\w+)`\]\(([\w./]+?)(?:#L\d+)?\)", path.read_text()
+    ):
         assert (path.parent / link).resolve() == ROOT / file
-        assert re.search(rf"^(def |class )?{name}\b", (ROOT / file).read_text(), re.M), f"{path.name}: {file}:{name}"
+        assert re.search(rf"^(def |class )?{name}\b", (ROOT / file).read_text(), re.M), (
+            f"{path.name}: {file}:{name}"
+        )
 
 
 def test_every_page_is_found_from_the_readme():
     text = (ROOT / "README.md").read_text()
-    assert [path.name for path in (ROOT / "docs").glob("*.md") if f"](docs/{path.name})" not in text] == []
+    assert [
+        path.name for path in (ROOT / "docs").glob("*.md") if f"](docs/{path.name})" not in text
+    ] == []
 
 
 def test_the_config_reference_is_what_the_source_says():
@@ -80,7 +91,9 @@ def test_every_config_field_has_a_comment_and_a_line_of_the_reference():
         found = made.fields_of(cls)
         assert [field.name for field in found] == [f.name for f in dataclasses.fields(cls)]
         for field in found:
-            assert field.comment.strip("* ") or f"{path}.{field.name}" in sections, f"{path}.{field.name} has no comment"
+            assert field.comment.strip("* ") or f"{path}.{field.name}" in sections, (
+                f"{path}.{field.name} has no comment"
+            )
             assert f"\n| `{field.name}`" in block
 
 
@@ -93,7 +106,17 @@ def test_the_reference_says_what_a_field_may_be():
 
 def test_what_the_paper_leaves_open_is_marked_and_what_it_states_is_not():
     text = page("config.md")
-    for name in ("q", "stages", "p", "eps", "r_neq_t_fraction", "learning_rate", "halflife_images", "dropout", "interval_init"):
+    for name in (
+        "q",
+        "stages",
+        "p",
+        "eps",
+        "r_neq_t_fraction",
+        "learning_rate",
+        "halflife_images",
+        "dropout",
+        "interval_init",
+    ):
         assert rf"| `{name}` **\*** |" in text
     for name in ("interval", "product_rule", "batch_size", "length"):
         assert f"| `{name}` |" in text
@@ -106,7 +129,12 @@ def messages():
     for path in [ROOT / "main.py", *(ROOT / "dmf").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
-                found.append("".join(str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values))
+                found.append(
+                    "".join(
+                        str(part.value) if isinstance(part, ast.Constant) else "\0"
+                        for part in node.values
+                    )
+                )
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(node.value)
     return found
@@ -116,17 +144,30 @@ def quoted():
     """The lines of troubleshooting.md and runs.md that the program is said to print."""
     for name in ("troubleshooting.md", "runs.md"):
         text = page(name)
-        lines = [line for language, block in FENCE.findall(text) if not language for line in block.splitlines()]
+        lines = [
+            line
+            for language, block in FENCE.findall(text)
+            if not language
+            for line in block.splitlines()
+        ]
         inline = re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
-        yield from lines + [code for code in inline if len(code.split()) > 3 and ("..." in code or " no " in code)]
+        yield from lines + [
+            code for code in inline if len(code.split()) > 3 and ("..." in code or " no " in code)
+        ]
 
 
 @pytest.mark.parametrize("line", list(quoted()))
 def test_a_quoted_line_is_one_that_the_program_prints(line):
     # Who prints it comes first: main.py's "error: ", a converter's name of the file, train.py's "guard     ".
-    rest = re.sub(r"^(error: (\.\.\.: (?=tensor|no tensor|the weights|forward))?|guard     |input     )", "", line)
+    rest = re.sub(
+        r"^(error: (\.\.\.: (?=tensor|no tensor|the weights|forward))?|guard     |input     )",
+        "",
+        line,
+    )
     parts = [re.escape(part) for part in rest.split("...")]
-    assert max(map(len, parts)) >= 8 and any(re.search(".*".join(parts), text, re.S) for text in messages()), rest
+    assert max(map(len, parts)) >= 8 and any(
+        re.search(".*".join(parts), text, re.S) for text in messages()
+    ), rest
 
 
 def test_the_beginnings_of_lines_are_the_programs():
@@ -135,7 +176,11 @@ def test_the_beginnings_of_lines_are_the_programs():
 
 
 def test_the_question_of_the_time_direction_tells_all_four_apart():
-    (code,) = [block for language, block in FENCE.findall(page("troubleshooting.md")) if language == "python"]
+    (code,) = [
+        block
+        for language, block in FENCE.findall(page("troubleshooting.md"))
+        if language == "python"
+    ]
     names = {}
     exec(code, names)
     spread = 0.5  # of Gaussian data, whose mean velocity at z is known
@@ -166,7 +211,9 @@ def test_the_memory_tables_are_the_stored_ones_and_the_states_are_counted_anew()
     made, stored = launched("memory_table"), json.loads(page("memory.json"))
     states = {name: made.state_of(made.config_of(name)) for name in made.STATES}
     assert states == stored["states"]
-    assert made.state_table(states) in page("memory.md") and made.policy_table(stored["temporary_bytes"]) in page("memory.md")
+    assert made.state_table(states) in page("memory.md") and made.policy_table(
+        stored["temporary_bytes"]
+    ) in page("memory.md")
     for of in states.values():
         assert of["state"] == (12 + 4 * len(of["averages"])) * of["parameters"] + 8
 
@@ -177,25 +224,50 @@ def test_the_worked_example_of_memory_is_right():
     of, text = made.state_of(config), page("memory.md")
     height, width, _ = DATA[config.data.name][0]
     patch, share = config.network.patch, of["batch"] // 16
-    kept = config.batch_size // 16 * height * width // patch**2 * config.network.width * 2 * config.network.depth
+    kept = (
+        config.batch_size
+        // 16
+        * height
+        * width
+        // patch**2
+        * config.network.width
+        * 2
+        * config.network.depth
+    )
     split = -(-of["state"] // 16)
     whole, parted = of["state"] + share, split + share
     assert made.size(cost.batch_shapes(config, DATA[config.data.name][0])) == of["batch"]
     rows = json.loads(page("tpu_plan.json"))["rows"]
-    rows = {(r["topology"], r["mesh"][1]): r for r in rows if "imagenet" in r["config"] and r["kind"] == "trajectory"}
+    rows = {
+        (r["topology"], r["mesh"][1]): r
+        for r in rows
+        if "imagenet" in r["config"] and r["kind"] == "trajectory"
+    }
     v4, v5e = rows["v4-32", 1], rows["v5e-16", 16]
     assert 1 < v4["state_bytes"] / whole < 1.0003 and 1.015 < v5e["state_bytes"] / parted < 1.0155
     counted = (of["parameters"], of["state"], of["batch"], share, whole, split, parted, kept)
-    planned = (v4["state_bytes"], v5e["hbm_bytes"], v5e["state_bytes"], v5e["temporary_bytes"], v5e["total_bytes"])
+    planned = (
+        v4["state_bytes"],
+        v5e["hbm_bytes"],
+        v5e["state_bytes"],
+        v5e["temporary_bytes"],
+        v5e["total_bytes"],
+    )
     for number in (*counted, *planned):
         assert f"{number:,}" in text, number
 
 
 def test_compiled_again_a_step_holds_what_the_table_says():
     # Within a tenth, as XLA's choice of vector instructions for another CPU may change its buffers.
-    made, stored = launched("memory_table"), json.loads(page("memory.json"))["temporary_bytes"]["digits"]["discrete"]
+    made, stored = (
+        launched("memory_table"),
+        json.loads(page("memory.json"))["temporary_bytes"]["digits"]["discrete"],
+    )
     policies = ("none", "blocks, scan")
-    found = {policy: made.temporary(made.config_of("digits", **made.POLICIES[policy]), "discrete") for policy in policies}
+    found = {
+        policy: made.temporary(made.config_of("digits", **made.POLICIES[policy]), "discrete")
+        for policy in policies
+    }
     for policy, count in found.items():
         assert abs(count / stored[policy] - 1) < 0.1
     assert found["blocks, scan"] < 0.7 * found["none"]
@@ -211,7 +283,9 @@ def test_our_scores_on_the_page_of_the_method_are_the_stored_ones():
 
 
 def test_the_tests_that_a_method_is_to_extend_exist():
-    source = "".join((ROOT / "tests" / f"test_{name}.py").read_text() for name in ("objectives", "step"))
+    source = "".join(
+        (ROOT / "tests" / f"test_{name}.py").read_text() for name in ("objectives", "step")
+    )
     names = re.findall(r"`(test_\w+)`", page("method.md"))
     assert len(names) >= 7 and all(f"def {name}(" in source for name in names)
 
@@ -224,4 +298,6 @@ def test_the_licences_are_those_that_a_conversion_notes():
 
 
 def test_the_unit_of_change_is_that_of_the_page():
-    assert float(jnp.finfo(jnp.bfloat16).eps) == 2**-7 and float(jnp.finfo(jnp.float32).eps) == 2**-23
+    assert (
+        float(jnp.finfo(jnp.bfloat16).eps) == 2**-7 and float(jnp.finfo(jnp.float32).eps) == 2**-23
+    )

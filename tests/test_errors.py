@@ -48,7 +48,9 @@ def truncated(trained, tmp_path):
 
 def misspelt_file(tmp_path):
     path = tmp_path / "bad.py"
-    path.write_text("from dmf.config import complete\ndef get_config():\n    return complete(dict(curiculum=dict(stages=3)))\n")
+    path.write_text(
+        "from dmf.config import complete\ndef get_config():\n    return complete(dict(curiculum=dict(stages=3)))\n"
+    )
     return path
 
 
@@ -61,8 +63,14 @@ CASES = {
         lambda d, t: [DIGITS, "--config.batchsize=8"],
         "config.batchsize: no such field; did you mean config.batch_size?",
     ),
-    "wrong type": (lambda d, t: [DIGITS, "--config.seed=one"], "flag --config.seed=one: invalid literal for int()"),
-    "unknown variant": (lambda d, t: [f"{DIGITS}:cosine"], "configs/digits.py:cosine: expected one of dagger, linear"),
+    "wrong type": (
+        lambda d, t: [DIGITS, "--config.seed=one"],
+        "flag --config.seed=one: invalid literal for int()",
+    ),
+    "unknown variant": (
+        lambda d, t: [f"{DIGITS}:cosine"],
+        "configs/digits.py:cosine: expected one of dagger, linear",
+    ),
     "missing config file": (
         lambda d, t: ["--config=configs/nothing.py"],
         "--config=configs/nothing.py: cannot be read; expected a config file",
@@ -140,9 +148,17 @@ CASES = {
         lambda d, t: [f"{DIGITS}:meanflow", f"--workdir={t}", f"--config.init={d}"],
         "its network differs: config.network.depth: 1 -> 3",
     ),
-    "image not divisible by patch": (lambda d, t: [DIGITS, f"--workdir={t}", "--config.network.patch=3"], "patch"),
+    "image not divisible by patch": (
+        lambda d, t: [DIGITS, f"--workdir={t}", "--config.network.patch=3"],
+        "patch",
+    ),
     "no forward mode": (
-        lambda d, t: [DIGITS, f"--workdir={t}", "--config.attention.jvp=cudnn", "--config.compute_dtype=bfloat16"],
+        lambda d, t: [
+            DIGITS,
+            f"--workdir={t}",
+            "--config.attention.jvp=cudnn",
+            "--config.compute_dtype=bfloat16",
+        ],
         "config.attention.jvp = 'cudnn': expected one of xla, chunked",
     ),
     "kernel of another device": (
@@ -166,7 +182,11 @@ CASES = {
         "--workdir=/proc/run cannot be written",
     ),
     "unprepared data": (
-        lambda d, t: ["--config=configs/cifar10.py", f"--workdir={t}/w", f"--config.data.data_dir={t}/none"],
+        lambda d, t: [
+            "--config=configs/cifar10.py",
+            f"--workdir={t}/w",
+            f"--config.data.data_dir={t}/none",
+        ],
         "download_and_prepare",
     ),
     "sampling from nothing": (
@@ -191,7 +211,12 @@ def test_wrong_input_gives_one_clear_line(name, trained, tmp_path):
 
 
 def test_help_names_the_modes_and_loads_no_jax():
-    done = subprocess.run([sys.executable, "-X", "importtime", "main.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "main.py", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     for text in (
         "--mode",
         "train|sample|score|reference|encode|benchmark",

@@ -27,7 +27,9 @@ def test_a_sample_does_not_depend_on_count_chunk_or_devices(monkeypatch):
     assert whole.shape == (21, 8, 8, 1) and len({x.tobytes() for x in whole}) == 21
     np.testing.assert_allclose(draw(params, 5, 2), whole[:5], atol=1e-5)
     draw_on_8, same_params = sampler(devices=8)
-    np.testing.assert_array_equal(draw_on_8(same_params, 21, 2), whole)  # the same program on every device
+    np.testing.assert_array_equal(
+        draw_on_8(same_params, 21, 2), whole
+    )  # the same program on every device
     monkeypatch.setattr(evaluate, "ROWS_PER_DEVICE", 4)
     np.testing.assert_allclose(draw(params, 21, 2), whole, atol=1e-5)
     np.testing.assert_array_equal(draw(params, 8, 2, first=4), draw(params, 12, 2)[4:])
@@ -50,7 +52,9 @@ def test_one_program_serves_every_number_of_steps(name):
     draw, params = sampler(sampler=name)
     samples = [draw(params, 4, n) for n in (1, 2, 7)]
     assert draw._draw._cache_size() == 1
-    assert all(np.isfinite(x).all() for x in samples) and np.abs(samples[0] - samples[2]).max() > 1e-3
+    assert (
+        all(np.isfinite(x).all() for x in samples) and np.abs(samples[0] - samples[2]).max() > 1e-3
+    )
 
 
 def test_the_digits_score_sees_real_images_as_real_and_is_printed_beside_them():
@@ -108,7 +112,9 @@ def test_scores_of_digits_are_compared_with_their_like_alone(tmp_path, monkeypat
     same = board(tmp_path, run=dict(log_every_steps=7))
     scored_by = [b._score.scored_by for b in (mine, *others)]
     assert len(set(scored_by)) == 6 and same._score.scored_by == scored_by[0]
-    rows = [{"scored_by": by, "fd_hidden": 9.0 - n, "n_samples": 32.0} for n, by in enumerate(scored_by)]
+    rows = [
+        {"scored_by": by, "fd_hidden": 9.0 - n, "n_samples": 32.0} for n, by in enumerate(scored_by)
+    ]
     rows += [{"fd_hidden": 3.0, "n_samples": n} for n in (32.0, 16.0)]  # before they said so
     text = "".join(json.dumps({"step": n, "nfe": 1, **row}) + "\n" for n, row in enumerate(rows))
     (tmp_path / "scores.jsonl").write_text(text)

@@ -75,8 +75,12 @@ def no_thread_is_left() -> Iterator[None]:
 
 @pytest.mark.parametrize("ahead", [1, 2, 5])
 @pytest.mark.parametrize(("first", "last"), [(0, 40), (17, 40), (39, 40)])
-@pytest.mark.parametrize("seconds", [(0.0, 0.0), (0.002, 0.0), (0.0, 0.002)], ids=["even", "slow maker", "slow consumer"])
-def test_every_batch_is_made_once_and_given_in_order(first: int, last: int, ahead: int, seconds: tuple[float, float]) -> None:
+@pytest.mark.parametrize(
+    "seconds", [(0.0, 0.0), (0.002, 0.0), (0.0, 0.002)], ids=["even", "slow maker", "slow consumer"]
+)
+def test_every_batch_is_made_once_and_given_in_order(
+    first: int, last: int, ahead: int, seconds: tuple[float, float]
+) -> None:
     make, got = Maker(seconds[0]), []
     with Feed(make, first, last, ahead) as batches:
         for n in range(first, last):
@@ -107,7 +111,9 @@ def test_no_more_batches_are_in_memory_than_those_ahead_and_the_one_in_use(ahead
             assert until(lambda: len(make.alive) == min(1 + ahead, 30 - n))  # noqa: B023
             assert batch.n == n
         batch = None
-        assert until(lambda: not make.alive)  # neither the queue nor the thread keeps what was given away
+        assert until(
+            lambda: not make.alive
+        )  # neither the queue nor the thread keeps what was given away
     assert make.most_alive == ahead + 1
 
 
@@ -120,8 +126,12 @@ def test_closing_lets_go_of_what_was_made() -> None:
 
 
 @pytest.mark.parametrize("k", [0, 1, 5])
-@pytest.mark.parametrize("error", [DmfError("one line"), KeyError("x"), SystemExit(3), StopIteration()], ids=repr)
-def test_what_make_raises_is_raised_by_the_get_of_that_batch_and_not_before(k: int, error: BaseException) -> None:
+@pytest.mark.parametrize(
+    "error", [DmfError("one line"), KeyError("x"), SystemExit(3), StopIteration()], ids=repr
+)
+def test_what_make_raises_is_raised_by_the_get_of_that_batch_and_not_before(
+    k: int, error: BaseException
+) -> None:
     make = Maker(fails={k: error})
     with Feed(make, 0, 10) as batches:
         for n in range(k):
@@ -144,14 +154,20 @@ def test_an_error_that_nobody_asked_for_is_no_error() -> None:
 def test_a_batch_out_of_turn_is_refused_and_disturbs_nothing() -> None:
     with Feed(Maker(), 5, 8) as batches:
         for n in (4, 6, 0, -1):
-            with pytest.raises(ValueError, match=f"batch {n} asked of a feed out of turn: expected batch 5"):
+            with pytest.raises(
+                ValueError, match=f"batch {n} asked of a feed out of turn: expected batch 5"
+            ):
                 batches.get(n)
         assert [batches.get(n).n for n in (5, 6)] == [5, 6]
-        with pytest.raises(ValueError, match="batch 6 asked of a feed out of turn: expected batch 7"):
+        with pytest.raises(
+            ValueError, match="batch 6 asked of a feed out of turn: expected batch 7"
+        ):
             batches.get(6)
         assert batches.get(7).n == 7
         for n in (7, 8):
-            with pytest.raises(ValueError, match=f"batch {n} asked of a feed out of turn: expected none"):
+            with pytest.raises(
+                ValueError, match=f"batch {n} asked of a feed out of turn: expected none"
+            ):
                 batches.get(n)
 
 
@@ -228,9 +244,13 @@ def test_closing_wakes_whoever_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_feeds_one_after_the_other_and_side_by_side_are_strangers() -> None:
     for first in (0, 10):
         with Feed(Maker(), first, first + 10) as batches:
-            assert [batches.get(n).n for n in range(first, first + 5)] == list(range(first, first + 5))
+            assert [batches.get(n).n for n in range(first, first + 5)] == list(
+                range(first, first + 5)
+            )
     with Feed(Maker(), 0, 10) as one, Feed(Maker(), 5, 10) as other:
-        assert [(one.get(n).n, other.get(n + 5).n) for n in range(5)] == [(n, n + 5) for n in range(5)]
+        assert [(one.get(n).n, other.get(n + 5).n) for n in range(5)] == [
+            (n, n + 5) for n in range(5)
+        ]
 
 
 def test_leaving_the_block_by_an_error_closes_it_too() -> None:
@@ -272,7 +292,9 @@ with feed.Feed(make, 0, 10) as batches:
 def test_an_interrupt_ends_the_process_though_a_batch_is_being_made_and_waited_for() -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     pipe = subprocess.PIPE
-    program = subprocess.Popen([sys.executable, "-c", INTERRUPTED], env=environment, stdout=pipe, stderr=pipe, text=True)
+    program = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED], env=environment, stdout=pipe, stderr=pipe, text=True
+    )
     assert program.stdout.readline() == "making\n"
     time.sleep(0.3)  # by now it waits in get
     program.send_signal(signal.SIGINT)

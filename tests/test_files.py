@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dmf import checkpoint, pictures
-from dmf.checkpoint import Checkpoints
+from dmf import pictures
 from dmf.errors import DmfError
 from dmf.logging import JsonLines, Progress, TensorBoard
+from dmf.storage import checkpoint
+from dmf.storage.checkpoint import Checkpoints
 from tests.tiny import Setup
 
 
@@ -61,7 +62,11 @@ def test_every_damage_is_detected_and_named(saved, tmp_path, damage):
         folder.mkdir()
     else:
         (folder / checkpoint.MANIFEST).write_text("{")
-    name = checkpoint.MANIFEST if damage in ("empty", "manifest") else victim.relative_to(folder).as_posix()
+    name = (
+        checkpoint.MANIFEST
+        if damage in ("empty", "manifest")
+        else victim.relative_to(folder).as_posix()
+    )
     with pytest.raises(DmfError, match=f"checkpoints/7: .*{name}"):
         checkpoint.verify(folder)
     store = reopened(tmp_path / "copy")
@@ -72,7 +77,9 @@ def test_every_damage_is_detected_and_named(saved, tmp_path, damage):
         store.restore_latest(state)
 
 
-def test_a_disk_that_cannot_read_the_newest_checkpoint_lets_the_one_before_be_taken(saved, tmp_path, monkeypatch, caplog):
+def test_a_disk_that_cannot_read_the_newest_checkpoint_lets_the_one_before_be_taken(
+    saved, tmp_path, monkeypatch, caplog
+):
     workdir, state = saved
     shutil.copytree(workdir, tmp_path / "copy")
     newest = tmp_path / "copy" / "checkpoints" / "8"
@@ -97,16 +104,23 @@ def test_no_checkpoint_at_all_is_a_fresh_start(tmp_path):
 def test_weights_of_another_shape_or_type_are_refused_by_name(saved):
     workdir, state = saved
     folder = checkpoint.find(workdir)
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.params)
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.params
+    )
     found = checkpoint.read_params(folder, 1, like)
     np.testing.assert_array_equal(jax.tree.leaves(found)[0], jax.tree.leaves(state.ema[1])[0])
     kernel = like["x_embedder"]["proj"]["kernel"]
-    like["x_embedder"]["proj"]["kernel"] = jax.ShapeDtypeStruct((3, 5), kernel.dtype, sharding=kernel.sharding)
+    like["x_embedder"]["proj"]["kernel"] = jax.ShapeDtypeStruct(
+        (3, 5), kernel.dtype, sharding=kernel.sharding
+    )
     with pytest.raises(
-        DmfError, match=r"weight \['x_embedder'\]\['proj'\]\['kernel'\] is float32\[4, 4, 1, 32\], expected float32\[3, 5\]"
+        DmfError,
+        match=r"weight \['x_embedder'\]\['proj'\]\['kernel'\] is float32\[4, 4, 1, 32\], expected float32\[3, 5\]",
     ):
         checkpoint.read_params(folder, None, like)
-    like["x_embedder"]["proj"]["kernel"] = jax.ShapeDtypeStruct(kernel.shape, "bfloat16", sharding=kernel.sharding)
+    like["x_embedder"]["proj"]["kernel"] = jax.ShapeDtypeStruct(
+        kernel.shape, "bfloat16", sharding=kernel.sharding
+    )
     with pytest.raises(DmfError, match="is float32.*expected bfloat16"):
         checkpoint.read_params(folder, None, like)
     del like["x_embedder"]
@@ -122,7 +136,10 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(saved, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(store._checkpointer, "save_checkpointables_async", full)
-    with pytest.raises(DmfError, match="checkpoint of step 9 could not be written .*No space left on device.*untouched"):
+    with pytest.raises(
+        DmfError,
+        match="checkpoint of step 9 could not be written .*No space left on device.*untouched",
+    ):
         store.save(9, state)
     checkpoint.verify(workdir / "checkpoints" / "7")
 
@@ -155,7 +172,9 @@ def test_event_files_are_written_where_wanted(tmp_path):
     assert not (tmp_path / "off").exists()
 
 
-def test_event_files_that_cannot_be_written_are_told_once_and_do_without(tmp_path, monkeypatch, caplog):
+def test_event_files_that_cannot_be_written_are_told_once_and_do_without(
+    tmp_path, monkeypatch, caplog
+):
     from clu import metric_writers
 
     class Broken:
@@ -174,7 +193,10 @@ def test_event_files_that_cannot_be_written_are_told_once_and_do_without(tmp_pat
         board.write(2, {"loss": 0.5})
         board.close()
         (said,) = caplog.messages
-        assert said == f"{tmp_path}/tensorboard: RuntimeError: the disk is full; no more event files are written"
+        assert (
+            said
+            == f"{tmp_path}/tensorboard: RuntimeError: the disk is full; no more event files are written"
+        )
 
 
 def test_nothing_to_write_opens_no_event_file(tmp_path):
@@ -206,7 +228,8 @@ def test_a_grid_shows_every_sample_where_it_belongs(tmp_path):
     cell = 8 * 4 + pictures.GAP
     assert page.shape == (2 * cell + pictures.CAPTION, 2 * 2 * cell + 4 * pictures.GAP)
     middle = lambda panel, row, column: page[  # noqa: E731
-        pictures.CAPTION + row * cell + 16, panel * (2 * cell + 4 * pictures.GAP) + column * cell + 16
+        pictures.CAPTION + row * cell + 16,
+        panel * (2 * cell + 4 * pictures.GAP) + column * cell + 16,
     ]
     assert [int(middle(0, r, c)) for r in (0, 1) for c in (0, 1)] == [0, 0, 255, 0]
     assert [int(middle(1, r, c)) for r in (0, 1) for c in (0, 1)] == [255, 255, 0, 255]

@@ -71,7 +71,9 @@ def test_microbatches_keep_groups_whole_and_every_device_its_rows():
     assert sorted(micro.ravel().tolist()) == list(range(32))
     for rows in micro:
         np.testing.assert_array_equal(rows.reshape(-1, 4)[:, 0] % 4, 0)  # each starts a group
-        assert (rows[:8] < 16).all() and (rows[8:] >= 16).all()  # the first half stays on the first of two devices
+        assert (rows[:8] < 16).all() and (
+            rows[8:] >= 16
+        ).all()  # the first half stays on the first of two devices
 
 
 @pytest.mark.parametrize(
@@ -79,7 +81,12 @@ def test_microbatches_keep_groups_whole_and_every_device_its_rows():
     [
         (64, 0.3, 1, "19.2 rows, expected a whole number: 0.296875 or 0.3125"),
         (64, 1.5, 1, "r_neq_t_fraction = 1.5: expected a share between 0 and 1"),
-        (64, 19 / 64, 8, "pattern cannot be shared by 8 devices x microbatches: expected a multiple of 512"),
+        (
+            64,
+            19 / 64,
+            8,
+            "pattern cannot be shared by 8 devices x microbatches: expected a multiple of 512",
+        ),
     ],
 )
 def test_impossible_splits_say_what_would_do(batch, fraction, parts, message):

@@ -12,10 +12,10 @@ from dmf.config import check, parse
 from dmf.curriculum import CurriculumConfig, build_stages, rho_at
 from dmf.errors import DmfError, NotFinite
 from dmf.guard import Diverged, Guard, GuardConfig
-from dmf.manifest import write_manifest
 from dmf.optim import EMAConfig, OptimizerConfig, ema_decays, learning_rate
 from dmf.scoreboard import Scoreboard
 from dmf.stopping import Stop
+from dmf.storage.manifest import write_manifest
 from dmf.train import train
 from dmf.watch import Watch
 from tests.test_train import leaves
@@ -23,7 +23,9 @@ from tests.tiny import TINY, merged
 
 CONFIG = GuardConfig(every_steps=1, action="jvp", factor=4.0, ulps=1.0)
 CALM = {"residual_border": 1.0, "residual_median": 2.0, "change_ulps": 100.0}
-LADDER = build_stages(CurriculumConfig(stages=6, q=2.0, length=60.0), 8, 100)  # d = 1/2 .. 1/16 from step 10 to 50
+LADDER = build_stages(
+    CurriculumConfig(stages=6, q=2.0, length=60.0), 8, 100
+)  # d = 1/2 .. 1/16 from step 10 to 50
 
 
 def kinds(stages):
@@ -70,7 +72,9 @@ def test_probes_of_other_images_are_not_compared(tmp_path, other):
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '[{"step": 3}]', '[{"back_to": 0.5}]'])
 def test_a_file_that_holds_no_interventions_is_one_line(tmp_path, text):
     (tmp_path / guard.FILE).write_text(text)
-    with pytest.raises(DmfError, match=r"guard.json cannot be read: \w+: .*; expected what dmf wrote there"):
+    with pytest.raises(
+        DmfError, match=r"guard.json cannot be read: \w+: .*; expected what dmf wrote there"
+    ):
         train(parse(TINY), tmp_path)
     assert (tmp_path / guard.FILE).read_text() == text
 
@@ -84,7 +88,12 @@ def test_a_score_is_held_against_the_best_since_the_last_stage_of_flow_matching(
     assert said() == said((10, 30.0), (20, 2.0), (30, 8.0)) == ""
     assert said((10, 30.0), (20, 2.0), (30, 8.1)) == "fid = 8.1, above 4 x the best, 2"
     assert said((10, 30.0), (20, math.nan)) == "fid = nan, above 4 x the best, 30"
-    assert said((0, 1.0), (5, 8.0)) == said((0, 1.0), (10, 30.0)) == said((0, 1.0), (5, 1.0), (10, 30.0), (20, 100.0)) == ""
+    assert (
+        said((0, 1.0), (5, 8.0))
+        == said((0, 1.0), (10, 30.0))
+        == said((0, 1.0), (5, 1.0), (10, 30.0), (20, 100.0))
+        == ""
+    )
     assert said((0, 1.0), (10, math.inf)) == "fid = inf, above 4 x the best, inf"
 
 
@@ -92,10 +101,16 @@ def test_a_score_is_held_against_the_best_since_the_last_stage_of_flow_matching(
 @pytest.mark.parametrize("action", ["stop", "jvp", "halve", "floor", "rate"])
 def test_an_intervention_changes_only_what_comes_after_it(action, back):
     found = guard.applied(LADDER, {"step": 36, "back_to": back, "action": action})
-    assert [(s.first, s.last) for s in found if s.steps <= 0] == [] and found[0].first == 0 and found[-1].last == 60
+    assert (
+        [(s.first, s.last) for s in found if s.steps <= 0] == []
+        and found[0].first == 0
+        and found[-1].last == 60
+    )
     assert all(a.last == b.first for a, b in zip(found, found[1:], strict=False))
     before = [s for s in found if s.last <= back]
-    assert [(s.kind, s.rho, s.rate) for s in before] == [(s.kind, s.rho, 1.0) for s in LADDER if s.first < back]
+    assert [(s.kind, s.rho, s.rate) for s in before] == [
+        (s.kind, s.rho, 1.0) for s in LADDER if s.first < back
+    ]
     after = [s for s in found if s.first >= back]
     assert [s.last for s in after] == [40, 50, 60] and [s.index for s in after] == [3, 4, 5]
     if action == "jvp":
@@ -119,20 +134,36 @@ def test_a_smooth_schedule_falls_half_as_fast_from_where_it_was_good_or_no_furth
     smooth = build_stages(CurriculumConfig(stages=6, q=2.0, length=60.0, schedule="smooth"), 8, 100)
     good = rho_at(smooth[3], 33)
     floor = guard.applied(smooth, {"step": 36, "back_to": 33, "action": "floor"})
-    assert {rho_at(s, n) for s in floor if 33 <= s.first < 50 for n in range(s.first, s.last)} == {good}
+    assert {rho_at(s, n) for s in floor if 33 <= s.first < 50 for n in range(s.first, s.last)} == {
+        good
+    }
     halved = guard.applied(smooth, {"step": 36, "back_to": 33, "action": "halve"})
     for n in (33, 39, 40, 49):
-        was, now = (rho_at(next(s for s in found if s.first <= n < s.last), n) for found in (smooth, halved))
+        was, now = (
+            rho_at(next(s for s in found if s.first <= n < s.last), n) for found in (smooth, halved)
+        )
         assert now / good == pytest.approx(math.sqrt(was / good), rel=1e-12)
-    assert [rho_at(s, n) for s in halved[:4] for n in range(s.first, s.last) if s.kind == "discrete"] == pytest.approx(
-        [rho_at(s, n) for s in smooth[:4] for n in range(s.first, s.last) if s.kind == "discrete" and n < 33], rel=1e-12
+    assert [
+        rho_at(s, n) for s in halved[:4] for n in range(s.first, s.last) if s.kind == "discrete"
+    ] == pytest.approx(
+        [
+            rho_at(s, n)
+            for s in smooth[:4]
+            for n in range(s.first, s.last)
+            if s.kind == "discrete" and n < 33
+        ],
+        rel=1e-12,
     )
 
 
 @pytest.mark.parametrize("back", [10, 45])
 def test_a_cut_stage_keeps_its_warm_up_its_decay_and_the_age_of_its_averages(back):
-    rules = CurriculumConfig(stages=3, length=60.0, pretrain_length=20.0, switch_ema="reset", switch_warmup_steps=10)
-    rates = OptimizerConfig(warmup_steps=5, pretrain_warmup_steps=5, decay_fraction=0.5, pretrain_decay_fraction=0.5)
+    rules = CurriculumConfig(
+        stages=3, length=60.0, pretrain_length=20.0, switch_ema="reset", switch_warmup_steps=10
+    )
+    rates = OptimizerConfig(
+        warmup_steps=5, pretrain_warmup_steps=5, decay_fraction=0.5, pretrain_decay_fraction=0.5
+    )
     ema, stages = EMAConfig(halflife_images=(400.0,)), build_stages(rules, 8, 100)
     found = guard.applied(stages, {"step": back + 3, "back_to": back, "action": "stop"})
     assert len(found) == len(stages) + 1
@@ -150,7 +181,8 @@ def test_the_rate_is_lowered_where_no_finite_difference_is_to_blame():
 
 def test_it_goes_back_to_the_newest_checkpoint_before_values_were_half_way_to_the_alarm(tmp_path):
     probes = [
-        {"step": n, "stage": 3, **CALM, "residual_median": x} for n, x in ((31, 2), (33, 3.9), (35, 4.1), (36, 3), (38, 9))
+        {"step": n, "stage": 3, **CALM, "residual_median": x}
+        for n, x in ((31, 2), (33, 3.9), (35, 4.1), (36, 3), (38, 9))
     ]
     probes.insert(0, {"step": 30, "stage": 2, **CALM, "residual_median": 1e9})
     how = dict(stages=LADDER, probes=probes, kept=(), scheduled=lambda step: True)
@@ -167,13 +199,22 @@ def test_it_goes_back_to_the_newest_checkpoint_before_values_were_half_way_to_th
     assert back(Diverged(38, "x"), []) == 32
     assert back(Diverged(38, "x"), [(20, 5.0), (30, 4.0), (31, 4.5), (32, 9.0)]) == 30
     assert back(Diverged(31, "x"), [], probes=probes[:1]) == 30
-    steep = [(30, 100.0), (31, 50.0), (32, 10.0), (33, 1.0)]  # a score that was merely not as good yet is no sign of trouble
+    steep = [
+        (30, 100.0),
+        (31, 50.0),
+        (32, 10.0),
+        (33, 1.0),
+    ]  # a score that was merely not as good yet is no sign of trouble
     falling = [(n, 500.0 / n**2) for n in range(30, 38)] + [(38, math.nan)]
     assert back(Diverged(38, "x"), falling) == back(Diverged(38, "x"), steep) == 32
-    assert back(Diverged(38, "x"), [], kept={10, 34, 60}) == 34  # never before what a change of the config has kept
+    assert (
+        back(Diverged(38, "x"), [], kept={10, 34, 60}) == 34
+    )  # never before what a change of the config has kept
     assert back(Diverged(34, "x"), [], kept={10, 20, 34}) == 32  # nor to the step that has failed
     assert back(Diverged(30, "x"), [], probes=[], stages=LADDER[:3]) == 20
-    assert back(Diverged(38, "x"), [], scheduled=lambda step: step != 32) == 30  # nor to one that was saved by the way
+    assert (
+        back(Diverged(38, "x"), [], scheduled=lambda step: step != 32) == 30
+    )  # nor to one that was saved by the way
     (tmp_path / "32" / "weights").write_text("2")  # a damaged one is nothing to go back to
     (tmp_path / "30" / "manifest.json").unlink()
     assert back(Diverged(38, "x"), []) == 20
@@ -181,27 +222,40 @@ def test_it_goes_back_to_the_newest_checkpoint_before_values_were_half_way_to_th
         (tmp_path / str(n) / "weights").unlink()
     assert back(Diverged(38, "x"), []) == 0  # weights that were drawn are drawn again
     given = Guard(tmp_path / "given.json", tmp_path, CONFIG, fresh=True, drawn=False)
-    with pytest.raises(DmfError, match="step 38: x; the guard would go back to step 0, but checkpoint .*/0: no readable"):
+    with pytest.raises(
+        DmfError,
+        match="step 38: x; the guard would go back to step 0, but checkpoint .*/0: no readable",
+    ):
         given.intervene(Diverged(38, "x"), scores=[], **how)
     (tmp_path / "0").mkdir()
     (tmp_path / "0" / "weights").write_text("1")
     write_manifest(tmp_path / "0")
     assert back(Diverged(38, "x"), []) == 0
     (tmp_path / "0" / "weights").write_text("2")
-    with pytest.raises(DmfError, match="step 38: x; the guard would go back to step 0, but checkpoint .*/0: file weights"):
+    with pytest.raises(
+        DmfError,
+        match="step 38: x; the guard would go back to step 0, but checkpoint .*/0: file weights",
+    ):
         back(Diverged(38, "x"), [])
     assert not (tmp_path / "given.json").exists() and (tmp_path / "37").exists()
 
 
 def test_an_unknown_action_and_an_action_without_probes_are_refused():
-    with pytest.raises(DmfError, match=r"config.guard.action = 'pray': expected one of off, stop, jvp, halve, floor, rate"):
+    with pytest.raises(
+        DmfError,
+        match=r"config.guard.action = 'pray': expected one of off, stop, jvp, halve, floor, rate",
+    ):
         parse(merged(TINY, guard=dict(action="pray")))
-    with pytest.raises(DmfError, match=r"config.guard.every_steps = 0 with config.guard.action = 'jvp'"):
+    with pytest.raises(
+        DmfError, match=r"config.guard.every_steps = 0 with config.guard.action = 'jvp'"
+    ):
         check(parse(merged(TINY, guard=dict(action="jvp"))), 10, 1000)
 
 
 # Pretraining of 4 steps, then 2 steps each: trajectory, d = 1/2, d = 1/4, jvp. No checkpoints but at stage boundaries.
-GUARDED = merged(TINY, guard=dict(every_steps=1, rows=8, action="jvp"), run=dict(checkpoint_every_steps=100))
+GUARDED = merged(
+    TINY, guard=dict(every_steps=1, rows=8, action="jvp"), run=dict(checkpoint_every_steps=100)
+)
 
 
 @pytest.fixture
@@ -211,7 +265,12 @@ def diverges(monkeypatch):
 
     def probe(self, kind, params, rho):
         seen.append(rho)
-        return {**CALM, "residual_median": 9.0 if kind == "discrete" and seen.count(0.25) >= 2 and rho == 0.25 else 2.0}
+        return {
+            **CALM,
+            "residual_median": 9.0
+            if kind == "discrete" and seen.count(0.25) >= 2 and rho == 0.25
+            else 2.0,
+        }
 
     monkeypatch.setattr(Watch, "__call__", probe)
     return seen
@@ -224,9 +283,17 @@ def state_of(workdir):
 def test_a_run_hands_over_to_jvp_and_says_so(tmp_path, diverges, capsys):
     train(parse(GUARDED), tmp_path)
     (row,) = json.loads((tmp_path / guard.FILE).read_text())
-    assert (row["step"], row["stage"], row["back_to"], row["action"], row["settled"]) == (10, "stage 2", 8, "jvp", True)
+    assert (row["step"], row["stage"], row["back_to"], row["action"], row["settled"]) == (
+        10,
+        "stage 2",
+        8,
+        "jvp",
+        True,
+    )
     logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [r["kind"] for r in logged] == ["flow"] * 4 + ["trajectory"] * 2 + ["discrete"] * 2 + ["jvp"] * 4
+    assert [r["kind"] for r in logged] == ["flow"] * 4 + ["trajectory"] * 2 + ["discrete"] * 2 + [
+        "jvp"
+    ] * 4
     assert [r["step"] for r in logged] == list(range(1, 13))
     line = "guard     stage 2 (discrete), step 10: residual_median = 9, above 3 x the stage's first, 2; "
     line += "back to step 8, the discrete stages left are jvp stages now"
@@ -250,7 +317,9 @@ def test_each_way_on_reaches_the_end(tmp_path, diverges, action):
 
 
 # Four steps a stage, d = 1/4 from step 12 to 16; it goes back to step 13, beyond which are the checkpoints 14 and 15.
-LONGER = merged(GUARDED, curriculum=dict(length=16.0), run=dict(checkpoint_every_steps=1, keep_checkpoints=3))
+LONGER = merged(
+    GUARDED, curriculum=dict(length=16.0), run=dict(checkpoint_every_steps=1, keep_checkpoints=3)
+)
 
 
 def climbs(monkeypatch, *residuals):
@@ -258,7 +327,10 @@ def climbs(monkeypatch, *residuals):
     left = list(residuals)
 
     def probe(self, kind, params, rho):
-        return {**CALM, "residual_median": (left.pop(0) if left[1:] else left[0]) if rho == 0.25 else 2.0}
+        return {
+            **CALM,
+            "residual_median": (left.pop(0) if left[1:] else left[0]) if rho == 0.25 else 2.0,
+        }
 
     monkeypatch.setattr(Watch, "__call__", probe)
 
@@ -273,9 +345,9 @@ def end_of(workdir):
     "where, name, call, after",
     [
         (Guard, "_write", 1, True),  # the intervention is written down, and no more
-        (guard.places, "remove_tree", 1, False),  # one checkpoint has lost its manifest
-        (guard.places, "remove_tree", 1, True),
-        (guard.places, "remove_tree", 2, False),
+        (guard.paths, "remove_tree", 1, False),  # one checkpoint has lost its manifest
+        (guard.paths, "remove_tree", 1, True),
+        (guard.paths, "remove_tree", 2, False),
         (Guard, "_write", 2, False),  # all is deleted, which is not noted yet
         (Guard, "_write", 2, True),
     ],
@@ -336,7 +408,9 @@ def test_a_run_that_was_asked_to_stop_goes_back_no_less_far(tmp_path, monkeypatc
     assert (row["step"], row["back_to"]) == (15, 12)  # and not to the one that was saved on request
 
 
-def test_a_run_that_is_asked_to_stop_while_the_guard_goes_back_starts_nothing_more(tmp_path, monkeypatch, capsys):
+def test_a_run_that_is_asked_to_stop_while_the_guard_goes_back_starts_nothing_more(
+    tmp_path, monkeypatch, capsys
+):
     stop, real = Stop(), Guard.intervene
 
     def intervene(self, *given):
@@ -349,7 +423,9 @@ def test_a_run_that_is_asked_to_stop_while_the_guard_goes_back_starts_nothing_mo
     with monkeypatch.context() as patch:
         patch.setattr(Guard, "intervene", intervene)
         train(parse(LONGER), tmp_path / "asked", stop=stop)
-    assert capsys.readouterr().out.endswith("stopped, nothing was unsaved; the same command goes on from what is on disk\n")
+    assert capsys.readouterr().out.endswith(
+        "stopped, nothing was unsaved; the same command goes on from what is on disk\n"
+    )
     (row,) = json.loads((tmp_path / "asked" / guard.FILE).read_text())
     assert not row["settled"]
     train(parse(LONGER), tmp_path / "asked")
@@ -360,11 +436,17 @@ def test_stop_leaves_the_last_good_state_and_a_report_again_and_again(tmp_path, 
     stopping = parse(merged(GUARDED, guard=dict(action="stop")))
     for _ in range(2):
         with pytest.raises(
-            DmfError, match=r"the guard has stopped this run: stage 2 \(discrete\), step 10: residual_median = 9"
+            DmfError,
+            match=r"the guard has stopped this run: stage 2 \(discrete\), step 10: residual_median = 9",
         ):
             train(stopping, tmp_path)
         assert max(int(p.name) for p in (tmp_path / "checkpoints").glob("[0-9]*")) == 8
-    assert capsys.readouterr().out.count("guard     stage 2 (discrete), step 10: residual_median = 9, above") == 2  # the report
+    assert (
+        capsys.readouterr().out.count(
+            "guard     stage 2 (discrete), step 10: residual_median = 9, above"
+        )
+        == 2
+    )  # the report
     assert not (tmp_path / guard.FILE).with_suffix(".json.tmp").exists()
     with pytest.raises(DmfError, match="config.guard.action: stop -> off"):
         train(parse(merged(GUARDED, guard=dict(action="off"))), tmp_path)
@@ -378,9 +460,15 @@ def test_a_stop_is_taken_back_by_other_rules_alone(tmp_path, diverges):
         train(parse(stopping), tmp_path)
     with pytest.raises(DmfError, match="the guard has stopped"):
         train(parse(merged(stopping, curriculum=dict(q=3.0))), tmp_path, allow_change=True)
-    with pytest.raises(DmfError, match="the guard has stopped"):  # which has changed nothing; nor do other probes
+    with pytest.raises(
+        DmfError, match="the guard has stopped"
+    ):  # which has changed nothing; nor do other probes
         train(parse(merged(stopping, guard=dict(rows=16, every_steps=2))), tmp_path)
-    train(parse(merged(stopping, curriculum=dict(q=3.0), guard=dict(factor=100.0))), tmp_path, allow_change=True)
+    train(
+        parse(merged(stopping, curriculum=dict(q=3.0), guard=dict(factor=100.0))),
+        tmp_path,
+        allow_change=True,
+    )
     assert len(state_of(tmp_path)) > 0
 
 
@@ -399,7 +487,9 @@ def test_samples_that_are_not_finite_are_a_divergence(tmp_path, monkeypatch):
     done.clear()
     train(parse(GUARDED), tmp_path / "jvp")
     (row,) = json.loads((tmp_path / "jvp" / guard.FILE).read_text())
-    assert (row["step"], row["stage"], row["action"]) == (8, "stage 1", "jvp") and row["back_to"] == 6
+    assert (row["step"], row["stage"], row["action"]) == (8, "stage 1", "jvp") and row[
+        "back_to"
+    ] == 6
 
 
 def test_weights_that_sample_no_finite_values_are_refused_before_a_step(tmp_path, monkeypatch):
@@ -411,7 +501,10 @@ def test_weights_that_sample_no_finite_values_are_refused_before_a_step(tmp_path
     monkeypatch.setattr(Scoreboard, "add", never)
     with pytest.raises(DmfError, match="samples has non-finite values in 4 of 4 images"):
         init = str(tmp_path / "given" / "checkpoints" / "12")
-        train(parse(merged(GUARDED, init=init, curriculum=dict(pretrain_length=0.0))), tmp_path / "run")
+        train(
+            parse(merged(GUARDED, init=init, curriculum=dict(pretrain_length=0.0))),
+            tmp_path / "run",
+        )
     assert not (tmp_path / "run" / guard.FILE).exists()
 
 
@@ -420,7 +513,11 @@ def test_values_that_are_not_finite_lower_the_rate_until_the_limit(tmp_path):
     values["curriculum"] = {**values["curriculum"], "stage_learning_rates": (1.0, 1.0, 1e30, 1.0)}
     with pytest.raises(DmfError, match="the guard has stopped this run: stage 2"):
         train(parse(values), tmp_path)
-    assert [row["action"] for row in json.loads((tmp_path / guard.FILE).read_text())] == ["jvp", "rate", "stop"]
+    assert [row["action"] for row in json.loads((tmp_path / guard.FILE).read_text())] == [
+        "jvp",
+        "rate",
+        "stop",
+    ]
 
 
 def test_a_healthy_run_is_left_alone(tmp_path):
@@ -444,12 +541,16 @@ def test_pretraining_from_fresh_weights_can_go_back_to_them(tmp_path, monkeypatc
     assert (row["step"], row["back_to"], row["action"]) == (2, 0, "rate")
     logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in logged] == list(range(1, 13))
-    assert [r["learning_rate"] for r in logged][:4] == pytest.approx([0.25e-3, 0.5e-3, 0.5e-3, 0.5e-3])
+    assert [r["learning_rate"] for r in logged][:4] == pytest.approx(
+        [0.25e-3, 0.5e-3, 0.5e-3, 0.5e-3]
+    )
     assert logged[-1]["learning_rate"] == pytest.approx(0.5e-3)
     assert not (tmp_path / "checkpoints" / "0").exists()  # they are drawn again
 
 
-@pytest.mark.parametrize("writes", [1, 2])  # of guard.json: the intervention, and that all beyond step 0 is deleted
+@pytest.mark.parametrize(
+    "writes", [1, 2]
+)  # of guard.json: the intervention, and that all beyond step 0 is deleted
 def test_a_kill_on_the_way_back_to_fresh_weights_changes_nothing(tmp_path, monkeypatch, writes):
     calls, real = [], Guard._write
 
@@ -461,7 +562,9 @@ def test_a_kill_on_the_way_back_to_fresh_weights_changes_nothing(tmp_path, monke
 
     def run(workdir, dies):
         medians = iter([2.0, 9.0])
-        monkeypatch.setattr(Watch, "__call__", lambda *_: {**CALM, "residual_median": next(medians, 2.0)})
+        monkeypatch.setattr(
+            Watch, "__call__", lambda *_: {**CALM, "residual_median": next(medians, 2.0)}
+        )
         with monkeypatch.context() as patch:
             if dies:
                 patch.setattr(Guard, "_write", killed)
@@ -469,7 +572,9 @@ def test_a_kill_on_the_way_back_to_fresh_weights_changes_nothing(tmp_path, monke
                     train(parse(GUARDED), workdir)
                 assert not list(workdir.glob("checkpoints/[0-9]*"))
         train(parse(GUARDED), workdir)
-        return json.loads((workdir / guard.FILE).read_text()), [leaf.tobytes() for leaf in state_of(workdir)]
+        return json.loads((workdir / guard.FILE).read_text()), [
+            leaf.tobytes() for leaf in state_of(workdir)
+        ]
 
     whole, killed_once = run(tmp_path / "whole", False), run(tmp_path / "killed", True)
     assert whole == killed_once and [row["back_to"] for row in whole[0]] == [0]

@@ -27,7 +27,9 @@ STRENGTH = dict(omega=0.6, kappa=0.7, t_start=0.25, t_end=0.75)
 KINDS = ("guided_discrete", "guided_jvp")
 GUIDED = merged(TINY, guidance=STRENGTH, curriculum=dict(stages=2, kinds=KINDS, interval="linear"))
 RUN = merged(
-    TINY, guidance=STRENGTH, curriculum=dict(kinds=("trajectory", "discrete", "jvp", "guided_jvp"), pretrain_length=0.0)
+    TINY,
+    guidance=STRENGTH,
+    curriculum=dict(kinds=("trajectory", "discrete", "jvp", "guided_jvp"), pretrain_length=0.0),
 )
 
 
@@ -64,7 +66,9 @@ def by_hand_params():
 def by_hand_rows():
     """16 rows, the last of every 4 with r = t; times inside, outside and on the ends of the interval; dropped labels."""
     rng = np.random.default_rng(4)
-    t = np.array([0.25, 0.75, 0.5, 0.25, 0.1, 0.9, 0.3, 0.2, 0.74, 0.76, 0.6, 0.6, 0.24, 0.5, 0.45, 0.95])
+    t = np.array(
+        [0.25, 0.75, 0.5, 0.25, 0.1, 0.9, 0.3, 0.2, 0.74, 0.76, 0.6, 0.6, 0.24, 0.5, 0.45, 0.95]
+    )
     r = np.where(np.arange(16) % 4 == 3, t, t * rng.uniform(0, 0.9, 16))
     label = np.array([0, 1, 2, 3, 4, 5, NULL, 6, 7, 8, 9, NULL, 0, NULL, 1, 2])
     z, v = rng.normal(size=(2, 16, 5))
@@ -98,26 +102,43 @@ def by_hand_config(**strength):
 
 
 def by_hand_loss(kind, network, settings):
-    return partial(step.stage_loss, kind=kind, network=network, config=settings, split=RowSplit(16, 4, 3))
+    return partial(
+        step.stage_loss, kind=kind, network=network, config=settings, split=RowSplit(16, 4, 3)
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("strength", [dict(STRENGTH), dict(STRENGTH, kappa=0.0), dict(omega=3.0), dict(omega=1.0, kappa=0.5)])
-def test_the_residual_of_every_row_is_the_one_computed_by_hand(float64, monkeypatch, kind, strength):
+@pytest.mark.parametrize(
+    "strength",
+    [dict(STRENGTH), dict(STRENGTH, kappa=0.0), dict(omega=3.0), dict(omega=1.0, kappa=0.5)],
+)
+def test_the_residual_of_every_row_is_the_one_computed_by_hand(
+    float64, monkeypatch, kind, strength
+):
     identity, found = kind.removeprefix("guided_"), []
     real = objectives.OBJECTIVES[identity]
-    monkeypatch.setitem(objectives.OBJECTIVES, identity, lambda *args: found.append(real(*args)) or found[-1])
+    monkeypatch.setitem(
+        objectives.OBJECTIVES, identity, lambda *args: found.append(real(*args)) or found[-1]
+    )
     settings, params, rows = by_hand_config(**strength), by_hand_params(), by_hand_rows()
-    _, metrics = by_hand_loss(kind, by_hand_network(), settings)(params, jax.tree.map(jnp.asarray, rows), RHO)
-    expected = np.stack([residual_by_hand(kind, params, settings.guidance, *row) for row in zip(*rows, strict=True)])
+    _, metrics = by_hand_loss(kind, by_hand_network(), settings)(
+        params, jax.tree.map(jnp.asarray, rows), RHO
+    )
+    expected = np.stack(
+        [residual_by_hand(kind, params, settings.guidance, *row) for row in zip(*rows, strict=True)]
+    )
     pair = np.arange(16) % 4 < 3
     np.testing.assert_allclose(found[0].pairs, expected[pair], rtol=0, atol=1e-14)
     np.testing.assert_allclose(found[0].border, expected[~pair], rtol=0, atol=1e-14)
-    assert float(metrics["squares_pairs"]) == pytest.approx(np.mean(np.sum(expected[pair] ** 2, 1)), rel=1e-13)
+    assert float(metrics["squares_pairs"]) == pytest.approx(
+        np.mean(np.sum(expected[pair] ** 2, 1)), rel=1e-13
+    )
 
 
 def test_rows_outside_the_interval_and_dropped_ones_keep_v_and_so_does_no_guidance():
-    rows = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32 if x.dtype == float else jnp.int32), by_hand_rows())
+    rows = jax.tree.map(
+        lambda x: jnp.asarray(x, jnp.float32 if x.dtype == float else jnp.int32), by_hand_rows()
+    )
     net = lambda params, rows: 0.1 * rows.z + rows.label[:, None]  # noqa: E731
     v_g = guided_velocity(net, None, rows, NULL, GuidanceConfig(**STRENGTH))
     guided = np.asarray((v_g != rows.v).all(1))
@@ -133,10 +154,15 @@ def test_rows_outside_the_interval_and_dropped_ones_keep_v_and_so_does_no_guidan
 def test_what_is_evaluated_how_often_and_on_which_labels(kind, kappa):
     calls, rows = [], by_hand_rows()
     settings = by_hand_config(**dict(STRENGTH, kappa=kappa))
-    by_hand_loss(kind, by_hand_network(calls), settings)(by_hand_params(), jax.tree.map(jnp.asarray, rows), RHO)
+    by_hand_loss(kind, by_hand_network(calls), settings)(
+        by_hand_params(), jax.tree.map(jnp.asarray, rows), RHO
+    )
     given, pair = rows.label.tolist(), np.arange(16) % 4 < 3
     extra = [Call([NULL] * 16, False, True), *[Call(given, False, True)] * (kappa > 0)]
-    pairs, border = Call(rows.label[pair].tolist(), True, False), Call(rows.label[~pair].tolist(), True, False)
+    pairs, border = (
+        Call(rows.label[pair].tolist(), True, False),
+        Call(rows.label[~pair].tolist(), True, False),
+    )
     training = [Call(given, True, False), pairs] if kind == "guided_discrete" else [pairs, border]
     assert calls == extra + training
     assert guidance.passes(settings.guidance) == len(extra)
@@ -148,7 +174,9 @@ def test_no_gradient_flows_through_the_guided_velocity(float64, kind):
     rows = jax.tree.map(jnp.asarray, by_hand_rows())
 
     def still(params, rows):
-        return network.apply(params, rows.z, rows.r, rows.t, label=rows.label, train=False, rngs=None)
+        return network.apply(
+            params, rows.z, rows.r, rows.t, label=rows.label, train=False, rngs=None
+        )
 
     constant = rows._replace(v=guided_velocity(still, params, rows, NULL, settings.guidance))
     params = jax.tree.map(jnp.asarray, params)
@@ -160,7 +188,9 @@ def test_no_gradient_flows_through_the_guided_velocity(float64, kind):
     assert largest_difference(whole, without) > 1e-2
 
 
-@pytest.mark.parametrize(("omega", "kappa", "scale"), [(3.0, 0.0, 3.0), (1.0, 0.5, 2.0), (0.2, 0.92, 2.5)])
+@pytest.mark.parametrize(
+    ("omega", "kappa", "scale"), [(3.0, 0.0, 3.0), (1.0, 0.5, 2.0), (0.2, 0.92, 2.5)]
+)
 def test_training_comes_to_rest_at_the_effective_scale(float64, omega, kappa, scale):
     # A network that knows nothing but the label: at rest u_c = u_null + omega / (1 - kappa) (mean v of the class - u_null).
     rows = by_hand_rows()
@@ -179,7 +209,16 @@ def test_training_comes_to_rest_at_the_effective_scale(float64, omega, kappa, sc
 
 
 def test_a_guided_discrete_stage_looks_as_far_back_as_the_last_discrete_one():
-    kinds = ("guided_discrete", "trajectory", "discrete", "discrete", "guided_discrete", "jvp", "guided_discrete", "guided_jvp")
+    kinds = (
+        "guided_discrete",
+        "trajectory",
+        "discrete",
+        "discrete",
+        "guided_discrete",
+        "jvp",
+        "guided_discrete",
+        "guided_jvp",
+    )
     curriculum = CurriculumConfig(stages=8, kinds=kinds, q=3.0, length=80.0)
     stages = build_stages(curriculum, 8, 1000, 2)
     assert [s.rho for s in stages] == [1 / 3, 1.0, 3.0**-2, 3.0**-3, 3.0**-3, 1.0, 3.0**-3, 1.0]
@@ -197,16 +236,30 @@ def test_one_device_and_eight_take_the_same_guided_steps_and_guidance_needs_no_c
     assert abs(metrics["loss"] - others["loss"]) < 1e-6 * abs(metrics["loss"])
     # Of u, not of the weights: Adam makes whole steps of the rounding in key biases, to which the softmax is blind.
     z, t = jax.random.normal(jax.random.key(0), (6, 8, 8, 1)), jnp.linspace(0.1, 1, 6)
-    start, *u = (one.network.apply(jax.device_get(p), z, 0.3 * t, t) for p in (one.state().params, first.params, second.params))
+    start, *u = (
+        one.network.apply(jax.device_get(p), z, 0.3 * t, t)
+        for p in (one.state().params, first.params, second.params)
+    )
     assert largest_difference(u[0], u[1]) < 1e-3 * largest_difference(u[0], start)
-    program = eight.step("guided_jvp").lower(eight.state(), eight.batch(0), eight.scalars(0, "guided_jvp")).compile()
-    used = set(re.findall(r"\b(all-gather|all-to-all|collective-permute|reduce-scatter|all-reduce)\b", program.as_text()))
+    program = (
+        eight.step("guided_jvp")
+        .lower(eight.state(), eight.batch(0), eight.scalars(0, "guided_jvp"))
+        .compile()
+    )
+    used = set(
+        re.findall(
+            r"\b(all-gather|all-to-all|collective-permute|reduce-scatter|all-reduce)\b",
+            program.as_text(),
+        )
+    )
     assert used == {"all-reduce"}  # the gradient's
 
 
 def test_the_compiled_work_is_what_the_table_says(monkeypatch):
     monkeypatch.setattr(benchmark, "CASES", (("flow", 0.0),))
-    values = merged(GUIDED, network=dict(patch=2, width=64), curriculum=dict(stages=1, kinds=("guided_jvp",)))
+    values = merged(
+        GUIDED, network=dict(patch=2, width=64), curriculum=dict(stages=1, kinds=("guided_jvp",))
+    )
     rows = benchmark.benchmark(parse(values), rounds=1)
     assert [(r["kind"], r["r_neq_t"]) for r in rows] == [("flow", 0.0), ("guided_jvp", 0.75)]
     assert rows[1]["limit"] == (5 + 0.75) / 3
@@ -250,7 +303,11 @@ def test_a_run_stopped_in_its_guided_stage_ends_in_the_same_bits(finished, tmp_p
         run.loop()
     run.close()
     train.train(parse(RUN), tmp_path)
-    for a, b in zip(leaves(tmp_path / "checkpoints" / "8"), leaves(finished[0] / "checkpoints" / "8"), strict=True):
+    for a, b in zip(
+        leaves(tmp_path / "checkpoints" / "8"),
+        leaves(finished[0] / "checkpoints" / "8"),
+        strict=True,
+    ):
         np.testing.assert_array_equal(a, b)
     assert (tmp_path / "metrics.jsonl").read_text() == (finished[0] / "metrics.jsonl").read_text()
 
@@ -259,46 +316,87 @@ def test_a_guided_stage_of_its_own_starts_from_a_finished_curriculum(finished, t
     alone = dict(stages=1, kinds=("guided_jvp",), length=2.0, pretrain_length=0.0)
     values = merged(TINY, init=str(finished[0]), guidance=STRENGTH, curriculum=alone)
     train.train(parse(values), tmp_path)
-    before, start, end = (pretrained.load(f)[1] for f in (finished[0], tmp_path / "checkpoints" / "0", tmp_path))
+    before, start, end = (
+        pretrained.load(f)[1] for f in (finished[0], tmp_path / "checkpoints" / "0", tmp_path)
+    )
     assert largest_difference(before, start) == 0 < largest_difference(start, end)
 
 
 def test_the_guided_recipe_for_imagenet_differs_in_its_stage_and_guidance_alone():
-    published = {"XL": (0.2, 0.92, 0.0, 0.75), "L": (0.2, 0.92, 0.0, 0.8), "B": (1.0, 0.5, 0.0, 1.0), "S": (1.0, 0.5, 0.0, 1.0)}
+    published = {
+        "XL": (0.2, 0.92, 0.0, 0.75),
+        "L": (0.2, 0.92, 0.0, 0.8),
+        "B": (1.0, 0.5, 0.0, 1.0),
+        "S": (1.0, 0.5, 0.0, 1.0),
+    }
     for variant, strength in published.items():
-        plain, guided = (parse(load(name, variant)) for name in ("imagenet256", "imagenet256_guided"))
+        plain, guided = (
+            parse(load(name, variant)) for name in ("imagenet256", "imagenet256_guided")
+        )
         assert dataclasses.astuple(guided.guidance) == strength
         changed = config.differences(config.to_dict(plain), config.to_dict(guided))
         assert {c.split(":")[0].split(".")[1] for c in changed} == {"curriculum", "guidance"}
         stages = config.check(guided, 1000, 1_281_167)
-        assert [(s.kind, s.steps, passes(s, 0.25)) for s in stages] == [("guided_jvp", 40 * 1251, 5.25)]
+        assert [(s.kind, s.steps, passes(s, 0.25)) for s in stages] == [
+            ("guided_jvp", 40 * 1251, 5.25)
+        ]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (dict(guidance=dict(omega=0.0)), "config.guidance.omega = 0.0: expected a number above 0"),
-        (dict(guidance=dict(kappa=1.0)), "config.guidance.kappa = 1.0: expected a number of at least 0 and below 1"),
-        (dict(guidance=dict(kappa=-0.1)), "config.guidance.kappa = -0.1: expected a number of at least 0"),
-        (dict(guidance=dict(t_end=1.5)), "config.guidance.t_end = 1.5: expected a number of at least 0 and at most 1"),
-        (dict(guidance=dict(t_start=0.75)), "config.guidance.t_start = 0.75: expected a time below t_end = 0.75"),
-        (dict(guidance=dict(omega=1.0, kappa=0.0)), "config.guidance.omega = 1 with kappa = 0: expected other values"),
-        (dict(guidance=dict(omgea=2.0)), "config.guidance.omgea: no such field; did you mean config.guidance.omega"),
-        (dict(label_dropout=0.0), "config.label_dropout = 0: expected a positive share, as a guided_discrete stage"),
+        (
+            dict(guidance=dict(kappa=1.0)),
+            "config.guidance.kappa = 1.0: expected a number of at least 0 and below 1",
+        ),
+        (
+            dict(guidance=dict(kappa=-0.1)),
+            "config.guidance.kappa = -0.1: expected a number of at least 0",
+        ),
+        (
+            dict(guidance=dict(t_end=1.5)),
+            "config.guidance.t_end = 1.5: expected a number of at least 0 and at most 1",
+        ),
+        (
+            dict(guidance=dict(t_start=0.75)),
+            "config.guidance.t_start = 0.75: expected a time below t_end = 0.75",
+        ),
+        (
+            dict(guidance=dict(omega=1.0, kappa=0.0)),
+            "config.guidance.omega = 1 with kappa = 0: expected other values",
+        ),
+        (
+            dict(guidance=dict(omgea=2.0)),
+            "config.guidance.omgea: no such field; did you mean config.guidance.omega",
+        ),
+        (
+            dict(label_dropout=0.0),
+            "config.label_dropout = 0: expected a positive share, as a guided_discrete stage",
+        ),
         (
             dict(label_dropout=0.0, network=dict(num_classes=0)),
             "config.curriculum.kinds has 'guided_discrete': expected no guided stage, as config.network takes no classes",
         ),
-        (dict(curriculum=dict(kinds=("discrete", "jvp"))), "config.guidance.omega = 0.6: expected 1.0, or one of guided_discr"),
         (
-            dict(curriculum=dict(kinds=("discrete", "jvp")), guidance=dict(omega=1.0, kappa=0.0, t_end=1.0)),
+            dict(curriculum=dict(kinds=("discrete", "jvp"))),
+            "config.guidance.omega = 0.6: expected 1.0, or one of guided_discr",
+        ),
+        (
+            dict(
+                curriculum=dict(kinds=("discrete", "jvp")),
+                guidance=dict(omega=1.0, kappa=0.0, t_end=1.0),
+            ),
             "config.guidance.t_start = 0.25: expected 0.0, or one of guided_discrete, guided_jvp in config.curriculum.kinds",
         ),
         (
             dict(curriculum=dict(kinds=("discrete", "guided_flow"))),
             "config.curriculum.kinds has 'guided_flow': expected only flow, trajectory, discrete, jvp, guided_discrete, ",
         ),
-        (dict(times=dict(r_neq_t_fraction=0.0)), "expected a positive share, as a guided_discrete stage learns from rows with"),
+        (
+            dict(times=dict(r_neq_t_fraction=0.0)),
+            "expected a positive share, as a guided_discrete stage learns from rows with",
+        ),
     ],
 )
 def test_guidance_that_cannot_work_is_refused(change, message):
@@ -310,10 +408,14 @@ def test_the_guided_velocities_share_what_is_the_same_in_all_evaluations_of_a_ro
     # u, v_u and v_c are evaluated at the same z: one patch embedding serves all three, as it would u alone.
     def convolutions(values, kind):
         setup = Setup(values)
-        lowered = setup.step(kind).lower(jax.eval_shape(setup.state), setup.batch(0), setup.scalars(0, kind))
+        lowered = setup.step(kind).lower(
+            jax.eval_shape(setup.state), setup.batch(0), setup.scalars(0, kind)
+        )
         quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
         compiled = lowered.compile(compiler_options=quick).as_text()
-        return lowered.as_text().count("stablehlo.convolution"), len(re.findall(r"= \S+ convolution\(", compiled))
+        return lowered.as_text().count("stablehlo.convolution"), len(
+            re.findall(r"= \S+ convolution\(", compiled)
+        )
 
     guided, plain = convolutions(GUIDED, "guided_discrete"), convolutions(TINY, "discrete")
     assert plain == (3, 3)  # u, u' and the gradient of the first one's kernel

@@ -10,9 +10,11 @@ import pytest
 from dmf import config
 
 ROOT = Path(__file__).parent.parent
-SOURCES = sorted([*(ROOT / "dmf").rglob("*.py"), *(ROOT / "configs").glob("*.py"), ROOT / "main.py"])
+SOURCES = sorted(
+    [*(ROOT / "dmf").rglob("*.py"), *(ROOT / "configs").glob("*.py"), ROOT / "main.py"]
+)
 OWNERS = {
-    "orbax": {"dmf/checkpoint.py"},
+    "orbax": {"dmf/storage/checkpoint.py"},
     "clu": {"dmf/logging.py"},
     "tensorboard": set(),
     "tensorflow": set(),
@@ -24,7 +26,12 @@ OWNERS = {
     "torch": {"dmf/convert/", "dmf/export/"},
     "pickle": set(),  # it runs what a file names
     "pickletools": {"dmf/convert/files/unpickle.py"},
-    "zipfile": {"dmf/convert/files/torchfile.py", "dmf/convert/command.py", "dmf/metrics/", "dmf/data/images.py"},
+    "zipfile": {
+        "dmf/convert/files/torchfile.py",
+        "dmf/convert/command.py",
+        "dmf/metrics/",
+        "dmf/data/images.py",
+    },
     "ml_dtypes": {"dmf/convert/files/span.py"},
     "safetensors": {"dmf/export/"},
     "onnx": {"dmf/export/onnx.py"},
@@ -39,7 +46,16 @@ OWNERS = {
 # What has no other home in jax: collectives of small values between processes, Pallas' kernels, topologies without devices.
 EXPERIMENTAL = {"dmf/hosts.py", "dmf/networks/attention.py", "dmf/plan.py"}
 PURE = {"adaptive", "flow", "curriculum", "guidance", "objectives", "sample"}
-PURE_MAY_IMPORT = {"__future__", "collections", "dataclasses", "math", "typing", "jax", "numpy", "dmf"}
+PURE_MAY_IMPORT = {
+    "__future__",
+    "collections",
+    "dataclasses",
+    "math",
+    "typing",
+    "jax",
+    "numpy",
+    "dmf",
+}
 
 
 def imports(path):
@@ -59,17 +75,25 @@ def relative(path):
 def test_every_library_has_its_owner(path):
     for name in imports(path):
         owners = OWNERS.get(name.split(".")[0])
-        assert owners is None or any(relative(path).startswith(o) for o in owners), f"{relative(path)} imports {name}"
+        assert owners is None or any(relative(path).startswith(o) for o in owners), (
+            f"{relative(path)} imports {name}"
+        )
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
 def test_torch_is_imported_inside_functions_alone_and_the_gates_by_main_alone(path):
     for node in ast.parse(path.read_text()).body:
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", "")]
+        names = (
+            [a.name for a in node.names]
+            if isinstance(node, ast.Import)
+            else [getattr(node, "module", "")]
+        )
         assert "torch" not in [(name or "").split(".")[0] for name in names]
     for name in imports(path):
         gate = name.startswith(("dmf.convert", "dmf.export"))
-        gate = gate and not name.startswith("dmf.convert.files")  # the safe readers serve whoever opens others' files
+        gate = gate and not name.startswith(
+            "dmf.convert.files"
+        )  # the safe readers serve whoever opens others' files
         assert not gate or relative(path).startswith(("main.py", "dmf/convert/", "dmf/export/")), (
             f"{relative(path)} imports {name}"
         )
@@ -95,7 +119,11 @@ def test_forbidden_ways(path):
 
 def config_fields():
     rooms = [config.Config, *config.NETWORKS.values()]
-    rooms += [f.default_factory for f in dataclasses.fields(config.Config) if f.default_factory is not dataclasses.MISSING]
+    rooms += [
+        f.default_factory
+        for f in dataclasses.fields(config.Config)
+        if f.default_factory is not dataclasses.MISSING
+    ]
     return sorted({(room, f.name) for room in rooms for f in dataclasses.fields(room)}, key=str)
 
 
@@ -103,7 +131,9 @@ def config_fields():
 def test_every_config_field_is_read_somewhere(room, name):
     read = set()
     for path in (ROOT / "dmf").rglob("*.py"):
-        read |= {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
+        read |= {
+            n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)
+        }
     # These are read by the kind's name, which is what their fields are called.
     by_kind = room in (config.PrecisionConfig, config.AttentionConfig)
     assert name in read or by_kind and name in {"flow", "trajectory", "discrete", "jvp"}

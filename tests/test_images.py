@@ -50,7 +50,9 @@ with tfds.core.registered.skip_registration():
 
         def _info(self) -> tfds.core.DatasetInfo:
             label = tfds.features.ClassLabel(num_classes=CLASSES)
-            features = tfds.features.FeaturesDict({"image": tfds.features.Image(encoding_format="jpeg"), "label": label})
+            features = tfds.features.FeaturesDict(
+                {"image": tfds.features.Image(encoding_format="jpeg"), "label": label}
+            )
             return tfds.core.DatasetInfo(builder=self, features=features)
 
         def _split_generators(self, manager: tfds.download.DownloadManager) -> dict[str, object]:
@@ -78,17 +80,23 @@ def write_files(folder: Path, names: list[str]) -> Path:
     for i, name in enumerate(names):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encoded(pixels(i), {".png": "png", ".webp": "webp"}.get(path.suffix.lower(), "jpeg")))
+        path.write_bytes(
+            encoded(pixels(i), {".png": "png", ".webp": "webp"}.get(path.suffix.lower(), "jpeg"))
+        )
     return folder
 
 
-def test_a_folder_is_sorted_by_relative_path_and_labelled_by_its_sub_folders(tmp_path: Path) -> None:
+def test_a_folder_is_sorted_by_relative_path_and_labelled_by_its_sub_folders(
+    tmp_path: Path,
+) -> None:
     names = ["b/2.png", "b/10.JPEG", "a/deep/x.jpg", "c/1.webp", "a/z.png"]
     folder = write_files(tmp_path / "set", names)
     (folder / "a" / "readme.txt").write_text("no image")
     (folder / "a" / "._z.png").write_bytes(b"what some systems leave")
     source = open_images(str(folder), split="heldout")
-    order = [names.index(n) for n in ("a/deep/x.jpg", "a/z.png", "b/10.JPEG", "b/2.png", "c/1.webp")]
+    order = [
+        names.index(n) for n in ("a/deep/x.jpg", "a/z.png", "b/10.JPEG", "b/2.png", "c/1.webp")
+    ]
     assert len(source) == 5 and source.num_classes == 3
     assert labels(source) == [0, 0, 1, 1, 2]
     np.testing.assert_array_equal(source.read(1), pixels(order[1]))  # PNG keeps every bit
@@ -123,12 +131,24 @@ def link(at: Path, to: Path | str) -> None:
             lambda d: write_files(d, ["2.png"]),
             "2.png lies beside 2 folders of images, such as a, and has no class: expected all",
         ),
-        (lambda d: (d / "aa").mkdir(), "aa holds no images, so that it is not clear how classes are counted"),
+        (
+            lambda d: (d / "aa").mkdir(),
+            "aa holds no images, so that it is not clear how classes are counted",
+        ),
         (lambda d: (d / "aa" / "deep").mkdir(parents=True), "aa holds no images"),
-        (lambda d: link(d / "b" / "loop", d), "set/b/loop is .*set again, by a link: expected every folder of images once"),
+        (
+            lambda d: link(d / "b" / "loop", d),
+            "set/b/loop is .*set again, by a link: expected every folder of images once",
+        ),
         (lambda d: link(d / "c", d / "b"), "set/[bc] is .*set/[bc] again, by a link"),
-        (lambda d: link(d / "b" / "3.png", d / "gone.png"), "3.png links to .*gone.png, which is not there"),
-        (lambda d: link(d / "aa", d / "gone"), "aa links to .*gone, which is not there"),  # it may be a class
+        (
+            lambda d: link(d / "b" / "3.png", d / "gone.png"),
+            "3.png links to .*gone.png, which is not there",
+        ),
+        (
+            lambda d: link(d / "aa", d / "gone"),
+            "aa links to .*gone, which is not there",
+        ),  # it may be a class
         (lambda d: link(d / "b" / "3.png", "3.png"), "3.png links to 3.png, which is not there"),
     ],
 )
@@ -152,7 +172,9 @@ def test_classes_and_images_may_be_links(tmp_path: Path) -> None:
     np.testing.assert_array_equal(source.read(0), pixels(1))
 
 
-def test_a_folder_that_the_system_refuses_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_the_system_refuses_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, scan = write_files(tmp_path, ["a/0.png", "b/1.png"]), os.scandir
 
     def refuse(path: str) -> object:  # whoever tests as root may read all
@@ -161,7 +183,9 @@ def test_a_folder_that_the_system_refuses_is_one_line(tmp_path: Path, monkeypatc
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(DmfError, match="/b cannot be read .Permission denied.: expected readable folders"):
+    with pytest.raises(
+        DmfError, match="/b cannot be read .Permission denied.: expected readable folders"
+    ):
         open_images(str(folder))
 
 
@@ -175,12 +199,16 @@ def test_a_file_that_the_system_refuses_is_not_called_damaged(
         raise OSError(number, os.strerror(number), str(tmp_path / "0.png"))
 
     monkeypatch.setattr(Image, "open", refuse)
-    with pytest.raises(DmfError, match=f"0.png cannot be read .*{os.strerror(number)}.*: expected a readable file") as error:
+    with pytest.raises(
+        DmfError, match=f"0.png cannot be read .*{os.strerror(number)}.*: expected a readable file"
+    ) as error:
         source.read(0)
     assert "damage" not in str(error.value)
 
 
-def test_the_identity_of_a_part_of_a_folder_is_that_of_its_names_sizes_and_labels(tmp_path: Path) -> None:
+def test_the_identity_of_a_part_of_a_folder_is_that_of_its_names_sizes_and_labels(
+    tmp_path: Path,
+) -> None:
     folder = write_files(tmp_path, ["a/0.png", "a/1.png", "b/2.png", "b/3.png"])
     parts = [open_images(str(folder)).part_sha256(first, first + 2) for first in (0, 2)]
     with (folder / "b" / "2.png").open("ab") as file:
@@ -215,18 +243,24 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path: Path) -> None:
     assert all(image.shape == (20, 24, 3) and image.dtype == np.uint8 for image in images)
     np.testing.assert_array_equal(images[0], np.repeat(grey[..., None], 3, -1))
     np.testing.assert_array_equal(images[1], rgb)  # the transparency is dropped, nothing is blended
-    np.testing.assert_array_equal(images[2], np.asarray(Image.fromarray(rgb).quantize(16).convert("RGB")))
+    np.testing.assert_array_equal(
+        images[2], np.asarray(Image.fromarray(rgb).quantize(16).convert("RGB"))
+    )
     assert np.abs(images[3].astype(float) - rgb).mean() < 12
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_an_npz_is_read_and_where_it_is_stored_plainly_it_stays_on_disk(save: object, tmp_path: Path) -> None:
+def test_an_npz_is_read_and_where_it_is_stored_plainly_it_stays_on_disk(
+    save: object, tmp_path: Path
+) -> None:
     images = np.stack([pixels(i) for i in range(7)])
     save(tmp_path / "a.npz", images)
     save(tmp_path / "b.npz", arr_0=images, mu=np.zeros(5), arr_1=np.arange(7) % 4)
     for name, expected in (("a.npz", None), ("b.npz", np.arange(7) % 4)):
         source = open_images(str(tmp_path / name))
-        assert len(source) == 7 and source.about["kind"] == "npz" and len(source.about["sha256"]) == 64
+        assert (
+            len(source) == 7 and source.about["kind"] == "npz" and len(source.about["sha256"]) == 64
+        )
         for i in (0, 3, 6):
             np.testing.assert_array_equal(source.read(i), images[i])
         if expected is None:
@@ -253,7 +287,9 @@ def check_tiny_faces(source: ImageSource, split: str) -> None:
         image, label = source.example(i)
         number = (image.shape[0] - 20) // 3  # TFDS shuffles; the height tells which image it is
         assert number % CLASSES == label
-        with Image.open(io.BytesIO(encoded(pixels(100 * len(split) + number, *image.shape[:2]), "jpeg"))) as expected:
+        with Image.open(
+            io.BytesIO(encoded(pixels(100 * len(split) + number, *image.shape[:2]), "jpeg"))
+        ) as expected:
             np.testing.assert_array_equal(image, np.asarray(expected))
         shapes.add(image.shape)
     assert len(shapes) == len(source)
@@ -274,7 +310,9 @@ def test_splits_of_tfds_may_be_sliced_and_versions_named(prepared: Path) -> None
         np.testing.assert_array_equal(part.read(i), whole.read(3 + i))
 
 
-def test_tfds_is_read_where_tensorflow_is_not_installed_and_the_builder_is_not_known(prepared: Path) -> None:
+def test_tfds_is_read_where_tensorflow_is_not_installed_and_the_builder_is_not_known(
+    prepared: Path,
+) -> None:
     code = """
 from dmf.data.images import open_images
 source = open_images("tfds:tiny_faces")
@@ -299,8 +337,12 @@ def halved(image: np.ndarray) -> np.ndarray:
 
 def test_the_crop_of_an_image_of_the_right_height_is_its_middle() -> None:
     image = np.random.default_rng(0).integers(0, 256, (8, 13, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(center_crop(image, 8), image[:, 2:10])  # 5 columns too many: 2 left, 3 right
-    np.testing.assert_array_equal(center_crop(image.transpose(1, 0, 2), 8), image.transpose(1, 0, 2)[2:10])
+    np.testing.assert_array_equal(
+        center_crop(image, 8), image[:, 2:10]
+    )  # 5 columns too many: 2 left, 3 right
+    np.testing.assert_array_equal(
+        center_crop(image.transpose(1, 0, 2), 8), image.transpose(1, 0, 2)[2:10]
+    )
 
 
 def test_the_crop_halves_by_box_as_long_as_it_can() -> None:
@@ -310,7 +352,9 @@ def test_the_crop_halves_by_box_as_long_as_it_can() -> None:
     # PIL's box filter rounds each of its two passes
     np.testing.assert_allclose(found.astype(int), halved(image)[:, 1:9].astype(int), atol=1)
     large = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    np.testing.assert_allclose(center_crop(large, 8).astype(int), halved(halved(large)).astype(int), atol=2)
+    np.testing.assert_allclose(
+        center_crop(large, 8).astype(int), halved(halved(large)).astype(int), atol=2
+    )
     flat = np.full((31, 64, 3), 77, np.uint8)
     np.testing.assert_array_equal(center_crop(flat, 8), np.full((8, 8, 3), 77))
 
@@ -321,7 +365,9 @@ def test_the_crop_ends_with_one_bicubic_step() -> None:
     twice = once.resize((12, 8), Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(center_crop(image, 8), np.asarray(twice)[:, 2:10])
     bicubic = np.asarray(Image.fromarray(image).resize((11, 8), Image.Resampling.BICUBIC))[:, 1:9]
-    assert np.abs(center_crop(image, 8).astype(int) - bicubic).mean() > 2  # another rule gives other pixels
+    assert (
+        np.abs(center_crop(image, 8).astype(int) - bicubic).mean() > 2
+    )  # another rule gives other pixels
     grown = np.asarray(Image.fromarray(image).resize((46, 32), Image.Resampling.BICUBIC))[:, 7:39]
     np.testing.assert_array_equal(center_crop(image, 32), grown)
 
@@ -367,35 +413,67 @@ def npz_of_something_else(folder: Path) -> str:
 IMAGES = np.zeros((2, 8, 8, 3), np.uint8)
 ERRORS = {
     "missing": (lambda d: str(d / "none"), "none' does not exist: expected a folder of images"),
-    "other kind of file": (lambda d: other_file(b"")(d) + "/bad.png", "is neither: expected a folder of images, an .npz"),
+    "other kind of file": (
+        lambda d: other_file(b"")(d) + "/bad.png",
+        "is neither: expected a folder of images, an .npz",
+    ),
     "empty folder": (str, "holds no images: expected files ending in .png"),
-    "truncated JPEG": (truncated_jpeg, r"cut.jpg cannot be read \(OSError: .*truncated.*\): expected an undamaged PNG"),
+    "truncated JPEG": (
+        truncated_jpeg,
+        r"cut.jpg cannot be read \(OSError: .*truncated.*\): expected an undamaged PNG",
+    ),
     "half a PNG": (other_file(encoded(pixels(0))[:300]), "bad.png cannot be read"),
-    "flipped bit in a PNG": (other_file(encoded(pixels(0)).replace(b"IDAT", b"IDAS")), "bad.png cannot be read"),
+    "flipped bit in a PNG": (
+        other_file(encoded(pixels(0)).replace(b"IDAT", b"IDAS")),
+        "bad.png cannot be read",
+    ),
     "no image": (other_file(b"hello"), "bad.png cannot be read"),
     "empty file": (other_file(b""), "bad.png cannot be read"),
-    "format that is not expected": (other_file(encoded(pixels(0), "bmp")), "bad.png cannot be read"),
+    "format that is not expected": (
+        other_file(encoded(pixels(0), "bmp")),
+        "bad.png cannot be read",
+    ),
     "16 bits": (sixteen_bits, "deep.png has pixels of kind I;16: expected 8 bits per channel"),
-    "NaN images": (npz(arr_0=np.full((2, 8, 8, 3), np.nan, np.float32)), r"arr_0 is float32\[2, 8, 8, 3\]: expected .* uint8"),
+    "NaN images": (
+        npz(arr_0=np.full((2, 8, 8, 3), np.nan, np.float32)),
+        r"arr_0 is float32\[2, 8, 8, 3\]: expected .* uint8",
+    ),
     "no arr_0": (npz(images=IMAGES), "holds images.npy: expected arr_0"),
-    "channels first": (npz(arr_0=np.zeros((2, 3, 8, 8), np.uint8)), r"arr_0 is uint8\[2, 3, 8, 8\]: expected images"),
+    "channels first": (
+        npz(arr_0=np.zeros((2, 3, 8, 8), np.uint8)),
+        r"arr_0 is uint8\[2, 3, 8, 8\]: expected images",
+    ),
     "no images": (npz(arr_0=IMAGES[:0]), "set.npz"),
-    "Python objects": (npz(arr_0=np.array([{}], object)), "cannot be read .*expected an undamaged .npz"),
-    "too few labels": (npz(arr_0=IMAGES, arr_1=np.zeros(1, int)), r"arr_1 is int64\[1\]: expected 2 labels from 0 up"),
-    "labels that are no numbers": (npz(arr_0=IMAGES, arr_1=np.zeros(2)), r"arr_1 is float64\[2\]: expected 2 labels"),
+    "Python objects": (
+        npz(arr_0=np.array([{}], object)),
+        "cannot be read .*expected an undamaged .npz",
+    ),
+    "too few labels": (
+        npz(arr_0=IMAGES, arr_1=np.zeros(1, int)),
+        r"arr_1 is int64\[1\]: expected 2 labels from 0 up",
+    ),
+    "labels that are no numbers": (
+        npz(arr_0=IMAGES, arr_1=np.zeros(2)),
+        r"arr_1 is float64\[2\]: expected 2 labels",
+    ),
     "half an npz": (half_an_npz, "set.npz cannot be read"),
     "no array in an npz": (npz_of_something_else, "set.npz cannot be read"),
     "unknown TFDS name": (
         lambda d: "tfds:nothing",
         "TFDS data set nothing is not prepared in .*nothing: prepare it by `python",
     ),
-    "known TFDS name": (lambda d: "tfds:imagenet2012", "imagenet2012 is not prepared in .*builder\\('imagenet2012'"),
+    "known TFDS name": (
+        lambda d: "tfds:imagenet2012",
+        "imagenet2012 is not prepared in .*builder\\('imagenet2012'",
+    ),
     "nameless": (lambda d: "tfds:a b!", "TFDS data set a b! is not prepared"),
 }
 
 
 @pytest.mark.parametrize("case", ERRORS)
-def test_bad_input_is_one_line_that_names_it(case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_line_that_names_it(
+    case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     make, message = ERRORS[case]
     with pytest.raises(DmfError, match=message) as error:
         open_images(make(tmp_path), str(tmp_path)).read(0)
@@ -413,7 +491,11 @@ def test_bad_input_is_one_line_that_names_it(case: str, tmp_path: Path, capfd: p
             "is prepared without random access, expected array_record: convert it by `tfds convert_format .*DIR prepare it",
         ),
         ("train", "cut", "split train.*: delete its folder and prepare it again"),
-        ("train", "flip", "split train, .* is damaged .record .*: delete its folder and prepare it again"),
+        (
+            "train",
+            "flip",
+            "split train, .* is damaged .record .*: delete its folder and prepare it again",
+        ),
         ("train[:0]", "", r"cannot be read, split train\[:0\]"),
     ],
 )
@@ -439,7 +521,9 @@ def test_a_tfds_data_set_that_is_not_as_expected_is_one_line(
     assert "\n" not in str(error.value) and "tiny_faces" in str(error.value)
 
 
-def test_the_identity_of_a_tfds_data_set_is_that_of_its_shards(prepared: Path, tmp_path: Path) -> None:
+def test_the_identity_of_a_tfds_data_set_is_that_of_its_shards(
+    prepared: Path, tmp_path: Path
+) -> None:
     shutil.copytree(prepared, tmp_path / "copy")
     first = open_images("tfds:tiny_faces", str(tmp_path / "copy")).about["sha256"]
     assert first == open_images("tfds:tiny_faces", str(prepared)).about["sha256"]
@@ -459,7 +543,9 @@ def test_no_more_files_than_may_be_open_is_not_called_damaged(prepared: Path) ->
         free = os.open(prepared, os.O_RDONLY)
         os.close(free)
         resource.setrlimit(resource.RLIMIT_NOFILE, (free, limit[1]))
-        with pytest.raises(DmfError, match="record 0 cannot be read .*Too many open files.*ulimit -n") as error:
+        with pytest.raises(
+            DmfError, match="record 0 cannot be read .*Too many open files.*ulimit -n"
+        ) as error:
             source.read(0)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limit)
@@ -473,7 +559,9 @@ def test_a_decompression_bomb_is_one_line(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20 * 24)
     source = open_images(str(tmp_path))
     assert source.read(0).shape == (20, 24, 3)
-    with pytest.raises(DmfError, match="an image of 24 x 20 enlarged .* has 48 x 40 pixels: expected at most 480"):
+    with pytest.raises(
+        DmfError, match="an image of 24 x 20 enlarged .* has 48 x 40 pixels: expected at most 480"
+    ):
         center_crop(source.read(0), 40)
     for limit in (300, 100):  # PIL itself refuses beyond twice the limit
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
@@ -482,7 +570,9 @@ def test_a_decompression_bomb_is_one_line(tmp_path: Path, monkeypatch: pytest.Mo
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("image", [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8), np.zeros((8, 8, 3))])
+@pytest.mark.parametrize(
+    "image", [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8), np.zeros((8, 8, 3))]
+)
 def test_the_crop_takes_uint8_rgb_alone(image: np.ndarray) -> None:
     with pytest.raises(DmfError, match="expected uint8"):
         center_crop(image, 4)

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmf import adaptive, checkpoint, curriculum, plan, sharding
+from dmf import adaptive, curriculum, plan, sharding
 from dmf.adaptive import BINS
 from dmf.config import check, parse
 from dmf.curriculum import CurriculumConfig, build_stages, dagger, interval_rule, linear, table
 from dmf.errors import DmfError
 from dmf.flow import Rows, RowSplit
 from dmf.objectives import LossConfig
+from dmf.storage import checkpoint
 from tests.test_choices import resumed_ends_as_uninterrupted
 from tests.test_objectives import random_net
 from tests.tiny import TINY, Setup, merged, residuals
@@ -51,18 +52,31 @@ def test_pure_noise_learns_under_the_floor():
 
 def test_the_table_of_stages_says_what_the_rules_do_to_d():
     stages = build_stages(FLOOR, 8, 1000)
-    for name, mark, words in (("floor", "+", "to 0.25 d at least"), ("adaptive", "*", "at least 0.25; 1 at the start")):
+    for name, mark, words in (
+        ("floor", "+", "to 0.25 d at least"),
+        ("adaptive", "*", "at least 0.25; 1 at the start"),
+    ):
         lines = table(stages, dataclasses.replace(FLOOR, interval=name), 0.25).splitlines()
-        assert lines[2].split()[3] == f"0.5{mark}" and lines[-1].startswith(mark) and lines[-1].endswith(words)
+        assert (
+            lines[2].split()[3] == f"0.5{mark}"
+            and lines[-1].startswith(mark)
+            and lines[-1].endswith(words)
+        )
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(interval="adaptiv"), "interval = 'adaptiv': expected linear or dagger or floor or adaptive"),
+        (
+            dict(interval="adaptiv"),
+            "interval = 'adaptiv': expected linear or dagger or floor or adaptive",
+        ),
         (dict(interval_floor=0.0), "interval_floor = 0.0: expected a number above 0 and at most 1"),
         (dict(interval_floor=1.5), "interval_floor = 1.5: expected a number above 0 and at most 1"),
-        (dict(interval_halflife_images=0.0), "interval_halflife_images = 0.0: expected a number above 0"),
+        (
+            dict(interval_halflife_images=0.0),
+            "interval_halflife_images = 0.0: expected a number above 0",
+        ),
     ],
 )
 def test_a_rule_that_makes_no_sense_names_its_key(change, message):
@@ -81,12 +95,16 @@ def test_the_share_is_rho_times_the_ratio_of_the_rows_bin_within_its_bounds():
     sums[:, 3, 0] = -5.0, 1.0  # t = .4, t - r = .1: a negative one
     sums[:, 7, 7] = 1e9, 1.0  # t = 1, r = 0: too large a one
     found = adaptive.share(np.float32(0.25), r, t, jnp.asarray(sums), 0.125)
-    np.testing.assert_allclose(found, [0.375, 0.25 / 8, 0.25 / 8, 1.0, 0.25], rtol=1e-6)  # the last bin is empty
+    np.testing.assert_allclose(
+        found, [0.375, 0.25 / 8, 0.25 / 8, 1.0, 0.25], rtol=1e-6
+    )  # the last bin is empty
 
 
 def test_the_table_sums_rows_by_bin_discounts_the_bins_it_sees_and_leaves_the_others(rng):
     t = rng.uniform(0, 1, 500).astype(np.float32)
-    r = np.where(np.arange(500) % 5 == 0, t, t * rng.uniform(0, 1, 500)).astype(np.float32)  # every fifth row has r = t
+    r = np.where(np.arange(500) % 5 == 0, t, t * rng.uniform(0, 1, 500)).astype(
+        np.float32
+    )  # every fifth row has r = t
     products = rng.normal(size=(500, 2)).astype(np.float32)
     products[:, 1] **= 2
     expected = np.zeros((2, BINS, BINS))
@@ -124,13 +142,17 @@ def test_the_rule_is_the_step_that_adcm_minimises_for_one_time_and_for_two(float
     a, b, c = cost(-1.0), cost(0.0), cost(1.0)  # a parabola in the step
     least = (a - c) / (2 * (a - 2 * b + c))
     fine = lambda rho, r, t: jnp.full(64, 1e-7)  # noqa: E731
-    found = residuals("discrete", net, params, rows, RowSplit(64, 1, 1), rho, fine, LossConfig(product_rule=0.5))
+    found = residuals(
+        "discrete", net, params, rows, RowSplit(64, 1, 1), rho, fine, LossConfig(product_rule=0.5)
+    )
     share = adaptive.share(rho, r, t, adaptive.tally(r, t, found.products), 1e-9)
     assert 0 < float(share[0]) < 1 and float(share[0]) * L == pytest.approx(float(least), rel=1e-5)
 
 
 @pytest.mark.parametrize(("s", "r", "t"), [(0.5, 0.0, 0.99), (0.5, 0.2, 0.7), (2.0, 0.1, 0.9)])
-def test_for_gaussian_data_and_the_exact_solution_the_ratio_is_that_of_the_spreads(float64, s, r, t):
+def test_for_gaussian_data_and_the_exact_solution_the_ratio_is_that_of_the_spreads(
+    float64, s, r, t
+):
     # f = z std_r / std_t, so e = -(std_r / std_t) (v - E[v|z]), and its mean given z is 0: the ratio is std_t / std_r.
     n = 200_000
     x, e = np.random.default_rng(0).normal(size=(2, n, 1)) * [[[s]], [[1.0]]]
@@ -139,11 +161,19 @@ def test_for_gaussian_data_and_the_exact_solution_the_ratio_is_that_of_the_sprea
     def net(params, rows):
         return ((1 - std(rows.r) / std(rows.t)) / (rows.t - rows.r))[:, None] * rows.z
 
-    rows = Rows(jnp.asarray((1 - t) * x + t * e), jnp.full(n, r), jnp.full(n, t), jnp.asarray(e - x))
+    rows = Rows(
+        jnp.asarray((1 - t) * x + t * e), jnp.full(n, r), jnp.full(n, t), jnp.asarray(e - x)
+    )
     fine = lambda rho, r, t: jnp.full(n, 1e-5)  # noqa: E731
-    products = residuals("discrete", net, None, rows, RowSplit(n, 1, 1), 0.01, fine, LossConfig()).products
-    share = adaptive.share(0.01, rows.r[:1], rows.t[:1], adaptive.tally(rows.r, rows.t, products), 1e-9)
-    assert float(share[0]) / 0.01 == pytest.approx(float(std(t) / std(r)), rel=0.02)  # 200,000 draws
+    products = residuals(
+        "discrete", net, None, rows, RowSplit(n, 1, 1), 0.01, fine, LossConfig()
+    ).products
+    share = adaptive.share(
+        0.01, rows.r[:1], rows.t[:1], adaptive.tally(rows.r, rows.t, products), 1e-9
+    )
+    assert float(share[0]) / 0.01 == pytest.approx(
+        float(std(t) / std(r)), rel=0.02
+    )  # 200,000 draws
 
 
 # --- adaptive: the program and the run -------------------------------------------------------------------------------
@@ -161,14 +191,18 @@ def test_a_step_fills_the_table_obeys_it_and_compiles_once():
     assert shares[0] == 0.25 and shares[1] != 0.25
     told = dataclasses.replace(setup.state(), intervals=jnp.ones((2, BINS, BINS)).at[0].set(2.0))
     told = jax.device_put(told, sharding.placed(setup.mesh, told))
-    assert float(train_step(told, setup.batch(0), setup.scalars(0, "discrete", 0.25))[1]["interval"]) == pytest.approx(0.5)
+    assert float(
+        train_step(told, setup.batch(0), setup.scalars(0, "discrete", 0.25))[1]["interval"]
+    ) == pytest.approx(0.5)
     assert train_step._cache_size() == 1
 
 
 @pytest.mark.parametrize("kind", ["flow", "trajectory", "jvp"])
 def test_other_kinds_pass_the_table_on(kind):
     setup = Setup(ADAPTIVE)
-    given = dataclasses.replace(setup.state(), intervals=jax.random.uniform(jax.random.key(0), (2, BINS, BINS)))
+    given = dataclasses.replace(
+        setup.state(), intervals=jax.random.uniform(jax.random.key(0), (2, BINS, BINS))
+    )
     expected = np.asarray(given.intervals)
     given = jax.device_put(given, sharding.placed(setup.mesh, given))
     after, metrics = setup.step(kind)(given, setup.batch(0), setup.scalars(0, kind))
@@ -178,10 +212,14 @@ def test_other_kinds_pass_the_table_on(kind):
 
 def test_the_table_costs_no_evaluation():
     one, other = (
-        Setup(merged(TINY, network=dict(width=64, depth=2), curriculum=dict(interval=name))) for name in ("dagger", "adaptive")
+        Setup(merged(TINY, network=dict(width=64, depth=2), curriculum=dict(interval=name)))
+        for name in ("dagger", "adaptive")
     )
     flops = [
-        s.step("discrete").lower(s.state(), s.batch(0), s.scalars(0, "discrete")).compile().cost_analysis()["flops"]
+        s.step("discrete")
+        .lower(s.state(), s.batch(0), s.scalars(0, "discrete"))
+        .compile()
+        .cost_analysis()["flops"]
         for s in (one, other)
     ]
     assert flops[1] / flops[0] < 1.01
@@ -195,10 +233,17 @@ def test_devices_and_microbatches_fill_the_same_table_and_share_it_by_summing_al
     np.testing.assert_allclose(found[0], found[1], rtol=1e-3, atol=1e-5)
     assert found[1].sharding.is_fully_replicated
     parts = Setup(merged(values, microbatches=2), devices=8)
-    compiled = parts.step("discrete").lower(parts.state(), parts.batch(0), parts.scalars(0, "discrete")).compile().as_text()
-    assert set(re.findall(r"\b(all-gather|all-to-all|collective-permute|reduce-scatter|all-reduce)\b", compiled)) == {
-        "all-reduce"
-    }
+    compiled = (
+        parts.step("discrete")
+        .lower(parts.state(), parts.batch(0), parts.scalars(0, "discrete"))
+        .compile()
+        .as_text()
+    )
+    assert set(
+        re.findall(
+            r"\b(all-gather|all-to-all|collective-permute|reduce-scatter|all-reduce)\b", compiled
+        )
+    ) == {"all-reduce"}
 
 
 def test_a_run_with_every_choice_at_once_resumes_in_the_same_bits(tmp_path):
@@ -207,28 +252,39 @@ def test_a_run_with_every_choice_at_once_resumes_in_the_same_bits(tmp_path):
     values = merged(
         ADAPTIVE,
         loss=dict(tangent="ema", residual_scale="unit", product_rule=0.5),
-        curriculum=dict(schedule="smooth", stages=2, kinds=kinds, length=10.0, switch_warmup_steps=2, **switch),
+        curriculum=dict(
+            schedule="smooth", stages=2, kinds=kinds, length=10.0, switch_warmup_steps=2, **switch
+        ),
         guidance=dict(omega=1.5, kappa=0.3),
     )
     whole = resumed_ends_as_uninterrupted(values, tmp_path, (8,))
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert all(("interval" in row) == row["kind"].endswith("discrete") for row in rows)
     assert len({row["interval"] / row["rho"] for row in rows if "interval" in row}) == 10
-    stored = checkpoint.read_leaf(whole / "checkpoints" / "14", "intervals", (), (2, BINS, BINS), np.float32)
+    stored = checkpoint.read_leaf(
+        whole / "checkpoints" / "14", "intervals", (), (2, BINS, BINS), np.float32
+    )
     assert (stored[1] > 0).sum() > 10
 
 
-def test_a_checkpoint_without_a_table_loads_where_none_is_wanted_and_is_refused_where_one_is(tmp_path):
+def test_a_checkpoint_without_a_table_loads_where_none_is_wanted_and_is_refused_where_one_is(
+    tmp_path,
+):
     plain, with_table = Setup(), Setup(ADAPTIVE)
     for name, setup, items in (("old", plain, set()), ("new", with_table, {"intervals"})):
         store = checkpoint.Checkpoints(tmp_path / name, 2, [], {"config": {}})
         given = setup.state()
         if items:
-            given = dataclasses.replace(given, intervals=jax.random.uniform(jax.random.key(0), (2, BINS, BINS)))
+            given = dataclasses.replace(
+                given, intervals=jax.random.uniform(jax.random.key(0), (2, BINS, BINS))
+            )
             given = jax.device_put(given, sharding.placed(setup.mesh, given))
         store.save(7, given)
         found = {p.name for p in (tmp_path / name / "checkpoints" / "7").iterdir() if p.is_dir()}
-        assert found == {*checkpoint.ITEMS, *items}  # of other runs a folder is what it was before there were tables
+        assert found == {
+            *checkpoint.ITEMS,
+            *items,
+        }  # of other runs a folder is what it was before there were tables
         back = store.restore_latest(setup.state())
         for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(given), strict=True):
             np.testing.assert_array_equal(a, b)
@@ -246,7 +302,9 @@ def test_a_plan_lowers_the_adaptive_step_and_tells_it_from_others(monkeypatch):
     config = parse(ADAPTIVE)
     plan._lower(config, mesh, "discrete", (8, 8, 1))
     found = {
-        plan._about(parse(merged(TINY, curriculum=dict(interval=name))), "", "", "", mesh, "discrete")["program"]
+        plan._about(
+            parse(merged(TINY, curriculum=dict(interval=name))), "", "", "", mesh, "discrete"
+        )["program"]
         for name in curriculum.RULES
     }
     assert len(found) == 4

@@ -18,7 +18,11 @@ IS_CASES = ((10, None), (1, None), (7, None), (10, 2020), (7, 3))
 KID_CASES = {
     "whole": (1000, 1000, dict(subsets=3, subset_size=1000)),
     "subsets": (1000, 1000, dict(subsets=100, subset_size=100)),
-    "unequal": (700, 333, dict(subsets=20, subset_size=150, seed=7, degree=2, gamma=0.05, coef0=0.5)),
+    "unequal": (
+        700,
+        333,
+        dict(subsets=20, subset_size=150, seed=7, degree=2, gamma=0.05, coef0=0.5),
+    ),
 }
 DECLARED = []  # operators live as long as the object that declared them
 
@@ -27,7 +31,9 @@ DECLARED = []  # operators live as long as the object that declared them
 def torch_fidelity():
     """Imports a module of torch-fidelity, on machines too whose torchvision has no compiled operators."""
     if any(importlib.util.find_spec(name) is None for name in ("torch", "torch_fidelity")):
-        pytest.skip("torch-fidelity is not installed: nothing to compare with (its stored values are still checked)")
+        pytest.skip(
+            "torch-fidelity is not installed: nothing to compare with (its stored values are still checked)"
+        )
     import torch
 
     try:
@@ -95,12 +101,16 @@ def test_inception_score_of_certain_balanced_predictions_is_the_number_of_classe
 def test_splits_are_cut_in_the_order_of_the_file_unless_an_order_is_given():
     by_class = one_hot(np.repeat(np.arange(5), 20), 5)
     assert score_of(by_class, splits=5) == pytest.approx((1.0, 0.0), abs=1e-12)
-    dealt = np.arange(100).reshape(20, 5).T.ravel()  # row -> position: each class is dealt to every split
+    dealt = (
+        np.arange(100).reshape(20, 5).T.ravel()
+    )  # row -> position: each class is dealt to every split
     assert score_of(by_class, splits=5, order=dealt) == pytest.approx((5.0, 0.0), abs=1e-12)
 
 
 def test_the_standard_deviation_is_that_of_the_splits():
-    rows = np.concatenate([np.zeros((10, 3)), one_hot(np.arange(9) % 3, 3)])  # 19 rows: splits of 9 and 10
+    rows = np.concatenate(
+        [np.zeros((10, 3)), one_hot(np.arange(9) % 3, 3)]
+    )  # 19 rows: splits of 9 and 10
     swapped = np.concatenate([rows[10:], rows[:10]])
     assert score_of(swapped, splits=2) == pytest.approx((2.0, 1.0), abs=1e-12)
 
@@ -108,7 +118,9 @@ def test_the_standard_deviation_is_that_of_the_splits():
 @pytest.mark.parametrize("part", [1, 37, 50, 499])
 def test_inception_score_does_not_depend_on_the_parts(part):
     expected = score_of(logits(), part=500, order=shuffled(500, 1))
-    assert score_of(logits(), part=part, order=shuffled(500, 1)) == pytest.approx(expected, rel=1e-12)
+    assert score_of(logits(), part=part, order=shuffled(500, 1)) == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("seed", [None, 4])
@@ -133,7 +145,9 @@ def test_a_state_of_the_inception_score_is_a_copy_both_ways():
     first.add(rows[:1])
     state = first.state()
     first.add(rows[1:])
-    for _ in range(2):  # what the sums did since, or what the first resumed ones do, is not in the state
+    for _ in range(
+        2
+    ):  # what the sums did since, or what the first resumed ones do, is not in the state
         resumed = InceptionScore.from_state(state)
         resumed.add(rows[1:])
         assert resumed.result() == first.result()
@@ -177,7 +191,9 @@ def test_kernel_distance_is_torch_fidelitys_stored_one(golden, features, case):
     real, fake, arguments = KID_CASES[case]
     got = kernel_distance(features[0][:real], features[1][:fake], **arguments)
     with golden("kid_is_reference.npz") as stored:
-        np.testing.assert_allclose(got, stored[f"kid/{case}"], rtol=1e-9, atol=1e-14)  # of its float64
+        np.testing.assert_allclose(
+            got, stored[f"kid/{case}"], rtol=1e-9, atol=1e-14
+        )  # of its float64
         if case == "whole":
             # Not 1e-9: torch-fidelity sums a million kernel values around 6 in float32, and processors differ by 1e-5.
             assert got[0] == pytest.approx(float(stored["kid/whole_float32"]), rel=3e-5)
@@ -189,7 +205,9 @@ def test_kernel_distance_is_torch_fidelitys_own(torch_fidelity, features, case):
 
     real, fake, given = KID_CASES[case]
     arguments = {"seed": 2020, "degree": 3, "gamma": None, "coef0": 1} | given
-    sets = [torch.from_numpy(x.astype(np.float64)) for x in (features[0][:real], features[1][:fake])]
+    sets = [
+        torch.from_numpy(x.astype(np.float64)) for x in (features[0][:real], features[1][:fake])
+    ]
     names = {f"kid_{k}": arguments[k] for k in ("subsets", "subset_size")}
     names |= {f"kid_kernel_poly_{k}": arguments[k] for k in ("degree", "gamma", "coef0")}
     metric = torch_fidelity("torch_fidelity.metric_kid").kid_features_to_metric
@@ -212,9 +230,13 @@ def test_kernel_distance_is_its_definition_term_by_term():
     def kernel(a, b):
         return (a @ b / 3 + 1) ** 3
 
-    same = sum(kernel(s[i], s[j]) for s in (x, y) for i in range(5) for j in range(5) if i != j) / 20
+    same = (
+        sum(kernel(s[i], s[j]) for s in (x, y) for i in range(5) for j in range(5) if i != j) / 20
+    )
     across = sum(kernel(a, b) for a in x for b in y) / 25
-    assert kernel_distance(x, y, subsets=1, subset_size=5)[0] == pytest.approx(same - 2 * across, rel=1e-12)
+    assert kernel_distance(x, y, subsets=1, subset_size=5)[0] == pytest.approx(
+        same - 2 * across, rel=1e-12
+    )
 
 
 def test_kernel_distance_of_one_distribution_is_zero_within_its_error():

@@ -23,7 +23,7 @@ import pytest
 import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordReader
 
-from dmf import checkpoint, data, pretrained, sharding, step, train
+from dmf import data, pretrained, sharding, step, train
 from dmf.config import parse
 from dmf.convert.command import convert
 from dmf.convert.files.read import sha256
@@ -32,6 +32,7 @@ from dmf.data import DataConfig, encode, shards
 from dmf.data.images import center_crop, open_images
 from dmf.errors import DmfError
 from dmf.networks.vae import VAEConfig
+from dmf.storage import checkpoint
 from tests.conversion import export_arrays, small_noise
 from tests.test_data import PARTITIONS, WITHOUT_TENSORFLOW, numbered, reassembled
 from tests.test_images import COUNTS, TinyFaces, encoded, pixels
@@ -48,8 +49,16 @@ def make_vae(folder: Path, **given: object) -> Path:
     config = VAEConfig(channels=(16, 32), blocks=1, groups=8)
     network = pretrained.build(config, ())
     params = small_noise(network.init(jax.random.key(0)))
-    safetensors.numpy.save_file(export_arrays(SD_VAE, config, (), network, params), folder / "vae.safetensors")
-    convert("sd_vae", folder / "vae.safetensors", folder / "vae", given={"groups": 8, **given}, check="none")
+    safetensors.numpy.save_file(
+        export_arrays(SD_VAE, config, (), network, params), folder / "vae.safetensors"
+    )
+    convert(
+        "sd_vae",
+        folder / "vae.safetensors",
+        folder / "vae",
+        given={"groups": 8, **given},
+        check="none",
+    )
     return folder / "vae"
 
 
@@ -106,7 +115,9 @@ def copy(whole: Path, tmp_path: Path) -> Path:
 def contents(out: Path) -> dict[str, str]:
     """{relative path: SHA-256} of every file, hidden ones too."""
     files = [p for p in out.rglob("*") if p.is_file()]
-    return {p.relative_to(out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    return {
+        p.relative_to(out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files
+    }
 
 
 def shard(out: Path, i: int) -> Path:
@@ -115,15 +126,23 @@ def shard(out: Path, i: int) -> Path:
 
 def records(out: Path, dtype: str = "<f4") -> np.ndarray:
     """All records (2 N, mean or std, h, w, c), read by nothing of ours."""
-    raw = [record for i in range(TOTAL) for record in ArrayRecordReader(str(shard(out, i))).read_all()]
+    raw = [
+        record for i in range(TOTAL) for record in ArrayRecordReader(str(shard(out, i))).read_all()
+    ]
     return np.stack([np.frombuffer(record, dtype).reshape(2, *LATENT) for record in raw])
 
 
-def test_every_record_is_the_law_of_an_image_or_of_its_mirror_image(whole: Path, vae: Path, source: Path) -> None:
+def test_every_record_is_the_law_of_an_image_or_of_its_mirror_image(
+    whole: Path, vae: Path, source: Path
+) -> None:
     network, params = pretrained.load(vae)
     images, found = open_images(str(source)), records(whole)
     assert len(found) == 2 * COUNT
-    x = np.stack([center_crop(images.read(i), SIDE) for i in range(COUNT)]).astype(np.float32) / 127.5 - 1
+    x = (
+        np.stack([center_crop(images.read(i), SIDE) for i in range(COUNT)]).astype(np.float32)
+        / 127.5
+        - 1
+    )
     both = np.stack([x, x[:, :, ::-1]], axis=1).reshape(-1, SIDE, SIDE, 3)
     with jax.default_matmul_precision("highest"):
         mean, logvar = jax.jit(network.encode)(params, both)
@@ -136,27 +155,51 @@ def test_every_record_is_the_law_of_an_image_or_of_its_mirror_image(whole: Path,
 
 def test_the_metadata_tell_what_was_encoded_by_what(whole: Path, vae: Path, source: Path) -> None:
     about = json.loads((whole / "train" / "metadata.json").read_text())
-    assert about["vae"]["sha256"] == sha256(vae.parent / "vae.safetensors") and about["vae"]["file"] == "vae.safetensors"
+    assert (
+        about["vae"]["sha256"] == sha256(vae.parent / "vae.safetensors")
+        and about["vae"]["file"] == "vae.safetensors"
+    )
     assert about["vae"]["network"]["channels"] == [16, 32]
     assert about["source"] == open_images(str(source)).about and about["source"]["name"] == "pets"
-    assert about["count"] == COUNT and about["num_classes"] == CLASSES and about["latent_shape"] == list(LATENT)
-    assert about["scale"] == 0.18215 and about["dtype"] == "float32" and about["image_size"] == SIDE and about["flips"]
+    assert (
+        about["count"] == COUNT
+        and about["num_classes"] == CLASSES
+        and about["latent_shape"] == list(LATENT)
+    )
+    assert (
+        about["scale"] == 0.18215
+        and about["dtype"] == "float32"
+        and about["image_size"] == SIDE
+        and about["flips"]
+    )
     assert about["made_with"][0]["jax"] == jax.__version__ and len(about["made_with"]) == 1
     assert [s["count"] for s in about["shards"]] == [6, 6, 6, 5]
     assert {s["name"]: s["sha256"] for s in about["shards"]} == {
-        name.removeprefix("train/"): digest for name, digest in contents(whole).items() if name.endswith("array_record")
+        name.removeprefix("train/"): digest
+        for name, digest in contents(whole).items()
+        if name.endswith("array_record")
     }
     labels = np.load(whole / "train" / "labels.npy")
     assert labels.dtype == np.int32
     np.testing.assert_array_equal(labels, np.sort(np.arange(COUNT) % CLASSES))
-    assert encode.verify(whole) == encode.verify(whole / "train") == [{k: v for k, v in about.items() if k != "seal"}]
+    assert (
+        encode.verify(whole)
+        == encode.verify(whole / "train")
+        == [{k: v for k, v in about.items() if k != "seal"}]
+    )
 
 
 def test_the_program_multiplies_at_the_highest_precision(vae: Path) -> None:
     network, params = pretrained.load(vae)
     mesh = sharding.make_mesh()
-    lowered = encode._program(network, mesh).lower(params, jax.ShapeDtypeStruct((16, SIDE, SIDE, 3), jnp.uint8))
-    products = [line for line in lowered.as_text().splitlines() if "stablehlo.convolution" in line or "dot_general" in line]
+    lowered = encode._program(network, mesh).lower(
+        params, jax.ShapeDtypeStruct((16, SIDE, SIDE, 3), jnp.uint8)
+    )
+    products = [
+        line
+        for line in lowered.as_text().splitlines()
+        if "stablehlo.convolution" in line or "dot_general" in line
+    ]
     assert len(products) > 10 and all(line.count("HIGHEST") == 2 for line in products)
 
 
@@ -164,7 +207,9 @@ def test_one_device_gives_the_bits_of_eight(
     whole: Path, vae: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, used = sharding.make_mesh, []
-    monkeypatch.setattr(sharding, "make_mesh", lambda: used.append(real(devices=jax.devices()[:1])) or used[-1])
+    monkeypatch.setattr(
+        sharding, "make_mesh", lambda: used.append(real(devices=jax.devices()[:1])) or used[-1]
+    )
     encode.encode(vae, str(source), tmp_path, **SETTINGS)
     assert {mesh.devices.size for mesh in used} == {1} and real().devices.size == 8
     assert contents(tmp_path) == contents(whole)
@@ -206,7 +251,9 @@ def test_an_encoding_killed_at_random_moments_ends_in_the_same_bytes(
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kills = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("killed")]
-    assert len(kills) == 8 and sum(killed == "True" for killed, _ in kills) >= 6  # a fast one may end before its kill
+    assert (
+        len(kills) == 8 and sum(killed == "True" for killed, _ in kills) >= 6
+    )  # a fast one may end before its kill
     assert any(0 < int(there) < TOTAL for _, there in kills)
     encode.encode(vae, str(source), tmp_path, **SETTINGS)
     assert contents(tmp_path) == contents(whole)
@@ -283,13 +330,18 @@ def test_a_damaged_file_is_named_and_made_again(
     with pytest.raises(DmfError, match=f"{name} .*{message}") as error:
         encode.verify(copy)
     assert "\n" not in str(error.value)
-    kept = {p: p.stat().st_mtime_ns for p in (copy / "train").glob("*.array_record") if p.name != name}
+    kept = {
+        p: p.stat().st_mtime_ns for p in (copy / "train").glob("*.array_record") if p.name != name
+    }
     encode.encode(vae, str(source), copy, **SETTINGS)
     printed = capsys.readouterr().out
     assert contents(copy) == contents(whole)
     assert kept == {p: p.stat().st_mtime_ns for p in kept}  # what is intact is not made again
     if name.endswith("array_record"):
-        assert f"again     {copy / 'train' / name} " in printed and "3 of 4 shards are there" in printed
+        assert (
+            f"again     {copy / 'train' / name} " in printed
+            and "3 of 4 shards are there" in printed
+        )
     encode.verify(copy)
 
 
@@ -310,7 +362,10 @@ def test_while_a_shard_is_made_again_the_directory_is_not_complete(
         encode.verify(copy)
 
 
-@pytest.mark.parametrize("damage", [flip_a_byte, cut, Path.unlink, lambda p: p.write_text(p.read_text().replace("[0,", "[1,"))])
+@pytest.mark.parametrize(
+    "damage",
+    [flip_a_byte, cut, Path.unlink, lambda p: p.write_text(p.read_text().replace("[0,", "[1,"))],
+)
 def test_what_vouches_for_a_shard_is_vouched_for_too(
     damage: Callable[[Path], object], copy: Path, whole: Path, vae: Path, source: Path
 ) -> None:
@@ -322,7 +377,9 @@ def test_what_vouches_for_a_shard_is_vouched_for_too(
     assert contents(copy) == contents(whole)
 
 
-def test_a_complete_encoding_is_left_as_it_is(copy: Path, vae: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_complete_encoding_is_left_as_it_is(
+    copy: Path, vae: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     stamps = {p: p.stat().st_mtime_ns for p in (copy / "train").glob("*.array_record")}
     encode.encode(vae, str(source), copy, **SETTINGS)
     assert "4 of 4 shards are there" in capsys.readouterr().out
@@ -342,7 +399,9 @@ def test_a_complete_encoding_is_left_as_it_is(copy: Path, vae: Path, source: Pat
 def test_a_directory_begun_with_other_settings_is_refused(
     change: dict[str, object], message: str, copy: Path, whole: Path, vae: Path, source: Path
 ) -> None:
-    with pytest.raises(DmfError, match=f"was begun otherwise: {message}; expected the same command") as error:
+    with pytest.raises(
+        DmfError, match=f"was begun otherwise: {message}; expected the same command"
+    ) as error:
         encode.encode(vae, str(source), copy, **(SETTINGS | change))
     assert "\n" not in str(error.value) and contents(copy) == contents(whole)
 
@@ -351,7 +410,9 @@ def test_a_directory_begun_with_another_autoencoder_or_other_images_is_refused(
     copy: Path, whole: Path, vae: Path, source: Path, tmp_path: Path
 ) -> None:
     other = make_vae(tmp_path, scale=0.5)
-    with pytest.raises(DmfError, match=r"scale: 0.18215 -> 0.5; vae.network.scale: 0.18215 -> 0.5; expected"):
+    with pytest.raises(
+        DmfError, match=r"scale: 0.18215 -> 0.5; vae.network.scale: 0.18215 -> 0.5; expected"
+    ):
         encode.encode(other, str(source), copy, **SETTINGS)
     more = shutil.copytree(source, tmp_path / "more" / "pets")
     (more / "class0" / "x.png").write_bytes(encoded(pixels(0)))
@@ -378,7 +439,9 @@ def test_settings_may_change_as_long_as_no_shard_is_finished(
     vae: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     interrupted(vae, source, tmp_path / "out", 0)
-    (tmp_path / "out" / "train" / "latents-00000-of-00004.array_record").write_bytes(b"renamed, not vouched for")
+    (tmp_path / "out" / "train" / "latents-00000-of-00004.array_record").write_bytes(
+        b"renamed, not vouched for"
+    )
     encode.encode(vae, str(source), tmp_path / "out", **(SETTINGS | {"shard_size": 12}))
     assert "note      " in capsys.readouterr().out
     encode.encode(vae, str(source), tmp_path / "new", **(SETTINGS | {"shard_size": 12}))
@@ -399,7 +462,11 @@ def test_an_image_is_repaired_without_losing_the_shards_of_others(
     kept = {path: path.stat().st_mtime_ns for path in shards.begun(out / "train")}
     shutil.copy(source / order[20], images / order[20])
     encode.encode(vae, str(images), out, **SETTINGS)
-    assert kept and f"{len(kept)} of {len(kept)} finished shards are of unchanged ones" in capsys.readouterr().out
+    assert (
+        kept
+        and f"{len(kept)} of {len(kept)} finished shards are of unchanged ones"
+        in capsys.readouterr().out
+    )
     assert kept == {path: path.stat().st_mtime_ns for path in kept}
     assert contents(out) == contents(whole)
     # Of a complete encoding the one shard whose images have changed is made again.
@@ -411,7 +478,9 @@ def test_an_image_is_repaired_without_losing_the_shards_of_others(
     assert [i for i in range(TOTAL) if shard(out, i).stat().st_mtime_ns != stamps[i]] == [0]
     about = encode.verify(out)[0]
     assert about["source"] == open_images(str(images)).about
-    np.testing.assert_array_equal(records(out), records(whole))  # what follows a PNG is no part of the image
+    np.testing.assert_array_equal(
+        records(out), records(whole)
+    )  # what follows a PNG is no part of the image
 
 
 def test_a_source_that_has_no_image_of_the_finished_shards_is_refused(
@@ -421,21 +490,36 @@ def test_a_source_that_has_no_image_of_the_finished_shards_is_refused(
     for path in other.rglob("*.png"):
         with path.open("ab") as file:
             file.write(b"x")
-    with pytest.raises(DmfError, match="begun otherwise: source.sha256: .*; expected the same command, or another directory$"):
+    with pytest.raises(
+        DmfError,
+        match="begun otherwise: source.sha256: .*; expected the same command, or another directory$",
+    ):
         encode.encode(vae, str(other), copy, **SETTINGS)
     next(other.rglob("*.png")).unlink()
-    with pytest.raises(DmfError, match="source.count: 23 -> 22; .*an image that cannot be read is replaced under its name"):
+    with pytest.raises(
+        DmfError,
+        match="source.count: 23 -> 22; .*an image that cannot be read is replaced under its name",
+    ):
         encode.encode(vae, str(other), copy, **SETTINGS)
     assert contents(copy) == contents(whole)
 
 
 def test_a_resumed_run_says_that_other_versions_made_the_finished_shards(
-    whole: Path, vae: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    whole: Path,
+    vae: Path,
+    source: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     interrupted(vae, source, tmp_path, 2)
     encode.encode(vae, str(source), tmp_path, **SETTINGS)
     printed = capsys.readouterr().out
-    assert "note" not in printed and "verify     2/2 shards" in printed and "23 images in 3 classes, 2 of 4 shards" in printed
+    assert (
+        "note" not in printed
+        and "verify     2/2 shards" in printed
+        and "23 images in 3 classes, 2 of 4 shards" in printed
+    )
     shard(tmp_path, 3).unlink()
     made_with = encode._made_with()
     monkeypatch.setattr(encode, "_made_with", lambda: made_with | {"jax": "99"})
@@ -444,15 +528,23 @@ def test_a_resumed_run_says_that_other_versions_made_the_finished_shards(
         f"note      finished shards were made otherwise (jax: {jax.__version__} -> 99): the others may"
         in capsys.readouterr().out
     )
-    assert [made["jax"] for made in encode.verify(tmp_path)[0]["made_with"]] == [jax.__version__, "99"]
+    assert [made["jax"] for made in encode.verify(tmp_path)[0]["made_with"]] == [
+        jax.__version__,
+        "99",
+    ]
 
 
-def test_what_dead_processes_of_this_machine_left_is_cleared(vae: Path, source: Path, tmp_path: Path) -> None:
+def test_what_dead_processes_of_this_machine_left_is_cleared(
+    vae: Path, source: Path, tmp_path: Path
+) -> None:
     interrupted(vae, source, tmp_path, 1)
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     host, start = socket.gethostname(), ".latents-00002-of-00004.array_record.partial-"
-    left = {name: tmp_path / "train" / (start + name) for name in (f"{host}-{dead.pid}", f"{host}-1", f"not-{host}-{dead.pid}")}
+    left = {
+        name: tmp_path / "train" / (start + name)
+        for name in (f"{host}-{dead.pid}", f"{host}-1", f"not-{host}-{dead.pid}")
+    }
     for path in left.values():
         path.write_bytes(b"half")
     encode.encode(vae, str(source), tmp_path, **SETTINGS)
@@ -472,8 +564,12 @@ def test_a_batch_that_does_not_fit_is_one_line_that_names_it(
 
         return lambda network, mesh: program
 
-    monkeypatch.setattr(encode, "_program", no_room("RESOURCE_EXHAUSTED: Out of memory\nwhile trying"))
-    with pytest.raises(DmfError, match="batch is 2: expected one that fits into the device's memory .RESOURCE") as error:
+    monkeypatch.setattr(
+        encode, "_program", no_room("RESOURCE_EXHAUSTED: Out of memory\nwhile trying")
+    )
+    with pytest.raises(
+        DmfError, match="batch is 2: expected one that fits into the device's memory .RESOURCE"
+    ) as error:
         encode.encode(vae, str(source), tmp_path, **SETTINGS)
     assert "\n" not in str(error.value)
     monkeypatch.setattr(encode, "_program", no_room("INTERNAL: our bug"))
@@ -482,7 +578,12 @@ def test_a_batch_that_does_not_fit_is_one_line_that_names_it(
 
 
 def test_a_disk_that_cannot_read_a_finished_shard_lets_it_be_made_again(
-    copy: Path, whole: Path, vae: Path, source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    copy: Path,
+    whole: Path,
+    vae: Path,
+    source: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     real, bad = shards.sha256, [shard(copy, 2)]
 
@@ -494,7 +595,9 @@ def test_a_disk_that_cannot_read_a_finished_shard_lets_it_be_made_again(
 
     monkeypatch.setattr(shards, "sha256", failing)
     encode.encode(vae, str(source), copy, **SETTINGS)
-    assert f"again     {shard(copy, 2)} cannot be read (Input/output error)" in capsys.readouterr().out
+    assert (
+        f"again     {shard(copy, 2)} cannot be read (Input/output error)" in capsys.readouterr().out
+    )
     assert contents(copy) == contents(whole)
     real_unlink = Path.unlink
 
@@ -521,16 +624,22 @@ def test_a_disk_that_cannot_read_a_finished_shard_lets_it_be_made_again(
         ("all", ""),
     ],
 )
-def test_a_split_goes_to_one_of_two_folders_and_never_to_both(split: str, folder: str, tmp_path: Path) -> None:
+def test_a_split_goes_to_one_of_two_folders_and_never_to_both(
+    split: str, folder: str, tmp_path: Path
+) -> None:
     if folder:
         assert encode._part(split) == folder
         return
-    with pytest.raises(DmfError, match="split is .*, which may mix what is trained on and what is held out"):
+    with pytest.raises(
+        DmfError, match="split is .*, which may mix what is trained on and what is held out"
+    ):
         encode.encode(tmp_path, str(tmp_path), tmp_path / "out", split=split)
     assert not (tmp_path / "out").exists()
 
 
-def test_half_precision_rounds_the_same_values(whole: Path, vae: Path, source: Path, tmp_path: Path) -> None:
+def test_half_precision_rounds_the_same_values(
+    whole: Path, vae: Path, source: Path, tmp_path: Path
+) -> None:
     encode.encode(vae, str(source), tmp_path, **SETTINGS, dtype="float16")
     exact, found = records(whole), records(tmp_path, "<f2")
     np.testing.assert_array_equal(found, exact.astype(np.float16))
@@ -548,19 +657,27 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
     for size in (50_000, 100_000, 300):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
         try:
-            with pytest.raises(DmfError, match="train cannot be written .*File too large.*: expected .* with room") as error:
+            with pytest.raises(
+                DmfError, match="train cannot be written .*File too large.*: expected .* with room"
+            ) as error:
                 encode.encode(vae, str(source), tmp_path, **SETTINGS)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         assert "\n" not in str(error.value)
-        assert {p.name for p in (tmp_path / "train").iterdir()} == {"plan.json"} if size > 300 else True
+        assert (
+            {p.name for p in (tmp_path / "train").iterdir()} == {"plan.json"}
+            if size > 300
+            else True
+        )
         if size == 100_000:
             shutil.rmtree(tmp_path / "train")
     encode.encode(vae, str(source), tmp_path, **SETTINGS)
     assert contents(tmp_path) == contents(whole)
 
 
-def test_two_processes_cannot_encode_into_one_directory(copy: Path, vae: Path, source: Path) -> None:
+def test_two_processes_cannot_encode_into_one_directory(
+    copy: Path, vae: Path, source: Path
+) -> None:
     handle = os.open(copy / "train", os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_SH)
@@ -603,14 +720,23 @@ def test_bad_input_is_one_line(
         encode.encode(vae, make(tmp_path / "in"), tmp_path / "out", **(SETTINGS | change))
     assert "\n" not in str(error.value)
     left = [p.name for p in (tmp_path / "out").rglob("*") if p.is_file()]
-    assert not any(name.startswith(".") or "00002-of" in name for name in left)  # the bad image stands in the third shard
+    assert not any(
+        name.startswith(".") or "00002-of" in name for name in left
+    )  # the bad image stands in the third shard
 
 
-def test_only_an_autoencoder_with_its_encoder_encodes(vae: Path, source: Path, tmp_path: Path) -> None:
+def test_only_an_autoencoder_with_its_encoder_encodes(
+    vae: Path, source: Path, tmp_path: Path
+) -> None:
     decoder = make_vae(tmp_path, part="decoder")
-    with pytest.raises(DmfError, match="holds the part 'decoder' .*: expected an autoencoder of RGB images with its encoder"):
+    with pytest.raises(
+        DmfError,
+        match="holds the part 'decoder' .*: expected an autoencoder of RGB images with its encoder",
+    ):
         encode.encode(decoder, str(source), tmp_path / "out", **SETTINGS)
-    network = pretrained.network_config({"kind": "dit", "depth": 1, "width": 32, "heads": 2, "patch": 4})
+    network = pretrained.network_config(
+        {"kind": "dit", "depth": 1, "width": 32, "heads": 2, "patch": 4}
+    )
     metadata = pretrained.metadata(network, (8, 8, 4), {})
     checkpoint.save_weights(tmp_path / "flow", {"w": np.zeros(1, np.float32)}, metadata, {})
     with pytest.raises(DmfError, match="flow holds a dit: expected an autoencoder"):
@@ -630,7 +756,9 @@ def test_a_latent_that_overflows_is_one_line_that_names_the_image(
         return lambda params, pixels: program(params, pixels).at[3].multiply(1e6)
 
     monkeypatch.setattr(encode, "_program", large)
-    with pytest.raises(DmfError, match="image 3 of pets has a latent that is not finite in float16"):
+    with pytest.raises(
+        DmfError, match="image 3 of pets has a latent that is not finite in float16"
+    ):
         encode.encode(vae, str(source), tmp_path, **SETTINGS, dtype="float16")
 
 
@@ -653,15 +781,24 @@ def config(out: Path, flip: bool = False) -> DataConfig:
 
 def test_a_batch_is_the_scaled_law_of_the_rows_that_any_data_set_would_give(whole: Path) -> None:
     dataset, stored, like = data.load(config(whole), "train"), records(whole), numbered(COUNT)
-    assert len(dataset) == COUNT and dataset.image_shape == LATENT and dataset.num_classes == CLASSES
-    assert dataset.name == "imagenet256_latents" and dataset.split == "train" and dataset.about["vae"]["sha256"]
+    assert (
+        len(dataset) == COUNT and dataset.image_shape == LATENT and dataset.num_classes == CLASSES
+    )
+    assert (
+        dataset.name == "imagenet256_latents"
+        and dataset.split == "train"
+        and dataset.about["vae"]["sha256"]
+    )
     for n in (0, 1, 7):
         batch, rows = data.batch(dataset, 5, n, 8), data.batch(like, 5, n, 8)["label"]
         assert set(batch) == {"x", "std", "label"}
         np.testing.assert_array_equal(batch["label"], dataset.labels[rows])
         np.testing.assert_array_equal(batch["x"], np.float32(0.18215) * stored[2 * rows, 0])
         np.testing.assert_array_equal(batch["std"], np.float32(0.18215) * stored[2 * rows, 1])
-        assert batch["x"].dtype == batch["std"].dtype == np.float32 and batch["label"].dtype == np.int32
+        assert (
+            batch["x"].dtype == batch["std"].dtype == np.float32
+            and batch["label"].dtype == np.int32
+        )
 
 
 def test_with_flip_each_row_is_one_of_the_two_copies_drawn_by_seed_and_step(whole: Path) -> None:
@@ -670,7 +807,9 @@ def test_with_flip_each_row_is_one_of_the_two_copies_drawn_by_seed_and_step(whol
     copies = []
     for seed, n in [(s, n) for s in range(3) for n in range(12)]:
         batch, rows = data.batch(dataset, seed, n, 8), data.batch(like, seed, n, 8)["label"]
-        mirrored = np.array([np.array_equal(x, stored[2 * i + 1, 0]) for x, i in zip(batch["x"], rows, strict=True)])
+        mirrored = np.array(
+            [np.array_equal(x, stored[2 * i + 1, 0]) for x, i in zip(batch["x"], rows, strict=True)]
+        )
         for name, part in (("x", 0), ("std", 1)):
             np.testing.assert_array_equal(batch[name], stored[2 * rows + mirrored, part])
         np.testing.assert_array_equal(batch["label"], data.batch(plain, seed, n, 8)["label"])
@@ -680,7 +819,9 @@ def test_with_flip_each_row_is_one_of_the_two_copies_drawn_by_seed_and_step(whol
 
 
 @pytest.mark.parametrize("parts", PARTITIONS.values(), ids=PARTITIONS)
-def test_the_copies_do_not_depend_on_which_host_asks_for_them(parts: list[list[int]], whole: Path) -> None:
+def test_the_copies_do_not_depend_on_which_host_asks_for_them(
+    parts: list[list[int]], whole: Path
+) -> None:
     dataset = data.load(config(whole, flip=True), "train")
     together, found = data.batch(dataset, 1, 3, 8), reassembled(dataset, 1, 3, 8, parts)
     for name in ("x", "std", "label"):
@@ -714,25 +855,44 @@ def test_a_mock_goes_the_same_way(whole: Path) -> None:
 def test_a_tfds_data_set_is_encoded_and_read_split_by_split(vae: Path, tmp_path: Path) -> None:
     TinyFaces(data_dir=tmp_path / "tfds", file_format="array_record").download_and_prepare()
     for split in COUNTS:
-        encode.encode(vae, "tfds:tiny_faces", tmp_path / "out", **SETTINGS, data_dir=str(tmp_path / "tfds"), split=split)
+        encode.encode(
+            vae,
+            "tfds:tiny_faces",
+            tmp_path / "out",
+            **SETTINGS,
+            data_dir=str(tmp_path / "tfds"),
+            split=split,
+        )
     assert [about["count"] for about in encode.verify(tmp_path / "out")] == [11, 4]
     for split, part in (("train", "train"), ("validation", "heldout")):
         dataset = data.load(config(tmp_path / "out", flip=True), part)
         images = open_images("tfds:tiny_faces", str(tmp_path / "tfds"), split)
         assert dataset.labels.tolist() == [images.example(i)[1] for i in range(COUNTS[split])]
-        assert len(dataset) == COUNTS[split] and dataset.about["source"]["name"] == "tiny_faces/1.0.0"
+        assert (
+            len(dataset) == COUNTS[split] and dataset.about["source"]["name"] == "tiny_faces/1.0.0"
+        )
         assert dataset.flip == (part == "train")  # what is held out is shown as it is
         # The folder itself will do for training.
         if part == "train":
             assert len(data.load(config(tmp_path / "out" / "train"), "train")) == COUNTS[split]
 
 
-def test_a_training_step_is_taken_from_encoded_images(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_step_is_taken_from_encoded_images(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mesh = sharding.make_mesh(devices=jax.devices()[:1])  # one device compiles faster
     monkeypatch.setattr(sharding, "make_mesh", lambda *_: mesh)
     where = {"name": "imagenet256_latents", "data_dir": str(whole), "flip": True}
     run = train.Run(
-        parse(merged(TINY, batch_size=16, data=where, network={"num_classes": CLASSES}, times={"r_neq_t_fraction": 0.5})),
+        parse(
+            merged(
+                TINY,
+                batch_size=16,
+                data=where,
+                network={"num_classes": CLASSES},
+                times={"r_neq_t_fraction": 0.5},
+            )
+        ),
         tmp_path,
     )
     batch = sharding.put_rows(mesh, data.batch(run.dataset, 0, 0, 16))
@@ -741,8 +901,14 @@ def test_a_training_step_is_taken_from_encoded_images(whole: Path, tmp_path: Pat
     start = jax.tree.leaves(jax.device_get(before.params))
     now, metrics = run.steps[run.stages[0].kind](before, batch, scalars)
     run.close()
-    assert int(now.step) == 1 and np.isfinite(float(metrics["loss"])) and int(metrics["nonfinite_leaf"]) == -1
-    assert any(not np.array_equal(a, b) for a, b in zip(start, jax.tree.leaves(now.params), strict=True))
+    assert (
+        int(now.step) == 1
+        and np.isfinite(float(metrics["loss"]))
+        and int(metrics["nonfinite_leaf"]) == -1
+    )
+    assert any(
+        not np.array_equal(a, b) for a, b in zip(start, jax.tree.leaves(now.params), strict=True)
+    )
 
 
 def test_latents_are_read_where_neither_tensorflow_nor_jax_is_imported(whole: Path) -> None:
@@ -785,11 +951,23 @@ ENTRY = {"name": "latents-00000-of-00004.array_record", "bytes": 1, "sha256": "0
 
 SHARD_FILE = "latents-00001-of-00004.array_record"
 UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "unfinished": (lambda d: (d / "metadata.json").unlink(), "train is not encoded to its end .no metadata.json"),
+    "unfinished": (
+        lambda d: (d / "metadata.json").unlink(),
+        "train is not encoded to its end .no metadata.json",
+    ),
     "nothing there": (shutil.rmtree, "train holds no encoded images .no metadata.json"),
-    "missing shard": (lambda d: (d / SHARD_FILE).unlink(), f"{SHARD_FILE} is missing: expected [0-9,]+ bytes"),
-    "cut shard": (lambda d: cut(d / SHARD_FILE), f"{SHARD_FILE} has [0-9,]+ bytes: expected [0-9,]+ bytes"),
-    "flipped byte": (lambda d: flip_a_byte(d / SHARD_FILE), f"{SHARD_FILE} is damaged .*: the encoding's command makes it"),
+    "missing shard": (
+        lambda d: (d / SHARD_FILE).unlink(),
+        f"{SHARD_FILE} is missing: expected [0-9,]+ bytes",
+    ),
+    "cut shard": (
+        lambda d: cut(d / SHARD_FILE),
+        f"{SHARD_FILE} has [0-9,]+ bytes: expected [0-9,]+ bytes",
+    ),
+    "flipped byte": (
+        lambda d: flip_a_byte(d / SHARD_FILE),
+        f"{SHARD_FILE} is damaged .*: the encoding's command makes it",
+    ),
     "other file of the size": (
         lambda d: (d / SHARD_FILE).write_bytes(bytes((d / SHARD_FILE).stat().st_size)),
         f"{SHARD_FILE} holds 0 readable records, expected 12",
@@ -797,28 +975,55 @@ UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "labels": (lambda d: flip_a_byte(d / "labels.npy"), "labels.npy has another SHA-256"),
     "format": (change(format=2), "format is 2, expected 1"),
     "other shape": (change(latent_shape=[4, 4, 4]), "record . has not the 512 bytes of float32"),
-    "dtype": (change(dtype="bfloat16"), "metadata.json: dtype is 'bfloat16', expected one of float32, float16"),
+    "dtype": (
+        change(dtype="bfloat16"),
+        "metadata.json: dtype is 'bfloat16', expected one of float32, float16",
+    ),
     "altered scale": (
         replace('\n "scale": 0.18215', '\n "scale": 0.28215'),
         "metadata.json cannot be read .*its bytes were altered",
     ),
     "no seal": (replace('"seal"', '"deal"'), "metadata.json cannot be read .*seal missing"),
-    "infinite scale": (change(scale=float("inf")), "metadata.json: scale is inf, expected a finite number above 0"),
+    "infinite scale": (
+        change(scale=float("inf")),
+        "metadata.json: scale is inf, expected a finite number above 0",
+    ),
     "negative scale": (change(scale=-1.0), "metadata.json: scale is -1.0, expected a finite"),
     "text for a scale": (change(scale="1"), "metadata.json: scale is '1', expected a finite"),
-    "flat latents": (change(latent_shape=[8, 8]), r"latent_shape is \[8, 8\], expected three whole numbers above 0"),
-    "empty latents": (change(latent_shape=[8, 0, 4]), r"latent_shape is \[8, 0, 4\], expected three"),
+    "flat latents": (
+        change(latent_shape=[8, 8]),
+        r"latent_shape is \[8, 8\], expected three whole numbers above 0",
+    ),
+    "empty latents": (
+        change(latent_shape=[8, 0, 4]),
+        r"latent_shape is \[8, 0, 4\], expected three",
+    ),
     "no shape": (change(latent_shape=8), "latent_shape is 8, expected three"),
     "classes": (change(num_classes=-1), "num_classes is -1, expected a whole number, 0 or more"),
     "half a count": (change(count=22.5), "count is 22.5, expected a whole number above 0"),
     "shard size": (change(shard_size=0), "shard_size is 0, expected a whole number above 0"),
     "too many images": (change(count=25), "4 shards, expected 5 of 6 images for count 25"),
     "one more image": (change(count=24), "shard 3 is .* of 5 images, expected .*'count': 6"),
-    "other shards": (change(count=24, shards=[ENTRY] * 4), "shard 1 is 'latents-00000-of-00004.* expected .*latents-00001"),
-    "shard without a name": (change(shards=[{"count": 6}] * 4), "shards is .*expected a list of files"),
-    "labels elsewhere": (change(labels=ENTRY | {"name": "../labels.npy"}), "labels is .*expected the file labels.npy"),
-    "no JSON": (lambda d: (d / "metadata.json").write_text("{"), "metadata.json cannot be read .JSONDecodeError"),
-    "no object": (lambda d: (d / "metadata.json").write_text("[]"), "metadata.json cannot be read .TypeError"),
+    "other shards": (
+        change(count=24, shards=[ENTRY] * 4),
+        "shard 1 is 'latents-00000-of-00004.* expected .*latents-00001",
+    ),
+    "shard without a name": (
+        change(shards=[{"count": 6}] * 4),
+        "shards is .*expected a list of files",
+    ),
+    "labels elsewhere": (
+        change(labels=ENTRY | {"name": "../labels.npy"}),
+        "labels is .*expected the file labels.npy",
+    ),
+    "no JSON": (
+        lambda d: (d / "metadata.json").write_text("{"),
+        "metadata.json cannot be read .JSONDecodeError",
+    ),
+    "no object": (
+        lambda d: (d / "metadata.json").write_text("[]"),
+        "metadata.json cannot be read .TypeError",
+    ),
     "half the fields": (
         lambda d: (d / "metadata.json").write_text('{"format": 1}'),
         "metadata.json cannot be read .*count, .*seal missing",
@@ -836,15 +1041,22 @@ def test_damaged_files_are_one_line_that_names_them(case: str, copy: Path) -> No
 
 
 def test_a_run_needs_the_directory_and_the_split(whole: Path) -> None:
-    with pytest.raises(DmfError, match="config.data.data_dir is '' for 'imagenet256_latents': expected .*--mode=encode"):
+    with pytest.raises(
+        DmfError,
+        match="config.data.data_dir is '' for 'imagenet256_latents': expected .*--mode=encode",
+    ):
         data.load(DataConfig(name="imagenet256_latents"), "train")
     with pytest.raises(DmfError, match="heldout holds no encoded images"):
         data.load(config(whole), "heldout")
-    with pytest.raises(DmfError, match="heldout holds no encoded images"):  # the training images are not held out
+    with pytest.raises(
+        DmfError, match="heldout holds no encoded images"
+    ):  # the training images are not held out
         data.load(config(whole / "train"), "heldout")
 
 
 def test_shards_are_listed_by_their_metadata_alone(whole: Path, copy: Path) -> None:
     (copy / "train" / "latents-00009-of-00004.array_record").write_bytes(b"x")
-    found = shards.Shards(copy / "train", shards.metadata(copy / "train")).fetch(np.array([45, 0, 12, 0]))
+    found = shards.Shards(copy / "train", shards.metadata(copy / "train")).fetch(
+        np.array([45, 0, 12, 0])
+    )
     np.testing.assert_array_equal(found, records(whole)[[45, 0, 12, 0]])

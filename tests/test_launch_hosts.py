@@ -70,8 +70,15 @@ def test_a_host_starts_one_program_keeps_what_it_says_and_stops_it(ready):
     # Once more, as after a connection that broke before it answered; and something else.
     assert ready("worker.sh", "start", *FLAGS)[:2] == (0, f"{worker} running already\n")
     status, _, err = ready("worker.sh", "start", "--config=configs/photos.py")
-    assert status == 2 and err.startswith("error: python main.py --config=configs/digits.py ") and err.count("\n") == 1
-    assert ready("worker.sh", "status")[1] == f"{worker} running\n" and len(ready.noted("programs.jsonl")) == 1
+    assert (
+        status == 2
+        and err.startswith("error: python main.py --config=configs/digits.py ")
+        and err.count("\n") == 1
+    )
+    assert (
+        ready("worker.sh", "status")[1] == f"{worker} running\n"
+        and len(ready.noted("programs.jsonl")) == 1
+    )
     assert ready("worker.sh", "log")[1] == "step 1\n"
     assert ready("worker.sh", "stop")[1] == f"{worker} halted, status 0\n"
     ready.program(out="weights    there")
@@ -79,12 +86,19 @@ def test_a_host_starts_one_program_keeps_what_it_says_and_stops_it(ready):
     until(lambda: "running" not in ready("worker.sh", "status")[1])
     assert ready("worker.sh", "status")[1] == f"{worker} ended\n"
     assert ready("worker.sh", "log", "1")[1] == f"{os.uname().nodename}: weights    there\n"
-    assert (ready.root.parent / "dmf.run" / "log.1").read_text().startswith("step 1\nstopped after step 3")
+    assert (
+        (ready.root.parent / "dmf.run" / "log.1")
+        .read_text()
+        .startswith("step 1\nstopped after step 3")
+    )
     assert [words for words, _ in ready.noted("programs.jsonl")] == [FLAGS] * 2
 
 
 def shown_quoted(words):
-    return " ".join(w if re.fullmatch(r"[\w./:=,@%+-]+", w) else "'" + w.replace("'", "'\\''") + "'" for w in words)
+    return " ".join(
+        w if re.fullmatch(r"[\w./:=,@%+-]+", w) else "'" + w.replace("'", "'\\''") + "'"
+        for w in words
+    )
 
 
 def test_a_host_tells_a_crash_a_stop_and_a_restart_of_its_own_from_an_end(ready):
@@ -110,19 +124,31 @@ def test_main_py_itself_asked_to_stop_counts_as_stopped(ready):
     (ready.root / ".venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     (ready.root / ".venv" / "bin" / "python").chmod(0o755)
     shutil.copy(ROOT / "main.py", ready.root)
-    ready("worker.sh", "start", f"--config={ROOT}/configs/digits.py", "--workdir=run", PYTHONPATH=str(ROOT))
+    ready(
+        "worker.sh",
+        "start",
+        f"--config={ROOT}/configs/digits.py",
+        "--workdir=run",
+        PYTHONPATH=str(ROOT),
+    )
     program = ready.root.parent / "dmf.run" / "program"
     until(lambda: program.exists() and program.read_text().strip())
     number = int(program.read_text())
     caught = 1 << (signal.SIGTERM - 1)
-    until(lambda: int(re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{number}/status").read_text())[1], 16) & caught)
+    until(
+        lambda: (
+            int(re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{number}/status").read_text())[1], 16)
+            & caught
+        )
+    )
     os.kill(number, signal.SIGTERM)
     until(lambda: "running" not in ready("worker.sh", "status")[1])
     assert ready("worker.sh", "status")[1] == f"worker {os.uname().nodename}: stopped\n"
 
 
 @pytest.mark.parametrize(
-    ("words", "files"), [(["tpu"], ["requirements.txt", "requirements-gcs.txt"]), ([], ["requirements.txt"])]
+    ("words", "files"),
+    [(["tpu"], ["requirements.txt", "requirements-gcs.txt"]), ([], ["requirements.txt"])],
 )
 def test_a_worker_of_a_tpu_gets_the_packages_for_buckets_as_well(ready, words, files):
     for path in (ready.root / ".venv").glob("*.done"):
@@ -130,7 +156,9 @@ def test_a_worker_of_a_tpu_gets_the_packages_for_buckets_as_well(ready, words, f
     assert ready("worker.sh", "install", *words)[0] == 0
     installs = [call for call in ready.calls("python") if "install" in call]
     assert [call[call.index("-r") + 1] for call in installs] == files
-    assert [word for call in installs for word in call if word.startswith("jax")] == ["jax[tpu]"] * len(words)
+    assert [word for call in installs for word in call if word.startswith("jax")] == [
+        "jax[tpu]"
+    ] * len(words)
 
 
 def test_an_environment_that_could_not_be_made_is_made_again(ready):
@@ -160,8 +188,12 @@ if words[:2] == ["-m", "venv"]:
         ("", ["--cuda=none"], None),
     ],
 )
-def test_a_host_with_gpus_is_one_process_with_the_packages_of_its_driver(ready, driver, words, extra):
-    ready.rules({"when": "nvidia-smi", "out": f"{driver}\n" if driver else "", "status": 0 if driver else 9})
+def test_a_host_with_gpus_is_one_process_with_the_packages_of_its_driver(
+    ready, driver, words, extra
+):
+    ready.rules(
+        {"when": "nvidia-smi", "out": f"{driver}\n" if driver else "", "status": 0 if driver else 9}
+    )
     (ready.root / ".venv" / f"requirements.txt.{extra}.done").unlink(missing_ok=True)
     assert ready("gpu.sh", *words, *FLAGS)[0] == 0
     assert ready.noted("programs.jsonl") == [[FLAGS, {}]]
@@ -171,14 +203,23 @@ def test_a_host_with_gpus_is_one_process_with_the_packages_of_its_driver(ready, 
 
 def test_hosts_with_gpus_find_each_other_by_the_variables_that_the_program_reads(ready):
     ready.rules(*slurm_rules())
-    assert ready("gpu.sh", "--coordinator=gpu1:1234", "--processes=2", "--process=1", *FLAGS)[0] == 0
+    assert (
+        ready("gpu.sh", "--coordinator=gpu1:1234", "--processes=2", "--process=1", *FLAGS)[0] == 0
+    )
     there = dict(zip(hosts.VARIABLES, ("gpu1:1234", "2", "0"), strict=True))
     assert ready("gpu.sh", *FLAGS, **there)[0] == 0
     one, two = ready.noted("programs.jsonl")
-    assert one == [FLAGS, dict(zip(hosts.VARIABLES, ("gpu1:1234", "2", "1"), strict=True))] and two == [FLAGS, there]
-    status, out, _ = ready("gpu.sh", "--dry-run", "--coordinator=gpu1:1234", "--processes=2", "--process=1", *FLAGS)
+    assert one == [
+        FLAGS,
+        dict(zip(hosts.VARIABLES, ("gpu1:1234", "2", "1"), strict=True)),
+    ] and two == [FLAGS, there]
+    status, out, _ = ready(
+        "gpu.sh", "--dry-run", "--coordinator=gpu1:1234", "--processes=2", "--process=1", *FLAGS
+    )
     assert status == 0 and len(ready.noted("programs.jsonl")) == 2
-    subprocess.run(["sh", "-c", out], cwd=ready.root, env=ready.environment, check=True)  # what is printed can be typed
+    subprocess.run(
+        ["sh", "-c", out], cwd=ready.root, env=ready.environment, check=True
+    )  # what is printed can be typed
     assert ready.noted("programs.jsonl")[2] == one
 
 
@@ -186,10 +227,22 @@ def test_hosts_with_gpus_find_each_other_by_the_variables_that_the_program_reads
     ("words", "message"),
     [
         ([], "no flags of main.py: expected some"),
-        (["--coordinator=gpu1", "--processes=2", "--process=0", "--a"], "--coordinator=gpu1: expected HOST:PORT of process 0"),
-        (["--coordinator=gpu1:1", "--process=0", "--a"], "--processes=: expected their number, with --coordinator"),
-        (["--coordinator=gpu1:1", "--processes=2", "--a"], "--process=: expected this host's number, from 0"),
-        (["--coordinator=gpu1:1", "--processes=2", "--process=2", "--a"], "--process=2: expected a number below --processes=2"),
+        (
+            ["--coordinator=gpu1", "--processes=2", "--process=0", "--a"],
+            "--coordinator=gpu1: expected HOST:PORT of process 0",
+        ),
+        (
+            ["--coordinator=gpu1:1", "--process=0", "--a"],
+            "--processes=: expected their number, with --coordinator",
+        ),
+        (
+            ["--coordinator=gpu1:1", "--processes=2", "--a"],
+            "--process=: expected this host's number, from 0",
+        ),
+        (
+            ["--coordinator=gpu1:1", "--processes=2", "--process=2", "--a"],
+            "--process=2: expected a number below --processes=2",
+        ),
         (["--cuda=11", "--a"], "--cuda=11: expected 12, 13 or none"),
         (["--a"], "no NVIDIA GPU: nvidia-smi names no driver; expected one, or --cuda=12"),
     ],
@@ -202,7 +255,14 @@ def test_what_is_wrong_with_hosts_is_one_line(ready, words, message):
 
 
 def sbatch(ready, *words):
-    done = subprocess.run(["sbatch", *words], cwd=ready.root, env=ready.environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["sbatch", *words],
+        cwd=ready.root,
+        env=ready.environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     return done.returncode, done.stdout, done.stderr
 
 
@@ -214,10 +274,20 @@ def test_a_slurm_job_is_one_process_per_node_with_the_variables_that_the_program
     assert status == 0 and sorted(said.splitlines()) == ["step 1"] * 2 + ["weights"] * 2, err
     assert ready.calls("srun") == shown(out)
     told = sorted(ready.noted("programs.jsonl"), key=str)
-    expected = [[FLAGS, dict(zip(hosts.VARIABLES, ("gpu1:23456", "2", str(i)), strict=True))] for i in range(2)]
+    expected = [
+        [FLAGS, dict(zip(hosts.VARIABLES, ("gpu1:23456", "2", str(i)), strict=True))]
+        for i in range(2)
+    ]
     assert told == sorted(expected, key=str)
-    assert ready.calls("scontrol") == [["scontrol", "show", "hostnames", "gpu[1-2]"]] * 2 and ready.calls("squeue") == []
-    older = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "gpu[1-2]"}  # no SLURM_NTASKS
+    assert (
+        ready.calls("scontrol") == [["scontrol", "show", "hostnames", "gpu[1-2]"]] * 2
+        and ready.calls("squeue") == []
+    )
+    older = {
+        "SLURM_JOB_ID": "123456",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "gpu[1-2]",
+    }  # no SLURM_NTASKS
     assert ready("slurm.sh", "--dry-run", *FLAGS, **older)[1] == out
     ready.forget()
     assert sbatch(ready, "--nodes=1", "launch/slurm.sh", *FLAGS)[0] == 0
@@ -227,7 +297,12 @@ def test_a_slurm_job_is_one_process_per_node_with_the_variables_that_the_program
 def test_slurm_reads_the_lines_of_the_script_that_ask_for_signals_and_requeues():
     lines = (ROOT / "launch" / "slurm.sh").read_text().splitlines()
     before = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
-    wanted = {"#SBATCH --requeue", "#SBATCH --signal=TERM@300", "#SBATCH --ntasks-per-node=1", "#SBATCH --open-mode=append"}
+    wanted = {
+        "#SBATCH --requeue",
+        "#SBATCH --signal=TERM@300",
+        "#SBATCH --ntasks-per-node=1",
+        "#SBATCH --open-mode=append",
+    }
     assert wanted <= set(before)
 
 
@@ -240,8 +315,12 @@ def test_slurm_reads_the_lines_of_the_script_that_ask_for_signals_and_requeues()
         ("", "", False, 0, "job 123456 is gone: not put into the queue again"),
     ],
 )
-def test_a_job_stopped_before_its_end_is_requeued_unless_it_was_cancelled(ready, state, restarts, requeued, status, message):
-    ready.program(out="stopped after step 3 of 9, which is saved; the same command goes on from there")
+def test_a_job_stopped_before_its_end_is_requeued_unless_it_was_cancelled(
+    ready, state, restarts, requeued, status, message
+):
+    ready.program(
+        out="stopped after step 3 of 9, which is saved; the same command goes on from there"
+    )
     ready.rules(*slurm_rules(state=state))
     ready.environment["SLURM_RESTART_COUNT"] = restarts
     code, out, err = sbatch(ready, "--nodes=2", "launch/slurm.sh", *FLAGS)
@@ -267,10 +346,14 @@ def test_failures_under_slurm_are_reported_and_not_requeued(ready):
     ready.program(status=2, out="error: config.batch_size = 0")
     ready.rules(*slurm_rules())
     status, _, err = sbatch(ready, "--nodes=2", "launch/slurm.sh", *FLAGS)
-    assert status == 2 and err.startswith("error: the program failed (status 2 of: srun --kill-on-bad-exit=1 ")
+    assert status == 2 and err.startswith(
+        "error: the program failed (status 2 of: srun --kill-on-bad-exit=1 "
+    )
     assert ["scontrol", "requeue", "123456"] not in ready.calls("scontrol")
     ready.program(out="stopped, nothing was unsaved; the same command goes on from what is on disk")
-    ready.rules({"when": "requeue", "status": 1, "err": "slurm_requeue error: no\n"}, *slurm_rules())
+    ready.rules(
+        {"when": "requeue", "status": 1, "err": "slurm_requeue error: no\n"}, *slurm_rules()
+    )
     status, _, err = sbatch(ready, "--nodes=2", "launch/slurm.sh", *FLAGS)
     assert status == 2 and "error: job 123456 cannot be requeued: expected it to go on" in err
     ready.forget()
@@ -284,31 +367,50 @@ def test_failures_under_slurm_are_reported_and_not_requeued(ready):
 
 def entries():
     """{name: its lines} of launch/reproduce.sh --list."""
-    out = subprocess.run([ROOT / "launch" / "reproduce.sh", "--list"], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [ROOT / "launch" / "reproduce.sh", "--list"], capture_output=True, text=True, check=True
+    ).stdout
     return {text.splitlines()[0]: text.splitlines()[1:] for text in out.strip().split("\n\n")}
 
 
 def test_every_stored_number_and_picture_has_its_command():
     listed = "\n".join(line for lines in entries().values() for line in lines)
-    commands = [line.removeprefix("    $ ") for lines in entries().values() for line in lines if line.startswith("    $ ")]
+    commands = [
+        line.removeprefix("    $ ")
+        for lines in entries().values()
+        for line in lines
+        if line.startswith("    $ ")
+    ]
     readme = (ROOT / "README.md").read_text()
     stored = {f"docs/{p.name}" for p in (ROOT / "docs").iterdir() if p.suffix in (".json", ".png")}
     named = set(re.findall(r"docs/\w+\.(?:json|png)", readme))
     assert len(stored) >= 7 and stored | named <= set(re.findall(r"docs/\w+\.(?:json|png)", listed))
     for path in stored:
-        if path.endswith(".json") and "command" in (values := json.loads((ROOT / path).read_text())):
+        if path.endswith(".json") and "command" in (
+            values := json.loads((ROOT / path).read_text())
+        ):
             assert values["command"] in commands, path
-    for command in commands:  # each file that is called exists, and the README's longer commands are these
+    for (
+        command
+    ) in commands:  # each file that is called exists, and the README's longer commands are these
         for word in shlex.split(command):
-            assert not re.fullmatch(r"(\./)?(launch|configs)/[\w/]+\.(py|sh)", word) or (ROOT / word).is_file(), word
-    for start in ("python launch/digits_table.py", "python main.py --mode=benchmark --config=configs/digits.py --out"):
+            assert (
+                not re.fullmatch(r"(\./)?(launch|configs)/[\w/]+\.(py|sh)", word)
+                or (ROOT / word).is_file()
+            ), word
+    for start in (
+        "python launch/digits_table.py",
+        "python main.py --mode=benchmark --config=configs/digits.py --out",
+    ):
         (command,) = [c for c in commands if c.startswith(start)]
         assert f"`{command}`" in readme
 
 
 def test_a_name_of_the_list_runs_its_commands_in_order_and_ends_at_one_that_fails(ready):
     status, out, _ = ready("reproduce.sh", "--dry-run", "benchmark_dit")
-    assert status == 0 and out.strip() in "\n".join(entries()["benchmark_dit"]) and ready.calls() == []
+    assert (
+        status == 0 and out.strip() in "\n".join(entries()["benchmark_dit"]) and ready.calls() == []
+    )
     environment = ready.root / ".venv" / "bin"
     ready.tool("python")
     (environment / "python").unlink()
@@ -316,13 +418,22 @@ def test_a_name_of_the_list_runs_its_commands_in_order_and_ends_at_one_that_fail
     assert ready("reproduce.sh", "benchmark_dit")[0] == 0
     assert shlex.join(ready.calls("python")[-1]) == out.strip()
     ready.forget()
-    ready.rules({"when": "--config.scan_blocks --config.remat=blocks", "times": 1}, {"when": "cifar10", "status": 3})
+    ready.rules(
+        {"when": "--config.scan_blocks --config.remat=blocks", "times": 1},
+        {"when": "cifar10", "status": 3},
+    )
     status, _, err = ready("reproduce.sh", "tpu_plan")
-    commands = [line.removeprefix("    $ ") for line in entries()["tpu_plan"] if line.startswith("    $ ")]
+    commands = [
+        line.removeprefix("    $ ") for line in entries()["tpu_plan"] if line.startswith("    $ ")
+    ]
     assert (
         status == 2
         and len(ready.calls("python")) == 3
         and err.endswith(f"error: tpu_plan ends here (status 3): {commands[2]}\n")
     )
     status, _, err = ready("reproduce.sh", "nothing")
-    assert status == 2 and err.startswith("error: nothing: expected one of demo tests digits_table") and err.count("\n") == 1
+    assert (
+        status == 2
+        and err.startswith("error: nothing: expected one of demo tests digits_table")
+        and err.count("\n") == 1
+    )

@@ -22,7 +22,14 @@ from dmf.metrics.labelled import DigitsScorer
 from dmf.metrics.precision_recall import nearest_distances, precision_recall
 
 GOLDEN = Path(__file__).parent / "golden" / "frechet_reference.npz"
-INDEPENDENT = ("exact_f64_eigh", "pytorch_fid", "torchmetrics_f64", "cleanfid", "edm", "meanflow_jax")
+INDEPENDENT = (
+    "exact_f64_eigh",
+    "pytorch_fid",
+    "torchmetrics_f64",
+    "cleanfid",
+    "edm",
+    "meanflow_jax",
+)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +65,9 @@ def frechet_from_rows(a: np.ndarray, b: np.ndarray) -> float:
 # ---- Frechet distance
 
 
-def test_frechet_agrees_with_six_implementations_on_full_rank(golden: dict[str, np.ndarray]) -> None:
+def test_frechet_agrees_with_six_implementations_on_full_rank(
+    golden: dict[str, np.ndarray],
+) -> None:
     a, b = feature_pair(64, 1000, seed=10)
     assert a.sum(dtype=np.float64) == pytest.approx(float(golden["d64_n1000/sum_a"]), rel=1e-9)
     assert b.sum(dtype=np.float64) == pytest.approx(float(golden["d64_n1000/sum_b"]), rel=1e-9)
@@ -71,7 +80,9 @@ def test_frechet_agrees_with_six_implementations_on_full_rank(golden: dict[str, 
 def test_frechet_is_exact_on_singular_covariances(golden: dict[str, np.ndarray]) -> None:
     a, b = golden["d64_n50/a"], golden["d64_n50/b"]
     ours = frechet_distance(moments(a), moments(b))
-    assert ours == pytest.approx(float(golden["d64_n50/exact_50_digits"]), rel=1e-12)  # 50-digit arithmetic
+    assert ours == pytest.approx(
+        float(golden["d64_n50/exact_50_digits"]), rel=1e-12
+    )  # 50-digit arithmetic
     assert ours == pytest.approx(frechet_from_rows(a, b), rel=1e-12)
     for name in INDEPENDENT:
         # Not 1e-9: they take square roots of eigenvalues that are zero up to rounding, and are 2e-8 off.
@@ -81,7 +92,9 @@ def test_frechet_is_exact_on_singular_covariances(golden: dict[str, np.ndarray])
 def test_frechet_of_unequal_counts_and_ranks_matches_the_data_matrix_route() -> None:
     rng = np.random.RandomState(0)
     a, b = rng.randn(30, 48) @ rng.randn(48, 48), rng.randn(200, 48) + 0.5
-    assert frechet_distance(moments(a), moments(b)) == pytest.approx(frechet_from_rows(a, b), rel=1e-12)
+    assert frechet_distance(moments(a), moments(b)) == pytest.approx(
+        frechet_from_rows(a, b), rel=1e-12
+    )
 
 
 def test_frechet_of_diagonal_covariances_is_the_sum_of_one_dimensional_distances() -> None:
@@ -99,7 +112,9 @@ def test_frechet_of_a_pure_shift_is_its_squared_length_and_of_the_same_set_zero(
     features = rng.randn(300, 20) @ rng.randn(20, 20)
     shift = rng.randn(20)
     a = moments(features)
-    assert frechet_distance(a, moments(features + shift)) == pytest.approx(np.sum(shift**2), rel=1e-11)
+    assert frechet_distance(a, moments(features + shift)) == pytest.approx(
+        np.sum(shift**2), rel=1e-11
+    )
     assert 0.0 <= frechet_distance(a, a) < 1e-13 * np.trace(a.cov)
 
 
@@ -108,7 +123,9 @@ def test_frechet_is_symmetric_and_unchanged_by_rotation() -> None:
     rotation = np.linalg.qr(np.random.RandomState(4).randn(64, 64))[0]
     forward = frechet_distance(moments(a), moments(b))
     assert frechet_distance(moments(b), moments(a)) == pytest.approx(forward, rel=1e-13)
-    assert frechet_distance(moments(a @ rotation), moments(b @ rotation)) == pytest.approx(forward, rel=1e-11)
+    assert frechet_distance(moments(a @ rotation), moments(b @ rotation)) == pytest.approx(
+        forward, rel=1e-11
+    )
 
 
 def test_moments_are_the_unbiased_float64_ones_across_chunks() -> None:
@@ -116,7 +133,9 @@ def test_moments_are_the_unbiased_float64_ones_across_chunks() -> None:
     got = moments(features)
     assert got.n == 9000 and got.mean.dtype == got.cov.dtype == np.float64
     np.testing.assert_allclose(got.mean, features.astype(np.float64).mean(axis=0), rtol=1e-13)
-    np.testing.assert_allclose(got.cov, np.cov(features.astype(np.float64).T), rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(
+        got.cov, np.cov(features.astype(np.float64).T), rtol=1e-10, atol=1e-12
+    )
 
 
 def test_moments_refuse_bad_features_and_count_the_bad_rows() -> None:
@@ -153,15 +172,22 @@ def test_dropping_half_of_the_modes_halves_recall_alone() -> None:
 
 
 def test_balls_are_closed_and_exclude_the_point_itself() -> None:
-    line = np.arange(6.0)[:, None]  # radius_1 is 1 everywhere, radius_2 is 2 at the ends and 1 inside
+    line = np.arange(6.0)[
+        :, None
+    ]  # radius_1 is 1 everywhere, radius_2 is 2 at the ends and 1 inside
     assert precision_recall(line, np.array([[-1.0], [-1.25], [6.0], [7.0]]), k=1)[0] == 0.5
     assert precision_recall(line, np.array([[-2.0], [-2.25], [6.0], [7.0]]), k=2)[0] == 0.75
 
 
-def test_precision_recall_matches_brute_force_across_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_precision_recall_matches_brute_force_across_chunks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(precision_recall_module, "_ROWS_PER_CHUNK", 64)
     rng = np.random.RandomState(8)
-    real, fake = rng.randn(300, 6) + 1e6, 1.1 * rng.randn(210, 6) + 1e6  # the offset must not eat the digits
+    real, fake = (
+        rng.randn(300, 6) + 1e6,
+        1.1 * rng.randn(210, 6) + 1e6,
+    )  # the offset must not eat the digits
 
     def inside(points: np.ndarray, centres: np.ndarray) -> float:
         tree = NearestNeighbors(n_neighbors=4, algorithm="kd_tree").fit(centres)
@@ -185,7 +211,9 @@ def test_nearest_distances_match_a_tree_and_give_zero_for_equal_points() -> None
     rng = np.random.RandomState(10)
     points, others = rng.randn(2000, 7) + 50, rng.randn(333, 7) + 50
     tree = NearestNeighbors(n_neighbors=1, algorithm="kd_tree").fit(others)
-    np.testing.assert_allclose(nearest_distances(points, others), tree.kneighbors(points)[0][:, 0], rtol=1e-9)
+    np.testing.assert_allclose(
+        nearest_distances(points, others), tree.kneighbors(points)[0][:, 0], rtol=1e-9
+    )
     assert np.all(nearest_distances(others[::-1], others) == 0.0)
 
 
@@ -224,7 +252,9 @@ def split() -> Split:
 @pytest.fixture(scope="module")
 def scorer(split: Split) -> DigitsScorer:
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a ConvergenceWarning would mean features that depend on max_iter
+        warnings.simplefilter(
+            "error"
+        )  # a ConvergenceWarning would mean features that depend on max_iter
         return DigitsScorer(*split)
 
 
@@ -237,7 +267,11 @@ def digits_report() -> dict[str, object]:
     """Everything a fresh scorer says, for comparison within and across processes."""
     scorer = DigitsScorer(*digits_split())
     score = scorer(*noise_samples(300))
-    return {"floor": scorer.floor, "score": score, "classifier_accuracy": scorer.classifier_accuracy}
+    return {
+        "floor": scorer.floor,
+        "score": score,
+        "classifier_accuracy": scorer.classifier_accuracy,
+    }
 
 
 def test_heldout_digits_score_as_real(scorer: DigitsScorer, split: Split) -> None:
@@ -261,21 +295,27 @@ def test_training_digits_score_as_memorised(scorer: DigitsScorer, split: Split) 
     assert score["fd_pixels_heldout"] == pytest.approx(scorer.floor["fd_pixels_heldout"], rel=1e-9)
 
 
-def test_dropping_half_of_the_classes_costs_recall_alone(scorer: DigitsScorer, split: Split) -> None:
+def test_dropping_half_of_the_classes_costs_recall_alone(
+    scorer: DigitsScorer, split: Split
+) -> None:
     kept = split[1] < 5
     score = scorer(split[0][kept], split[1][kept])
     assert score["precision"] == 1.0 and score["accuracy"] > 0.99
     assert 0.5 < score["recall"] < 0.6
 
 
-def test_near_copies_of_training_digits_fall_well_below_the_reference_ratio(scorer: DigitsScorer, split: Split) -> None:
+def test_near_copies_of_training_digits_fall_well_below_the_reference_ratio(
+    scorer: DigitsScorer, split: Split
+) -> None:
     copies = split[0] + 0.1 * np.random.RandomState(13).randn(*split[0].shape)
     assert scorer(copies, split[1])["nn_ratio"] < 0.5 * scorer.floor["nn_ratio"]
     # The training set is three times as large, so unseen real digits are nearer to it, but only a little.
     assert 0.75 < scorer.floor["nn_ratio"] < 1.0
 
 
-def test_noise_scores_as_noise_and_wrong_labels_as_wrong(scorer: DigitsScorer, split: Split) -> None:
+def test_noise_scores_as_noise_and_wrong_labels_as_wrong(
+    scorer: DigitsScorer, split: Split
+) -> None:
     score = scorer(*noise_samples(2000))
     assert 0.05 < score["accuracy"] < 0.15
     assert score["precision"] == 0.0 and score["recall"] == 0.0
@@ -287,7 +327,11 @@ def test_noise_scores_as_noise_and_wrong_labels_as_wrong(scorer: DigitsScorer, s
 def test_hidden_features_are_the_classifiers_own(scorer: DigitsScorer, split: Split) -> None:
     rows = split[2].reshape(-1, 64).astype(np.float64)
     hidden = scorer.hidden(rows)
-    assert hidden.shape == (len(rows), 64) and hidden.min() == 0.0 and np.linalg.matrix_rank(hidden) > 50
+    assert (
+        hidden.shape == (len(rows), 64)
+        and hidden.min() == 0.0
+        and np.linalg.matrix_rank(hidden) > 50
+    )
     train_rows = split[0].reshape(-1, 64).astype(np.float64)
 
     def nearest_mean_accuracy(fitted: np.ndarray, features: np.ndarray) -> float:
@@ -330,7 +374,9 @@ def test_digits_scorer_refuses_bad_input(scorer: DigitsScorer, split: Split) -> 
         scorer(heldout, np.eye(10)[heldout_labels])
     with pytest.raises(DmfError, match="labels must be 450 integers"):
         scorer(heldout, heldout_labels[:449])
-    with pytest.raises(DmfError, match=r"train_images reaches from 0 to 16, expected values in \[-1, 1\]"):
+    with pytest.raises(
+        DmfError, match=r"train_images reaches from 0 to 16, expected values in \[-1, 1\]"
+    ):
         DigitsScorer(8 * (train + 1), train_labels, heldout, heldout_labels)
     with pytest.raises(DmfError, match="heldout_images has 7 images, at least 8"):
         DigitsScorer(train, train_labels, heldout[:7], heldout_labels[:7])

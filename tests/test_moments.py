@@ -39,11 +39,17 @@ def assert_equal_moments(got: Moments, expected: Moments, rtol: float) -> None:
     assert np.abs((got.cov - expected.cov) / np.outer(sd, sd)).max() < rtol
 
 
-@pytest.mark.parametrize("sizes", [(), (1,), (1000, 1), (4097, 500), (7,) * 600], ids=lambda sizes: f"{len(sizes) + 1} parts")
+@pytest.mark.parametrize(
+    "sizes",
+    [(), (1,), (1000, 1), (4097, 500), (7,) * 600],
+    ids=lambda sizes: f"{len(sizes) + 1} parts",
+)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_moments_in_parts_are_the_moments_of_the_whole(sizes, dtype):
     rng = np.random.RandomState(0)
-    features = (rng.randn(5000, 12) @ rng.randn(12, 12) + 3).astype(dtype)  # more rows than one chunk
+    features = (rng.randn(5000, 12) @ rng.randn(12, 12) + 3).astype(
+        dtype
+    )  # more rows than one chunk
     assert_equal_moments(in_parts(features, sizes).moments(), moments(features), rtol=1e-12)
 
 
@@ -51,8 +57,12 @@ def test_a_mean_a_million_times_the_spread_cancels_nothing():
     features = 1e4 + 1e-2 * np.random.RandomState(1).randn(3000, 8)
     got = in_parts(features, (256, 256, 1, 1024)).moments()
     assert_equal_moments(got, moments(features), rtol=1e-12)
-    naive = features.T @ features / len(features) - np.outer(features.mean(axis=0), features.mean(axis=0))
-    assert np.abs(naive - got.cov).max() > 1e-5 * got.cov.max()  # what sums without a pivot would give
+    naive = features.T @ features / len(features) - np.outer(
+        features.mean(axis=0), features.mean(axis=0)
+    )
+    assert (
+        np.abs(naive - got.cov).max() > 1e-5 * got.cov.max()
+    )  # what sums without a pivot would give
 
 
 def test_a_first_part_unlike_the_rest_costs_no_digits():
@@ -64,7 +74,11 @@ def test_a_first_part_unlike_the_rest_costs_no_digits():
 def test_whole_numbers_are_exact():
     features = np.array([[0.0, 2.0], [4.0, 2.0], [2.0, 8.0]])
     got = in_parts(features, (2,)).moments()
-    assert got.n == 3 and got.mean.tolist() == [2.0, 4.0] and got.cov.tolist() == [[4.0, 0.0], [0.0, 12.0]]
+    assert (
+        got.n == 3
+        and got.mean.tolist() == [2.0, 4.0]
+        and got.cov.tolist() == [[4.0, 0.0], [0.0, 12.0]]
+    )
 
 
 @pytest.mark.parametrize("stop", range(5))
@@ -92,7 +106,10 @@ def test_a_state_is_a_copy_both_ways():
     sums.add(np.ones((3, 4)))
     resumed.add(np.ones((3, 4)))
     assert np.array_equal(sums.moments().cov, resumed.moments().cov)
-    assert int(state["count"]) == 4 and state["outer"].sum() == in_parts(np.eye(4), (2,)).state()["outer"].sum()
+    assert (
+        int(state["count"]) == 4
+        and state["outer"].sum() == in_parts(np.eye(4), (2,)).state()["outer"].sum()
+    )
 
 
 def test_bad_parts_are_refused_and_leave_the_sums_as_they_were():
@@ -126,7 +143,9 @@ def test_too_few_rows_and_foreign_states_are_refused():
 
 
 def test_frechet_distance_of_2048_dimensions_agrees_with_public_implementations():
-    with threadpool_limits(limits=1, user_api="blas"):  # 6 s on one core; threads that wait for busy cores take minutes
+    with threadpool_limits(
+        limits=1, user_api="blas"
+    ):  # 6 s on one core; threads that wait for busy cores take minutes
         a, b = feature_pair(2048, 3000, seed=12)
         first, second = in_parts(a, (1000,)).moments(), moments(b)
         distance = frechet_distance(first, second)

@@ -13,7 +13,17 @@ import numpy as np
 import pytest
 
 from dmf.errors import DmfError
-from dmf.networks import DIT_SIZES, ADMConfig, DiTConfig, MLPConfig, UNetConfig, attention, build, is_interval_path, layers
+from dmf.networks import (
+    DIT_SIZES,
+    ADMConfig,
+    DiTConfig,
+    MLPConfig,
+    UNetConfig,
+    attention,
+    build,
+    is_interval_path,
+    layers,
+)
 from dmf.networks.dit import position_embedding
 from dmf.networks.unet import edm_velocity, log_sigma, make_unet
 from tests.conversion import recipe_weights
@@ -32,10 +42,24 @@ UNET_REFERENCE = UNetConfig(
 DIT_REFERENCE = DiTConfig(depth=3, width=96, heads=4, patch=2, num_classes=10)
 
 # The same kinds at a size that compiles fast; (config, image shape, label of a row).
-UNET = UNetConfig(channels=8, channel_mult=(1, 2), blocks=1, attention_resolutions=(4,), dropout=0.3, augment_dim=2)
+UNET = UNetConfig(
+    channels=8,
+    channel_mult=(1, 2),
+    blocks=1,
+    attention_resolutions=(4,),
+    dropout=0.3,
+    augment_dim=2,
+)
 DIT = DiTConfig(depth=2, width=16, heads=2, patch=2, num_classes=3)
 MLP = MLPConfig(width=16, depth=2)
-ADM = ADMConfig(channels=64, channel_mult=(1, 1), blocks=1, attention_resolutions=(), head_channels=32, dropout=0.3)
+ADM = ADMConfig(
+    channels=64,
+    channel_mult=(1, 1),
+    blocks=1,
+    attention_resolutions=(),
+    head_channels=32,
+    dropout=0.3,
+)
 SMALL = {
     "unet": (UNET, (8, 8, 2), np.array([0.3, -1.0], np.float32)),
     "dit": (DIT, (4, 6, 2), np.int32(1)),
@@ -57,7 +81,10 @@ def relative_l2(got, want):
 
 def leaf_paths(tree):
     """Flat {path: leaf} of a nested dict."""
-    return {tuple(getattr(k, "key", 0) for k in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    return {
+        tuple(getattr(k, "key", 0) for k in path): leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
 
 
 def nested(flat):
@@ -71,7 +98,10 @@ def nested(flat):
 
 
 def shapes(network):
-    return {path: leaf.shape for path, leaf in leaf_paths(jax.eval_shape(network.init, jax.random.key(0))).items()}
+    return {
+        path: leaf.shape
+        for path, leaf in leaf_paths(jax.eval_shape(network.init, jax.random.key(0))).items()
+    }
 
 
 def count(network):
@@ -82,7 +112,12 @@ def random_params(kind, seed=0):
     """Dense random values for every leaf of a small network, so that no branch is dead."""
     rng = np.random.default_rng(seed)
     draw = {path: rng.standard_normal(shape) for path, shape in shapes(small_network(kind)).items()}
-    return nested({p: (x / math.sqrt(max(1, math.prod(x.shape[:-1])))).astype(np.float32) for p, x in draw.items()})
+    return nested(
+        {
+            p: (x / math.sqrt(max(1, math.prod(x.shape[:-1])))).astype(np.float32)
+            for p, x in draw.items()
+        }
+    )
 
 
 def small_network(kind):
@@ -113,7 +148,11 @@ def initial_leaves(network, wanted):
 
     @fast_compile
     def leaves(key):
-        return {"/".join(path): leaf for path, leaf in leaf_paths(network.init(key)).items() if wanted(path)}
+        return {
+            "/".join(path): leaf
+            for path, leaf in leaf_paths(network.init(key)).items()
+            if wanted(path)
+        }
 
     return {tuple(path.split("/")): np.asarray(x) for path, x in leaves(jax.random.key(0)).items()}
 
@@ -133,7 +172,9 @@ def jax_layout(name, value):
     *modules, leaf = name.split(".")
     if leaf == "weight":
         leaf = {1: "scale", 2: "kernel", 4: "kernel"}[value.ndim]
-        value = {1: lambda w: w, 2: lambda w: w.T, 4: lambda w: w.transpose(2, 3, 1, 0)}[value.ndim](value)
+        value = {1: lambda w: w, 2: lambda w: w.T, 4: lambda w: w.transpose(2, 3, 1, 0)}[
+            value.ndim
+        ](value)
     return (*modules, leaf), value
 
 
@@ -167,12 +208,18 @@ def dit_reference(dtype):
     folded = cosine * np.cos(f) + sine * np.sin(f), cosine * np.sin(f) - sine * np.cos(f)
     weights["t_embedder.mlp.0.weight"] = np.concatenate(folded, axis=1)
     # 2 x 2 patches of 8 channels, of which the first 4 are the velocity, data - noise.
-    weights["final_layer.linear.weight"] = -weights["final_layer.linear.weight"].reshape(4, 8, 96)[:, :4].reshape(16, 96)
-    weights["final_layer.linear.bias"] = -weights["final_layer.linear.bias"].reshape(4, 8)[:, :4].reshape(16)
+    weights["final_layer.linear.weight"] = (
+        -weights["final_layer.linear.weight"].reshape(4, 8, 96)[:, :4].reshape(16, 96)
+    )
+    weights["final_layer.linear.bias"] = (
+        -weights["final_layer.linear.bias"].reshape(4, 8)[:, :4].reshape(16)
+    )
     flat = {}
     for name, value in weights.items():
         name = name.replace("mlp.0.", "mlp_0.").replace("mlp.2.", "mlp_2.")
-        name = name.replace("adaLN_modulation.1", "adaLN_modulation_1").replace("blocks.", "blocks_")
+        name = name.replace("adaLN_modulation.1", "adaLN_modulation_1").replace(
+            "blocks.", "blocks_"
+        )
         path, flat_value = jax_layout(name, value)
         if "embedding_table" in path:  # the one matrix that is no linear layer: row = class in both
             path, flat_value = (*path[:-1], "embedding"), value
@@ -244,7 +291,9 @@ def test_resampling_is_the_convolution_with_the_4x4_filter():
         kernel = np.broadcast_to(window[:, :, None, None], (4, 4, 1, 3))
         numbers = ("NHWC", "HWIO", "NHWC")
         padding = ((1, 1), (1, 1))
-        return jax.lax.conv_general_dilated(x, kernel, (2, 2), padding, dimension_numbers=numbers, feature_group_count=3)
+        return jax.lax.conv_general_dilated(
+            x, kernel, (2, 2), padding, dimension_numbers=numbers, feature_group_count=3
+        )
 
     want, transpose = jax.vjp(down, x)
     np.testing.assert_allclose(layers.blur_down(x), want, atol=1e-6)
@@ -262,12 +311,17 @@ def test_box_resampling():
 def test_edm_velocity_is_that_of_the_denoiser():
     """v = (z - D(z / (1 - t), t / (1 - t))) / t with the literal D; at t = 0 and 1 the limits, -z - F(z / s) and z - s F(z)."""
     with jax.enable_x64(True):
-        z, t = np.random.default_rng(0).standard_normal((6, 4, 4, 2)), np.array([1e-3, 0.1, 0.5, 0.9, 0.999, 0.3])
+        z, t = (
+            np.random.default_rng(0).standard_normal((6, 4, 4, 2)),
+            np.array([1e-3, 0.1, 0.5, 0.9, 0.999, 0.3]),
+        )
         for s in (0.5, 1.3):
             rows = t[:, None, None, None]
             x, sigma = z / (1 - rows), rows / (1 - rows)
             total = s**2 + sigma**2
-            denoised = s**2 / total * x + sigma * s / np.sqrt(total) * np.sin(3 * x / np.sqrt(total))
+            denoised = s**2 / total * x + sigma * s / np.sqrt(total) * np.sin(
+                3 * x / np.sqrt(total)
+            )
             got = edm_velocity(z, jnp.asarray(t), s, lambda y: jnp.sin(3 * y))
             np.testing.assert_allclose(got, (z - denoised) / rows, rtol=0, atol=1e-11)
             ends = edm_velocity(z[:2], jnp.array([0.0, 1.0]), s, lambda y: jnp.sin(3 * y))
@@ -282,16 +336,23 @@ def test_log_sigma_stays_finite():
     sigma = np.clip(t[3:6].astype(np.float64) / (1 - t[3:6].astype(np.float64)), 0.002, 80)
     want = np.log([0.002] * 3 + list(sigma) + [80] * 2) / 4
     np.testing.assert_allclose(value, want, atol=2e-6)
-    np.testing.assert_allclose(slope, [0] * 3 + list(1 / (4 * t[3:6] * (1 - t[3:6]))) + [0] * 2, rtol=1e-5)
+    np.testing.assert_allclose(
+        slope, [0] * 3 + list(1 / (4 * t[3:6] * (1 - t[3:6]))) + [0] * 2, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("embedding", ["positional", "fourier"])
 def test_time_scale_scales_t_and_not_the_interval(embedding):
     """A network with time_scale 4 at (r, t) is the one without at (4 t - h, 4 t): powers of two make this exact."""
     config = dataclasses.replace(UNET, embedding=embedding, embedding_mult=1, resample="box")
-    plain, scaled = build(config, (8, 8, 2)), build(dataclasses.replace(config, time_scale=4.0), (8, 8, 2))
+    plain, scaled = (
+        build(config, (8, 8, 2)),
+        build(dataclasses.replace(config, time_scale=4.0), (8, 8, 2)),
+    )
     draw, rng = shapes(plain), np.random.default_rng(0)
-    params = nested({path: 0.3 * rng.standard_normal(shape).astype(np.float32) for path, shape in draw.items()})
+    params = nested(
+        {path: 0.3 * rng.standard_normal(shape).astype(np.float32) for path, shape in draw.items()}
+    )
     z, *_ = small("unet")
     t, h = np.float32([0.125, 0.25, 0.5]), np.float32([0.125, 0.0, 0.25])
     u = fast_compile(scaled.apply)(params, z, t - h, t)
@@ -301,16 +362,33 @@ def test_time_scale_scales_t_and_not_the_interval(embedding):
 
 def test_fourier_frequencies_are_drawn_and_stay():
     """Normal with deviation 16, a leaf of the parameters, without a gradient."""
-    small = {"channels": 8, "channel_mult": (1,), "blocks": 1, "augment_dim": 0, "attention_resolutions": ()}
-    config = UNetConfig(**small, embedding="fourier", embedding_mult=250, time_input="log_sigma", precond="edm")
+    small = {
+        "channels": 8,
+        "channel_mult": (1,),
+        "blocks": 1,
+        "augment_dim": 0,
+        "attention_resolutions": (),
+    }
+    config = UNetConfig(
+        **small, embedding="fourier", embedding_mult=250, time_input="log_sigma", precond="edm"
+    )
     network = build(config, (4, 4, 1))
     freqs = initial_leaves(network, lambda path: path[0] == "map_noise")
-    assert list(freqs) == [("map_noise", "freqs")] and freqs[("map_noise", "freqs")].shape == (1000,)
+    assert list(freqs) == [("map_noise", "freqs")] and freqs[("map_noise", "freqs")].shape == (
+        1000,
+    )
     assert np.std(freqs[("map_noise", "freqs")]) == pytest.approx(16, rel=0.08)
     rng = np.random.default_rng(0)
-    params = nested({path: rng.standard_normal(shape).astype(np.float32) for path, shape in shapes(network).items()})
+    params = nested(
+        {
+            path: rng.standard_normal(shape).astype(np.float32)
+            for path, shape in shapes(network).items()
+        }
+    )
     z, t = rng.standard_normal((2, 4, 4, 1)).astype(np.float32), np.float32([0.2, 0.7])
-    slopes = leaf_paths(fast_compile(jax.grad(lambda p: jnp.sum(network.apply(p, z, t, t) ** 2)))(params))
+    slopes = leaf_paths(
+        fast_compile(jax.grad(lambda p: jnp.sum(network.apply(p, z, t, t) ** 2)))(params)
+    )
     assert not np.any(slopes.pop(("map_noise", "freqs")))
     assert all(np.any(slope) for path, slope in slopes.items())
 
@@ -324,8 +402,12 @@ def test_attention_equals_jax_nn():
 def test_parameter_counts():
     """Published sizes: MeanFlow's CIFAR-10 U-Net; SiT-XL/2 less its sigma half, plus the interval branch."""
     assert count(build(UNetConfig(), (32, 32, 3))) == 55_932_419
-    assert count(build(UNetConfig(augment_dim=0), (32, 32, 3))) == 55_932_419 - 512 * 6 == 55_929_347
-    sit = 675_129_632 - 256 * 1152  # all of SiT-XL/2 but its position table, which is not a parameter
+    assert (
+        count(build(UNetConfig(augment_dim=0), (32, 32, 3))) == 55_932_419 - 512 * 6 == 55_929_347
+    )
+    sit = (
+        675_129_632 - 256 * 1152
+    )  # all of SiT-XL/2 but its position table, which is not a parameter
     sigma = 16 * 1152 + 16  # 4 of the 8 output channels of a 2 x 2 patch
     interval = (256 * 1152 + 1152) + (1152 * 1152 + 1152)
     labelled = count(build(DiTConfig(**DIT_SIZES["XL"], num_classes=1000), (32, 32, 4)))
@@ -344,7 +426,9 @@ def test_parameters_are_a_plain_float32_tree_with_an_interval_branch():
 
 def test_initial_spread():
     """The initialisation of EDM (U-Net) and of SiT (DiT), by the standard deviation of single kernels."""
-    config = UNetConfig(channels=32, channel_mult=(2,), blocks=1, attention_resolutions=(8,), interval_init="random")
+    config = UNetConfig(
+        channels=32, channel_mult=(2,), blocks=1, attention_resolutions=(8,), interval_init="random"
+    )
     xavier = math.sqrt(2 / (128 + 128))  # one layer, 128 -> 128, officially
     expected = {
         ("map_layer0", "kernel"): xavier,
@@ -388,7 +472,14 @@ def test_zero_interval_starts_as_a_flow_model(kind):
         at_r, gradient = probe(params, z, r, t, label)
         assert np.std(at_t) > 0.05
         assert np.array_equal(at_r, at_t)
-        assert max(np.abs(g).max() for path, g in leaf_paths(gradient).items() if is_interval_path(path)) > 1e-3
+        assert (
+            max(
+                np.abs(g).max()
+                for path, g in leaf_paths(gradient).items()
+                if is_interval_path(path)
+            )
+            > 1e-3
+        )
     alive = random_params(kind)
     assert relative_l2(probe(alive, z, r, t, label)[0], probe(alive, z, t, t, label)[0]) > 1e-3
 
@@ -397,11 +488,19 @@ def test_zero_interval_starts_as_a_flow_model(kind):
 def test_r_enters_only_through_the_interval(kind):
     """With the branch of t silenced, u feels how long the interval is, and not where it lies."""
     z, _, _, label, _ = small(kind)
-    last_of_t = {"unet": ("map_layer0",), "dit": ("t_embedder", "mlp_2"), "mlp": ("time",), "adm": ("time_embed_2",)}[kind]
+    last_of_t = {
+        "unet": ("map_layer0",),
+        "dit": ("t_embedder", "mlp_2"),
+        "mlp": ("time",),
+        "adm": ("time_embed_2",),
+    }[kind]
     flat = leaf_paths(random_params(kind))
     params = nested(flat | {(*last_of_t, "kernel"): 0 * flat[(*last_of_t, "kernel")]})
     probe = u_and_gradient(kind)
-    r, t = np.float32([0, 0.25, 0.5]), np.float32([0.5, 0.5, 0.5])  # sums and differences exact in float32
+    r, t = (
+        np.float32([0, 0.25, 0.5]),
+        np.float32([0.5, 0.5, 0.5]),
+    )  # sums and differences exact in float32
     u, _ = probe(params, z, r, t, label)
     assert np.array_equal(probe(params, z, r + 0.25, t + 0.25, label)[0], u)
     assert relative_l2(probe(params, z, r, t + 0.25, label)[0], u) > 1e-3
@@ -434,8 +533,12 @@ def test_derivatives_equal_finite_differences(kind):
         assert slope.dtype == jnp.float64
         assert relative_l2(slope, np.asarray(after - before) / (2 * step)) < 1e-7
 
-        (after, _), _ = evaluate(jax.tree.map(lambda x, d: x + step * d, params, direction), z, r, t)
-        (before, _), _ = evaluate(jax.tree.map(lambda x, d: x - step * d, params, direction), z, r, t)
+        (after, _), _ = evaluate(
+            jax.tree.map(lambda x, d: x + step * d, params, direction), z, r, t
+        )
+        (before, _), _ = evaluate(
+            jax.tree.map(lambda x, d: x - step * d, params, direction), z, r, t
+        )
         along = sum(jax.tree.leaves(jax.tree.map(lambda g, d: np.sum(g * d), gradient, direction)))
         assert along == pytest.approx(float(after - before) / (2 * step), rel=1e-6)
 
@@ -483,7 +586,10 @@ def test_dropout_layers_of_the_unet_are_independent():
     for a, mask in masks.items():
         for b, other in masks.items():
             alike = a != b and mask.shape == other.shape
-            assert not alike or (mask == other).mean() < 0.58 + 5 * 0.5 / math.sqrt(mask.size), (a, b)
+            assert not alike or (mask == other).mean() < 0.58 + 5 * 0.5 / math.sqrt(mask.size), (
+                a,
+                b,
+            )
     np.testing.assert_array_equal(u, trained)
     evaluated, _ = u_and_gradient("unet")(params, z, r, t, label)
     assert relative_l2(trained, evaluated) > 0.05
@@ -529,8 +635,18 @@ def test_dit_class_outside_the_table_gives_nan():
 @pytest.mark.parametrize(
     ("config", "shape", "dtype", "message"),
     [
-        (DiTConfig(depth=1, width=16, heads=2, patch=4), (6, 8, 1), "float32", r"network\.patch is 4.*6x8"),
-        (DiTConfig(depth=1, width=16, heads=3), (4, 4, 1), "float32", r"network\.width is 16.*heads, 3"),
+        (
+            DiTConfig(depth=1, width=16, heads=2, patch=4),
+            (6, 8, 1),
+            "float32",
+            r"network\.patch is 4.*6x8",
+        ),
+        (
+            DiTConfig(depth=1, width=16, heads=3),
+            (4, 4, 1),
+            "float32",
+            r"network\.width is 16.*heads, 3",
+        ),
         (DiTConfig(depth=0, width=16, heads=2), (4, 4, 1), "float32", r"network\.depth is 0"),
         (
             DiTConfig(depth=1, width=16, heads=2, interval_init="one"),
@@ -553,16 +669,56 @@ def test_dit_class_outside_the_table_gives_nan():
             "float32",
             r"interval_init is 'zeros'.*'zero', 'random'",
         ),
-        (UNetConfig(resample="bilinear"), (32, 32, 3), "float32", r"resample is 'bilinear'.*'binomial', 'box'"),
-        (UNetConfig(embedding="learned"), (32, 32, 3), "float32", r"embedding is 'learned'.*'fourier'"),
+        (
+            UNetConfig(resample="bilinear"),
+            (32, 32, 3),
+            "float32",
+            r"resample is 'bilinear'.*'binomial', 'box'",
+        ),
+        (
+            UNetConfig(embedding="learned"),
+            (32, 32, 3),
+            "float32",
+            r"embedding is 'learned'.*'fourier'",
+        ),
         (UNetConfig(embedding_mult=0), (32, 32, 3), "float32", r"network\.embedding_mult is 0"),
-        (UNetConfig(channels=5, embedding_mult=1), (32, 32, 3), "float32", r"channels is 5; expected an even number"),
-        (UNetConfig(time_input="sigma"), (32, 32, 3), "float32", r"time_input is 'sigma'.*'log_sigma'"),
-        (UNetConfig(time_scale=0.0), (32, 32, 3), "float32", r"time_scale is 0\.0; expected a finite number above 0"),
-        (UNetConfig(time_input="log_sigma", time_scale=999.0), (32, 32, 3), "float32", r"time_scale is 999\.0 with time_input"),
+        (
+            UNetConfig(channels=5, embedding_mult=1),
+            (32, 32, 3),
+            "float32",
+            r"channels is 5; expected an even number",
+        ),
+        (
+            UNetConfig(time_input="sigma"),
+            (32, 32, 3),
+            "float32",
+            r"time_input is 'sigma'.*'log_sigma'",
+        ),
+        (
+            UNetConfig(time_scale=0.0),
+            (32, 32, 3),
+            "float32",
+            r"time_scale is 0\.0; expected a finite number above 0",
+        ),
+        (
+            UNetConfig(time_input="log_sigma", time_scale=999.0),
+            (32, 32, 3),
+            "float32",
+            r"time_scale is 999\.0 with time_input",
+        ),
         (UNetConfig(precond="vp"), (32, 32, 3), "float32", r"precond is 'vp'.*'none', 'edm'"),
-        (UNetConfig(sigma_data=0.4), (32, 32, 3), "float32", r"sigma_data is 0\.4 with precond 'none'"),
-        (UNetConfig(precond="edm", sigma_data=math.inf), (32, 32, 3), "float32", r"sigma_data is inf"),
+        (
+            UNetConfig(sigma_data=0.4),
+            (32, 32, 3),
+            "float32",
+            r"sigma_data is 0\.4 with precond 'none'",
+        ),
+        (
+            UNetConfig(precond="edm", sigma_data=math.inf),
+            (32, 32, 3),
+            "float32",
+            r"sigma_data is inf",
+        ),
         (UNetConfig(kind="resnet"), (32, 32, 3), "float32", r"network\.kind is 'resnet'"),
         (UNetConfig(kind="dit"), (32, 32, 3), "float32", r"network\.kind is 'dit' in a UNetConfig"),
         (MLPConfig(interval_init=""), (2,), "float32", r"interval_init is ''"),
@@ -584,7 +740,11 @@ def test_build_names_the_field_that_does_not_fit(config, shape, dtype, message):
             r"z has shape \(3, 6, 4, 2\); expected \(B, 4, 6, 2\)",
         ),
         ("mlp", {"z": np.zeros((3, 4), np.float32)}, r"z has shape \(3, 4\); expected \(B, 5\)"),
-        ("mlp", {"r": np.zeros((), np.float32)}, r"r has shape \(\); expected one time per row, \(3,\)"),
+        (
+            "mlp",
+            {"r": np.zeros((), np.float32)},
+            r"r has shape \(\); expected one time per row, \(3,\)",
+        ),
         ("mlp", {"t": np.zeros((3, 1), np.float32)}, r"t has shape \(3, 1\)"),
         ("mlp", {"label": np.zeros(3, np.int32)}, r"label.*expected None"),
         (
@@ -612,28 +772,47 @@ def test_apply_names_the_argument_that_does_not_fit(kind, changes, message):
 
 
 def test_channels_that_do_not_group_are_named():
-    network = build(UNetConfig(channels=132, channel_mult=(1,), blocks=1, attention_resolutions=()), (8, 8, 3))
+    network = build(
+        UNetConfig(channels=132, channel_mult=(1,), blocks=1, attention_resolutions=()), (8, 8, 3)
+    )
     with pytest.raises(DmfError, match=r"network\.channels: a layer of 132 channels"):
         jax.eval_shape(network.init, jax.random.key(0))
 
 
 def test_attention_that_no_level_would_have_is_named():
-    with pytest.raises(DmfError, match=r"attention_resolutions has 16; expected some of 24, 12, 6, .* on images of 24 pixels"):
+    with pytest.raises(
+        DmfError,
+        match=r"attention_resolutions has 16; expected some of 24, 12, 6, .* on images of 24 pixels",
+    ):
         build(UNetConfig(), (24, 24, 3))
 
 
 @pytest.mark.parametrize("form", ["edm, log sigma", "times 999"])
 def test_the_derivative_along_time_of_the_other_forms_of_time(form):
     """du/dt of EDM's denoiser as a velocity, and of scaled times, against a central difference in float64."""
-    fields = {"time_scale": 999.0} if form == "times 999" else {"time_input": "log_sigma", "precond": "edm"}
-    small = {"channels": 8, "channel_mult": (1,), "blocks": 1, "augment_dim": 0, "attention_resolutions": ()}
+    fields = (
+        {"time_scale": 999.0}
+        if form == "times 999"
+        else {"time_input": "log_sigma", "precond": "edm"}
+    )
+    small = {
+        "channels": 8,
+        "channel_mult": (1,),
+        "blocks": 1,
+        "augment_dim": 0,
+        "attention_resolutions": (),
+    }
     with jax.enable_x64(True):
         network = build(UNetConfig(**small, **fields), (4, 4, 1))
         rng = np.random.default_rng(0)
-        params = nested({path: rng.standard_normal(shape) / 4 for path, shape in shapes(network).items()})
+        params = nested(
+            {path: rng.standard_normal(shape) / 4 for path, shape in shapes(network).items()}
+        )
         z, t = rng.standard_normal((3, 4, 4, 1)), np.array([0.05, 0.4, 0.97])
         u = fast_compile(lambda t: network.apply(params, z, 0.5 * t, t))
-        _, slope = jax.jvp(lambda t: network.apply(params, z, 0.5 * t, t), (jnp.asarray(t),), (jnp.ones(3),))
+        _, slope = jax.jvp(
+            lambda t: network.apply(params, z, 0.5 * t, t), (jnp.asarray(t),), (jnp.ones(3),)
+        )
         difference = (u(t + 1e-6) - u(t - 1e-6)) / 2e-6
     assert np.linalg.norm(slope) > 0.1
     np.testing.assert_allclose(slope, difference, rtol=0, atol=1e-5 * np.abs(slope).max())

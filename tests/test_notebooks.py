@@ -28,7 +28,9 @@ def test_there_are_three_and_the_page_names_each():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_notebook_is_committed_without_outputs_and_opens_in_colab(name):
-    repository = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+    repository = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"][
+        "Repository"
+    ]
     for cell in json.loads((notebooks.FOLDER / f"{name}.ipynb").read_text())["cells"]:
         assert not cell.get("outputs") and cell.get("execution_count") is None
     address = repository.replace("https://github.com/", "https://colab.research.google.com/github/")
@@ -37,9 +39,7 @@ def test_a_notebook_is_committed_without_outputs_and_opens_in_colab(name):
 
 
 def test_a_short_run_trains_for_a_hundredth_of_the_steps():
-    text = (
-        "config.curriculum.pretrain_length, config.curriculum.length = 1500.0, 1200.0\nf(length=3600.0, pretrain_length=2000.0)"
-    )
+    text = "config.curriculum.pretrain_length, config.curriculum.length = 1500.0, 1200.0\nf(length=3600.0, pretrain_length=2000.0)"
     assert re.findall(r"[\d.]*\d", notebooks.shortened(text)) == ["15.0", "12.0", "36.0", "20.0"]
 
 
@@ -56,7 +56,10 @@ def test_a_short_run_is_not_in_the_place_of_one_at_full_length(tmp_path, monkeyp
     monkeypatch.delenv("DMF_NOTEBOOK_RUN", raising=False)
     for short in (True, False):
         notebooks.run(notebooks.FOLDER / "sample.ipynb", tmp_path, short)
-    assert runs == [str(tmp_path / "short_run"), None]  # each is refused where it finds the other's checkpoints
+    assert runs == [
+        str(tmp_path / "short_run"),
+        None,
+    ]  # each is refused where it finds the other's checkpoints
 
 
 @pytest.mark.parametrize("name", NAMES)

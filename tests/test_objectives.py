@@ -54,7 +54,14 @@ def gradient(kind, net, params, rows, split, rho, config, interval=linear, p=0.0
 
     def loss(params):
         found = residuals(kind, net, params, rows, split, rho, interval, config)
-        return sum(jnp.sum(weighted_loss(e, p, eps)[0]) for e in (found.border, found.pairs) if e is not None) / split.batch
+        return (
+            sum(
+                jnp.sum(weighted_loss(e, p, eps)[0])
+                for e in (found.border, found.pairs)
+                if e is not None
+            )
+            / split.batch
+        )
 
     return jnp.concatenate([g.ravel() for g in jax.tree.leaves(jax.grad(loss)(params))])
 
@@ -110,7 +117,9 @@ def test_training_lands_on_the_gaussian_fixed_point(float64, interval, q, s, gai
     # The published gain is (1 - t k(t)) std(z_t) / s at t = .98, r = 0; 1 would be the exact marginal spread.
     noise_ratio = jnp.exp(jnp.linspace(np.log(1e-4), np.log(0.98 / 0.02), 3000))
     times = noise_ratio / (1 + noise_ratio)
-    nodes, weights = np.polynomial.hermite_e.hermegauss(2)  # exact for the second moments that matter here
+    nodes, weights = np.polynomial.hermite_e.hermegauss(
+        2
+    )  # exact for the second moments that matter here
     assert np.allclose(weights, weights[0])
     x, e = (a.ravel() for a in np.meshgrid(s * nodes, nodes))
     t = jnp.repeat(times, 4)
@@ -120,11 +129,19 @@ def test_training_lands_on_the_gaussian_fixed_point(float64, interval, q, s, gai
     def look_up(k, t):
         # log noise ratio is the grid's own coordinate; below it the flow velocity holds up to O(1e-4)
         ratio = jnp.log(jnp.maximum(t / (1 - t), 1e-300))
-        return jnp.where(t < times[0] * 0.999999, flow_coefficient(t, s), jnp.interp(ratio, jnp.log(noise_ratio), k))
+        return jnp.where(
+            t < times[0] * 0.999999,
+            flow_coefficient(t, s),
+            jnp.interp(ratio, jnp.log(noise_ratio), k),
+        )
 
-    k = solve_fixed_point(times, look_up, rows, 4, s, 1 / q, INTERVALS[interval], RAW, sweeps=60 * q)
+    k = solve_fixed_point(
+        times, look_up, rows, 4, s, 1 / q, INTERVALS[interval], RAW, sweeps=60 * q
+    )
     found = (1 - times[-1] * k[-1]) * jnp.sqrt((1 - times[-1]) ** 2 * s**2 + times[-1] ** 2) / s
-    assert float(found) == pytest.approx(gain, abs=1.5e-3)  # three printed digits, interpolation on a coarser grid
+    assert float(found) == pytest.approx(
+        gain, abs=1.5e-3
+    )  # three printed digits, interpolation on a coarser grid
 
 
 @pytest.mark.parametrize(
@@ -150,7 +167,9 @@ def test_one_weight_family_has_both_published_fixed_points(float64, s, a, alpha_
 
     for c_rule, spread in ((0.0, alpha_flow), (1.0, discrete)):
         config = LossConfig(product_rule=c_rule)
-        k = solve_fixed_point(times, look_up, rows, 1, s, a, linear, config, sweeps=40 * int(1 / a) + levels)
+        k = solve_fixed_point(
+            times, look_up, rows, 1, s, a, linear, config, sweeps=40 * int(1 / a) + levels
+        )
         assert float(abs(1 - k[-1])) == pytest.approx(spread, abs=6e-5)
 
 
@@ -177,10 +196,16 @@ def test_the_exact_average_velocity_solves_the_jvp_identity(float64):
 def test_the_discrete_identity_misses_the_exact_solution_by_order_a(float64, interval):
     net, rows = exact_rows(0.5)
     missed = [
-        float(jnp.linalg.norm(residuals("discrete", net, None, rows, ALL_PAIRS(64), a, interval, UNIT).pairs))
+        float(
+            jnp.linalg.norm(
+                residuals("discrete", net, None, rows, ALL_PAIRS(64), a, interval, UNIT).pairs
+            )
+        )
         for a in (2.0**-4, 2.0**-6, 2.0**-8)
     ]
-    assert missed[2] > 1e-4 and np.allclose([missed[0] / missed[1], missed[1] / missed[2]], 4, rtol=0.25)
+    assert missed[2] > 1e-4 and np.allclose(
+        [missed[0] / missed[1], missed[1] / missed[2]], 4, rtol=0.25
+    )
 
 
 # --- identities ------------------------------------------------------------------------------------------------------
@@ -192,7 +217,10 @@ def test_finite_difference_tends_to_the_jvp_gradient_at_first_order(float64, c):
     rows, split = random_rows(), ALL_PAIRS(32)
     exact = gradient("jvp", net, params, rows, split, None, RAW)
     config = LossConfig(product_rule=c, residual_scale="unit")
-    far = [distance(gradient("discrete", net, params, rows, split, 2.0**-i, config), exact) for i in (6, 8, 10)]
+    far = [
+        distance(gradient("discrete", net, params, rows, split, 2.0**-i, config), exact)
+        for i in (6, 8, 10)
+    ]
     assert far[2] < 2e-3 and np.allclose([far[0] / far[1], far[1] / far[2]], 4, rtol=0.1)
 
 
@@ -203,7 +231,16 @@ def test_raw_is_unit_times_w_and_unit_is_the_meanflow_residual(float64, c, inter
     rows, split = random_rows(), ALL_PAIRS(32)
     a = interval(0.125, rows.r, rows.t)
     raw, unit = (
-        residuals("discrete", net, params, rows, split, 0.125, interval, LossConfig(product_rule=c, residual_scale=s)).pairs
+        residuals(
+            "discrete",
+            net,
+            params,
+            rows,
+            split,
+            0.125,
+            interval,
+            LossConfig(product_rule=c, residual_scale=s),
+        ).pairs
         for s in ("raw", "unit")
     )
     np.testing.assert_allclose(raw, (a / (1 + c * a))[:, None] * unit, rtol=1e-9, atol=1e-14)
@@ -215,7 +252,9 @@ def test_raw_is_unit_times_w_and_unit_is_the_meanflow_residual(float64, c, inter
 def test_unit_residual_has_unit_derivative_in_u(float64):
     u, u_next, v = jax.random.normal(jax.random.key(5), (3, 4, 2))
     w = jnp.array([1e-3, 0.1, 0.5, 1.0])
-    jacobian = jax.jacobian(lambda u: objectives.discrete_residual(u, u_next, v, w, "unit").sum())(u)
+    jacobian = jax.jacobian(lambda u: objectives.discrete_residual(u, u_next, v, w, "unit").sum())(
+        u
+    )
     np.testing.assert_array_equal(jacobian, 1.0)
 
 
@@ -225,9 +264,17 @@ def test_the_scale_table_raw_drifts_with_the_stage_and_unit_does_not(float64):
     rows, split = random_rows(), ALL_PAIRS(32)
 
     def size(config, p, i):
-        return float(jnp.linalg.norm(gradient("discrete", net, params, rows, split, 2.0**-i, config, p=p, eps=1e-12)))
+        return float(
+            jnp.linalg.norm(
+                gradient("discrete", net, params, rows, split, 2.0**-i, config, p=p, eps=1e-12)
+            )
+        )
 
-    ratio = {(c.residual_scale, p): size(c, p, 8) / size(c, p, 1) for c in (RAW, UNIT) for p in (0.0, 0.5, 1.0)}
+    ratio = {
+        (c.residual_scale, p): size(c, p, 8) / size(c, p, 1)
+        for c in (RAW, UNIT)
+        for p in (0.0, 0.5, 1.0)
+    }
     k = (2.0**-8 / (1 + 2.0**-8)) / (0.5 / 1.5)
     for p in (0.0, 0.5, 1.0):
         assert 0.8 < ratio["unit", p] < 1.2
@@ -251,9 +298,16 @@ def test_rows_with_r_equal_t_are_flow_matching_in_every_stage(float64, kind, sca
         expected = net(params, on_t) - rows.v
         expected = split.border_of(expected) if name == "border" else expected
         np.testing.assert_allclose(found, expected, atol=1e-14)
-    assert bool(jnp.isfinite(gradient(kind, net, params, on_t, ALL_PAIRS(32), 0.25, config, dagger, p=0.75)).all())
+    assert bool(
+        jnp.isfinite(
+            gradient(kind, net, params, on_t, ALL_PAIRS(32), 0.25, config, dagger, p=0.75)
+        ).all()
+    )
     fm = gradient("trajectory", net, params, on_t, ALL_PAIRS(32), None, config, p=0.75)
-    assert distance(gradient(kind, net, params, on_t, ALL_PAIRS(32), 0.25, config, dagger, p=0.75), fm) < 1e-13
+    assert (
+        distance(gradient(kind, net, params, on_t, ALL_PAIRS(32), 0.25, config, dagger, p=0.75), fm)
+        < 1e-13
+    )
 
 
 @pytest.mark.parametrize("scale", ["raw", "unit"])
@@ -261,7 +315,17 @@ def test_pure_noise_under_dagger_teaches_nothing_and_stays_finite(scale):
     net, params = random_net(jax.random.key(0))
     rows = random_rows()
     rows = rows._replace(t=jnp.ones(32), r=jnp.zeros(32))
-    g = gradient("discrete", net, params, rows, ALL_PAIRS(32), 0.5, LossConfig(residual_scale=scale), dagger, p=0.75)
+    g = gradient(
+        "discrete",
+        net,
+        params,
+        rows,
+        ALL_PAIRS(32),
+        0.5,
+        LossConfig(residual_scale=scale),
+        dagger,
+        p=0.75,
+    )
     np.testing.assert_array_equal(g, 0.0)
 
 
@@ -279,18 +343,27 @@ def test_no_gradient_flows_through_the_frozen_evaluation(float64):
     rows, split, rho = random_rows(), ALL_PAIRS(32), 0.25
     net, params = random_net(jax.random.key(0))
     whole = gradient("discrete", net, params, rows, split, rho, RAW)
-    held = net(params, objectives.shift_back(rows, jnp.full(32, rho)))  # the same numbers as a constant
+    held = net(
+        params, objectives.shift_back(rows, jnp.full(32, rho))
+    )  # the same numbers as a constant
 
     def loss(params):
         w = jnp.full(32, rho / (1 + rho))
-        return jnp.sum(objectives.discrete_residual(net(params, rows), held, rows.v, w, "raw") ** 2) / 32
+        return (
+            jnp.sum(objectives.discrete_residual(net(params, rows), held, rows.v, w, "raw") ** 2)
+            / 32
+        )
 
     expected = jnp.concatenate([g.ravel() for g in jax.tree.leaves(jax.grad(loss)(params))])
     assert distance(whole, expected) < 1e-14
 
     only_next = lambda p, rows: p * jnp.where(rows.t < 0.5, 1.0, 0.0)[:, None] * jnp.ones((1, 8))  # noqa: E731
-    late = rows._replace(t=jnp.full(32, 0.51), r=jnp.zeros(32))  # u' sits below .5, u above: p acts through u' alone
-    found = jax.grad(lambda p: residuals("discrete", only_next, p, late, split, 0.5, linear, RAW).pairs.sum())(3.0)
+    late = rows._replace(
+        t=jnp.full(32, 0.51), r=jnp.zeros(32)
+    )  # u' sits below .5, u above: p acts through u' alone
+    found = jax.grad(
+        lambda p: residuals("discrete", only_next, p, late, split, 0.5, linear, RAW).pairs.sum()
+    )(3.0)
     assert float(found) == 0.0
 
 
@@ -317,7 +390,11 @@ def test_the_frozen_evaluation_is_not_even_differentiated():
         return p * rows.z if len(rows.t) == 8 else frozen(p, rows.z)
 
     rows = random_rows(8, border=1)
-    g = jax.grad(lambda p: residuals("discrete", net, p, rows, RowSplit(8, 4, 3), 0.5, linear, RAW).pairs.sum())(2.0)
+    g = jax.grad(
+        lambda p: residuals(
+            "discrete", net, p, rows, RowSplit(8, 4, 3), 0.5, linear, RAW
+        ).pairs.sum()
+    )(2.0)
     assert float(g) == pytest.approx(float(RowSplit(8, 4, 3).pairs_of(rows.z).sum()), rel=1e-5)
 
 
@@ -345,7 +422,9 @@ def mlp(golden):
     params = {k[2:]: jnp.asarray(d[k], jnp.float64) for k in d.files if k.startswith("w/")}
 
     def net(p, rows):
-        inputs = jnp.concatenate([rows.z.reshape(len(rows.t), -1), rows.t[:, None], (rows.t - rows.r)[:, None]], -1)
+        inputs = jnp.concatenate(
+            [rows.z.reshape(len(rows.t), -1), rows.t[:, None], (rows.t - rows.r)[:, None]], -1
+        )
         h = jnp.tanh(inputs @ p["W1"] + p["b1"])
         h = jnp.tanh(h @ p["W2"] + p["b2"])
         return (h @ p["W3"] + p["b3"]).reshape(rows.z.shape)
@@ -369,7 +448,9 @@ def test_jvp_loss_and_gradient_equal_the_pytorch_meanflow(float64, mlp):
 
         value, grad = jax.value_and_grad(loss)(params)
         name = f"py_meanflow/p{p}_eps{eps}"
-        assert float(value) == pytest.approx(float(d[f"{name}/loss"]), rel=2e-7)  # the reference ran in float32
+        assert float(value) == pytest.approx(
+            float(d[f"{name}/loss"]), rel=2e-7
+        )  # the reference ran in float32
         for key, g in grad.items():
             assert distance(g, d[f"{name}/grad/{key}"]) < 5e-6
 
@@ -380,7 +461,9 @@ def test_backward_difference_equals_the_stored_one(float64, mlp, step):
     apart = np.asarray(rows.r < rows.t)
     L = jnp.where(apart, rows.t - rows.r, 1.0)
     back = objectives.shift_back(rows, jnp.where(apart, step / L, 0.0))
-    inside = apart & np.asarray(rows.t - step > rows.r)  # shift_back stops at r, the reference does not
+    inside = apart & np.asarray(
+        rows.t - step > rows.r
+    )  # shift_back stops at r, the reference does not
     found = (net(params, rows) - net(params, back)) / step
     np.testing.assert_allclose(found[inside], d[f"fd/f64/dudt_back_{step}"][inside], atol=1e-9)
     assert inside.sum() >= 1
@@ -390,12 +473,18 @@ def test_weighted_loss_per_row_equals_an_independent_implementation(float64, mlp
     d, net, params, rows = mlp
     e = residuals("jvp", net, params, rows, ALL_PAIRS(6), None, linear, RAW).pairs
     loss, squares = weighted_loss(e, 1.0, 1e-3)
-    np.testing.assert_allclose(squares, d["sumsq_f64"], rtol=1e-8)  # the reference rounds t - r to float32
+    np.testing.assert_allclose(
+        squares, d["sumsq_f64"], rtol=1e-8
+    )  # the reference rounds t - r to float32
     np.testing.assert_allclose(loss, squares / (squares + 1e-3), rtol=1e-12)
-    np.testing.assert_allclose(weighted_loss(e, 0.0, 1e-3)[0], d["zhuyu/uniform/loss_per_sample"], rtol=1e-6)
+    np.testing.assert_allclose(
+        weighted_loss(e, 0.0, 1e-3)[0], d["zhuyu/uniform/loss_per_sample"], rtol=1e-6
+    )
 
 
 def test_bfloat16_residuals_are_summed_in_float32():
     e = jnp.full((1, 3072), 0.1, jnp.bfloat16)
     loss, squares = weighted_loss(e, 0.0, 1e-3)
-    assert squares.dtype == jnp.float32 and float(squares[0]) == pytest.approx(3072 * float(e[0, 0]) ** 2, rel=1e-5)
+    assert squares.dtype == jnp.float32 and float(squares[0]) == pytest.approx(
+        3072 * float(e[0, 0]) ** 2, rel=1e-5
+    )

@@ -41,9 +41,16 @@ def test_no_pixel_is_in_crops_of_both_splits(fraction):
 
 def test_a_crop_is_the_mean_of_the_photographs_pixels_and_its_label_the_region(sets):
     train = sets["train"]
-    assert train.images.shape == (3864, 16, 16, 3) and len(sets["heldout"]) == 828 and train.num_classes == 12
+    assert (
+        train.images.shape == (3864, 16, 16, 3)
+        and len(sets["heldout"]) == 828
+        and train.num_classes == 12
+    )
     photograph = load_sample_image("flower.jpg").astype(int)
-    for label, (top, left) in {6: (0, 0), 11: (213, 426)}.items():  # the first crop of a region stands in its corner
+    for label, (top, left) in {
+        6: (0, 0),
+        11: (213, 426),
+    }.items():  # the first crop of a region stands in its corner
         corner = photograph[top : top + 32, left : left + 32]
         means = sum(corner[i::2, j::2] for i in (0, 1) for j in (0, 1)) / 4
         image = train.images[np.flatnonzero(train.labels == label)[0]]
@@ -65,7 +72,10 @@ def test_classes_are_equally_many_in_every_prefix_and_reading_again_gives_the_sa
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.8, 1.0, 2.0])
 def test_a_share_that_leaves_a_split_empty_is_refused(fraction):
-    with pytest.raises(DmfError, match=f"config.data.holdout_fraction is {fraction}: expected a share of the 213 columns"):
+    with pytest.raises(
+        DmfError,
+        match=f"config.data.holdout_fraction is {fraction}: expected a share of the 213 columns",
+    ):
         load(DataConfig(name="photos", holdout_fraction=fraction), "train")
     with pytest.raises(DmfError, match="config.data.mock is True for 'photos'"):
         load(DataConfig(name="photos", mock=True), "train")
@@ -76,7 +86,9 @@ def test_the_photos_score_sees_real_crops_as_real_and_noise_as_noise(sets, score
     own = scorer(*train)
     assert own["fd_hidden"] < 1e-9 and own["fd_pixels"] < 1e-9 and own["nn_ratio"] == 0
     other = scorer(*heldout)
-    assert other["fd_hidden_heldout"] < 1e-9 and other["fd_hidden"] == pytest.approx(scorer.floor["fd_hidden_heldout"])
+    assert other["fd_hidden_heldout"] < 1e-9 and other["fd_hidden"] == pytest.approx(
+        scorer.floor["fd_hidden_heldout"]
+    )
     rng = np.random.RandomState(0)
     noise = scorer(rng.uniform(-1, 1, (500, 16, 16, 3)).astype(np.float32), train[1][:500])
     grainy = scorer(np.clip(train[0] + 0.3 * rng.randn(*train[0].shape), -1, 1), train[1])
@@ -88,7 +100,12 @@ def test_the_photos_score_sees_real_crops_as_real_and_noise_as_noise(sets, score
 
 
 def test_the_space_of_pixels_holds_nearly_all_of_the_variance(sets, scorer):
-    rows = sets["train"].to_float(sets["train"].images).reshape(len(sets["train"]), -1).astype(np.float64)
+    rows = (
+        sets["train"]
+        .to_float(sets["train"].images)
+        .reshape(len(sets["train"]), -1)
+        .astype(np.float64)
+    )
     basis = scorer._basis
     np.testing.assert_allclose(basis.T @ basis, np.eye(64), atol=1e-12)
     kept = np.var(rows @ basis, axis=0).sum() / np.var(rows, axis=0).sum()

@@ -97,7 +97,8 @@ FUSED = """\
 
 """
 NEEDS_LIBTPU = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason='libtpu is not installed (pip install "jax[tpu]")'
+    importlib.util.find_spec("libtpu") is None,
+    reason='libtpu is not installed (pip install "jax[tpu]")',
 )
 
 
@@ -120,7 +121,14 @@ def test_the_rounds_of_a_loop_are_read_from_its_condition_or_from_what_xla_notes
         return hlo.trips(module, loop[1], loop[0])
 
     assert rounds(TEXT) == 28
-    assert rounds(TEXT.replace("%start.2 = s32[]{:T(128)} constant(0)", "%start.2 = s32[]{:T(128)} constant(3)")) == 25
+    assert (
+        rounds(
+            TEXT.replace(
+                "%start.2 = s32[]{:T(128)} constant(0)", "%start.2 = s32[]{:T(128)} constant(3)"
+            )
+        )
+        == 25
+    )
     noted = 'body=%body.1, backend_config={"known_trip_count":{"n":"7"}}'
     assert rounds(TEXT.replace("body=%body.1", noted)) == 7
     # As a fusion of the comparison, with the bound given to it or within it.
@@ -128,7 +136,9 @@ def test_the_rounds_of_a_loop_are_read_from_its_condition_or_from_what_xla_notes
     assert rounds(FUSED + TEXT.replace("compare(%i.2, %bound.1), direction=LT", given)) == 28
     within = FUSED.replace("parameter(1)", "constant(9)")
     assert rounds(within + TEXT.replace("compare(%i.2, %bound.1), direction=LT", given)) == 9
-    other = FUSED.replace("compare(%x.8", "compare(%z.8").replace("  ROOT", "  %z.8 = s32[] add(%x.8, %y.8)\n  ROOT")
+    other = FUSED.replace("compare(%x.8", "compare(%z.8").replace(
+        "  ROOT", "  %z.8 = s32[] add(%x.8, %y.8)\n  ROOT"
+    )
     assert rounds(other + TEXT.replace("compare(%i.2, %bound.1), direction=LT", given)) is None
     unknown = TEXT.replace("constant(28)", "parameter(1)")
     assert rounds(unknown) is None
@@ -147,9 +157,15 @@ def test_collectives_of_a_program_that_was_really_compiled(rng):
 
     def five(x):
         # Without the square the sum would not depend on the round, and be taken out of the loop.
-        return jax.lax.scan(lambda c, _: (jax.lax.psum(c, mesh.axis_names) ** 2, None), x, None, length=5)[0]
+        return jax.lax.scan(
+            lambda c, _: (jax.lax.psum(c, mesh.axis_names) ** 2, None), x, None, length=5
+        )[0]
 
-    program = jax.jit(jax.shard_map(five, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False))
+    program = jax.jit(
+        jax.shard_map(
+            five, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False
+        )
+    )
     module = hlo.parse(program.lower(jnp.ones((3, 4))).compile().as_text())
     assert hlo.collectives(module, 8) == {"all-reduce": hlo.Moved(5, 5 * 2 * 7 / 8 * 48)}
 
@@ -203,7 +219,9 @@ ENTRY %main (a: f32[28,8,128], b: s32[], c: f32[1,8,128]) -> f32[28,8,128] {
 }
 
 ENTRY"""
-    within = text.replace("\nENTRY", nested).replace("calls=%sliced\n  ROOT %fusion.2", "calls=%outer\n  ROOT %fusion.2")
+    within = text.replace("\nENTRY", nested).replace(
+        "calls=%sliced\n  ROOT %fusion.2", "calls=%outer\n  ROOT %fusion.2"
+    )
     assert "calls=%outer" in within and hlo.traffic(hlo.parse(within)) == 5 * piece
     # The slice and the sum; the update read, and read again and written where it goes.
     assert hlo.traffic(hlo.parse(text)) == 2 * piece + 3 * piece
@@ -227,7 +245,10 @@ def test_cloud_names_count_cores_up_to_v5p_and_chips_from_v5e(given, found):
     assert plan.libtpu_name(given) == found
 
 
-@pytest.mark.parametrize("name", ["v4-33", "v4-4", "v5e-12", "v9-8", "v5e", "", "v5e:4", "v9:2x2", "tpu:4x4", "v4:2x2x", "-"])
+@pytest.mark.parametrize(
+    "name",
+    ["v4-33", "v4-4", "v5e-12", "v9-8", "v5e", "", "v5e:4", "v9:2x2", "tpu:4x4", "v4:2x2x", "-"],
+)
 def test_an_unknown_topology_is_refused_with_those_that_are_known(name):
     with pytest.raises(DmfError, match=r"--topology=.*expected"):
         plan.libtpu_name(name)
@@ -238,12 +259,22 @@ def test_what_the_compiler_says_of_too_much_memory():
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (57.30G) exceeds "
         "available HBM (15.75G)."
     )
-    assert plan.verdict(temporaries) == {"fits": False, "total_bytes": round(57.3 * 2**30), "hbm_bytes": round(15.75 * 2**30)}
-    used = (
-        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 35.76G of 15.75G hbm. Exceeded hbm capacity by 20.01G."
-    )
-    assert plan.verdict(used) == {"fits": False, "total_bytes": round(35.76 * 2**30), "hbm_bytes": round(15.75 * 2**30)}
-    assert plan.verdict("RESOURCE_EXHAUSTED: no figures") == {"fits": False, "total_bytes": None, "hbm_bytes": None}
+    assert plan.verdict(temporaries) == {
+        "fits": False,
+        "total_bytes": round(57.3 * 2**30),
+        "hbm_bytes": round(15.75 * 2**30),
+    }
+    used = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 35.76G of 15.75G hbm. Exceeded hbm capacity by 20.01G."
+    assert plan.verdict(used) == {
+        "fits": False,
+        "total_bytes": round(35.76 * 2**30),
+        "hbm_bytes": round(15.75 * 2**30),
+    }
+    assert plan.verdict("RESOURCE_EXHAUSTED: no figures") == {
+        "fits": False,
+        "total_bytes": None,
+        "hbm_bytes": None,
+    }
     assert plan.verdict("INVALID_ARGUMENT: Used 1G of 2G") is None
 
 
@@ -257,7 +288,9 @@ def stand_in(temporary):
         generated_code_size_in_bytes=2**20,
     )
     return SimpleNamespace(
-        memory_analysis=lambda: memory, as_text=lambda: TEXT, cost_analysis=lambda: {"flops": 3.0, "bytes accessed": 5.0}
+        memory_analysis=lambda: memory,
+        as_text=lambda: TEXT,
+        cost_analysis=lambda: {"flops": 3.0, "bytes accessed": 5.0},
     )
 
 
@@ -265,7 +298,9 @@ def test_a_program_fits_up_to_the_last_byte_of_what_the_compiler_may_use():
     room = 2**30 - 2**29 - 2**20 - 2**10
     full, over = (plan.measure(stand_in(n), 8, 1.0) for n in (room, room + 1))
     assert full["total_bytes"] == full["hbm_bytes"] == 2**30 and full["fits"] and not over["fits"]
-    assert full["xla_bytes"] is None and full["loops"] == [28]  # XLA counts the loop's bytes once: no figure
+    assert full["xla_bytes"] is None and full["loops"] == [
+        28
+    ]  # XLA counts the loop's bytes once: no figure
     assert full["collectives"]["reduce-scatter"]["count"] == 28
 
 
@@ -276,7 +311,9 @@ def compiled(monkeypatch):
 
     def compile_(config, mesh, stage, shape, hbm_gib):
         seen.append(stage.kind)
-        return plan.measure(stand_in(2**20 * len(seen)), mesh.devices.size, hbm_gib) | {"compile_s": 1.0}
+        return plan.measure(stand_in(2**20 * len(seen)), mesh.devices.size, hbm_gib) | {
+            "compile_s": 1.0
+        }
 
     monkeypatch.setattr(plan, "_prepare", lambda: None)
     monkeypatch.setattr(plan, "_libtpu_version", lambda: "0.0")
@@ -289,7 +326,9 @@ def test_a_row_that_is_in_the_file_is_not_compiled_again(compiled, tmp_path, cap
     out, config = str(tmp_path / "plan.json"), parse(TINY)
     first = plan.plan(config, ["v5e-8"], out, "tiny")
     assert compiled == ["flow", "trajectory", "discrete", "jvp"]
-    again = plan.plan(parse(merged(TINY, run=dict(log_every_steps=7), seed=5)), ["v5e-8"], out, "another name")
+    again = plan.plan(
+        parse(merged(TINY, run=dict(log_every_steps=7), seed=5)), ["v5e-8"], out, "another name"
+    )
     assert len(compiled) == 4 and again == first == plan.read(out)
     plan.plan(config, ["v4-32"], out)
     plan.plan(parse(merged(TINY, batch_size=64, microbatches=2)), ["v5e-8"], out)
@@ -318,7 +357,9 @@ def test_rows_are_on_disk_as_soon_as_they_are_known(compiled, tmp_path, monkeypa
 
 
 def test_model_flops_are_the_passes_of_the_stage_times_the_plain_forward_pass(compiled):
-    flow, trajectory, discrete, jvp = (row["model_flops"] for row in plan.plan(parse(TINY), ["v5e-8"]))
+    flow, trajectory, discrete, jvp = (
+        row["model_flops"] for row in plan.plan(parse(TINY), ["v5e-8"])
+    )
     assert flow == trajectory and discrete == jvp
     assert discrete / flow == pytest.approx((3 + 0.75) / 3, rel=1e-12)
     remat = plan.plan(parse(merged(TINY, remat="blocks", scan_blocks=True)), ["v5e-8"])
@@ -331,12 +372,23 @@ def test_the_figures_are_explained_and_a_loop_of_unknown_length_is_marked(compil
     assert text.endswith(plan.LEGEND + "\n") and "*" not in text
     rows[1]["loops"] = [3, None]
     lines = plan.format_rows(rows).splitlines()
-    assert ["*" in line for line in lines] == [False, False, True, False, False] and " trajectory* " in lines[2]
-    assert len({line.index("all-gather") for line in lines[1:]}) == 1  # the columns stay where they are
+    assert ["*" in line for line in lines] == [
+        False,
+        False,
+        True,
+        False,
+        False,
+    ] and " trajectory* " in lines[2]
+    assert (
+        len({line.index("all-gather") for line in lines[1:]}) == 1
+    )  # the columns stay where they are
     assert plan.legend(rows) == f"{plan.LEGEND}\n{plan.UNKNOWN}"
 
 
-@pytest.mark.parametrize("error", [NotImplementedError, jax.errors.JaxRuntimeError, type("MosaicError", (Exception,), {})])
+@pytest.mark.parametrize(
+    "error",
+    [NotImplementedError, jax.errors.JaxRuntimeError, type("MosaicError", (Exception,), {})],
+)
 @pytest.mark.parametrize("stage", ["lower", "compile"])
 def test_what_the_compilers_refuse_is_one_line(monkeypatch, error, stage):
     def refuse(*_):
@@ -344,8 +396,12 @@ def test_what_the_compilers_refuse_is_one_line(monkeypatch, error, stage):
 
     lowered = SimpleNamespace(compile=refuse)
     monkeypatch.setattr(plan, "_lower", refuse if stage == "lower" else lambda *_: lowered)
-    with pytest.raises(DmfError, match="^the flow step does not compile: no such kernel; expected other attention"):
-        plan._compile(parse(TINY), sharding.make_mesh(), SimpleNamespace(kind="flow"), (8, 8, 1), 1.0)
+    with pytest.raises(
+        DmfError, match="^the flow step does not compile: no such kernel; expected other attention"
+    ):
+        plan._compile(
+            parse(TINY), sharding.make_mesh(), SimpleNamespace(kind="flow"), (8, 8, 1), 1.0
+        )
 
 
 def test_what_is_our_own_fault_is_not_laid_on_the_compiler(monkeypatch):
@@ -354,14 +410,18 @@ def test_what_is_our_own_fault_is_not_laid_on_the_compiler(monkeypatch):
 
     monkeypatch.setattr(plan, "_lower", fault)
     with pytest.raises(KeyError):
-        plan._compile(parse(TINY), sharding.make_mesh(), SimpleNamespace(kind="flow"), (8, 8, 1), 1.0)
+        plan._compile(
+            parse(TINY), sharding.make_mesh(), SimpleNamespace(kind="flow"), (8, 8, 1), 1.0
+        )
 
 
 def test_seconds_of_compilation_are_of_nothing_else(monkeypatch):
     clock = iter([0.0, 10.0, 13.0])  # before lowering, before and after compiling
     monkeypatch.setattr(plan.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(plan, "_lower", lambda *_: SimpleNamespace(compile=lambda: stand_in(0)))
-    row = plan._compile(parse(TINY), sharding.make_mesh(), SimpleNamespace(kind="flow"), (8, 8, 1), 1.0)
+    row = plan._compile(
+        parse(TINY), sharding.make_mesh(), SimpleNamespace(kind="flow"), (8, 8, 1), 1.0
+    )
     assert row["compile_s"] == 3.0 and row["collectives"]
 
 
@@ -369,7 +429,9 @@ def test_a_write_that_stops_half_way_leaves_the_file_as_it_was(tmp_path, monkeyp
     out = tmp_path / "plan.json"
     plan._write(str(out), [{"kind": "flow", "fits": True, "program": "a"}])
     before = out.read_text()
-    monkeypatch.setattr(Path, "write_text", lambda path, text: path.open("w").write(text[:9]) and [][0])
+    monkeypatch.setattr(
+        Path, "write_text", lambda path, text: path.open("w").write(text[:9]) and [][0]
+    )
     with pytest.raises(IndexError):
         plan._write(str(out), [])
     assert out.read_text() == before and [path.name for path in tmp_path.iterdir()] == ["plan.json"]
@@ -388,16 +450,24 @@ def test_a_file_that_is_no_plan_is_left_alone(tmp_path, text):
 
 
 def test_a_batch_that_does_not_divide_is_refused(compiled):
-    with pytest.raises(DmfError, match="config.batch_size = 36: expected a multiple of the 8 devices"):
+    with pytest.raises(
+        DmfError, match="config.batch_size = 36: expected a multiple of the 8 devices"
+    ):
         plan.plan(parse(merged(TINY, batch_size=36)), ["v5e-8"])
-    with pytest.raises(DmfError, match="config.batch_size = 40 with 30 rows .* expected a multiple of 32"):
+    with pytest.raises(
+        DmfError, match="config.batch_size = 40 with 30 rows .* expected a multiple of 32"
+    ):
         plan.plan(parse(merged(TINY, batch_size=40)), ["v5e-8"])
     assert not compiled
 
 
 def test_every_topology_is_looked_at_before_the_first_compilation(compiled, monkeypatch):
-    monkeypatch.setattr(plan, "_devices", lambda given, target: jax.devices()[: 8 if given == "v5e-8" else 5])
-    with pytest.raises(DmfError, match="config.batch_size = 32: expected a multiple of the 5 devices"):
+    monkeypatch.setattr(
+        plan, "_devices", lambda given, target: jax.devices()[: 8 if given == "v5e-8" else 5]
+    )
+    with pytest.raises(
+        DmfError, match="config.batch_size = 32: expected a multiple of the 5 devices"
+    ):
         plan.plan(parse(TINY), ["v5e-8", "v5e-4"])
     with pytest.raises(DmfError, match="--topology=v5e-5: expected"):
         plan.plan(parse(TINY), ["v5e-8", "v5e-5"])
@@ -422,12 +492,16 @@ def test_shapes_and_classes_are_those_of_the_data():
 @NEEDS_LIBTPU
 def test_a_tiny_step_really_compiles_for_four_chips(tmp_path):
     # In a process of its own: libtpu reads its environment when it is loaded, and this process has eight fake devices.
-    values = merged(TINY, curriculum=dict(stages=1, kinds=("discrete",), pretrain_length=0.0), mesh=dict(fsdp=2))
+    values = merged(
+        TINY, curriculum=dict(stages=1, kinds=("discrete",), pretrain_length=0.0), mesh=dict(fsdp=2)
+    )
     code = "import sys, json; from dmf import config, plan; c = config.parse(json.loads(sys.argv[1])); "
     code += "plan.plan(c, ['v5e-4'], sys.argv[2])"
     out = tmp_path / "plan.json"
     given = [sys.executable, "-c", code, json.dumps(values), str(out)]
-    done = subprocess.run(given, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        given, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=600
+    )
     assert not done.returncode, done.stderr[-2000:]
     (row,) = plan.read(str(out))
     assert row["fits"] and row["mesh"] == [2, 2] and row["hbm_bytes"] == round(15.75 * 2**30)

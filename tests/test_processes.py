@@ -13,8 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from dmf import checkpoint
 from dmf.config import parse
+from dmf.storage import checkpoint
 from dmf.train import train
 from tests import devices as flags_of
 from tests.tiny import TINY, Setup, merged
@@ -51,7 +51,11 @@ class Group:
         address = f"127.0.0.1:{free_port()}"
         self.processes = []
         for i in range(count):
-            there = {} if count == 1 else {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
+            there = (
+                {}
+                if count == 1
+                else {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
+            )
             there |= {} if count == 1 else {"JAX_PROCESS_ID": str(i)}
             there["XLA_FLAGS"] = flags_of(devices // count)
             self.processes.append(
@@ -117,7 +121,9 @@ def uninterrupted(tmp_path_factory):
 
 def test_two_processes_killed_go_on_as_one_and_then_as_two(uninterrupted, tmp_path):
     workdir = tmp_path / "run"
-    Group(tmp_path, workdir, 2).kill_after_step(workdir, 7)  # the boundary at 6 has waited for the save of step 3
+    Group(tmp_path, workdir, 2).kill_after_step(
+        workdir, 7
+    )  # the boundary at 6 has waited for the save of step 3
     written = {p.name for p in (workdir / "checkpoints" / "3" / "params").iterdir()}
     assert {"ocdbt.process_0", "ocdbt.process_1"} <= written  # each its part
     Group(tmp_path, workdir, 1).kill_after_step(workdir, 8)
@@ -164,10 +170,16 @@ print("known to all")
 
 
 def test_processes_tell_each_other_texts_of_any_length():
-    there = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2", "XLA_FLAGS": flags_of(1)}
+    there = {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
+        "JAX_NUM_PROCESSES": "2",
+        "XLA_FLAGS": flags_of(1),
+    }
     how = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     command, env = [sys.executable, "-c", SAYS], {**os.environ, **there}
-    both = [subprocess.Popen(command, env={**env, "JAX_PROCESS_ID": str(i)}, **how) for i in range(2)]
+    both = [
+        subprocess.Popen(command, env={**env, "JAX_PROCESS_ID": str(i)}, **how) for i in range(2)
+    ]
     for process in both:
         said, error = process.communicate(timeout=240)
         assert process.returncode == 0 and "known to all" in said, error[-2000:]
@@ -176,12 +188,19 @@ def test_processes_tell_each_other_texts_of_any_length():
 def test_a_directory_that_is_not_shared_is_noticed(tmp_path):
     for status, _, error in Group(tmp_path, [tmp_path / "one", tmp_path / "two"], 2).finish():
         assert status == 2
-        assert f"process 1 of 2: --workdir={tmp_path / 'two'} does not show what process 0 wrote there" in error
+        assert (
+            f"process 1 of 2: --workdir={tmp_path / 'two'} does not show what process 0 wrote there"
+            in error
+        )
 
 
 def test_processes_that_were_told_different_things_do_not_start(tmp_path):
-    for status, _, error in Group(tmp_path, tmp_path / "run", 2, own=[(), ("--config.seed=7",)]).finish():
-        assert status == 2 and "process 1 of 2 has another config, data or jax than process 0" in error
+    for status, _, error in Group(
+        tmp_path, tmp_path / "run", 2, own=[(), ("--config.seed=7",)]
+    ).finish():
+        assert (
+            status == 2 and "process 1 of 2 has another config, data or jax than process 0" in error
+        )
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -205,7 +224,11 @@ def test_one_process_that_dies_takes_the_other_with_it(tmp_path):
             "JAX_NUM_PROCESSES without JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID: expected all of them",
         ),
         (
-            {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"},
+            {
+                "JAX_COORDINATOR_ADDRESS": "127.0.0.1:1",
+                "JAX_NUM_PROCESSES": "two",
+                "JAX_PROCESS_ID": "0",
+            },
             (),
             "JAX_NUM_PROCESSES = 'two': expected a number of at least 0",
         ),
@@ -213,5 +236,7 @@ def test_one_process_that_dies_takes_the_other_with_it(tmp_path):
     ],
 )
 def test_processes_that_cannot_find_each_other_say_so(tmp_path, environment, flags, message):
-    ((status, _, error),) = Group(tmp_path, tmp_path / "run", 1, flags=flags, environment=environment).finish()
+    ((status, _, error),) = Group(
+        tmp_path, tmp_path / "run", 1, flags=flags, environment=environment
+    ).finish()
     assert status == 2 and message in error and "Traceback" not in error

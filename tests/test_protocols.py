@@ -58,7 +58,10 @@ def test_rounding_gives_the_bytes_that_torch_gave(rule):
 
 def test_no_byte_is_lost_between_py_meanflow_and_torchmetrics():
     k = np.arange(256, dtype=np.float32)
-    for unit in (k / np.float32(255), k * np.float32(1 / 255)):  # a GPU multiplies by the reciprocal
+    for unit in (
+        k / np.float32(255),
+        k * np.float32(1 / 255),
+    ):  # a GPU multiplies by the reciprocal
         assert np.array_equal((unit * np.float32(255)).astype(np.uint8), np.arange(256))
 
 
@@ -80,11 +83,15 @@ def test_rounding_refuses_what_is_no_sample():
     x[1, 2, 3, 0], x[4, 0, 0, :] = np.nan, np.inf
     with pytest.raises(DmfError, match="^2 of 5 generated images have NaN or infinite values"):
         to_bytes(x, "floor_255")
-    with pytest.raises(DmfError, match=r"float32 of shape \(4, 4, 3\): expected floats \(N, H, W, C\)"):
+    with pytest.raises(
+        DmfError, match=r"float32 of shape \(4, 4, 3\): expected floats \(N, H, W, C\)"
+    ):
         to_bytes(x[0], "floor_255")
     with pytest.raises(DmfError, match="uint8 of shape"):
         to_bytes(np.zeros(x.shape, np.uint8), "floor_255")
-    with pytest.raises(DmfError, match="rounding = 'round': expected one of floor_255, round_127.5"):
+    with pytest.raises(
+        DmfError, match="rounding = 'round': expected one of floor_255, round_127.5"
+    ):
         to_bytes(x, "round")
 
 
@@ -100,7 +107,11 @@ def test_every_row_is_sound_and_pure_data(name):
     for fact in (name, "resize", "scaling", "rounding", "labels"):
         assert str(getattr(protocol, fact, name)) in line
     assert "50,000 samples against" in line and protocol.reference in line
-    assert f"weights {protocol.weights_sha256}" in line if protocol.weights_sha256 else "any weights" in line
+    assert (
+        f"weights {protocol.weights_sha256}" in line
+        if protocol.weights_sha256
+        else "any weights" in line
+    )
 
 
 def test_rows_differ_in_what_the_public_codes_do():
@@ -114,7 +125,11 @@ def test_rows_differ_in_what_the_public_codes_do():
         "edm2-dinov2": ("dinov2", "bicubic_antialias", "imagenet", "floor_255"),
     }
     for protocol in PROTOCOLS.values():
-        assert ("6726825d" in protocol.weights) == (protocol.space == "inception") == (protocol.weights_sha256 == "6726825d")
+        assert (
+            ("6726825d" in protocol.weights)
+            == (protocol.space == "inception")
+            == (protocol.weights_sha256 == "6726825d")
+        )
         assert protocol.space != "dinov2" or protocol.weights_sha256 == "d5383ea8"
 
 
@@ -126,32 +141,57 @@ def written(tmp_path, values, name="mine.json"):
 
 def test_a_protocol_of_ones_own_is_its_base_but_for_the_fields_it_names(tmp_path):
     own = load(written(tmp_path, {"base": "cifar10", "count": 5000, "metrics": ["fid", "kid"]}))
-    assert own == dataclasses.replace(PROTOCOLS["cifar10"], name="mine", count=5000, metrics=("fid", "kid"))
+    assert own == dataclasses.replace(
+        PROTOCOLS["cifar10"], name="mine", count=5000, metrics=("fid", "kid")
+    )
     assert describe(own).startswith("mine: inception") and "5,000 samples" in describe(own)
     whole = {**dataclasses.asdict(PROTOCOLS["edm"]), "name": "whole", "space": "pixels"}
-    assert load(written(tmp_path, whole)) == dataclasses.replace(PROTOCOLS["edm"], name="whole", space="pixels")
+    assert load(written(tmp_path, whole)) == dataclasses.replace(
+        PROTOCOLS["edm"], name="whole", space="pixels"
+    )
     assert "whole: pixels, scaling" in describe(load(written(tmp_path, whole)))
 
 
 BAD = [
-    ({"base": "cifar10", "cuont": 5000}, r"mine\.json\.cuont: no such field; did you mean .*mine\.json\.count\?"),
+    (
+        {"base": "cifar10", "cuont": 5000},
+        r"mine\.json\.cuont: no such field; did you mean .*mine\.json\.count\?",
+    ),
     ({"base": "cifar10", "count": 5000.5}, r"\.count = 5000\.5: expected int"),
     ({"base": "cifar10", "count": True}, r"\.count = True: expected int"),
     ({"base": "cifar10", "count": "5000"}, r"\.count = '5000': expected int"),
     ({"base": "cifar10", "count": 1}, r"\.count = 1: expected at least 2"),
     ({"base": "cifar10", "neighbours": 0}, r"\.neighbours = 0: expected at least 1"),
     ({"base": "cifar10", "is_shuffle_seed": 2**32}, r"\.is_shuffle_seed = 4294967296: expected"),
-    ({"base": "cifar10", "resize": "bicubic"}, r"\.resize = 'bicubic': expected one of tf1_bilinear, bilinear,"),
-    ({"base": "cifar10", "space": "clip"}, r"\.space = 'clip': expected one of inception, dinov2, pixels"),
-    ({"base": "cifar10", "scaling": "x"}, r"\.scaling = 'x': expected one of bytes, unit, imagenet"),
-    ({"base": "cifar10", "rounding": "x"}, r"\.rounding = 'x': expected one of floor_255, round_127"),
-    ({"base": "cifar10", "labels": "x"}, r"\.labels = 'x': expected one of data, uniform, balanced"),
+    (
+        {"base": "cifar10", "resize": "bicubic"},
+        r"\.resize = 'bicubic': expected one of tf1_bilinear, bilinear,",
+    ),
+    (
+        {"base": "cifar10", "space": "clip"},
+        r"\.space = 'clip': expected one of inception, dinov2, pixels",
+    ),
+    (
+        {"base": "cifar10", "scaling": "x"},
+        r"\.scaling = 'x': expected one of bytes, unit, imagenet",
+    ),
+    (
+        {"base": "cifar10", "rounding": "x"},
+        r"\.rounding = 'x': expected one of floor_255, round_127",
+    ),
+    (
+        {"base": "cifar10", "labels": "x"},
+        r"\.labels = 'x': expected one of data, uniform, balanced",
+    ),
     ({"base": "cifar10", "metrics": "fid"}, r"\.metrics = 'fid': expected a tuple"),
     ({"base": "cifar10", "metrics": []}, r"\.metrics = \(\): expected some of fid, sfid"),
     ({"base": "cifar10", "metrics": ["fid", "fid"]}, r"each once"),
     ({"base": "cifar10", "metrics": ["lpips"]}, r"expected some of fid, sfid"),
     ({"base": "edm2-dinov2", "metrics": ["fid", "is"]}, r"\.metrics has 'is' with space 'dinov2'"),
-    ({"base": "cifar10", "weights_sha256": "6726825D"}, r"\.weights_sha256 = '6726825D': expected up to 64 hex"),
+    (
+        {"base": "cifar10", "weights_sha256": "6726825D"},
+        r"\.weights_sha256 = '6726825D': expected up to 64 hex",
+    ),
     ({"base": "cifar10", "name": "edm"}, r"\.name = 'edm': expected a name of its own"),
     ({"base": "cifar10", "name": "a\nb"}, r"\.name = 'a\\nb': expected letters"),
     ({"base": "cifar"}, r"base = 'cifar': expected one of cifar10, adm-imagenet256"),
@@ -174,8 +214,11 @@ def test_a_wrong_file_gives_one_line_that_names_file_and_field(tmp_path, values,
 
 def test_a_wrong_name_gives_one_line(tmp_path):
     with pytest.raises(
-        DmfError, match=r"protocol 'cifar': no such protocol; did you mean cifar10\? Expected one of cifar10, adm"
+        DmfError,
+        match=r"protocol 'cifar': no such protocol; did you mean cifar10\? Expected one of cifar10, adm",
     ):
         load("cifar")
-    with pytest.raises(DmfError, match=r"absent\.json: cannot be read \(No such file or directory\)"):
+    with pytest.raises(
+        DmfError, match=r"absent\.json: cannot be read \(No such file or directory\)"
+    ):
         load(str(tmp_path / "absent.json"))

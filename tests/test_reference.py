@@ -48,12 +48,22 @@ def refuses(path, message, **options):
 def test_guided_diffusion_batch(tmp_path, rng, packed):
     pool, spatial = drawn(rng), drawn(rng, d=4)
     images = rng.integers(0, 256, (5, 8, 8, 3), np.uint8)
-    arrays = {"mu": pool.mean, "sigma": pool.cov, "mu_s": spatial.mean, "sigma_s": spatial.cov, "arr_0": images}
+    arrays = {
+        "mu": pool.mean,
+        "sigma": pool.cov,
+        "mu_s": spatial.mean,
+        "sigma_s": spatial.cov,
+        "arr_0": images,
+    }
     path = savez(tmp_path / "VIRTUAL_x.npz", packed, **arrays)
     found = read(path)
     equal(found.moments["pool"], pool)
     equal(found.moments["spatial"], spatial)
-    assert np.array_equal(found.images, images) and found.images.dtype == np.uint8 and found.features is None
+    assert (
+        np.array_equal(found.images, images)
+        and found.images.dtype == np.uint8
+        and found.features is None
+    )
     assert found.about["format"] == "ADM npz" and found.about["file"] == "VIRTUAL_x.npz"
     assert found.about["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert unknown(found) == list(RECORD)
@@ -71,13 +81,19 @@ def test_edm_pytorch_fid_and_meanflow_npz(tmp_path, rng, mu, sigma, dtype, order
     cov[0, 1] += 5e-7 * cov.max()  # a row is not taken for a column: float32 sums leave as much
     found = read(savez(tmp_path / "x.npz", **{mu: mean, sigma: cov}))
     equal(found.moments["pool"], Moments(0, mean.astype(np.float64), cov.astype(np.float64)))
-    assert found.about["format"] == ("mu/sigma npz" if mu == "mu" else "MeanFlow npz") and unknown(found) == list(RECORD)
+    assert found.about["format"] == ("mu/sigma npz" if mu == "mu" else "MeanFlow npz") and unknown(
+        found
+    ) == list(RECORD)
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4])
 def test_edm2_pickle(tmp_path, rng, protocol):
     fid, dino = drawn(rng), drawn(rng, d=4)
-    tree = {"num_images": 1281167, "fid": {"mu": fid.mean, "sigma": fid.cov}, "fd_dinov2": {"mu": dino.mean, "sigma": dino.cov}}
+    tree = {
+        "num_images": 1281167,
+        "fid": {"mu": fid.mean, "sigma": fid.cov},
+        "fd_dinov2": {"mu": dino.mean, "sigma": dino.cov},
+    }
     path = tmp_path / "img512.pkl"
     path.write_bytes(pickle.dumps(tree, protocol))
     for space, wanted in (("inception", fid), ("dinov2", dino)):
@@ -93,11 +109,22 @@ def test_edm2_pickle(tmp_path, rng, protocol):
 
 def test_dgm_eval_and_clean_fid_features(tmp_path, rng):
     reps = rng.normal(size=(40, D))
-    path = savez(tmp_path / "reps.npz", model=np.array("dinov2"), reps=reps, hparams={"objects": "are not touched"})
+    path = savez(
+        tmp_path / "reps.npz",
+        model=np.array("dinov2"),
+        reps=reps,
+        hparams={"objects": "are not touched"},
+    )
     found = read(path)
     equal(found.moments["pool"], moments(reps), n=40)
-    assert np.array_equal(found.features, reps) and found.about["format"] == "dgm-eval npz" and found.about["count"] == 40
-    found = read(savez(tmp_path / "cifar10_clean_train_32_kid.npz", True, feats=reps.astype(np.float32)))
+    assert (
+        np.array_equal(found.features, reps)
+        and found.about["format"] == "dgm-eval npz"
+        and found.about["count"] == 40
+    )
+    found = read(
+        savez(tmp_path / "cifar10_clean_train_32_kid.npz", True, feats=reps.astype(np.float32))
+    )
     assert found.features.dtype == np.float32 and found.about["resize"] == "bicubic_clean"
 
 
@@ -112,7 +139,10 @@ def test_arrays_are_read_in_pieces(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "wanted"),
     [
-        ("cifar10_legacy_tensorflow_train_32", ("inception", "tf1_bilinear", "bytes", "cifar10", "train")),
+        (
+            "cifar10_legacy_tensorflow_train_32",
+            ("inception", "tf1_bilinear", "bytes", "cifar10", "train"),
+        ),
         ("cifar10_legacy_pytorch_test_32", ("inception", "bilinear", "unit", "cifar10", "test")),
         ("ffhq_clean_trainfull_1024", ("inception", "bicubic_clean", "bytes", "ffhq", "trainfull")),
         ("mine_clean_custom_na", ("inception", "bicubic_clean", "bytes", "mine", "custom")),
@@ -132,9 +162,19 @@ def test_clean_fid_tells_its_mode_in_the_name(tmp_path, rng, name, wanted):
 
 def own(rng, **about):
     pool = drawn(rng)
-    record = {"space": "inception", "resize": "tf1_bilinear", "scaling": "bytes", "network_sha256": "ab" * 32, **about}
+    record = {
+        "space": "inception",
+        "resize": "tf1_bilinear",
+        "scaling": "bytes",
+        "network_sha256": "ab" * 32,
+        **about,
+    }
     features = rng.normal(size=(7, D)).astype(np.float32)
-    return Reference({"pool": pool, "spatial": drawn(rng, d=4)}, features, about={**record, "dataset": "x", "split": "train"})
+    return Reference(
+        {"pool": pool, "spatial": drawn(rng, d=4)},
+        features,
+        about={**record, "dataset": "x", "split": "train"},
+    )
 
 
 def test_ours_comes_back_bit_for_bit(tmp_path, rng):
@@ -143,8 +183,17 @@ def test_ours_comes_back_bit_for_bit(tmp_path, rng):
     found = read(path)
     for kind, part in wanted.moments.items():
         equal(found.moments[kind], part, n=50)
-    assert np.array_equal(found.features, wanted.features) and found.features.dtype == np.float32 and found.images is None
-    kept = {"file": "mine.npz", "format": "dmf", "count": 50, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    assert (
+        np.array_equal(found.features, wanted.features)
+        and found.features.dtype == np.float32
+        and found.images is None
+    )
+    kept = {
+        "file": "mine.npz",
+        "format": "dmf",
+        "count": 50,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
     assert found.about == {**wanted.about, **kept} and unknown(found) == []
     again = tmp_path / "again.npz"
     write(again, found)
@@ -152,7 +201,9 @@ def test_ours_comes_back_bit_for_bit(tmp_path, rng):
     write(again, dataclasses.replace(wanted, about=dict(reversed(wanted.about.items()))))
     assert again.read_bytes() == path.read_bytes(), "an equal reference"
     assert sorted(os.listdir(tmp_path)) == ["again.npz", "mine.npz"]
-    with np.load(path, allow_pickle=False) as plain:  # it is an ordinary .npz, which EDM's and ADM's code reads too
+    with np.load(
+        path, allow_pickle=False
+    ) as plain:  # it is an ordinary .npz, which EDM's and ADM's code reads too
         assert set(plain) == {"mu", "sigma", "mu_s", "sigma_s", "features", "about"}
         assert np.array_equal(plain["sigma"], wanted.moments["pool"].cov)
         assert json.loads(str(plain["about"]))["resize"] == "tf1_bilinear"
@@ -173,7 +224,9 @@ def test_a_file_cannot_speak_for_its_own_name_and_hash(tmp_path, rng):
     m = drawn(rng)
     about = json.dumps({"sha256": "0" * 64, "file": "official.npz", "format": "ADM npz"})
     found = read(savez(tmp_path / "x.npz", mu=m.mean, sigma=m.cov, about=np.array(about)))
-    assert (found.about["file"], found.about["format"]) == ("x.npz", "dmf") and found.about["sha256"] != "0" * 64
+    assert (found.about["file"], found.about["format"]) == ("x.npz", "dmf") and found.about[
+        "sha256"
+    ] != "0" * 64
 
 
 def test_writing_refuses_what_reading_would(tmp_path, rng):
@@ -181,10 +234,19 @@ def test_writing_refuses_what_reading_would(tmp_path, rng):
     pool = wanted.moments["pool"]
     bad = [
         ({"moments": {}}, "the reference has no moments of pool features"),
-        ({"images": np.zeros((3, 4, 4, 3), np.uint8)}, "the reference holds images; expected moments, and features"),
-        ({"moments": {"pool": pool, "spatial": pool._replace(n=49)}}, "moments of 50 pool and 49 spatial features"),
+        (
+            {"images": np.zeros((3, 4, 4, 3), np.uint8)},
+            "the reference holds images; expected moments, and features",
+        ),
+        (
+            {"moments": {"pool": pool, "spatial": pool._replace(n=49)}},
+            "moments of 50 pool and 49 spatial features",
+        ),
         ({"moments": {"pool": pool._replace(cov=-pool.cov)}}, "sigma has the variance -"),
-        ({"moments": {"pool": pool, "spatial": pool._replace(mean=pool.mean * np.nan)}}, "mu_s has 6 NaN or infinite"),
+        (
+            {"moments": {"pool": pool, "spatial": pool._replace(mean=pool.mean * np.nan)}},
+            "mu_s has 6 NaN or infinite",
+        ),
         ({"features": np.full((3, D), np.inf)}, "features has non-finite values in 3 of 3 rows"),
         ({"about": {"count": 49}}, "about.count = 49 of moments of 50 rows"),
         ({"about": {"x": 1.5}}, "about is no record"),
@@ -227,10 +289,19 @@ def test_a_record_that_contradicts_the_protocol_is_refused_with_both_values(rng)
     check(sound, adm, digest, {"pool": D, "spatial": 4})
     check(dataclasses.replace(sound, about={}), adm, "cd" * 32, {"pool": D})
     cases = [
-        ({"space": "dinov2"}, "made with space = dinov2; protocol adm-imagenet256 has space = inception"),
-        ({"resize": "bicubic_clean"}, "resize = bicubic_clean; protocol adm-imagenet256 has resize = tf1_bilinear"),
+        (
+            {"space": "dinov2"},
+            "made with space = dinov2; protocol adm-imagenet256 has space = inception",
+        ),
+        (
+            {"resize": "bicubic_clean"},
+            "resize = bicubic_clean; protocol adm-imagenet256 has resize = tf1_bilinear",
+        ),
         ({"scaling": "unit"}, "scaling = unit; protocol adm-imagenet256 has scaling = bytes"),
-        ({"network_sha256": "cd" * 32}, f"network_sha256 = {'cd' * 32}; the network in use has network_sha256 = {digest}"),
+        (
+            {"network_sha256": "cd" * 32},
+            f"network_sha256 = {'cd' * 32}; the network in use has network_sha256 = {digest}",
+        ),
     ]
     for change, message in cases:
         with pytest.raises(DmfError, match=message):
@@ -238,7 +309,10 @@ def test_a_record_that_contradicts_the_protocol_is_refused_with_both_values(rng)
     with pytest.raises(DmfError, match="count = 10000; protocol cifar10 has count = 50000"):
         check(Reference({}, about={"count": 10000}), PROTOCOLS["cifar10"], digest, {})
     check(Reference({}, about={"count": 10000}), adm, digest, {})  # this protocol does not tell
-    for dims, message in (({"pool": 2048}, "pool of 6 .* the 2048 of space"), ({"spatial": 2023}, "spatial of 4 .* the 2023")):
+    for dims, message in (
+        ({"pool": 2048}, "pool of 6 .* the 2048 of space"),
+        ({"spatial": 2023}, "spatial of 4 .* the 2023"),
+    ):
         with pytest.raises(DmfError, match=message):
             check(sound, adm, digest, dims)
     pixels = dataclasses.replace(adm, space="pixels", metrics=("fid",))
@@ -260,7 +334,9 @@ def test_which_scores_a_reference_cannot_serve(rng):
 
 
 def test_files_that_are_no_reference(tmp_path, rng):
-    refuses(tmp_path / "absent.npz", r"no such file; expected reference statistics, an \.npz or \.pkl")
+    refuses(
+        tmp_path / "absent.npz", r"no such file; expected reference statistics, an \.npz or \.pkl"
+    )
     refuses(tmp_path, "is no regular file")
     heads = [
         (b"", "is of no known format"),
@@ -271,20 +347,32 @@ def test_files_that_are_no_reference(tmp_path, rng):
         (tmp_path / "x.npz").write_bytes(head)
         refuses(tmp_path / "x.npz", message)
     refuses(
-        savez(tmp_path / "a.npz", images=np.zeros(3), labels=np.zeros(3)), "has images, labels; expected mu and sigma, ref_mu"
+        savez(tmp_path / "a.npz", images=np.zeros(3), labels=np.zeros(3)),
+        "has images, labels; expected mu and sigma, ref_mu",
     )
     refuses(savez(tmp_path / "b.npz", mu=np.zeros(3)), "has mu; expected mu and sigma")
     m = drawn(rng)
-    refuses(savez(tmp_path / "c.npz", mu=m.mean, sigma=m.cov, mu_s=m.mean), "has mu, mu_s, sigma but not sigma_s")
-    (tmp_path / "d.npz").write_bytes(savez(tmp_path / "whole.npz", mu=m.mean, sigma=m.cov).read_bytes()[:-30])
+    refuses(
+        savez(tmp_path / "c.npz", mu=m.mean, sigma=m.cov, mu_s=m.mean),
+        "has mu, mu_s, sigma but not sigma_s",
+    )
+    (tmp_path / "d.npz").write_bytes(
+        savez(tmp_path / "whole.npz", mu=m.mean, sigma=m.cov).read_bytes()[:-30]
+    )
     refuses(tmp_path / "d.npz", "its table of contents cannot be read .*cut off or damaged")
     path = tmp_path / "x.pkl"
     for tree, message in (
         ({"num_images": 2, "dino": 3}, "has num_images, dino; expected fid with mu and sigma"),
         ([1, 2], "expected fid with mu and sigma"),
-        ({"fid": {"mu": 1.0, "sigma": m.cov}}, "fid holds no plain arrays; expected NumPy's, row-major, of pickle protocol 4"),
+        (
+            {"fid": {"mu": 1.0, "sigma": m.cov}},
+            "fid holds no plain arrays; expected NumPy's, row-major, of pickle protocol 4",
+        ),
         ({"fid": {"mu": m.mean, "sigma": m.cov}, "num_images": -1}, "about is no record"),
-        ({"fid": {"mu": m.mean, "sigma": m.cov[:3]}}, r"fid.mu has shape \(6,\) and fid.sigma \(3, 6\)"),
+        (
+            {"fid": {"mu": m.mean, "sigma": m.cov[:3]}},
+            r"fid.mu has shape \(6,\) and fid.sigma \(3, 6\)",
+        ),
     ):
         path.write_bytes(pickle.dumps(tree, 4))
         refuses(path, message)
@@ -301,16 +389,26 @@ WRONG = [
     (np.array(1.0), np.array(1.0), r"mu has shape \(\)"),
     (np.array([0, np.nan]), COV, "mu has 1 NaN or infinite values"),
     (np.zeros(2), COV * [[1, 1], [1, np.inf]], "sigma has 1 NaN or infinite values"),
-    (np.zeros(2), COV + [[0, 1e-5], [0, 0]], "sigma is asymmetric by 1e-05 where its largest entry is 2"),
+    (
+        np.zeros(2),
+        COV + [[0, 1e-5], [0, 0]],
+        "sigma is asymmetric by 1e-05 where its largest entry is 2",
+    ),
     (np.zeros(2), COV - [[0, 0], [0, 1.01]], "sigma has the variance -0.01 on its diagonal"),
-    (np.zeros(2), np.array([[1.0, 1.001], [1.001, 1.0]]), "sigma has the negative eigenvalue -0.001"),
+    (
+        np.zeros(2),
+        np.array([[1.0, 1.001], [1.001, 1.0]]),
+        "sigma has the negative eigenvalue -0.001",
+    ),
     (np.zeros(2, int), COV, "mu has type '<i8'; expected floats"),
     (np.zeros(2), COV.astype(complex), "sigma has type '<c16'; expected floats"),
     (np.array(["a", "b"]), COV, "mu has type '<U1'; expected floats"),
 ]
 
 
-@pytest.mark.parametrize(("mu", "sigma", "message"), WRONG, ids=[message[:30] for *_, message in WRONG])
+@pytest.mark.parametrize(
+    ("mu", "sigma", "message"), WRONG, ids=[message[:30] for *_, message in WRONG]
+)
 def test_moments_that_are_none(tmp_path, mu, sigma, message):
     refuses(savez(tmp_path / "x.npz", mu=mu, sigma=sigma), message)
 
@@ -321,15 +419,27 @@ def test_moments_as_they_really_are_stored_pass(tmp_path, rng):
     for name, m in (("few", few), ("zero", moments(np.ones((5, 3))))):
         equal(read(savez(tmp_path / f"{name}.npz", mu=m.mean, sigma=m.cov)).moments["pool"], m)
     half = single.cov.astype(np.float32)
-    assert np.linalg.eigvalsh(half.astype(np.float64))[0] < 0, "rounding to float32 has made an eigenvalue negative"
-    assert read(savez(tmp_path / "single.npz", mu=single.mean, sigma=half)).moments["pool"].mean.size == 400
+    assert np.linalg.eigvalsh(half.astype(np.float64))[0] < 0, (
+        "rounding to float32 has made an eigenvalue negative"
+    )
+    assert (
+        read(savez(tmp_path / "single.npz", mu=single.mean, sigma=half)).moments["pool"].mean.size
+        == 400
+    )
 
 
 def test_images_and_features_that_are_none(tmp_path, rng):
-    for images in (np.zeros((3, 8, 8, 3)), np.zeros((3, 3, 8, 8), np.uint8), np.zeros((8, 8, 3), np.uint8)):
+    for images in (
+        np.zeros((3, 8, 8, 3)),
+        np.zeros((3, 3, 8, 8), np.uint8),
+        np.zeros((8, 8, 3), np.uint8),
+    ):
         refuses(savez(tmp_path / "x.npz", arr_0=images), "arr_0 (is uint8 of shape|has type '<f8')")
     refuses(savez(tmp_path / "x.npz", reps=np.zeros(3)), r"reps must have shape \(N, D\)")
-    refuses(savez(tmp_path / "x.npz", feats=np.full((3, 2), np.nan)), "feats has non-finite values in 3 of 3 rows")
+    refuses(
+        savez(tmp_path / "x.npz", feats=np.full((3, 2), np.nan)),
+        "feats has non-finite values in 3 of 3 rows",
+    )
     refuses(savez(tmp_path / "x.npz", reps=np.zeros((1, 2))), "reps has 1 rows, at least 2")
 
 
@@ -345,8 +455,14 @@ def test_records_that_are_none(tmp_path, rng):
         ("[" * 100000, "about is no JSON"),
     ):
         refuses(savez(tmp_path / "x.npz", mu=m.mean, sigma=m.cov, about=np.array(about)), message)
-    refuses(savez(tmp_path / "x.npz", mu=m.mean, sigma=m.cov, about=np.array(["a", "b"])), "about is no record")
-    refuses(savez(tmp_path / "x.npz", mu=m.mean, sigma=m.cov, about=np.zeros(2)), "about has type '<f8'; expected text")
+    refuses(
+        savez(tmp_path / "x.npz", mu=m.mean, sigma=m.cov, about=np.array(["a", "b"])),
+        "about is no record",
+    )
+    refuses(
+        savez(tmp_path / "x.npz", mu=m.mean, sigma=m.cov, about=np.zeros(2)),
+        "about has type '<f8'; expected text",
+    )
     refuses(savez(tmp_path / "x.npz", about=np.array("{}")), "has about but not mu")
 
 
@@ -360,7 +476,8 @@ def test_objects_are_never_unpickled(tmp_path, rng):
 
     m = drawn(rng)
     refuses(
-        savez(tmp_path / "x.npz", mu=np.array([Evil()]), sigma=m.cov), "mu has type '\\|O'; expected floats; objects are never"
+        savez(tmp_path / "x.npz", mu=np.array([Evil()]), sigma=m.cov),
+        "mu has type '\\|O'; expected floats; objects are never",
     )
     about = np.array(Evil(), dtype=object)
     refuses(savez(tmp_path / "x.npz", mu=m.mean, sigma=m.cov, about=about), "about has type '\\|O'")
@@ -389,7 +506,8 @@ def archive(path, mu, method=zipfile.ZIP_DEFLATED, names=("mu.npy",)):
 def test_arrays_that_announce_more_than_they_hold(tmp_path, monkeypatch):
     path = tmp_path / "x.npz"
     refuses(
-        archive(path, npy((10**9, 10**9), b"")), r"mu declares shape \(1000000000, 1000000000\) of float64 but holds 0 bytes"
+        archive(path, npy((10**9, 10**9), b"")),
+        r"mu declares shape \(1000000000, 1000000000\) of float64 but holds 0 bytes",
     )
     refuses(archive(path, npy((2**62,), b"\0" * 16)), "mu declares shape")
     refuses(archive(path, npy((-1,), b"\0" * 16)), "mu has no header of version 1.0")
@@ -399,14 +517,25 @@ def test_arrays_that_announce_more_than_they_hold(tmp_path, monkeypatch):
     refuses(archive(path, b"no array at all"), "mu has no header")
     refuses(archive(path, npy((2,), b"\0" * 16).replace(b"(2,)", b"((((")), "mu has no header")
     refuses(archive(path, npy((2,), b"\0" * 16, "<f3")), "mu cannot be read")
-    refuses(archive(path, npy("9" * 60000, b"")), "mu has no header")  # soon: no pattern tries every way to split the digits
+    refuses(
+        archive(path, npy("9" * 60000, b"")), "mu has no header"
+    )  # soon: no pattern tries every way to split the digits
     refuses(archive(path, npy("9" * 60000 + "x", b"").replace(b"'9", b"(9")), "mu has no header")
-    refuses(archive(path, npy("9" * 5000, b"").replace(b"'9", b"(9").replace(b"9'", b"9)")), "mu cannot be read")
-    refuses(archive(path, npy((2,), b"\0" * 16), zipfile.ZIP_LZMA), "mu is encrypted or packed in another way")
+    refuses(
+        archive(path, npy("9" * 5000, b"").replace(b"'9", b"(9").replace(b"9'", b"9)")),
+        "mu cannot be read",
+    )
+    refuses(
+        archive(path, npy((2,), b"\0" * 16), zipfile.ZIP_LZMA),
+        "mu is encrypted or packed in another way",
+    )
     refuses(archive(path, npy((2,), b"\0" * 16), names=("mu.npy", "mu.npy")), "holds mu.npy twice")
     refuses(archive(path, npy((2,), b"\0" * 16), names=("mu.npy", "mu")), "holds mu twice")
     monkeypatch.setattr(module, "MAX_UNPACKED", 2**16)
-    refuses(archive(path, npy((2**20,), bytes(2**23))), "mu announces 83886.. bytes, packed in .*; refused")
+    refuses(
+        archive(path, npy((2**20,), bytes(2**23))),
+        "mu announces 83886.. bytes, packed in .*; refused",
+    )
     monkeypatch.undo()
     whole = archive(path, npy((2,), b"\0" * 16), zipfile.ZIP_STORED).read_bytes()
     size = struct.pack("<II", *2 * [len(npy((2,), b"\0" * 16))])
@@ -424,7 +553,10 @@ def test_a_table_of_contents_of_any_announced_size_is_not_read(tmp_path):
     whole[-10:-6] = struct.pack("<I", 2**32 - 2)  # its size in the record at the end
     path.write_bytes(whole)
     refuses(path, "its table of contents cannot be read")
-    with pytest.raises(zipfile.BadZipFile, match="in one piece"), module._Bounded(io.FileIO(path)) as stream:
+    with (
+        pytest.raises(zipfile.BadZipFile, match="in one piece"),
+        module._Bounded(io.FileIO(path)) as stream,
+    ):
         stream.read(2**24 + 1)
 
 

@@ -12,8 +12,23 @@ from dmf.errors import DmfError
 from dmf.metrics.resize import RESIZES, resize
 
 BOUND = 1e-4  # of 0..255, the issue's; an ulp at 255 is 1.5e-5 and bicubic sums of 15 x 15 terms make up to six of them
-CASES = ((32, 32, 299), (256, 256, 299), (512, 512, 299), (299, 299, 299), (37, 50, 299), (48, 40, 31))
-MORE = ((500, 375, 299), (301, 298, 299), (299, 200, 299), (7, 5, 299), (1, 2, 9), (256, 256, 224), (64, 50, 7))
+CASES = (
+    (32, 32, 299),
+    (256, 256, 299),
+    (512, 512, 299),
+    (299, 299, 299),
+    (37, 50, 299),
+    (48, 40, 31),
+)
+MORE = (
+    (500, 375, 299),
+    (301, 298, 299),
+    (299, 200, 299),
+    (7, 5, 299),
+    (1, 2, 9),
+    (256, 256, 224),
+    (64, 50, 7),
+)
 needs_libraries = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("torch", "torch_fidelity", "cleanfid")),
     reason="torch, torch-fidelity and clean-fid are not installed: nothing to compare with (stored outputs are still checked)",
@@ -43,21 +58,31 @@ def from_library(x: np.ndarray, size: int, method: str) -> np.ndarray:
     if method == "tf1_bilinear":
         # By its file: the package itself would import torchvision, whose operators not every installation has.
         folder = Path(str(importlib.util.find_spec("torch_fidelity").origin)).parent
-        spec = importlib.util.spec_from_file_location("interpolate", folder / "interpolate_compat_tensorflow.py")
+        spec = importlib.util.spec_from_file_location(
+            "interpolate", folder / "interpolate_compat_tensorflow.py"
+        )
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        y = module.interpolate_bilinear_2d_like_tensorflow1x(pixels, size=(size, size), align_corners=False)
+        y = module.interpolate_bilinear_2d_like_tensorflow1x(
+            pixels, size=(size, size), align_corners=False
+        )
     else:
         mode, _, antialias = method.partition("_")
         y = torch.nn.functional.interpolate(
-            pixels, size=(size, size), mode=mode, align_corners=False, antialias=antialias == "antialias"
+            pixels,
+            size=(size, size),
+            mode=mode,
+            align_corners=False,
+            antialias=antialias == "antialias",
         )
     return y.numpy().transpose(0, 2, 3, 1)
 
 
 def stored_pixels(size: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows and columns that the stored outputs hold: edges, and some of the middle."""
-    return np.linspace(0, size - 1, 8).astype(int)[:, None], np.linspace(0, size - 1, 20).astype(int)[None]
+    return np.linspace(0, size - 1, 8).astype(int)[:, None], np.linspace(0, size - 1, 20).astype(
+        int
+    )[None]
 
 
 @pytest.mark.parametrize("method", RESIZES)
@@ -79,11 +104,15 @@ def test_stored_outputs_of_the_libraries(golden, method, case):
 def test_whole_images_of_the_libraries(method, case):
     # torch's weights hold fused multiply-adds: on a processor without them torch itself is up to 1e-3 from these.
     x = picture(*case[:2])
-    np.testing.assert_allclose(ours(x, case[2], method), from_library(x, case[2], method), rtol=0, atol=BOUND)
+    np.testing.assert_allclose(
+        ours(x, case[2], method), from_library(x, case[2], method), rtol=0, atol=BOUND
+    )
 
 
 def test_weights_known_by_hand():
-    tf1, half_pixel, wide, cubic = (RESIZES[k] for k in ("tf1_bilinear", "bilinear", "bilinear_antialias", "bicubic_clean"))
+    tf1, half_pixel, wide, cubic = (
+        RESIZES[k] for k in ("tf1_bilinear", "bilinear", "bilinear_antialias", "bicubic_clean")
+    )
     assert np.array_equal(tf1(2, 4), [[1, 0], [0.5, 0.5], [0, 1], [0, 1]])
     assert np.array_equal(tf1(4, 2), [[1, 0, 0, 0], [0, 0, 1, 0]])
     assert np.array_equal(half_pixel(2, 4), [[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])
@@ -91,15 +120,21 @@ def test_weights_known_by_hand():
     # Triangle of half width 2 around 1 and 3, over pixel centres .5, 1.5, ..: 3/4, 3/4, 1/4, divided by their sum.
     np.testing.assert_allclose(wide(4, 2), np.array([[3, 3, 1, 0], [0, 1, 3, 3]]) / 7, atol=1e-7)
     # Position 2.25 is 1.75, .75, .25, 1.25 from the four centres.
-    np.testing.assert_allclose(cubic(4, 8)[4], [-0.0234375, 0.2265625, 0.8671875, -0.0703125], atol=1e-15)
+    np.testing.assert_allclose(
+        cubic(4, 8)[4], [-0.0234375, 0.2265625, 0.8671875, -0.0703125], atol=1e-15
+    )
 
 
 @pytest.mark.parametrize("method", RESIZES)
-@pytest.mark.parametrize("sizes", [(32, 299), (256, 299), (512, 299), (1, 5), (5, 1), (299, 299)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(32, 299), (256, 299), (512, 299), (1, 5), (5, 1), (299, 299)], ids=str
+)
 def test_weights_of_a_row_sum_to_one_and_a_constant_stays(method, sizes):
     weights = RESIZES[method](*sizes)
     assert weights.shape == sizes[::-1]
-    np.testing.assert_allclose(weights.sum(axis=1), 1.0, rtol=0, atol=3e-7)  # torch normalises in float32
+    np.testing.assert_allclose(
+        weights.sum(axis=1), 1.0, rtol=0, atol=3e-7
+    )  # torch normalises in float32
     flat = np.full((1, sizes[0], sizes[0], 2), 201.0, np.float32)
     np.testing.assert_allclose(ours(flat, sizes[1], method), 201.0, rtol=0, atol=BOUND)
 
@@ -110,7 +145,9 @@ def test_a_ramp_is_reproduced_at_the_positions_of_the_method(method, offset):
     position = (np.arange(299) + offset) * 32 / 299 - offset
     inside = (position >= 0) & (position <= 31)
     assert inside.sum() > 280
-    np.testing.assert_allclose(ours(ramp, 299, method)[0, inside, 7, 0], position[inside], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        ours(ramp, 299, method)[0, inside, 7, 0], position[inside], rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("method", RESIZES)
@@ -118,7 +155,9 @@ def test_rows_and_columns_are_treated_alike_and_images_and_channels_apart(method
     x = np.concatenate([picture(20, 33), 255 - picture(20, 33)])
     y = ours(x, 27, method)
     turned = ours(np.ascontiguousarray(x.transpose(0, 2, 1, 3)), 27, method).transpose(0, 2, 1, 3)
-    np.testing.assert_allclose(y, turned, rtol=0, atol=BOUND)  # the two passes are swapped, so rounding differs
+    np.testing.assert_allclose(
+        y, turned, rtol=0, atol=BOUND
+    )  # the two passes are swapped, so rounding differs
     assert np.array_equal(ours(x[1:, :, :, 2:], 27, method), y[1:, :, :, 2:])
     assert ours(x[:0], 27, method).shape == (0, 27, 27, 3)
 
@@ -133,16 +172,24 @@ def test_clean_bicubic_is_the_antialiased_one_clipped():
     x = picture(40, 40)
     free, clipped = ours(x, 299, "bicubic_antialias"), ours(x, 299, "bicubic_clean")
     assert free.min() < -20 and free.max() > 275  # the overshoot is what tells the two
-    np.testing.assert_allclose(clipped, np.clip(free, 0, 255), rtol=0, atol=5e-3)  # torch rounds positions to float32
+    np.testing.assert_allclose(
+        clipped, np.clip(free, 0, 255), rtol=0, atol=5e-3
+    )  # torch rounds positions to float32
 
 
 def test_bad_input_is_refused():
     x = np.zeros((1, 8, 8, 3), np.float32)
-    with pytest.raises(DmfError, match=r"unknown resize 'lanczos', expected one of tf1_bilinear, bilinear, "):
+    with pytest.raises(
+        DmfError, match=r"unknown resize 'lanczos', expected one of tf1_bilinear, bilinear, "
+    ):
         resize(x, 299, "lanczos")
-    with pytest.raises(DmfError, match=r"float32 of shape \(B, H, W, C\), got float32 of shape \(8, 8, 3\)"):
+    with pytest.raises(
+        DmfError, match=r"float32 of shape \(B, H, W, C\), got float32 of shape \(8, 8, 3\)"
+    ):
         resize(x[0], 299, "bilinear")
-    with pytest.raises(DmfError, match=r"float32 of shape \(B, H, W, C\), got uint8 of shape \(1, 8, 8, 3\)"):
+    with pytest.raises(
+        DmfError, match=r"float32 of shape \(B, H, W, C\), got uint8 of shape \(1, 8, 8, 3\)"
+    ):
         resize(x.astype(np.uint8), 8, "bilinear")
     with pytest.raises(DmfError, match=r"got float32 of shape \(1, 0, 8, 3\)"):
         resize(x[:, :0], 299, "bilinear")

@@ -45,7 +45,9 @@ def test_one_step_is_e_minus_u_at_exactly_zero_and_one(noise):
 
 @pytest.mark.parametrize(("sampler", "order"), [(euler, 1), (heun, 2)])
 def test_order_of_convergence(noise, sampler, order):
-    errors = [float(jnp.abs(sampler(velocity, noise, n) - SIGMA * noise).max()) for n in (64, 128, 256)]
+    errors = [
+        float(jnp.abs(sampler(velocity, noise, n) - SIGMA * noise).max()) for n in (64, 128, 256)
+    ]
     for coarse, fine in zip(errors, errors[1:], strict=False):
         assert np.log2(coarse / fine) == pytest.approx(order, abs=0.1)
 

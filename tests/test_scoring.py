@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dmf import checkpoint, scoring, sharding
+from dmf import scoring, sharding
 from dmf.config import parse
 from dmf.data import DataConfig, load
 from dmf.errors import DmfError
@@ -24,12 +24,20 @@ from dmf.metrics.frechet import frechet_distance, moments
 from dmf.metrics.judge import Judge, Setting
 from dmf.metrics.reference import Reference, read, write
 from dmf.metrics.totals import Totals
+from dmf.storage import checkpoint
 from dmf.train import train
 from tests.tiny import TINY, merged
 
 ROOT = Path(__file__).parent.parent
 PIXELS = {
-    **{"base": "cifar10", "space": "pixels", "weights_sha256": "", "reference_count": 0, "count": 150, "reference_images": 60},
+    **{
+        "base": "cifar10",
+        "space": "pixels",
+        "weights_sha256": "",
+        "reference_count": 0,
+        "count": 150,
+        "reference_images": 60,
+    },
     **{"metrics": ["fid", "kid", "precision_recall"], "kid_subsets": 5, "kid_subset_size": 20},
 }
 
@@ -38,7 +46,9 @@ PIXELS = {
 def place(tmp_path_factory):
     """A run of seconds, a protocol of pixels, and a reference of the digits by it."""
     folder = tmp_path_factory.mktemp("scores")
-    values = merged(TINY, curriculum=dict(stages=1, kinds=("trajectory",), length=3.0, pretrain_length=0.0))
+    values = merged(
+        TINY, curriculum=dict(stages=1, kinds=("trajectory",), length=3.0, pretrain_length=0.0)
+    )
 
     train(parse(values), folder / "run")
     (folder / "pixels.json").write_text(json.dumps(PIXELS))
@@ -80,7 +90,9 @@ def test_one_device_and_eight_give_identical_scores(place, setting, tmp_path, mo
             out = tmp_path / f"{devices}.json"
             rows.append(scoring.score_checkpoint(place / "run", setting, [1, 2], out=str(out)))
     assert rows[0] == rows[1] and len(rows[0]) == 2
-    assert {"fid", "kid", "precision", "recall"} <= set(rows[0][0]) and rows[0][0]["n_samples"] == 150
+    assert {"fid", "kid", "precision", "recall"} <= set(rows[0][0]) and rows[0][0][
+        "n_samples"
+    ] == 150
     assert rows[0][0]["fid"] != rows[0][1]["fid"]
 
 
@@ -90,7 +102,11 @@ def test_inception_features_are_the_same_bits_on_one_device_and_on_eight(incepti
     found = []
     for devices in (1, 8):
         mesh = sharding.make_mesh(devices=jax.devices()[:devices])
-        found.append(features.Extractor(protocols.load(inception["protocol"]), inception["folder"], mesh)(images))
+        found.append(
+            features.Extractor(protocols.load(inception["protocol"]), inception["folder"], mesh)(
+                images
+            )
+        )
     assert set(found[0]) == {"pool", "spatial", "logits"} and found[0]["pool"].shape == (9, 2048)
     for name, x in found[0].items():
         np.testing.assert_array_equal(x, found[1][name])
@@ -106,11 +122,23 @@ def test_several_emas_and_steps_in_one_run_and_no_row_twice(place, setting, tmp_
     assert len(calls) == 2 + 3 and again[:2] == first
     keys = [(row["ema_halflife_images"], row["steps"], row["nfe"]) for row in again]
     assert keys == [(0, 1, 1), (50, 1, 1), (0, 2, 2), (800, 1, 1), (800, 2, 2)]
-    assert len({row["fid"] for row in again[:3]}) == 3  # (the two averages are still one after so few steps)
+    assert (
+        len({row["fid"] for row in again[:3]}) == 3
+    )  # (the two averages are still one after so few steps)
     stored = json.loads(Path(out).read_text())
-    assert stored["rows"] == again and stored["protocol"]["name"] == "pixels" and stored["guidance"] == "none"
-    assert stored["seed"] == 0 and stored["reference"]["count"] == 200 and len(stored["checkpoint"]["manifest_sha256"]) == 64
-    heun = scoring.score_checkpoint(place / "run", setting, [2], sampler="heun", seed=3, out=str(tmp_path / "heun.json"))
+    assert (
+        stored["rows"] == again
+        and stored["protocol"]["name"] == "pixels"
+        and stored["guidance"] == "none"
+    )
+    assert (
+        stored["seed"] == 0
+        and stored["reference"]["count"] == 200
+        and len(stored["checkpoint"]["manifest_sha256"]) == 64
+    )
+    heun = scoring.score_checkpoint(
+        place / "run", setting, [2], sampler="heun", seed=3, out=str(tmp_path / "heun.json")
+    )
     assert heun[0]["nfe"] == 4
     with pytest.raises(DmfError, match="holds other scores: .*seed: 0 -> 5"):
         scoring.score_checkpoint(place / "run", setting, [1], seed=5, out=out)
@@ -124,24 +152,40 @@ def test_the_scores_are_those_of_the_images_as_bytes(place, setting, tmp_path):
     folder, stored = pretrained.open_folder(place / "run")
     network, params = pretrained.load_folder(folder, stored)
     labels = load(DataConfig(), "train").labels
-    draw = evaluate.Sampler(network, parse(stored["config"]), (8, 8, 1), labels, sharding.make_mesh())
+    draw = evaluate.Sampler(
+        network, parse(stored["config"]), (8, 8, 1), labels, sharding.make_mesh()
+    )
     rounded = np.floor(np.clip(draw(params, 150, 2) / 2 + 0.5, 0, 1) * 255)
     x = np.repeat((rounded.astype(np.float32) - 128) / 128, 3, axis=-1).reshape(150, -1)
-    assert found["fid"] == pytest.approx(frechet_distance(moments(x), read(place / "ref.npz").moments["pool"]), rel=1e-9)
+    assert found["fid"] == pytest.approx(
+        frechet_distance(moments(x), read(place / "ref.npz").moments["pool"]), rel=1e-9
+    )
 
 
 def feature_parts(count, seed=0):
     rng = np.random.default_rng(seed)
     spread = {"pool": 12, "spatial": 7, "logits": 9}
-    whole = {name: rng.standard_normal((count, width)).astype(np.float32) for name, width in spread.items()}
-    return [{k: v[i : i + totals.PART] for k, v in whole.items()} for i in range(0, count, totals.PART)], whole
+    whole = {
+        name: rng.standard_normal((count, width)).astype(np.float32)
+        for name, width in spread.items()
+    }
+    return [
+        {k: v[i : i + totals.PART] for k, v in whole.items()} for i in range(0, count, totals.PART)
+    ], whole
 
 
 @pytest.mark.parametrize("shuffle", [-1, 2020])
 def test_interrupted_sums_go_on_to_identical_scores(tmp_path, monkeypatch, shuffle):
     monkeypatch.setattr(totals, "PART", 16)
-    every = {"metrics": list(protocols.METRICS), "kid_subsets": 3, "kid_subset_size": 20, "is_splits": 4}
-    (tmp_path / "p.json").write_text(json.dumps({"base": "cifar10", "is_shuffle_seed": shuffle, **every}))
+    every = {
+        "metrics": list(protocols.METRICS),
+        "kid_subsets": 3,
+        "kid_subset_size": 20,
+        "is_splits": 4,
+    }
+    (tmp_path / "p.json").write_text(
+        json.dumps({"base": "cifar10", "is_shuffle_seed": shuffle, **every})
+    )
     protocol = protocols.load(str(tmp_path / "p.json"))
     parts, whole = feature_parts(100)
     real = feature_parts(80, 1)[1]
@@ -151,7 +195,9 @@ def test_interrupted_sums_go_on_to_identical_scores(tmp_path, monkeypatch, shuff
         one.add(part)
     scores = one.scores(reference)
     assert {"fid", "sfid", "is", "is_std", "kid", "kid_std", "precision", "recall"} <= set(scores)
-    assert scores["fid"] == pytest.approx(frechet_distance(moments(whole["pool"]), moments(real["pool"])), rel=1e-9)
+    assert scores["fid"] == pytest.approx(
+        frechet_distance(moments(whole["pool"]), moments(real["pool"])), rel=1e-9
+    )
     folder = tmp_path / "sums"
     folder.mkdir()
     for i, part in enumerate(parts):  # a new process, as it were, for every part
@@ -195,7 +241,9 @@ scoring.score_checkpoint(sys.argv[1], judge.Setting(sys.argv[2], "", sys.argv[3]
 def test_sigkill_at_random_times_ends_in_identical_scores(place, tmp_path):
     def run(out, kill_after=None):
         files = [str(place / name) for name in ("run", "pixels.json", "ref.npz")]
-        process = subprocess.Popen([sys.executable, "-c", KILLED, *files, str(out)], cwd=ROOT, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED, *files, str(out)], cwd=ROOT, stdout=subprocess.DEVNULL
+        )
         if kill_after is None:
             assert process.wait(timeout=300) == 0
             return json.loads(out.read_text())["rows"]
@@ -230,13 +278,19 @@ def test_a_run_scores_itself_by_a_protocol_and_keeps_its_best_checkpoint(place, 
         checkpoint_every_steps=100,
     )
     kinds = ("trajectory", "discrete", "discrete")
-    config = parse(merged(TINY, curriculum=dict(stages=3, kinds=kinds, length=9.0, pretrain_length=3.0), run=run))
+    config = parse(
+        merged(
+            TINY, curriculum=dict(stages=3, kinds=kinds, length=9.0, pretrain_length=3.0), run=run
+        )
+    )
     rows = train(config, tmp_path / "run")
     assert [row["step"] for row in rows if row["nfe"] == 1] == [2, 3, 4, 6, 8, 9, 10, 12]
     assert {"fid", "n_samples"} <= set(rows[0]) and "kid" not in rows[0]
     best = min((row for row in rows if row["nfe"] == 1), key=lambda row: row["fid"])
     assert json.loads((tmp_path / "run" / "best.json").read_text())["step"] == best["step"]
-    assert checkpoint.find(tmp_path / "run" / "best") == tmp_path / "run" / "checkpoints" / str(best["step"])
+    assert checkpoint.find(tmp_path / "run" / "best") == tmp_path / "run" / "checkpoints" / str(
+        best["step"]
+    )
     kept = {int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()}
     assert {3, 6, 9, 12, best["step"]} <= kept and 2 not in kept - {best["step"]}
 
@@ -244,14 +298,24 @@ def test_a_run_scores_itself_by_a_protocol_and_keeps_its_best_checkpoint(place, 
 def test_scores_of_other_settings_are_no_rivals_for_the_best(place, tmp_path):
     """A resumed run with more samples starts its own race, and a run without scores has no best."""
     kinds = dict(stages=2, kinds=("trajectory", "trajectory"), length=4.0, pretrain_length=0.0)
-    run = dict(protocol=written(tmp_path, metrics=["fid"]), reference=str(place / "ref.npz"), score_samples=64)
+    run = dict(
+        protocol=written(tmp_path, metrics=["fid"]),
+        reference=str(place / "ref.npz"),
+        score_samples=64,
+    )
     with pytest.raises(DmfError, match="no best checkpoint is known"):
         checkpoint.find(tmp_path / "run" / "best")
     first = train(parse(merged(TINY, curriculum=kinds, run=run)), tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
-    again = train(parse(merged(TINY, curriculum=kinds, run=run | {"score_samples": 128})), tmp_path / "run")
+    again = train(
+        parse(merged(TINY, curriculum=kinds, run=run | {"score_samples": 128})), tmp_path / "run"
+    )
     assert [row["step"] for row in again if row["nfe"] == 1] == [2, 4]
-    assert {row["step"]: row["scored_by"] for row in again}[2] == first[0]["scored_by"] != again[-1]["scored_by"]
+    assert (
+        {row["step"]: row["scored_by"] for row in again}[2]
+        == first[0]["scored_by"]
+        != again[-1]["scored_by"]
+    )
     assert json.loads((tmp_path / "run" / "best.json").read_text())["step"] == 4
 
 
@@ -264,7 +328,9 @@ def test_the_label_rule_is_the_protocols_in_training_as_in_scoring(place, tmp_pa
         run = dict(protocol=name, reference=str(place / "ref.npz"), score_samples=64)
         rows = train(parse(merged(TINY, curriculum=kinds, run=run)), tmp_path / rule)
         setting = Setting(name, "", str(place / "ref.npz"))
-        again = scoring.score_checkpoint(tmp_path / rule, setting, [1], out=str(tmp_path / f"{rule}_out.json"))
+        again = scoring.score_checkpoint(
+            tmp_path / rule, setting, [1], out=str(tmp_path / f"{rule}_out.json")
+        )
         assert rows[0]["fid"] == again[0]["fid"]
         found[rule] = again[0]["fid"]
     assert found["uniform"] != found["data"]  # the first digits of the data come in turn
@@ -279,7 +345,9 @@ def written(folder, name="own.json", **fields):
     return str(path)
 
 
-def test_a_result_is_written_before_its_sums_go_and_never_outside_its_folder(place, setting, tmp_path, monkeypatch):
+def test_a_result_is_written_before_its_sums_go_and_never_outside_its_folder(
+    place, setting, tmp_path, monkeypatch
+):
     """The source's name may be anything; nothing but the folder of the sums is ever removed."""
     home = tmp_path / "home"
     (home / "inner").mkdir(parents=True)
@@ -288,7 +356,10 @@ def test_a_result_is_written_before_its_sums_go_and_never_outside_its_folder(pla
     only_fid = Setting(written(tmp_path, metrics=["fid"]), "", setting.reference)
     monkeypatch.chdir(home / "inner")
     rows = scoring.score_images("..", only_fid, "scores.json")
-    assert len(list(home.glob("*.png"))) == 30 and json.loads(Path("scores.json").read_text())["rows"] == rows
+    assert (
+        len(list(home.glob("*.png"))) == 30
+        and json.loads(Path("scores.json").read_text())["rows"] == rows
+    )
     with monkeypatch.context() as patch:
         patch.setattr(results.Results, "_write", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -296,7 +367,9 @@ def test_a_result_is_written_before_its_sums_go_and_never_outside_its_folder(pla
     assert list(Path().glob(f".late.json.*.progress/*/{totals.STATE}"))  # the work is still there
     calls = []
     monkeypatch.setattr(features.Extractor, "__call__", lambda *a: calls.append(a))
-    assert scoring.score_images("..", only_fid, "late.json")[0]["fid"] == rows[0]["fid"] and not calls
+    assert (
+        scoring.score_images("..", only_fid, "late.json")[0]["fid"] == rows[0]["fid"] and not calls
+    )
 
 
 def test_a_file_of_something_else_and_a_second_process_are_refused(place, setting, tmp_path):
@@ -322,7 +395,11 @@ def test_a_reference_begun_by_another_protocol_is_not_gone_on_with(place, tmp_pa
     name = written(tmp_path, reference_images=60)
     with monkeypatch.context() as patch:
         extract, calls = features.Extractor.__call__, []
-        patch.setattr(features.Extractor, "__call__", lambda *a: calls.append(1) or (extract(*a) if len(calls) < 3 else 1 / 0))
+        patch.setattr(
+            features.Extractor,
+            "__call__",
+            lambda *a: calls.append(1) or (extract(*a) if len(calls) < 3 else 1 / 0),
+        )
         with pytest.raises(ZeroDivisionError):
             scoring.make_reference(source, Setting(name), out)
     written(tmp_path, reference_images=30)
@@ -374,17 +451,25 @@ def inception(tmp_path_factory):
     about = {"source": {"file": "random.pth", "sha256": "ab" * 32}}
     known = features.known_features(network, params, "inception")
     checkpoint.save_weights(
-        folder, params, pretrained.metadata(InceptionConfig(), (299, 299, 3), about), {features.KNOWN: known}
+        folder,
+        params,
+        pretrained.metadata(InceptionConfig(), (299, 299, 3), about),
+        {features.KNOWN: known},
     )
     own = folder.parent / "own.json"
     metrics = ["fid", "sfid", "is"]
-    own.write_text(json.dumps({"base": "cifar10", "weights_sha256": "", "metrics": metrics, "reference_count": 0}))
+    own.write_text(
+        json.dumps(
+            {"base": "cifar10", "weights_sha256": "", "metrics": metrics, "reference_count": 0}
+        )
+    )
     return {"folder": str(folder), "protocol": str(own)}
 
 
 def test_missing_weights_say_where_to_get_them(place):
     with pytest.raises(
-        DmfError, match=r"no feature network is given .*pt_inception-2015-12-05-6726825d.pth.*--kind=fid_inception"
+        DmfError,
+        match=r"no feature network is given .*pt_inception-2015-12-05-6726825d.pth.*--kind=fid_inception",
     ) as e:
         Judge(Setting("cifar10", "", str(place / "ref.npz")), sharding.make_mesh())
     assert one_line(e)
@@ -395,36 +480,62 @@ def test_missing_weights_say_where_to_get_them(place):
 
 
 def test_weights_of_another_hash_or_kind_are_refused(place, inception):
-    with pytest.raises(DmfError, match=r"SHA-256 abababab\.\.\.; protocol cifar10 expects 6726825d") as e:
+    with pytest.raises(
+        DmfError, match=r"SHA-256 abababab\.\.\.; protocol cifar10 expects 6726825d"
+    ) as e:
         Judge(Setting("cifar10", inception["folder"], str(place / "ref.npz")), sharding.make_mesh())
     assert one_line(e)
-    with pytest.raises(DmfError, match="holds a inception; expected the directory of converted weights"):
-        Judge(Setting("edm2-dinov2", inception["folder"], str(place / "ref.npz")), sharding.make_mesh())
+    with pytest.raises(
+        DmfError, match="holds a inception; expected the directory of converted weights"
+    ):
+        Judge(
+            Setting("edm2-dinov2", inception["folder"], str(place / "ref.npz")),
+            sharding.make_mesh(),
+        )
 
 
 def test_a_reference_of_another_protocol_is_refused(place, inception, tmp_path):
-    with pytest.raises(DmfError, match="was made with space = pixels; protocol own has space = inception") as e:
-        Judge(Setting(inception["protocol"], inception["folder"], str(place / "ref.npz")), sharding.make_mesh())
+    with pytest.raises(
+        DmfError, match="was made with space = pixels; protocol own has space = inception"
+    ) as e:
+        Judge(
+            Setting(inception["protocol"], inception["folder"], str(place / "ref.npz")),
+            sharding.make_mesh(),
+        )
     assert one_line(e)
     some = moments(np.random.default_rng(0).standard_normal((10, 2048)))
     about = {"space": "inception", "resize": "bicubic_clean", "count": 10}
     write(tmp_path / "other.npz", Reference({"pool": some}, None, None, about))
-    with pytest.raises(DmfError, match="resize = bicubic_clean; protocol own has resize = bilinear_antialias"):
-        Judge(Setting(inception["protocol"], inception["folder"], str(tmp_path / "other.npz")), sharding.make_mesh())
+    with pytest.raises(
+        DmfError, match="resize = bicubic_clean; protocol own has resize = bilinear_antialias"
+    ):
+        Judge(
+            Setting(inception["protocol"], inception["folder"], str(tmp_path / "other.npz")),
+            sharding.make_mesh(),
+        )
 
 
 def test_the_self_check_passes_here_and_fails_where_rounding_is_coarse(inception, monkeypatch):
-    extract = features.Extractor(protocols.load(inception["protocol"]), inception["folder"], sharding.make_mesh())
-    assert re.search(r"passed: .*resized images \d\.\de-0[78], features [\d.]+e[-+]\d+", extract.self_check())
-    rounded = jax.tree.map(lambda x: x.astype(jax.numpy.bfloat16).astype(np.float32), extract._params)
+    extract = features.Extractor(
+        protocols.load(inception["protocol"]), inception["folder"], sharding.make_mesh()
+    )
+    assert re.search(
+        r"passed: .*resized images \d\.\de-0[78], features [\d.]+e[-+]\d+", extract.self_check()
+    )
+    rounded = jax.tree.map(
+        lambda x: x.astype(jax.numpy.bfloat16).astype(np.float32), extract._params
+    )
     extract._params = rounded
     with pytest.raises(
-        DmfError, match="the features of a fixed batch .*random.pth.* from the known ones, expected at most 1e-05"
+        DmfError,
+        match="the features of a fixed batch .*random.pth.* from the known ones, expected at most 1e-05",
     ):
         extract.self_check()
     os.remove(Path(inception["folder"]) / features.KNOWN)
     with pytest.raises(DmfError, match="known_features.json is missing"):
-        features.Extractor(protocols.load(inception["protocol"]), inception["folder"], sharding.make_mesh())
+        features.Extractor(
+            protocols.load(inception["protocol"]), inception["folder"], sharding.make_mesh()
+        )
 
 
 def test_bad_images_are_one_line_each(place, setting, tmp_path, monkeypatch):
@@ -444,27 +555,40 @@ def test_bad_images_are_one_line_each(place, setting, tmp_path, monkeypatch):
     with pytest.raises(DmfError, match=r"image 2 is \(9, 9, 3\), image 0 is \(8, 8, 3\)"):
         scoring.score_images(str(mixed), only_fid, out)
     with pytest.raises(DmfError, match="--count=500: expected at most the 200 images"):
-        scoring.score_images(str(place / "digits.npz"), Setting(*list(vars(setting).values())[:3], 500), out)
+        scoring.score_images(
+            str(place / "digits.npz"), Setting(*list(vars(setting).values())[:3], 500), out
+        )
     assert not Path(out).exists()
 
 
 def test_nan_samples_are_named(place, setting, tmp_path, monkeypatch):
     from dmf import evaluate
 
-    monkeypatch.setattr(evaluate.Sampler, "__call__", lambda self, params, count, *a: np.full((count, 8, 8, 1), np.nan))
+    monkeypatch.setattr(
+        evaluate.Sampler,
+        "__call__",
+        lambda self, params, count, *a: np.full((count, 8, 8, 1), np.nan),
+    )
     with pytest.raises(DmfError, match="150 of 150 generated images have NaN or infinite values"):
         scoring.score_checkpoint(place / "run", setting, [1], out=str(tmp_path / "out.json"))
 
 
-def test_the_same_images_score_zero_and_the_table_names_what_is_missing(place, setting, tmp_path, capsys):
+def test_the_same_images_score_zero_and_the_table_names_what_is_missing(
+    place, setting, tmp_path, capsys
+):
     rows = scoring.score_images(str(place / "digits.npz"), setting, str(tmp_path / "same.json"))
     assert rows[0]["fid"] < 1e-9 and rows[0]["recall"] == 1
     bare = tmp_path / "bare.npz"
     write(bare, Reference({"pool": read(place / "ref.npz").moments["pool"]}))
     rows = scoring.score_images(
-        str(place / "digits.npz"), Setting(setting.protocol, "", str(bare)), str(tmp_path / "bare.json")
+        str(place / "digits.npz"),
+        Setting(setting.protocol, "", str(bare)),
+        str(tmp_path / "bare.json"),
     )
     said = capsys.readouterr().out
-    assert "it does not tell space, resize" in said and "nothing to score precision_recall against" in said
+    assert (
+        "it does not tell space, resize" in said
+        and "nothing to score precision_recall against" in said
+    )
     assert "kid" not in rows[0] and rows[0]["fid"] < 1e-9
     assert judge.SAVE_SECONDS == 30.0

@@ -9,10 +9,11 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from configs import cifar10, imagenet256
-from dmf import checkpoint, networks, optim, sharding, state, step
+from dmf import networks, optim, sharding, state, step
 from dmf.config import parse
 from dmf.errors import DmfError
 from dmf.sharding import MeshConfig
+from dmf.storage import checkpoint
 from tests.test_step import largest_difference
 from tests.tiny import TINY, UNET, Setup, merged
 
@@ -58,12 +59,16 @@ def test_split_weights_take_the_same_five_steps_as_one_device(alone, kind, name,
     assert many[1]["grad_norm"] == pytest.approx(one[1]["grad_norm"], rel=1e-5)
     assert largest_difference(one[0].params, many[0].params) < 1e-5
     assert largest_difference(one[0].ema, many[0].ema) < 1e-5
-    assert bytes_on_a_device(many[0]) < bytes_on_a_device(one[0]) / 3  # and stayed where they belong
+    assert (
+        bytes_on_a_device(many[0]) < bytes_on_a_device(one[0]) / 3
+    )  # and stayed where they belong
 
 
 def test_split_weights_go_with_remat_scan_and_guidance(alone):
     """All that changes how a step is computed at once, on a stage that evaluates the network five times."""
-    guided = merged(WIDE, guidance=dict(omega=0.6, kappa=0.7), curriculum=dict(kinds=("guided_jvp",), stages=1))
+    guided = merged(
+        WIDE, guidance=dict(omega=0.6, kappa=0.7), curriculum=dict(kinds=("guided_jvp",), stages=1)
+    )
     guided = merged(guided, network=dict(depth=2))
     one = alone("guided_jvp", "dit", guided)
     ways = dict(mesh=dict(fsdp=4), remat="blocks", scan_blocks=True, attention=dict(jvp="chunked"))
@@ -78,12 +83,23 @@ def test_split_weights_do_not_keep_remat_from_saving_memory():
     """An earlier way of gathering them kept every result of the forward pass."""
     temporary = []
     for remat in ("none", "blocks"):
-        values = merged(WIDE, network=dict(depth=4), batch_size=256, mesh=dict(fsdp=4), remat=remat, scan_blocks=True)
+        values = merged(
+            WIDE,
+            network=dict(depth=4),
+            batch_size=256,
+            mesh=dict(fsdp=4),
+            remat=remat,
+            scan_blocks=True,
+        )
         setup = Setup(values, devices=4)
         setup.network = step.network_for("trajectory", setup.config, (8, 8, 1), setup.mesh)
-        lowered = setup.step("trajectory").lower(setup.state(randomise=False), setup.batch(0), setup.scalars(0, "trajectory"))
+        lowered = setup.step("trajectory").lower(
+            setup.state(randomise=False), setup.batch(0), setup.scalars(0, "trajectory")
+        )
         quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-        temporary.append(lowered.compile(compiler_options=quick).memory_analysis().temp_size_in_bytes)
+        temporary.append(
+            lowered.compile(compiler_options=quick).memory_analysis().temp_size_in_bytes
+        )
     assert temporary[1] < 0.7 * temporary[0]
 
 
@@ -98,17 +114,31 @@ def test_microbatches_of_split_weights_add_up(alone):
 def test_a_device_of_eight_holds_at_most_a_seventh_of_the_state(config, shape):
     found = parse(config.get_config())
     network, optimizer = networks.build(found.network, shape), optim.build(found.optimizer)
-    whole = jax.eval_shape(lambda: state.create(network.init(jax.random.key(0)), optimizer, found.ema))
+    whole = jax.eval_shape(
+        lambda: state.create(network.init(jax.random.key(0)), optimizer, found.ema)
+    )
     mesh = sharding.make_mesh(MeshConfig(fsdp=8))
     place = sharding.placed(mesh, whole)
-    part = sum(np.prod(p.shard_shape(x.shape)) for x, p in zip(jax.tree.leaves(whole), jax.tree.leaves(place), strict=True))
+    part = sum(
+        np.prod(p.shard_shape(x.shape))
+        for x, p in zip(jax.tree.leaves(whole), jax.tree.leaves(place), strict=True)
+    )
     assert part < sum(np.prod(x.shape) for x in jax.tree.leaves(whole)) / 7
 
 
 def test_split_weights_are_gathered_and_gradients_keep_their_part_only():
     setup = Setup(merged(WIDE, mesh=dict(fsdp=8)), devices=8)
-    compiled = setup.step("discrete").lower(setup.state(), setup.batch(0), setup.scalars(0, "discrete")).compile()
-    used = set(re.findall(r"\b(all-gather|all-to-all|collective-permute|reduce-scatter|all-reduce)\b", compiled.as_text()))
+    compiled = (
+        setup.step("discrete")
+        .lower(setup.state(), setup.batch(0), setup.scalars(0, "discrete"))
+        .compile()
+    )
+    used = set(
+        re.findall(
+            r"\b(all-gather|all-to-all|collective-permute|reduce-scatter|all-reduce)\b",
+            compiled.as_text(),
+        )
+    )
     # XLA on CPU has no reduce-scatter: it sums all and keeps a part. Rows are never exchanged.
     assert used == {"all-gather", "all-reduce"}
 
@@ -123,7 +153,9 @@ def test_an_array_is_split_along_its_largest_axis_that_divides_or_not_at_all():
         "number": (),
         "square": (256, 256),
     }
-    found = sharding.placed(mesh, {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in shapes.items()})
+    found = sharding.placed(
+        mesh, {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in shapes.items()}
+    )
     assert {k: v.spec for k, v in found.items()} == {
         "wide": PartitionSpec(None, None, None, "fsdp"),
         "tall": PartitionSpec("fsdp"),
@@ -145,7 +177,8 @@ def test_the_mesh_is_two_numbers_of_which_zero_is_the_rest(config, shape):
 @pytest.mark.parametrize("config", [(3, 0), (0, 16), (2, 2), (16, 1)])
 def test_a_mesh_that_does_not_come_out_is_refused(config):
     with pytest.raises(
-        DmfError, match=r"config.mesh.replica = \d+ x config.mesh.fsdp = \d+: expected factors of the 8 devices"
+        DmfError,
+        match=r"config.mesh.replica = \d+ x config.mesh.fsdp = \d+: expected factors of the 8 devices",
     ):
         sharding.make_mesh(MeshConfig(*config))
 
@@ -164,5 +197,8 @@ def test_a_checkpoint_of_split_weights_is_read_on_any_other_mesh(tmp_path):
         like = Setup(merged(WIDE, mesh=mesh), devices=devices).state(randomise=False)
         found = saved.restore_latest(like)
         assert largest_difference(before, found) == 0
-        assert all(a.sharding == b.sharding for a, b in zip(jax.tree.leaves(like), jax.tree.leaves(found), strict=True))
+        assert all(
+            a.sharding == b.sharding
+            for a, b in zip(jax.tree.leaves(like), jax.tree.leaves(found), strict=True)
+        )
     saved.close()

@@ -33,7 +33,9 @@ def timing(tmp_path, monkeypatch):
     return module
 
 
-def test_later_starts_have_the_programs_of_a_first_one_and_a_directory_of_their_own(timing, tmp_path):
+def test_later_starts_have_the_programs_of_a_first_one_and_a_directory_of_their_own(
+    timing, tmp_path
+):
     found = timing.measure(["--config=x"], 2, 3)
     assert found == {"first": [(40.0, 42.5)] * 2, "later": [(10.0, 12.5)] * 3}
     workdirs = (tmp_path / "calls.txt").read_text().split()
@@ -41,8 +43,16 @@ def test_later_starts_have_the_programs_of_a_first_one_and_a_directory_of_their_
 
 
 def test_the_ratios_are_those_of_the_medians(timing):
-    found = {"first": [(60.0, 66.0), (50.0, 54.0)], "later": [(20.0, 25.0), (10.0, 15.0), (11.0, 20.0)]}
-    medians = {"first_begun_s": 55.0, "first_done_s": 60.0, "later_begun_s": 11.0, "later_done_s": 20.0}
+    found = {
+        "first": [(60.0, 66.0), (50.0, 54.0)],
+        "later": [(20.0, 25.0), (10.0, 15.0), (11.0, 20.0)],
+    }
+    medians = {
+        "first_begun_s": 55.0,
+        "first_done_s": 60.0,
+        "later_begun_s": 11.0,
+        "later_done_s": 20.0,
+    }
     assert timing.summary(found) == medians | {"ratio_begun": 5.0, "ratio_done": 3.0}
 
 

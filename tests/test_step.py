@@ -24,7 +24,9 @@ def largest_difference(a, b):
 
 def interval_leaves(params):
     found = jax.tree_util.tree_leaves_with_path(params)
-    return {jax.tree_util.keystr(p): x for p, x in found if is_interval_path(tuple(k.key for k in p))}
+    return {
+        jax.tree_util.keystr(p): x for p, x in found if is_interval_path(tuple(k.key for k in p))
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -38,15 +40,28 @@ def test_one_device_and_eight_take_the_same_five_steps(kind):
     assert largest_difference(one[0].ema, eight[0].ema) < 1e-6
 
 
-@pytest.mark.parametrize(("kind", "values"), [("discrete", TINY), ("jvp", TINY), ("discrete", UNET)])
+@pytest.mark.parametrize(
+    ("kind", "values"), [("discrete", TINY), ("jvp", TINY), ("discrete", UNET)]
+)
 def test_splitting_rows_costs_no_communication(kind, values):
     setup = Setup(merged(values, microbatches=2, batch_size=64), devices=8)
-    compiled = setup.step(kind).lower(setup.state(), setup.batch(0), setup.scalars(0, kind)).compile().as_text()
-    used = set(re.findall(r"\b(all-gather|all-to-all|collective-permute|reduce-scatter|all-reduce)\b", compiled))
+    compiled = (
+        setup.step(kind)
+        .lower(setup.state(), setup.batch(0), setup.scalars(0, kind))
+        .compile()
+        .as_text()
+    )
+    used = set(
+        re.findall(
+            r"\b(all-gather|all-to-all|collective-permute|reduce-scatter|all-reduce)\b", compiled
+        )
+    )
     assert used == {"all-reduce"}  # the gradient's, and nothing else
 
 
-@pytest.mark.parametrize(("kind", "values"), [*((kind, TINY) for kind in KINDS), ("discrete", UNET)])
+@pytest.mark.parametrize(
+    ("kind", "values"), [*((kind, TINY) for kind in KINDS), ("discrete", UNET)]
+)
 def test_microbatches_accumulate_to_the_whole_batch(kind, values):
     whole, parts = (Setup(merged(values, microbatches=n, batch_size=16)) for n in (1, 4))
     grads = []
@@ -60,7 +75,11 @@ def test_microbatches_accumulate_to_the_whole_batch(kind, values):
             config=setup.config,
             split=split.micro(setup.config.microbatches),
         )
-        gradient = jax.jit(partial(step._gradient, loss, split=split, count=setup.config.microbatches, mesh=setup.mesh))
+        gradient = jax.jit(
+            partial(
+                step._gradient, loss, split=split, count=setup.config.microbatches, mesh=setup.mesh
+            )
+        )
         grads.append(gradient(setup.state().params, rows, jnp.float32(0.25)))
     assert largest_difference(grads[0][0], grads[1][0]) < 2e-5 * max(
         float(jnp.abs(g).max()) for g in jax.tree.leaves(grads[0][0])
@@ -95,18 +114,28 @@ def test_both_evaluations_of_a_row_share_their_dropout_mask():
     setup = Setup(UNET)
     train_step = setup.step("discrete")
     change = {
-        rho: train_step(setup.state(), setup.batch(0), setup.scalars(0, "discrete", rho))[1]["change"]
+        rho: train_step(setup.state(), setup.batch(0), setup.scalars(0, "discrete", rho))[1][
+            "change"
+        ]
         for rho in (2.0**-4, 2.0**-10)
     }
-    assert float(change[2.0**-10]) < 1e-2 and float(change[2.0**-4] / change[2.0**-10]) == pytest.approx(64, rel=0.3)
+    assert float(change[2.0**-10]) < 1e-2 and float(
+        change[2.0**-4] / change[2.0**-10]
+    ) == pytest.approx(64, rel=0.3)
     split = step.split_for("discrete", setup.config, setup.mesh)
-    rows = split.pairs_of(step.draw_rows(jnp.int32(0), setup.batch(0), split=split, config=setup.config))
+    rows = split.pairs_of(
+        step.draw_rows(jnp.int32(0), setup.batch(0), split=split, config=setup.config)
+    )
     params = setup.state().params
 
     def u(keys):
-        return setup.network.apply(params, rows.z, rows.r, rows.t, label=rows.label, train=True, rngs=keys)
+        return setup.network.apply(
+            params, rows.z, rows.r, rows.t, label=rows.label, train=True, rngs=keys
+        )
 
-    apart = jnp.linalg.norm(u(rows.keys) - u(jnp.roll(rows.keys, 1))) / jnp.linalg.norm(u(rows.keys))
+    apart = jnp.linalg.norm(u(rows.keys) - u(jnp.roll(rows.keys, 1))) / jnp.linalg.norm(
+        u(rows.keys)
+    )
     assert float(apart) > 100 * float(change[2.0**-10])
 
 
@@ -148,7 +177,9 @@ def test_runs_of_other_seeds_share_one_program_and_draw_other_noise():
 
 
 def test_every_purpose_and_step_has_its_own_key():
-    keys = [jax.random.key_data(k) for n in range(3) for k in step.step_keys(0, jnp.int32(n)).values()]
+    keys = [
+        jax.random.key_data(k) for n in range(3) for k in step.step_keys(0, jnp.int32(n)).values()
+    ]
     assert len({tuple(k.tolist()) for k in keys}) == 3 * len(step.PURPOSES)
 
 
@@ -180,8 +211,12 @@ def test_reported_norm_and_squares_are_those_of_the_batch():
     e = setup.network.apply(now.params, rows.z, rows.r, rows.t, label=rows.label) - rows.v
     loss, squares = objectives.weighted_loss(e, 0.5, 1e-3)
     _, metrics = setup.step("trajectory")(now, setup.batch(0), setup.scalars(0, "trajectory"))
-    assert float(metrics["squares_pairs"]) == pytest.approx(float(jnp.mean(split.pairs_of(squares))), rel=1e-5)
-    assert float(metrics["squares_border"]) == pytest.approx(float(jnp.mean(split.border_of(squares))), rel=1e-5)
+    assert float(metrics["squares_pairs"]) == pytest.approx(
+        float(jnp.mean(split.pairs_of(squares))), rel=1e-5
+    )
+    assert float(metrics["squares_border"]) == pytest.approx(
+        float(jnp.mean(split.border_of(squares))), rel=1e-5
+    )
     assert float(metrics["loss"]) == pytest.approx(float(jnp.mean(loss)), rel=1e-5)
     assert float(metrics["grad_norm"]) > 1e-2  # before clipping
     assert int(metrics["nonfinite_leaf"]) == -1

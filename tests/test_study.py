@@ -25,13 +25,21 @@ def study():
 
 
 def scores(heldout, train=9.0):
-    return {key: 0.5 for key in ("fd_pixels", "accuracy")} | {"fd_hidden": train, "fd_hidden_heldout": heldout}
+    return {key: 0.5 for key in ("fd_pixels", "accuracy")} | {
+        "fd_hidden": train,
+        "fd_hidden_heldout": heldout,
+    }
 
 
 def record(*stages, two=0.1, train=9.0, failed="", seconds=10.0):
     """A run with these held-out scores after its stages, the first of them that of the flow model."""
     named = [
-        {"stage": "init" if i == 0 else f"stage {i - 1}", "kind": "jvp", "step": i, **scores(s, 2 * s)}
+        {
+            "stage": "init" if i == 0 else f"stage {i - 1}",
+            "kind": "jvp",
+            "step": i,
+            **scores(s, 2 * s),
+        }
         for i, s in enumerate(stages)
     ]
     last = {} if failed else {"1": scores(stages[-1], train), "2": scores(two)}
@@ -80,10 +88,24 @@ def test_means_deviations_and_paired_differences_are_those_by_hand(study):
     text = study.table(RESULTS)
     spreads = ["0.500 ± 0.100", "0.100 ± 0.000", "0.300 ± 0.100", "", "0.500 ± 0.100"]
     assert cells(text, "dagger")[2:] == [*spreads, "0 of 3", "0 of 3", "", "10"]
-    linear = cells(text, "linear")  # .7, .6 against .5, .6 of the same seeds; the third seed has no linear run
-    assert linear[2] == f"0.650 ± {math.sqrt(0.005):.3f}" and linear[5] == f"+0.100 ± {math.sqrt(0.02):.3f}"
-    assert "| 1 | 4.500 ± 0.707 |" in text and "| 32 | 0.600 ± 0.141 |" in text and "| 2 | - | - |" in text
-    assert [m for m in re.findall(r"^\| `(\w+)`", text, re.MULTILINE)] == ["linear", "dagger", "p1", "fine"]
+    linear = cells(
+        text, "linear"
+    )  # .7, .6 against .5, .6 of the same seeds; the third seed has no linear run
+    assert (
+        linear[2] == f"0.650 ± {math.sqrt(0.005):.3f}"
+        and linear[5] == f"+0.100 ± {math.sqrt(0.02):.3f}"
+    )
+    assert (
+        "| 1 | 4.500 ± 0.707 |" in text
+        and "| 32 | 0.600 ± 0.141 |" in text
+        and "| 2 | - | - |" in text
+    )
+    assert [m for m in re.findall(r"^\| `(\w+)`", text, re.MULTILINE)] == [
+        "linear",
+        "dagger",
+        "p1",
+        "fine",
+    ]
 
 
 def test_what_diverged_or_got_worse_is_counted(study):
@@ -96,7 +118,10 @@ def test_what_diverged_or_got_worse_is_counted(study):
 
 
 def test_stored_runs_stay_unless_they_were_made_again(study):
-    stored = {"digits": {"10": {"dagger": 1}, "2": {"dagger": 2, "linear": 3}}, "photos": {"0": {"dagger": 4}}}
+    stored = {
+        "digits": {"10": {"dagger": 1}, "2": {"dagger": 2, "linear": 3}},
+        "photos": {"0": {"dagger": 4}},
+    }
     found = {"digits": {"2": {"dagger": 5}, "1": {"dagger": 6}}}
     expected = {
         "digits": {"1": {"dagger": 6}, "2": {"dagger": 5, "linear": 3}, "10": {"dagger": 1}},
@@ -107,8 +132,14 @@ def test_stored_runs_stay_unless_they_were_made_again(study):
 
 
 def test_photos_are_compared_by_the_training_crops(study):
-    text = study.table({"photos": {"0": RESULTS["digits"]["0"] | {"dagger": record(4.0, 1.0, 0.5, train=7.0)}}})
-    assert cells(text, "linear")[5] == "+2.000" and cells(text, "linear")[6] == "1.400" and "minus dagger, train" in text
+    text = study.table(
+        {"photos": {"0": RESULTS["digits"]["0"] | {"dagger": record(4.0, 1.0, 0.5, train=7.0)}}}
+    )
+    assert (
+        cells(text, "linear")[5] == "+2.000"
+        and cells(text, "linear")[6] == "1.400"
+        and "minus dagger, train" in text
+    )
 
 
 def test_every_variant_is_a_config_and_no_two_are_the_same_run(study):
@@ -160,16 +191,25 @@ def pretend(study, folder, monkeypatch, ends):
     return sorted((folder / "calls.txt").read_text().split())
 
 
-def test_finished_runs_are_skipped_and_those_that_end_on_values_are_results(study, tmp_path, monkeypatch):
-    ends = {"linear": "error: step 7 (stage 1, discrete): loss = nan; expected finite values. That state is not saved"}
+def test_finished_runs_are_skipped_and_those_that_end_on_values_are_results(
+    study, tmp_path, monkeypatch
+):
+    ends = {
+        "linear": "error: step 7 (stage 1, discrete): loss = nan; expected finite values. That state is not saved"
+    }
     calls = pretend(study, tmp_path, monkeypatch, ends)
     assert calls == sorted(["flow", "linear", "dagger", "scratch"] * 2)
     results = study.collect(tmp_path)
-    assert results["digits"]["1"]["linear"]["failed"] == ends["linear"] and results["digits"]["0"]["dagger"]["last"]["2"]
+    assert (
+        results["digits"]["1"]["linear"]["failed"] == ends["linear"]
+        and results["digits"]["0"]["dagger"]["last"]["2"]
+    )
     assert json.loads(json.dumps(results)) == results
     assert pretend(study, tmp_path, monkeypatch, {}) == calls  # nothing again, failed runs neither
     path = tmp_path / "digits" / "seed1" / "dagger" / "scores.jsonl"
-    path.write_text(path.read_text().splitlines(keepends=True)[0])  # the second score is missing: stopped before its end
+    path.write_text(
+        path.read_text().splitlines(keepends=True)[0]
+    )  # the second score is missing: stopped before its end
     assert pretend(study, tmp_path, monkeypatch, {}) == sorted([*calls, "dagger"])
     kept = {p.parent.name for p in tmp_path.glob("digits/*/*/checkpoints")}
     assert kept == {"flow"}  # the others' weights are gone
@@ -184,7 +224,9 @@ def test_another_failure_ends_the_study_and_is_no_result(study, tmp_path, monkey
 def test_a_run_of_other_flags_is_not_taken_for_this_one(study, tmp_path, monkeypatch):
     pretend(study, tmp_path, monkeypatch, {})
     monkeypatch.setitem(study.VARIANTS, "linear", ("curriculum.interval=floor", ""))
-    with pytest.raises(SystemExit, match="holds a run of other flags, --config.curriculum.interval=floor"):
+    with pytest.raises(
+        SystemExit, match="holds a run of other flags, --config.curriculum.interval=floor"
+    ):
         study.collect(tmp_path)
 
 

@@ -19,17 +19,20 @@ import jax
 import numpy as np
 import pytest
 
-from dmf import checkpoint, stopping, train, workdir
-from dmf.checkpoint import Checkpoints
+from dmf import stopping, train, workdir
 from dmf.config import parse, to_dict
 from dmf.errors import DmfError
+from dmf.storage import checkpoint
+from dmf.storage.checkpoint import Checkpoints
 from tests import devices
 from tests.test_processes import CONFIG, ROOT, VALUES, Group
 from tests.test_train import leaves
 from tests.tiny import TINY, Setup, merged
 
 # One program, two stages; scored by nothing.
-QUICK = merged(TINY, curriculum=dict(stages=2, kinds=("trajectory",) * 2, length=12.0, pretrain_length=0.0))
+QUICK = merged(
+    TINY, curriculum=dict(stages=2, kinds=("trajectory",) * 2, length=12.0, pretrain_length=0.0)
+)
 
 
 def store(folder, keep=2):
@@ -81,7 +84,10 @@ def test_fifty_damages_of_a_checkpoint_are_named_and_none_is_loaded(two, tmp_pat
         saved = store(copy)
         found = saved.restore_latest(older)
         saved.close()
-        assert int(found.step) == int(older.step), (victim, done[-1])  # the one before, not the damaged one
+        assert int(found.step) == int(older.step), (
+            victim,
+            done[-1],
+        )  # the one before, not the damaged one
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(older), strict=True):
             np.testing.assert_array_equal(a, b)
         assert f"checkpoint {folder}" in caplog.text and "it is skipped" in caplog.text
@@ -98,17 +104,24 @@ def test_every_bit_and_every_length_of_a_manifest_counts(two, tmp_path):
     checkpoint.verify(tmp_path / "9")
     rng = np.random.default_rng(1)
     bits = rng.choice(8 * len(whole), 300, replace=False)
-    others = [bytes(b ^ (1 << bit % 8 if i == bit // 8 else 0) for i, b in enumerate(whole)) for bit in bits]
+    others = [
+        bytes(b ^ (1 << bit % 8 if i == bit // 8 else 0) for i, b in enumerate(whole))
+        for bit in bits
+    ]
     others += [whole[:-1], whole + b"\n", b"{}\n", b"[]\n", b"", b"null\n"]
     lines = whole.decode().splitlines()
-    others.append(whole.replace(lines[1].encode(), lines[5].encode()))  # one file listed twice, another not
+    others.append(
+        whole.replace(lines[1].encode(), lines[5].encode())
+    )  # one file listed twice, another not
     for other in others:
         path.write_bytes(other)
         with pytest.raises(DmfError, match="checkpoint .*expected"):
             checkpoint.verify(tmp_path / "9")
 
 
-def test_the_last_good_checkpoint_outlives_damaged_and_unfinished_newer_ones(two, tmp_path, monkeypatch):
+def test_the_last_good_checkpoint_outlives_damaged_and_unfinished_newer_ones(
+    two, tmp_path, monkeypatch
+):
     # Step 6 is all that is good. A kill between the save of step 7 and its manifest must not leave nothing.
     shutil.copytree(two[0], tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints"
@@ -155,12 +168,16 @@ def test_a_disk_that_fills_up_inside_a_save_loses_no_older_checkpoint(two, tmp_p
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
-        with pytest.raises(DmfError, match="checkpoint of step 12 could not be written .*other steps are untouched"):
+        with pytest.raises(
+            DmfError, match="checkpoint of step 12 could not be written .*other steps are untouched"
+        ):
             saved.save(12, newest)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     saved.close()
-    come_to_rest(tmp_path / "run")  # the writers of the save that failed, who would end with their process
+    come_to_rest(
+        tmp_path / "run"
+    )  # the writers of the save that failed, who would end with their process
     again = store(tmp_path / "run")
     found = again.restore_latest(two[1])
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(newest), strict=True):
@@ -172,7 +189,9 @@ def test_a_disk_that_fills_up_inside_a_save_loses_no_older_checkpoint(two, tmp_p
         assert step == 6 or checkpoint.verify(tmp_path / "run" / "checkpoints" / str(step)) is None
 
 
-def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_show_in_it(two, tmp_path, monkeypatch):
+def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_show_in_it(
+    two, tmp_path, monkeypatch
+):
     go_on, real = threading.Event(), checkpoint.write_manifest
 
     def slow(folder):
@@ -199,14 +218,18 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_show_in_it(
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_save_that_fails_behind_training_is_told_by_the_next_one(two, tmp_path, monkeypatch, caplog):
+def test_a_save_that_fails_behind_training_is_told_by_the_next_one(
+    two, tmp_path, monkeypatch, caplog
+):
     def full(folder):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "write_manifest", full)
     saved, state = store(tmp_path), two[1]
     saved.save(3, state, wait=False)
-    with pytest.raises(DmfError, match="checkpoint of step 3 could not be written .*No space left on device"):
+    with pytest.raises(
+        DmfError, match="checkpoint of step 3 could not be written .*No space left on device"
+    ):
         saved.save(4, state)
     saved.save(6, state, wait=False)
     saved.close()  # where another error ends the run
@@ -229,7 +252,9 @@ def test_every_start_notes_what_it_was(tmp_path, monkeypatch):
     assert (first["step"], second["step"]) == (0, 12)
     assert (first["differs"], second["differs"]) == ([], ["config.run.sample_rows: 2 -> 3"])
     assert first["jax"] == jax.__version__ and first["numpy"] == np.__version__
-    assert first["processes"] == 1 and first["platform"] == "cpu" and first["devices"] == ["8 x cpu"]
+    assert (
+        first["processes"] == 1 and first["platform"] == "cpu" and first["devices"] == ["8 x cpu"]
+    )
     assert first["command"] == shlex.join(sys.orig_argv)
     assert abs(datetime.fromisoformat(first["utc"]).timestamp() - time.time()) < 300
     assert set(first["git"]) == {"revision", "dirty"} or first["git"] == {"revision": "unknown"}
@@ -240,7 +265,9 @@ def test_the_revision_is_that_of_the_code_and_of_no_repository_around_it(tmp_pat
     git = ["git", "-C", tmp_path, "-c", "user.name=x", "-c", "user.email=x"]
     for args in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "x"]):
         subprocess.run([*git, *args], check=True)
-    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    head = subprocess.run(
+        [*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True
+    ).stdout.strip()
     assert workdir.revision(tmp_path) == {"revision": head, "dirty": False}
     (tmp_path / "site-packages").mkdir()
     (tmp_path / "site-packages" / "new.py").touch()
@@ -260,11 +287,16 @@ def finished(tmp_path_factory):
 def test_a_change_is_shown_refused_and_with_the_flag_taken_and_noted(finished, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
-    longer = parse(merged(QUICK, curriculum=dict(length=20.0), loss=dict(p=0.75), run=dict(sample_rows=3)))
+    longer = parse(
+        merged(QUICK, curriculum=dict(length=20.0), loss=dict(p=0.75), run=dict(sample_rows=3))
+    )
     shown = r"config.curriculum.length: 12.0 -> 20.0; config.loss.p: 0.5 -> 0.75"
     with pytest.raises(DmfError, match=f"another config: {shown}; expected .*--allow_change"):
         train.train(longer, run)
-    assert json.loads((run / "config.json").read_text())["loss"]["p"] == 0.5 and not (run / workdir.CHANGES).exists()
+    assert (
+        json.loads((run / "config.json").read_text())["loss"]["p"] == 0.5
+        and not (run / workdir.CHANGES).exists()
+    )
     train.train(longer, run, allow_change=True)
     assert re.search(f"changed +after step 12: {shown}\n", capsys.readouterr().out)
     (row,) = rows(run, workdir.CHANGES)
@@ -275,8 +307,17 @@ def test_a_change_is_shown_refused_and_with_the_flag_taken_and_noted(finished, t
     )
     assert parse(json.loads((run / "config.json").read_text())) == longer
     assert row["kept"] == steps_on_disk(finished) == [6, 9, 12]
-    assert steps_on_disk(run) == [6, 9, 12, 18, 20]  # those of before, 9 and a boundary among them, and the newest two
-    assert rows(run, "metrics.jsonl")[:12] == rows(finished, "metrics.jsonl") and len(rows(run, "metrics.jsonl")) == 20
+    assert steps_on_disk(run) == [
+        6,
+        9,
+        12,
+        18,
+        20,
+    ]  # those of before, 9 and a boundary among them, and the newest two
+    assert (
+        rows(run, "metrics.jsonl")[:12] == rows(finished, "metrics.jsonl")
+        and len(rows(run, "metrics.jsonl")) == 20
+    )
     train.train(longer, run)  # from now on this is the run's config
     assert len(rows(run, workdir.CHANGES)) == 1
     with pytest.raises(DmfError, match="config.loss.p: 0.75 -> 0.5"):
@@ -286,17 +327,31 @@ def test_a_change_is_shown_refused_and_with_the_flag_taken_and_noted(finished, t
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(network=dict(width=64)), r"config.network.width: 32 -> 64 \(the weights on disk are those of this network\)"),
+        (
+            dict(network=dict(width=64)),
+            r"config.network.width: 32 -> 64 \(the weights on disk are those of this network\)",
+        ),
         (
             dict(data=dict(holdout_fraction=0.5)),
             r"config.data.holdout_fraction: 0.25 -> 0.5 \(the weights have seen these data",
         ),
-        (dict(ema=dict(halflife_images=(50.0,))), r"halflife_images: .* \(the averages on disk have these half-lives\)"),
-        (dict(optimizer=dict(clip_norm=0.0)), r"clip_norm: 1.0 -> 0.0 \(the optimiser's state on disk has other parts\)"),
-        (dict(curriculum=dict(length=8.0)), "step 12 is on disk: expected a config that ends no earlier, not at 8"),
+        (
+            dict(ema=dict(halflife_images=(50.0,))),
+            r"halflife_images: .* \(the averages on disk have these half-lives\)",
+        ),
+        (
+            dict(optimizer=dict(clip_norm=0.0)),
+            r"clip_norm: 1.0 -> 0.0 \(the optimiser's state on disk has other parts\)",
+        ),
+        (
+            dict(curriculum=dict(length=8.0)),
+            "step 12 is on disk: expected a config that ends no earlier, not at 8",
+        ),
     ],
 )
-def test_no_flag_lets_a_change_through_that_the_state_on_disk_does_not_fit(finished, change, message):
+def test_no_flag_lets_a_change_through_that_the_state_on_disk_does_not_fit(
+    finished, change, message
+):
     before = {p: p.read_text() for p in finished.glob("*.json*")}
     with pytest.raises(DmfError, match=message):
         train.train(parse(merged(QUICK, **change)), finished, allow_change=True)
@@ -309,8 +364,12 @@ def test_another_clipping_threshold_is_a_change_that_the_flag_lets_through(finis
     with pytest.raises(DmfError, match="clip_norm: 1.0 -> 2.0; expected .*--allow_change"):
         workdir.claim(finished, parse(values), None, about, False)
     workdir.claim(finished, parse(values), None, about, False, allow_change=True)
-    with pytest.raises(DmfError, match=r"data.count: \d+ -> 7 \(the weights have seen these data\)"):
-        workdir.claim(finished, parse(values), None, {**about, "count": 7}, False, allow_change=True)
+    with pytest.raises(
+        DmfError, match=r"data.count: \d+ -> 7 \(the weights have seen these data\)"
+    ):
+        workdir.claim(
+            finished, parse(values), None, {**about, "count": 7}, False, allow_change=True
+        )
 
 
 class Ended(BaseException):
@@ -411,7 +470,9 @@ def test_processes_with_nothing_unsaved_all_end_at_once(ends, asked):
     assert {status for _, status in ends} == {0}
 
 
-SIGNALLED = merged(QUICK, curriculum=dict(length=120.0), run=dict(checkpoint_every_steps=40, score_steps=(1,)))
+SIGNALLED = merged(
+    QUICK, curriculum=dict(length=120.0), run=dict(checkpoint_every_steps=40, score_steps=(1,))
+)
 
 
 class Life:
@@ -437,7 +498,9 @@ class Life:
             time.sleep(0.001)
 
     def listens(self):
-        caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{self.process.pid}/status").read_text())[1]
+        caught = re.search(
+            r"SigCgt:\s*(\w+)", Path(f"/proc/{self.process.pid}/status").read_text()
+        )[1]
         return int(caught, 16) >> (signal.SIGTERM - 1) & 1
 
     def steps(self):
@@ -457,12 +520,18 @@ class Life:
 
 
 def newest(folder):
-    steps = [n for n in steps_on_disk(folder) if (folder / "checkpoints" / str(n) / checkpoint.MANIFEST).exists()]
+    steps = [
+        n
+        for n in steps_on_disk(folder)
+        if (folder / "checkpoints" / str(n) / checkpoint.MANIFEST).exists()
+    ]
     return max(steps, default=0)
 
 
 def same_end(a, b, last):
-    for x, y in zip(leaves(a / "checkpoints" / last), leaves(b / "checkpoints" / last), strict=True):
+    for x, y in zip(
+        leaves(a / "checkpoints" / last), leaves(b / "checkpoints" / last), strict=True
+    ):
         np.testing.assert_array_equal(x, y)
     for log in ("metrics.jsonl", "scores.jsonl"):
         assert (a / log).read_text() == (b / log).read_text()
@@ -474,19 +543,29 @@ def test_sigterm_in_each_phase_ends_well_and_the_run_ends_in_the_same_bits(tmp_p
     life = Life(tmp_path, "run")
     life.wait_until(life.listens)
     status, _, _, said = life.end()
-    assert status == 0 and said.splitlines()[-1].startswith("stopped, nothing was unsaved; the same command goes on"), said
+    assert status == 0 and said.splitlines()[-1].startswith(
+        "stopped, nothing was unsaved; the same command goes on"
+    ), said
     # While the first program is compiled, which does not wait for the compiler.
     life = Life(tmp_path, "run", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "cold"))
     life.wait_until(lambda: "fresh weights" in life.said.read_text())
     time.sleep(0.2)
     status, logged, _, said = life.end()
-    assert (status, logged) == (0, 0) and "first step" not in said and "stopped, nothing was unsaved" in said, said
+    assert (
+        (status, logged) == (0, 0)
+        and "first step" not in said
+        and "stopped, nothing was unsaved" in said
+    ), said
     # Between steps.
     life = Life(tmp_path, "run")
     life.wait_until(lambda: life.steps() >= 3)
     status, logged, _, said = life.end()
     step = newest(life.workdir)
-    assert status == 0 and logged <= step < 40 and f"stopped after step {step} of 120, which is saved" in said, said
+    assert (
+        status == 0
+        and logged <= step < 40
+        and f"stopped after step {step} of 120, which is saved" in said
+    ), said
     assert life.steps() == step
     # While it saves.
     life = Life(tmp_path, "run")
@@ -495,11 +574,18 @@ def test_sigterm_in_each_phase_ends_well_and_the_run_ends_in_the_same_bits(tmp_p
     saved = newest(life.workdir)
     assert status == 0 and max(logged, 40) <= saved < 60, said
     # While a boundary is pictured, which would take minutes.
-    life = Life(tmp_path, "run", "--config.run.sample_rows=60", "--config.run.score_steps=(100000,)")
+    life = Life(
+        tmp_path, "run", "--config.run.sample_rows=60", "--config.run.score_steps=(100000,)"
+    )
     life.wait_until(lambda: newest(life.workdir) == 60)
     time.sleep(0.5)
     status, logged, seconds, said = life.end()
-    assert status == 0 and logged == newest(life.workdir) == 60 and seconds < 20 and "nothing was unsaved" in said, said
+    assert (
+        status == 0
+        and logged == newest(life.workdir) == 60
+        and seconds < 20
+        and "nothing was unsaved" in said
+    ), said
     assert not (life.workdir / "samples").exists()
     life = Life(tmp_path, "run").finish()
     # The first start came to an end before it could be noted.
@@ -518,8 +604,13 @@ print("ready", flush=True)
 threading.Event().wait(1e6)  # in no step that ends
 """
     # Of SIGINT, Python's own handler tells the main thread at the same time: either ends the process.
-    for second, statuses in ((signal.SIGTERM, {128 + signal.SIGTERM}), (signal.SIGINT, {128 + signal.SIGINT, -signal.SIGINT})):
-        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for second, statuses in (
+        (signal.SIGTERM, {128 + signal.SIGTERM}),
+        (signal.SIGINT, {128 + signal.SIGINT, -signal.SIGINT}),
+    ):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
         process.stdout.readline()
         process.send_signal(signal.SIGTERM)
         process.send_signal(signal.SIGTERM)  # at once: the same request
@@ -533,7 +624,9 @@ threading.Event().wait(1e6)  # in no step that ends
 
 def test_other_modes_end_by_sigterm_as_ever(tmp_path):
     code = "import sys; sys.argv = ['main.py', '--mode=score']; import runpy; runpy.run_path('main.py', run_name='__main__')"
-    process = subprocess.Popen([sys.executable, "-c", f"import signal; {code}"], cwd=ROOT, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"import signal; {code}"], cwd=ROOT, stderr=subprocess.PIPE
+    )
     assert process.wait(120) == 2 and b"--workdir is missing" in process.stderr.read()
 
 
@@ -546,9 +639,16 @@ def test_two_processes_stop_at_the_same_step_and_go_on_in_the_same_bits(tmp_path
     group.processes[1].send_signal(signal.SIGTERM)  # only one of them is told
     (first, said, error), (second, _, other) = group.finish()
     assert first == second == 0, error + other
-    assert f"stopped after step {newest(run)} of 100, which is saved" in said and 3 <= newest(run) < 50
+    assert (
+        f"stopped after step {newest(run)} of 100, which is saved" in said and 3 <= newest(run) < 50
+    )
     # In a boundary's pictures, which would take minutes, both end at once; again only one is told.
-    group = Group(tmp_path, run, 2, flags=(*flags, "--config.run.sample_rows=60", "--config.run.score_steps=(100000,)"))
+    group = Group(
+        tmp_path,
+        run,
+        2,
+        flags=(*flags, "--config.run.sample_rows=60", "--config.run.score_steps=(100000,)"),
+    )
     end = time.monotonic() + 200
     while newest(run) < 50:
         assert time.monotonic() < end

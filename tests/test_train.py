@@ -13,9 +13,10 @@ import jax
 import numpy as np
 import pytest
 
-from dmf import checkpoint, curriculum, places, pretrained, state, train
+from dmf import curriculum, pretrained, state, train
 from dmf.config import parse
 from dmf.errors import DmfError
+from dmf.storage import checkpoint, paths
 from tests import devices
 from tests.tiny import TINY, merged
 
@@ -40,7 +41,7 @@ def leaves(folder):
     """Every array of a checkpoint (weights, EMAs, optimiser, table of intervals), as NumPy."""
     from orbax.checkpoint import v1 as ocp
 
-    found = ocp.load_checkpointables(places.absolute(folder))
+    found = ocp.load_checkpointables(paths.absolute(folder))
     items = (*checkpoint.ITEMS, *checkpoint.OPTIONAL)
     return [np.asarray(x) for x in jax.tree.leaves({k: found[k] for k in items if k in found})]
 
@@ -56,7 +57,13 @@ def finished(tmp_path_factory):
 def test_a_run_leaves_every_stage_boundary_its_picture_and_its_log(finished):
     workdir, scores = finished
     kept = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
-    assert kept == [4, 6, 8, 10, 12]  # the boundaries; steps 3 and 9 were saved too, and are no longer among the newest two
+    assert kept == [
+        4,
+        6,
+        8,
+        10,
+        12,
+    ]  # the boundaries; steps 3 and 9 were saved too, and are no longer among the newest two
     assert [(s["step"], s["stage"], s["kind"]) for s in scores] == [
         (4, "pretrain", "flow"),
         (6, "stage 0", "trajectory"),
@@ -69,13 +76,24 @@ def test_a_run_leaves_every_stage_boundary_its_picture_and_its_log(finished):
     assert [r["rho"] for r in rows if r["kind"] == "discrete"] == [0.5, 0.5, 0.25, 0.25]
     assert all(np.isfinite(r["grad_norm"]) and r["squares_border"] > 0 for r in rows)
     assert all(("squares_pairs" in r) == (r["kind"] != "flow") for r in rows)
-    for name in ("samples.png", "curves.png", "samples/00000004_pretrain.png", "samples/00000012_stage_3.png"):
+    for name in (
+        "samples.png",
+        "curves.png",
+        "samples/00000004_pretrain.png",
+        "samples/00000012_stage_3.png",
+    ):
         assert (workdir / name).stat().st_size > 500
 
 
-def test_the_same_command_on_a_finished_run_changes_no_file_but_the_closing_pictures(finished, capsys):
+def test_the_same_command_on_a_finished_run_changes_no_file_but_the_closing_pictures(
+    finished, capsys
+):
     workdir, scores = finished
-    state_of = lambda: {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in workdir.rglob("*") if p.suffix != ".png"}  # noqa: E731
+    state_of = lambda: {
+        p: (p.stat().st_mtime_ns, p.stat().st_size)
+        for p in workdir.rglob("*")
+        if p.suffix != ".png"
+    }  # noqa: E731
     before = {p: s for p, s in state_of().items() if p.is_file() and p.suffix != ".jsonl"}
     logs = {p: p.read_text() for p in workdir.glob("*s.jsonl") if p.name != "starts.jsonl"}
     assert train.train(parse(TINY), workdir) == scores
@@ -86,7 +104,10 @@ def test_the_same_command_on_a_finished_run_changes_no_file_but_the_closing_pict
 
 def test_the_whole_run_compiles_one_program_per_kind(tmp_path):
     # Two discrete stages and, before the curriculum, pretraining: three programs and one, whatever a switch resets.
-    for name, switch in (("keep", {}), ("reset", dict(switch_optimizer="reset", switch_ema="reset"))):
+    for name, switch in (
+        ("keep", {}),
+        ("reset", dict(switch_optimizer="reset", switch_ema="reset")),
+    ):
         run = train.Run(parse(merged(TINY, curriculum=switch)), tmp_path / name)
         run.loop()
         run.close()
@@ -145,11 +166,15 @@ def test_sigkill_at_random_times_ends_in_the_same_bits(tmp_path):
     plain = main_py(*flags, f"--workdir={tmp_path / 'plain'}")
     assert plain.wait(600) == 0, plain.stdout.read()
     rng = np.random.default_rng()
-    marks = sorted(rng.choice(np.arange(1, 70), 3, replace=False))  # steps seen in the log before each kill
+    marks = sorted(
+        rng.choice(np.arange(1, 70), 3, replace=False)
+    )  # steps seen in the log before each kill
     for mark in marks:
         run = main_py(*flags, f"--workdir={tmp_path / 'killed'}")
         log = tmp_path / "killed" / "metrics.jsonl"
-        while run.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= mark):
+        while run.poll() is None and not (
+            log.exists() and len(log.read_text().splitlines()) >= mark
+        ):
             time.sleep(0.005)
         time.sleep(rng.uniform(0, 0.3))  # into a save, a score or a step
         assert run.poll() is None, f"finished before it could be killed after step {mark}"
@@ -175,24 +200,35 @@ def test_after_pretraining_the_run_goes_on_from_the_averaged_flow_model(finished
     run.close()
     before = curriculum.stage_at(run.stages, 3)
     now = state.switch(found, before, config.curriculum, config.ema, run.optimizer)
-    for a, b in zip(jax.tree.leaves(now.params), jax.tree.leaves(state.evaluated(found, config.ema)), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(now.params),
+        jax.tree.leaves(state.evaluated(found, config.ema)),
+        strict=True,
+    ):
         np.testing.assert_array_equal(a, b)
     assert int(now.opt_state[1].count) == 0 and len(now.ema) == 2
-    assert not np.array_equal(jax.tree.leaves(ema)[0], jax.tree.leaves(now.params)[0])  # step 4 is not step 12
+    assert not np.array_equal(
+        jax.tree.leaves(ema)[0], jax.tree.leaves(now.params)[0]
+    )  # step 4 is not step 12
 
 
 def test_a_run_from_a_flow_checkpoint_starts_as_the_run_that_pretrained_it(finished, tmp_path):
     # The hand-over inside one run and the loading of its flow checkpoint by another command are the same start; the weights
     # part only by the random numbers, which go by the step number.
     workdir, _ = finished
-    config = parse(merged(TINY, init=str(workdir / "checkpoints" / "4"), curriculum=dict(pretrain_length=0.0)))
+    config = parse(
+        merged(TINY, init=str(workdir / "checkpoints" / "4"), curriculum=dict(pretrain_length=0.0))
+    )
     run = train.Run(config, tmp_path)
     start = run._start()
     run.close()
     _, flow_model = pretrained.load(workdir / "checkpoints" / "4")
     for a, b in zip(jax.tree.leaves(start.params), jax.tree.leaves(flow_model), strict=True):
         np.testing.assert_array_equal(a, b)
-    z, t = jax.random.normal(jax.random.key(0), (4, 8, 8, 1)), np.linspace(0.1, 1, 4, dtype=np.float32)
+    z, t = (
+        jax.random.normal(jax.random.key(0), (4, 8, 8, 1)),
+        np.linspace(0.1, 1, 4, dtype=np.float32),
+    )
     u = [run.network.apply(start.params, z, r, t) for r in (t, 0 * t)]
     np.testing.assert_array_equal(*u)
 
@@ -218,32 +254,48 @@ def test_one_call_loads_a_model_and_any_of_its_averages(finished):
     other = pretrained.load(workdir, ema=800.0)[1]
     first = [jax.tree.leaves(p)[0] for p in (params, raw, other)]
     assert not np.array_equal(first[0], first[1]) and not np.array_equal(first[0], first[2])
-    u = network.apply(params, np.zeros((2, 8, 8, 1), np.float32), np.zeros(2, np.float32), np.ones(2, np.float32))
+    u = network.apply(
+        params, np.zeros((2, 8, 8, 1), np.float32), np.zeros(2, np.float32), np.ones(2, np.float32)
+    )
     assert u.shape == (2, 8, 8, 1)
-    with pytest.raises(DmfError, match=r"config.ema.evaluate = 5: expected 0 \(raw weights\) or one of"):
+    with pytest.raises(
+        DmfError, match=r"config.ema.evaluate = 5: expected 0 \(raw weights\) or one of"
+    ):
         pretrained.load(workdir, ema=5.0)
 
 
 def test_a_bad_number_stops_the_run_is_named_and_never_saved(tmp_path):
-    change = dict(optimizer=dict(pretrain_learning_rate=1e30, clip_norm=0.0), run=dict(checkpoint_every_steps=1))
-    with pytest.raises(DmfError, match=r"step \d+ \(pretrain, flow\): \w+ = (nan|inf).*expected finite values") as caught:
+    change = dict(
+        optimizer=dict(pretrain_learning_rate=1e30, clip_norm=0.0),
+        run=dict(checkpoint_every_steps=1),
+    )
+    with pytest.raises(
+        DmfError, match=r"step \d+ \(pretrain, flow\): \w+ = (nan|inf).*expected finite values"
+    ) as caught:
         train.train(parse(merged(TINY, **change)), tmp_path)
     bad = int(re.match(r"step (\d+)", str(caught.value))[1])
-    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").glob("[0-9]*")) == list(range(1, bad))
+    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").glob("[0-9]*")) == list(
+        range(1, bad)
+    )
 
 
 def test_a_work_directory_belongs_to_one_config(finished):
     workdir, _ = finished
     with pytest.raises(DmfError, match=r"another config: config.loss.p: 0.5 -> 0.75; expected"):
         train.train(parse(merged(TINY, loss=dict(p=0.75))), workdir)
-    train.Run(parse(merged(TINY, run=dict(log_every_steps=5))), workdir).close()  # logging may change
+    train.Run(
+        parse(merged(TINY, run=dict(log_every_steps=5))), workdir
+    ).close()  # logging may change
 
 
 def test_a_failed_first_command_does_not_tie_the_directory(tmp_path):
     with pytest.raises(DmfError, match="checkpoint nowhere: no such file"):
         train.train(parse(merged(TINY, init="nowhere")), tmp_path)
     with pytest.raises(DmfError, match="finite"):
-        train.train(parse(merged(TINY, optimizer=dict(pretrain_learning_rate=1e30, clip_norm=0.0))), tmp_path)
+        train.train(
+            parse(merged(TINY, optimizer=dict(pretrain_learning_rate=1e30, clip_norm=0.0))),
+            tmp_path,
+        )
     train.Run(parse(TINY), tmp_path).close()
 
 
@@ -257,10 +309,16 @@ def test_scores_asked_for_only_after_the_end_do_not_break_it(finished, tmp_path)
 def test_a_kill_inside_the_very_first_save_is_a_fresh_start(finished, tmp_path):
     workdir, _ = finished
     train.Run(parse(TINY), tmp_path).close()
-    subprocess.run(["cp", "-r", workdir / "checkpoints" / "4", tmp_path / "checkpoints" / "3"], check=True)
-    (tmp_path / "checkpoints" / "3" / checkpoint.MANIFEST).unlink()  # what a kill just before the manifest leaves
+    subprocess.run(
+        ["cp", "-r", workdir / "checkpoints" / "4", tmp_path / "checkpoints" / "3"], check=True
+    )
+    (
+        tmp_path / "checkpoints" / "3" / checkpoint.MANIFEST
+    ).unlink()  # what a kill just before the manifest leaves
     train.train(parse(TINY), tmp_path)
-    for a, b in zip(leaves(tmp_path / "checkpoints" / "12"), leaves(workdir / "checkpoints" / "12"), strict=True):
+    for a, b in zip(
+        leaves(tmp_path / "checkpoints" / "12"), leaves(workdir / "checkpoints" / "12"), strict=True
+    ):
         np.testing.assert_array_equal(a, b)
 
 
@@ -273,7 +331,9 @@ def test_an_unfinished_newest_save_is_passed_over_by_loading(finished, tmp_path)
     pretrained.load(copy)
 
 
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_taken(finished, tmp_path, caplog):
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_taken(
+    finished, tmp_path, caplog
+):
     workdir, _ = finished
     copy = tmp_path / "copy"
     subprocess.run(["cp", "-r", workdir, copy], check=True)
@@ -284,7 +344,9 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_taken(finish
     train.train(parse(TINY), copy)
     assert "checkpoints/12: file params/" in caplog.text and "it is skipped" in caplog.text
     assert "checkpoints/13: no manifest.json, so its save was not completed" in caplog.text
-    for a, b in zip(leaves(copy / "checkpoints" / "12"), leaves(workdir / "checkpoints" / "12"), strict=True):
+    for a, b in zip(
+        leaves(copy / "checkpoints" / "12"), leaves(workdir / "checkpoints" / "12"), strict=True
+    ):
         np.testing.assert_array_equal(a, b)
 
 
@@ -314,13 +376,15 @@ train.train(parse(merged(TINY, run=dict(tensorboard=True))), {str(tmp_path)!r})
 evaluate.write_samples({str(tmp_path)!r}, [1, 2], 5, "")
 assert not any(name.split(".")[0] in ("tensorflow", "tensorboard", "clu") for name in sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENV, text=True, capture_output=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=ENV, text=True, capture_output=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "samples_few_step_1_2.png").stat().st_size > 500 and not (tmp_path / "tensorboard").exists()
+    assert (tmp_path / "samples_few_step_1_2.png").stat().st_size > 500 and not (
+        tmp_path / "tensorboard"
+    ).exists()
 
 
 def test_importing_what_a_run_needs_imports_no_tensorflow():
-    code = (
-        "import sys, dmf.train; assert not {'tensorflow', 'tensorboard', 'clu', 'torch'} & set(sys.modules), sys.modules.keys()"
-    )
+    code = "import sys, dmf.train; assert not {'tensorflow', 'tensorboard', 'clu', 'torch'} & set(sys.modules), sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENV, check=True, timeout=120)

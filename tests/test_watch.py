@@ -44,7 +44,11 @@ def made(devices=1, **changes):
     setup = Setup(merged(TINY, guard=dict(rows=16), **changes), devices=devices)
     now = setup.state()
     place = sharding.placed(setup.mesh, now).params
-    return setup, now, watch.Watch(setup.config, data.load(setup.config.data, "train"), setup.mesh, place)
+    return (
+        setup,
+        now,
+        watch.Watch(setup.config, data.load(setup.config.data, "train"), setup.mesh, place),
+    )
 
 
 @pytest.mark.parametrize("kind", ["trajectory", "discrete", "jvp"])
@@ -53,7 +57,9 @@ def test_one_device_and_eight_see_the_same(kind):
     for devices, mesh in ((1, {}), (8, dict(fsdp=8))):
         _, now, probe = made(devices, mesh=mesh)
         found.append(probe(kind, now.params, 0.25))
-    assert found[0].keys() == found[1].keys() and ("change_ulps" in found[0]) == (kind == "discrete")
+    assert found[0].keys() == found[1].keys() and ("change_ulps" in found[0]) == (
+        kind == "discrete"
+    )
     # The pairs of the law rows are laid out by device; all else is the same rows in the same order.
     for name in set(found[0]) - {"gradient_ratio", "gradient_cosine"}:
         assert found[0][name] == pytest.approx(found[1][name], rel=2e-4, abs=1e-6), name
@@ -69,7 +75,10 @@ def test_one_row_gone_astray_moves_the_mean_and_not_the_median():
     assert found["residual_median"] == pytest.approx(np.median(squares), rel=1e-4)
     probe.drawn = even._replace(v=even.v.at[0].multiply(100.0)), law
     moved = probe("trajectory", now.params, 1.0)
-    assert moved["residual_pairs"] > 100 * found["residual_pairs"] and moved["residual_median"] < 1.5 * found["residual_median"]
+    assert (
+        moved["residual_pairs"] > 100 * found["residual_pairs"]
+        and moved["residual_median"] < 1.5 * found["residual_median"]
+    )
 
 
 def test_gradients_are_those_of_the_two_kinds_of_rows():
@@ -78,12 +87,19 @@ def test_gradients_are_those_of_the_two_kinds_of_rows():
     (_, law), split = probe.drawn, probe._split
 
     def loss(params, part):
-        how = dict(kind="discrete", network=setup.network, config=setup.config, split=split, train=False)
+        how = dict(
+            kind="discrete", network=setup.network, config=setup.config, split=split, train=False
+        )
         _, residuals = step.stage_residuals(params, law, jnp.float32(0.25), **how)
         return objectives.weighted_loss(getattr(residuals, part), 0.5, 1e-3)[0].mean()
 
-    border, pairs = (jax.flatten_util.ravel_pytree(jax.grad(loss)(now.params, part))[0] for part in ("border", "pairs"))
-    assert found["gradient_ratio"] == pytest.approx(float(jnp.linalg.norm(pairs) / jnp.linalg.norm(border)), rel=1e-4)
+    border, pairs = (
+        jax.flatten_util.ravel_pytree(jax.grad(loss)(now.params, part))[0]
+        for part in ("border", "pairs")
+    )
+    assert found["gradient_ratio"] == pytest.approx(
+        float(jnp.linalg.norm(pairs) / jnp.linalg.norm(border)), rel=1e-4
+    )
     cosine = border @ pairs / jnp.linalg.norm(pairs) / jnp.linalg.norm(border)
     assert found["gradient_cosine"] == pytest.approx(float(cosine), rel=1e-4, abs=1e-5)
     assert split.n_pairs == 12 and split.n_border == 4
@@ -108,8 +124,16 @@ def test_a_run_ends_in_the_same_weights_with_a_probe_and_without(tmp_path):
     values = merged(TINY, guard=dict(every_steps=3, rows=8))
     train(parse(values), tmp_path / "with")
     train(parse(TINY), tmp_path / "without")
-    rows = [json.loads(line) for line in (tmp_path / "with" / "watch.jsonl").read_text().splitlines()]
-    ends = {4, 6, 8, 10, 12}  # of pretraining and of four stages; besides them every third step, and the first of a stage
+    rows = [
+        json.loads(line) for line in (tmp_path / "with" / "watch.jsonl").read_text().splitlines()
+    ]
+    ends = {
+        4,
+        6,
+        8,
+        10,
+        12,
+    }  # of pretraining and of four stages; besides them every third step, and the first of a stage
     assert [row["step"] for row in rows] == sorted(ends | {3, 6, 9, 12} | {1, 5, 7, 9, 11})
     assert [row["kind"] for row in rows][-4:] == ["discrete", "discrete", "jvp", "jvp"]
     logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("with", "without")]

@@ -6,8 +6,8 @@ import subprocess
 
 import pytest
 
-from dmf import checkpoint, whole
 from dmf.errors import short
+from dmf.storage import atomic, checkpoint
 
 
 def left(folder, name, process, host=None):
@@ -27,26 +27,36 @@ def dead():
 
 @pytest.mark.parametrize("name", ["x", "x[1] (a+b).npz"])
 def test_what_dead_processes_left_of_a_place_goes_and_all_else_stays(tmp_path, dead, name):
-    gone = [left(tmp_path, name, n) for n in (dead, os.getpid(), f"{dead}.orbax-checkpoint-tmp", "9" * 30)]
-    stays = [left(tmp_path, name, os.getppid()), left(tmp_path, name, dead, "another"), left(tmp_path, f"y{name}", dead)]
+    gone = [
+        left(tmp_path, name, n)
+        for n in (dead, os.getpid(), f"{dead}.orbax-checkpoint-tmp", "9" * 30)
+    ]
+    stays = [
+        left(tmp_path, name, os.getppid()),
+        left(tmp_path, name, dead, "another"),
+        left(tmp_path, f"y{name}", dead),
+    ]
     stays += [left(tmp_path, name, f"{dead}.notes")]
-    with whole.made(tmp_path / name) as partial:
+    with atomic.made(tmp_path / name) as partial:
         assert not any(path.exists() for path in gone)
         partial.mkdir()
         (partial / "a").write_text("1")
-    assert sorted(tmp_path.iterdir()) == sorted([*stays, tmp_path / name]) and (tmp_path / name / "a").read_text() == "1"
-    whole.clear(tmp_path)
+    assert (
+        sorted(tmp_path.iterdir()) == sorted([*stays, tmp_path / name])
+        and (tmp_path / name / "a").read_text() == "1"
+    )
+    atomic.clear(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted([*stays[:2], stays[3], tmp_path / name])
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_an_interrupted_file_leaves_what_was_there_before(tmp_path, error):
     (tmp_path / "x").write_text("old")
-    with pytest.raises(type(error)), whole.made(tmp_path / "x") as partial:
+    with pytest.raises(type(error)), atomic.made(tmp_path / "x") as partial:
         partial.write_text("ne")
         raise error
     assert [p.name for p in tmp_path.iterdir()] == ["x"] and (tmp_path / "x").read_text() == "old"
-    with whole.made(tmp_path / "x") as partial:
+    with atomic.made(tmp_path / "x") as partial:
         partial.write_text("new")
     assert [p.name for p in tmp_path.iterdir()] == ["x"] and (tmp_path / "x").read_text() == "new"
 

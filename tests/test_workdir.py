@@ -11,17 +11,20 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from dmf import checkpoint, evaluate, guard, places, scoreboard, train, workdir
+from dmf import evaluate, guard, scoreboard, train, workdir
 from dmf.config import parse
 from dmf.errors import DmfError
 from dmf.guard import Guard, GuardConfig
 from dmf.logging import JsonLines
+from dmf.storage import checkpoint, paths
 from tests.test_evaluate import Scorer, board
 from tests.test_processes import ROOT, Group
 from tests.tiny import TINY, merged
 
 # One program, two stages; scored by nothing.
-QUICK = merged(TINY, curriculum=dict(stages=2, kinds=("trajectory",) * 2, length=12.0, pretrain_length=0.0))
+QUICK = merged(
+    TINY, curriculum=dict(stages=2, kinds=("trajectory",) * 2, length=12.0, pretrain_length=0.0)
+)
 
 
 def test_a_second_run_in_the_same_directory_is_refused_on_all_of_its_processes(tmp_path):
@@ -29,7 +32,10 @@ def test_a_second_run_in_the_same_directory_is_refused_on_all_of_its_processes(t
     with workdir.held(tmp_path / "run"):
         for status, _, error in Group(tmp_path, tmp_path / "run", 2).finish():
             assert status == 2
-            assert f"--workdir={tmp_path / 'run'} is in use by another process; expected one at a time" in error
+            assert (
+                f"--workdir={tmp_path / 'run'} is in use by another process; expected one at a time"
+                in error
+            )
             assert "Traceback" not in error
     assert [p.name for p in (tmp_path / "run").iterdir()] == [workdir.LOCK]
 
@@ -37,13 +43,17 @@ def test_a_second_run_in_the_same_directory_is_refused_on_all_of_its_processes(t
 def test_a_directory_is_free_again_after_a_kill_an_error_and_an_end(tmp_path):
     code = "import sys, time, pathlib\nfrom dmf import workdir\n"
     code += "with workdir.held(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(1e6)"
-    other = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     assert other.stdout.readline() == "held\n"
     with pytest.raises(DmfError, match="is in use by another process"):
         train.train(parse(QUICK), tmp_path)
     other.send_signal(signal.SIGKILL)
     other.communicate()
-    with pytest.raises(DmfError, match="no such file") as kept:  # a notebook keeps what the error has passed through
+    with pytest.raises(
+        DmfError, match="no such file"
+    ) as kept:  # a notebook keeps what the error has passed through
         train.train(parse(merged(QUICK, init="nowhere")), tmp_path)
     first = train.train(parse(QUICK), tmp_path)
     assert train.train(parse(QUICK), tmp_path) == first and kept.tb
@@ -76,14 +86,21 @@ def full_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_disk_that_is_full_while_a_run_writes_is_one_line_that_names_the_file(tmp_path, monkeypatch):
+def test_a_disk_that_is_full_while_a_run_writes_is_one_line_that_names_the_file(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(evaluate, "SCORERS", {"digits": (Scorer, "fd_hidden")})
     run, empty = tmp_path / "run", tmp_path / "empty"
     (run / checkpoint.FOLDER / "6").mkdir(parents=True)
     (run / checkpoint.FOLDER / "6" / checkpoint.MANIFEST).touch()
-    lines, rules = JsonLines(run / "metrics.jsonl"), Guard(run / guard.FILE, run / checkpoint.FOLDER, GuardConfig(), True)
+    lines, rules = (
+        JsonLines(run / "metrics.jsonl"),
+        Guard(run / guard.FILE, run / checkpoint.FOLDER, GuardConfig(), True),
+    )
     lines.write({"step": 1})
-    JsonLines(run / scoreboard.FILE).write({"step": 6, "nfe": 1, "n_samples": 32.0, "fd_hidden": 1.0})
+    JsonLines(run / scoreboard.FILE).write(
+        {"step": 6, "nfe": 1, "n_samples": 32.0, "fd_hidden": 1.0}
+    )
     scores, unscored = board(run), board(empty)
     unscored._sampler = lambda params, count, steps: np.zeros((count, 8, 8, 1), np.float32)
     (empty / "samples").mkdir(parents=True)
@@ -99,22 +116,32 @@ def test_a_disk_that_is_full_while_a_run_writes_is_one_line_that_names_the_file(
         expected = rf"{tmp_path}/\S*{name} cannot be written: File too large; expected a writable directory with room"
         assert re.fullmatch(expected, str(caught.value))
     scores._note_best()  # and when there is room again
-    assert json.loads((run / checkpoint.BEST).read_text())["step"] == 6 and lines.read() == [{"step": 1}]
+    assert json.loads((run / checkpoint.BEST).read_text())["step"] == 6 and lines.read() == [
+        {"step": 1}
+    ]
 
 
 def test_checkpoints_without_their_config_and_a_torn_origin_are_one_line(tmp_path):
     workdir.claim(tmp_path, parse(QUICK), None, {}, fresh=True)
     (tmp_path / workdir.CONFIG).unlink()
-    with pytest.raises(DmfError, match=r"config.json cannot be read: FileNotFoundError: .*, beside the checkpoints"):
+    with pytest.raises(
+        DmfError, match=r"config.json cannot be read: FileNotFoundError: .*, beside the checkpoints"
+    ):
         workdir.claim(tmp_path, parse(QUICK), None, {}, fresh=False)
     (tmp_path / workdir.ORIGIN).write_text("{")
-    with pytest.raises(DmfError, match=r"origin.json cannot be read: JSONDecodeError: .*; expected what dmf wrote there"):
+    with pytest.raises(
+        DmfError,
+        match=r"origin.json cannot be read: JSONDecodeError: .*; expected what dmf wrote there",
+    ):
         workdir.origin(tmp_path)
 
 
 def test_a_probe_of_more_images_than_are_held_out_names_its_field_and_their_number(tmp_path):
     values = merged(TINY, data=dict(holdout_fraction=0.02), guard=dict(every_steps=3, rows=64))
-    with pytest.raises(DmfError, match=r"config.guard.rows = 64 takes 64 images on 8 .*: expected at most the 3\d held-out"):
+    with pytest.raises(
+        DmfError,
+        match=r"config.guard.rows = 64 takes 64 images on 8 .*: expected at most the 3\d held-out",
+    ):
         train.Run(parse(values), tmp_path)
     values = merged(values, guard=dict(rows=17))  # no more than 24 on eight devices
     train.Run(parse(values), tmp_path).close()
@@ -138,9 +165,13 @@ def test_a_folder_and_a_file_system_without_locks(tmp_path, monkeypatch):
     def unsupported(*_):
         raise OSError(95, "Operation not supported")
 
-    with places.alone(tmp_path, "first"), pytest.raises(DmfError, match="^second$"), places.alone(tmp_path, "second"):
+    with (
+        paths.alone(tmp_path, "first"),
+        pytest.raises(DmfError, match="^second$"),
+        paths.alone(tmp_path, "second"),
+    ):
         raise AssertionError
     assert not list(tmp_path.iterdir())  # a folder is its own lock
-    monkeypatch.setattr(places.fcntl, "flock", unsupported)
-    with places.alone(tmp_path, "first"), places.alone(tmp_path, "second"):
+    monkeypatch.setattr(paths.fcntl, "flock", unsupported)
+    with paths.alone(tmp_path, "first"), paths.alone(tmp_path, "second"):
         pass

@@ -17,7 +17,13 @@ TINY = dict(
     loss=dict(p=0.5, eps=1e-3),
     label_dropout=0.1,
     curriculum=dict(stages=4, length=8.0, length_unit="steps", pretrain_length=4.0),
-    optimizer=dict(learning_rate=1e-3, warmup_steps=2, pretrain_learning_rate=1e-3, pretrain_warmup_steps=2, clip_norm=1.0),
+    optimizer=dict(
+        learning_rate=1e-3,
+        warmup_steps=2,
+        pretrain_learning_rate=1e-3,
+        pretrain_warmup_steps=2,
+        clip_norm=1.0,
+    ),
     ema=dict(halflife_images=(50.0, 800.0), rampup_ratio=0.5, evaluate=50.0),
     run=dict(
         log_every_steps=1,
@@ -32,7 +38,15 @@ TINY = dict(
 UNET = dict(
     TINY,
     label_dropout=0.0,
-    network=dict(kind="unet", channels=16, channel_mult=(1,), blocks=1, attention_resolutions=(8,), dropout=0.3, augment_dim=6),
+    network=dict(
+        kind="unet",
+        channels=16,
+        channel_mult=(1,),
+        blocks=1,
+        attention_resolutions=(8,),
+        dropout=0.3,
+        augment_dim=6,
+    ),
     data=dict(name="digits", flip=True, augment=0.12),
 )
 
@@ -61,14 +75,21 @@ class Setup:
         if randomise:
             leaves, tree = jax.tree.flatten(params)
             keys = jax.random.split(jax.random.key(2), len(leaves))
-            noise = [0.05 * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+            noise = [
+                0.05 * jax.random.normal(k, x.shape, x.dtype)
+                for k, x in zip(keys, leaves, strict=True)
+            ]
             params = jax.tree.unflatten(tree, [a + b for a, b in zip(leaves, noise, strict=True)])
-        fresh = state.create(params, self.optimizer, self.config.ema, self.config.curriculum.interval)
+        fresh = state.create(
+            params, self.optimizer, self.config.ema, self.config.curriculum.interval
+        )
         return jax.device_put(fresh, sharding.placed(self.mesh, fresh))
 
     def step(self, kind):
         place = sharding.placed(self.mesh, jax.eval_shape(self.state))
-        return step.make_train_step(kind, self.network, self.optimizer, self.config, self.mesh, place)
+        return step.make_train_step(
+            kind, self.network, self.optimizer, self.config, self.mesh, place
+        )
 
     def batch(self, n):
         rng = np.random.default_rng(n)
@@ -94,4 +115,6 @@ class Setup:
 
 def residuals(kind, net, params, rows, split, rho, interval, loss, tangent=objectives.along_data):
     """Of a stage's kind, at the interval of one step."""
-    return objectives.OBJECTIVES[kind](net, params, rows, split, objectives.Rule(loss, partial(interval, rho), tangent))
+    return objectives.OBJECTIVES[kind](
+        net, params, rows, split, objectives.Rule(loss, partial(interval, rho), tangent)
+    )

@@ -32,7 +32,12 @@ BATCH = 1024
 CHUNK = 100  # steps between two calls of `progress`
 GRID = 1001  # times of the report, evenly over [0, 1]
 ROWS = 4  # random inputs of the report
-FORM: dict[str, Any] = {"embedding": "positional", "embedding_mult": 2, "time_input": "t", "time_scale": 1.0}
+FORM: dict[str, Any] = {
+    "embedding": "positional",
+    "embedding_mult": 2,
+    "time_input": "t",
+    "time_scale": 1.0,
+}
 OLD = ("map_noise", "map_augment", "map_layer0", "map_layer1", "interval")  # the whole embedding
 
 Params = dict[str, Any]
@@ -55,16 +60,28 @@ def align(
     """
     check(config, steps)
     if np.any(params["interval"]["kernel"]):
-        raise DmfError("the network has learnt to see r (its interval layer is not zero): expected a flow, which sees t alone")
+        raise DmfError(
+            "the network has learnt to see r (its interval layer is not zero): expected a flow, which sees t alone"
+        )
     new_config = dataclasses.replace(config, **FORM)
     key, label = jax.random.key(seed), _labels(config, 1)
-    start = UNet(new_config, None).init(jax.random.fold_in(key, 0), None, *jnp.zeros((2, 1)), label, None)["params"]
+    start = UNet(new_config, None).init(
+        jax.random.fold_in(key, 0), None, *jnp.zeros((2, 1)), label, None
+    )["params"]
     interval = jnp.zeros_like(start.pop("interval")["kernel"])
     if config.augment_dim:  # labels reach the features of t - r no more than they did: interval would pass on random ones
         kernel = start["map_augment"]["kernel"]
         start["map_augment"]["kernel"] = kernel.at[:, new_config.noise_width :].set(0.0)
     with jax.default_matmul_precision("highest"):
-        fitted = _regress(config, new_config, params, (start, interval), steps, jax.random.fold_in(key, 1), progress)
+        fitted = _regress(
+            config,
+            new_config,
+            params,
+            (start, interval),
+            steps,
+            jax.random.fold_in(key, 1),
+            progress,
+        )
         found = _with_interval(fitted, interval)
         before = _errors(config, params, new_config, _with_interval(start, interval))
         after = _errors(config, params, new_config, found)
@@ -79,10 +96,14 @@ def align(
 def check(config: Any, steps: int) -> None:
     """Raises DmfError where a network of this config has nothing that could be aligned."""
     if not isinstance(config, UNetConfig):
-        raise DmfError(f"network.kind is {config.kind!r}: expected 'unet', the only network whose embedding can be aligned")
+        raise DmfError(
+            f"network.kind is {config.kind!r}: expected 'unet', the only network whose embedding can be aligned"
+        )
     if all(getattr(config, field) == value for field, value in FORM.items()):
         form = ", ".join(f"{field} {value!r}" for field, value in FORM.items())
-        raise DmfError(f"the network needs no alignment: its embedding has the form already ({form})")
+        raise DmfError(
+            f"the network needs no alignment: its embedding has the form already ({form})"
+        )
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise DmfError(f"steps is {steps!r}: expected an integer of at least 1")
 
@@ -119,7 +140,9 @@ def _regress(
         t, label = _draw(config.augment_dim, key)
 
         def loss(layers: Params) -> jax.Array:
-            error = _embed(new_config, _with_interval(layers, interval), t, label) - _embed(config, old, t, label)
+            error = _embed(new_config, _with_interval(layers, interval), t, label) - _embed(
+                config, old, t, label
+            )
             return jnp.mean(error**2)
 
         layers, state = carry
@@ -147,14 +170,20 @@ def _draw(augment_dim: int, key: jax.Array) -> tuple[jax.Array, jax.Array | None
     t = jax.random.uniform(of_time, (BATCH,))
     if not augment_dim:
         return t, None
-    return t, jax.random.bernoulli(of_row, 0.5, (BATCH, 1)) * jax.random.normal(of_label, (BATCH, augment_dim))
+    return t, jax.random.bernoulli(of_row, 0.5, (BATCH, 1)) * jax.random.normal(
+        of_label, (BATCH, augment_dim)
+    )
 
 
-def _errors(config: UNetConfig, params: Params, new_config: UNetConfig, new: Params) -> dict[str, float]:
+def _errors(
+    config: UNetConfig, params: Params, new_config: UNetConfig, new: Params
+) -> dict[str, float]:
     """|emb_new - emb_old| / |emb_old| without a label: mean and max over the grid of t, and the value at t = 1."""
     t, label = jnp.linspace(0.0, 1.0, GRID), _labels(config, GRID)
     old = _embed(config, params, t, label)
-    error = jnp.linalg.norm(_embed(new_config, new, t, label) - old, axis=1) / jnp.linalg.norm(old, axis=1)
+    error = jnp.linalg.norm(_embed(new_config, new, t, label) - old, axis=1) / jnp.linalg.norm(
+        old, axis=1
+    )
     return {"mean": float(error.mean()), "max": float(error.max()), "at_1": float(error[-1])}
 
 

@@ -23,7 +23,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def convert(
-    rules: Sequence[Rule], tensors: Mapping[str, Tensor], network: Any, kind: str, progress: Callable[[int, int], None]
+    rules: Sequence[Rule],
+    tensors: Mapping[str, Tensor],
+    network: Any,
+    kind: str,
+    progress: Callable[[int, int], None],
 ) -> tuple[Any, list[dict[str, Any]]]:
     """(parameters, the report's rows) of a network from the tensors of a file, checked before and while they are read."""
     shapes = leaf_shapes(network)
@@ -31,7 +35,9 @@ def convert(
     leaves: dict[str, Any] = {}
 
     def fresh(names: Sequence[str]) -> Mapping[str, np.ndarray]:
-        draw = jax.jit(lambda key: {name: flat(network.init(key))[name] for name in names})  # computes these leaves alone
+        draw = jax.jit(
+            lambda key: {name: flat(network.init(key))[name] for name in names}
+        )  # computes these leaves alone
         return jax.device_get(draw(jax.random.key(0))) if names else {}
 
     def put(leaf: str, values: np.ndarray) -> None:
@@ -43,7 +49,10 @@ def convert(
 
 def flat(tree: Any) -> dict[str, Any]:
     """Nested dicts -> {'a/b/c': leaf}."""
-    return {"/".join(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        "/".join(k.key for k in path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,7 +69,10 @@ def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 def leaf_shapes(network: Any) -> dict[str, tuple[int, ...]]:
     """Shape of every leaf of the network's parameters, by path; nothing is allocated."""
-    return {path: tuple(x.shape) for path, x in flat(jax.eval_shape(network.init, jax.random.key(0))).items()}
+    return {
+        path: tuple(x.shape)
+        for path, x in flat(jax.eval_shape(network.init, jax.random.key(0))).items()
+    }
 
 
 def check(rules: Sequence[Rule], tensors: Mapping[str, Tensor], leaves: Shapes, kind: str) -> None:
@@ -99,9 +111,13 @@ def _check_tensors(rule: Rule, tensors: Mapping[str, Tensor], leaves: Shapes) ->
     for name, like in zip(rule.tensors, wanted, strict=True):
         found = tensors[name]
         if tuple(found.shape) != like.shape:
-            raise DmfError(f"tensor {name} has shape {list(found.shape)}: expected {list(like.shape)}")
+            raise DmfError(
+                f"tensor {name} has shape {list(found.shape)}: expected {list(like.shape)}"
+            )
         if rule.leaves and found.dtype.name not in FLOATS:
-            raise DmfError(f"tensor {name} is {found.dtype.name}: expected one of {', '.join(FLOATS)}")
+            raise DmfError(
+                f"tensor {name} is {found.dtype.name}: expected one of {', '.join(FLOATS)}"
+            )
 
 
 def read(
@@ -126,10 +142,14 @@ def read(
         if present:
             values = rule.forward(*(_finite(name, tensors[name]) for name in rule.tensors))
         else:
-            values = [start[leaf] if leaf in start else np.zeros(leaves[leaf]) for leaf in rule.leaves]
+            values = [
+                start[leaf] if leaf in start else np.zeros(leaves[leaf]) for leaf in rule.leaves
+            ]
         for leaf, x in zip(rule.leaves, values, strict=True):
             put(leaf, np.asarray(x, np.float32, order="C"))
-        if present or rule.leaves:  # the rule of a tensor that may be absent, and is, has nothing to report
+        if (
+            present or rule.leaves
+        ):  # the rule of a tensor that may be absent, and is, has nothing to report
             rows.append(_row(rule, tensors, present))
         done += sum(_bytes(tensors[name]) for name in rule.tensors if name in tensors)
         progress(done, total)
@@ -153,13 +173,19 @@ def write(rules: Sequence[Rule], leaves: dict[str, np.ndarray]) -> dict[str, np.
         if rule.missing and rule.leaves and rule.missing not in used:
             continue
         for name, x in zip(rule.tensors, rule.backward(*values), strict=True):
-            out[name] = np.asarray(x, x.dtype if np.issubdtype(x.dtype, np.integer) else np.float32, order="C")
+            out[name] = np.asarray(
+                x, x.dtype if np.issubdtype(x.dtype, np.integer) else np.float32, order="C"
+            )
     return out
 
 
 def exceptions(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The report's rows that are no plain copies, each with its reason."""
-    return [{"names": row["tensors"] or row["leaves"], "reason": row["note"]} for row in rows if row["note"]]
+    return [
+        {"names": row["tensors"] or row["leaves"], "reason": row["note"]}
+        for row in rows
+        if row["note"]
+    ]
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -203,7 +229,10 @@ def _row(rule: Rule, tensors: Mapping[str, Tensor], present: bool) -> dict[str, 
 
 def _finite(name: str, tensor: Tensor) -> np.ndarray:
     found = tensor.read()
-    if found.dtype.name in FLOATS and not np.isfinite(found.astype(np.float32) if found.dtype.itemsize < 4 else found).all():
+    if (
+        found.dtype.name in FLOATS
+        and not np.isfinite(found.astype(np.float32) if found.dtype.itemsize < 4 else found).all()
+    ):
         count = int(found.size - np.isfinite(found.astype(np.float64)).sum())
         raise DmfError(
             f"tensor {name}: {count} of its {found.size} values are not finite; expected weights of a working network"

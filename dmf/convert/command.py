@@ -20,12 +20,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from dmf import checkpoint, pretrained
+from dmf import pretrained
 from dmf.convert import adm, align, audit, dinov2, dit, inception, native, score_sde, unet, vae
 from dmf.convert.files import read
 from dmf.convert.rules import Kind, relative_l2
 from dmf.errors import DmfError
 from dmf.metrics import features
+from dmf.storage import checkpoint
 
 KINDS: dict[str, Kind] = {
     kind.name: kind
@@ -66,34 +67,53 @@ def convert(
     """
     started, found = time.monotonic(), _kind(kind)
     checkpoint.check_free(Path(out))
-    stored = None if check in ("auto", "none") else (Path(check).name, _arrays(check))  # a slip is best noticed before the work
+    stored = (
+        None if check in ("auto", "none") else (Path(check).name, _arrays(check))
+    )  # a slip is best noticed before the work
     weights = read.open_file(source)
     try:
-        config, shape, params, report = _converted(found, weights, copy, given or {}, stored or check, align_steps)
+        config, shape, params, report = _converted(
+            found, weights, copy, given or {}, stored or check, align_steps
+        )
     except DmfError as error:
         text = str(error)
         raise DmfError(text if text.startswith(f"{source}: ") else f"{source}: {text}") from error
     report["source"]["sha256"] = read.sha256(source)
-    about = {k: v for k, v in report.items() if k != "tensors"} | {"exceptions": audit.exceptions(report["tensors"])}
+    about = {k: v for k, v in report.items() if k != "tensors"} | {
+        "exceptions": audit.exceptions(report["tensors"])
+    }
     metadata = pretrained.metadata(config, shape, about)
     known = features.known_features(pretrained.build(config, shape), params, config.kind)
-    files = {REPORT: json.dumps(report, indent=1) + "\n"} | ({features.KNOWN: known} if known else {})
+    files = {REPORT: json.dumps(report, indent=1) + "\n"} | (
+        {features.KNOWN: known} if known else {}
+    )
     checkpoint.save_weights(Path(out), params, metadata, files)
     count = sum(row["values"] for row in report["tensors"])
-    print(f"converted {out} in {time.monotonic() - started:.0f} s: {count:,} values, copy {report['source']['copy']!r}")
+    print(
+        f"converted {out} in {time.monotonic() - started:.0f} s: {count:,} values, copy {report['source']['copy']!r}"
+    )
     return report
 
 
 def _converted(
-    kind: Kind, weights: read.Weights, copy: str, given: Mapping[str, Any], check: Any, align_steps: int
+    kind: Kind,
+    weights: read.Weights,
+    copy: str,
+    given: Mapping[str, Any],
+    check: Any,
+    align_steps: int,
 ) -> tuple[Any, tuple[int, ...], Any, dict[str, Any]]:
     """(network config, image shape, parameters, report) of the weights, audited, checked and, if asked for, aligned."""
     tensors, copy = kind.select(weights.tree, copy)
-    config, shape = kind.describe(tensors, native.described(weights) if kind is native.NATIVE and not given else given)
+    config, shape = kind.describe(
+        tensors, native.described(weights) if kind is native.NATIVE and not given else given
+    )
     if align_steps:
         align.check(config, align_steps)
     network = pretrained.build(config, shape)
-    params, rows = audit.convert(kind.rules(config, shape, tensors), tensors, network, kind.name, _progress(kind.name))
+    params, rows = audit.convert(
+        kind.rules(config, shape, tensors), tensors, network, kind.name, _progress(kind.name)
+    )
     print(audit.table(rows), flush=True)
     report: dict[str, Any] = {
         "kind": kind.name,
@@ -107,11 +127,16 @@ def _converted(
         "tensors": rows,
     }
     if given and isinstance(check, str):
-        print(f"given     {', '.join(f'{k} = {v}' for k, v in given.items())}: only stored outputs would tell it wrong")
+        print(
+            f"given     {', '.join(f'{k} = {v}' for k, v in given.items())}: only stored outputs would tell it wrong"
+        )
     if align_steps:
         config, params, found = align.align(config, params, align_steps, 0, _progress("align"))
         _say_alignment(found)
-        report["alignment"] = {**found, "note": "it came after the checks, and replaced the leaves of the embedding"}
+        report["alignment"] = {
+            **found,
+            "note": "it came after the checks, and replaced the leaves of the embedding",
+        }
     return config, shape, params, report
 
 
@@ -119,7 +144,9 @@ def _say_alignment(found: Mapping[str, float]) -> None:
     error, change = found["embedding_error_mean_after"], found["relative_change_of_u"]
     print(f"aligned   embedding within {error:.2g} (relative L2), u within {change:.2g}")
     if error > POOR:
-        print(f"warning: the curriculum would start from another flow; expected an embedding within {POOR}, by more steps")
+        print(
+            f"warning: the curriculum would start from another flow; expected an embedding within {POOR}, by more steps"
+        )
 
 
 def _kind(name: str) -> Kind:
@@ -129,11 +156,24 @@ def _kind(name: str) -> Kind:
 
 
 def _forward_check(
-    kind: Kind, config: Any, shape: tuple[int, ...], network: Any, params: Any, tensors: Mapping[str, read.Tensor], check: Any
+    kind: Kind,
+    config: Any,
+    shape: tuple[int, ...],
+    network: Any,
+    params: Any,
+    tensors: Mapping[str, read.Tensor],
+    check: Any,
 ) -> list[dict[str, Any]]:
     """Our outputs against stored ones (check: name, arrays) or PyTorch's ("auto"), one row each; DmfError if they disagree."""
     if check == "none" or check == "auto" and not importlib.util.find_spec("torch"):
-        print("check     none" + ("" if check == "none" else ": PyTorch is not installed, and no --check=FILE.npz was given"))
+        print(
+            "check     none"
+            + (
+                ""
+                if check == "none"
+                else ": PyTorch is not installed, and no --check=FILE.npz was given"
+            )
+        )
         return []
     if check == "auto":
         import torch
@@ -152,7 +192,9 @@ def _forward_check(
         ) from error
     rows = [_compared(name, ours[name], theirs[name], against) for name in ours if name in theirs]
     if not rows and check == "auto":
-        print(f"check     none: there is no program for kind {kind.name} to hold the network against")
+        print(
+            f"check     none: there is no program for kind {kind.name} to hold the network against"
+        )
     elif not rows:
         raise DmfError(
             f"--check: found the arrays {', '.join(arrays)[:100]}; expected inputs of kind {kind.name}, such as "
@@ -163,9 +205,14 @@ def _forward_check(
 
 def _compared(name: str, ours: np.ndarray, theirs: np.ndarray, against: str) -> dict[str, Any]:
     if ours.shape != theirs.shape:
-        raise DmfError(f"forward check of {name} against {against}: shape {theirs.shape}, expected {ours.shape}")
+        raise DmfError(
+            f"forward check of {name} against {against}: shape {theirs.shape}, expected {ours.shape}"
+        )
     error = relative_l2(ours, theirs)
-    print(f"check     {name} against {against}: relative L2 {error:.2e} (bound {BOUND:.0e})", flush=True)
+    print(
+        f"check     {name} against {against}: relative L2 {error:.2e} (bound {BOUND:.0e})",
+        flush=True,
+    )
     if not error <= BOUND:
         raise DmfError(
             f"forward check of {name} against {against}: relative L2 {error:.2e}, expected at most {BOUND:.0e}; nothing was "
@@ -184,7 +231,9 @@ class _FromFile(Mapping[str, Any]):
         import torch
 
         found = self._tensors[name].read()
-        return torch.from_numpy(found.astype(np.float32) if found.dtype.name == "bfloat16" else found)  # NumPy's is foreign
+        return torch.from_numpy(
+            found.astype(np.float32) if found.dtype.name == "bfloat16" else found
+        )  # NumPy's is foreign
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -203,8 +252,18 @@ def _arrays(path: str) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as found:
             return {name: found[name] for name in found.files}
-    except (OSError, ValueError, AttributeError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise DmfError(f"--check={path} cannot be read ({type(error).__name__}): expected an .npz of plain arrays") from error
+    except (
+        OSError,
+        ValueError,
+        AttributeError,
+        EOFError,
+        TypeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        raise DmfError(
+            f"--check={path} cannot be read ({type(error).__name__}): expected an .npz of plain arrays"
+        ) from error
 
 
 def _progress(name: str) -> Callable[[int, int], None]:
@@ -215,7 +274,11 @@ def _progress(name: str) -> Callable[[int, int], None]:
         if sys.stdout.isatty() or done == total:
             share, seconds = done / max(total, 1), time.monotonic() - started
             bar = "#" * int(30 * share)
-            print(f"\r{name:<10}[{bar:<30}] {share:4.0%}  {seconds:.0f} s", end="\n" if done == total else "", flush=True)
+            print(
+                f"\r{name:<10}[{bar:<30}] {share:4.0%}  {seconds:.0f} s",
+                end="\n" if done == total else "",
+                flush=True,
+            )
 
     return show
 

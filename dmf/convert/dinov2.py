@@ -12,7 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmf.convert.files.read import Tensor, flatten, strip_prefix
-from dmf.convert.rules import Arrays, Kind, Rule, conv_layer, expect, linear_layer, norm_layer, plain, tensor_of
+from dmf.convert.rules import (
+    Arrays,
+    Kind,
+    Rule,
+    conv_layer,
+    expect,
+    linear_layer,
+    norm_layer,
+    plain,
+    tensor_of,
+)
 from dmf.errors import DmfError
 from dmf.networks import layers
 from dmf.networks.dinov2 import DINO_SIZES, SIZE, Dino, DinoConfig
@@ -28,47 +38,71 @@ OTHER_RELEASES = {
 
 def _select(tree: Any, which: str) -> tuple[dict[str, Tensor], str]:
     if which not in ("", COPY):
-        raise DmfError(f"copy {which!r} of the weights is unknown: expected {COPY!r}, the only one of kind {NAME}")
+        raise DmfError(
+            f"copy {which!r} of the weights is unknown: expected {COPY!r}, the only one of kind {NAME}"
+        )
     return strip_prefix(flatten(tree, "")), COPY
 
 
 def _axes(tensors: Mapping[str, Tensor], name: str, count: int) -> tuple[int, ...]:
     shape = tuple(tensor_of(tensors, name, NAME).shape)
     if len(shape) != count or 0 in shape:
-        raise DmfError(f"tensor {name} has shape {list(shape)}: expected {count} axes, none empty, in weights of kind {NAME}")
+        raise DmfError(
+            f"tensor {name} has shape {list(shape)}: expected {count} axes, none empty, in weights of kind {NAME}"
+        )
     return shape
 
 
-def _describe(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[DinoConfig, tuple[int, ...]]:
+def _describe(
+    tensors: Mapping[str, Tensor], given: Mapping[str, Any]
+) -> tuple[DinoConfig, tuple[int, ...]]:
     for field, value in given.items():
         if field != "heads":
-            raise DmfError(f"--set={field}={value}: expected heads, the only field that these weights may not show")
+            raise DmfError(
+                f"--set={field}={value}: expected heads, the only field that these weights may not show"
+            )
         layers.check_positive("--set=heads", value)
     for part, what in OTHER_RELEASES.items():
         for name in tensors:
             if part in name:
-                raise DmfError(f"tensor {name} {what}: expected DINOv2 ViT-S/14, B/14 or L/14 without registers")
+                raise DmfError(
+                    f"tensor {name} {what}: expected DINOv2 ViT-S/14, B/14 or L/14 without registers"
+                )
     width, _, patch, _ = _axes(tensors, "patch_embed.proj.weight", 4)
     if SIZE % patch:
-        raise DmfError(f"tensor patch_embed.proj.weight has patches of {patch} pixels: expected a divisor of {SIZE}, as 14 is")
+        raise DmfError(
+            f"tensor patch_embed.proj.weight has patches of {patch} pixels: expected a divisor of {SIZE}, as 14 is"
+        )
     tokens = _axes(tensors, "pos_embed", 3)[1]
     grid = math.isqrt(tokens - 1)
     if not grid or grid**2 != tokens - 1:
-        raise DmfError(f"tensor pos_embed has {tokens} rows: expected one more than a square number, such as 1370")
+        raise DmfError(
+            f"tensor pos_embed has {tokens} rows: expected one more than a square number, such as 1370"
+        )
     depth = len({found[1] for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))})
     heads = _heads(width, depth, given.get("heads"))
-    return DinoConfig(depth=depth, width=width, heads=heads, patch=patch, grid=grid), (SIZE, SIZE, 3)
+    return DinoConfig(depth=depth, width=width, heads=heads, patch=patch, grid=grid), (
+        SIZE,
+        SIZE,
+        3,
+    )
 
 
 def _heads(width: int, depth: int, given: int | None) -> int:
-    named = [size["heads"] for size in DINO_SIZES.values() if (size["width"], size["depth"]) == (width, depth)]
+    named = [
+        size["heads"]
+        for size in DINO_SIZES.values()
+        if (size["width"], size["depth"]) == (width, depth)
+    ]
     if given is None and not named:
         raise DmfError(
             f"the weights do not show the number of attention heads, and width {width} with depth {depth} is none of the "
             f"released sizes ({', '.join(DINO_SIZES)}): expected --set=heads=N"
         )
     if given is not None and named and given != named[0]:
-        raise DmfError(f"--set=heads={given}: expected {named[0]}, as in the released size of width {width} and depth {depth}")
+        raise DmfError(
+            f"--set=heads={given}: expected {named[0]}, as in the released size of width {width} and depth {depth}"
+        )
     return given or named[0]
 
 
@@ -79,20 +113,37 @@ def _mask_token(width: int) -> Rule:
         return ()
 
     note = "stands for masked patches in training, ignored: images have none; zeros on export"
-    return Rule(("mask_token",), (), forward, lambda: (np.zeros((1, width), np.float32),), note, note)
+    return Rule(
+        ("mask_token",), (), forward, lambda: (np.zeros((1, width), np.float32),), note, note
+    )
 
 
 def _block(i: int) -> list[Rule]:
     name, room = f"blocks.{i}", f"blocks_{i}"
-    linear = {"attn.qkv": "attn/qkv", "attn.proj": "attn/proj", "mlp.fc1": "mlp/fc1", "mlp.fc2": "mlp/fc2"}
+    linear = {
+        "attn.qkv": "attn/qkv",
+        "attn.proj": "attn/proj",
+        "mlp.fc1": "mlp/fc1",
+        "mlp.fc2": "mlp/fc2",
+    }
     return [
-        *(rule for norm in ("norm1", "norm2") for rule in norm_layer(f"{name}.{norm}", f"{room}/{norm}")),
-        *(rule for module, place in linear.items() for rule in linear_layer(f"{name}.{module}", f"{room}/{place}")),
+        *(
+            rule
+            for norm in ("norm1", "norm2")
+            for rule in norm_layer(f"{name}.{norm}", f"{room}/{norm}")
+        ),
+        *(
+            rule
+            for module, place in linear.items()
+            for rule in linear_layer(f"{name}.{module}", f"{room}/{place}")
+        ),
         *(plain(f"{name}.{scale}.gamma", f"{room}/{scale}/gamma") for scale in ("ls1", "ls2")),
     ]
 
 
-def _rules(config: DinoConfig, image_shape: tuple[int, ...], tensors: Mapping[str, Tensor] | None) -> list[Rule]:
+def _rules(
+    config: DinoConfig, image_shape: tuple[int, ...], tensors: Mapping[str, Tensor] | None
+) -> list[Rule]:
     expect(config, NAME, {"kind": "dinov2"})
     return [
         plain("cls_token", "cls_token"),
@@ -120,10 +171,16 @@ def _torch_places(table: Any, side: int) -> Any:
         return table[:, 1:]
     image = table[:, 1:].unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
     factor = (side + 0.1) / grid
-    return functional.interpolate(image, scale_factor=(factor, factor), mode="bicubic").flatten(2).transpose(1, 2)
+    return (
+        functional.interpolate(image, scale_factor=(factor, factor), mode="bicubic")
+        .flatten(2)
+        .transpose(1, 2)
+    )
 
 
-def _torch_outputs(tensors: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _torch_outputs(
+    tensors: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
     """DINOv2 from its state dict; `heads`, which no tensor shows, is one of the arrays."""
     import torch
     from torch.nn import functional
@@ -135,7 +192,9 @@ def _torch_outputs(tensors: Mapping[str, Any], arrays: Mapping[str, np.ndarray])
         return functional.linear(x, weight(f"{module}.weight"), weight(f"{module}.bias"))
 
     def norm(module: str, x: Any) -> Any:
-        return functional.layer_norm(x, x.shape[-1:], weight(f"{module}.weight"), weight(f"{module}.bias"), eps=1e-6)
+        return functional.layer_norm(
+            x, x.shape[-1:], weight(f"{module}.weight"), weight(f"{module}.bias"), eps=1e-6
+        )
 
     def attention(module: str, x: Any) -> Any:
         qkv = linear(f"{module}.qkv", x).unflatten(-1, (3, int(arrays["heads"]), -1))
@@ -145,12 +204,16 @@ def _torch_outputs(tensors: Mapping[str, Any], arrays: Mapping[str, np.ndarray])
     with torch.no_grad():
         kernel, table = weight("patch_embed.proj.weight"), weight("pos_embed")
         image = torch.from_numpy(np.ascontiguousarray(arrays["x"]))
-        x = functional.conv2d(image, kernel, weight("patch_embed.proj.bias"), stride=kernel.shape[2:])
+        x = functional.conv2d(
+            image, kernel, weight("patch_embed.proj.bias"), stride=kernel.shape[2:]
+        )
         x = x.flatten(2).transpose(1, 2) + _torch_places(table, x.shape[-1])
         x = torch.cat(((weight("cls_token") + table[:, :1]).expand(len(x), -1, -1), x), dim=1)
         for i in range(sum(name.endswith(".attn.qkv.weight") for name in tensors)):
             block = f"blocks.{i}"
-            x = x + weight(f"{block}.ls1.gamma") * attention(f"{block}.attn", norm(f"{block}.norm1", x))
+            x = x + weight(f"{block}.ls1.gamma") * attention(
+                f"{block}.attn", norm(f"{block}.norm1", x)
+            )
             wide = functional.gelu(linear(f"{block}.mlp.fc1", norm(f"{block}.norm2", x)))
             x = x + weight(f"{block}.ls2.gamma") * linear(f"{block}.mlp.fc2", wide)
         return {"features": norm("norm", x[:, 0]).numpy()}

@@ -17,7 +17,18 @@ import numpy as np
 
 from dmf.convert.files import read
 from dmf.convert.files.read import Tensor
-from dmf.convert.rules import Kind, Rule, constant, conv_layer, expect, linear_layer, optional, plain, reversed_layer, tensor_of
+from dmf.convert.rules import (
+    Kind,
+    Rule,
+    constant,
+    conv_layer,
+    expect,
+    linear_layer,
+    optional,
+    plain,
+    reversed_layer,
+    tensor_of,
+)
 from dmf.errors import DmfError
 from dmf.networks import layers
 from dmf.networks.dit import DIT_SIZES, DiTConfig, position_embedding
@@ -34,7 +45,9 @@ def _select(tree: Any, which: str, places: Mapping[str, str]) -> tuple[dict[str,
     """The copy `which` of the weights, lying at tree[places[copy]]; a tree with none of these places is "flat" itself."""
     held = {}
     if isinstance(tree, Mapping):
-        held = {copy: tree[key] for copy, key in places.items() if isinstance(tree.get(key), Mapping)}
+        held = {
+            copy: tree[key] for copy, key in places.items() if isinstance(tree.get(key), Mapping)
+        }
     held = held or {"flat": tree}
     copy = which or next(iter(held))
     if copy not in held:
@@ -62,46 +75,73 @@ def _flax(module: str) -> str:
 def _axes(tensors: Mapping[str, Tensor], name: str, count: int, kind: str) -> Shape:
     shape = tuple(tensor_of(tensors, name, kind).shape)
     if len(shape) != count or 0 in shape:
-        raise DmfError(f"tensor {name} has shape {list(shape)}: expected {count} axes, none empty, in weights of kind {kind}")
+        raise DmfError(
+            f"tensor {name} has shape {list(shape)}: expected {count} axes, none empty, in weights of kind {kind}"
+        )
     return shape
 
 
 def _check_given(given: Mapping[str, Any]) -> None:
     for field, value in given.items():
         if field not in FIELDS:
-            raise DmfError(f"--set={field}={value}: expected one of {', '.join(FIELDS)}, the fields these weights may not show")
+            raise DmfError(
+                f"--set={field}={value}: expected one of {', '.join(FIELDS)}, the fields these weights may not show"
+            )
         layers.check_positive(f"--set={field}", value)
 
 
 def _config(
-    tensors: Mapping[str, Tensor], patch: int, hidden: int, width: int, table: str, block: str, heads: int | None
+    tensors: Mapping[str, Tensor],
+    patch: int,
+    hidden: int,
+    width: int,
+    table: str,
+    block: str,
+    heads: int | None,
 ) -> DiTConfig:
     """The config from the sizes read so far, the label table's rows and the blocks' numbers, which `block` matches."""
     depth = len({found[1] for name in tensors if (found := re.match(block, name))})
-    named = [size["heads"] for size in DIT_SIZES.values() if (size["width"], size["depth"]) == (width, depth)]
+    named = [
+        size["heads"]
+        for size in DIT_SIZES.values()
+        if (size["width"], size["depth"]) == (width, depth)
+    ]
     if heads is None and not named:
         raise DmfError(
             f"the weights do not show the number of attention heads, and width {width} with depth {depth} is none of the named "
             f"sizes ({', '.join(DIT_SIZES)}): expected --set=heads=N"
         )
     if heads is not None and named and heads != named[0]:
-        raise DmfError(f"--set=heads={heads}: expected {named[0]}, as in the named size of width {width} and depth {depth}")
+        raise DmfError(
+            f"--set=heads={heads}: expected {named[0]}, as in the named size of width {width} and depth {depth}"
+        )
     classes = tensors[table].shape[0] - 1 if table in tensors else 0
     if table in tensors and not classes:
-        raise DmfError(f"tensor {table} has 1 row: expected one per class and one for the null class")
+        raise DmfError(
+            f"tensor {table} has 1 row: expected one per class and one for the null class"
+        )
     return DiTConfig(
-        depth=depth, width=width, heads=heads or named[0], patch=patch, mlp_ratio=hidden / width, num_classes=classes
+        depth=depth,
+        width=width,
+        heads=heads or named[0],
+        patch=patch,
+        mlp_ratio=hidden / width,
+        num_classes=classes,
     )
 
 
-def _describe_sit(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[DiTConfig, Shape]:
+def _describe_sit(
+    tensors: Mapping[str, Tensor], given: Mapping[str, Any]
+) -> tuple[DiTConfig, Shape]:
     _check_given(given)
     width, channels, patch, _ = _axes(tensors, "x_embedder.proj.weight", 4, "sit")
     hidden, _ = _axes(tensors, "blocks.0.mlp.fc1.weight", 2, "sit")
     out, _ = _axes(tensors, "final_layer.linear.weight", 2, "sit")
     for name in tensors:
         if ".q_norm." in name or ".k_norm." in name:
-            raise DmfError(f"tensor {name} normalises queries or keys: expected attention without that, as in this network")
+            raise DmfError(
+                f"tensor {name} normalises queries or keys: expected attention without that, as in this network"
+            )
     if out not in (patch**2 * channels, 2 * patch**2 * channels):
         raise DmfError(
             f"tensor final_layer.linear.weight has {out} rows: expected {patch**2 * channels} ({channels} channels in patches "
@@ -109,7 +149,9 @@ def _describe_sit(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> tu
         )
     if any(name.startswith("h_embedder.") for name in tensors):
         for name in (f"h_embedder.mlp.{i}.{leaf}" for i in (0, 2) for leaf in ("weight", "bias")):
-            tensor_of(tensors, name, "sit")  # all of the branch or nothing: half of it would pass for a file without one
+            tensor_of(
+                tensors, name, "sit"
+            )  # all of the branch or nothing: half of it would pass for a file without one
     table = "y_embedder.embedding_table.weight"
     config = _config(tensors, patch, hidden, width, table, r"blocks\.(\d+)\.", given.get("heads"))
     resolution = _sit_resolution(tensors, patch, given.get("resolution"))
@@ -120,12 +162,16 @@ def _sit_resolution(tensors: Mapping[str, Tensor], patch: int, given: int | None
     """Side of the square image, from the rows of the position table."""
     if "pos_embed" not in tensors:
         if given is None:
-            raise DmfError("no tensor pos_embed to show the image size: expected --set=resolution=N, 32 for 256x256 images")
+            raise DmfError(
+                "no tensor pos_embed to show the image size: expected --set=resolution=N, 32 for 256x256 images"
+            )
         return given
     tokens = _axes(tensors, "pos_embed", 3, "sit")[1]
     resolution = math.isqrt(tokens) * patch
     if math.isqrt(tokens) ** 2 != tokens:
-        raise DmfError(f"tensor pos_embed has {tokens} rows: expected a square number, one row per patch of a square image")
+        raise DmfError(
+            f"tensor pos_embed has {tokens} rows: expected a square number, one row per patch of a square image"
+        )
     if given not in (None, resolution):
         raise DmfError(
             f"--set=resolution={given}: expected {resolution}: pos_embed has {tokens} rows, patches are {patch} wide"
@@ -138,7 +184,9 @@ def _last_layer(patch: int, channels: int, sigma: bool) -> list[Rule]:
     positions = patch**2
 
     def to_ours(x: np.ndarray) -> np.ndarray:
-        return -x.reshape(positions, -1, *x.shape[1:])[:, :channels].reshape(positions * channels, *x.shape[1:])
+        return -x.reshape(positions, -1, *x.shape[1:])[:, :channels].reshape(
+            positions * channels, *x.shape[1:]
+        )
 
     def to_sit(x: np.ndarray) -> np.ndarray:
         velocity = -x.reshape(positions, channels, *x.shape[1:])
@@ -150,14 +198,28 @@ def _last_layer(patch: int, channels: int, sigma: bool) -> list[Rule]:
         note += "; the half for a variance, which no sampler of a flow reads, is dropped, and is zero in an export"
     name, room = "final_layer.linear", "final_layer/linear"
     return [
-        Rule((f"{name}.weight",), (f"{room}/kernel",), lambda x: (to_ours(x).T,), lambda x: (to_sit(x.T),), note),
-        Rule((f"{name}.bias",), (f"{room}/bias",), lambda x: (to_ours(x),), lambda x: (to_sit(x),), note),
+        Rule(
+            (f"{name}.weight",),
+            (f"{room}/kernel",),
+            lambda x: (to_ours(x).T,),
+            lambda x: (to_sit(x.T),),
+            note,
+        ),
+        Rule(
+            (f"{name}.bias",),
+            (f"{room}/bias",),
+            lambda x: (to_ours(x),),
+            lambda x: (to_sit(x),),
+            note,
+        ),
     ]
 
 
 def _positions(config: DiTConfig, shape: Shape, tensors: Mapping[str, Tensor] | None) -> Rule:
     rows, columns = shape[0] // config.patch, shape[1] // config.patch
-    half = tensors is not None and "pos_embed" in tensors and tensors["pos_embed"].dtype.itemsize == 2
+    half = (
+        tensors is not None and "pos_embed" in tensors and tensors["pos_embed"].dtype.itemsize == 2
+    )
     # Half precision rounds a sine by up to 2^-9. Angles reach 64 radians, which float32 may hold to 4e-6 only. A table of
     # another layout is wrong by 1.
     atol = 2**-8 if half else 1e-5
@@ -165,11 +227,17 @@ def _positions(config: DiTConfig, shape: Shape, tensors: Mapping[str, Tensor] | 
     def table() -> np.ndarray:
         return position_embedding(rows, columns, config.width)[None].astype(np.float32)
 
-    return constant("pos_embed", table, f"the sine-cosine table of {rows}x{columns} patches, column first", atol)
+    return constant(
+        "pos_embed", table, f"the sine-cosine table of {rows}x{columns} patches, column first", atol
+    )
 
 
 def _rules_sit(config: DiTConfig, shape: Shape, tensors: Mapping[str, Tensor] | None) -> list[Rule]:
-    rows = tensors["final_layer.linear.weight"].shape[0] if tensors else 2 * config.patch**2 * shape[-1]
+    rows = (
+        tensors["final_layer.linear.weight"].shape[0]
+        if tensors
+        else 2 * config.patch**2 * shape[-1]
+    )
     expect(config, "sit", {"kind": "dit"})
     note = "time reversed: the embedder of t becomes the embedder of 1 - t"
     angles = functools.partial(layers.frequencies, endpoint=False)
@@ -180,7 +248,11 @@ def _rules_sit(config: DiTConfig, shape: Shape, tensors: Mapping[str, Tensor] | 
         *optional(linear_layer("h_embedder.mlp.0", "interval/mlp_0"), NO_INTERVAL, fill="init"),
         *optional(linear_layer("h_embedder.mlp.2", "interval/mlp_2"), NO_INTERVAL),
         *_table(config, "y_embedder.embedding_table.weight"),
-        *(rule for module in _modules(config.depth) for rule in linear_layer(module, _room(module))),
+        *(
+            rule
+            for module in _modules(config.depth)
+            for rule in linear_layer(module, _room(module))
+        ),
         *_last_layer(config.patch, shape[-1], rows != config.patch**2 * shape[-1]),
     ]
 
@@ -189,7 +261,9 @@ def _table(config: DiTConfig, name: str) -> list[Rule]:
     return [plain(name, "y_embedder/embedding_table/embedding")] if config.num_classes else []
 
 
-def _outputs_sit(network: Any, params: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _outputs_sit(
+    network: Any, params: Any, arrays: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
     """out = -u(z, t - h, t) at our time t, one minus SiT's; h = 0 where it is not given."""
     if not {"x", "t"} <= set(arrays):
         return {}
@@ -207,9 +281,16 @@ def _u(network: Any, params: Any, z: Any, r: Any, t: Any, label: Any) -> np.ndar
 def _probe(config: DiTConfig, shape: Shape) -> dict[str, np.ndarray]:
     """Three images near both ends of time and within, with intervals and one null class; heads, which no name shows."""
     rng = np.random.default_rng(0)
-    label = {"y": np.array([0, config.num_classes - 1, config.num_classes])} if config.num_classes else {}
+    label = (
+        {"y": np.array([0, config.num_classes - 1, config.num_classes])}
+        if config.num_classes
+        else {}
+    )
     x = rng.standard_normal((3, *shape), np.float32)
-    times = {"t": np.array([0.998, 0.6, 0.003], np.float32), "h": np.array([0.9, 0.25, 0.002], np.float32)}
+    times = {
+        "t": np.array([0.998, 0.6, 0.003], np.float32),
+        "h": np.array([0.9, 0.25, 0.002], np.float32),
+    }
     return {"x": x, **times, **label, "heads": np.array(config.heads)}
 
 
@@ -232,7 +313,9 @@ def _torch_blocks(linear: Linear, x: Any, cond: Any, depth: int, heads: int) -> 
     from torch.nn import functional as F
 
     side, quarter = math.isqrt(x.shape[1]), x.shape[2] // 4
-    angle = torch.arange(side)[:, None] * 1e4 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    angle = torch.arange(side)[:, None] * 1e4 ** (
+        -torch.arange(quarter, dtype=torch.float64) / quarter
+    )
     line = torch.cat((angle.sin(), angle.cos()), dim=1).float()
     x = x + torch.cat((line.repeat(side, 1), line.repeat_interleave(side, 0)), dim=1)
     cond = F.silu(cond)[:, None]
@@ -242,11 +325,17 @@ def _torch_blocks(linear: Linear, x: Any, cond: Any, depth: int, heads: int) -> 
 
     for i in range(depth):
         name = f"blocks.{i}"
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = linear(f"{name}.adaLN_modulation.1", cond).chunk(6, dim=-1)
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = linear(
+            f"{name}.adaLN_modulation.1", cond
+        ).chunk(6, dim=-1)
         qkv = linear(f"{name}.attn.qkv", modulated(x, shift, scale)).unflatten(-1, (3, heads, -1))
-        mixed = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2).flatten(2)
+        mixed = (
+            F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2).flatten(2)
+        )
         x = x + gate * linear(f"{name}.attn.proj", mixed)
-        wide = F.gelu(linear(f"{name}.mlp.fc1", modulated(x, shift_mlp, scale_mlp)), approximate="tanh")
+        wide = F.gelu(
+            linear(f"{name}.mlp.fc1", modulated(x, shift_mlp, scale_mlp)), approximate="tanh"
+        )
         x = x + gate_mlp * linear(f"{name}.mlp.fc2", wide)
     shift, scale = linear("final_layer.adaLN_modulation.1", cond).chunk(2, dim=-1)
     return linear("final_layer.linear", modulated(x, shift, scale))
@@ -259,7 +348,9 @@ def _torch_image(tokens: Any, patch: int) -> Any:
     return grid.flatten(3, 4).flatten(1, 2)
 
 
-def _torch_sit(tensors: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _torch_sit(
+    tensors: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
     """SiT from its state dict, at SiT's time; h_embedder, where there is one, sees h."""
     import torch
     from torch.nn import functional as F
@@ -274,35 +365,58 @@ def _torch_sit(tensors: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> 
     x, t = torch.from_numpy(np.ascontiguousarray(arrays["x"])), torch.from_numpy(arrays["t"])
     cond = _torch_embed(linear, "t_embedder", t)
     if "h_embedder.mlp.0.weight" in tensors:
-        cond = cond + _torch_embed(linear, "h_embedder", torch.from_numpy(arrays["h"]) if "h" in arrays else 0 * t)
+        cond = cond + _torch_embed(
+            linear, "h_embedder", torch.from_numpy(arrays["h"]) if "h" in arrays else 0 * t
+        )
     if "y_embedder.embedding_table.weight" in tensors:
         cond = cond + weight("y_embedder.embedding_table.weight")[torch.from_numpy(arrays["y"])]
-    patches = F.conv2d(x, kernel, weight("x_embedder.proj.bias"), stride=kernel.shape[2:]).flatten(2).transpose(1, 2)
+    patches = (
+        F.conv2d(x, kernel, weight("x_embedder.proj.bias"), stride=kernel.shape[2:])
+        .flatten(2)
+        .transpose(1, 2)
+    )
     depth = sum(name.endswith(".attn.qkv.weight") for name in tensors)
-    out = _torch_image(_torch_blocks(linear, patches, cond, depth, int(arrays["heads"])), kernel.shape[2])
+    out = _torch_image(
+        _torch_blocks(linear, patches, cond, depth, int(arrays["heads"])), kernel.shape[2]
+    )
     return {"out": out[..., : x.shape[1]].permute(0, 3, 1, 2).numpy()}
 
 
-def _describe_meanflow(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[DiTConfig, Shape]:
+def _describe_meanflow(
+    tensors: Mapping[str, Tensor], given: Mapping[str, Any]
+) -> tuple[DiTConfig, Shape]:
     _check_given(given)
     patch, _, channels, width = _axes(tensors, "net.x_embedder.proj.kernel", 4, "meanflow_dit")
     _, hidden = _axes(tensors, f"{_flax('blocks.0.mlp.fc1')}.kernel", 2, "meanflow_dit")
     table = "net.y_embedder.embedding_table._flax_embedding.embedding"
-    config = _config(tensors, patch, hidden, width, table, r"net\.blocks\.layers_(\d+)\.", given.get("heads"))
+    config = _config(
+        tensors, patch, hidden, width, table, r"net\.blocks\.layers_(\d+)\.", given.get("heads")
+    )
     resolution = given.get("resolution", MEANFLOW_RESOLUTION)
     return config, (resolution, resolution, channels)
 
 
-def _rules_meanflow(config: DiTConfig, shape: Shape, tensors: Mapping[str, Tensor] | None) -> list[Rule]:
+def _rules_meanflow(
+    config: DiTConfig, shape: Shape, tensors: Mapping[str, Tensor] | None
+) -> list[Rule]:
     expect(config, "meanflow_dit", {"kind": "dit"})
-    places = {_flax(module): _room(module) for module in ("t_embedder.mlp.0", *_modules(config.depth), "final_layer.linear")}
+    places = {
+        _flax(module): _room(module)
+        for module in ("t_embedder.mlp.0", *_modules(config.depth), "final_layer.linear")
+    }
     places |= {_flax(f"h_embedder.mlp.{i}"): f"interval/mlp_{i}" for i in (0, 2)}
     places |= {"net.x_embedder.proj": "x_embedder/proj"}
-    copies = [plain(f"{name}.{leaf}", f"{room}/{leaf}") for name, room in places.items() for leaf in ("kernel", "bias")]
+    copies = [
+        plain(f"{name}.{leaf}", f"{room}/{leaf}")
+        for name, room in places.items()
+        for leaf in ("kernel", "bias")
+    ]
     return [*copies, *_table(config, "net.y_embedder.embedding_table._flax_embedding.embedding")]
 
 
-def _outputs_meanflow(network: Any, params: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _outputs_meanflow(
+    network: Any, params: Any, arrays: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
     """u(z, t - h, t), images as (B, H, W, C)."""
     if not {"x", "t", "h"} <= set(arrays):
         return {}
@@ -310,12 +424,17 @@ def _outputs_meanflow(network: Any, params: Any, arrays: Mapping[str, np.ndarray
     return {"u": _u(network, params, arrays["x"], t - h, t, arrays.get("y"))}
 
 
-def _torch_meanflow(tensors: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _torch_meanflow(
+    tensors: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
     """MeanFlow's network from its Flax tree: kernels are (in, out), images (B, H, W, C)."""
     import torch
 
     def linear(module: str, x: Any) -> Any:
-        return x @ tensors[f"{_flax(module)}.kernel"].float() + tensors[f"{_flax(module)}.bias"].float()
+        return (
+            x @ tensors[f"{_flax(module)}.kernel"].float()
+            + tensors[f"{_flax(module)}.bias"].float()
+        )
 
     x, t, h = (torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in "xth")
     kernel = tensors["net.x_embedder.proj.kernel"].float()
@@ -323,10 +442,19 @@ def _torch_meanflow(tensors: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
     cond = _torch_embed(linear, "t_embedder", t) + _torch_embed(linear, "h_embedder", h)
     table = tensors.get("net.y_embedder.embedding_table._flax_embedding.embedding")
     cond = cond if table is None else cond + table.float()[torch.from_numpy(arrays["y"])]
-    windows = x.unfold(1, patch, patch).unfold(2, patch, patch).permute(0, 1, 2, 4, 5, 3)  # (B, rows, columns, p, p, C)
-    patches = windows.flatten(3).flatten(1, 2) @ kernel.reshape(-1, width) + tensors["net.x_embedder.proj.bias"].float()
+    windows = (
+        x.unfold(1, patch, patch).unfold(2, patch, patch).permute(0, 1, 2, 4, 5, 3)
+    )  # (B, rows, columns, p, p, C)
+    patches = (
+        windows.flatten(3).flatten(1, 2) @ kernel.reshape(-1, width)
+        + tensors["net.x_embedder.proj.bias"].float()
+    )
     depth = sum(name.endswith(".attn.qkv._flax_linear.kernel") for name in tensors)
-    return {"u": _torch_image(_torch_blocks(linear, patches, cond, depth, int(arrays["heads"])), patch).numpy()}
+    return {
+        "u": _torch_image(
+            _torch_blocks(linear, patches, cond, depth, int(arrays["heads"])), patch
+        ).numpy()
+    }
 
 
 SIT = Kind(

@@ -18,7 +18,9 @@ from dmf.convert.files.read import Tensor, Weights, flatten
 from dmf.convert.rules import Kind, Rule, conv, linear, plain
 from dmf.errors import DmfError
 
-METADATA = "dmf"  # key of a safetensors file's metadata: JSON with network, image_shape, conventions
+METADATA = (
+    "dmf"  # key of a safetensors file's metadata: JSON with network, image_shape, conventions
+)
 CONVENTIONS = "t = 1 noise, t = 0 data, z = (1 - t) x + t e, v = e - x; u(z, r, t) sees r through h = t - r; x = e - u(e, 0, 1)"
 
 
@@ -27,7 +29,10 @@ def described(weights: Weights) -> dict[str, Any]:
     found = _about(weights)
     if not {"network", "image_shape"} <= set(found):
         return {}
-    return {"network": json.dumps(found["network"]), "image_shape": json.dumps(found["image_shape"])}
+    return {
+        "network": json.dumps(found["network"]),
+        "image_shape": json.dumps(found["image_shape"]),
+    }
 
 
 def licence(weights: Weights) -> str:
@@ -50,29 +55,48 @@ def _select(tree: Any, which: str) -> tuple[dict[str, Tensor], str]:
     return flatten(tree), "weights"
 
 
-def _describe(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[Any, tuple[int, ...]]:
+def _describe(
+    tensors: Mapping[str, Tensor], given: Mapping[str, Any]
+) -> tuple[Any, tuple[int, ...]]:
     if set(given) != {"network", "image_shape"}:
-        raise DmfError(f"no metadata under {METADATA!r}: expected a .safetensors file that dmf has exported, and no --set")
+        raise DmfError(
+            f"no metadata under {METADATA!r}: expected a .safetensors file that dmf has exported, and no --set"
+        )
     try:
         values, shape = json.loads(given["network"]), json.loads(given["image_shape"])
     except ValueError as error:
-        raise DmfError(f"its metadata is no JSON ({error}): expected a file that dmf has exported") from error
-    if not isinstance(values, dict) or not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
-        raise DmfError("its metadata names no network and image shape: expected a file that dmf has exported")
+        raise DmfError(
+            f"its metadata is no JSON ({error}): expected a file that dmf has exported"
+        ) from error
+    if (
+        not isinstance(values, dict)
+        or not isinstance(shape, list)
+        or not all(type(n) is int and n > 0 for n in shape)
+    ):
+        raise DmfError(
+            "its metadata names no network and image shape: expected a file that dmf has exported"
+        )
     return pretrained.network_config(values), tuple(shape)
 
 
-def _rules(config: Any, image_shape: tuple[int, ...], tensors: Mapping[str, Tensor] | None) -> list[Rule]:
+def _rules(
+    config: Any, image_shape: tuple[int, ...], tensors: Mapping[str, Tensor] | None
+) -> list[Rule]:
     network = pretrained.build(config, image_shape)
     shapes = jax.eval_shape(network.init, jax.random.key(0))
-    return [_rule("/".join(k.key for k in path), x.ndim) for path, x in jax.tree_util.tree_leaves_with_path(shapes)]
+    return [
+        _rule("/".join(k.key for k in path), x.ndim)
+        for path, x in jax.tree_util.tree_leaves_with_path(shapes)
+    ]
 
 
 def _rule(leaf: str, ndim: int) -> Rule:
     room, _, name = leaf.rpartition("/")
     torch_name = {"kernel": "weight", "scale": "weight", "embedding": "weight"}.get(name, name)
     layouts = {("kernel", 2): linear, ("kernel", 4): conv}
-    return layouts.get((name, ndim), plain)(".".join(filter(None, (room.replace("/", "."), torch_name))), leaf)
+    return layouts.get((name, ndim), plain)(
+        ".".join(filter(None, (room.replace("/", "."), torch_name))), leaf
+    )
 
 
 def _nothing(*_: Any) -> dict[str, np.ndarray]:

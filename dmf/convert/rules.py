@@ -80,17 +80,28 @@ def linear(tensor: str, leaf: str) -> Rule:
 
 def conv(tensor: str, leaf: str) -> Rule:
     """OIHW <-> HWIO."""
-    return Rule((tensor,), (leaf,), lambda x: (x.transpose(2, 3, 1, 0),), lambda x: (x.transpose(3, 2, 0, 1),))
+    return Rule(
+        (tensor,),
+        (leaf,),
+        lambda x: (x.transpose(2, 3, 1, 0),),
+        lambda x: (x.transpose(3, 2, 0, 1),),
+    )
 
 
 def linear_layer(module: str, room: str, bias: bool = True) -> list[Rule]:
     """Weight and bias of `module` <-> kernel and bias of `room`."""
-    return [linear(f"{module}.weight", f"{room}/kernel"), *([plain(f"{module}.bias", f"{room}/bias")] if bias else [])]
+    return [
+        linear(f"{module}.weight", f"{room}/kernel"),
+        *([plain(f"{module}.bias", f"{room}/bias")] if bias else []),
+    ]
 
 
 def conv_layer(module: str, room: str, bias: bool = True) -> list[Rule]:
     """Weight and bias of the convolution `module` <-> kernel and bias of `room`."""
-    return [conv(f"{module}.weight", f"{room}/kernel"), *([plain(f"{module}.bias", f"{room}/bias")] if bias else [])]
+    return [
+        conv(f"{module}.weight", f"{room}/kernel"),
+        *([plain(f"{module}.bias", f"{room}/bias")] if bias else []),
+    ]
 
 
 def norm_layer(module: str, room: str) -> list[Rule]:
@@ -109,7 +120,9 @@ def constant(tensor: str, value: Callable[[], np.ndarray], note: str, atol: floa
     def forward(found: np.ndarray) -> Arrays:
         wanted = value()
         if found.shape != wanted.shape or not np.allclose(found, wanted, rtol=0, atol=atol):
-            raise DmfError(f"tensor {tensor}: other values than this network computes; expected {note}")
+            raise DmfError(
+                f"tensor {tensor}: other values than this network computes; expected {note}"
+            )
         return ()
 
     return Rule((tensor,), (), forward, lambda: (value(),), note, f"computed: {note}")
@@ -119,7 +132,9 @@ def tensor_of(tensors: Mapping[str, Tensor], name: str, kind: str) -> Tensor:
     """The tensor of that name, or a DmfError that says the file is none of this kind."""
     if name not in tensors:
         some = ", ".join(list(tensors)[:3]) or "nothing"
-        raise DmfError(f"no tensor {name} among {len(tensors)} (the first are {some}): expected the weights of kind {kind}")
+        raise DmfError(
+            f"no tensor {name} among {len(tensors)} (the first are {some}): expected the weights of kind {kind}"
+        )
     return tensors[name]
 
 
@@ -128,7 +143,9 @@ def expect(config: Any, kind: str, wanted: Mapping[str, Any]) -> None:
     for field, value in wanted.items():
         found = getattr(config, field, None)
         if found != value:
-            raise DmfError(f"network.{field} is {found!r}: expected {value!r}, as in weights of kind {kind}")
+            raise DmfError(
+                f"network.{field} is {found!r}: expected {value!r}, as in weights of kind {kind}"
+            )
 
 
 def reversed_time(weight: np.ndarray, angles: np.ndarray, *, sin_first: bool) -> np.ndarray:
@@ -140,11 +157,16 @@ def reversed_time(weight: np.ndarray, angles: np.ndarray, *, sin_first: bool) ->
     """
     first, second = np.split(weight.astype(np.float64), 2, axis=1)
     cosine, sine = (second, first) if sin_first else (first, second)
-    halves = cosine * np.cos(angles) + sine * np.sin(angles), cosine * np.sin(angles) - sine * np.cos(angles)
+    halves = (
+        cosine * np.cos(angles) + sine * np.sin(angles),
+        cosine * np.sin(angles) - sine * np.cos(angles),
+    )
     return np.concatenate(halves[::-1] if sin_first else halves, axis=1)
 
 
-def reversed_layer(module: str, room: str, angles: Callable[[int], np.ndarray], *, sin_first: bool, note: str) -> list[Rule]:
+def reversed_layer(
+    module: str, room: str, angles: Callable[[int], np.ndarray], *, sin_first: bool, note: str
+) -> list[Rule]:
     """Weight and bias of the first layer of a time embedder, the weight by `reversed_time`; angles(n) -> (n,)."""
 
     def turned(weight: np.ndarray) -> np.ndarray:

@@ -57,7 +57,9 @@ Plan = list[tuple[str, str]]  # (sort of module, our room) of all_modules.0, 1, 
 
 def _select(tree: Any, which: str) -> tuple[dict[str, Tensor], str]:
     if which not in ("", *RECTIFIED_FLOW.copies):
-        raise DmfError(f"copy {which!r} of the weights is unknown: expected one of {', '.join(RECTIFIED_FLOW.copies)}")
+        raise DmfError(
+            f"copy {which!r} of the weights is unknown: expected one of {', '.join(RECTIFIED_FLOW.copies)}"
+        )
     whole = isinstance(tree, Mapping) and isinstance(tree.get("model"), Mapping)
     model = strip_prefix(flatten(tree["model"] if whole else tree, ""))
     averaged = tree.get("ema") if whole else None
@@ -66,10 +68,16 @@ def _select(tree: Any, which: str) -> tuple[dict[str, Tensor], str]:
     if which == "model":
         return model, which
     shadows = flatten(averaged or {}, "")
-    found = [shadows[f"shadow_params.{i}"] for i in range(len(shadows)) if f"shadow_params.{i}" in shadows]
+    found = [
+        shadows[f"shadow_params.{i}"]
+        for i in range(len(shadows))
+        if f"shadow_params.{i}" in shadows
+    ]
     names = [name for name in model if name != SIGMAS]
     if len(found) != len(names):
-        raise DmfError(f"ema.shadow_params holds {len(found)} tensors: expected {len(names)}, as the model has parameters")
+        raise DmfError(
+            f"ema.shadow_params holds {len(found)} tensors: expected {len(names)}, as the model has parameters"
+        )
     for i, (name, tensor) in enumerate(zip(names, found, strict=True)):
         if tuple(tensor.shape) != tuple(model[name].shape):
             raise DmfError(
@@ -78,10 +86,14 @@ def _select(tree: Any, which: str) -> tuple[dict[str, Tensor], str]:
     return {**model, **dict(zip(names, found, strict=True))}, "ema"
 
 
-def _describe(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[UNetConfig, tuple[int, ...]]:
+def _describe(
+    tensors: Mapping[str, Tensor], given: Mapping[str, Any]
+) -> tuple[UNetConfig, tuple[int, ...]]:
     for field in given:
         if field not in GIVEN:
-            raise DmfError(f"{field} is no field of kind {NAME} that can be given: expected one of {', '.join(GIVEN)}")
+            raise DmfError(
+                f"{field} is no field of kind {NAME} that can be given: expected one of {', '.join(GIVEN)}"
+            )
     size, dropout = ({**DEFAULTS, **given}[field] for field in GIVEN)
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise DmfError(f"image_size is {size!r}: expected the side of the images in pixels")
@@ -94,17 +106,28 @@ def _describe(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[
     into = [_axes(tensors, f"all_modules.{n}.GroupNorm_0.weight", 1)[0] for n in numbers]
     out = [_axes(tensors, f"all_modules.{n}.Conv_0.weight", 4)[0] for n in numbers]
     # A block that changes no width has a 1 x 1 convolution beside it only where it resamples; once down, once up.
-    resampling = sum(a == b and f"all_modules.{n}.Conv_2.weight" in tensors for n, a, b in zip(numbers, into, out, strict=True))
+    resampling = sum(
+        a == b and f"all_modules.{n}.Conv_2.weight" in tensors
+        for n, a, b in zip(numbers, into, out, strict=True)
+    )
     levels = resampling // 2 + 1
     # Every level has n blocks on the way down and n + 1 on the way up; two are in the middle.
     blocks, rest = divmod(len(numbers) - resampling - 2 - levels, 2 * levels)
     if rest or resampling % 2 or blocks < 1:
-        raise DmfError(f"{len(numbers)} residual blocks, {resampling} of them resampling: expected a U-Net of kind {NAME}")
+        raise DmfError(
+            f"{len(numbers)} residual blocks, {resampling} of them resampling: expected a U-Net of kind {NAME}"
+        )
     firsts = [level * (blocks + 1) for level in range(levels)]
     mults = [out[i] / channels for i in firsts]
     if any(mult % 1 for mult in mults):
-        raise DmfError(f"levels of {', '.join(str(out[i]) for i in firsts)} channels: expected multiples of {channels}")
-    attended = [level for level, i in enumerate(firsts) if f"all_modules.{numbers[i] + 1}.NIN_0.W" in tensors]
+        raise DmfError(
+            f"levels of {', '.join(str(out[i]) for i in firsts)} channels: expected multiples of {channels}"
+        )
+    attended = [
+        level
+        for level, i in enumerate(firsts)
+        if f"all_modules.{numbers[i] + 1}.NIN_0.W" in tensors
+    ]
     config = UNetConfig(
         channels=channels,
         channel_mult=tuple(int(mult) for mult in mults),
@@ -119,7 +142,9 @@ def _describe(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[
 def _axes(tensors: Mapping[str, Tensor], name: str, count: int) -> tuple[int, ...]:
     shape = tuple(tensor_of(tensors, name, NAME).shape)
     if len(shape) != count or not all(shape):
-        raise DmfError(f"tensor {name} has shape {list(shape)}: expected {count} axes in weights of kind {NAME}")
+        raise DmfError(
+            f"tensor {name} has shape {list(shape)}: expected {count} axes in weights of kind {NAME}"
+        )
     return shape
 
 
@@ -128,7 +153,11 @@ def _plan(config: UNetConfig, size: int) -> Plan:
     levels = list(enumerate(config.channel_mult))
     tags = [f"{size >> level}x{size >> level}" for level, _ in levels]
     attended = [size >> level in config.attention_resolutions for level, _ in levels]
-    plan: Plan = [("embed", "map_layer0"), ("linear", "map_layer1"), ("conv", f"enc/{tags[0]}_conv")]
+    plan: Plan = [
+        ("embed", "map_layer0"),
+        ("linear", "map_layer1"),
+        ("conv", f"enc/{tags[0]}_conv"),
+    ]
     width = config.channels
     for level, mult in levels:
         if level:
@@ -148,12 +177,23 @@ def _plan(config: UNetConfig, size: int) -> Plan:
     return [*plan, ("norm", f"dec/{tags[0]}_aux_norm"), ("negated", f"dec/{tags[0]}_aux_conv")]
 
 
-def _rules(config: UNetConfig, image_shape: tuple[int, ...], tensors: Mapping[str, Tensor] | None) -> list[Rule]:
+def _rules(
+    config: UNetConfig, image_shape: tuple[int, ...], tensors: Mapping[str, Tensor] | None
+) -> list[Rule]:
     expect(config, NAME, FIELDS)
     plan = enumerate(_plan(config, image_shape[0]))
     found = [rule for n, (sort, room) in plan for rule in MODULES[sort](f"all_modules.{n}", room)]
-    unused = constant(SIGMAS, _sigmas, "exp of 1000 even steps from ln 50 to ln 0.01, which a flow does not use", atol=1e-5)
-    return [*found, *optional([linear("interval.weight", "interval/kernel")], "a flow has one time"), unused]
+    unused = constant(
+        SIGMAS,
+        _sigmas,
+        "exp of 1000 even steps from ln 50 to ln 0.01, which a flow does not use",
+        atol=1e-5,
+    )
+    return [
+        *found,
+        *optional([linear("interval.weight", "interval/kernel")], "a flow has one time"),
+        unused,
+    ]
 
 
 def _sigmas() -> np.ndarray:
@@ -197,13 +237,21 @@ def _attention(module: str, room: str) -> list[Rule]:
         *norm_layer(f"{module}.GroupNorm_0", f"{room}/norm2"),
         Rule(qkv[0], (f"{room}/qkv/kernel",), joined, kernels, packed),
         Rule(qkv[1], (f"{room}/qkv/bias",), joined, lambda x: np.split(x, 3), packed),
-        Rule((f"{module}.NIN_3.W",), (f"{room}/proj/kernel",), lambda w: (w[None, None],), lambda k: (k[0, 0],)),
+        Rule(
+            (f"{module}.NIN_3.W",),
+            (f"{room}/proj/kernel",),
+            lambda w: (w[None, None],),
+            lambda k: (k[0, 0],),
+        ),
         plain(f"{module}.NIN_3.b", f"{room}/proj/bias"),
     ]
 
 
 def _negated(module: str, room: str) -> list[Rule]:
-    return [negated(rule, "negated: the source's velocity is data - noise") for rule in conv_layer(module, room)]
+    return [
+        negated(rule, "negated: the source's velocity is data - noise")
+        for rule in conv_layer(module, room)
+    ]
 
 
 MODULES = {
@@ -232,7 +280,9 @@ def _probe(config: UNetConfig, image_shape: tuple[int, ...]) -> dict[str, np.nda
     return {"x": x, "t": np.array([1 / 1024, 0.375, 1023 / 1024], np.float32)}
 
 
-def _torch_outputs(tensors: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _torch_outputs(
+    tensors: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
     """Runs the modules one after the other; what each is, and where skips are taken, is read off names and widths."""
     import torch
     from torch.nn import functional as F
@@ -240,7 +290,11 @@ def _torch_outputs(tensors: Mapping[str, Any], arrays: Mapping[str, np.ndarray])
     like = tensors["all_modules.2.weight"]
     x, t = (torch.as_tensor(arrays[name]).to(like.dtype) for name in ("x", "t"))
     half = tensors["all_modules.0.weight"].shape[1] // 2
-    angle = TIME_SCALE * t[:, None] * torch.exp(-math.log(10000) / (half - 1) * torch.arange(half, dtype=like.dtype))
+    angle = (
+        TIME_SCALE
+        * t[:, None]
+        * torch.exp(-math.log(10000) / (half - 1) * torch.arange(half, dtype=like.dtype))
+    )
     emb = _torch_linear(tensors, "all_modules.0", torch.cat([angle.sin(), angle.cos()], 1))
     if "interval.weight" in tensors:  # sin 0, cos 0: the interval of a velocity is empty
         emb = emb + tensors["interval.weight"][:, half:].sum(1)
@@ -279,7 +333,9 @@ def _torch_conv(tensors: Mapping[str, Any], name: str, x: Any) -> Any:
 def _torch_norm(tensors: Mapping[str, Any], name: str, x: Any) -> Any:
     from torch.nn import functional as F
 
-    return F.group_norm(x, min(x.shape[1] // 4, 32), tensors[f"{name}.weight"], tensors[f"{name}.bias"], 1e-6)
+    return F.group_norm(
+        x, min(x.shape[1] // 4, 32), tensors[f"{name}.weight"], tensors[f"{name}.bias"], 1e-6
+    )
 
 
 def _torch_block(tensors: Mapping[str, Any], name: str, x: Any, emb: Any, up: bool) -> Any:
@@ -288,10 +344,17 @@ def _torch_block(tensors: Mapping[str, Any], name: str, x: Any, emb: Any, up: bo
     y = F.silu(_torch_norm(tensors, f"{name}.GroupNorm_0", x))
     if f"{name}.Conv_2.weight" in tensors:
         if tensors[f"{name}.Conv_2.weight"].shape[0] == x.shape[1]:
-            x, y = ((F.interpolate(a, scale_factor=2.0) if up else F.avg_pool2d(a, 2)) for a in (x, y))
+            x, y = (
+                (F.interpolate(a, scale_factor=2.0) if up else F.avg_pool2d(a, 2)) for a in (x, y)
+            )
         x = _torch_conv(tensors, f"{name}.Conv_2", x)
-    y = _torch_conv(tensors, f"{name}.Conv_0", y) + _torch_linear(tensors, f"{name}.Dense_0", emb)[:, :, None, None]
-    y = _torch_conv(tensors, f"{name}.Conv_1", F.silu(_torch_norm(tensors, f"{name}.GroupNorm_1", y)))
+    y = (
+        _torch_conv(tensors, f"{name}.Conv_0", y)
+        + _torch_linear(tensors, f"{name}.Dense_0", emb)[:, :, None, None]
+    )
+    y = _torch_conv(
+        tensors, f"{name}.Conv_1", F.silu(_torch_norm(tensors, f"{name}.GroupNorm_1", y))
+    )
     return (x + y) / math.sqrt(2)
 
 

@@ -14,7 +14,16 @@ import numpy as np
 
 Weights = Mapping[str, Any]
 MODULE = r"(enc|dec)\.(\d+)x\d+_(conv|down|in|up|aux_residual|block|aux_norm|aux_conv)(\d*)\."
-RUN = ("conv", "in", "down", "up", "aux_residual", "block", "aux_norm", "aux_conv")  # order within a resolution
+RUN = (
+    "conv",
+    "in",
+    "down",
+    "up",
+    "aux_residual",
+    "block",
+    "aux_norm",
+    "aux_conv",
+)  # order within a resolution
 
 
 def meanflow(tensors: Weights, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -39,7 +48,9 @@ def meanflow(tensors: Weights, arrays: Mapping[str, np.ndarray]) -> dict[str, np
         return {**out, "u_aug": u(z, t, h, a["aug_cond"]).numpy()}
     tangents = a["v"], torch.ones_like(t), torch.ones_like(h)
     # By two reverse passes: PyTorch's forward mode first compiles for seconds.
-    found = torch.autograd.functional.jvp(lambda z, t, h: u(z, t, h, a["aug_cond"]), (z, t, h), tangents)
+    found = torch.autograd.functional.jvp(
+        lambda z, t, h: u(z, t, h, a["aug_cond"]), (z, t, h), tangents
+    )
     return {**out, "u_aug": found[0].numpy(), "dudt_aug": found[1].numpy()}
 
 
@@ -65,7 +76,9 @@ def edm(tensors: Weights, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndar
         data = a.get("sigma_data", 0.5)
         rows = sigma[:, None, None, None]
         total = data**2 + rows**2
-        return data**2 / total * x + rows * data / total.sqrt() * raw(x / total.sqrt(), sigma.log() / 4, label)
+        return data**2 / total * x + rows * data / total.sqrt() * raw(
+            x / total.sqrt(), sigma.log() / 4, label
+        )
 
     out = {}
     if {"x", "sigma"} <= set(a):
@@ -85,7 +98,9 @@ def _inputs(tensors: Weights, arrays: Mapping[str, np.ndarray]) -> dict[str, Any
     labelled = any(name.endswith("map_augment.weight") for name in tensors)
     names = [name for name in arrays if labelled or name not in ("aug_cond", "augment_labels")]
     return {
-        name: torch.as_tensor(arrays[name]).to(like.dtype) for name in names if np.issubdtype(arrays[name].dtype, np.floating)
+        name: torch.as_tensor(arrays[name]).to(like.dtype)
+        for name in names
+        if np.issubdtype(arrays[name].dtype, np.floating)
     }
 
 
@@ -116,7 +131,9 @@ def _song_unet(w: Weights, x: Any, emb: Any, interleaved: bool) -> Any:
 
     found = {m.groups() for name in w if (m := re.match(MODULE, name))}
     sign = {"enc": -1, "dec": 1}  # towards lower resolutions, then towards higher ones
-    order = sorted(found, key=lambda m: (sign[m[0]], sign[m[0]] * int(m[1]), RUN.index(m[2]), int(m[3] or 0)))
+    order = sorted(
+        found, key=lambda m: (sign[m[0]], sign[m[0]] * int(m[1]), RUN.index(m[2]), int(m[3] or 0))
+    )
     skips: list[Any] = []
     aux = x
     for part, size, sort, number in order:
@@ -139,7 +156,9 @@ def _song_unet(w: Weights, x: Any, emb: Any, interleaved: bool) -> Any:
 def _norm(w: Weights, name: str, x: Any) -> Any:
     from torch.nn import functional as F
 
-    return F.group_norm(x, max(1, min(32, x.shape[1] // 4)), w[f"{name}.weight"], w[f"{name}.bias"], 1e-6)
+    return F.group_norm(
+        x, max(1, min(32, x.shape[1] // 4)), w[f"{name}.weight"], w[f"{name}.bias"], 1e-6
+    )
 
 
 def _conv(w: Weights, name: str, x: Any) -> Any:
@@ -157,7 +176,11 @@ def _resampled(w: Weights, name: str, x: Any, sort: str) -> Any:
     window, channels = w[f"{name}.resample_filter"], x.shape[1]
     depthwise = {"groups": channels, "stride": 2, "padding": (window.shape[-1] - 1) // 2}
     kernel = window.expand(channels, 1, -1, -1)
-    return F.conv2d(x, kernel, **depthwise) if sort == "down" else F.conv_transpose2d(x, 4 * kernel, **depthwise)
+    return (
+        F.conv2d(x, kernel, **depthwise)
+        if sort == "down"
+        else F.conv_transpose2d(x, 4 * kernel, **depthwise)
+    )
 
 
 def _shrunk(w: Weights, name: str, x: Any) -> Any:
@@ -173,7 +196,11 @@ def _shrunk(w: Weights, name: str, x: Any) -> Any:
 def _block(w: Weights, name: str, x: Any, emb: Any, sort: str, interleaved: bool) -> Any:
     from torch.nn import functional as F
 
-    y = _conv(w, f"{name}.conv0", _resampled(w, f"{name}.conv0", F.silu(_norm(w, f"{name}.norm0", x)), sort))
+    y = _conv(
+        w,
+        f"{name}.conv0",
+        _resampled(w, f"{name}.conv0", F.silu(_norm(w, f"{name}.norm0", x)), sort),
+    )
     y = y + F.linear(emb, w[f"{name}.affine.weight"], w[f"{name}.affine.bias"])[:, :, None, None]
     y = _conv(w, f"{name}.conv1", F.silu(_norm(w, f"{name}.norm1", y)))
     if f"{name}.skip.weight" in w:
@@ -183,7 +210,11 @@ def _block(w: Weights, name: str, x: Any, emb: Any, sort: str, interleaved: bool
         return x
     batch, channels, *_ = x.shape
     qkv = _conv(w, f"{name}.qkv", _norm(w, f"{name}.norm2", x))
-    packed = qkv.reshape(batch, channels, 3, -1).transpose(1, 2) if interleaved else qkv.reshape(batch, 3, channels, -1)
+    packed = (
+        qkv.reshape(batch, channels, 3, -1).transpose(1, 2)
+        if interleaved
+        else qkv.reshape(batch, 3, channels, -1)
+    )
     q, k, v = packed.unbind(1)
     attention = (q.transpose(1, 2) @ k / math.sqrt(channels)).softmax(-1)
     y = _conv(w, f"{name}.proj", (v @ attention.transpose(1, 2)).reshape(x.shape))

@@ -47,7 +47,9 @@ def _spelling(names: Mapping[str, Any]) -> dict[str, str]:
 
     def renamed(name: str) -> str:
         # LDM counts the decoder's levels from the finest, diffusers from the coarsest
-        new = re.sub(r"^(decoder\.up\.)(\d+)", lambda found: f"{found[1]}{last - int(found[2])}", name)
+        new = re.sub(
+            r"^(decoder\.up\.)(\d+)", lambda found: f"{found[1]}{last - int(found[2])}", name
+        )
         for pattern, replacement in SPELLINGS:
             new = re.sub(pattern, replacement, new)
         return new
@@ -57,15 +59,21 @@ def _spelling(names: Mapping[str, Any]) -> dict[str, str]:
 
 def _select(tree: Any, which: str) -> tuple[dict[str, Tensor], str]:
     if which not in ("", *SD_VAE.copies):
-        raise DmfError(f"copy {which!r} of the weights is unknown: expected {SD_VAE.copies[0]!r}, the only one of kind {NAME}")
+        raise DmfError(
+            f"copy {which!r} of the weights is unknown: expected {SD_VAE.copies[0]!r}, the only one of kind {NAME}"
+        )
     inner = tree.get("state_dict", tree) if isinstance(tree, dict) else tree
     tensors = strip_prefix(flatten(inner))
-    inside = {name.removeprefix(INSIDE): x for name, x in tensors.items() if name.startswith(INSIDE)}
+    inside = {
+        name.removeprefix(INSIDE): x for name, x in tensors.items() if name.startswith(INSIDE)
+    }
     found = {name: x for name, x in (inside or tensors).items() if not TRAINING.match(name)}
     new: dict[str, Tensor] = {}
     for name, renamed in _spelling(found).items():
         if renamed in new:
-            raise DmfError(f"tensor {renamed} is there twice, in two spellings, one of them {name}: expected one autoencoder")
+            raise DmfError(
+                f"tensor {renamed} is there twice, in two spellings, one of them {name}: expected one autoencoder"
+            )
         new[renamed] = found[name]
     return new, SD_VAE.copies[0]
 
@@ -73,24 +81,33 @@ def _select(tree: Any, which: str) -> tuple[dict[str, Tensor], str]:
 def _conv_shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
     shape = tuple(tensor_of(tensors, name, NAME).shape)
     if len(shape) != 4:
-        raise DmfError(f"tensor {name} has shape {list(shape)}: expected the four axes of a convolution")
+        raise DmfError(
+            f"tensor {name} has shape {list(shape)}: expected the four axes of a convolution"
+        )
     return shape
 
 
 def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:
     """How long the list is whose indices `pattern` finds in the names."""
-    return 1 + max((int(found[1]) for name in tensors if (found := re.match(pattern, name))), default=-1)
+    return 1 + max(
+        (int(found[1]) for name in tensors if (found := re.match(pattern, name))), default=-1
+    )
 
 
-def _describe(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[VAEConfig, tuple[int, ...]]:
+def _describe(
+    tensors: Mapping[str, Tensor], given: Mapping[str, Any]
+) -> tuple[VAEConfig, tuple[int, ...]]:
     """The configuration; the shape is (), for an autoencoder takes images of many sizes."""
     for field in given:
         if field not in GIVEN:
-            raise DmfError(f"{field} is no field of kind {NAME} that can be given: expected one of {', '.join(GIVEN)}")
+            raise DmfError(
+                f"{field} is no field of kind {NAME} that can be given: expected one of {', '.join(GIVEN)}"
+            )
     levels = max(1, _count(tensors, r"decoder\.up_blocks\.(\d+)\."))
     config = VAEConfig(
         channels=tuple(
-            _conv_shape(tensors, f"decoder.up_blocks.{i}.resnets.0.conv1.weight")[0] for i in reversed(range(levels))
+            _conv_shape(tensors, f"decoder.up_blocks.{i}.resnets.0.conv1.weight")[0]
+            for i in reversed(range(levels))
         ),
         blocks=_count(tensors, r"decoder\.up_blocks\.0\.resnets\.(\d+)\.") - 1,
         latent_channels=_conv_shape(tensors, "post_quant_conv.weight")[1],
@@ -98,7 +115,9 @@ def _describe(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[
         part="both" if "encoder.conv_in.weight" in tensors else "decoder",
     )
     if config.part == "decoder" and given.get("part") == "both":
-        raise DmfError("part is 'both', but there is no encoder among the tensors: expected 'decoder'")
+        raise DmfError(
+            "part is 'both', but there is no encoder among the tensors: expected 'decoder'"
+        )
     config = replace(config, **given)
     check_choice("part", config.part, PARTS)
     check_positive("groups", config.groups)
@@ -131,44 +150,74 @@ def _projection(module: str, tensors: Mapping[str, Tensor] | None) -> list[Rule]
         return [weight, bias]
     note = "a linear layer, in the file as a 1x1 convolution"
     return [
-        Rule(weight.tensors, weight.leaves, lambda x: (x[:, :, 0, 0].T,), lambda x: (x.T[:, :, None, None],), note),
+        Rule(
+            weight.tensors,
+            weight.leaves,
+            lambda x: (x[:, :, 0, 0].T,),
+            lambda x: (x.T[:, :, None, None],),
+            note,
+        ),
         bias,
     ]
 
 
 def _resnet(module: str, shortcut: bool) -> list[Rule]:
-    rules = [*_norm(f"{module}.norm1"), *_conv(f"{module}.conv1"), *_norm(f"{module}.norm2"), *_conv(f"{module}.conv2")]
+    rules = [
+        *_norm(f"{module}.norm1"),
+        *_conv(f"{module}.conv1"),
+        *_norm(f"{module}.norm2"),
+        *_conv(f"{module}.conv2"),
+    ]
     return [*rules, *(_conv(f"{module}.conv_shortcut") if shortcut else [])]
 
 
 def _middle(module: str, tensors: Mapping[str, Tensor] | None) -> list[Rule]:
     attention = f"{module}.attentions.0"
-    rules = [*_resnet(f"{module}.resnets.0", False), *_resnet(f"{module}.resnets.1", False), *_norm(f"{attention}.group_norm")]
+    rules = [
+        *_resnet(f"{module}.resnets.0", False),
+        *_resnet(f"{module}.resnets.1", False),
+        *_norm(f"{attention}.group_norm"),
+    ]
     for name in ("to_q", "to_k", "to_v", "to_out.0"):
         rules += _projection(f"{attention}.{name}", tensors)
     return rules
 
 
-def _tower(side: str, widths: tuple[int, ...], blocks: int, way: str, tensors: Mapping[str, Tensor] | None) -> list[Rule]:
+def _tower(
+    side: str, widths: tuple[int, ...], blocks: int, way: str, tensors: Mapping[str, Tensor] | None
+) -> list[Rule]:
     """Encoder or decoder, its levels in the order of computation."""
     rules = [*_conv(f"{side}.conv_in"), *_middle(f"{side}.mid_block", tensors)]
     for i, width in enumerate(widths):
         level = f"{side}.{way}_blocks.{i}"
         for j in range(blocks):
-            rules += _resnet(f"{level}.resnets.{j}", shortcut=j == 0 and widths[max(i - 1, 0)] != width)
+            rules += _resnet(
+                f"{level}.resnets.{j}", shortcut=j == 0 and widths[max(i - 1, 0)] != width
+            )
         if i < len(widths) - 1:
             rules += _conv(f"{level}.{way}samplers.0.conv")
     return [*rules, *_norm(f"{side}.conv_norm_out"), *_conv(f"{side}.conv_out")]
 
 
 def _left_out(name: str, shape: tuple[int, ...]) -> Rule:
-    return Rule((name,), (), lambda x: (), lambda: (np.broadcast_to(np.float32(0), shape),), LEFT_OUT)
+    return Rule(
+        (name,), (), lambda x: (), lambda: (np.broadcast_to(np.float32(0), shape),), LEFT_OUT
+    )
 
 
-def _rules(config: VAEConfig, shape: tuple[int, ...], tensors: Mapping[str, Tensor] | None) -> list[Rule]:
-    rules = [*_conv("post_quant_conv"), *_tower("decoder", config.channels[::-1], config.blocks + 1, "up", tensors)]
+def _rules(
+    config: VAEConfig, shape: tuple[int, ...], tensors: Mapping[str, Tensor] | None
+) -> list[Rule]:
+    rules = [
+        *_conv("post_quant_conv"),
+        *_tower("decoder", config.channels[::-1], config.blocks + 1, "up", tensors),
+    ]
     if config.part == "both":
-        return [*_tower("encoder", config.channels, config.blocks, "down", tensors), *_conv("quant_conv"), *rules]
+        return [
+            *_tower("encoder", config.channels, config.blocks, "down", tensors),
+            *_conv("quant_conv"),
+            *rules,
+        ]
     encoder = [name for name in tensors or () if name.startswith(("encoder.", "quant_conv."))]
     return [*rules, *(_left_out(name, tuple((tensors or {})[name].shape)) for name in encoder)]
 
@@ -189,7 +238,9 @@ def _outputs(network: VAE, params: Any, arrays: Mapping[str, np.ndarray]) -> dic
         found = {"enc_mean": _nchw(mean), "enc_logvar": _nchw(logvar)}
         found["moments"] = np.concatenate((found["enc_mean"], found["enc_logvar"]), axis=1)
         if "noise" in arrays:
-            found["sample_scaled"] = _nchw(sample_latent(mean, logvar, _nhwc(arrays["noise"]), network.scale))
+            found["sample_scaled"] = _nchw(
+                sample_latent(mean, logvar, _nhwc(arrays["noise"]), network.scale)
+            )
     if "z" in arrays:
         found["dec"] = _nchw(jax.jit(network.decode)(params, _nhwc(arrays["z"])))
     return found
@@ -206,7 +257,10 @@ def _probe(config: VAEConfig, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
     }
     if config.part == "both":
         image = (2, config.image_channels, config.factor * height, config.factor * width)
-        found |= {"x": rng.uniform(-1, 1, image).astype(np.float32), "noise": rng.standard_normal(latent, np.float32)}
+        found |= {
+            "x": rng.uniform(-1, 1, image).astype(np.float32),
+            "noise": rng.standard_normal(latent, np.float32),
+        }
     return found
 
 
@@ -241,7 +295,9 @@ class _Torch:
             weight, bias = self.of(f"{module}.{name}")
             return self.f.linear(y, weight.flatten(1), bias)
 
-        y = self.f.scaled_dot_product_attention(*(linear(tokens, name) for name in ("to_q", "to_k", "to_v")))
+        y = self.f.scaled_dot_product_attention(
+            *(linear(tokens, name) for name in ("to_q", "to_k", "to_v"))
+        )
         return x + linear(y, "to_out.0").transpose(1, 2).reshape(x.shape)
 
     def middle(self, x: Any, module: str) -> Any:
@@ -256,7 +312,11 @@ class _Torch:
         if f"{module}.downsamplers.0.conv.weight" in self.tensors:
             return self.conv(self.f.pad(x, (0, 1, 0, 1)), f"{module}.downsamplers.0.conv", stride=2)
         if f"{module}.upsamplers.0.conv.weight" in self.tensors:
-            return self.conv(self.f.interpolate(x, scale_factor=2, mode="nearest"), f"{module}.upsamplers.0.conv", padding=1)
+            return self.conv(
+                self.f.interpolate(x, scale_factor=2, mode="nearest"),
+                f"{module}.upsamplers.0.conv",
+                padding=1,
+            )
         return x
 
     def levels(self, x: Any, module: str) -> Any:
@@ -266,18 +326,25 @@ class _Torch:
         return x
 
     def last(self, x: Any, side: str) -> Any:
-        return self.conv(self.f.silu(self.norm(x, f"{side}.conv_norm_out")), f"{side}.conv_out", padding=1)
+        return self.conv(
+            self.f.silu(self.norm(x, f"{side}.conv_norm_out")), f"{side}.conv_out", padding=1
+        )
 
     def encode(self, x: Any) -> Any:
         x = self.levels(self.conv(x, "encoder.conv_in", padding=1), "encoder.down_blocks")
         return self.conv(self.last(self.middle(x, "encoder.mid_block"), "encoder"), "quant_conv")
 
     def decode(self, z: Any) -> Any:
-        x = self.middle(self.conv(self.conv(z, "post_quant_conv"), "decoder.conv_in", padding=1), "decoder.mid_block")
+        x = self.middle(
+            self.conv(self.conv(z, "post_quant_conv"), "decoder.conv_in", padding=1),
+            "decoder.mid_block",
+        )
         return self.last(self.levels(x, "decoder.up_blocks"), "decoder")
 
 
-def _torch_outputs(tensors: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _torch_outputs(
+    tensors: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
     """The outputs of `_outputs`; groups and scale are among the arrays where they are not 32 and 0.18215."""
     import torch
 
@@ -287,7 +354,11 @@ def _torch_outputs(tensors: Mapping[str, Any], arrays: Mapping[str, np.ndarray])
         if "x" in arrays:
             mean, logvar = net.encode(torch.tensor(arrays["x"])).chunk(2, dim=1)
             logvar = logvar.clamp(-30, 20)
-            found = {"enc_mean": mean, "enc_logvar": logvar, "moments": torch.cat((mean, logvar), dim=1)}
+            found = {
+                "enc_mean": mean,
+                "enc_logvar": logvar,
+                "moments": torch.cat((mean, logvar), dim=1),
+            }
             if "noise" in arrays:
                 drawn = mean + torch.exp(logvar / 2) * torch.tensor(arrays["noise"])
                 found["sample_scaled"] = float(arrays.get("scale", 0.18215)) * drawn

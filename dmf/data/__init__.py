@@ -28,7 +28,9 @@ class DataConfig:
     # cifar10: where TFDS data is prepared, "" = $TFDS_DATA_DIR, else ~/tensorflow_datasets; imagenet256_latents: what
     # --mode=encode has written
     data_dir: str = ""
-    holdout_fraction: float = 0.25  # digits, photos: share of the one set that is "heldout", whatever the training seed
+    holdout_fraction: float = (
+        0.25  # digits, photos: share of the one set that is "heldout", whatever the training seed
+    )
     mock: bool = False  # cifar10, imagenet256_latents: random images, to try the code path only; reads no file
     flip: bool = False  # * mirror each training image with probability 1/2, without telling the network; latents: its own one
     augment: float = 0.0  # * probability p of the EDM pipe, which does tell the network (`augment.edm_augment`); 0 = off
@@ -60,14 +62,18 @@ class Dataset:
 
 def _load_digits(config: DataConfig, split: Split) -> Dataset:
     if config.mock:
-        raise DmfError("config.data.mock is True for 'digits': expected False, they need no preparing")
+        raise DmfError(
+            "config.data.mock is True for 'digits': expected False, they need no preparing"
+        )
     images, labels = digits.read(split, config.holdout_fraction)
     return Dataset(images, labels, digits.NUM_CLASSES, digits.MAX_VALUE, "digits", split)
 
 
 def _load_photos(config: DataConfig, split: Split) -> Dataset:
     if config.mock:
-        raise DmfError("config.data.mock is True for 'photos': expected False, they need no preparing")
+        raise DmfError(
+            "config.data.mock is True for 'photos': expected False, they need no preparing"
+        )
     images, labels = photos.read(split, config.holdout_fraction)
     return Dataset(images, labels, photos.NUM_CLASSES, photos.MAX_VALUE, "photos", split)
 
@@ -78,7 +84,11 @@ def _load_cifar10(config: DataConfig, split: Split) -> Dataset:
 
 
 def _load_imagenet256(config: DataConfig, split: Split) -> Latents:
-    return latents.mock(split, config.flip) if config.mock else latents.read(config.data_dir, split, config.flip)
+    return (
+        latents.mock(split, config.flip)
+        if config.mock
+        else latents.read(config.data_dir, split, config.flip)
+    )
 
 
 DATASETS: dict[str, Callable[[DataConfig, Split], Dataset | Latents]] = {
@@ -96,7 +106,9 @@ def load(config: DataConfig, split: Split) -> Dataset | Latents:
       DmfError: unknown name or split, a field out of range, or data that is not prepared or is damaged.
     """
     if config.name not in DATASETS:
-        raise DmfError(f"config.data.name is {config.name!r}: expected one of {', '.join(DATASETS)}")
+        raise DmfError(
+            f"config.data.name is {config.name!r}: expected one of {', '.join(DATASETS)}"
+        )
     if split not in ("train", "heldout"):
         raise DmfError(f"split is {split!r}: expected 'train' or 'heldout'")
     if not 0 <= config.augment <= 1:
@@ -116,7 +128,11 @@ def identity(dataset: Dataset | Latents) -> dict[str, Any]:
     """What tells a data set from another one, as plain values: a resumed run has to find the same."""
     found: dict[str, Any] = {"name": dataset.name, "split": dataset.split, "count": len(dataset)}
     if isinstance(dataset, Latents) and dataset.about:
-        found |= {name: dataset.about[name] for name in ("scale", "dtype", "source", "vae", "labels") if name in dataset.about}
+        found |= {
+            name: dataset.about[name]
+            for name in ("scale", "dtype", "source", "vae", "labels")
+            if name in dataset.about
+        }
     return found
 
 
@@ -127,7 +143,9 @@ def steps_per_epoch(dataset_size: int, batch_size: int) -> int:
       DmfError: batch_size is not in [1, dataset_size].
     """
     if not 1 <= batch_size <= dataset_size:
-        raise DmfError(f"batch_size is {batch_size}: expected 1 to {dataset_size}, the number of images")
+        raise DmfError(
+            f"batch_size is {batch_size}: expected 1 to {dataset_size}, the number of images"
+        )
     return dataset_size // batch_size
 
 
@@ -150,7 +168,9 @@ def _mirrored(seed: int, step: int, batch_size: int) -> np.ndarray:
     The counter starts far from that of `_permutation`, whose key may be the same.
     """
     key = np.array([seed % 2**64, step], dtype=np.uint64)
-    words = np.random.Philox(key=key, counter=np.array([0, 0, 0, 1], np.uint64)).random_raw(batch_size)
+    words = np.random.Philox(key=key, counter=np.array([0, 0, 0, 1], np.uint64)).random_raw(
+        batch_size
+    )
     return (words >> np.uint64(63)).astype(np.int64)
 
 
@@ -160,15 +180,24 @@ def _positions(rows: np.ndarray | None, batch_size: int) -> np.ndarray:
         return np.arange(batch_size)
     found = np.asarray(rows)
     if found.ndim != 1 or found.dtype.kind not in "iu":
-        raise DmfError(f"rows is {found.dtype}{list(found.shape)}: expected one axis of whole numbers, positions in the batch")
+        raise DmfError(
+            f"rows is {found.dtype}{list(found.shape)}: expected one axis of whole numbers, positions in the batch"
+        )
     outside = found[(found < 0) | (found >= batch_size)]
     if len(outside):
-        raise DmfError(f"rows holds {outside[0]}: expected positions in the global batch, 0 to {batch_size - 1}")
+        raise DmfError(
+            f"rows holds {outside[0]}: expected positions in the global batch, 0 to {batch_size - 1}"
+        )
     return found
 
 
 def batch(
-    dataset: Dataset | Latents, seed: int, step: int, batch_size: int, *, rows: np.ndarray | None = None
+    dataset: Dataset | Latents,
+    seed: int,
+    step: int,
+    batch_size: int,
+    *,
+    rows: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """Returns some or all rows of the global batch of one step, which is a pure function of (seed, step).
 
@@ -198,6 +227,10 @@ def batch(
     epoch, step_in_epoch = divmod(int(step), steps)
     index = _permutation(len(dataset), int(seed), epoch)[step_in_epoch * batch_size :][positions]
     if isinstance(dataset, Latents):
-        mirrored = _mirrored(int(seed), int(step), batch_size) if dataset.flip else np.zeros(batch_size, np.int64)
+        mirrored = (
+            _mirrored(int(seed), int(step), batch_size)
+            if dataset.flip
+            else np.zeros(batch_size, np.int64)
+        )
         return dataset.rows(index, mirrored[positions])
     return {"x": dataset.to_float(dataset.images[index]), "label": dataset.labels[index]}

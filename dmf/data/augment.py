@@ -44,7 +44,9 @@ class Transform(NamedTuple):
 
     flip: jax.Array  # 1: mirrored left to right, else 0
     scale: jax.Array  # w: magnified by 2**(0.2 w)
-    aniso: jax.Array  # w: stretched by s = 2**(0.2 w) along (cos angle, -sin angle), and by 1/s across it
+    aniso: (
+        jax.Array
+    )  # w: stretched by s = 2**(0.2 w) along (cos angle, -sin angle), and by 1/s across it
     angle: jax.Array  # direction of the stretch in radians, counter-clockwise as seen, in [-pi, pi)
     shift_x: jax.Array  # w: moved right by 0.125 w widths
     shift_y: jax.Array  # w: moved down by 0.125 w heights
@@ -136,7 +138,9 @@ def _resampling(size: int) -> tuple[np.ndarray, np.ndarray]:
     is half its transpose on the line; as the filter is orthonormal to its even shifts, down(up(x)) = x.
     """
     if size < 2:
-        raise DmfError(f"edm_augment got an image with a side of {size}: expected at least 2 pixels")
+        raise DmfError(
+            f"edm_augment got an image with a side of {size}: expected at least 2 pixels"
+        )
     period = 2 * (size - 1)
     up = np.zeros((2 * period, size))
     down = np.zeros((size, 2 * size + _TAPS - 2))

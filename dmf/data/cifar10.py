@@ -59,7 +59,9 @@ def _read_prepared(tfds_split: str, data_dir: str) -> tuple[np.ndarray, np.ndarr
         return _decode(tfds.data_source("cifar10", split=tfds_split, data_dir=root, download=False))
     # Whatever the parsers behind TFDS raise for what they meet: shards, images, splits, version, metadata.
     except (RuntimeError, ValueError, OSError, LookupError, AssertionError, ParseError) as error:
-        folder = tfds.core.Path(root).expanduser() / "cifar10" / str(tfds.builder_cls("cifar10").VERSION)
+        folder = (
+            tfds.core.Path(root).expanduser() / "cifar10" / str(tfds.builder_cls("cifar10").VERSION)
+        )
         raise DmfError(_explanation(error, folder)) from error
 
 
@@ -83,7 +85,9 @@ def _decode(source: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
         example = source[i]
         images[i], labels[i] = example["image"], example["label"]
     if labels.min() < 0 or labels.max() >= NUM_CLASSES:
-        raise ValueError(f"labels are {labels.min()} to {labels.max()}, expected 0 to {NUM_CLASSES - 1}")
+        raise ValueError(
+            f"labels are {labels.min()} to {labels.max()}, expected 0 to {NUM_CLASSES - 1}"
+        )
     return images, labels
 
 

@@ -26,11 +26,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dmf import places, pretrained, sharding
+from dmf import pretrained, sharding
 from dmf.config import differences
 from dmf.data import images, shards
 from dmf.errors import DmfError
 from dmf.logging import Count
+from dmf.storage import paths
 
 LAYOUT = "record 2 i + flip of a shard: image i, or its mirror image, as mean then std, each (h, w, c), unscaled, little-endian"
 THREADS = max(2, min(16, os.cpu_count() or 2))  # that decode images
@@ -82,13 +83,19 @@ def encode(
     vae_folder, stored = pretrained.open_folder(vae_dir)
     plan = _plan(vae_dir, stored, opened, size, shard_size, batch, dtype)
     total = -(-len(opened) // shard_size)
-    parts = [opened.part_sha256(k * shard_size, min((k + 1) * shard_size, len(opened))) for k in range(total)]
+    parts = [
+        opened.part_sha256(k * shard_size, min((k + 1) * shard_size, len(opened)))
+        for k in range(total)
+    ]
     paths = [folder / shards.name(k, total) for k in range(total)]
     with _claimed(folder, plan, dict(zip(paths, parts, strict=True))):
         intact = shards.intact(paths, parts)
         missing = [k for k in range(total) if not intact[k]]
         what = f"{len(opened):,} images in {opened.num_classes or 'no'} classes"
-        print(f"encode    {source} to {folder}: {what}, {total - len(missing)} of {total} shards are there", flush=True)
+        print(
+            f"encode    {source} to {folder}: {what}, {total - len(missing)} of {total} shards are there",
+            flush=True,
+        )
         if missing:
             _note_other_versions([path for path, good in zip(paths, intact, strict=True) if good])
             shards.remove(folder / shards.METADATA)
@@ -100,7 +107,9 @@ def encode(
 
 def _check_settings(numbers: dict[str, int], dtype: str) -> None:
     if jax.process_count() > 1:
-        raise DmfError(f"{jax.process_count()} processes: expected one; encoding over several hosts is not supported")
+        raise DmfError(
+            f"{jax.process_count()} processes: expected one; encoding over several hosts is not supported"
+        )
     for name, value in numbers.items():
         if value < 1:
             raise DmfError(f"{name} is {value}: expected 1 or more")
@@ -111,18 +120,25 @@ def _check_settings(numbers: dict[str, int], dtype: str) -> None:
 def _part(split: str) -> str:
     """Where a split goes: train or heldout. Raises DmfError for one that may hold images of both."""
     if "+" in split or re.fullmatch(r"all(\[.*\])?", split):
-        raise DmfError(f"split is {split!r}, which may mix what is trained on and what is held out: expected one split")
+        raise DmfError(
+            f"split is {split!r}, which may mix what is trained on and what is held out: expected one split"
+        )
     return "train" if re.fullmatch(r"train(\[.*\])?", split) else "heldout"
 
 
 def _note_other_versions(kept: list[Path]) -> None:
     """Prints one line where shards are kept that other libraries or devices have made."""
     now = _made_with()
-    found = {d for path in kept for d in differences(shards.read_sidecar(path)["made_with"], now, "made_with")}
+    found = {
+        d
+        for path in kept
+        for d in differences(shards.read_sidecar(path)["made_with"], now, "made_with")
+    }
     if found:
         text = "; ".join(sorted(d.removeprefix("made_with.") for d in found))
         print(
-            f"note      finished shards were made otherwise ({text}): the others may differ from them by round-off", flush=True
+            f"note      finished shards were made otherwise ({text}): the others may differ from them by round-off",
+            flush=True,
         )
 
 
@@ -146,15 +162,29 @@ def verify(out: str | Path) -> list[dict[str, Any]]:
 
 
 def _plan(
-    vae_dir: str | Path, stored: dict[str, Any], source: images.ImageSource, size: int, shard_size: int, batch: int, dtype: str
+    vae_dir: str | Path,
+    stored: dict[str, Any],
+    source: images.ImageSource,
+    size: int,
+    shard_size: int,
+    batch: int,
+    dtype: str,
 ) -> dict[str, Any]:
     """All that the values depend on, as plain JSON."""
     config, _ = pretrained.described(stored)
     if config.kind != "vae" or config.part != "both" or config.image_channels != 3:
-        what = f"a {config.kind}" if config.kind != "vae" else f"the part {config.part!r} for {config.image_channels} channels"
-        raise DmfError(f"{vae_dir} holds {what}: expected an autoencoder of RGB images with its encoder")
+        what = (
+            f"a {config.kind}"
+            if config.kind != "vae"
+            else f"the part {config.part!r} for {config.image_channels} channels"
+        )
+        raise DmfError(
+            f"{vae_dir} holds {what}: expected an autoencoder of RGB images with its encoder"
+        )
     if size % config.factor:
-        raise DmfError(f"size is {size}: expected a multiple of {config.factor}, by which {vae_dir} shrinks an image")
+        raise DmfError(
+            f"size is {size}: expected a multiple of {config.factor}, by which {vae_dir} shrinks an image"
+        )
     report = stored.get("source") or {}
     weights = {name: report.get("source", {}).get(name, "") for name in ("file", "copy", "sha256")}
     return {
@@ -182,7 +212,11 @@ def _claimed(folder: Path, plan: dict[str, Any], parts: dict[Path, str]) -> Iter
     with contextlib.ExitStack() as held:
         with shards.writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(places.alone(folder, f"{folder}: another process encodes into it; expected one at a time"))
+            held.enter_context(
+                paths.alone(
+                    folder, f"{folder}: another process encodes into it; expected one at a time"
+                )
+            )
         shards.clear(folder)
         with shards.writing(folder):
             _settle(folder / shards.PLAN, plan, parts)
@@ -202,7 +236,9 @@ def _settle(path: Path, plan: dict[str, Any], parts: dict[Path, str]) -> None:
     try:
         changed = differences(json.loads(path.read_text()), plan, "plan")
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise DmfError(f"{path} cannot be read ({type(error).__name__}): expected what an encoding wrote there") from error
+        raise DmfError(
+            f"{path} cannot be read ({type(error).__name__}): expected what an encoding wrote there"
+        ) from error
     if not changed:
         return
     text = "; ".join(d.removeprefix("plan.") for d in changed)
@@ -210,14 +246,20 @@ def _settle(path: Path, plan: dict[str, Any], parts: dict[Path, str]) -> None:
     if not begun and not (folder / shards.METADATA).exists():
         for file in folder.glob("latents-*.array_record"):  # renamed, but not vouched for
             shards.remove(file)
-        print(f"note      {folder} was begun otherwise, with no shard finished: it begins anew ({text})", flush=True)
+        print(
+            f"note      {folder} was begun otherwise, with no shard finished: it begins anew ({text})",
+            flush=True,
+        )
     else:
         kept = [p for p in begun if p in parts and _is_of(p, parts[p])]
         if not kept or any(not d.startswith("plan.source.sha256:") for d in changed):
             raise DmfError(
                 f"{folder} was begun otherwise: {text}; expected the same command, or another directory{_advice(changed)}"
             )
-        print(f"note      images were changed: {len(kept)} of {len(begun)} finished shards are of unchanged ones", flush=True)
+        print(
+            f"note      images were changed: {len(kept)} of {len(begun)} finished shards are of unchanged ones",
+            flush=True,
+        )
     shards.write_json(path, plan)
 
 
@@ -279,7 +321,9 @@ def _decoded(source: images.ImageSource, work: list[Chunk], side: int) -> Genera
     def example(i: int) -> tuple[np.ndarray, int]:
         image, label = source.example(i)
         if not 0 <= label < max(source.num_classes, 1):
-            raise DmfError(f"image {i} of {source.about['name']} has label {label}: expected 0 to {source.num_classes - 1}")
+            raise DmfError(
+                f"image {i} of {source.about['name']} has label {label}: expected 0 to {source.num_classes - 1}"
+            )
         return images.center_crop(image, side), label
 
     pool = ThreadPoolExecutor(THREADS, "decode")
@@ -288,7 +332,9 @@ def _decoded(source: images.ImageSource, work: list[Chunk], side: int) -> Genera
     try:
         while True:
             for chunk in itertools.islice(todo, AHEAD + 1 - len(waiting)):
-                waiting.append((chunk, [pool.submit(example, i) for i in range(chunk.first, chunk.last)]))
+                waiting.append(
+                    (chunk, [pool.submit(example, i) for i in range(chunk.first, chunk.last)])
+                )
             if not waiting:
                 return
             chunk, futures = waiting.popleft()
@@ -348,7 +394,9 @@ def _encoded(
         bad = np.flatnonzero(~np.isfinite(values).all(axis=tuple(range(1, values.ndim))))
         if len(bad):
             i = chunk.first + int(bad[0])
-            raise DmfError(f"image {i} of {source.about['name']} has a latent that is not finite in {dtype.name}")
+            raise DmfError(
+                f"image {i} of {source.about['name']} has a latent that is not finite in {dtype.name}"
+            )
         return chunk, values, labels
 
     pending: tuple[Chunk, jax.Array, np.ndarray] | None = None
@@ -365,7 +413,9 @@ def _encoded(
 def _made_with() -> dict[str, str]:
     """What else the bits depend on; encodings on other devices agree within round-off only."""
     names = ("jax", "jaxlib", "numpy", "pillow", "array_record")
-    return {name: importlib.metadata.version(name) for name in names} | {"device": jax.devices()[0].device_kind}
+    return {name: importlib.metadata.version(name) for name in names} | {
+        "device": jax.devices()[0].device_kind
+    }
 
 
 def _finish(folder: Path, plan: dict[str, Any], paths: list[Path]) -> None:
@@ -381,8 +431,12 @@ def _finish(folder: Path, plan: dict[str, Any], paths: list[Path]) -> None:
         if sidecar["made_with"] not in made_with:
             made_with.append(sidecar["made_with"])
     told = ("count", "bytes", "sha256")
-    entries = [{"name": p.name, **{k: s[k] for k in told}} for p, s in zip(paths, sidecars, strict=True)]
+    entries = [
+        {"name": p.name, **{k: s[k] for k in told}} for p, s in zip(paths, sidecars, strict=True)
+    ]
     about = {**plan, "made_with": made_with, "labels": labels, "shards": entries}
     shards.write_json(folder / shards.METADATA, shards.sealed(about))
     size = sum(e["bytes"] for e in entries)
-    print(f"complete  {folder}: {plan['count']:,} images and their mirror images, {size / 1e9:.2f} GB in {len(paths)} shards")
+    print(
+        f"complete  {folder}: {plan['count']:,} images and their mirror images, {size / 1e9:.2f} GB in {len(paths)} shards"
+    )

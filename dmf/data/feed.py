@@ -41,7 +41,9 @@ class Feed(Generic[Batch]):
         Raises what `make(n)` raised, that very exception. Raises ValueError where n is not the next or the feed is closed.
         """
         if n != self._next or n >= self._last:
-            wanted = f"batch {self._next}" if self._next < self._last else "none, all have been given"
+            wanted = (
+                f"batch {self._next}" if self._next < self._last else "none, all have been given"
+            )
             raise ValueError(f"batch {n} asked of a feed out of turn: expected {wanted}")
         began = time.perf_counter()
         with self._changed:

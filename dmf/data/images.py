@@ -27,7 +27,9 @@ from dmf.errors import DmfError
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 FORMATS = ("PNG", "JPEG", "WEBP")
 TFDS = "tfds:"
-CROP_RULE = "ADM: halved by box while the shorter side >= 2 size, bicubic to shorter side = size, centre"
+CROP_RULE = (
+    "ADM: halved by box while the shorter side >= 2 size, bicubic to shorter side = size, centre"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +40,9 @@ class ImageSource:
     num_classes: int  # 0: no classes, and every label is 0
     about: dict[str, Any]  # kind, name, split, count, sha256: plain values that JSON can hold
     example: Callable[[int], tuple[np.ndarray, int]]  # i -> (image as `read` gives it, label)
-    part_sha256: Callable[[int, int], str]  # identity of the images [first, last): that of all where parts have none
+    part_sha256: Callable[
+        [int, int], str
+    ]  # identity of the images [first, last): that of all where parts have none
 
     def __len__(self) -> int:
         return self.count
@@ -69,7 +73,9 @@ def open_images(spec: str, data_dir: str = "", split: str = "train") -> ImageSou
     if path.suffix == ".npz" and path.is_file():
         return _open_npz(path, split)
     what = "is neither" if path.exists() else "does not exist"
-    raise DmfError(f"image source {spec!r} {what}: expected a folder of images, an .npz with arr_0, or tfds:NAME")
+    raise DmfError(
+        f"image source {spec!r} {what}: expected a folder of images, an .npz with arr_0, or tfds:NAME"
+    )
 
 
 def center_crop(image: np.ndarray, size: int) -> np.ndarray:
@@ -78,7 +84,13 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
     Dhariwal and Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis"; box halvings come first because a single bicubic
     step of a large factor would skip pixels in other libraries. Raises DmfError for another shape or dtype.
     """
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape or size < 1:
+    if (
+        image.ndim != 3
+        or image.shape[2] != 3
+        or image.dtype != np.uint8
+        or 0 in image.shape
+        or size < 1
+    ):
         raise DmfError(
             f"center_crop of {image.dtype}{list(image.shape)} to {size}: expected uint8 (H, W, 3) and a side above 0"
         )
@@ -87,7 +99,11 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     scale = size / min(picture.size)
     width, height = round(picture.width * scale), round(picture.height * scale)
-    _check_pixels(width, height, f"an image of {image.shape[1]} x {image.shape[0]} enlarged to a shorter side of {size}")
+    _check_pixels(
+        width,
+        height,
+        f"an image of {image.shape[1]} x {image.shape[0]} enlarged to a shorter side of {size}",
+    )
     picture = picture.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return np.array(picture.crop((left, top, left + size, top + size)))
@@ -96,7 +112,9 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
 def _check_pixels(width: int, height: int, name: str) -> None:
     limit = Image.MAX_IMAGE_PIXELS
     if limit and width * height > limit:
-        raise DmfError(f"{name} has {width} x {height} pixels: expected at most {limit:,}, the limit of PIL")
+        raise DmfError(
+            f"{name} has {width} x {height} pixels: expected at most {limit:,}, the limit of PIL"
+        )
 
 
 def _decode(file: Path | io.BytesIO, name: str) -> np.ndarray:
@@ -105,14 +123,20 @@ def _decode(file: Path | io.BytesIO, name: str) -> np.ndarray:
         with Image.open(file, formats=FORMATS) as picture:
             _check_pixels(*picture.size, f"image {name}")
             if picture.mode.startswith(("I", "F")):
-                raise DmfError(f"image {name} has pixels of kind {picture.mode}: expected 8 bits per channel")
+                raise DmfError(
+                    f"image {name} has pixels of kind {picture.mode}: expected 8 bits per channel"
+                )
             return np.array(picture.convert("RGB"))
     except DmfError:
         raise
-    except Exception as error:  # the parsers behind PIL raise what they meet, with no base in common
+    except (
+        Exception
+    ) as error:  # the parsers behind PIL raise what they meet, with no base in common
         why = " ".join(str(error).replace(str(file), "").split())[:200]
         if shards.refused(error):
-            raise DmfError(f"image {name} cannot be read ({why}): expected a readable file, and a disk in order") from error
+            raise DmfError(
+                f"image {name} cannot be read ({why}): expected a readable file, and a disk in order"
+            ) from error
         raise DmfError(
             f"image {name} cannot be read ({type(error).__name__}: {why}): expected an undamaged PNG, JPEG or WebP"
         ) from error
@@ -123,7 +147,9 @@ def _open_folder(root: Path, split: str) -> ImageSource:
     sizes = _image_files(root)
     files = sorted(sizes)
     if not files:
-        raise DmfError(f"folder {root} holds no images: expected files ending in {', '.join(SUFFIXES)}")
+        raise DmfError(
+            f"folder {root} holds no images: expected files ending in {', '.join(SUFFIXES)}"
+        )
     classes = _classes(root, files)
     index = {name: i for i, name in enumerate(classes)}
     labels = np.array([index.get(name.partition("/")[0], 0) for name in files], np.int32)
@@ -137,7 +163,13 @@ def _open_folder(root: Path, split: str) -> ImageSource:
     return ImageSource(
         count=len(files),
         num_classes=len(classes),
-        about=_about("folder", root.resolve().name, split, len(files), identity(0, len(files), labelled=False)),
+        about=_about(
+            "folder",
+            root.resolve().name,
+            split,
+            len(files),
+            identity(0, len(files), labelled=False),
+        ),
         example=lambda i: (_decode(root / files[i], str(root / files[i])), int(labels[i])),
         part_sha256=identity,
     )
@@ -147,21 +179,27 @@ def _image_files(root: Path) -> dict[str, int]:
     """{relative path: bytes} of the images below a folder, those behind links too; hidden files and folders are left out."""
 
     def refuse(error: OSError) -> None:
-        raise DmfError(f"{error.filename} cannot be read ({error.strerror}): expected readable folders and files") from error
+        raise DmfError(
+            f"{error.filename} cannot be read ({error.strerror}): expected readable folders and files"
+        ) from error
 
     sizes: dict[str, int] = {}
     seen: dict[str, str] = {}
     for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
         first = seen.setdefault(os.path.realpath(folder), folder)
         if first != folder:
-            raise DmfError(f"{folder} is {first} again, by a link: expected every folder of images once")
+            raise DmfError(
+                f"{folder} is {first} again, by a link: expected every folder of images once"
+            )
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in names:
             path = Path(folder, name)
             if name.startswith("."):
                 continue
             if path.is_symlink() and not os.path.exists(path):  # perhaps of a class
-                raise DmfError(f"{path} links to {os.readlink(path)}, which is not there: expected links to files or folders")
+                raise DmfError(
+                    f"{path} links to {os.readlink(path)}, which is not there: expected links to files or folders"
+                )
             if name.lower().endswith(SUFFIXES):
                 try:
                     sizes[path.relative_to(root).as_posix()] = path.stat().st_size
@@ -179,7 +217,9 @@ def _classes(root: Path, files: list[str]) -> list[str]:
             f"{root / stray[0]} lies beside {len(used)} folders of images, such as {min(used)}, and has no class: expected all "
             "images in sub-folders, or none"
         )
-    there = [path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    there = [
+        path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")
+    ]
     empty = sorted(set(there) - used) if used else []
     if empty:
         raise DmfError(
@@ -198,11 +238,20 @@ def _open_npz(path: Path, split: str) -> ImageSource:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
         if "arr_0.npy" not in names:
-            raise DmfError(f"{path} holds {', '.join(names)[:100] or 'nothing'}: expected arr_0, images (N, H, W, 3) uint8")
+            raise DmfError(
+                f"{path} holds {', '.join(names)[:100] or 'nothing'}: expected arr_0, images (N, H, W, 3) uint8"
+            )
         images = _npz_array(path, "arr_0")
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
+        if (
+            images.dtype != np.uint8
+            or images.ndim != 4
+            or images.shape[3] != 3
+            or 0 in images.shape
+        ):
             found = f"{images.dtype}{list(images.shape)}"
-            raise DmfError(f"{path}: arr_0 is {found}: expected images (N, H, W, 3) uint8, with values 0 to 255")
+            raise DmfError(
+                f"{path}: arr_0 is {found}: expected images (N, H, W, 3) uint8, with values 0 to 255"
+            )
         labels = _npz_array(path, "arr_1") if "arr_1.npy" in names else None
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -217,10 +266,18 @@ def _open_npz(path: Path, split: str) -> ImageSource:
         struct.error,
     ) as error:
         why = " ".join(str(error).split())[:200]
-        raise DmfError(f"{path} cannot be read ({type(error).__name__}: {why}): expected an undamaged .npz") from error
+        raise DmfError(
+            f"{path} cannot be read ({type(error).__name__}: {why}): expected an undamaged .npz"
+        ) from error
     if labels is not None:
-        if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
-            raise DmfError(f"{path}: arr_1 is {labels.dtype}{list(labels.shape)}: expected {len(images)} labels from 0 up")
+        if (
+            labels.shape != images.shape[:1]
+            or not np.issubdtype(labels.dtype, np.integer)
+            or labels.min() < 0
+        ):
+            raise DmfError(
+                f"{path}: arr_1 is {labels.dtype}{list(labels.shape)}: expected {len(images)} labels from 0 up"
+            )
         labels = labels.astype(np.int32)
     return ImageSource(
         count=len(images),
@@ -237,14 +294,20 @@ def _npz_array(path: Path, name: str) -> np.ndarray:
         info = archive.getinfo(f"{name}.npy")
         with archive.open(info) as member:
             version = np.lib.format.read_magic(member)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            read = (
+                np.lib.format.read_array_header_1_0
+                if version == (1, 0)
+                else np.lib.format.read_array_header_2_0
+            )
             shape, fortran, dtype = read(member)
             header = member.tell()
     if info.compress_type != zipfile.ZIP_STORED or fortran or dtype.hasobject:
         with np.load(path, allow_pickle=False) as arrays:
             return arrays[name]
     with path.open("rb") as file:
-        file.seek(info.header_offset + 26)  # of the two lengths that end a member's own header, 30 bytes long
+        file.seek(
+            info.header_offset + 26
+        )  # of the two lengths that end a member's own header, 30 bytes long
         start = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
     return np.memmap(path, dtype, "r", start + header, shape)
 
@@ -263,19 +326,39 @@ def _open_tfds(name: str, data_dir: str, split: str) -> ImageSource:
         path = builder.data_path
         features = builder.info.features
         if "image" not in features:
-            raise DmfError(f"TFDS data set {name} in {path} has {', '.join(features)}: expected an 'image'")
-        records = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+            raise DmfError(
+                f"TFDS data set {name} in {path} has {', '.join(features)}: expected an 'image'"
+            )
+        records = builder.as_data_source(
+            split=split, decoders={"image": tfds.decode.SkipDecoding()}
+        )
         count, full_name = len(records), builder.info.full_name
         parts = [
-            [tfds.core.Path(i.filename).name, i.skip, i.take, i.examples_in_shard, tfds.core.Path(i.filename).stat().length]
+            [
+                tfds.core.Path(i.filename).name,
+                i.skip,
+                i.take,
+                i.examples_in_shard,
+                tfds.core.Path(i.filename).stat().length,
+            ]
             for i in builder.info.splits[split].file_instructions
         ]
     # Whatever the parsers behind TFDS raise for what they meet: names, shards, splits, version, metadata.
-    except (RuntimeError, ValueError, OSError, LookupError, AssertionError, TypeError, ParseError) as error:
+    except (
+        RuntimeError,
+        ValueError,
+        OSError,
+        LookupError,
+        AssertionError,
+        TypeError,
+        ParseError,
+    ) as error:
         raise DmfError(_tfds_explanation(error, name, path, split)) from error
     labelled = "label" in features and isinstance(features["label"], tfds.features.ClassLabel)
     classes = int(features["label"].num_classes) if labelled else 0
-    identity = hashlib.sha256(json.dumps(["tfds", full_name, split, count, parts]).encode()).hexdigest()
+    identity = hashlib.sha256(
+        json.dumps(["tfds", full_name, split, count, parts]).encode()
+    ).hexdigest()
     get = functools.partial(_tfds_record, records, f"{full_name}, split {split}, in {path}")
     return ImageSource(
         count=count,
@@ -290,7 +373,9 @@ def _tfds_record(records: Sequence[dict[str, Any]], name: str, i: int) -> dict[s
     try:
         record = records[i]
         if not record["image"]:
-            raise ValueError("it is empty")  # which is all that is said of a shard that was cut short
+            raise ValueError(
+                "it is empty"
+            )  # which is all that is said of a shard that was cut short
         return record
     except (RuntimeError, ValueError, OSError, LookupError, TypeError) as error:
         why = " ".join(str(error).split())[:200]

@@ -25,7 +25,9 @@ MOCK_IMAGES, MOCK_SHAPE, MOCK_CLASSES, MOCK_STD = 2048, (32, 32, 4), 1000, 0.1
 class Latents:
     """One split of encoded images: the normal law of each image's latent, read when it is asked for."""
 
-    fetch: Callable[[np.ndarray], np.ndarray]  # record numbers (n,) -> (n, 2, h, w, c): mean and std, unscaled
+    fetch: Callable[
+        [np.ndarray], np.ndarray
+    ]  # record numbers (n,) -> (n, 2, h, w, c): mean and std, unscaled
     labels: np.ndarray  # (N,) int32, in [0, num_classes)
     num_classes: int
     image_shape: tuple[int, ...]  # (h, w, c)
@@ -56,7 +58,9 @@ def read(data_dir: str, split: str, flip: bool) -> Latents:
       DmfError: the split is not encoded, or not to its end, or a file has not the size that the metadata tell.
     """
     if not data_dir:
-        raise DmfError(f"config.data.data_dir is '' for {NAME!r}: expected the OUT of `--mode=encode`")
+        raise DmfError(
+            f"config.data.data_dir is '' for {NAME!r}: expected the OUT of `--mode=encode`"
+        )
     root = Path(data_dir).expanduser()
     folder = root if split == "train" and os.path.isfile(root / shards.METADATA) else root / split
     about = shards.metadata(folder)
@@ -87,7 +91,9 @@ def mock(split: str, flip: bool) -> Latents:
         mean = np.where((records % 2 == 1)[:, None, None, None], mean[:, :, ::-1], mean)
         return np.stack([mean, np.full_like(mean, MOCK_STD)], axis=1)
 
-    return Latents(fetch, labels, MOCK_CLASSES, MOCK_SHAPE, 1.0, NAME, split, flip and split == "train", {})
+    return Latents(
+        fetch, labels, MOCK_CLASSES, MOCK_SHAPE, 1.0, NAME, split, flip and split == "train", {}
+    )
 
 
 def _labels(folder: Path, about: dict[str, Any]) -> np.ndarray:
@@ -97,7 +103,11 @@ def _labels(folder: Path, about: dict[str, Any]) -> np.ndarray:
         labels = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         why = " ".join(str(error).split())[:200]
-        raise DmfError(f"{path} cannot be read ({type(error).__name__}: {why}): expected an array of labels") from error
+        raise DmfError(
+            f"{path} cannot be read ({type(error).__name__}: {why}): expected an array of labels"
+        ) from error
     if labels.shape != (about["count"],) or labels.dtype != np.int32:
-        raise DmfError(f"{path} holds {labels.dtype}{list(labels.shape)}: expected int32[{about['count']}]")
+        raise DmfError(
+            f"{path} holds {labels.dtype}{list(labels.shape)}: expected int32[{about['count']}]"
+        )
     return labels

@@ -41,7 +41,10 @@ def halved(pixels: np.ndarray) -> np.ndarray:
 def crops(photograph: np.ndarray, split: str, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """Images (N, 16, 16, C) of one photograph (H, W, C), and the regions (N,) that they are from, row by row."""
     height, width, channels = photograph.shape
-    rows, cols = (np.linspace(0, n, parts + 1).astype(int) for n, parts in zip((height, width), REGIONS, strict=True))
+    rows, cols = (
+        np.linspace(0, n, parts + 1).astype(int)
+        for n, parts in zip((height, width), REGIONS, strict=True)
+    )
     images, regions = [], []
     for region in range(REGIONS[0] * REGIONS[1]):
         i, j = divmod(region, REGIONS[1])
@@ -73,6 +76,10 @@ def read(split: str, holdout_fraction: float) -> tuple[np.ndarray, np.ndarray]:
         images.append(found)
         labels.append(regions + i * REGIONS[0] * REGIONS[1])
     x, label = np.concatenate(images), np.concatenate(labels)
-    rank = np.concatenate([np.arange(n) for n in np.bincount(label)])  # classes come one after another so far
-    order = np.lexsort((label, rank))  # any first so many hold all classes equally, as samples take labels in this order
+    rank = np.concatenate(
+        [np.arange(n) for n in np.bincount(label)]
+    )  # classes come one after another so far
+    order = np.lexsort(
+        (label, rank)
+    )  # any first so many hold all classes equally, as samples take labels in this order
     return x[order], label[order]

@@ -29,9 +29,9 @@ from typing import Any
 
 import numpy as np
 
-from dmf import whole
 from dmf.errors import DmfError
 from dmf.logging import Count
+from dmf.storage import atomic
 
 FORMAT = 1
 PLAN, METADATA, LABELS = "plan.json", "metadata.json", "labels.npy"
@@ -42,7 +42,10 @@ READERS = 8  # threads: a batch's records lie in many shards, and storage answer
 WRITER = "group_size:1,uncompressed"
 HOW = "what `--mode=encode` has written to its end; the same command goes on where it stopped"
 # What a system says where it cannot give a file that may be whole; a missing file is not among them.
-REFUSALS = tuple(os.strerror(e) for e in (errno.EMFILE, errno.ENFILE, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE))
+REFUSALS = tuple(
+    os.strerror(e)
+    for e in (errno.EMFILE, errno.ENFILE, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE)
+)
 
 
 def _whole(value: Any, least: int) -> bool:
@@ -52,11 +55,20 @@ def _whole(value: Any, least: int) -> bool:
 FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "count": ("a whole number above 0", lambda x: _whole(x, 1)),
     "num_classes": ("a whole number, 0 or more", lambda x: _whole(x, 0)),
-    "latent_shape": ("three whole numbers above 0", lambda x: len(x) == 3 and all(_whole(n, 1) for n in x)),
+    "latent_shape": (
+        "three whole numbers above 0",
+        lambda x: len(x) == 3 and all(_whole(n, 1) for n in x),
+    ),
     "dtype": (f"one of {', '.join(DTYPES)}", lambda x: x in DTYPES),
-    "scale": ("a finite number above 0", lambda x: type(x) in (int, float) and math.isfinite(x) and x > 0),
+    "scale": (
+        "a finite number above 0",
+        lambda x: type(x) in (int, float) and math.isfinite(x) and x > 0,
+    ),
     "shard_size": ("a whole number above 0", lambda x: _whole(x, 1)),
-    "shards": ("a list of files", lambda x: type(x) is list and all(_is_file_entry(f) and _whole(f["count"], 1) for f in x)),
+    "shards": (
+        "a list of files",
+        lambda x: type(x) is list and all(_is_file_entry(f) and _whole(f["count"], 1) for f in x),
+    ),
     "labels": (f"the file {LABELS}", lambda x: _is_file_entry(x) and x["name"] == LABELS),
     "source": ("what was encoded", lambda x: type(x) is dict),
     "vae": ("what has encoded it", lambda x: type(x) is dict),
@@ -82,11 +94,17 @@ def metadata(folder: Path) -> dict[str, Any]:
     path = folder / METADATA
     try:
         if not path.is_file():
-            what = "is not encoded to its end" if (folder / PLAN).is_file() else "holds no encoded images"
+            what = (
+                "is not encoded to its end"
+                if (folder / PLAN).is_file()
+                else "holds no encoded images"
+            )
             raise DmfError(f"{folder} {what} (no {METADATA}): expected {HOW}")
         found = json.loads(path.read_text())
         if found["format"] != FORMAT:
-            raise DmfError(f"{path}: format is {found['format']!r}, expected {FORMAT}, that of this version")
+            raise DmfError(
+                f"{path}: format is {found['format']!r}, expected {FORMAT}, that of this version"
+            )
         missing = [name for name in FIELDS if name not in found]
         if missing:
             raise ValueError(f"{', '.join(missing)} missing")
@@ -94,7 +112,9 @@ def metadata(folder: Path) -> dict[str, Any]:
         if found["seal"] != _seal(unsealed):
             raise ValueError("its bytes were altered")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DmfError(f"{path} cannot be read ({type(error).__name__}: {error}): expected {HOW}") from error
+        raise DmfError(
+            f"{path} cannot be read ({type(error).__name__}: {error}): expected {HOW}"
+        ) from error
     _check_fields(path, found)
     return unsealed
 
@@ -111,11 +131,15 @@ def _check_fields(path: Path, found: dict[str, Any]) -> None:
     size, count = found["shard_size"], found["count"]
     total = -(-count // size)
     if len(found["shards"]) != total:  # before a list of as many is made
-        raise DmfError(f"{path}: {len(found['shards'])} shards, expected {total} of {size} images for count {count}")
+        raise DmfError(
+            f"{path}: {len(found['shards'])} shards, expected {total} of {size} images for count {count}"
+        )
     for k, entry in enumerate(found["shards"]):
         wanted = {"name": name(k, total), "count": min(size, count - k * size)}
         if {key: entry[key] for key in wanted} != wanted:
-            raise DmfError(f"{path}: shard {k} is {entry['name']!r:.100} of {entry['count']} images, expected {wanted}")
+            raise DmfError(
+                f"{path}: shard {k} is {entry['name']!r:.100} of {entry['count']} images, expected {wanted}"
+            )
 
 
 def files(about: dict[str, Any]) -> Iterator[tuple[str, int, str]]:
@@ -130,7 +154,9 @@ def check_size(path: Path, size: int) -> None:
         found = path.stat().st_size if path.is_file() else None
     if found != size:
         what = "is missing" if found is None else f"has {found:,} bytes"
-        raise DmfError(f"{path} {what}: expected {size:,} bytes; the encoding's command makes it again")
+        raise DmfError(
+            f"{path} {what}: expected {size:,} bytes; the encoding's command makes it again"
+        )
 
 
 def sha256(path: Path) -> str:
@@ -145,7 +171,9 @@ def check_sum(path: Path, size: int, digest: str) -> None:
     with _reading(path):
         found = sha256(path)
     if found != digest:
-        raise DmfError(f"{path} has another SHA-256 than {digest[:12]}...: its bytes were altered; the command makes it again")
+        raise DmfError(
+            f"{path} has another SHA-256 than {digest[:12]}...: its bytes were altered; the command makes it again"
+        )
 
 
 @contextlib.contextmanager
@@ -153,7 +181,9 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DmfError(f"{path} cannot be read ({error.strerror}): expected a readable file; see to the disk") from error
+        raise DmfError(
+            f"{path} cannot be read ({error.strerror}): expected a readable file; see to the disk"
+        ) from error
 
 
 def read_sidecar(path: Path) -> dict[str, Any]:
@@ -201,7 +231,12 @@ def intact(paths: Sequence[Path], images: Sequence[str]) -> list[bool]:
     return [found.get(k) == "" for k in range(len(paths))]
 
 
-def write_shard(path: Path, parts: Iterable[tuple[np.ndarray, np.ndarray]], made_with: dict[str, str], images: str) -> None:
+def write_shard(
+    path: Path,
+    parts: Iterable[tuple[np.ndarray, np.ndarray]],
+    made_with: dict[str, str],
+    images: str,
+) -> None:
     """Writes a shard under a hidden name, then renames it, then writes what vouches for it.
 
     parts: (values (n, 2, 2, h, w, c): image, flip, mean or std; labels (n,)). images: their identity.
@@ -209,7 +244,7 @@ def write_shard(path: Path, parts: Iterable[tuple[np.ndarray, np.ndarray]], made
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    partial = whole.partial(path)
+    partial = atomic.partial(path)
     labels: list[int] = []
     try:
         with writing(path.parent):
@@ -222,7 +257,11 @@ def write_shard(path: Path, parts: Iterable[tuple[np.ndarray, np.ndarray]], made
         with writing(path.parent):
             writer.close()
             _sync(partial)
-            entry = {"count": len(labels), "bytes": partial.stat().st_size, "sha256": sha256(partial)}
+            entry = {
+                "count": len(labels),
+                "bytes": partial.stat().st_size,
+                "sha256": sha256(partial),
+            }
             partial.replace(path)
             _sync(path.parent)
         entry |= {"made_with": made_with, "images": images, "labels": labels}
@@ -243,7 +282,7 @@ def _seal(entry: dict[str, Any]) -> str:
 def clear(folder: Path) -> None:
     """Removes what dead processes of this machine left half-written, and what this process did. Raises DmfError."""
     with writing(folder):
-        whole.clear(folder)
+        atomic.clear(folder)
 
 
 def remove(path: Path) -> None:
@@ -254,14 +293,20 @@ def remove(path: Path) -> None:
 
 def refused(error: Exception) -> bool:
     """Whether it is the system that refuses a file, so that the file itself may be whole."""
-    return isinstance(error, OSError) and error.errno is not None or any(text in str(error) for text in REFUSALS)
+    return (
+        isinstance(error, OSError)
+        and error.errno is not None
+        or any(text in str(error) for text in REFUSALS)
+    )
 
 
 def allow_many_files() -> None:
     """Lets this process open as many files as it may ever: each shard of a data set stays open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
-        with contextlib.suppress(OSError, ValueError):  # where the system gives fewer than it tells, the reader will say so
+        with contextlib.suppress(
+            OSError, ValueError
+        ):  # where the system gives fewer than it tells, the reader will say so
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
@@ -285,7 +330,7 @@ def write_json(path: Path, values: dict[str, Any], indent: int | None = 1) -> No
 
 def write(path: Path, content: bytes) -> None:
     """Writes a small file, whole or not at all. Raises DmfError if the disk refuses."""
-    partial = whole.partial(path)
+    partial = atomic.partial(path)
     try:
         with writing(path.parent):
             partial.write_bytes(content)
@@ -326,7 +371,9 @@ class Shards:
 
         def read(shard: int) -> None:
             rows = np.flatnonzero(shards == shard)
-            for row, record in zip(rows, self._read(shard, records[rows] % self._per_shard), strict=True):
+            for row, record in zip(
+                rows, self._read(shard, records[rows] % self._per_shard), strict=True
+            ):
                 out[row] = np.frombuffer(record, self._dtype).reshape(self._shape)
 
         list(self._pool.map(read, np.unique(shards).tolist()))
@@ -340,19 +387,27 @@ class Shards:
         except RuntimeError as error:
             why = " ".join(str(error).split())[:200]
             if refused(error):
-                raise DmfError(f"{path} cannot be read ({why}): expected a readable file, and room for open files") from error
-            raise DmfError(f"{path} is damaged ({why}): the encoding's command makes it again") from error
+                raise DmfError(
+                    f"{path} cannot be read ({why}): expected a readable file, and room for open files"
+                ) from error
+            raise DmfError(
+                f"{path} is damaged ({why}): the encoding's command makes it again"
+            ) from error
         size = int(np.prod(self._shape)) * self._dtype.itemsize
         bad = [p for p, record in zip(positions, found, strict=True) if len(record) != size]
         if bad:
-            raise DmfError(f"{path}: record {bad[0]} has not the {size:,} bytes of {self._dtype.name}{list(self._shape)}")
+            raise DmfError(
+                f"{path}: record {bad[0]} has not the {size:,} bytes of {self._dtype.name}{list(self._shape)}"
+            )
         return found
 
     def _reader(self, shard: int) -> Any:
         from array_record.python.array_record_module import ArrayRecordReader
 
         if shard not in self._readers:
-            reader = ArrayRecordReader(str(self._paths[shard]), "readahead_buffer_size:0,max_parallelism:0")
+            reader = ArrayRecordReader(
+                str(self._paths[shard]), "readahead_buffer_size:0,max_parallelism:0"
+            )
             if not reader.ok() or reader.num_records() != self._counts[shard]:
                 raise DmfError(
                     f"{self._paths[shard]} holds {reader.num_records()} readable records, expected {self._counts[shard]}: "

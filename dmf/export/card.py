@@ -6,8 +6,9 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from dmf import checkpoint, evaluate, pretrained
+from dmf import evaluate, pretrained
 from dmf.export.sampler import Model, sha256
+from dmf.storage import checkpoint
 
 HIDDEN = ("step", "stage", "kind", "scored_by", "ema_halflife_images")
 CARD = """---
@@ -71,14 +72,25 @@ BYTES = "\nimages = np.clip(np.round(127.5 * (x + 1)), 0, 255).astype(np.uint8)"
 
 def text(name: str, about: Mapping[str, Any]) -> str:
     """The card in Markdown. name: the model's. about: the folder's config.json."""
-    latent, labels, shape = about["latent"], about["labels"], ", ".join(map(str, about["image_shape"]))
-    rows = [f"| `{r['file']}` | {r['steps']} | {r['nfe']} | {', '.join(r['platforms'])} |" for r in about["samplers"]]
+    latent, labels, shape = (
+        about["latent"],
+        about["labels"],
+        ", ".join(map(str, about["image_shape"])),
+    )
+    rows = [
+        f"| `{r['file']}` | {r['steps']} | {r['nfe']} | {', '.join(r['platforms'])} |"
+        for r in about["samplers"]
+    ]
     classes = (
-        f"np.arange(8, dtype=np.int32) % {labels['classes']}" if labels["classes"] else "np.zeros(8, np.int32)  # not read"
+        f"np.arange(8, dtype=np.int32) % {labels['classes']}"
+        if labels["classes"]
+        else "np.zeros(8, np.int32)  # not read"
     )
     return CARD.format(
         name=name,
-        what=f"A generator with {labels['classes']} classes" if labels["classes"] else "A generator without classes",
+        what=f"A generator with {labels['classes']} classes"
+        if labels["classes"]
+        else "A generator without classes",
         things="latents" if latent else "images",
         shape=f"({shape})",
         code=CODE.format(
@@ -106,18 +118,41 @@ def scores(model: Model) -> list[dict[str, Any]]:
     config, home = model.config, evaluate.home(model.folder, model.stored)
     halflife = config.ema.evaluate if model.ema is None else model.ema
     found = []
-    if not pretrained.is_converted(model.stored) and (halflife, model.sampler) == (config.ema.evaluate, config.run.sampler):
-        rows = [row for row in _lines(home / "scores.jsonl") if str(row.get("step")) == model.folder.name and "nfe" in row]
+    if not pretrained.is_converted(model.stored) and (halflife, model.sampler) == (
+        config.ema.evaluate,
+        config.run.sampler,
+    ):
+        rows = [
+            row
+            for row in _lines(home / "scores.jsonl")
+            if str(row.get("step")) == model.folder.name and "nfe" in row
+        ]
         rows = [_counted(row, model.sampler) for row in rows]
-        best = any(str(row.get("step")) == model.folder.name for row in _lines(home / checkpoint.BEST))
-        protocol = config.run.protocol or f"the score of the data set {config.data.name} (`dmf.metrics`)"
-        found += [{"protocol": f"{protocol}, during training", "rows": rows, "best": best}] if rows else []
+        best = any(
+            str(row.get("step")) == model.folder.name for row in _lines(home / checkpoint.BEST)
+        )
+        protocol = (
+            config.run.protocol or f"the score of the data set {config.data.name} (`dmf.metrics`)"
+        )
+        found += (
+            [{"protocol": f"{protocol}, during training", "rows": rows, "best": best}]
+            if rows
+            else []
+        )
     manifest = sha256((model.folder / checkpoint.MANIFEST).read_bytes())
     for file in sorted(home.glob("scores_*.json")):
         for stored in _lines(file):
             of = stored.get("checkpoint")
-            same = isinstance(of, dict) and of.get("manifest_sha256") == manifest and stored.get("sampler") == model.sampler
-            rows = [row for row in stored.get("rows", []) if same and row.get("ema_halflife_images") == halflife]
+            same = (
+                isinstance(of, dict)
+                and of.get("manifest_sha256") == manifest
+                and stored.get("sampler") == model.sampler
+            )
+            rows = [
+                row
+                for row in stored.get("rows", [])
+                if same and row.get("ema_halflife_images") == halflife
+            ]
             found += [{"protocol": _protocol(stored), "rows": rows, "best": False}] if rows else []
     return found
 
@@ -132,7 +167,11 @@ def _lines(file: Any) -> Iterator[dict[str, Any]]:
     """The JSON objects of a file that holds one, or one per line; nothing where it is not there or no such file."""
     try:
         content = file.read_text()
-        values = [json.loads(content)] if file.suffix == ".json" else [json.loads(line) for line in content.splitlines()]
+        values = (
+            [json.loads(content)]
+            if file.suffix == ".json"
+            else [json.loads(line) for line in content.splitlines()]
+        )
     except (OSError, ValueError):
         return
     yield from (value for value in values if isinstance(value, dict))
@@ -150,16 +189,28 @@ def _table(found: Mapping[str, Any]) -> str:
     lines = [
         keys,
         ["---"] * len(keys),
-        *([f"{row[k]:.6g}" if isinstance(row.get(k), float) else f"{row.get(k, '-')}" for k in keys] for row in rows),
+        *(
+            [
+                f"{row[k]:.6g}" if isinstance(row.get(k), float) else f"{row.get(k, '-')}"
+                for k in keys
+            ]
+            for row in rows
+        ),
     ]
     best = " The best checkpoint of its run." if found["best"] else ""
-    return "\n".join([f"By {found['protocol']}.{best}", "", *(f"| {' | '.join(line)} |" for line in lines)])
+    return "\n".join(
+        [f"By {found['protocol']}.{best}", "", *(f"| {' | '.join(line)} |" for line in lines)]
+    )
 
 
 def _latents(latent: Mapping[str, Any] | None) -> str:
     if latent is None:
         return "none, the samples are images"
-    decoder = f" ({latent['decoder_file']}, SHA-256 {latent['decoder_sha256']})" if latent["decoder_sha256"] else ""
+    decoder = (
+        f" ({latent['decoder_file']}, SHA-256 {latent['decoder_sha256']})"
+        if latent["decoder_sha256"]
+        else ""
+    )
     note = f"; {latent['note']}" if latent["note"] else ""
     numbers = f"scale {latent['scale'] or 'unknown'}, shift {latent['shift']:g}"
     return f"{latent['rule']}, {numbers}{note}. Decoder: {latent['decoder']}{decoder}"
@@ -169,11 +220,15 @@ def _origin(origin: Mapping[str, Any]) -> str:
     trained, source = origin["trained"], origin["converted_from"]
     lines = []
     if trained:
-        after = f"; the weights after {trained['step']} steps" if trained["step"] is not None else ""
+        after = (
+            f"; the weights after {trained['step']} steps" if trained["step"] is not None else ""
+        )
         lines.append(f"Trained with dmf on {trained['data']}{after}.")
     if source:
         start = "It started from" if trained else "Converted from"
-        lines.append(f"{start} `{source['file']}` (kind {source['kind']}, copy {source['copy']}, SHA-256 {source['sha256']}).")
+        lines.append(
+            f"{start} `{source['file']}` (kind {source['kind']}, copy {source['copy']}, SHA-256 {source['sha256']})."
+        )
     return " ".join(lines)
 
 

@@ -19,10 +19,16 @@ READS = {
 def form(out: str) -> str:
     """A key of READS. Raises DmfError for an ending that is none of theirs."""
     suffix = Path(out).suffix
-    forms = {**dict.fromkeys(weights.FORMATS, "weights"), ".onnx": "an ONNX file", "": "a model folder"}
+    forms = {
+        **dict.fromkeys(weights.FORMATS, "weights"),
+        ".onnx": "an ONNX file",
+        "": "a model folder",
+    }
     if suffix not in forms:
         endings = ", ".join(weights.FORMATS)
-        raise DmfError(f"--out={out}: expected a file name ending in {endings} or .onnx, or a model folder's, without a dot")
+        raise DmfError(
+            f"--out={out}: expected a file name ending in {endings} or .onnx, or a model folder's, without a dot"
+        )
     return forms[suffix]
 
 
@@ -42,6 +48,8 @@ def export(
     elif form(out) == "a model folder":
         folder.export(path, out, steps=steps, ema=ema, name=sampler, upload=upload)
     elif len(steps) > 1:
-        raise DmfError(f"--steps={','.join(map(str, steps))} with {out}: expected one number of steps for an ONNX file")
+        raise DmfError(
+            f"--steps={','.join(map(str, steps))} with {out}: expected one number of steps for an ONNX file"
+        )
     else:
         onnx.export(path, out, steps=steps[0], ema=ema, name=sampler)

@@ -44,12 +44,16 @@ def export(
     model = sampler.open_model(path, ema, name)
     with place.made_whole(target) as half:
         half.mkdir()
-        weights.write(half / WEIGHTS, model.tensors(), weights.describe(model.stored, NATIVE.name, [], ema))
+        weights.write(
+            half / WEIGHTS, model.tensors(), weights.describe(model.stored, NATIVE.name, [], ema)
+        )
         made = {"format": FORMAT, "weights": WEIGHTS, "samplers": _artifacts(model, half, steps)}
         stored = {**made, **sampler.about(model), "scores": card.scores(model)}
         (half / CONFIG).write_text(json.dumps(stored, indent=1) + "\n")
         (half / CARD).write_text(card.text(target.name, stored))
-    print(f"exported  {target}: {', '.join([WEIGHTS, *(row['file'] for row in stored['samplers']), CONFIG, CARD])}")
+    print(
+        f"exported  {target}: {', '.join([WEIGHTS, *(row['file'] for row in stored['samplers']), CONFIG, CARD])}"
+    )
     if hub:
         _upload(hub, target, upload)
     return stored
@@ -61,13 +65,17 @@ def _artifacts(model: sampler.Model, folder: Path, steps: Sequence[int]) -> list
     return [_artifact(model, folder, tensors, n) for n in sorted(set(steps))]
 
 
-def _artifact(model: sampler.Model, folder: Path, tensors: sampler.Weights, steps: int) -> dict[str, Any]:
+def _artifact(
+    model: sampler.Model, folder: Path, tensors: sampler.Weights, steps: int
+) -> dict[str, Any]:
     file = folder / f"sampler_{steps}.jaxexport"
     file.write_bytes(sampler.artifact(model, steps, tensors))
     content = file.read_bytes()
     run, convention = sampler.call(content)
     found = sampler.check(model, steps, partial(run, tensors), file.name)
-    print(f"          {file.name}: {len(content):,} bytes, {found['relative_l2']:.1e} (relative L2) off")
+    print(
+        f"          {file.name}: {len(content):,} bytes, {found['relative_l2']:.1e} (relative L2) off"
+    )
     return {
         "file": file.name,
         "steps": steps,
@@ -83,7 +91,9 @@ def _artifact(model: sampler.Model, folder: Path, tensors: sampler.Weights, step
 def _hub(upload: str) -> Any:
     """The Hub's client, before any work is done for it."""
     if not NAME.fullmatch(upload):
-        raise DmfError(f"--upload={upload}: expected NAME/REPO, the account and the repository on the Hugging Face Hub")
+        raise DmfError(
+            f"--upload={upload}: expected NAME/REPO, the account and the repository on the Hugging Face Hub"
+        )
     try:
         import huggingface_hub
     except ImportError as error:
@@ -96,8 +106,12 @@ def _upload(hub: Any, folder: Path, upload: str) -> None:
     try:
         api = hub.HfApi()
         api.create_repo(upload, private=True, exist_ok=True)
-        api.upload_folder(repo_id=upload, folder_path=str(folder), commit_message=f"Model folder {folder.name}")
-    except Exception as error:  # those of the Hub, of its HTTP client and of the network have no common base
+        api.upload_folder(
+            repo_id=upload, folder_path=str(folder), commit_message=f"Model folder {folder.name}"
+        )
+    except (
+        Exception
+    ) as error:  # those of the Hub, of its HTTP client and of the network have no common base
         raise DmfError(
             f"{folder} is written, but --upload={upload} failed ({short(error)}); expected a login with write "
             f"access (hf auth login), then hf upload {upload} {folder}"

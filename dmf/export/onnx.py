@@ -29,7 +29,9 @@ LARGEST = 2**31 - 2**20  # bytes of a protocol buffer, less some for the graph
 MISSING = "an .onnx file needs {}, which is not installed; expected pip install --no-deps -r requirements-onnx.txt"
 
 
-def export(path: str | Path, out: str | Path, *, steps: int = 1, ema: float | None = None, name: str = "") -> dict[str, Any]:
+def export(
+    path: str | Path, out: str | Path, *, steps: int = 1, ema: float | None = None, name: str = ""
+) -> dict[str, Any]:
     """Writes the sampler of a checkpoint as the file `out`; returns its metadata. name: of the sampler, "" for the run's own.
 
     Raises DmfError where the extra is missing, the sampler is not few_step, the weights do not fit into one file, or
@@ -40,7 +42,9 @@ def export(path: str | Path, out: str | Path, *, steps: int = 1, ema: float | No
     place.check_free(target)
     model = sampler.open_model(path, ema, name)
     if model.sampler != "few_step":
-        raise DmfError(f"sampler = {model.sampler!r}: expected few_step for an .onnx file, by --sampler=few_step")
+        raise DmfError(
+            f"sampler = {model.sampler!r}: expected few_step for an .onnx file, by --sampler=few_step"
+        )
     bytes_of_weights = sum(x.nbytes for x in jax.tree.leaves(model.params))
     if bytes_of_weights > LARGEST:
         raise DmfError(
@@ -64,7 +68,9 @@ def export(path: str | Path, out: str | Path, *, steps: int = 1, ema: float | No
         about["versions"] |= {p.__name__: p.__version__ for p in (onnx, runtime)}
         onnx.helper.set_model_props(content, {METADATA: json.dumps(about)})
         partial.write_bytes(content.SerializeToString())
-    print(f"exported  {target}: ONNX, opset {about['opset']}, {steps} step(s); onnxruntime is {_off(about)} off")
+    print(
+        f"exported  {target}: ONNX, opset {about['opset']}, {steps} step(s); onnxruntime is {_off(about)} off"
+    )
     return about
 
 
@@ -124,7 +130,9 @@ def _session(runtime: Any, file: Path) -> Callable[[Any, Any], Any]:
     inputs = {node.name for node in session.get_inputs()}
 
     def found(e: Any, labels: Any) -> Any:
-        return session.run(None, {k: x for k, x in {"e": e, "labels": labels}.items() if k in inputs})[0]
+        return session.run(
+            None, {k: x for k, x in {"e": e, "labels": labels}.items() if k in inputs}
+        )[0]
 
     return found
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dmf import whole
 from dmf.errors import DmfError
+from dmf.storage import atomic
 
 
 def check_free(target: Path) -> None:
@@ -21,10 +21,12 @@ def check_free(target: Path) -> None:
 
 @contextmanager
 def made_whole(target: Path) -> Iterator[Path]:
-    """`whole.made` of a target that is not there yet. Raises DmfError."""
+    """`atomic.made` of a target that is not there yet. Raises DmfError."""
     check_free(target)
     try:
-        with whole.made(target) as partial:
+        with atomic.made(target) as partial:
             yield partial
     except OSError as error:
-        raise DmfError(f"{target} could not be written: {error}; expected a writable directory with room") from error
+        raise DmfError(
+            f"{target} could not be written: {error}; expected a writable directory with room"
+        ) from error

@@ -22,7 +22,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from dmf import checkpoint, evaluate, networks, pretrained
+from dmf import evaluate, networks, pretrained
 from dmf.config import Config, parse
 from dmf.convert import audit
 from dmf.convert.command import KINDS
@@ -32,12 +32,16 @@ from dmf.data import latents
 from dmf.errors import DmfError
 from dmf.export import weights as files
 from dmf.sample import SAMPLERS
+from dmf.storage import checkpoint
 
 Weights = Mapping[str, Any]
 PLATFORMS = ("cpu", "cuda", "tpu")
 SOURCE_NAMES = "jax_hlo_source_file_canonicalization_regex"  # what to cut off file names: a program tells where it was traced
 BATCHES = (1, 7)  # at which an artifact is held against the sampler before it leaves
-LIMITS = {"float32": 1e-5, "bfloat16": 2e-2}  # relative L2; half precision rounds by the order in which XLA sums
+LIMITS = {
+    "float32": 1e-5,
+    "bfloat16": 2e-2,
+}  # relative L2; half precision rounds by the order in which XLA sums
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,9 @@ class Model:
 
     def tensors(self) -> dict[str, np.ndarray]:
         """The weights by the names of their file."""
-        return audit.write(self.rules(), {name: np.asarray(x) for name, x in audit.flat(self.params).items()})
+        return audit.write(
+            self.rules(), {name: np.asarray(x) for name, x in audit.flat(self.params).items()}
+        )
 
 
 def open_model(path: str | Path, ema: float | None = None, sampler: str = "") -> Model:
@@ -69,10 +75,15 @@ def open_model(path: str | Path, ema: float | None = None, sampler: str = "") ->
     """
     folder, stored = pretrained.open_folder(path)
     if "config" not in stored:
-        raise DmfError(f"checkpoint {path} holds a {stored['network']['kind']}: expected a flow model or a generator")
+        raise DmfError(
+            f"checkpoint {path} holds a {stored['network']['kind']}: expected a flow model or a generator"
+        )
     config = parse(stored["config"])
     network, params = pretrained.load_folder(folder, stored, ema)
-    shape, params = tuple(stored["image_shape"]), jax.device_get(params)  # one device is enough for what follows
+    shape, params = (
+        tuple(stored["image_shape"]),
+        jax.device_get(params),
+    )  # one device is enough for what follows
     return Model(folder, stored, config, shape, network, params, ema, sampler or config.run.sampler)
 
 
@@ -89,7 +100,11 @@ def function(model: Model, steps: int) -> Callable[[Weights, Any, Any], Any]:
     @jax.default_matmul_precision("highest")
     def sampler(weights: Weights, e: jax.Array, labels: jax.Array) -> jax.Array:
         leaves = [rule.forward(*(weights[name] for name in rule.tensors)) for rule in rules]
-        named = {name: x for rule, found in zip(rules, leaves, strict=True) for name, x in zip(rule.leaves, found, strict=True)}
+        named = {
+            name: x
+            for rule, found in zip(rules, leaves, strict=True)
+            for name, x in zip(rule.leaves, found, strict=True)
+        }
         return SAMPLERS[model.sampler](velocity(model, audit.nested(named), labels), e, steps)
 
     return sampler
@@ -102,11 +117,16 @@ def artifact(model: Model, steps: int, weights: Weights) -> bytes:
     """
     (rows,) = jax.export.symbolic_shape("b")
     like = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in weights.items()}
-    e, labels = jax.ShapeDtypeStruct((rows, *model.shape), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.int32)
+    e, labels = (
+        jax.ShapeDtypeStruct((rows, *model.shape), jnp.float32),
+        jax.ShapeDtypeStruct((rows,), jnp.int32),
+    )
     kept = jax.config.values[SOURCE_NAMES]
     jax.config.update(SOURCE_NAMES, ".*/")
     try:
-        exported = jax.export.export(jax.jit(function(model, steps)), platforms=PLATFORMS)(like, e, labels)
+        exported = jax.export.export(jax.jit(function(model, steps)), platforms=PLATFORMS)(
+            like, e, labels
+        )
     finally:
         jax.config.update(SOURCE_NAMES, kept)
     return bytes(exported.serialize())
@@ -139,7 +159,12 @@ def check(model: Model, steps: int, found: Callable[[Any, Any], Any], what: str)
         raise DmfError(
             f"{what} differs from the checkpoint's sampler by {worst:.1e}: expected a relative L2 of at most {limit:g}"
         )
-    return {"relative_l2": worst, "limit": limit, "batches": list(BATCHES), "platform": jax.default_backend()}
+    return {
+        "relative_l2": worst,
+        "limit": limit,
+        "batches": list(BATCHES),
+        "platform": jax.default_backend(),
+    }
 
 
 def about(model: Model) -> dict[str, Any]:
@@ -158,12 +183,19 @@ def about(model: Model) -> dict[str, Any]:
         },
         "latent": _latent(model),
         "sampler": model.sampler,
-        "dtype": {"weights": "float32", "compute": config.compute_dtype, "images": "float32", "matmul_precision": "highest"},
+        "dtype": {
+            "weights": "float32",
+            "compute": config.compute_dtype,
+            "images": "float32",
+            "matmul_precision": "highest",
+        },
         "ema": files.which(model.stored, model.ema),
         "image_shape": list(model.shape),
         "network": model.stored["config"]["network"],
         "origin": _origin(model),
-        "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "numpy", "safetensors")},
+        "versions": {
+            name: version(name) for name in ("jax", "jaxlib", "flax", "numpy", "safetensors")
+        },
     }
 
 
@@ -196,16 +228,29 @@ def _latent(model: Model) -> dict[str, Any] | None:
         "decoder": "not included: it is the caller's, the one that made the training latents",
         "decoder_file": vae.get("file"),
         "decoder_sha256": vae.get("sha256"),
-        "note": "" if "scale" in data else "the scale was not recorded; Stable Diffusion's first autoencoder has 0.18215",
+        "note": ""
+        if "scale" in data
+        else "the scale was not recorded; Stable Diffusion's first autoencoder has 0.18215",
     }
 
 
 def _origin(model: Model) -> dict[str, Any]:
     """Where the weights come from; no path of the machine that made them."""
     source = model.stored.get("source") or {}
-    converted = {"kind": source["kind"], **source["source"], "licence": source["licence"]} if source else None
+    converted = (
+        {"kind": source["kind"], **source["source"], "licence": source["licence"]}
+        if source
+        else None
+    )
     trained = None
     if not pretrained.is_converted(model.stored):
-        trained = {"step": int(model.folder.name) if model.folder.name.isdigit() else None, "data": model.config.data.name}
+        trained = {
+            "step": int(model.folder.name) if model.folder.name.isdigit() else None,
+            "data": model.config.data.name,
+        }
     manifest = (model.folder / checkpoint.MANIFEST).read_bytes()
-    return {"trained": trained, "converted_from": converted, "checkpoint_manifest_sha256": sha256(manifest)}
+    return {
+        "trained": trained,
+        "converted_from": converted,
+        "checkpoint_manifest_sha256": sha256(manifest),
+    }

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from dmf import pretrained, whole
+from dmf import pretrained
 from dmf.convert import audit, native
 from dmf.convert.audit import flat, leaf_shapes
 from dmf.convert.command import KINDS
 from dmf.convert.files import read
 from dmf.errors import DmfError
+from dmf.storage import atomic
 
 FORMATS = (".safetensors", ".pt")
 INTERVAL = (
@@ -27,7 +28,9 @@ INTERVAL = (
 )
 
 
-def export(path: str | Path, out: str | Path, *, kind: str = "", ema: float | None = None) -> dict[str, np.ndarray]:
+def export(
+    path: str | Path, out: str | Path, *, kind: str = "", ema: float | None = None
+) -> dict[str, np.ndarray]:
     """Writes the weights of a checkpoint as `out`, a .safetensors or .pt file of named tensors; returns the tensors.
 
     path: as for `pretrained.load`, as is ema. kind: layout and conventions of the file, a key of KINDS: "" = where the
@@ -48,7 +51,9 @@ def export(path: str | Path, out: str | Path, *, kind: str = "", ema: float | No
     return tensors
 
 
-def describe(stored: dict[str, Any], kind: str, interval: list[str], ema: float | None) -> dict[str, Any]:
+def describe(
+    stored: dict[str, Any], kind: str, interval: list[str], ema: float | None
+) -> dict[str, Any]:
     """What a file says in its metadata of the weights of a checkpoint. interval: tensors that its layout's source lacks."""
     config, shape = pretrained.described(stored)
     return {
@@ -85,18 +90,30 @@ def _tensors(
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """(tensors by name, those among them that the source's layout does not know)."""
     if KINDS[kind].network not in (config.kind, ""):
-        raise DmfError(f"kind = {kind}: the layout of a {KINDS[kind].network}, this is a {config.kind}; expected kind = dmf")
+        raise DmfError(
+            f"kind = {kind}: the layout of a {KINDS[kind].network}, this is a {config.kind}; expected kind = dmf"
+        )
     network, params = loaded
     rules = KINDS[kind].rules(config, shape, None)
     if {leaf for rule in rules for leaf in rule.leaves} != set(leaf_shapes(network)):
-        raise DmfError(f"kind = {kind}: has no layout for this {config.kind}; expected kind = dmf, or that of its source")
+        raise DmfError(
+            f"kind = {kind}: has no layout for this {config.kind}; expected kind = dmf, or that of its source"
+        )
     tensors = audit.write(rules, {name: np.asarray(x) for name, x in flat(params).items()})
-    return tensors, [name for rule in rules if rule.missing and rule.leaves for name in rule.tensors if name in tensors]
+    return tensors, [
+        name
+        for rule in rules
+        if rule.missing and rule.leaves
+        for name in rule.tensors
+        if name in tensors
+    ]
 
 
 def _check_target(target: Path) -> None:
     if target.suffix not in FORMATS or not target.parent.is_dir():
-        raise DmfError(f"{target}: expected a file name ending in {' or '.join(FORMATS)}, in a directory that exists")
+        raise DmfError(
+            f"{target}: expected a file name ending in {' or '.join(FORMATS)}, in a directory that exists"
+        )
     if target.exists():
         raise DmfError(f"{target} is there already: expected a new file; nothing is overwritten")
 
@@ -105,24 +122,32 @@ def write(target: Path, tensors: dict[str, np.ndarray], about: dict[str, Any]) -
     """Writes the file beside its place, reads it back, and moves it there. about: for its metadata. Raises DmfError."""
     metadata = {native.METADATA: json.dumps(about), "format": "pt"}
     try:
-        with whole.made(target) as partial:
+        with atomic.made(target) as partial:
             if target.suffix == ".pt":
                 _write_torch(partial, tensors)
             else:
                 safetensors.numpy.save_file(tensors, partial, metadata)
             found = read.flatten(read.open_file(partial).tree)
             if set(found) != set(tensors):
-                raise DmfError(f"{target}: other tensors were read back than written; expected a working disk")
+                raise DmfError(
+                    f"{target}: other tensors were read back than written; expected a working disk"
+                )
             for name, x in tensors.items():
                 if not np.array_equal(found[name].read(), x):
-                    raise DmfError(f"{target}: tensor {name} was read back with other values; expected a working disk")
+                    raise DmfError(
+                        f"{target}: tensor {name} was read back with other values; expected a working disk"
+                    )
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        raise DmfError(f"{target} could not be written: {error}; expected a writable directory with room") from error
+        raise DmfError(
+            f"{target} could not be written: {error}; expected a writable directory with room"
+        ) from error
 
 
 def _write_torch(path: Path, tensors: dict[str, np.ndarray]) -> None:
     try:
         import torch
     except ImportError as error:
-        raise DmfError("a .pt file needs PyTorch, which is not installed; expected --out=FILE.safetensors") from error
+        raise DmfError(
+            "a .pt file needs PyTorch, which is not installed; expected --out=FILE.safetensors"
+        ) from error
     torch.save({name: torch.from_numpy(np.array(x)) for name, x in tensors.items()}, path)

@@ -21,12 +21,27 @@ from dmf.metrics import resize as resizing
 from dmf.metrics.protocols import Protocol
 
 KNOWN = "known_features.json"  # beside converted weights: the features of `known_batch`, as found when they were converted
-CPU_BOUND, BOUND = 1e-5, 2e-3  # relative L2 of the self-check: on CPU, and on accelerators with products in full float32
+CPU_BOUND, BOUND = (
+    1e-5,
+    2e-3,
+)  # relative L2 of the self-check: on CPU, and on accelerators with products in full float32
 ROWS_PER_DEVICE = {"cpu": 8}  # of a piece; a small one stays in the caches of a CPU
 ROWS_PER_ACCELERATOR = 64
-OUTPUTS = {"fid": "pool", "kid": "pool", "precision_recall": "pool", "sfid": "spatial", "is": "logits"}
-NAMES = {"resized images": "resize", "features": "network_file"}  # what a check is of -> what `about` calls it
-IMAGENET_MEAN, IMAGENET_STD = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)
+OUTPUTS = {
+    "fid": "pool",
+    "kid": "pool",
+    "precision_recall": "pool",
+    "sfid": "spatial",
+    "is": "logits",
+}
+NAMES = {
+    "resized images": "resize",
+    "features": "network_file",
+}  # what a check is of -> what `about` calls it
+IMAGENET_MEAN, IMAGENET_STD = (
+    np.array([0.485, 0.456, 0.406], np.float32),
+    np.array([0.229, 0.224, 0.225], np.float32),
+)
 
 Images = np.ndarray
 SCALINGS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -72,7 +87,9 @@ class Extractor:
         self._known: np.ndarray | None = None
         source: dict[str, Any] = {}
         if self.space.kind:
-            self._network, self._params, self._known, source = _open(protocol, self.space.kind, folder)
+            self._network, self._params, self._known, source = _open(
+                protocol, self.space.kind, folder
+            )
         self.about = {
             "space": protocol.space,
             "resize": protocol.resize if self.space.size else "none",
@@ -95,7 +112,12 @@ class Extractor:
 
     def __call__(self, images: Images) -> dict[str, np.ndarray]:
         """Features of images (N, H, W, 1 or 3) uint8: "pool" (N, D) and what else the protocol's scores need, float32."""
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images):
+        if (
+            images.dtype != np.uint8
+            or images.ndim != 4
+            or images.shape[-1] not in (1, 3)
+            or not len(images)
+        ):
             raise DmfError(
                 f"images to score are {images.dtype} of shape {images.shape}: expected uint8 (N, H, W, 3), grey or colour; "
                 "latents need an autoencoder"
@@ -112,7 +134,9 @@ class Extractor:
         """Width of each output; none in a space whose width is that of the images."""
         if not self.space.size:
             return {}
-        found = jax.eval_shape(self._features, self._params, jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.uint8))
+        found = jax.eval_shape(
+            self._features, self._params, jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.uint8)
+        )
         return {name: x.shape[1] for name, x in found.items()}
 
     def self_check(self) -> str:
@@ -127,7 +151,9 @@ class Extractor:
         if self._known is not None:
             size, network = self.space.size, self._network
             apply = jax.jit(lambda params, x: self.space.outputs(network, params, x)["pool"])
-            errors["features"] = _relative(np.asarray(apply(self._params, known_batch(size))), self._known)
+            errors["features"] = _relative(
+                np.asarray(apply(self._params, known_batch(size))), self._known
+            )
         bound = CPU_BOUND if self._mesh.devices.flat[0].platform == "cpu" else BOUND
         for what, error in errors.items():
             if not error <= bound:
@@ -158,8 +184,12 @@ def known_features(network: Any, params: Any, kind: str) -> str | None:
     if not spaces:
         return None
     with jax.default_device(_host()):
-        found = jax.jit(lambda p, x: spaces[0].outputs(network, p, x)["pool"])(params, known_batch(spaces[0].size))
-    return json.dumps({"pool": [[float(f"{v:.9g}") for v in row] for row in np.asarray(found)]}) + "\n"
+        found = jax.jit(lambda p, x: spaces[0].outputs(network, p, x)["pool"])(
+            params, known_batch(spaces[0].size)
+        )
+    return (
+        json.dumps({"pool": [[float(f"{v:.9g}") for v in row] for row in np.asarray(found)]}) + "\n"
+    )
 
 
 def _host() -> jax.Device | None:
@@ -175,10 +205,17 @@ def _fixed_bytes(size: int) -> np.ndarray:
     i = np.arange(size * size * 3, dtype=np.uint64)
     noise = (i * np.uint64(2654435761) % np.uint64(2**32) >> np.uint64(24)).reshape(size, size, 3)
     y, x, c = np.indices((size, size, 3))
-    return np.stack([noise.astype(np.uint8), ((3 * y + 2 * x + 40 * c) * 256 // (5 * size) % 256).astype(np.uint8)])
+    return np.stack(
+        [
+            noise.astype(np.uint8),
+            ((3 * y + 2 * x + 40 * c) * 256 // (5 * size) % 256).astype(np.uint8),
+        ]
+    )
 
 
-def _open(protocol: Protocol, kind: str, folder: str) -> tuple[Any, Any, np.ndarray, dict[str, Any]]:
+def _open(
+    protocol: Protocol, kind: str, folder: str
+) -> tuple[Any, Any, np.ndarray, dict[str, Any]]:
     """(network, params, known features, source) of the converted weights in `folder`, which must be the protocol's."""
     if not folder:
         raise DmfError(
@@ -187,10 +224,14 @@ def _open(protocol: Protocol, kind: str, folder: str) -> tuple[Any, Any, np.ndar
     try:
         found, stored = pretrained.open_folder(folder)
     except DmfError as error:
-        raise DmfError(f"--features={folder}: {error}. It is to be the directory of {how_to_get(protocol)}") from error
+        raise DmfError(
+            f"--features={folder}: {error}. It is to be the directory of {how_to_get(protocol)}"
+        ) from error
     config, _ = pretrained.described(stored)
     if config.kind != kind:
-        raise DmfError(f"--features={folder}: holds a {config.kind}; expected the directory of {how_to_get(protocol)}")
+        raise DmfError(
+            f"--features={folder}: holds a {config.kind}; expected the directory of {how_to_get(protocol)}"
+        )
     source = stored.get("source", {}).get("source", {})
     digest, wanted = source.get("sha256", ""), protocol.weights_sha256
     if not digest.startswith(wanted):
@@ -202,7 +243,9 @@ def _open(protocol: Protocol, kind: str, folder: str) -> tuple[Any, Any, np.ndar
     try:
         known = np.asarray(json.loads((found / KNOWN).read_text())["pool"], np.float32)
     except (OSError, ValueError, KeyError) as error:
-        raise DmfError(f"--features={folder}: no readable {KNOWN} beside the weights; expected them converted anew") from error
+        raise DmfError(
+            f"--features={folder}: no readable {KNOWN} beside the weights; expected them converted anew"
+        ) from error
     return *pretrained.load_folder(found, stored), known, source
 
 

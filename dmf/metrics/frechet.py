@@ -75,7 +75,9 @@ class MomentSums:
             self._pivot = features.mean(axis=0, dtype=np.float64)
             self._sum, self._outer = np.zeros(dim), np.zeros((dim, dim))
         elif dim != len(self._pivot):
-            raise DmfError(f"features have {dim} dimensions, expected {len(self._pivot)} as in the parts before")
+            raise DmfError(
+                f"features have {dim} dimensions, expected {len(self._pivot)} as in the parts before"
+            )
         for start in range(0, len(features), _ROWS_PER_CHUNK):
             shifted = features[start : start + _ROWS_PER_CHUNK] - self._pivot
             self._sum += shifted.sum(axis=0)
@@ -85,7 +87,9 @@ class MomentSums:
     def moments(self) -> Moments:
         """Moments of all rows so far; raises DmfError if they are fewer than 2."""
         if self._count < 2:
-            raise DmfError(f"the sums hold {self._count} rows, at least 2 are needed for a covariance")
+            raise DmfError(
+                f"the sums hold {self._count} rows, at least 2 are needed for a covariance"
+            )
         shift = self._sum / self._count
         scatter = self._outer - np.outer(self._sum, shift)
         return Moments(self._count, self._pivot + shift, scatter / (self._count - 1))
@@ -93,7 +97,9 @@ class MomentSums:
     def state(self) -> dict[str, np.ndarray]:
         """Copies of count (), pivot (D,), sum (D,) and outer (D, D), from which `from_state` continues."""
         arrays = {"pivot": self._pivot, "sum": self._sum, "outer": self._outer}
-        return {"count": np.asarray(self._count, np.int64)} | {name: x.copy() for name, x in arrays.items()}
+        return {"count": np.asarray(self._count, np.int64)} | {
+            name: x.copy() for name, x in arrays.items()
+        }
 
     @classmethod
     def from_state(cls, state: Mapping[str, np.ndarray]) -> MomentSums:
@@ -101,10 +107,14 @@ class MomentSums:
         shapes = {name: np.shape(x) for name, x in state.items()}
         dims = shapes.get("pivot", ())
         if shapes != {"count": (), "pivot": dims, "sum": dims, "outer": dims * 2} or len(dims) != 1:
-            raise DmfError(f"the state of moment sums has arrays {shapes}, expected count (), pivot, sum (D,), outer (D, D)")
+            raise DmfError(
+                f"the state of moment sums has arrays {shapes}, expected count (), pivot, sum (D,), outer (D, D)"
+            )
         sums = cls()
         sums._count = int(state["count"])
-        sums._pivot, sums._sum, sums._outer = (np.array(state[k], np.float64) for k in ("pivot", "sum", "outer"))
+        sums._pivot, sums._sum, sums._outer = (
+            np.array(state[k], np.float64) for k in ("pivot", "sum", "outer")
+        )
         return sums
 
 

@@ -28,10 +28,14 @@ class InceptionScore:
 
     def __init__(self, count: int, splits: int = 10, order: np.ndarray | None = None) -> None:
         if not 1 <= splits <= count:
-            raise DmfError(f"the inception score needs 1 to {count} splits for {count} samples, got {splits}")
+            raise DmfError(
+                f"the inception score needs 1 to {count} splits for {count} samples, got {splits}"
+            )
         position = np.arange(count) if order is None else np.asarray(order)
         if position.shape != (count,) or not np.array_equal(np.sort(position), np.arange(count)):
-            raise DmfError(f"order must be a permutation of 0..{count - 1}, got shape {position.shape}")
+            raise DmfError(
+                f"order must be a permutation of 0..{count - 1}, got shape {position.shape}"
+            )
         bounds = np.arange(1, splits) * count // splits
         self._split_of_row = np.searchsorted(bounds, position, side="right")
         self._seen = 0
@@ -46,9 +50,13 @@ class InceptionScore:
         if self._seen == 0:
             self._probability = np.zeros((len(self._log_probability), classes))
         elif classes != self._probability.shape[1]:
-            raise DmfError(f"logits have {classes} classes, expected {self._probability.shape[1]} as in the parts before")
+            raise DmfError(
+                f"logits have {classes} classes, expected {self._probability.shape[1]} as in the parts before"
+            )
         if self._seen + rows > len(self._split_of_row):
-            raise DmfError(f"{self._seen + rows} rows of logits were given, expected {len(self._split_of_row)} in all")
+            raise DmfError(
+                f"{self._seen + rows} rows of logits were given, expected {len(self._split_of_row)} in all"
+            )
         log_p = log_softmax(logits.astype(np.float64), axis=1)
         p = np.exp(log_p)
         split_of_row = self._split_of_row[self._seen : self._seen + rows]
@@ -61,7 +69,9 @@ class InceptionScore:
     def result(self) -> tuple[float, float]:
         """Mean and standard deviation (of the splits, ddof = 0); raises DmfError until all rows were given."""
         if self._seen != len(self._split_of_row):
-            raise DmfError(f"{self._seen} rows of logits were given, expected {len(self._split_of_row)} in all")
+            raise DmfError(
+                f"{self._seen} rows of logits were given, expected {len(self._split_of_row)} in all"
+            )
         n = np.bincount(self._split_of_row)
         q = self._probability / n[:, None]
         scores = np.exp(self._log_probability / n - xlogy(q, q).sum(axis=1))
@@ -69,16 +79,26 @@ class InceptionScore:
 
     def state(self) -> dict[str, np.ndarray]:
         """Copies of everything that `from_state` continues from: rows seen, the split of each row, and the sums."""
-        values = (np.asarray(self._seen), self._split_of_row, self._probability, self._log_probability)
+        values = (
+            np.asarray(self._seen),
+            self._split_of_row,
+            self._probability,
+            self._log_probability,
+        )
         return {name: value.copy() for name, value in zip(_STATE, values, strict=True)}
 
     @classmethod
     def from_state(cls, state: Mapping[str, np.ndarray]) -> InceptionScore:
         """A score that goes on bit for bit where `state` was taken; raises DmfError if arrays are missing."""
         if set(state) != set(_STATE):
-            raise DmfError(f"the state of an inception score has arrays {sorted(state)}, expected {sorted(_STATE)}")
+            raise DmfError(
+                f"the state of an inception score has arrays {sorted(state)}, expected {sorted(_STATE)}"
+            )
         score = cls(len(state["split_of_row"]), len(state["log_probability"]))
         score._seen = int(state["seen"])
         score._split_of_row = np.array(state["split_of_row"])
-        score._probability, score._log_probability = np.array(state["probability"]), np.array(state["log_probability"])
+        score._probability, score._log_probability = (
+            np.array(state["probability"]),
+            np.array(state["log_probability"]),
+        )
         return score

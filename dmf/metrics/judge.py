@@ -52,10 +52,14 @@ class Judge:
             )
         self.reference = reference.read(setting.reference, found.space, images=False)
         if self._lacks():
-            self.reference = reference.read(setting.reference, found.space)  # perhaps it has images to make up for it
+            self.reference = reference.read(
+                setting.reference, found.space
+            )  # perhaps it has images to make up for it
         self._check_counts()
         self.extract = Extractor(found, setting.features, mesh)
-        reference.check(self.reference, found, self.extract.about["network_sha256"], self.extract.dims())
+        reference.check(
+            self.reference, found, self.extract.about["network_sha256"], self.extract.dims()
+        )
 
     def _lacks(self) -> list[str]:
         """The protocol's scores that the reference holds nothing for, or only images to make something of."""
@@ -69,24 +73,42 @@ class Judge:
         Totals(p, p.count)  # its own checks
         name, images = real.about.get("file"), 0 if real.images is None else len(real.images)
         if "fid" in p.metrics and "fid" in self._lacks() and images < 2:
-            raise DmfError(f"{name}: holds neither moments nor images; expected what fid can be scored against")
+            raise DmfError(
+                f"{name}: holds neither moments nor images; expected what fid can be scored against"
+            )
         kept = min(images if real.features is None else len(real.features), p.reference_images)
         for metric, least in (("kid", p.kid_subset_size), ("precision_recall", p.neighbours + 1)):
-            for what, count in (("samples", p.count), (f"images of {name}", kept or least)):  # without any it is left out
+            for what, count in (
+                ("samples", p.count),
+                (f"images of {name}", kept or least),
+            ):  # without any it is left out
                 if metric in p.metrics and count < least:
-                    raise DmfError(f"protocol {p.name}: {metric} of {count} {what}; expected at least {least}")
+                    raise DmfError(
+                        f"protocol {p.name}: {metric} of {count} {what}; expected at least {least}"
+                    )
 
     def announce(self) -> None:
         """Prints protocol, reference and self-check; raises DmfError where the self-check fails."""
-        about, unserved = self.reference.about, reference.unserved(self.reference, self.protocol.metrics)
+        about, unserved = (
+            self.reference.about,
+            reference.unserved(self.reference, self.protocol.metrics),
+        )
         print(f"protocol  {protocols.describe(self.protocol)}")
         if self.protocol.count != self.full_count:
-            print(f"          the protocol has {self.full_count:,} samples: compare only scores of equal counts")
-        print(f"features  {self.extract.about['network_file']}, SHA-256 {str(self.extract.about['network_sha256'])[:12]}")
-        print(f"reference {about.get('file')}, SHA-256 {str(about.get('sha256'))[:12]}, {about.get('format')}")
+            print(
+                f"          the protocol has {self.full_count:,} samples: compare only scores of equal counts"
+            )
+        print(
+            f"features  {self.extract.about['network_file']}, SHA-256 {str(self.extract.about['network_sha256'])[:12]}"
+        )
+        print(
+            f"reference {about.get('file')}, SHA-256 {str(about.get('sha256'))[:12]}, {about.get('format')}"
+        )
         unknown = reference.unknown(self.reference)
         if unknown:
-            print(f"          it does not tell {', '.join(unknown)}: that they are the protocol's is yours to know")
+            print(
+                f"          it does not tell {', '.join(unknown)}: that they are the protocol's is yours to know"
+            )
         for metric in unserved:
             print(f"          it holds nothing to score {metric} against: that score is left out")
         print(self.extract.self_check(), flush=True)
@@ -96,12 +118,20 @@ class Judge:
         found, p = self.reference, self.protocol
         images = found.images
         if images is not None and self._lacks():
-            of_moments = replace(p, metrics=tuple(metric for metric in p.metrics if metric in MOMENTS.values()))
-            sums = Totals(of_moments, len(images), None, np.arange(min(len(images), p.reference_images)))
-            accumulate(sums, lambda first, rows: images[first : first + rows], self.extract, "reference")
+            of_moments = replace(
+                p, metrics=tuple(metric for metric in p.metrics if metric in MOMENTS.values())
+            )
+            sums = Totals(
+                of_moments, len(images), None, np.arange(min(len(images), p.reference_images))
+            )
+            accumulate(
+                sums, lambda first, rows: images[first : first + rows], self.extract, "reference"
+            )
             made = sums.reference({})
             found = Reference({**made.moments, **found.moments}, found.features, None, found.about)
-            found = replace(found, features=made.features if found.features is None else found.features)
+            found = replace(
+                found, features=made.features if found.features is None else found.features
+            )
         if found.features is not None:
             found = replace(found, features=found.features[: p.reference_images])
         self.reference = found
@@ -113,7 +143,9 @@ class Judge:
         return totals
 
 
-def accumulate(totals: Totals, images: Callable[[int, int], np.ndarray], extract: Extractor, name: str) -> None:
+def accumulate(
+    totals: Totals, images: Callable[[int, int], np.ndarray], extract: Extractor, name: str
+) -> None:
     """Fills `totals` to their count: images(first, rows) -> (rows, H, W, C) uint8, features, sums; saved now and then."""
     counter, saved = Count(name, totals.count, "images", totals.done), time.monotonic()
     while totals.done < totals.count:

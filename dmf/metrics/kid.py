@@ -30,18 +30,25 @@ def kernel_distance(
     """
     real, fake = np.asarray(real), np.asarray(fake)
     if subsets < 1 or subset_size < 2 or degree < 1:
-        raise DmfError(f"expected subsets >= 1, subset_size >= 2, degree >= 1, got {subsets}, {subset_size}, {degree}")
+        raise DmfError(
+            f"expected subsets >= 1, subset_size >= 2, degree >= 1, got {subsets}, {subset_size}, {degree}"
+        )
     check_features(real, "real", min_rows=subset_size)
     check_features(fake, "fake", min_rows=subset_size)
     if real.shape[1] != fake.shape[1]:
-        raise DmfError(f"the two feature sets have {real.shape[1]} and {fake.shape[1]} dimensions, expected equal numbers")
+        raise DmfError(
+            f"the two feature sets have {real.shape[1]} and {fake.shape[1]} dimensions, expected equal numbers"
+        )
     scale = 1.0 / real.shape[1] if gamma is None else gamma
     rng = np.random.RandomState(seed)  # its stream is frozen across NumPy versions
     values = np.empty(subsets)
     for i in range(subsets):
         x = real[rng.choice(len(real), subset_size, replace=False)].astype(np.float64)
         y = fake[rng.choice(len(fake), subset_size, replace=False)].astype(np.float64)
-        same = sum(k.sum() - np.trace(k) for k in (_kernel(x, x, degree, scale, coef0), _kernel(y, y, degree, scale, coef0)))
+        same = sum(
+            k.sum() - np.trace(k)
+            for k in (_kernel(x, x, degree, scale, coef0), _kernel(y, y, degree, scale, coef0))
+        )
         across = _kernel(x, y, degree, scale, coef0).sum()
         values[i] = same / (subset_size * (subset_size - 1)) - 2.0 * across / subset_size**2
     return float(values.mean()), float(values.std())

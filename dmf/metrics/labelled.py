@@ -26,7 +26,9 @@ class Rules:
     """What the score of one set fixes: the form of an image, and how many numbers its space "pixels" has."""
 
     image_shape: tuple[int, int, int]
-    components: int = 0  # principal components of the training images, the first ones; 0 = the values themselves
+    components: int = (
+        0  # principal components of the training images, the first ones; 0 = the values themselves
+    )
 
 
 class LabelledScorer:
@@ -76,7 +78,9 @@ class LabelledScorer:
         self._weight, self._bias = classifier.coefs_[0], classifier.intercepts_[0]
         self.classifier_accuracy = float(classifier.score(self._heldout, heldout_labels))
         self._basis = _principal(self._train, rules.components) if rules.components else None
-        self._judge = SVC(kernel="rbf", C=10.0, gamma="scale").fit(self._reduced(self._train), train_labels)
+        self._judge = SVC(kernel="rbf", C=10.0, gamma="scale").fit(
+            self._reduced(self._train), train_labels
+        )
         self._train_hidden = self.hidden(self._train)
         self._references = {
             "fd_hidden": moments(self._train_hidden),
@@ -104,7 +108,9 @@ class LabelledScorer:
         pixels = np.clip(_pixels(samples, "samples", self._rules), -1.0, 1.0)
         labels = _labels(labels, "labels", len(pixels))
         if len(pixels) <= _NEIGHBOURS:
-            raise DmfError(f"samples has {len(pixels)} images, at least {_NEIGHBOURS + 1} are needed")
+            raise DmfError(
+                f"samples has {len(pixels)} images, at least {_NEIGHBOURS + 1} are needed"
+            )
         return {
             **self._distances(pixels),
             **self._fidelity(pixels, labels),
@@ -121,7 +127,10 @@ class LabelledScorer:
 
     def _distances(self, pixels: np.ndarray) -> dict[str, float]:
         own = {"hidden": moments(self.hidden(pixels)), "pixels": moments(self._reduced(pixels))}
-        return {key: frechet_distance(own[key.split("_")[1]], ref) for key, ref in self._references.items()}
+        return {
+            key: frechet_distance(own[key.split("_")[1]], ref)
+            for key, ref in self._references.items()
+        }
 
     def _fidelity(self, pixels: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         precision, recall = precision_recall(self._train_hidden, self.hidden(pixels), _NEIGHBOURS)
@@ -130,13 +139,21 @@ class LabelledScorer:
 
     def _real_data_scores(self, heldout_labels: np.ndarray) -> dict[str, float]:
         rng = np.random.RandomState(_SEED)  # its stream is frozen across NumPy versions
-        first, second = np.array_split(rng.permutation(np.concatenate([self._train, self._heldout])), 2)
+        first, second = np.array_split(
+            rng.permutation(np.concatenate([self._train, self._heldout])), 2
+        )
         probe, rest = np.array_split(rng.permutation(self._heldout), 2)
-        part = rng.permutation(self._train)[: round(len(self._train) * len(rest) / len(self._heldout))]
+        part = rng.permutation(self._train)[
+            : round(len(self._train) * len(rest) / len(self._heldout))
+        ]
         refs = self._references
         return {
-            "fd_hidden": frechet_distance(moments(self.hidden(first)), moments(self.hidden(second))),
-            "fd_pixels": frechet_distance(moments(self._reduced(first)), moments(self._reduced(second))),
+            "fd_hidden": frechet_distance(
+                moments(self.hidden(first)), moments(self.hidden(second))
+            ),
+            "fd_pixels": frechet_distance(
+                moments(self._reduced(first)), moments(self._reduced(second))
+            ),
             "fd_hidden_heldout": frechet_distance(refs["fd_hidden"], refs["fd_hidden_heldout"]),
             "fd_pixels_heldout": frechet_distance(refs["fd_pixels"], refs["fd_pixels_heldout"]),
             **self._fidelity(self._heldout, heldout_labels),
@@ -171,7 +188,9 @@ def _pixels(images: np.ndarray, name: str, rules: Rules) -> np.ndarray:
     """Images (N, H, W, C) as float64 rows (N, H W C)."""
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[1:] != rules.image_shape:
-        raise DmfError(f"{name} must have shape (N, {', '.join(map(str, rules.image_shape))}), got {images.shape}")
+        raise DmfError(
+            f"{name} must have shape (N, {', '.join(map(str, rules.image_shape))}), got {images.shape}"
+        )
     rows = images.reshape(len(images), -1).astype(np.float64)
     bad = len(rows) - int(np.isfinite(rows).all(axis=1).sum())
     if bad:
@@ -182,9 +201,13 @@ def _pixels(images: np.ndarray, name: str, rules: Rules) -> np.ndarray:
 def _real_pixels(images: np.ndarray, name: str, rules: Rules) -> np.ndarray:
     rows = _pixels(images, name, rules)
     if len(rows) < 2 * (_NEIGHBOURS + 1):
-        raise DmfError(f"{name} has {len(rows)} images, at least {2 * (_NEIGHBOURS + 1)} are needed")
+        raise DmfError(
+            f"{name} has {len(rows)} images, at least {2 * (_NEIGHBOURS + 1)} are needed"
+        )
     if np.abs(rows).max() > 1.0 + _RANGE_SLACK:
-        raise DmfError(f"{name} reaches from {rows.min():g} to {rows.max():g}, expected values in [-1, 1]")
+        raise DmfError(
+            f"{name} reaches from {rows.min():g} to {rows.max():g}, expected values in [-1, 1]"
+        )
     return rows
 
 

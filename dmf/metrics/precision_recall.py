@@ -10,7 +10,9 @@ from dmf.errors import DmfError
 from dmf.metrics.frechet import check_features
 
 _ROWS_PER_CHUNK = 1024  # bounds the distance block held in memory: 1024 x 50,000 float64 is 400 MB
-_SAME_POINT = 1e-12  # of |a|^2 + |b|^2: above the rounding of the expanded square, below real neighbours
+_SAME_POINT = (
+    1e-12  # of |a|^2 + |b|^2: above the rounding of the expanded square, below real neighbours
+)
 
 
 def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[float, float]:
@@ -41,7 +43,9 @@ def nearest_distances(points: np.ndarray, others: np.ndarray) -> np.ndarray:
     check_features(points, "points", min_rows=1)
     check_features(others, "others", min_rows=1)
     _check_same_dimension(points, others)
-    return np.sqrt(np.concatenate([block.min(axis=1) for block in _squared_distance_blocks(points, others)]))
+    return np.sqrt(
+        np.concatenate([block.min(axis=1) for block in _squared_distance_blocks(points, others)])
+    )
 
 
 def _check_same_dimension(a: np.ndarray, b: np.ndarray) -> None:
@@ -62,7 +66,9 @@ def _share_inside(points: np.ndarray, centres: np.ndarray, k: int) -> float:
 
 def _squared_distance_blocks(points: np.ndarray, others: np.ndarray) -> Iterator[np.ndarray]:
     """Blocks (<= chunk, M) of |p - o|^2 = |p|^2 + |o|^2 - 2 p.o in float64, equal points at exactly 0."""
-    origin = others.mean(axis=0, dtype=np.float64)  # a far common mean would eat the digits of the difference
+    origin = others.mean(
+        axis=0, dtype=np.float64
+    )  # a far common mean would eat the digits of the difference
     others = others - origin
     others_squared = np.einsum("nd,nd->n", others, others)
     for start in range(0, len(points), _ROWS_PER_CHUNK):

@@ -56,7 +56,9 @@ class Protocol:
     weights_sha256: str = ""
     count: int = 50_000
     is_splits: int = 10
-    is_shuffle_seed: int = FILE_ORDER  # of numpy.random.RandomState(seed).permutation; FILE_ORDER: as generated
+    is_shuffle_seed: int = (
+        FILE_ORDER  # of numpy.random.RandomState(seed).permutation; FILE_ORDER: as generated
+    )
     kid_subsets: int = 100
     kid_subset_size: int = 1000
     neighbours: int = 3  # of precision and recall
@@ -64,9 +66,7 @@ class Protocol:
 
 
 INCEPTION_WEIGHTS = "pt_inception-2015-12-05-6726825d.pth, from the release fid_weights of github.com/mseitzer/pytorch-fid"
-ADM_BATCH = (
-    "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/VIRTUAL_imagenet256_labeled.npz"
-)
+ADM_BATCH = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/VIRTUAL_imagenet256_labeled.npz"
 PROTOCOLS = {
     # py-meanflow: torchmetrics' FrechetInceptionDistance(normalize=True). Since torchmetrics 1.8.0 (July 2025) its default
     # antialias=True is half-pixel bilinear with antialias; up to 1.7, and with antialias=False, it is tf1_bilinear. The
@@ -182,10 +182,22 @@ ROUNDINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "round_127.5": _round_127_5,  # MeanFlow in JAX, EDM: the nearest byte
 }
 _CHOICES: dict[str, Collection[str]] = {
-    **{"space": SPACES, "resize": RESIZES, "scaling": SCALINGS, "rounding": ROUNDINGS, "labels": LABELS},
+    **{
+        "space": SPACES,
+        "resize": RESIZES,
+        "scaling": SCALINGS,
+        "rounding": ROUNDINGS,
+        "labels": LABELS,
+    },
 }
 _LEAST = {
-    **{"count": 2, "reference_count": 0, "is_splits": 1, "is_shuffle_seed": FILE_ORDER, "kid_subsets": 1},
+    **{
+        "count": 2,
+        "reference_count": 0,
+        "is_splits": 1,
+        "is_shuffle_seed": FILE_ORDER,
+        "kid_subsets": 1,
+    },
     **{"kid_subset_size": 2, "neighbours": 1, "reference_images": 2},
 }
 
@@ -203,11 +215,15 @@ def to_bytes(x: np.ndarray, rule: str) -> np.ndarray:
         raise DmfError(f"rounding = {rule!r}: expected one of {', '.join(ROUNDINGS)}")
     x = np.asarray(x)
     if x.ndim != 4 or x.dtype.kind in "biu":
-        raise DmfError(f"samples are {x.dtype} of shape {x.shape}: expected floats (N, H, W, C) in about [-1, 1]")
+        raise DmfError(
+            f"samples are {x.dtype} of shape {x.shape}: expected floats (N, H, W, C) in about [-1, 1]"
+        )
     x = x.astype(np.float32, copy=False)
     bad = len(x) - int(np.isfinite(x).all(axis=(1, 2, 3)).sum())
     if bad:
-        raise NotFinite(f"{bad} of {len(x)} generated images have NaN or infinite values: expected finite values about [-1, 1]")
+        raise NotFinite(
+            f"{bad} of {len(x)} generated images have NaN or infinite values: expected finite values about [-1, 1]"
+        )
     with np.errstate(over="ignore"):  # a sample of 1e38 is as white as one of 1
         return ROUNDINGS[rule](x).astype(np.uint8)
 
@@ -242,7 +258,11 @@ def load(name_or_path: str) -> Protocol:
 def describe(protocol: Protocol) -> str:
     """The protocol in one line, to stand beside every score."""
     weights = f"weights {protocol.weights_sha256}" if protocol.weights_sha256 else "any weights"
-    features = "pixels" if protocol.space == "pixels" else f"{protocol.space} ({weights}), resize {protocol.resize}"
+    features = (
+        "pixels"
+        if protocol.space == "pixels"
+        else f"{protocol.space} ({weights}), resize {protocol.resize}"
+    )
     return (
         f"{protocol.name}: {features}, scaling {protocol.scaling}, rounding {protocol.rounding}, labels {protocol.labels}, "
         f"{protocol.count:,} samples against {protocol.reference}"
@@ -253,7 +273,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique)
     except OSError as error:
-        raise DmfError(f"{path}: cannot be read ({error.strerror}); expected a protocol as JSON") from error
+        raise DmfError(
+            f"{path}: cannot be read ({error.strerror}); expected a protocol as JSON"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise DmfError(f"{path}: no JSON ({error}); expected a protocol as JSON") from error
     if not isinstance(values, dict):
@@ -274,25 +296,43 @@ def _check(protocol: Protocol, where: str) -> None:
     """Every field by itself, then what excludes each other."""
     for key, choices in _CHOICES.items():
         if getattr(protocol, key) not in choices:
-            raise DmfError(f"{where}.{key} = {getattr(protocol, key)!r}: expected one of {', '.join(choices)}")
+            raise DmfError(
+                f"{where}.{key} = {getattr(protocol, key)!r}: expected one of {', '.join(choices)}"
+            )
     for key, least in _LEAST.items():
         if not least <= getattr(protocol, key) < 2**32:
-            raise DmfError(f"{where}.{key} = {getattr(protocol, key)}: expected at least {least} and less than 2**32")
+            raise DmfError(
+                f"{where}.{key} = {getattr(protocol, key)}: expected at least {least} and less than 2**32"
+            )
     metrics = protocol.metrics
     if not metrics or len(set(metrics)) != len(metrics) or not set(metrics) <= set(METRICS):
-        raise DmfError(f"{where}.metrics = {metrics}: expected some of {', '.join(METRICS)}, each once")
-    alien = [metric for metric in metrics if metric in INCEPTION_METRICS and protocol.space != "inception"]
+        raise DmfError(
+            f"{where}.metrics = {metrics}: expected some of {', '.join(METRICS)}, each once"
+        )
+    alien = [
+        metric
+        for metric in metrics
+        if metric in INCEPTION_METRICS and protocol.space != "inception"
+    ]
     if alien:
-        raise DmfError(f"{where}.metrics has {alien[0]!r} with space {protocol.space!r}: expected space 'inception' for it")
+        raise DmfError(
+            f"{where}.metrics has {alien[0]!r} with space {protocol.space!r}: expected space 'inception' for it"
+        )
     if not re.fullmatch("[0-9a-f]{0,64}", protocol.weights_sha256):
         raise DmfError(
             f"{where}.weights_sha256 = {protocol.weights_sha256!r}: expected up to 64 hexadecimal digits, in lower case"
         )
-    fitting = {"inception": ("bytes", "unit"), "dinov2": ("imagenet",)}.get(protocol.space, SCALINGS)
+    fitting = {"inception": ("bytes", "unit"), "dinov2": ("imagenet",)}.get(
+        protocol.space, SCALINGS
+    )
     if protocol.scaling not in fitting:
-        raise DmfError(f"{where}.scaling = {protocol.scaling!r} with space {protocol.space!r}: expected {' or '.join(fitting)}")
+        raise DmfError(
+            f"{where}.scaling = {protocol.scaling!r} with space {protocol.space!r}: expected {' or '.join(fitting)}"
+        )
     if not re.fullmatch(r"[\w .+-]+", protocol.name):
-        raise DmfError(f"{where}.name = {protocol.name!r}: expected letters, digits and . + - _, as files are named after it")
+        raise DmfError(
+            f"{where}.name = {protocol.name!r}: expected letters, digits and . + - _, as files are named after it"
+        )
     if protocol.name in PROTOCOLS and protocol != PROTOCOLS[protocol.name]:
         raise DmfError(
             f"{where}.name = {protocol.name!r}: expected a name of its own, as {protocol.name!r} is another protocol"

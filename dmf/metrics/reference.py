@@ -24,34 +24,58 @@ from typing import IO, Any
 
 import numpy as np
 
-from dmf import whole
 from dmf.errors import DmfError
 from dmf.metrics.frechet import Moments, check_features, moments
 from dmf.metrics.protocols import Protocol
+from dmf.storage import atomic
 
 UNKNOWN = "unknown"
 OWN_FORMAT = "dmf"
 RECORD = ("space", "resize", "scaling", "network_sha256", "dataset", "split", "count")
 EXPECTED = "mu and sigma, ref_mu and ref_sigma, reps, feats or arr_0"
 EDM2_SECTIONS = {"inception": "fid", "dinov2": "fd_dinov2"}
-NEEDS = {"fid": "pool", "sfid": "spatial", "kid": "features", "precision_recall": "features"}  # IS takes no reference
+NEEDS = {
+    "fid": "pool",
+    "sfid": "spatial",
+    "kid": "features",
+    "precision_recall": "features",
+}  # IS takes no reference
 # clean-fid's files tell their mode in their name alone: <dataset>_<mode>_<split>_<size>.npz
 CLEAN_FID_MODES = {
     "clean": ("bicubic_clean", "bytes"),
     "legacy_tensorflow": ("tf1_bilinear", "bytes"),
     "legacy_pytorch": ("bilinear", "unit"),
 }
-CLEAN_FID = re.compile(rf"(.+)_({'|'.join(CLEAN_FID_MODES)})_(train|test|trainfull|val|custom)_(?:\d+|na)(?:_kid)?\.npz")
+CLEAN_FID = re.compile(
+    rf"(.+)_({'|'.join(CLEAN_FID_MODES)})_(train|test|trainfull|val|custom)_(?:\d+|na)(?:_kid)?\.npz"
+)
 
-MAX_READ = 2**24  # bytes that zipfile may ask for at once: it would read a table of contents of any announced size
+MAX_READ = (
+    2**24
+)  # bytes that zipfile may ask for at once: it would read a table of contents of any announced size
 MAX_PIECE = 2**20  # bytes of an array read at once
 MAX_UNPACKED = 2**26  # bytes of an array that may be packed to next to nothing
 MAX_RATIO = 200  # of the packed bytes of a larger one; images and moments do not come near it
 ASYMMETRY = 1e-6  # of the largest entry: float32 sums leave 1e-7
 NEGATIVE = 1e-5  # of the covariance's norm: float32 entries shift eigenvalues by 1e-6
-ODD = (ArithmeticError, RuntimeError, TypeError, ValueError)  # of sizes, flags and names made to hurt
-BROKEN = (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, struct.error, EOFError, OSError, *ODD)
-HEADER = re.compile(r"\{'descr': (.+), 'fortran_order': (True|False), 'shape': \(([0-9L, ]*)\),? ?\} *\n")
+ODD = (
+    ArithmeticError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)  # of sizes, flags and names made to hurt
+BROKEN = (
+    zipfile.BadZipFile,
+    zipfile.LargeZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    OSError,
+    *ODD,
+)
+HEADER = re.compile(
+    r"\{'descr': (.+), 'fortran_order': (True|False), 'shape': \(([0-9L, ]*)\),? ?\} *\n"
+)
 
 
 @dataclass(frozen=True)
@@ -87,15 +111,25 @@ def read(path: str | Path, space: str = "inception", images: bool = True) -> Ref
         with open(place, "rb") as stream:
             head = stream.read(512)
     except OSError as error:
-        raise _bad(path, f"cannot be read ({error.strerror}); expected reference statistics") from error
+        raise _bad(
+            path, f"cannot be read ({error.strerror}); expected reference statistics"
+        ) from error
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         found = _read_npz(place, images)
     elif head[:1] == b"\x80":
         found = _read_edm2(place, space)
     else:
         looks = [f"looks like {text}" for pattern, text in LOOKS if re.match(pattern, head)]
-        raise _bad(path, f"{(looks or ['is of no known format'])[0]}; expected reference statistics, an .npz or .pkl")
-    about = {**dict.fromkeys(RECORD, UNKNOWN), **found.about, "file": place.name, "sha256": sha256(place)}
+        raise _bad(
+            path,
+            f"{(looks or ['is of no known format'])[0]}; expected reference statistics, an .npz or .pkl",
+        )
+    about = {
+        **dict.fromkeys(RECORD, UNKNOWN),
+        **found.about,
+        "file": place.name,
+        "sha256": sha256(place),
+    }
     return Reference(found.moments, found.features, found.images, about)
 
 
@@ -109,9 +143,14 @@ def write(path: str | Path, reference: Reference) -> None:
     pool, spatial = (reference.moments.get(kind) for kind in ("pool", "spatial"))
     if pool is None or reference.images is not None:
         what = "has no moments of pool features" if pool is None else "holds images"
-        raise _bad(path, f"the reference {what}; expected moments, and features in the place of images")
+        raise _bad(
+            path, f"the reference {what}; expected moments, and features in the place of images"
+        )
     if spatial is not None and spatial.n != pool.n:
-        raise _bad(path, f"moments of {pool.n} pool and {spatial.n} spatial features; expected those of the same images")
+        raise _bad(
+            path,
+            f"moments of {pool.n} pool and {spatial.n} spatial features; expected those of the same images",
+        )
     arrays: dict[str, np.ndarray] = {}
     for end, part in {"": pool, **({} if spatial is None else {"_s": spatial})}.items():
         _, *found = _checked_moments(path, f"mu{end}", part.mean, f"sigma{end}", part.cov)
@@ -122,34 +161,45 @@ def write(path: str | Path, reference: Reference) -> None:
     if (place := Path(path)).is_dir():
         raise _bad(path, "is a folder; expected the name of a file")
     try:
-        with whole.made(place) as partial, open(partial, "wb") as stream:
+        with atomic.made(place) as partial, open(partial, "wb") as stream:
             _write_npz(stream, arrays)
             stream.flush()
             os.fsync(stream.fileno())
     except OSError as error:
-        raise _bad(path, f"cannot be written ({error.strerror}); expected a folder with room") from error
+        raise _bad(
+            path, f"cannot be written ({error.strerror}); expected a folder with room"
+        ) from error
 
 
-def check(reference: Reference, protocol: Protocol, network_sha256: str, dims: Mapping[str, int]) -> None:
+def check(
+    reference: Reference, protocol: Protocol, network_sha256: str, dims: Mapping[str, int]
+) -> None:
     """Raises DmfError where the reference's own record contradicts the protocol or the network; "unknown" contradicts nothing.
 
     network_sha256: of the file the features of the samples will come from. dims: {"pool": D, "spatial": D} of the space.
     """
     about, name = reference.about, reference.about.get("file", "the reference")
-    keys = ("space", "scaling") if protocol.space == "pixels" else ("space", "resize", "scaling")  # pixels are not resized
+    keys = (
+        ("space", "scaling") if protocol.space == "pixels" else ("space", "resize", "scaling")
+    )  # pixels are not resized
     wanted = {key: (getattr(protocol, key), f"protocol {protocol.name}") for key in keys}
     wanted["network_sha256"] = (network_sha256, "the network in use")
     if protocol.reference_count:
         wanted["count"] = (protocol.reference_count, f"protocol {protocol.name}")
     for key, (value, who) in wanted.items():
         if (found := about.get(key, UNKNOWN)) not in (UNKNOWN, value):
-            raise _bad(name, f"was made with {key} = {found}; {who} has {key} = {value}: expected the same")
+            raise _bad(
+                name, f"was made with {key} = {found}; {who} has {key} = {value}: expected the same"
+            )
     sizes = {kind: found.mean.size for kind, found in reference.moments.items()}
     if reference.features is not None:
         sizes["features"] = reference.features.shape[1]
     for kind, size in sizes.items():
         if size != (expected := dims.get("pool" if kind == "features" else kind, size)):
-            raise _bad(name, f"has {kind} of {size} dimensions; expected the {expected} of space {protocol.space}")
+            raise _bad(
+                name,
+                f"has {kind} of {size} dimensions; expected the {expected} of space {protocol.space}",
+            )
 
 
 def unknown(reference: Reference) -> list[str]:
@@ -173,39 +223,65 @@ def _record(path: str | Path, about: Mapping[str, str | int], count: int) -> dic
     """What our file says of itself: the record, and the public file it was made from."""
     kept = {key: value for key, value in about.items() if key not in ("file", "sha256", "format")}
     if "made_from" not in kept and "sha256" in about and about.get("format") != OWN_FORMAT:
-        kept["made_from"] = f"{about.get('file', UNKNOWN)}, {about.get('format', UNKNOWN)}, SHA-256 {about['sha256']}"
+        kept["made_from"] = (
+            f"{about.get('file', UNKNOWN)}, {about.get('format', UNKNOWN)}, SHA-256 {about['sha256']}"
+        )
     if count:
         if kept.get("count", count) not in (UNKNOWN, count):
-            raise _bad(path, f"about.count = {kept['count']} of moments of {count} rows; expected the same")
+            raise _bad(
+                path, f"about.count = {kept['count']} of moments of {count} rows; expected the same"
+            )
         kept["count"] = count
     return _checked_record(path, {**dict.fromkeys(RECORD, UNKNOWN), **kept})
 
 
 def _checked_record(path: str | Path, record: Any) -> dict[str, str | int]:
-    good = isinstance(record, dict) and all(isinstance(key, str) and type(v) in (str, int) for key, v in record.items())
-    if not good or not (record.get("count", UNKNOWN) == UNKNOWN or type(record["count"]) is int and record["count"] > 1):
-        raise _bad(path, "about is no record; expected a map of texts and numbers, with a count of at least 2")
+    good = isinstance(record, dict) and all(
+        isinstance(key, str) and type(v) in (str, int) for key, v in record.items()
+    )
+    if not good or not (
+        record.get("count", UNKNOWN) == UNKNOWN
+        or type(record["count"]) is int
+        and record["count"] > 1
+    ):
+        raise _bad(
+            path,
+            "about is no record; expected a map of texts and numbers, with a count of at least 2",
+        )
     return record
 
 
-def _checked_moments(path: str | Path, mu: str, mean: np.ndarray, sigma: str, cov: np.ndarray, n: int = 0) -> Moments:
+def _checked_moments(
+    path: str | Path, mu: str, mean: np.ndarray, sigma: str, cov: np.ndarray, n: int = 0
+) -> Moments:
     mean, cov = (np.asarray(x, np.float64, order="C") for x in (mean, cov))
     if mean.ndim != 1 or not mean.size or cov.shape != 2 * mean.shape:
-        raise _bad(path, f"{mu} has shape {mean.shape} and {sigma} {cov.shape}; expected (D,) and (D, D)")
+        raise _bad(
+            path, f"{mu} has shape {mean.shape} and {sigma} {cov.shape}; expected (D,) and (D, D)"
+        )
     for name, values in ((mu, mean), (sigma, cov)):
         if bad := values.size - int(np.isfinite(values).sum()):
             raise _bad(path, f"{name} has {bad} NaN or infinite values; expected finite numbers")
     largest = np.abs(cov).max()
     if (gap := np.abs(cov - cov.T).max()) > ASYMMETRY * largest:
-        raise _bad(path, f"{sigma} is asymmetric by {gap:.3g} where its largest entry is {largest:.3g}; expected a covariance")
+        raise _bad(
+            path,
+            f"{sigma} is asymmetric by {gap:.3g} where its largest entry is {largest:.3g}; expected a covariance",
+        )
     if (least := np.diagonal(cov).min()) < 0:
-        raise _bad(path, f"{sigma} has the variance {least:.3g} on its diagonal; expected a covariance")
-    shift = NEGATIVE * np.linalg.norm(cov) + np.finfo(np.float64).tiny  # a singular covariance is one, and so is zero
+        raise _bad(
+            path, f"{sigma} has the variance {least:.3g} on its diagonal; expected a covariance"
+        )
+    shift = (
+        NEGATIVE * np.linalg.norm(cov) + np.finfo(np.float64).tiny
+    )  # a singular covariance is one, and so is zero
     try:
         np.linalg.cholesky(cov + shift * np.eye(len(cov)))
     except np.linalg.LinAlgError as error:
         least = np.linalg.eigvalsh(cov)[0]
-        raise _bad(path, f"{sigma} has the negative eigenvalue {least:.3g}; expected a covariance") from error
+        raise _bad(
+            path, f"{sigma} has the negative eigenvalue {least:.3g}; expected a covariance"
+        ) from error
     return Moments(n, mean, cov)
 
 
@@ -222,18 +298,33 @@ def _read_edm2(path: Path, space: str) -> Reference:
 
     tree = open_file(path).tree
     if space not in EDM2_SECTIONS:
-        raise _bad(path, f"is EDM2's, which has no features of space {space}; expected {' or '.join(EDM2_SECTIONS)}")
+        raise _bad(
+            path,
+            f"is EDM2's, which has no features of space {space}; expected {' or '.join(EDM2_SECTIONS)}",
+        )
     section = EDM2_SECTIONS[space]
     match tree.get(section) if isinstance(tree, dict) else None:
-        case {"mu": Tensor() as mu, "sigma": Tensor() as sigma} if {mu.dtype.kind, sigma.dtype.kind} == {"f"}:
+        case {"mu": Tensor() as mu, "sigma": Tensor() as sigma} if {
+            mu.dtype.kind,
+            sigma.dtype.kind,
+        } == {"f"}:
             count = tree.get("num_images", UNKNOWN)
             about = _checked_record(path, {"format": "EDM2 pickle", "space": space, "count": count})
             n = count if isinstance(count, int) else 0
-            part = _checked_moments(path, f"{section}.mu", mu.read(), f"{section}.sigma", sigma.read(), n)
+            part = _checked_moments(
+                path, f"{section}.mu", mu.read(), f"{section}.sigma", sigma.read(), n
+            )
             return Reference({"pool": part}, about=about)
         case {"mu": _, "sigma": _}:
-            raise _bad(path, f"{section} holds no plain arrays; expected NumPy's, row-major, of pickle protocol 4 or less")
-    keys = ", ".join(str(key)[:40] for key in list(tree)[:8]) if isinstance(tree, dict) else type(tree).__name__
+            raise _bad(
+                path,
+                f"{section} holds no plain arrays; expected NumPy's, row-major, of pickle protocol 4 or less",
+            )
+    keys = (
+        ", ".join(str(key)[:40] for key in list(tree)[:8])
+        if isinstance(tree, dict)
+        else type(tree).__name__
+    )
     raise _bad(path, f"has {keys or 'nothing'}; expected {section} with mu and sigma")
 
 
@@ -244,14 +335,18 @@ def _read_npz(path: Path, with_images: bool) -> Reference:
         if {"mu", "sigma"} <= npz.members.keys():
             return _read_moments(npz, with_images)
         if {"ref_mu", "ref_sigma"} <= npz.members.keys():
-            return Reference({"pool": npz.moments("ref_mu", "ref_sigma")}, about={"format": "MeanFlow npz"})
+            return Reference(
+                {"pool": npz.moments("ref_mu", "ref_sigma")}, about={"format": "MeanFlow npz"}
+            )
         for key, name in (("reps", "dgm-eval npz"), ("feats", "clean-fid npz")):
             if key in npz.members:
                 features = _checked_features(path, key, npz.array(key, "f"))
                 about = {**_of_clean_fid(path), "format": name, "count": len(features)}
                 return Reference({"pool": moments(features)}, features, about=about)
         if "arr_0" in npz.members:
-            return Reference({}, images=npz.images() if with_images else None, about={"format": "ADM npz"})
+            return Reference(
+                {}, images=npz.images() if with_images else None, about={"format": "ADM npz"}
+            )
         keys = ", ".join(sorted(npz.members)[:8])
         raise _bad(path, f"has {keys or 'nothing'}; expected {EXPECTED}")
 
@@ -261,12 +356,18 @@ def _read_own(npz: _Npz) -> Reference:
     try:
         record = _checked_record(npz.path, json.loads(text.item() if text.ndim == 0 else "[]"))
     except (ValueError, RecursionError) as error:
-        raise _bad(npz.path, f"about is no JSON ({error}); expected the record of a reference") from error
+        raise _bad(
+            npz.path, f"about is no JSON ({error}); expected the record of a reference"
+        ) from error
     n = record["count"] if isinstance(record.get("count"), int) else 0
     found = {"pool": npz.moments("mu", "sigma", int(n))}
     if {"mu_s", "sigma_s"} & npz.members.keys():
         found["spatial"] = npz.moments("mu_s", "sigma_s", int(n))
-    features = _checked_features(npz.path, "features", npz.array("features", "f")) if "features" in npz.members else None
+    features = (
+        _checked_features(npz.path, "features", npz.array("features", "f"))
+        if "features" in npz.members
+        else None
+    )
     return Reference(found, features, about={**record, "format": OWN_FORMAT})
 
 
@@ -286,7 +387,13 @@ def _of_clean_fid(path: Path) -> dict[str, str | int]:
         return {}
     dataset, mode, split = found.groups()
     resize, scaling = CLEAN_FID_MODES[mode]
-    return {"space": "inception", "resize": resize, "scaling": scaling, "dataset": dataset, "split": split}
+    return {
+        "space": "inception",
+        "resize": resize,
+        "scaling": scaling,
+        "dataset": dataset,
+        "split": split,
+    }
 
 
 class _Bounded(io.BufferedReader):
@@ -321,48 +428,85 @@ class _Npz:
 
     def moments(self, mu: str, sigma: str, n: int = 0) -> Moments:
         """The moments of two arrays."""
-        return _checked_moments(self.path, mu, self.array(mu, "f"), sigma, self.array(sigma, "f"), n)
+        return _checked_moments(
+            self.path, mu, self.array(mu, "f"), sigma, self.array(sigma, "f"), n
+        )
 
     def images(self) -> np.ndarray:
         """The array arr_0 as images (N, H, W, C)."""
         images = self.array("arr_0", "u")
-        if images.ndim != 4 or images.shape[3] not in (1, 3) or images.dtype != np.uint8 or not images.size:
-            raise _bad(self.path, f"arr_0 is {images.dtype} of shape {images.shape}; expected images, uint8 (N, H, W, 3)")
+        if (
+            images.ndim != 4
+            or images.shape[3] not in (1, 3)
+            or images.dtype != np.uint8
+            or not images.size
+        ):
+            raise _bad(
+                self.path,
+                f"arr_0 is {images.dtype} of shape {images.shape}; expected images, uint8 (N, H, W, 3)",
+            )
         return images
 
     def array(self, name: str, kind: str) -> np.ndarray:
         """An array whose type is of a NumPy kind; no more memory than its member of the archive accounts for."""
         if name not in self.members:
-            raise _bad(self.path, f"has {', '.join(sorted(self.members)[:8])} but not {name}; expected {name} too")
+            raise _bad(
+                self.path,
+                f"has {', '.join(sorted(self.members)[:8])} but not {name}; expected {name} too",
+            )
         info = self.members[name]
         packed = min(info.compress_size, self.size)
-        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
-            raise _bad(self.path, f"{name} is encrypted or packed in another way than NumPy's; expected plain or deflated")
-        if info.file_size > (packed if info.compress_type == zipfile.ZIP_STORED else max(MAX_UNPACKED, MAX_RATIO * packed)):
+        if (
+            info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+            or info.flag_bits & 1
+        ):
             raise _bad(
-                self.path, f"{name} announces {info.file_size} bytes, packed in {packed}; refused, expected a real array"
+                self.path,
+                f"{name} is encrypted or packed in another way than NumPy's; expected plain or deflated",
+            )
+        if info.file_size > (
+            packed
+            if info.compress_type == zipfile.ZIP_STORED
+            else max(MAX_UNPACKED, MAX_RATIO * packed)
+        ):
+            raise _bad(
+                self.path,
+                f"{name} announces {info.file_size} bytes, packed in {packed}; refused, expected a real array",
             )
         with _whole(self.path, name), self.archive.open(info) as stream:
             shape, fortran, dtype = self._header(name, stream, kind)
             held = info.file_size - stream.tell()
             if math.prod(shape) * dtype.itemsize != held:
                 raise _bad(
-                    self.path, f"{name} declares shape {shape} of {dtype} but holds {held} bytes; expected a whole array"
+                    self.path,
+                    f"{name} declares shape {shape} of {dtype} but holds {held} bytes; expected a whole array",
                 )
             array = np.frombuffer(_bytes(stream, held), dtype)
             return array.reshape(shape[::-1]).T if fortran else array.reshape(shape)
 
-    def _header(self, name: str, stream: IO[bytes], kind: str) -> tuple[tuple[int, ...], bool, np.dtype]:
+    def _header(
+        self, name: str, stream: IO[bytes], kind: str
+    ) -> tuple[tuple[int, ...], bool, np.dtype]:
         """(shape, whether in Fortran's order, type). Matched and not evaluated, as numpy.load would."""
         start = stream.read(10)
         header = stream.read(int.from_bytes(start[8:], "little")).decode("latin1")
         if start[:8] != b"\x93NUMPY\x01\0" or not (found := HEADER.fullmatch(header)):
-            raise _bad(self.path, f"{name} has no header of version 1.0; expected the array that numpy.savez writes")
+            raise _bad(
+                self.path,
+                f"{name} has no header of version 1.0; expected the array that numpy.savez writes",
+            )
         descr, order, sizes = found.groups()
         if not re.fullmatch(f"'[<>|]{kind}[0-9]+'", descr):
             wanted = {"f": "floats", "u": "bytes", "U": "text"}[kind]
-            raise _bad(self.path, f"{name} has type {descr[:40]}; expected {wanted}; objects are never read")
-        return tuple(int(size) for size in re.findall("[0-9]+", sizes)), order == "True", np.dtype(descr[1:-1])
+            raise _bad(
+                self.path,
+                f"{name} has type {descr[:40]}; expected {wanted}; objects are never read",
+            )
+        return (
+            tuple(int(size) for size in re.findall("[0-9]+", sizes)),
+            order == "True",
+            np.dtype(descr[1:-1]),
+        )
 
 
 @contextlib.contextmanager
@@ -371,7 +515,10 @@ def _whole(path: Path, name: str) -> Iterator[None]:
     try:
         yield
     except BROKEN as error:
-        raise _bad(path, f"{name} cannot be read ({error}); expected a whole .npz (is it cut off or damaged?)") from error
+        raise _bad(
+            path,
+            f"{name} cannot be read ({error}); expected a whole .npz (is it cut off or damaged?)",
+        ) from error
 
 
 def _bytes(stream: IO[bytes], size: int) -> np.ndarray:
@@ -390,5 +537,9 @@ def _bytes(stream: IO[bytes], size: int) -> np.ndarray:
 def _write_npz(stream: IO[bytes], arrays: Mapping[str, np.ndarray]) -> None:
     with zipfile.ZipFile(stream, "w") as archive:
         for name, array in arrays.items():
-            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:  # dated 1980, as savez does
-                np.lib.format.write_array(member, np.asarray(array, order="C"), (1, 0), allow_pickle=False)
+            with archive.open(
+                zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True
+            ) as member:  # dated 1980, as savez does
+                np.lib.format.write_array(
+                    member, np.asarray(array, order="C"), (1, 0), allow_pickle=False
+                )

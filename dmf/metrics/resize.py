@@ -32,7 +32,9 @@ def resize(x: jax.Array, size: int, method: str) -> jax.Array:
     if size < 1:
         raise DmfError(f"the size of resized images must be at least 1, got {size}")
     if x.ndim != 4 or x.dtype != jnp.float32 or 0 in x.shape[1:3]:
-        raise DmfError(f"images to resize must be float32 of shape (B, H, W, C), got {x.dtype} of shape {x.shape}")
+        raise DmfError(
+            f"images to resize must be float32 of shape (B, H, W, C), got {x.dtype} of shape {x.shape}"
+        )
     if x.shape[1:3] == (size, size):
         return x
     for axis in (2, 1):  # rows first, as in Pillow
@@ -94,7 +96,11 @@ def _bicubic_clean(n_in: int, n_out: int) -> np.ndarray:
 
 
 def _window(
-    n_in: int, n_out: int, kernel: Callable[[np.ndarray], np.ndarray], radius: float, dtype: type[np.floating]
+    n_in: int,
+    n_out: int,
+    kernel: Callable[[np.ndarray], np.ndarray],
+    radius: float,
+    dtype: type[np.floating],
 ) -> np.ndarray:
     """Weights (n_out, n_in) of a kernel that is widened when shrinking, rounded to `dtype` where its library does so.
 
@@ -110,7 +116,9 @@ def _window(
         high = min(int(np.float64(centre + support) + 0.5), n_in)
         offset = np.arange(low, high).astype(dtype) - centre
         values = kernel(((offset.astype(np.float64) + 0.5) * shrink).astype(dtype))
-        weights[row, low:high] = values / np.cumsum(values)[-1]  # a sum in this order: `sum` pairs terms up
+        weights[row, low:high] = (
+            values / np.cumsum(values)[-1]
+        )  # a sum in this order: `sum` pairs terms up
     return weights
 
 

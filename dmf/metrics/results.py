@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from dmf import places
 from dmf.config import differences
 from dmf.errors import DmfError
 from dmf.metrics.judge import Judge, accumulate
+from dmf.storage import paths
 
 
 class Results:
@@ -31,7 +31,9 @@ class Results:
         try:
             stored = json.loads(self.path.read_text())
         except (OSError, ValueError) as error:
-            raise DmfError(f"{self.path} cannot be read ({error}); expected scores of ours, or a new file by --out") from error
+            raise DmfError(
+                f"{self.path} cannot be read ({error}); expected scores of ours, or a new file by --out"
+            ) from error
         rows = stored.pop("rows", None) if isinstance(stored, dict) else None
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise DmfError(
@@ -39,17 +41,26 @@ class Results:
             )
         changed = differences(stored, self._identity, "scores")
         if changed:
-            raise DmfError(f"{self.path} holds other scores: {'; '.join(changed)[:400]}; expected another file, by --out")
+            raise DmfError(
+                f"{self.path} holds other scores: {'; '.join(changed)[:400]}; expected another file, by --out"
+            )
         return rows
 
-    def add(self, row: dict[str, Any], judge: Judge, images: Callable[[int, int], np.ndarray]) -> None:
+    def add(
+        self, row: dict[str, Any], judge: Judge, images: Callable[[int, int], np.ndarray]
+    ) -> None:
         """Makes one row of scores of judge.protocol.count images, unless the file has it already, and writes it down."""
         if any(row.items() <= old.items() for old in self._rows):
             return
         judge.ready()
         folder = self._progress.folder(row)
         totals = judge.totals(judge.protocol.count, folder)
-        accumulate(totals, images, judge.extract, ", ".join(f"{k} {v}" for k, v in row.items() if k in ("steps", "images")))
+        accumulate(
+            totals,
+            images,
+            judge.extract,
+            ", ".join(f"{k} {v}" for k, v in row.items() if k in ("steps", "images")),
+        )
         self._rows.append({**row, **totals.scores(judge.reference)})
         self._write()  # before the sums go: they are hours of work
         shutil.rmtree(folder)
@@ -57,8 +68,18 @@ class Results:
     def finish(self) -> list[dict[str, Any]]:
         """Prints the table and where it is stored; returns the rows."""
         self._progress.end()
-        shared = {k: self._identity[k] for k in ("sampler", "seed", "guidance") if k in self._identity}
-        print("\n".join([table(self._rows), *(f"{k:<10}{v}" for k, v in shared.items()), f"written   {self.path}"]))
+        shared = {
+            k: self._identity[k] for k in ("sampler", "seed", "guidance") if k in self._identity
+        }
+        print(
+            "\n".join(
+                [
+                    table(self._rows),
+                    *(f"{k:<10}{v}" for k, v in shared.items()),
+                    f"written   {self.path}",
+                ]
+            )
+        )
         return self._rows
 
     def _write(self) -> None:
@@ -67,7 +88,9 @@ class Results:
             partial.write_text(json.dumps({**self._identity, "rows": self._rows}, indent=1) + "\n")
             partial.replace(self.path)
         except OSError as error:
-            raise DmfError(f"{self.path} cannot be written: {error.strerror}; expected a folder with room") from error
+            raise DmfError(
+                f"{self.path} cannot be written: {error.strerror}; expected a folder with room"
+            ) from error
 
 
 class Progress:
@@ -84,12 +107,16 @@ class Progress:
                 raise IsADirectoryError(0, "it is a directory")
             self._folder.mkdir(exist_ok=True)
             taken = f"{out}: another process is at work on it; expected one at a time"
-            self._held.enter_context(places.alone(self._folder / "lock", taken))
+            self._held.enter_context(paths.alone(self._folder / "lock", taken))
         except OSError as error:
-            raise DmfError(f"{out} cannot be written: {error.strerror}; expected a file in a writable directory") from error
+            raise DmfError(
+                f"{out} cannot be written: {error.strerror}; expected a file in a writable directory"
+            ) from error
         for other in sorted(out.parent.glob(f".{out.name}.*.progress")):
             if other != self._folder:
-                print(f"note      {other} holds unfinished sums of another evaluation; delete it if that is not to go on")
+                print(
+                    f"note      {other} holds unfinished sums of another evaluation; delete it if that is not to go on"
+                )
 
     def folder(self, row: dict[str, Any]) -> Path:
         """The place of one row's sums; named by a digest, never by what a user wrote."""
@@ -97,7 +124,9 @@ class Progress:
         try:
             found.mkdir(exist_ok=True)
         except OSError as error:
-            raise DmfError(f"{found} cannot be made: {error.strerror}; expected a writable directory with room") from error
+            raise DmfError(
+                f"{found} cannot be made: {error.strerror}; expected a writable directory with room"
+            ) from error
         return found
 
     def end(self) -> None:
@@ -109,9 +138,18 @@ class Progress:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows of scores as a printed table."""
     keys = [key for key in rows[0] if key != "images"]
-    text = [{k: f"{row[k]:,.6g}" if isinstance(row.get(k), float) else f"{row.get(k, '-')}" for k in keys} for row in rows]
+    text = [
+        {
+            k: f"{row[k]:,.6g}" if isinstance(row.get(k), float) else f"{row.get(k, '-')}"
+            for k in keys
+        }
+        for row in rows
+    ]
     wide = {k: max(len(k), *(len(row[k]) for row in text)) + 2 for k in keys}
-    return "\n".join("".join(f"{row[k]:>{wide[k]}}" for k in keys) for row in [dict(zip(keys, keys, strict=True)), *text])
+    return "\n".join(
+        "".join(f"{row[k]:>{wide[k]}}" for k in keys)
+        for row in [dict(zip(keys, keys, strict=True)), *text]
+    )
 
 
 def _digest(values: dict[str, Any]) -> str:
@@ -125,4 +163,6 @@ def sha256(path: Path) -> str:
 
 def free_name(text: str) -> str:
     """A file's name made of any text."""
-    return "".join(c if c.isalnum() or c in "._-" else "_" for c in os.path.basename(text.rstrip("/")))[:60]
+    return "".join(
+        c if c.isalnum() or c in "._-" else "_" for c in os.path.basename(text.rstrip("/"))
+    )[:60]

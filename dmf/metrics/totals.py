@@ -34,10 +34,20 @@ class Totals:
     keep: rows whose features stay in memory or on disk, for KID, precision and recall; None for what the protocol needs.
     """
 
-    def __init__(self, protocol: Protocol, count: int, folder: Path | None = None, keep: np.ndarray | None = None):
+    def __init__(
+        self,
+        protocol: Protocol,
+        count: int,
+        folder: Path | None = None,
+        keep: np.ndarray | None = None,
+    ):
         self.protocol, self.count, self.done, self._folder = protocol, count, 0, folder
         metrics = protocol.metrics
-        self._sums = {name: MomentSums() for name, score in MOMENTS.items() if score in metrics or name == "pool"}
+        self._sums = {
+            name: MomentSums()
+            for name, score in MOMENTS.items()
+            if score in metrics or name == "pool"
+        }
         order = None
         if protocol.is_shuffle_seed != FILE_ORDER:
             order = np.argsort(np.random.RandomState(protocol.is_shuffle_seed).permutation(count))
@@ -50,7 +60,9 @@ class Totals:
         """Takes in the features of the next rows."""
         rows = len(found["pool"])
         if rows != min(PART, self.count - self.done):
-            raise DmfError(f"{rows} rows of features after {self.done} of {self.count}: expected the next {PART}, or the rest")
+            raise DmfError(
+                f"{rows} rows of features after {self.done} of {self.count}: expected the next {PART}, or the rest"
+            )
         for name, sums in self._sums.items():
             sums.add(found[name])
         if self._is:
@@ -74,15 +86,21 @@ class Totals:
             found["is"], found["is_std"] = self._is.result()
         real, fake, p = reference.features, self.features, self.protocol
         if fake is not None and real is not None and "kid" in p.metrics:
-            found["kid"], found["kid_std"] = kernel_distance(real, np.asarray(fake), p.kid_subsets, p.kid_subset_size)
+            found["kid"], found["kid_std"] = kernel_distance(
+                real, np.asarray(fake), p.kid_subsets, p.kid_subset_size
+            )
         if fake is not None and real is not None and "precision_recall" in p.metrics:
-            found["precision"], found["recall"] = precision_recall(real, np.asarray(fake), p.neighbours)
+            found["precision"], found["recall"] = precision_recall(
+                real, np.asarray(fake), p.neighbours
+            )
         return found | {"n_samples": float(self.count)}
 
     def reference(self, about: dict[str, str | int]) -> Reference:
         """The same sums as a reference for others."""
         features = None if self.features is None else np.array(self.features)
-        return Reference({name: sums.moments() for name, sums in self._sums.items()}, features, None, about)
+        return Reference(
+            {name: sums.moments() for name, sums in self._sums.items()}, features, None, about
+        )
 
     def save(self) -> None:
         """Writes the sums to the folder, whole or not at all."""
@@ -90,7 +108,9 @@ class Totals:
             return
         if isinstance(self.features, np.memmap):
             self.features.flush()
-        states = {f"{name}/{k}": v for name, sums in self._sums.items() for k, v in sums.state().items()}
+        states = {
+            f"{name}/{k}": v for name, sums in self._sums.items() for k, v in sums.state().items()
+        }
         if self._is:
             states |= {f"is/{k}": v for k, v in self._is.state().items()}
         buffer = io.BytesIO()
@@ -104,7 +124,9 @@ class Totals:
                 os.fsync(file.fileno())
             partial.replace(self._folder / STATE)
         except OSError as error:
-            raise DmfError(f"{self._folder}: sums cannot be written ({error.strerror}); expected a disk with room") from error
+            raise DmfError(
+                f"{self._folder}: sums cannot be written ({error.strerror}); expected a disk with room"
+            ) from error
 
     def restore(self) -> None:
         """Goes on where the folder's last `save` was; does nothing where there is none."""
@@ -125,7 +147,9 @@ class Totals:
             if len(self._keep) and self.done:
                 self.features = self._open_features(0, "r+")
                 if len(self.features) != len(self._keep):
-                    raise ValueError(f"features of {len(self.features)} rows, not {len(self._keep)}")
+                    raise ValueError(
+                        f"features of {len(self.features)} rows, not {len(self._keep)}"
+                    )
         except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
             raise DmfError(
                 f"{self._folder / STATE} cannot be gone on from ({type(error).__name__}: {error}); expected what an "
@@ -141,8 +165,12 @@ class Totals:
         shape = (len(self._keep), width)
         try:
             found = np.lib.format.open_memmap(place, mode="w+", dtype=np.float32, shape=shape)
-            with place.open("r+b") as file:  # a hole in a file is found to have no room only when it is too late
+            with place.open(
+                "r+b"
+            ) as file:  # a hole in a file is found to have no room only when it is too late
                 os.posix_fallocate(file.fileno(), 0, place.stat().st_size)
         except OSError as error:
-            raise DmfError(f"{place} cannot be written ({error.strerror}); expected a disk with room") from error
+            raise DmfError(
+                f"{place} cannot be written ({error.strerror}); expected a disk with room"
+            ) from error
         return found

@@ -68,7 +68,12 @@ def is_interval_path(path: tuple[str, ...]) -> bool:
     return "interval" in path
 
 
-def build(config: NetworkConfig, image_shape: tuple[int, ...], dtype: Any = jnp.float32, how: Execution = PLAIN) -> Network:
+def build(
+    config: NetworkConfig,
+    image_shape: tuple[int, ...],
+    dtype: Any = jnp.float32,
+    how: Execution = PLAIN,
+) -> Network:
     """Build the network for images of `image_shape` (H, W, C); the MLP also takes (D,), and z flat or not.
 
     `how`: attention kernel, remat and scan; init and the tree of parameters do not depend on it, nor does u, but for rounding.
@@ -81,7 +86,10 @@ def build(config: NetworkConfig, image_shape: tuple[int, ...], dtype: Any = jnp.
     augment_dim = config.augment_dim if isinstance(config, UNetConfig) else 0
 
     def init(key: jax.Array) -> Params:
-        z, time = jax.ShapeDtypeStruct((1, *shape), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
+        z, time = (
+            jax.ShapeDtypeStruct((1, *shape), jnp.float32),
+            jax.ShapeDtypeStruct((1,), jnp.float32),
+        )
         label = jax.ShapeDtypeStruct((1, augment_dim), jnp.float32) if augment_dim else None
         return plain.lazy_init(key, z, time, time, label, None)["params"]
 
@@ -123,13 +131,17 @@ def _module(config: NetworkConfig, shape: tuple[int, ...], dtype: Any, how: Exec
     return KINDS[config.kind][1](config, shape, compute_dtype, how)
 
 
-def _check_inputs(config: NetworkConfig, shape: tuple[int, ...], z: jax.Array, r: jax.Array, t: jax.Array) -> None:
+def _check_inputs(
+    config: NetworkConfig, shape: tuple[int, ...], z: jax.Array, r: jax.Array, t: jax.Array
+) -> None:
     flat = isinstance(config, MLPConfig) and z.shape[1:] == (math.prod(shape),)
     if z.shape[1:] != shape and not flat:
         raise DmfError(f"z has shape {z.shape}; expected (B, {', '.join(map(str, shape))}).")
     for name, time in (("r", r), ("t", t)):
         if np.shape(time) != z.shape[:1]:
-            raise DmfError(f"{name} has shape {np.shape(time)}; expected one time per row, {z.shape[:1]}.")
+            raise DmfError(
+                f"{name} has shape {np.shape(time)}; expected one time per row, {z.shape[:1]}."
+            )
 
 
 def _check_label(config: NetworkConfig, label: jax.Array, batch: int) -> None:
@@ -142,7 +154,9 @@ def _check_label(config: NetworkConfig, label: jax.Array, batch: int) -> None:
     else:
         raise DmfError(f"label has shape {label.shape}; expected None: this network has no labels.")
     if label.shape != shape or not fits:
-        raise DmfError(f"label has shape {label.shape} of {label.dtype}; expected {shape} of {name}.")
+        raise DmfError(
+            f"label has shape {label.shape} of {label.dtype}; expected {shape} of {name}."
+        )
 
 
 def _row_keys(config: NetworkConfig, rngs: jax.Array | None, batch: int) -> jax.Array | None:
@@ -150,7 +164,11 @@ def _row_keys(config: NetworkConfig, rngs: jax.Array | None, batch: int) -> jax.
     if not (isinstance(config, UNetConfig | ADMConfig) and config.dropout > 0):
         return None
     if rngs is None:
-        raise DmfError(f"rngs is None; expected one key per row, since network.dropout is {config.dropout}.")
+        raise DmfError(
+            f"rngs is None; expected one key per row, since network.dropout is {config.dropout}."
+        )
     if not jnp.issubdtype(rngs.dtype, jax.dtypes.prng_key) or rngs.shape != (batch,):
-        raise DmfError(f"rngs has shape {rngs.shape} of {rngs.dtype}; expected {(batch,)} of typed keys.")
+        raise DmfError(
+            f"rngs has shape {rngs.shape} of {rngs.dtype}; expected {(batch,)} of typed keys."
+        )
     return rngs

@@ -33,7 +33,12 @@ class ADMConfig:
 
     kind: str = "adm"  # tells the networks apart
     channels: int = 128  # at full resolution, times channel_mult
-    channel_mult: tuple[int, ...] = (1, 2, 2, 2)  # one factor per resolution, each half of the one before
+    channel_mult: tuple[int, ...] = (
+        1,
+        2,
+        2,
+        2,
+    )  # one factor per resolution, each half of the one before
     blocks: int = 2  # of the encoder per resolution
     attention_resolutions: tuple[int, ...] = (16,)  # in pixels
     head_channels: int = 64  # of one head of attention
@@ -55,7 +60,11 @@ def plan(config: ADMConfig, size: int) -> tuple[list[Row], list[Row]]:
     width = c.channels * c.channel_mult[0]
     skips = [width]
     levels = [
-        (level, c.channels * mult, ("block", "attention") if size >> level in c.attention_resolutions else ("block",))
+        (
+            level,
+            c.channels * mult,
+            ("block", "attention") if size >> level in c.attention_resolutions else ("block",),
+        )
         for level, mult in enumerate(c.channel_mult)
     ]
     for level, wide, parts in levels:
@@ -79,18 +88,28 @@ def _uniform(fan_in: int) -> layers.Initializer:
     return layers.uniform_within(1 / math.sqrt(fan_in))
 
 
-def _dense(x: jax.Array, width: int, name: str, dtype: jnp.dtype | None, zero: bool = False) -> nn.Dense:
+def _dense(
+    x: jax.Array, width: int, name: str, dtype: jnp.dtype | None, zero: bool = False
+) -> nn.Dense:
     init = nn.initializers.zeros if zero else _uniform(x.shape[-1])
     return nn.Dense(width, dtype=dtype, kernel_init=init, bias_init=init, name=name)
 
 
 def _conv(
-    x: jax.Array, width: int, size: int, name: str, dtype: jnp.dtype | None, stride: int = 1, zero: bool = False
+    x: jax.Array,
+    width: int,
+    size: int,
+    name: str,
+    dtype: jnp.dtype | None,
+    stride: int = 1,
+    zero: bool = False,
 ) -> nn.Conv:
     """Convolution with size // 2 zeros on every side, which at stride 2 is not what "SAME" means."""
     init = nn.initializers.zeros if zero else _uniform(size * size * x.shape[-1])
     window, padding = (size, size), size // 2
-    return nn.Conv(width, window, stride, padding, dtype=dtype, kernel_init=init, bias_init=init, name=name)
+    return nn.Conv(
+        width, window, stride, padding, dtype=dtype, kernel_init=init, bias_init=init, name=name
+    )
 
 
 def _norm(name: str, dtype: jnp.dtype | None) -> nn.GroupNorm:
@@ -153,7 +172,9 @@ class Attention(nn.Module):
         batch, height, width, channels = x.shape
         y = _norm("norm", self.dtype)(x).reshape(batch, height * width, channels)
         y = _dense(y, 3 * channels, "qkv", self.dtype)(y)
-        q, k, v = jnp.split(y.reshape(batch, height * width, -1, 3 * self.config.head_channels), 3, axis=-1)
+        q, k, v = jnp.split(
+            y.reshape(batch, height * width, -1, 3 * self.config.head_channels), 3, axis=-1
+        )
         y = self.how.attend(q, k, v).reshape(x.shape)
         return x + _dense(y, channels, "proj_out", self.dtype, zero=True)(y)
 
@@ -198,7 +219,14 @@ class ADM(nn.Module):
     how: layers.Execution
 
     @nn.compact
-    def __call__(self, z: jax.Array, r: jax.Array, t: jax.Array, label: jax.Array | None, rngs: jax.Array | None) -> jax.Array:
+    def __call__(
+        self,
+        z: jax.Array,
+        r: jax.Array,
+        t: jax.Array,
+        label: jax.Array | None,
+        rngs: jax.Array | None,
+    ) -> jax.Array:
         """Map z (B, R, R, C), r, t (B,), keys (B,) or None to u, as z; there are no labels, `label` is unused."""
         c = self.config
         interval = Interval(c.channels, c.interval_init == "zero", name="interval")
@@ -220,7 +248,13 @@ class ADM(nn.Module):
         return _conv(x, z.shape[-1], 3, "out_2", None, zero=True)(x)
 
     def _parts(
-        self, name: str, parts: tuple[str, ...], width: int, x: jax.Array, emb: jax.Array, rngs: jax.Array | None
+        self,
+        name: str,
+        parts: tuple[str, ...],
+        width: int,
+        x: jax.Array,
+        emb: jax.Array,
+        rngs: jax.Array | None,
     ) -> jax.Array:
         for i, part in enumerate(parts):
             make = self.how.block(PARTS[part])
@@ -228,7 +262,9 @@ class ADM(nn.Module):
         return x
 
 
-def make_adm(config: ADMConfig, image_shape: tuple[int, ...], dtype: jnp.dtype | None, how: layers.Execution) -> ADM:
+def make_adm(
+    config: ADMConfig, image_shape: tuple[int, ...], dtype: jnp.dtype | None, how: layers.Execution
+) -> ADM:
     """Check `config` against images (R, R, C) and return the module; raises DmfError naming the field."""
     layers.check_levels("ADM U-Net", config, image_shape)
     layers.check_positive("config.network.head_channels", config.head_channels)

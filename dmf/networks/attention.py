@@ -55,7 +55,9 @@ def _attend(q: Array, k: Array, v: Array, chunk: int) -> tuple[Array, Array]:
     Online softmax: m is the largest logit so far, l the sum of exp(logit - m), o that of exp(logit - m) v.
     """
 
-    def add(carry: tuple[Array, Array, Array], part: tuple[Array, Array, Array | None]) -> tuple[Any, None]:
+    def add(
+        carry: tuple[Array, Array, Array], part: tuple[Array, Array, Array | None]
+    ) -> tuple[Any, None]:
         o, m, l = carry
         k, v, real = part
         logits = _logits(q, k, real)
@@ -66,12 +68,16 @@ def _attend(q: Array, k: Array, v: Array, chunk: int) -> tuple[Array, Array]:
 
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     m = jnp.full((q.shape[0], q.shape[2], q.shape[1]), -jnp.inf, dtype)
-    (o, m, l), _ = jax.lax.scan(add, (jnp.zeros(q.shape, dtype), m, jnp.zeros_like(m)), _parts(chunk, k, v))
+    (o, m, l), _ = jax.lax.scan(
+        add, (jnp.zeros(q.shape, dtype), m, jnp.zeros_like(m)), _parts(chunk, k, v)
+    )
     return o / _per_query(l), m + jnp.log(l)
 
 
 @_attend.defjvp
-def _attend_jvp(chunk: int, primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Any, Any]:
+def _attend_jvp(
+    chunk: int, primals: tuple[Array, ...], tangents: tuple[Array, ...]
+) -> tuple[Any, Any]:
     """The tangents of o and of lse; P is the softmax, S the logits, s = 1 / sqrt(head_dim):
 
         dS = s (dq k^T + q dk^T),  dlse = rowsum(P * dS),  do = (P * dS) v + P dv - dlse o
@@ -86,7 +92,9 @@ def _attend_jvp(chunk: int, primals: tuple[Array, ...], tangents: tuple[Array, .
     shared = _logits(dq, _mean(k)) + _logits(q, _mean(dk))
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def terms(q: Array, dq: Array, lse: Array, shared: Array, part: tuple[Any, ...]) -> tuple[Array, Array]:
+    def terms(
+        q: Array, dq: Array, lse: Array, shared: Array, part: tuple[Any, ...]
+    ) -> tuple[Array, Array]:
         k, v, real, dk, dv, _ = part
         weights = jnp.exp(_logits(q, k, real) - lse[..., None])
         moved = weights * (_logits(dq, k) + _logits(q, dk) - shared)
@@ -111,12 +119,18 @@ def _parts(chunk: int, k: Array, v: Array) -> tuple[Array, Array, Array | None]:
         x = jnp.pad(x, ((0, 0), (0, fill), (0, 0), (0, 0)))
         return jnp.moveaxis(x.reshape(x.shape[0], count, size, *x.shape[2:]), 1, 0)
 
-    return cut(k), cut(v), (jnp.arange(count * size) < tokens).reshape(count, size) if fill else None
+    return (
+        cut(k),
+        cut(v),
+        (jnp.arange(count * size) < tokens).reshape(count, size) if fill else None,
+    )
 
 
 def _logits(q: Array, k: Array, real: Array | None = None) -> Array:
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=dtype) / math.sqrt(q.shape[-1])
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=dtype) / math.sqrt(
+        q.shape[-1]
+    )
     return logits if real is None else jnp.where(real, logits, -jnp.inf)
 
 
@@ -126,7 +140,9 @@ def _mean(k: Array) -> Array:
 
 
 def _mix(weights: Array, v: Array) -> Array:
-    return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v, preferred_element_type=weights.dtype)
+    return jnp.einsum(
+        "bhqk,bkhd->bqhd", weights.astype(v.dtype), v, preferred_element_type=weights.dtype
+    )
 
 
 def _per_query(x: Array) -> Array:
@@ -140,11 +156,15 @@ def cudnn(q: Array, k: Array, v: Array) -> Array:
     Raises DmfError for float32, and where cuDNN is missing or refuses the shapes.
     """
     if q.dtype not in (jnp.bfloat16, jnp.float16):
-        raise DmfError(f"attention 'cudnn' was given {q.dtype.name}; it needs config.compute_dtype = bfloat16.")
+        raise DmfError(
+            f"attention 'cudnn' was given {q.dtype.name}; it needs config.compute_dtype = bfloat16."
+        )
     try:
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
     except (NotImplementedError, RuntimeError) as error:
-        raise DmfError(f"attention 'cudnn' cannot run on q, k, v of shape {q.shape} here: {error}") from error
+        raise DmfError(
+            f"attention 'cudnn' cannot run on q, k, v of shape {q.shape} here: {error}"
+        ) from error
 
 
 def flash(q: Array, k: Array, v: Array) -> Array:
@@ -171,13 +191,21 @@ def _kernel(q: Array, k: Array, v: Array, tokens: int, block: int, scale: float)
     """
     from jax.experimental.pallas.ops.tpu import flash_attention as tpu
 
-    blocks = tpu.BlockSizes(**{field.name: block for field in dataclasses.fields(tpu.BlockSizes)} | {"block_b": 1})
+    blocks = tpu.BlockSizes(
+        **{field.name: block for field in dataclasses.fields(tpu.BlockSizes)} | {"block_b": 1}
+    )
     segments = None
-    if q.shape[2] > tokens:  # a query sees the keys of its own segment: the real ones or the filling
-        real = jnp.broadcast_to(jnp.arange(q.shape[2]) < tokens, (q.shape[0], q.shape[2])).astype(jnp.int32)
+    if (
+        q.shape[2] > tokens
+    ):  # a query sees the keys of its own segment: the real ones or the filling
+        real = jnp.broadcast_to(jnp.arange(q.shape[2]) < tokens, (q.shape[0], q.shape[2])).astype(
+            jnp.int32
+        )
         segments = tpu.SegmentIds(real, real)
     with jax.default_matmul_precision(_precision(q)):
-        return tpu.flash_attention(q, k, v, segment_ids=segments, sm_scale=scale, block_sizes=blocks)
+        return tpu.flash_attention(
+            q, k, v, segment_ids=segments, sm_scale=scale, block_sizes=blocks
+        )
 
 
 _flash = jax.custom_vjp(_kernel, nondiff_argnums=(3, 4, 5))
@@ -187,7 +215,9 @@ def _flash_forward(q: Array, k: Array, v: Array, *about: Any) -> tuple[Array, An
     return jax.vjp(lambda q, k, v: _kernel(q, k, v, *about), q, k, v)
 
 
-def _flash_backward(tokens: int, block: int, scale: float, back: Any, do: Array) -> tuple[Array, ...]:
+def _flash_backward(
+    tokens: int, block: int, scale: float, back: Any, do: Array
+) -> tuple[Array, ...]:
     with jax.default_matmul_precision(_precision(do)):
         return back(do)
 

@@ -109,7 +109,10 @@ class FeedForward(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map tokens (B, N, width) one by one."""
         width = x.shape[-1]
-        y = nn.gelu(nn.Dense(MLP_RATIO * width, kernel_init=layers.xavier(), name="fc1")(x), approximate=False)
+        y = nn.gelu(
+            nn.Dense(MLP_RATIO * width, kernel_init=layers.xavier(), name="fc1")(x),
+            approximate=False,
+        )
         return nn.Dense(width, kernel_init=layers.xavier(), name="fc2")(y)
 
 
@@ -121,7 +124,9 @@ class DinoBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map tokens (B, N, width)."""
-        x = x + LayerScale(name="ls1")(Attention(self.heads, attention.xla, None, name="attn")(_norm("norm1")(x)))
+        x = x + LayerScale(name="ls1")(
+            Attention(self.heads, attention.xla, None, name="attn")(_norm("norm1")(x))
+        )
         return x + LayerScale(name="ls2")(FeedForward(name="mlp")(_norm("norm2")(x)))
 
 
@@ -138,8 +143,12 @@ class DinoNetwork(nn.Module):
         token = self.param("cls_token", normal, (1, 1, c.width), jnp.float32)
         table = self.param("pos_embed", normal, (1, 1 + c.grid**2, c.width), jnp.float32)
         rows = jnp.asarray(resampling(c.grid, SIZE // c.patch), jnp.float32)
-        places = jnp.einsum("ip,jq,pqc->ijc", rows, rows, table[0, 1:].reshape(c.grid, c.grid, c.width))
-        patches = PatchEmbed(c.patch, c.width, None, name="patch_embed")(x) + places.reshape(-1, c.width)
+        places = jnp.einsum(
+            "ip,jq,pqc->ijc", rows, rows, table[0, 1:].reshape(c.grid, c.grid, c.width)
+        )
+        patches = PatchEmbed(c.patch, c.width, None, name="patch_embed")(x) + places.reshape(
+            -1, c.width
+        )
         first = jnp.broadcast_to(token + table[:, :1], (len(x), 1, c.width))
         y = jnp.concatenate((first, patches), axis=1)
         for i in range(c.depth):
@@ -150,13 +159,19 @@ class DinoNetwork(nn.Module):
 def build_dinov2(config: DinoConfig) -> Dino:
     """Build the network; raises DmfError for a config of another kind, or naming the field that cannot be."""
     if not isinstance(config, DinoConfig) or config.kind != "dinov2":
-        raise DmfError(f"config.kind is {config.kind!r} in a {type(config).__name__}; expected 'dinov2', DinoConfig.")
+        raise DmfError(
+            f"config.kind is {config.kind!r} in a {type(config).__name__}; expected 'dinov2', DinoConfig."
+        )
     for field in ("depth", "width", "heads", "patch", "grid"):
         layers.check_positive(f"config.{field}", getattr(config, field))
     if config.width % config.heads:
-        raise DmfError(f"config.width is {config.width}; expected a multiple of config.heads, {config.heads}.")
+        raise DmfError(
+            f"config.width is {config.width}; expected a multiple of config.heads, {config.heads}."
+        )
     if SIZE % config.patch:
-        raise DmfError(f"config.patch is {config.patch}; expected a divisor of {SIZE}, the image size.")
+        raise DmfError(
+            f"config.patch is {config.patch}; expected a divisor of {SIZE}, the image size."
+        )
     module, shape = DinoNetwork(config), (SIZE, SIZE, 3)
 
     def init(key: jax.Array) -> dict[str, Any]:
@@ -164,8 +179,12 @@ def build_dinov2(config: DinoConfig) -> Dino:
 
     def apply(params: dict[str, Any], x: jax.Array) -> jax.Array:
         if x.ndim != 4 or x.shape[1:] != shape:
-            raise DmfError(f"x has shape {x.shape}; expected (B, {', '.join(map(str, shape))}), resized and normalised.")
-        with jax.default_matmul_precision("highest"):  # also of layers that set none, whatever the caller's default
+            raise DmfError(
+                f"x has shape {x.shape}; expected (B, {', '.join(map(str, shape))}), resized and normalised."
+            )
+        with jax.default_matmul_precision(
+            "highest"
+        ):  # also of layers that set none, whatever the caller's default
             features: jax.Array = module.apply({"params": params}, x.astype(jnp.float32))  # type: ignore[assignment]
         return features
 

@@ -78,10 +78,14 @@ class Dense(nn.Dense):
 
 
 def _norm(dtype: jnp.dtype | None) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False, use_fast_variance=False, dtype=dtype)
+    return nn.LayerNorm(
+        epsilon=1e-6, use_bias=False, use_scale=False, use_fast_variance=False, dtype=dtype
+    )
 
 
-def _modulation(cond: jax.Array, parts: int, width: int, dtype: jnp.dtype | None) -> list[jax.Array]:
+def _modulation(
+    cond: jax.Array, parts: int, width: int, dtype: jnp.dtype | None
+) -> list[jax.Array]:
     """adaLN-zero: `parts` vectors (B, 1, width) from the conditioning (B, width), all zero at the start."""
     zeros = nn.initializers.zeros
     dense = nn.Dense(parts * width, dtype=dtype, kernel_init=zeros, name="adaLN_modulation_1")
@@ -101,7 +105,9 @@ class PatchEmbed(nn.Module):
         # Xavier for the matrix (p * p * C, width) that this is, not for a sliding convolution.
         limit = math.sqrt(6 / (self.patch**2 * z.shape[-1] + self.width))
         window, init = (self.patch, self.patch), layers.uniform_within(limit)
-        proj = nn.Conv(self.width, window, window, "VALID", dtype=self.dtype, kernel_init=init, name="proj")
+        proj = nn.Conv(
+            self.width, window, window, "VALID", dtype=self.dtype, kernel_init=init, name="proj"
+        )
         x = proj(z)
         return x.reshape(x.shape[0], -1, self.width)
 
@@ -135,7 +141,9 @@ class LabelEmbedder(nn.Module):
         if label is None:
             label = jnp.full((batch,), self.num_classes, jnp.int32)
         init = nn.initializers.normal(0.02)
-        return nn.Embed(self.num_classes + 1, self.width, embedding_init=init, name="embedding_table")(label)
+        return nn.Embed(
+            self.num_classes + 1, self.width, embedding_init=init, name="embedding_table"
+        )(label)
 
 
 class Attention(nn.Module):
@@ -210,7 +218,14 @@ class DiT(nn.Module):
     how: layers.Execution
 
     @nn.compact
-    def __call__(self, z: jax.Array, r: jax.Array, t: jax.Array, label: jax.Array | None, rngs: jax.Array | None) -> jax.Array:
+    def __call__(
+        self,
+        z: jax.Array,
+        r: jax.Array,
+        t: jax.Array,
+        label: jax.Array | None,
+        rngs: jax.Array | None,
+    ) -> jax.Array:
         """Map z (B, H, W, C), r, t (B,), label (B,) or None to u, as z; without dropout, `rngs` is unused."""
         c = self.config
         batch, height, width, channels = z.shape
@@ -244,7 +259,9 @@ class DiT(nn.Module):
         return jax.lax.scan(self.how.scan_body(step), x, stacked)[0]
 
 
-def make_dit(config: DiTConfig, image_shape: tuple[int, ...], dtype: jnp.dtype | None, how: layers.Execution) -> DiT:
+def make_dit(
+    config: DiTConfig, image_shape: tuple[int, ...], dtype: jnp.dtype | None, how: layers.Execution
+) -> DiT:
     """Check `config` against images (H, W, C) and return the module; raises DmfError naming the field."""
     if len(image_shape) != 3:
         raise DmfError(f"image_shape is {image_shape}; the DiT expects (H, W, C).")
@@ -259,6 +276,8 @@ def make_dit(config: DiTConfig, image_shape: tuple[int, ...], dtype: jnp.dtype |
             f"config.network.patch is {config.patch}; expected a divisor of the image size, {image_shape[0]}x{image_shape[1]}."
         )
     if config.num_classes < 0:
-        raise DmfError(f"config.network.num_classes is {config.num_classes}; expected 0 (no label) or more.")
+        raise DmfError(
+            f"config.network.num_classes is {config.num_classes}; expected 0 (no label) or more."
+        )
     layers.check_choice("config.network.interval_init", config.interval_init, layers.INTERVAL_INITS)
     return DiT(config, dtype, how)

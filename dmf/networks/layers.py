@@ -54,7 +54,11 @@ class Execution:
 
     def scan_body(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """The same for a function that jax.lax.scan will run: there no merging of equal results needs to be prevented."""
-        return step if self.remat == "none" else jax.checkpoint(step, prevent_cse=False, policy=REMAT[self.remat])
+        return (
+            step
+            if self.remat == "none"
+            else jax.checkpoint(step, prevent_cse=False, policy=REMAT[self.remat])
+        )
 
 
 PLAIN = Execution()
@@ -164,7 +168,9 @@ class RowDropout(nn.Module):
 
         def row_mask(key: jax.Array) -> jax.Array:
             # float32 also under jax_enable_x64, where a Python float would draw different bits
-            return jax.random.bernoulli(jax.random.fold_in(key, salt), np.float32(keep), x.shape[1:])
+            return jax.random.bernoulli(
+                jax.random.fold_in(key, salt), np.float32(keep), x.shape[1:]
+            )
 
         return jnp.where(jax.vmap(row_mask)(rngs), x / keep, 0)
 

@@ -34,7 +34,14 @@ class MLP(nn.Module):
     dtype: jnp.dtype | None
 
     @nn.compact
-    def __call__(self, z: jax.Array, r: jax.Array, t: jax.Array, label: jax.Array | None, rngs: jax.Array | None) -> jax.Array:
+    def __call__(
+        self,
+        z: jax.Array,
+        r: jax.Array,
+        t: jax.Array,
+        label: jax.Array | None,
+        rngs: jax.Array | None,
+    ) -> jax.Array:
         """Map z (B, ...) and r, t (B,) to u, shaped as z; there is no label and no dropout."""
         width = self.config.width
         of_t = layers.time_features(t, FREQUENCIES, sin_first=True)
@@ -43,14 +50,18 @@ class MLP(nn.Module):
         interval_init = init if self.config.interval_init == "random" else nn.initializers.zeros
         x = nn.Dense(width, dtype=self.dtype, name="input")(z.reshape(z.shape[0], -1))
         x = x + nn.Dense(width, use_bias=False, name="time")(of_t)
-        x = nn.silu(x + nn.Dense(width, use_bias=False, kernel_init=interval_init, name="interval")(of_h))
+        x = nn.silu(
+            x + nn.Dense(width, use_bias=False, kernel_init=interval_init, name="interval")(of_h)
+        )
         for i in range(1, self.config.depth):
             x = nn.silu(nn.Dense(width, dtype=self.dtype, name=f"hidden_{i}")(x))
         x = layers.at_least_float32(x)
         return nn.Dense(math.prod(z.shape[1:]), name="output")(x).reshape(z.shape)
 
 
-def make_mlp(config: MLPConfig, image_shape: tuple[int, ...], dtype: jnp.dtype | None, how: layers.Execution) -> MLP:
+def make_mlp(
+    config: MLPConfig, image_shape: tuple[int, ...], dtype: jnp.dtype | None, how: layers.Execution
+) -> MLP:
     """Check `config` and return the module; raises DmfError naming the field."""
     for size in image_shape:
         layers.check_positive("image_shape", size)
@@ -58,5 +69,7 @@ def make_mlp(config: MLPConfig, image_shape: tuple[int, ...], dtype: jnp.dtype |
         layers.check_positive(f"config.network.{field}", getattr(config, field))
     layers.check_choice("config.network.interval_init", config.interval_init, layers.INTERVAL_INITS)
     if how.remat != "none":
-        raise DmfError(f"config.remat is {how.remat!r} with network.kind 'mlp'; expected 'none': the MLP has no blocks.")
+        raise DmfError(
+            f"config.remat is {how.remat!r} with network.kind 'mlp'; expected 'none': the MLP has no blocks."
+        )
     return MLP(config, dtype)

@@ -28,7 +28,10 @@ EMBEDDINGS = ("positional", "fourier")
 TIME_INPUTS = ("t", "log_sigma")
 PRECONDS = ("none", "edm")
 FOURIER_SCALE = 16.0  # standard deviation of EDM's random frequencies
-SIGMA_RANGE = (0.002, 80.0)  # where EDM is trained and sampled; outside, c_noise stays at its end's value
+SIGMA_RANGE = (
+    0.002,
+    80.0,
+)  # where EDM is trained and sampled; outside, c_noise stays at its end's value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,11 @@ class UNetConfig:
 
     kind: str = "unet"  # tells the networks apart
     channels: int = 128  # at full resolution, times channel_mult
-    channel_mult: tuple[int, ...] = (2, 2, 2)  # one factor per resolution, each half of the one before
+    channel_mult: tuple[int, ...] = (
+        2,
+        2,
+        2,
+    )  # one factor per resolution, each half of the one before
     blocks: int = 4  # of the encoder per resolution
     attention_resolutions: tuple[int, ...] = (16,)  # in pixels
     dropout: float = 0.2  # * u and u' of a row share the mask
@@ -78,7 +85,9 @@ def log_sigma(t: jax.Array) -> jax.Array:
     return (jnp.log(t) - jnp.log1p(-t)) / 4
 
 
-def edm_velocity(z: jax.Array, t: jax.Array, sigma_data: float, raw: Callable[[jax.Array], jax.Array]) -> jax.Array:
+def edm_velocity(
+    z: jax.Array, t: jax.Array, sigma_data: float, raw: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
     """The velocity (z - D(x, sigma)) / t of EDM's denoiser D, x = z / (1 - t), sigma = t / (1 - t).
 
     D = c_skip x + c_out F(c_in x)  =>  v = (t - s^2 (1 - t)) / n^2 z - s / n F(z / n),  n^2 = t^2 + s^2 (1 - t)^2
@@ -122,7 +131,9 @@ class Block(nn.Module):
         resample = RESAMPLE[self.config.resample][self.resample]
         y = nn.silu(_group_norm(x, "norm0", self.dtype)(x))
         y = _conv(self.width, 3, "conv0", self.dtype)(resample(y))
-        shift = nn.Dense(self.width, dtype=self.dtype, kernel_init=layers.xavier(), name="affine")(emb)
+        shift = nn.Dense(self.width, dtype=self.dtype, kernel_init=layers.xavier(), name="affine")(
+            emb
+        )
         y = y + shift[:, None, None, :]
         y = nn.silu(_group_norm(y, "norm1", self.dtype)(y))
         y = layers.RowDropout(self.config.dropout, name="dropout")(y, rngs)
@@ -159,9 +170,13 @@ class Encoder(nn.Module):
             if level == 0:
                 x = _conv(c.channels, 3, f"{tag}_conv", self.dtype)(x)
             else:
-                x = make(x.shape[-1], c, self.dtype, self.how, "down", name=f"{tag}_down")(x, emb, rngs)
+                x = make(x.shape[-1], c, self.dtype, self.how, "down", name=f"{tag}_down")(
+                    x, emb, rngs
+                )
                 if c.residual_encoder:
-                    x = aux = (x + self._shrunk(aux, x.shape[-1], f"{tag}_aux_residual")) * SKIP_SCALE
+                    x = aux = (
+                        x + self._shrunk(aux, x.shape[-1], f"{tag}_aux_residual")
+                    ) * SKIP_SCALE
             skips.append(x)
             attend = res in c.attention_resolutions
             for k in range(c.blocks):
@@ -172,7 +187,9 @@ class Encoder(nn.Module):
 
     def _shrunk(self, aux: jax.Array, width: int, name: str) -> jax.Array:
         """3 x 3 convolution of the zero-extended image, then its halving: the filter sees beyond the border."""
-        beyond = nn.Conv(width, (3, 3), padding=3, dtype=self.dtype, kernel_init=layers.xavier(), name=name)(aux)
+        beyond = nn.Conv(
+            width, (3, 3), padding=3, dtype=self.dtype, kernel_init=layers.xavier(), name=name
+        )(aux)
         return RESAMPLE[self.config.resample]["down"](beyond)[:, 1:-1, 1:-1]
 
 
@@ -193,7 +210,9 @@ class Decoder(nn.Module):
             res, width = size >> level, c.channels * mult
             tag = f"{res}x{res}"
             if level == len(c.channel_mult) - 1:
-                x = make(x.shape[-1], c, self.dtype, self.how, attend=True, name=f"{tag}_in0")(x, emb, rngs)
+                x = make(x.shape[-1], c, self.dtype, self.how, attend=True, name=f"{tag}_in0")(
+                    x, emb, rngs
+                )
                 x = make(x.shape[-1], c, self.dtype, self.how, name=f"{tag}_in1")(x, emb, rngs)
             else:
                 x = make(x.shape[-1], c, self.dtype, self.how, "up", name=f"{tag}_up")(x, emb, rngs)
@@ -217,7 +236,9 @@ class FourierFeatures(nn.Module):
     @nn.compact
     def __call__(self, time: jax.Array) -> jax.Array:
         """Map time (B,) to (B, width)."""
-        freqs = jax.lax.stop_gradient(self.param("freqs", nn.initializers.normal(FOURIER_SCALE), (self.width // 2,)))
+        freqs = jax.lax.stop_gradient(
+            self.param("freqs", nn.initializers.normal(FOURIER_SCALE), (self.width // 2,))
+        )
         return layers.time_features(time, 2 * math.pi * self.scale * freqs, sin_first=True)
 
 
@@ -230,7 +251,12 @@ class UNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, z: jax.Array | None, r: jax.Array, t: jax.Array, label: jax.Array | None, rngs: jax.Array | None
+        self,
+        z: jax.Array | None,
+        r: jax.Array,
+        t: jax.Array,
+        label: jax.Array | None,
+        rngs: jax.Array | None,
     ) -> jax.Array:
         """Map z (B, R, R, C), r, t (B,), label (B, augment_dim) or None, keys (B,) or None to u, as z.
 
@@ -245,23 +271,35 @@ class UNet(nn.Module):
         def raw(z: jax.Array) -> jax.Array:
             return decoder(encoder(z, emb, rngs), emb, rngs)
 
-        return edm_velocity(z, t, self.config.sigma_data, raw) if self.config.precond == "edm" else raw(z)
+        return (
+            edm_velocity(z, t, self.config.sigma_data, raw)
+            if self.config.precond == "edm"
+            else raw(z)
+        )
 
     def _embedding(self, r: jax.Array, t: jax.Array, label: jax.Array | None) -> jax.Array:
         """The conditioning vector (B, 4 * channels), never below float32: it carries the times."""
         noise_width, width = self.config.noise_width, 4 * self.config.channels
         of_t = self._features_of_t(t)
-        of_h = layers.time_features(t - r, layers.frequencies(noise_width // 2, endpoint=True), sin_first=True)
+        of_h = layers.time_features(
+            t - r, layers.frequencies(noise_width // 2, endpoint=True), sin_first=True
+        )
         if label is not None:
             init = layers.xavier()
-            shift = nn.Dense(2 * noise_width, use_bias=False, kernel_init=init, name="map_augment")(label)
+            shift = nn.Dense(2 * noise_width, use_bias=False, kernel_init=init, name="map_augment")(
+                label
+            )
             of_t, of_h = of_t + shift[:, :noise_width], of_h + shift[:, noise_width:]
         # Both kernels are column blocks of one official layer, so both count its fan-in, 2 * noise_width.
         half = layers.uniform_within(math.sqrt(6 / (2 * noise_width + width)))
         interval_init = half if self.config.interval_init == "random" else nn.initializers.zeros
         emb = nn.Dense(width, kernel_init=half, name="map_layer0")(of_t)
-        emb = emb + nn.Dense(width, use_bias=False, kernel_init=interval_init, name="interval")(of_h)
-        return nn.silu(nn.Dense(width, kernel_init=layers.xavier(), name="map_layer1")(nn.silu(emb)))
+        emb = emb + nn.Dense(width, use_bias=False, kernel_init=interval_init, name="interval")(
+            of_h
+        )
+        return nn.silu(
+            nn.Dense(width, kernel_init=layers.xavier(), name="map_layer1")(nn.silu(emb))
+        )
 
     def _features_of_t(self, t: jax.Array) -> jax.Array:
         """The part of the embedding's input that knows t, (B, noise_width)."""
@@ -273,12 +311,16 @@ class UNet(nn.Module):
         return layers.time_features(time, freqs, sin_first=True)
 
 
-def make_unet(config: UNetConfig, image_shape: tuple[int, ...], dtype: jnp.dtype | None, how: layers.Execution) -> UNet:
+def make_unet(
+    config: UNetConfig, image_shape: tuple[int, ...], dtype: jnp.dtype | None, how: layers.Execution
+) -> UNet:
     """Check `config` against images (R, R, C) and return the module; raises DmfError naming the field."""
     layers.check_levels("U-Net", config, image_shape)
     layers.check_positive("config.network.embedding_mult", config.embedding_mult)
     if config.augment_dim < 0:
-        raise DmfError(f"config.network.augment_dim is {config.augment_dim}; expected 0 (no label) or more.")
+        raise DmfError(
+            f"config.network.augment_dim is {config.augment_dim}; expected 0 (no label) or more."
+        )
     layers.check_choice("config.network.interval_init", config.interval_init, layers.INTERVAL_INITS)
     layers.check_choice("config.network.resample", config.resample, tuple(RESAMPLE))
     _check_conditioning(config)

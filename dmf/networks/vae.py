@@ -105,8 +105,12 @@ class Resnet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map x (B, H, W, C) to (B, H, W, width)."""
-        y = _conv(self.width, 3, self.dtype, "conv1")(nn.silu(_norm(self.groups, self.dtype, "norm1")(x)))
-        y = _conv(self.width, 3, self.dtype, "conv2")(nn.silu(_norm(self.groups, self.dtype, "norm2")(y)))
+        y = _conv(self.width, 3, self.dtype, "conv1")(
+            nn.silu(_norm(self.groups, self.dtype, "norm1")(x))
+        )
+        y = _conv(self.width, 3, self.dtype, "conv2")(
+            nn.silu(_norm(self.groups, self.dtype, "norm2")(y))
+        )
         if x.shape[-1] != self.width:
             x = _conv(self.width, 1, self.dtype, "conv_shortcut")(x)
         return x + y
@@ -154,7 +158,9 @@ class Downsample(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map x (B, H, W, C) to (B, H / 2, W / 2, C)."""
         padding, init = ((0, 1), (0, 1)), layers.xavier()
-        return nn.Conv(x.shape[-1], (3, 3), 2, padding, dtype=self.dtype, kernel_init=init, name="conv")(x)
+        return nn.Conv(
+            x.shape[-1], (3, 3), 2, padding, dtype=self.dtype, kernel_init=init, name="conv"
+        )(x)
 
 
 class Upsample(nn.Module):
@@ -271,13 +277,17 @@ def build_vae(config: VAEConfig, dtype: Any = jnp.float32) -> VAE:
     module = Autoencoder(config, None if jnp.dtype(dtype) == jnp.float32 else jnp.bfloat16)
 
     def init(key: jax.Array) -> dict[str, Any]:
-        x = jax.ShapeDtypeStruct((1, config.factor, config.factor, config.image_channels), jnp.float32)
+        x = jax.ShapeDtypeStruct(
+            (1, config.factor, config.factor, config.image_channels), jnp.float32
+        )
         latent = jax.ShapeDtypeStruct((1, 1, 1, config.latent_channels), jnp.float32)
         return module.lazy_init(key, x, latent)["params"]
 
     def encode(params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         if config.part != "both":
-            raise DmfError(f"VAEConfig.part is {config.part!r}: there is no encoder; expected 'both' for encode.")
+            raise DmfError(
+                f"VAEConfig.part is {config.part!r}: there is no encoder; expected 'both' for encode."
+            )
         _check_input("x", x, config.image_channels, config.factor)
         moments: Any = module.apply({"params": params}, x, method="encode")
         return moments
@@ -299,13 +309,19 @@ def _check(config: VAEConfig) -> None:
     for width in config.channels:
         layers.check_positive("VAEConfig.channels", width)
         if width % config.groups:
-            raise DmfError(f"VAEConfig.channels has a level of {width}; expected a multiple of groups, {config.groups}.")
+            raise DmfError(
+                f"VAEConfig.channels has a level of {width}; expected a multiple of groups, {config.groups}."
+            )
     if not isinstance(config.scale, int | float) or not config.scale > 0:
         raise DmfError(f"VAEConfig.scale is {config.scale!r}; expected a number above 0.")
 
 
 def _check_input(name: str, x: jax.Array, channels: int, factor: int) -> None:
-    fits = x.ndim == 4 and x.shape[-1] == channels and not any(side == 0 or side % factor for side in x.shape[1:3])
+    fits = (
+        x.ndim == 4
+        and x.shape[-1] == channels
+        and not any(side == 0 or side % factor for side in x.shape[1:3])
+    )
     if not fits:
         sides = f" with H and W multiples of {factor}" if factor > 1 else ""
         raise DmfError(f"{name} has shape {x.shape}; expected (B, H, W, {channels}){sides}.")

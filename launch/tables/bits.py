@@ -54,9 +54,7 @@ DIT: dict[str, Any] = dict(
     loss=dict(p=0.5),
     label_dropout=0.25,
     guidance=dict(omega=2.0, kappa=0.25, t_start=0.1, t_end=0.9),
-    curriculum=dict(
-        stages=5, kinds=KINDS, length=10.0, length_unit="steps", pretrain_length=2.0
-    ),
+    curriculum=dict(stages=5, kinds=KINDS, length=10.0, length_unit="steps", pretrain_length=2.0),
     optimizer=dict(warmup_steps=2, clip_norm=1.0, weight_decay=0.01),
     ema=dict(halflife_images=[50.0, 800.0], rampup_ratio=0.5, evaluate=50.0),
     guard=dict(every_steps=4, rows=32, action="jvp", factor=1e6),
@@ -86,9 +84,7 @@ def changed(**changes: Any) -> dict[str, Any]:
 
 RUNS: dict[str, dict[str, Any]] = {
     "dit": DIT,
-    "dit_own_unit": changed(
-        loss=dict(tangent="own", residual_scale="unit", p=1.0), microbatches=2
-    ),
+    "dit_own_unit": changed(loss=dict(tangent="own", residual_scale="unit", p=1.0), microbatches=2),
     "dit_ema_adaptive": changed(
         loss=dict(tangent="ema"),
         curriculum=dict(interval="adaptive", schedule="smooth"),

@@ -13,7 +13,11 @@ from dmf.convert.files.span import DTYPES, Cursor, Span, checked_sizes, packed, 
 from dmf.convert.files.tree import MAX_DEPTH, Inert, Tensor
 
 CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
-NUMBERS = dict(zip(range(0xCA, 0xD4), (">f", ">d", ">B", ">H", ">I", ">Q", ">b", ">h", ">i", ">q"), strict=True))
+NUMBERS = dict(
+    zip(
+        range(0xCA, 0xD4), (">f", ">d", ">B", ">H", ">I", ">Q", ">b", ">h", ">i", ">q"), strict=True
+    )
+)
 LENGTHS = {
     **{0xC4: ("bytes", ">B"), 0xC5: ("bytes", ">H"), 0xC6: ("bytes", ">I")},
     **{0xC7: ("extension", ">B"), 0xC8: ("extension", ">H"), 0xC9: ("extension", ">I")},
@@ -30,7 +34,9 @@ def read_msgpack(whole: Span) -> Any:
     with whole.cursor() as cursor:
         tree = _value(cursor, 0)
         if cursor.left:
-            raise whole.error(f"goes on for {cursor.left} bytes after its end; expected nothing more")
+            raise whole.error(
+                f"goes on for {cursor.left} bytes after its end; expected nothing more"
+            )
         return tree
 
 
@@ -63,7 +69,9 @@ def _header(cursor: Cursor, code: int) -> tuple[str, int]:
     for first, kind, mask in ((0xA0, "text", 0x1F), (0x90, "list", 0x0F), (0x80, "map", 0x0F)):
         if first <= code <= first + mask:
             return kind, code & mask
-    raise cursor.span.error(f"byte {code:#x} stands where a value begins; expected a Flax msgpack checkpoint")
+    raise cursor.span.error(
+        f"byte {code:#x} stands where a value begins; expected a Flax msgpack checkpoint"
+    )
 
 
 def _map(cursor: Cursor, size: int, depth: int) -> Any:
@@ -71,7 +79,9 @@ def _map(cursor: Cursor, size: int, depth: int) -> Any:
     for _ in range(size):
         key = _value(cursor, depth + 1)
         if not isinstance(key, str | int) or key in found:
-            raise cursor.span.error(f"key {short(key)} of a map is used twice or is no text; expected names, each once")
+            raise cursor.span.error(
+                f"key {short(key)} of a map is used twice or is no text; expected names, each once"
+            )
         found[key] = _value(cursor, depth + 1)
     return _joined(cursor.span, found) if CHUNKED in found else found
 
@@ -80,12 +90,25 @@ def _extension(cursor: Cursor, size: int, depth: int) -> Any:
     """An array: a list of shape, name of the type, and bytes in row-major order."""
     kind, end = cursor.number(">b"), cursor.left - size
     if kind not in (ARRAY, SCALAR):
-        raise cursor.span.error(f"extension type {kind}; expected arrays and scalars, types {ARRAY} and {SCALAR}, of Flax")
+        raise cursor.span.error(
+            f"extension type {kind}; expected arrays and scalars, types {ARRAY} and {SCALAR}, of Flax"
+        )
     form, fields = _header(cursor, cursor.take(1)[0])
-    shape, name = (_value(cursor, depth + 1) for _ in range(2)) if (form, fields) == ("list", 3) else (None, None)
+    shape, name = (
+        (_value(cursor, depth + 1) for _ in range(2))
+        if (form, fields) == ("list", 3)
+        else (None, None)
+    )
     form, count = _header(cursor, cursor.take(1)[0])
-    if not isinstance(shape, dict) or not isinstance(name, str) or name not in DTYPES or form != "bytes":
-        raise cursor.span.error(f"an array of type {short(name)}; expected a shape, one of {', '.join(DTYPES)}, and bytes")
+    if (
+        not isinstance(shape, dict)
+        or not isinstance(name, str)
+        or name not in DTYPES
+        or form != "bytes"
+    ):
+        raise cursor.span.error(
+            f"an array of type {short(name)}; expected a shape, one of {', '.join(DTYPES)}, and bytes"
+        )
     data = cursor.skip(count, f"an array at byte {cursor.span.size - cursor.left}")
     tensor = packed(data, DTYPES[name], list(shape.values()))
     if cursor.left != end:
@@ -98,8 +121,14 @@ def _joined(span: Span, found: dict[str | int, Any]) -> Tensor:
     sizes, parts = ([part.get(str(i)) for i in range(len(part))] for part in numbered)
     shape, chunks = checked_sizes(span, sizes), [part for part in parts if isinstance(part, Tensor)]
     counted = sum(math.prod(chunk.shape) for chunk in chunks)
-    if len(chunks) != len(parts) or counted != math.prod(shape) or len({chunk.dtype for chunk in chunks}) != 1:
-        raise span.error(f"an array in {len(parts)} chunks that do not fill shape {short(shape)}; expected Flax's chunks")
+    if (
+        len(chunks) != len(parts)
+        or counted != math.prod(shape)
+        or len({chunk.dtype for chunk in chunks}) != 1
+    ):
+        raise span.error(
+            f"an array in {len(parts)} chunks that do not fill shape {short(shape)}; expected Flax's chunks"
+        )
     return Tensor(shape, chunks[0].dtype, functools.partial(_read_chunks, shape, chunks))
 
 

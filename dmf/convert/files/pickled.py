@@ -46,13 +46,34 @@ INERT = {
     "pytorch_lightning.utilities.parsing.AttributeDict",
     "torch.device",
     "torch.nn.parallel.data_parallel.DataParallel",
-    *(f"{pl}.callbacks.model_checkpoint.ModelCheckpoint" for pl in ("pytorch_lightning", "lightning.pytorch")),
-    *(f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "long", "range", "str", "tuple", "xrange")),
+    *(
+        f"{pl}.callbacks.model_checkpoint.ModelCheckpoint"
+        for pl in ("pytorch_lightning", "lightning.pytorch")
+    ),
+    *(
+        f"builtins.{name}"
+        for name in (
+            "bool",
+            "dict",
+            "float",
+            "int",
+            "list",
+            "long",
+            "range",
+            "str",
+            "tuple",
+            "xrange",
+        )
+    ),
     *(f"numpy.{name}" for name in PLAIN if name != "bool"),
     *(f"numpy.{core}.numeric._frombuffer" for core in ("core", "_core")),
 }
 MODULE = re.compile(r"torch\.nn\.modules\.[a-z_]+\.[A-Z]\w*")
-CLASSES = {"numpy.ndarray", "torch.Tensor", "torch.nn.parameter.Parameter"}  # only ever arguments of the calls below
+CLASSES = {
+    "numpy.ndarray",
+    "torch.Tensor",
+    "torch.nn.parameter.Parameter",
+}  # only ever arguments of the calls below
 LOAD_FROM_BYTES = "torch.storage._load_from_bytes"
 MAX_TENSOR_ARGS = 8
 _OPEN = object()  # stands for a node whose inside is being looked at
@@ -98,7 +119,9 @@ class Made:
 
 def wrong(cursor: Cursor, what: str, *found: Any) -> DmfError:
     """The refusal of something in a form that nobody writes."""
-    return cursor.span.error(f"{what} with {short(found)} in its pickle; expected the form that PyTorch or NumPy writes")
+    return cursor.span.error(
+        f"{what} with {short(found)} in its pickle; expected the form that PyTorch or NumPy writes"
+    )
 
 
 def key_of(cursor: Cursor, value: Any) -> Any:
@@ -107,12 +130,18 @@ def key_of(cursor: Cursor, value: Any) -> Any:
         return value
     if isinstance(value, Global):
         return value.label
-    raise cursor.span.error(f"a key of type {type(value).__name__} in its pickle; expected text or a number")
+    raise cursor.span.error(
+        f"a key of type {type(value).__name__} in its pickle; expected text or a number"
+    )
 
 
 def allowed(cursor: Cursor, module: str, name: str) -> Global:
     """The label of a global, or the refusal of one that weight files do not need."""
-    label = f"{PYTHON2.get(module, module)}.{name}" if len(module) + len(name) <= MAX_LINE else "a long name"
+    label = (
+        f"{PYTHON2.get(module, module)}.{name}"
+        if len(module) + len(name) <= MAX_LINE
+        else "a long name"
+    )
     if "." in name or not (label in KNOWN or MODULE.fullmatch(label)):
         raise cursor.span.error(
             f"its pickle asks for {short(label)}; refused, nothing of it was run; expected only tensors, numbers, text "
@@ -124,8 +153,14 @@ def allowed(cursor: Cursor, module: str, name: str) -> Global:
 def _rebuild_tensor(cursor: Cursor, args: tuple[Any, ...]) -> Any:
     match args if len(args) <= MAX_TENSOR_ARGS else ():
         case (Storage() as storage, int() as offset, tuple() as size, tuple() as stride, *rest):
-            extra = rest[2:]  # after requires_grad and hooks: a type, where it is not that of the storage, and marks
-            named = [TORCH_DTYPES[x.label] for x in extra[:1] if isinstance(x, Global) and x.label in TORCH_DTYPES]
+            extra = rest[
+                2:
+            ]  # after requires_grad and hooks: a type, where it is not that of the storage, and marks
+            named = [
+                TORCH_DTYPES[x.label]
+                for x in extra[:1]
+                if isinstance(x, Global) and x.label in TORCH_DTYPES
+            ]
             if not any(extra[len(named) :]):
                 return View(storage, [*named, storage.dtype][0], offset, size, stride)
     raise wrong(cursor, "a tensor", *args[:MAX_TENSOR_ARGS])
@@ -141,7 +176,12 @@ def _rebuild_parameter(cursor: Cursor, args: tuple[Any, ...]) -> Any:
 def _rebuild_typed(cursor: Cursor, args: tuple[Any, ...]) -> Any:
     """A tensor with attributes of its own, which are dropped."""
     match args:
-        case (Global(label), Global("torch.Tensor" | "torch.nn.parameter.Parameter"), tuple() as inner, _) if label in TENSORS:
+        case (
+            Global(label),
+            Global("torch.Tensor" | "torch.nn.parameter.Parameter"),
+            tuple() as inner,
+            _,
+        ) if label in TENSORS:
             return TENSORS[label](cursor, inner)
     raise wrong(cursor, "a tensor", *args)
 
@@ -223,7 +263,9 @@ def _numpy_empty(cursor: Cursor, args: tuple[Any, ...]) -> Any:
 
 def _numpy_scalar(cursor: Cursor, args: tuple[Any, ...]) -> Any:
     match args:
-        case (Made("numpy.dtype") as made, bytes() as data) if (dtype := _dtype(made)) and len(data) == dtype.itemsize:
+        case (Made("numpy.dtype") as made, bytes() as data) if (dtype := _dtype(made)) and len(
+            data
+        ) == dtype.itemsize:
             return np.frombuffer(data, dtype)[0].item()
     raise wrong(cursor, "a NumPy number", *args)
 
@@ -273,7 +315,9 @@ def _tree(value: Any, span: Span, done: dict[int, Any], depth: int) -> Any:
     if id(value) in done and done[id(value)] is not _OPEN:
         return done[id(value)]
     if id(value) in done or depth > MAX_DEPTH:
-        raise span.error(f"its pickle nests objects over {MAX_DEPTH} deep or within themselves; expected a plain tree")
+        raise span.error(
+            f"its pickle nests objects over {MAX_DEPTH} deep or within themselves; expected a plain tree"
+        )
     done[id(value)] = _OPEN
     below = functools.partial(_tree, span=span, done=done, depth=depth + 1)
     done[id(value)] = made = _node(value, span, below)
@@ -295,17 +339,33 @@ def _node(value: Any, span: Span, below: Callable[[Any], Any]) -> Any:
         case Made("persistent", (str() as name,), state):
             return Inert(name, below(state))
         case Made():  # one of the three is made a tree once, however many objects share it
-            return Inert(value.label, below(value.items or value.state or value.args or value.items))
+            return Inert(
+                value.label, below(value.items or value.state or value.args or value.items)
+            )
         case Global():
             return Inert(value.label, {})
         case Span() | Storage():
             return Inert(type(value).__name__, {"name": value.name})
-    raise span.error(f"a {type(value).__name__} without its bytes in its pickle; expected the bytes of every tensor")
+    raise span.error(
+        f"a {type(value).__name__} without its bytes in its pickle; expected the bytes of every tensor"
+    )
 
 
 def _array(state: Any, span: Span) -> Tensor | Inert:
     """Row-major little-endian numbers; other arrays, which no network has, are not read."""
     match state:
-        case (_, tuple() as shape, Made("numpy.dtype") as made, False, Span() | bytes() as data) if dtype := _dtype(made):
-            return packed(data if isinstance(data, Span) else span.memory(data, "a NumPy array in its pickle"), dtype, shape)
+        case (
+            _,
+            tuple() as shape,
+            Made("numpy.dtype") as made,
+            False,
+            Span() | bytes() as data,
+        ) if dtype := _dtype(made):
+            return packed(
+                data
+                if isinstance(data, Span)
+                else span.memory(data, "a NumPy array in its pickle"),
+                dtype,
+                shape,
+            )
     return Inert("numpy.ndarray", {})

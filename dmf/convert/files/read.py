@@ -18,26 +18,53 @@ from typing import Any
 
 import numpy as np
 
-from dmf import checkpoint
 from dmf.convert.files import flaxfile, torchfile
 from dmf.convert.files.span import DTYPES, File, Span, packed, refusal, short
 from dmf.convert.files.tree import Inert, Tensor, flatten, module_tensors, strip_prefix
+from dmf.storage import checkpoint
 
-__all__ = ["Inert", "Tensor", "Weights", "flatten", "module_tensors", "open_file", "sha256", "strip_prefix"]
+__all__ = [
+    "Inert",
+    "Tensor",
+    "Weights",
+    "flatten",
+    "module_tensors",
+    "open_file",
+    "sha256",
+    "strip_prefix",
+]
 
 ORBAX = "_METADATA"  # in the folder of one tree of Orbax's
 STEP = "_CHECKPOINT_METADATA"  # in the folder that Orbax reads, which holds one tree or several
 MAX_HEADER = 2**24  # bytes of JSON
 SAFETENSORS = {
-    **{"BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32"},
-    **{"U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"},
+    **{
+        "BOOL": "bool",
+        "U8": "uint8",
+        "I8": "int8",
+        "U16": "uint16",
+        "I16": "int16",
+        "U32": "uint32",
+        "I32": "int32",
+    },
+    **{
+        "U64": "uint64",
+        "I64": "int64",
+        "F16": "float16",
+        "BF16": "bfloat16",
+        "F32": "float32",
+        "F64": "float64",
+    },
     **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"},
 }
 LOOKS = (
     (rb"version https://git-lfs", "a git-lfs pointer, not the file itself (run `git lfs pull`)"),
     (rb"\s*<", "an HTML or XML page, such as a login, a notice of a download limit or an error"),
     (rb"\s*[{\[]", "a JSON text, such as the index of a model in several files"),
-    (rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf|Rar!", "a compressed archive (unpack it first)"),
+    (
+        rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf|Rar!",
+        "a compressed archive (unpack it first)",
+    ),
     (rb"(?s).{257}ustar", "a tar archive (unpack it first)"),
     (rb"model_checkpoint_path:", "the text beside a TensorFlow checkpoint"),
 )
@@ -65,7 +92,10 @@ def open_file(path: str | Path) -> Weights:
 
     An Orbax directory, as newer Flax trainers write it, is read like a file.
     """
-    for folder in (Path(path).absolute(), Path(path).absolute() / "default"):  # the latter within a CheckpointManager's step
+    for folder in (
+        Path(path).absolute(),
+        Path(path).absolute() / "default",
+    ):  # the latter within a CheckpointManager's step
         if os.path.isfile(folder / ORBAX):
             apart = not os.path.isfile(folder / STEP) and os.path.isfile(folder.parent / STEP)
             where = (folder.parent, folder.name) if apart else (folder, "AUTO")
@@ -92,7 +122,9 @@ def sha256(path: str | Path) -> str:
     """The file's SHA-256 in hexadecimal digits; of a directory, that of the names and digests of its files."""
     try:
         if Path(path).is_dir():
-            names = sorted(p.relative_to(path).as_posix() for p in Path(path).rglob("*") if p.is_file())
+            names = sorted(
+                p.relative_to(path).as_posix() for p in Path(path).rglob("*") if p.is_file()
+            )
             lines = [f"{sha256(Path(path) / name)}  {name}\n" for name in names]
             return hashlib.sha256("".join(lines).encode()).hexdigest()
         with open(path, "rb") as stream:
@@ -104,7 +136,11 @@ def sha256(path: str | Path) -> str:
 def _read_orbax(where: tuple[Path, str], node: Any, keys: tuple[str, ...] = ()) -> Any:
     """The tree of an Orbax directory; of a list, which only optimisers have, its being there."""
     if isinstance(node, Mapping):
-        return {name: _read_orbax(where, below, (*keys, name)) for name, below in node.items() if below is not None}
+        return {
+            name: _read_orbax(where, below, (*keys, name))
+            for name, below in node.items()
+            if below is not None
+        }
     if not hasattr(node, "shape") or not hasattr(node, "dtype"):
         return node if isinstance(node, int | float | str) else Inert(type(node).__name__, {})
     shape, dtype = tuple(node.shape), np.dtype(node.dtype)
@@ -119,10 +155,14 @@ def _read_safetensors(whole: Span) -> tuple[dict[str, Tensor], dict[str, str]]:
         try:
             header = json.loads(cursor.text(size), object_pairs_hook=_unique)
         except (ValueError, RecursionError) as error:
-            raise whole.error(f"its header is no JSON ({short(error)}); expected that of a safetensors file") from error
+            raise whole.error(
+                f"its header is no JSON ({short(error)}); expected that of a safetensors file"
+            ) from error
         data = cursor.skip(cursor.left, "its data")
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+    if not isinstance(metadata, dict) or not all(
+        isinstance(text, str) for text in metadata.values()
+    ):
         raise whole.error("its __metadata__ is no map of texts; expected a safetensors file")
     return _tensors(data, header), metadata
 
@@ -138,17 +178,25 @@ def _tensors(data: Span, header: Mapping[str, Any]) -> dict[str, Tensor]:
     found, ends = {}, []
     for name, entry in header.items():
         match entry:
-            case {"dtype": str() as code, "shape": list() as shape, "data_offsets": [int() as start, int() as end]} if (
-                code in SAFETENSORS
-            ):
-                found[name] = packed(data.part(start, end - start, name), DTYPES[SAFETENSORS[code]], shape)
+            case {
+                "dtype": str() as code,
+                "shape": list() as shape,
+                "data_offsets": [int() as start, int() as end],
+            } if code in SAFETENSORS:
+                found[name] = packed(
+                    data.part(start, end - start, name), DTYPES[SAFETENSORS[code]], shape
+                )
                 ends.append((start, end))
             case _:
-                raise data.error(f"tensor {short(name)} in no known form; expected its dtype, shape and data_offsets")
+                raise data.error(
+                    f"tensor {short(name)} in no known form; expected its dtype, shape and data_offsets"
+                )
     end = 0
     for start, stop in sorted(ends):
         if start != end:
-            raise data.error(f"a tensor starts at byte {start}, where {end} is expected: side by side, no gap, no overlap")
+            raise data.error(
+                f"a tensor starts at byte {start}, where {end} is expected: side by side, no gap, no overlap"
+            )
         end = stop
     if end != data.size:
         raise data.error(f"its tensors take {end} of {data.size} bytes; expected all of them")

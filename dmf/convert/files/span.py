@@ -25,12 +25,16 @@ MAX_PIECES = 1_000_000  # bounds time and memory (under 1 GB): a real index take
 PIECE = 64  # bytes of text that count as one piece
 MAX_LINE = 500
 MAX_DIMS = 32
-MAX_REPEATED = 2**26  # bytes of a tensor that repeats values, and so takes more memory than the file holds
+MAX_REPEATED = (
+    2**26
+)  # bytes of a tensor that repeats values, and so takes more memory than the file holds
 MAX_COUNT = 2**58  # values of a tensor: their bytes can be counted in 63 bits
 INTEGERS = ("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
 PLAIN = (*INTEGERS, "float16", "float32", "float64")
 NARROW = ("bfloat16", "float8_e4m3fn", "float8_e5m2")
-DTYPES = {name: np.dtype(name) for name in PLAIN} | {name: np.dtype(getattr(ml_dtypes, name)) for name in NARROW}
+DTYPES = {name: np.dtype(name) for name in PLAIN} | {
+    name: np.dtype(getattr(ml_dtypes, name)) for name in NARROW
+}
 
 
 def refusal(path: str | Path, text: str) -> DmfError:
@@ -43,7 +47,11 @@ def short(thing: object) -> str:
     if isinstance(thing, list | tuple):
         inner = [short(x) if isinstance(x, int) else type(x).__name__ for x in thing[:8]]
         return f"({', '.join([*inner, *(['...'] if len(thing) > 8 else [])])})"
-    text = str(thing) if isinstance(thing, str | int | float | Exception | None) else type(thing).__name__
+    text = (
+        str(thing)
+        if isinstance(thing, str | int | float | Exception | None)
+        else type(thing).__name__
+    )
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
@@ -63,9 +71,14 @@ class File:
         except FileNotFoundError as error:
             raise refusal(path, "no such file; expected a file of weights") from error
         except (OSError, ValueError) as error:
-            raise refusal(path, f"cannot be reached ({short(error)}); expected a file of weights") from error
+            raise refusal(
+                path, f"cannot be reached ({short(error)}); expected a file of weights"
+            ) from error
         if stat.S_ISDIR(found.st_mode):
-            raise refusal(path, "is a directory; expected one file of weights, or an Orbax directory with its _METADATA")
+            raise refusal(
+                path,
+                "is a directory; expected one file of weights, or an Orbax directory with its _METADATA",
+            )
         if not stat.S_ISREG(found.st_mode):
             raise refusal(path, "is a device or a pipe; expected a file of weights")
         if not found.st_size:
@@ -78,10 +91,15 @@ class File:
         try:
             with open(self.path, "rb") as stream:
                 if _stamp(os.fstat(stream.fileno())) != self.stamp:
-                    raise refusal(self.path, "was changed while in use; expected the file as it was when first opened")
+                    raise refusal(
+                        self.path,
+                        "was changed while in use; expected the file as it was when first opened",
+                    )
                 yield stream
         except OSError as error:
-            raise refusal(self.path, f"cannot be read ({short(error)}); expected a readable file") from error
+            raise refusal(
+                self.path, f"cannot be read ({short(error)}); expected a readable file"
+            ) from error
 
     def whole(self) -> Span:
         """All its bytes."""
@@ -142,7 +160,9 @@ class Span:
             while got < len(raw) and (more := stream.readinto(view[got:])):
                 got += more
         if got < len(raw):
-            raise self.error(f"ended after {got} of {len(raw)} bytes; expected all of them (is the file cut off?)")
+            raise self.error(
+                f"ended after {got} of {len(raw)} bytes; expected all of them (is the file cut off?)"
+            )
         if len(raw) == self.size:
             self._check(zlib.crc32(view))
         return raw != 0 if dtype == np.bool_ else raw.view(dtype)
@@ -157,7 +177,9 @@ class Span:
 
     def _check(self, crc: int) -> None:
         if self.crc not in (None, crc):
-            raise self.error(f"damaged: its bytes do not match their checksum; expected CRC-32 {self.crc:08x}")
+            raise self.error(
+                f"damaged: its bytes do not match their checksum; expected CRC-32 {self.crc:08x}"
+            )
 
 
 @contextlib.contextmanager
@@ -175,7 +197,9 @@ class Cursor:
         """Counts work; DmfError once it is more than any file of weights takes."""
         self.budget[0] -= pieces
         if self.budget[0] < 0:
-            raise self.span.error(f"describes over {MAX_PIECES} pieces of data besides tensors; expected a file of weights")
+            raise self.span.error(
+                f"describes over {MAX_PIECES} pieces of data besides tensors; expected a file of weights"
+            )
 
     def take(self, count: int) -> bytes:
         """The next `count` bytes."""
@@ -204,13 +228,17 @@ class Cursor:
         try:
             return self.take(count).decode("utf-8", "surrogatepass")
         except UnicodeDecodeError as error:
-            raise self.span.error(f"text before byte {self.span.size - self.left} is not UTF-8; expected UTF-8") from error
+            raise self.span.error(
+                f"text before byte {self.span.size - self.left} is not UTF-8; expected UTF-8"
+            ) from error
 
     def line(self) -> str:
         """The next line of text, without its end."""
         data = self._stream.readline(min(MAX_LINE, self.left))
         if not data.endswith(b"\n"):
-            raise self.span.error(f"no line of text at byte {self.span.size - self.left}; expected one (is the file cut off?)")
+            raise self.span.error(
+                f"no line of text at byte {self.span.size - self.left}; expected one (is the file cut off?)"
+            )
         self._stream.seek(-len(data), os.SEEK_CUR)
         return self.text(len(data))[:-1]
 
@@ -231,12 +259,20 @@ def checked_sizes(span: Span, shape: Sequence[Any]) -> tuple[int, ...]:
     raise span.error(f"shape {short(shape)}; expected up to {MAX_DIMS} sizes >= 0 of sane extent")
 
 
-def strided(span: Span, dtype: np.dtype, shape: Sequence[Any], strides: Sequence[Any] | None = None, offset: Any = 0) -> Tensor:
+def strided(
+    span: Span,
+    dtype: np.dtype,
+    shape: Sequence[Any],
+    strides: Sequence[Any] | None = None,
+    offset: Any = 0,
+) -> Tensor:
     """A tensor over a span; strides and offset count values, None = row-major. DmfError where it is not all inside."""
     sizes = checked_sizes(span, shape)
     steps = _row_major(sizes) if strides is None else strides
     if len(steps) != len(sizes) or not all(isinstance(n, int) and n >= 0 for n in (*steps, offset)):
-        raise span.error(f"strides {short(steps)} from value {short(offset)} for shape {short(shape)}; expected numbers >= 0")
+        raise span.error(
+            f"strides {short(steps)} from value {short(offset)} for shape {short(shape)}; expected numbers >= 0"
+        )
     steps = tuple(step if n > 1 else 0 for n, step in zip(sizes, steps, strict=True))
     reach = 1 + sum((n - 1) * step for n, step in zip(sizes, steps, strict=True))
     count, held = math.prod(sizes), span.size // dtype.itemsize
@@ -246,15 +282,21 @@ def strided(span: Span, dtype: np.dtype, shape: Sequence[Any], strides: Sequence
             f"value {short(offset)} (is the file cut off?)"
         )
     if count > held and count * dtype.itemsize > MAX_REPEATED:
-        raise span.error(f"repeats values to fill shape {short(shape)}; expected at most {MAX_REPEATED} bytes of such a tensor")
-    return Tensor(sizes, dtype, functools.partial(_read, span, dtype, sizes, steps, int(offset), reach))
+        raise span.error(
+            f"repeats values to fill shape {short(shape)}; expected at most {MAX_REPEATED} bytes of such a tensor"
+        )
+    return Tensor(
+        sizes, dtype, functools.partial(_read, span, dtype, sizes, steps, int(offset), reach)
+    )
 
 
 def packed(span: Span, dtype: np.dtype, shape: Sequence[Any]) -> Tensor:
     """The row-major tensor that fills a span exactly; DmfError where shape and bytes disagree."""
     tensor = strided(span, dtype, shape)
     if math.prod(tensor.shape) * dtype.itemsize != span.size:
-        raise span.error(f"holds {span.size} bytes; expected those of shape {short(shape)} and type {dtype}")
+        raise span.error(
+            f"holds {span.size} bytes; expected those of shape {short(shape)} and type {dtype}"
+        )
     return tensor
 
 
@@ -262,11 +304,20 @@ def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
-def _read(span: Span, dtype: np.dtype, shape: tuple[int, ...], steps: tuple[int, ...], offset: int, reach: int) -> np.ndarray:
+def _read(
+    span: Span,
+    dtype: np.dtype,
+    shape: tuple[int, ...],
+    steps: tuple[int, ...],
+    offset: int,
+    reach: int,
+) -> np.ndarray:
     if 0 in shape:
         return np.empty(shape, dtype)
     flat = span.array(dtype, offset, reach)
-    if steps == tuple(step if n > 1 else 0 for n, step in zip(shape, _row_major(shape), strict=True)):
+    if steps == tuple(
+        step if n > 1 else 0 for n, step in zip(shape, _row_major(shape), strict=True)
+    ):
         return flat.reshape(shape)
     view = np.lib.stride_tricks.as_strided(flat, shape, [step * dtype.itemsize for step in steps])
     return np.array(view, order="C")

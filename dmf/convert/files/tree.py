@@ -13,7 +13,10 @@ from dmf.errors import DmfError
 MAX_VISITS = 1_000_000  # a few shared lists can stand for more names than memory holds
 MAX_NAME = 1000
 MAX_DEPTH = 100
-PREFIXES = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
+PREFIXES = (
+    "module.",
+    "_orig_mod.",
+)  # what DistributedDataParallel and torch.compile put before every name
 
 
 class Tensor(NamedTuple):
@@ -52,14 +55,18 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Tensor]:
         if isinstance(node, Tensor):
             _add(found, name, node)
         items = inner.items() if isinstance(inner, Mapping) else enumerate(inner)
-        todo.extend(reversed([(f"{name}.{key}" if name else str(key), value) for key, value in items]))
+        todo.extend(
+            reversed([(f"{name}.{key}" if name else str(key), value) for key, value in items])
+        )
     return found
 
 
 def strip_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors without the leading 'module.' and '_orig_mod.' that all their names share."""
     names = list(tensors)
-    while names and (shared := [p for p in PREFIXES if all(n.startswith(p) and n != p for n in names)]):
+    while names and (
+        shared := [p for p in PREFIXES if all(n.startswith(p) and n != p for n in names)]
+    ):
         names = [name.removeprefix(shared[0]) for name in names]
     return dict(zip(names, tensors.values(), strict=True))
 
@@ -71,7 +78,9 @@ def module_tensors(inert: Inert) -> dict[str, Tensor]:
         if isinstance(value, Tensor):
             _add(found, name, value)
         if visits > MAX_VISITS:
-            raise DmfError(f"module {inert.class_name[:40]!r} has over {MAX_VISITS} entries: expected those of a network")
+            raise DmfError(
+                f"module {inert.class_name[:40]!r} has over {MAX_VISITS} entries: expected those of a network"
+            )
     return found
 
 
@@ -79,9 +88,13 @@ def _walk(node: Any, prefix: str, depth: int) -> Iterator[tuple[str, Any]]:
     state = node.state if isinstance(node, Inert) else None
     fields = state if isinstance(state, dict) else {}
     parts = [fields.get(key) for key in ("_parameters", "_buffers", "_modules")]
-    if max(depth - MAX_DEPTH, len(prefix) - MAX_NAME) > 0 or not all(isinstance(part, dict) for part in parts):
+    if max(depth - MAX_DEPTH, len(prefix) - MAX_NAME) > 0 or not all(
+        isinstance(part, dict) for part in parts
+    ):
         what = node.class_name if isinstance(node, Inert) else type(node).__name__
-        raise DmfError(f"module {(prefix or 'itself')[:80]!r} is a {what[:80]!r}: expected a pickled torch.nn.Module")
+        raise DmfError(
+            f"module {(prefix or 'itself')[:80]!r} is a {what[:80]!r}: expected a pickled torch.nn.Module"
+        )
     parameters, buffers, modules = (dict(part or {}) for part in parts)
     hidden = x if isinstance(x := fields.get("_non_persistent_buffers_set"), frozenset) else ()
     yield from ((f"{prefix}{name}", value) for name, value in parameters.items())
@@ -94,5 +107,7 @@ def _walk(node: Any, prefix: str, depth: int) -> Iterator[tuple[str, Any]]:
 
 def _add(found: dict[str, Tensor], name: str, tensor: Tensor) -> None:
     if name in found or len(name) > MAX_NAME:
-        raise DmfError(f"tensor name {name[:80]!r} is used twice or too long: expected one short name for each tensor")
+        raise DmfError(
+            f"tensor name {name[:80]!r} is used twice or too long: expected one short name for each tensor"
+        )
     found[name] = tensor

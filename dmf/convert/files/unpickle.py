@@ -12,7 +12,17 @@ import pickletools
 from collections.abc import Callable
 from typing import Any
 
-from dmf.convert.files.pickled import CALLS, INERT, LOAD_FROM_BYTES, MODULE, Global, Made, allowed, key_of, wrong
+from dmf.convert.files.pickled import (
+    CALLS,
+    INERT,
+    LOAD_FROM_BYTES,
+    MODULE,
+    Global,
+    Made,
+    allowed,
+    key_of,
+    wrong,
+)
 from dmf.convert.files.span import Cursor, Span
 from dmf.errors import DmfError
 
@@ -27,7 +37,12 @@ class Machine:
     storage: makes a `Storage` of a persistent id. nested: makes one of the bytes of a stream within the pickle.
     """
 
-    def __init__(self, cursor: Cursor, storage: Callable[[Any], Any] | None, nested: Callable[[Span], Any] | None):
+    def __init__(
+        self,
+        cursor: Cursor,
+        storage: Callable[[Any], Any] | None,
+        nested: Callable[[Span], Any] | None,
+    ):
         self.cursor, self.storage, self.nested = cursor, storage, nested
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
@@ -37,7 +52,9 @@ class Machine:
         """The object, raw: `tree_of` makes a tree of it."""
         while (name := OPCODES.get(self.cursor.take(1)[0], "of no known sort")) != "STOP":
             if name not in ACTIONS:
-                raise self.error(f"opcode {name} in its pickle; expected a pickle as PyTorch writes it")
+                raise self.error(
+                    f"opcode {name} in its pickle; expected a pickle as PyTorch writes it"
+                )
             ACTIONS[name](self)
         if len(self.stack) != 1 or self.marks:
             raise self.error("its pickle ends with objects left over; expected exactly one object")
@@ -60,7 +77,9 @@ class Machine:
     def top(self) -> Any:
         """The top of the stack, left there."""
         if not self.stack:
-            raise self.error("its pickle changes an object that it has not made; expected a whole pickle")
+            raise self.error(
+                "its pickle changes an object that it has not made; expected a whole pickle"
+            )
         return self.stack[-1]
 
     def since_mark(self) -> list[Any]:
@@ -106,7 +125,9 @@ def _put(m: Machine, index: int) -> None:
 
 def _get(m: Machine, index: int) -> None:
     if index not in m.memo:
-        raise m.error(f"object {index} in its pickle is used before it is made; expected a whole pickle")
+        raise m.error(
+            f"object {index} in its pickle is used before it is made; expected a whole pickle"
+        )
     m.push(m.memo[index])
 
 
@@ -121,7 +142,9 @@ def _set_items(m: Machine, flat: list[Any]) -> None:
     items = target.items if isinstance(target, Made) else target
     if not isinstance(items, dict) or len(flat) % 2:
         raise wrong(m.cursor, "a SETITEM", target)
-    items.update({key_of(m.cursor, key): value for key, value in zip(flat[::2], flat[1::2], strict=True)})
+    items.update(
+        {key_of(m.cursor, key): value for key, value in zip(flat[::2], flat[1::2], strict=True)}
+    )
 
 
 def _add_items(m: Machine) -> None:
@@ -180,7 +203,9 @@ def _build(m: Machine) -> None:
     state = m.pop()
     if isinstance(m.top(), Made):
         m.top().state = state
-    elif not isinstance(m.top(), dict):  # an OrderedDict's attributes, such as a state_dict's _metadata, are dropped
+    elif not isinstance(
+        m.top(), dict
+    ):  # an OrderedDict's attributes, such as a state_dict's _metadata, are dropped
         raise wrong(m.cursor, "a BUILD", m.top())
 
 

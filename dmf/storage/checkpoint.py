@@ -21,15 +21,18 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from dmf import hosts, places, whole
+from dmf import hosts
 from dmf.errors import DmfError, short
-from dmf.manifest import MANIFEST, verify, write_manifest
 from dmf.state import TrainState
+from dmf.storage import atomic, paths
+from dmf.storage.manifest import MANIFEST, verify, write_manifest
 
 ITEMS = ("params", "ema", "opt_state", "step")
 OPTIONAL = ("intervals",)  # not every run has one
 FOLDER = "checkpoints"
-SLICE = 2**22  # bytes of the slices that devices write of an array they all hold; of a smaller one the first writes all
+SLICE = (
+    2**22
+)  # bytes of the slices that devices write of an array they all hold; of a smaller one the first writes all
 NEWEST = 200  # complete checkpoints that are tried, one after the other
 BEST = "best.json"  # in a work directory: the step of the best score so far
 log = logging.getLogger(__name__)
@@ -63,14 +66,19 @@ class Checkpoints:
         scheduled: Callable[[int], bool] = lambda step: True,
     ):
         self.directory = workdir / FOLDER
-        self._metadata, self._besides, self._keep, self._boundaries = metadata, besides, keep, frozenset(boundaries)
+        self._metadata, self._besides, self._keep, self._boundaries = (
+            metadata,
+            besides,
+            keep,
+            frozenset(boundaries),
+        )
         self._scheduled = scheduled
         self._kept: frozenset[int] = frozenset()
         self._damaged: set[int] = set()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, Future[None]] | None = None
         self._checkpointer = ocp.training.Checkpointer(
-            places.absolute(self.directory),
+            paths.absolute(self.directory),
             preservation_policy=_Kept(lambda: self._kept),
             cleanup_tmp_directories=True,
             lightweight_initialize=True,  # reads no step's own files, which may be damaged
@@ -83,7 +91,9 @@ class Checkpoints:
         """
         self.wait()
         items = _items(state)
-        self._kept = self._boundaries | set(json.loads(hosts.first_says(json.dumps(self._worth_keeping(step)))))
+        self._kept = self._boundaries | set(
+            json.loads(hosts.first_says(json.dumps(self._worth_keeping(step))))
+        )
         with self._one_sentence(step), _saving():
             written = self._checkpointer.save_checkpointables_async(
                 step, items, force=True, overwrite=True, custom_metadata=self._metadata
@@ -108,7 +118,9 @@ class Checkpoints:
     def _one_sentence(self, step: int) -> Iterator[None]:
         try:
             yield
-        except places.failures(self.directory) as error:  # a full disk is the one or the other, by who notices it
+        except paths.failures(
+            self.directory
+        ) as error:  # a full disk is the one or the other, by who notices it
             raise DmfError(
                 f"checkpoint of step {step} could not be written to {self.directory}: {short(error)}; checkpoints of other "
                 "steps are untouched; expected a writable directory with enough room"
@@ -147,16 +159,22 @@ class Checkpoints:
         found = self.complete()
         for step in sorted(set(self._folders()) - set(found)):
             log.warning(
-                "checkpoint %s: no %s, so its save was not completed; it is skipped", self.directory / str(step), MANIFEST
+                "checkpoint %s: no %s, so its save was not completed; it is skipped",
+                self.directory / str(step),
+                MANIFEST,
             )
         return found
 
     def _folders(self) -> list[int]:
-        return sorted((int(p.name) for p in self.directory.glob("[0-9]*") if p.name.isdecimal()), reverse=True)
+        return sorted(
+            (int(p.name) for p in self.directory.glob("[0-9]*") if p.name.isdecimal()), reverse=True
+        )
 
     def complete(self) -> list[int]:
         """Steps of the folders with a manifest, the newest first."""
-        return [step for step in self._folders() if (self.directory / str(step) / MANIFEST).exists()]
+        return [
+            step for step in self._folders() if (self.directory / str(step) / MANIFEST).exists()
+        ]
 
     def _worth_keeping(self, step: int) -> list[int]:
         """Besides the boundaries: `step`, which is about to be saved, the newest good ones, and what the run asks for.
@@ -189,14 +207,20 @@ def _saving() -> ocp.Context:
 def _items(state: TrainState) -> dict[str, Any]:
     """What is kept of a state, by name; an optional part without arrays is left out."""
     optional = {name: getattr(state, name) for name in OPTIONAL}
-    return {name: getattr(state, name) for name in ITEMS} | {k: x for k, x in optional.items() if jax.tree.leaves(x)}
+    return {name: getattr(state, name) for name in ITEMS} | {
+        k: x for k, x in optional.items() if jax.tree.leaves(x)
+    }
 
 
 def _load(folder: Path, target: dict[str, Any]) -> dict[str, Any]:
     try:
-        return ocp.load_checkpointables(places.absolute(folder), target)
-    except Exception as error:  # storage, metadata and structure errors have no common base in Orbax
-        raise DmfError(f"checkpoint {folder} cannot be read: {short(error)}; expected the items {', '.join(target)}") from error
+        return ocp.load_checkpointables(paths.absolute(folder), target)
+    except (
+        Exception
+    ) as error:  # storage, metadata and structure errors have no common base in Orbax
+        raise DmfError(
+            f"checkpoint {folder} cannot be read: {short(error)}; expected the items {', '.join(target)}"
+        ) from error
 
 
 def find(path: str | Path) -> Path:
@@ -204,17 +228,21 @@ def find(path: str | Path) -> Path:
 
     WORKDIR/best is the one with the best score.
     """
-    path = places.reach(places.at(path))
+    path = paths.reach(paths.at(path))
     if path.name == "best" and not path.exists():
         path = path.parent / FOLDER / str(_best_step(path.parent))
     if not path.exists():
-        raise DmfError(f"checkpoint {path}: no such file or directory; expected a work directory or one of its step folders")
+        raise DmfError(
+            f"checkpoint {path}: no such file or directory; expected a work directory or one of its step folders"
+        )
     if (path / "params").is_dir():
         return path
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
     steps = [p for p in folder.glob("*") if p.name.isdigit() and (p / MANIFEST).is_file()]
     if not steps:
-        raise DmfError(f"checkpoint {path}: expected a step folder with an item 'params', or a work directory that holds one")
+        raise DmfError(
+            f"checkpoint {path}: expected a step folder with an item 'params', or a work directory that holds one"
+        )
     return max(steps, key=lambda p: int(p.name))
 
 
@@ -222,15 +250,19 @@ def _best_step(workdir: Path) -> int:
     try:
         return int(json.loads((workdir / BEST).read_text())["step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DmfError(f"{workdir / BEST}: no best checkpoint is known; expected a run that has been scored") from error
+        raise DmfError(
+            f"{workdir / BEST}: no best checkpoint is known; expected a run that has been scored"
+        ) from error
 
 
 def metadata(folder: Path) -> dict[str, Any]:
     """What was written beside the weights: the run's config and image shape. Verifies the folder first."""
     verify(folder)
-    found = ocp.metadata(places.absolute(folder)).custom_metadata
+    found = ocp.metadata(paths.absolute(folder)).custom_metadata
     if not isinstance(found, dict) or not {"config", "network"} & set(found):
-        raise DmfError(f"checkpoint {folder}: no config in its metadata; expected a checkpoint that dmf has written")
+        raise DmfError(
+            f"checkpoint {folder}: no config in its metadata; expected a checkpoint that dmf has written"
+        )
     if "config" in found:
         found = {**found, "config": without_kernel(found["config"])}
     return found
@@ -253,22 +285,32 @@ def check_free(folder: Path) -> Path:
         place = folder.resolve()
         if place.is_file() or place.is_dir() and any(place.iterdir()):
             what = "a file" if place.is_file() else "not empty"
-            raise DmfError(f"{folder} is there already and {what}: expected a new directory; nothing is overwritten")
-        whole.clear(place.parent, place.name)  # a process in a container may have the number of one that was killed
-        partial = whole.partial(place)
+            raise DmfError(
+                f"{folder} is there already and {what}: expected a new directory; nothing is overwritten"
+            )
+        atomic.clear(
+            place.parent, place.name
+        )  # a process in a container may have the number of one that was killed
+        partial = atomic.partial(place)
         partial.mkdir()
         partial.rmdir()
     except (OSError, RuntimeError, ValueError) as error:
-        raise DmfError(f"{folder} cannot be made: {short(error)}; expected a new directory in a writable one") from error
+        raise DmfError(
+            f"{folder} cannot be made: {short(error)}; expected a new directory in a writable one"
+        ) from error
     return place
 
 
-def save_weights(folder: Path, params: Any, metadata: dict[str, Any], files: dict[str, str]) -> None:
+def save_weights(
+    folder: Path, params: Any, metadata: dict[str, Any], files: dict[str, str]
+) -> None:
     """Writes weights alone as a step folder, with `files` (name -> text) beside them; whole or not at all."""
     place, level = check_free(folder), logging.root.manager.disable
     try:
-        logging.disable(logging.CRITICAL)  # its threads print a traceback each; the error itself arrives here
-        with whole.made(place) as partial:
+        logging.disable(
+            logging.CRITICAL
+        )  # its threads print a traceback each; the error itself arrives here
+        with atomic.made(place) as partial:
             ocp.save_checkpointables(partial, {"params": params}, custom_metadata=metadata)
             for name, text in files.items():
                 (partial / name).write_text(text)
@@ -276,7 +318,9 @@ def save_weights(folder: Path, params: Any, metadata: dict[str, Any], files: dic
             if place.exists():
                 place.rmdir()
     except (OSError, ValueError) as error:
-        raise DmfError(f"{folder} could not be written: {short(error)}; expected a writable directory with room") from error
+        raise DmfError(
+            f"{folder} could not be written: {short(error)}; expected a writable directory with room"
+        ) from error
     finally:
         logging.disable(level)
 
@@ -288,7 +332,7 @@ def read_params(folder: Path, ema: int | None, like: Any) -> Any:
     fit. `metadata` has verified the folder.
     """
     item = "params" if ema is None else "ema"
-    items = ocp.checkpointables_metadata(places.absolute(folder)).metadata
+    items = ocp.checkpointables_metadata(paths.absolute(folder)).metadata
     if item not in items:
         raise DmfError(f"checkpoint {folder} holds no {item}: expected one that a run has written")
     stored = items[item]
@@ -306,10 +350,14 @@ def foreign(folder: Path, name: str) -> Any:
     try:
         return ocp.metadata(folder.absolute(), name).metadata
     except Exception as error:  # as in `_load`
-        raise DmfError(f"{folder} cannot be read: {short(error)}; expected an Orbax checkpoint of one tree") from error
+        raise DmfError(
+            f"{folder} cannot be read: {short(error)}; expected an Orbax checkpoint of one tree"
+        ) from error
 
 
-def read_leaf(folder: Path, name: str, path: Sequence[str], shape: tuple[int, ...], dtype: Any) -> Any:
+def read_leaf(
+    folder: Path, name: str, path: Sequence[str], shape: tuple[int, ...], dtype: Any
+) -> Any:
     """The values of one leaf of a foreign checkpoint, below the keys `path`, as a NumPy array; nothing else is read."""
     target: Any = np.zeros(shape, dtype)
     for key in reversed(path):
@@ -331,15 +379,21 @@ def _check_like(stored: Any, like: Any, folder: Path) -> None:
     for name in [*wanted, *found]:
         if name not in found or name not in wanted:
             which = "lacks" if name not in found else "has an unexpected"
-            raise DmfError(f"checkpoint {folder} {which} weight {name}: expected the {len(wanted)} weights of config.network")
+            raise DmfError(
+                f"checkpoint {folder} {which} weight {name}: expected the {len(wanted)} weights of config.network"
+            )
     for name, w in wanted.items():
         f = found[name]
         if tuple(f.shape) != tuple(w.shape) or f.dtype != w.dtype:
-            raise DmfError(f"checkpoint {folder}: weight {name} is {f.dtype}{list(f.shape)}, expected {w.dtype}{list(w.shape)}")
+            raise DmfError(
+                f"checkpoint {folder}: weight {name} is {f.dtype}{list(f.shape)}, expected {w.dtype}{list(w.shape)}"
+            )
 
 
 def _with_sharding(stored: Any, like: Any) -> Any:
-    return jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w.sharding), stored, like)
+    return jax.tree.map(
+        lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w.sharding), stored, like
+    )
 
 
 def _abstract(tree: Any) -> Any:

@@ -21,7 +21,9 @@ from dmf.errors import DmfError, short
 
 SCHEME = "gs://"
 PACKAGES = "requirements-gcs.txt"
-NAMED = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # of gs:// a pathlib.Path has left one slash
+NAMED = re.compile(
+    r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE
+)  # of gs:// a pathlib.Path has left one slash
 
 
 def at(path: str | os.PathLike[str]) -> Path:
@@ -111,7 +113,9 @@ def files(folder: Path) -> list[Path]:
         return sorted(p for p in folder.rglob("*") if p.is_file())
     tree: Any = folder  # a Path has walk only since Python 3.12
     found = [(os.fspath(root), name) for root, _, names in tree.walk() for name in names if name]
-    return sorted(at(SCHEME + root.removeprefix(SCHEME)) / name for root, name in found)  # epath may leave out gs://
+    return sorted(
+        at(SCHEME + root.removeprefix(SCHEME)) / name for root, name in found
+    )  # epath may leave out gs://
 
 
 def size(path: Path) -> int:
@@ -180,7 +184,9 @@ def _serve(text: str) -> None:
         fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
         fsspec.get_filesystem_class("gcs")
     except ImportError as error:
-        raise DmfError(f"{text}: the packages for {SCHEME} are missing; expected pip install -r {PACKAGES}") from error
+        raise DmfError(
+            f"{text}: the packages for {SCHEME} are missing; expected pip install -r {PACKAGES}"
+        ) from error
 
 
 @contextmanager

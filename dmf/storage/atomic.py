@@ -1,7 +1,7 @@
 """Files and folders that are there whole or not at all: made beside their place under a hidden name, and renamed at the end.
 
 The hidden name ends in the host and the number of the process, as not every file system has locks: another process writes
-elsewhere, and what dead ones of this machine left can be told from what is at work. A bucket needs none of it: `dmf.places`.
+elsewhere, and what dead ones of this machine left can be told from what is at work. A bucket needs none of it: `dmf.storage.paths`.
 """
 
 from __future__ import annotations
@@ -44,10 +44,16 @@ def clear(folder: Path, name: str = "") -> None:
     for a moment.
     """
     of = re.escape(name) if name else ".+"
-    known = re.compile(rf"\.{of}\.partial-{re.escape(socket.gethostname())}-(\d+)(\.orbax-checkpoint-tmp)?")
+    known = re.compile(
+        rf"\.{of}\.partial-{re.escape(socket.gethostname())}-(\d+)(\.orbax-checkpoint-tmp)?"
+    )
     for _ in range(PATIENCE):
         matches = [(path, known.fullmatch(path.name)) for path in folder.iterdir()]
-        found = [path for path, match in matches if match and (int(match[1]) == os.getpid() or not _alive(int(match[1])))]
+        found = [
+            path
+            for path, match in matches
+            if match and (int(match[1]) == os.getpid() or not _alive(int(match[1])))
+        ]
         for path in found:
             _remove(path)
         if not any(path.is_dir() for path in found):
