@@ -11,7 +11,7 @@ import pytest
 
 from dmf import pretrained
 from dmf.convert import audit
-from dmf.convert.files.read import Tensor
+from dmf.storage.readers.read import Tensor
 
 needs_torch = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None,

@@ -21,13 +21,13 @@ from dmf.config import parse
 from dmf.convert import audit
 from dmf.convert.command import KINDS, REPORT, convert
 from dmf.convert.dit import SIT
-from dmf.convert.files import read
 from dmf.convert.rules import constant, linear, plain
 from dmf.convert.unet import EDM, MEANFLOW_UNET
 from dmf.errors import DmfError
 from dmf.export.weights import export
 from dmf.networks import DiTConfig, UNetConfig
 from dmf.storage import atomic, checkpoint
+from dmf.storage.readers import read
 from tests import devices
 from tests.conversion import export_arrays, needs_torch, recipe_weights, small_noise
 from tests.tiny import TINY, UNET, merged

@@ -16,8 +16,8 @@ import orbax.checkpoint as checkpoint_v0
 import pytest
 from flax import serialization
 
-from dmf.convert.files import read
 from dmf.errors import DmfError
+from dmf.storage.readers import read
 from tests.conversion import needs_torch
 
 BF16 = ml_dtypes.bfloat16

@@ -11,8 +11,8 @@ import pytest
 from flax import serialization
 
 from dmf.convert import native
-from dmf.convert.files import read, span, torchfile, tree
 from dmf.errors import DmfError
+from dmf.storage.readers import read, span, torchfile, tree
 from tests.test_convert_read import F32, FLAX, SAFE, entry, safetensors_bytes, same
 
 

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 from dmf.convert import audit
-from dmf.convert.files import read
 from dmf.convert.rules import relative_l2
 from dmf.convert.score_sde import RECTIFIED_FLOW
 from dmf.errors import DmfError
 from dmf.networks import UNetConfig, build
+from dmf.storage.readers import read
 from tests.conversion import (
     check_names,
     convert_arrays,

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmf.convert.files.read import Inert
 from dmf.convert.rules import relative_l2
 from dmf.convert.unet import EDM, MEANFLOW_UNET
 from dmf.errors import DmfError
 from dmf.networks import UNetConfig, build
+from dmf.storage.readers.read import Inert
 from tests.conversion import (
     check_names,
     convert_arrays,

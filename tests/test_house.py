@@ -25,14 +25,14 @@ OWNERS = {
     "absl": {"main.py"},
     "torch": {"dmf/convert/", "dmf/export/"},
     "pickle": set(),  # it runs what a file names
-    "pickletools": {"dmf/convert/files/unpickle.py"},
+    "pickletools": {"dmf/storage/readers/unpickle.py"},
     "zipfile": {
-        "dmf/convert/files/torchfile.py",
+        "dmf/storage/readers/torchfile.py",
         "dmf/convert/command.py",
         "dmf/metrics/",
         "dmf/data/images.py",
     },
-    "ml_dtypes": {"dmf/convert/files/span.py"},
+    "ml_dtypes": {"dmf/storage/readers/span.py"},
     "safetensors": {"dmf/export/"},
     "onnx": {"dmf/export/onnx.py"},
     "onnxruntime": {"dmf/export/onnx.py"},

@@ -26,13 +26,13 @@ from array_record.python.array_record_module import ArrayRecordReader
 from dmf import data, pretrained, sharding, step, train
 from dmf.config import parse
 from dmf.convert.command import convert
-from dmf.convert.files.read import sha256
 from dmf.convert.vae import SD_VAE
 from dmf.data import DataConfig, encode, shards
 from dmf.data.images import center_crop, open_images
 from dmf.errors import DmfError
 from dmf.networks.vae import VAEConfig
 from dmf.storage import checkpoint
+from dmf.storage.readers.read import sha256
 from tests.conversion import export_arrays, small_noise
 from tests.test_data import PARTITIONS, WITHOUT_TENSORFLOW, numbered, reassembled
 from tests.test_images import COUNTS, TinyFaces, encoded, pixels

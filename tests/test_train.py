@@ -93,7 +93,7 @@ def test_the_same_command_on_a_finished_run_changes_no_file_but_the_closing_pict
         p: (p.stat().st_mtime_ns, p.stat().st_size)
         for p in workdir.rglob("*")
         if p.suffix != ".png"
-    }  # noqa: E731
+    }
     before = {p: s for p, s in state_of().items() if p.is_file() and p.suffix != ".jsonl"}
     logs = {p: p.read_text() for p in workdir.glob("*s.jsonl") if p.name != "starts.jsonl"}
     assert train.train(parse(TINY), workdir) == scores

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from dmf.convert.files.read import Tensor, flatten, strip_prefix
 from dmf.convert.rules import (
     Kind,
     Rule,
@@ -28,6 +27,7 @@ from dmf.convert.rules import (
 from dmf.errors import DmfError
 from dmf.networks import ADMConfig, Network, layers
 from dmf.networks.adm import GROUPS, plan
+from dmf.storage.readers.read import Tensor, flatten, strip_prefix
 
 NAME = "torchcfm"
 GIVEN = ("head_channels", "resolution", "dropout")  # what neither names nor shapes tell

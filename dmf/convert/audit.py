@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmf.convert.files.read import Tensor
 from dmf.convert.rules import FLOATS, Rule
 from dmf.errors import DmfError
+from dmf.storage.readers.read import Tensor
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -22,11 +22,11 @@ import numpy as np
 
 from dmf import pretrained
 from dmf.convert import adm, align, audit, dinov2, dit, inception, native, score_sde, unet, vae
-from dmf.convert.files import read
 from dmf.convert.rules import Kind, relative_l2
 from dmf.errors import DmfError
 from dmf.metrics import features
 from dmf.storage import checkpoint
+from dmf.storage.readers import read
 
 KINDS: dict[str, Kind] = {
     kind.name: kind

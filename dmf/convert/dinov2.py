@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmf.convert.files.read import Tensor, flatten, strip_prefix
 from dmf.convert.rules import (
     Arrays,
     Kind,
@@ -26,6 +25,7 @@ from dmf.convert.rules import (
 from dmf.errors import DmfError
 from dmf.networks import layers
 from dmf.networks.dinov2 import DINO_SIZES, SIZE, Dino, DinoConfig
+from dmf.storage.readers.read import Tensor, flatten, strip_prefix
 
 NAME = "dinov2"
 COPY = "weights"

@@ -15,8 +15,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from dmf.convert.files import read
-from dmf.convert.files.read import Tensor
 from dmf.convert.rules import (
     Kind,
     Rule,
@@ -32,6 +30,8 @@ from dmf.convert.rules import (
 from dmf.errors import DmfError
 from dmf.networks import layers
 from dmf.networks.dit import DIT_SIZES, DiTConfig, position_embedding
+from dmf.storage.readers import read
+from dmf.storage.readers.read import Tensor
 
 MEANFLOW_RESOLUTION = 32  # a constant of its code: latents of 256 x 256 images
 FIELDS = ("heads", "resolution")

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmf.convert.files.read import Tensor, flatten, strip_prefix
 from dmf.convert.rules import (
     Arrays,
     Kind,
@@ -28,6 +27,7 @@ from dmf.networks.inception import (
     InceptionConfig,
     build_inception,
 )
+from dmf.storage.readers.read import Tensor, flatten, strip_prefix
 
 NAME = "fid_inception"
 COPY = "weights"

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 
 from dmf import pretrained
-from dmf.convert.files.read import Tensor, Weights, flatten
 from dmf.convert.rules import Kind, Rule, conv, linear, plain
 from dmf.errors import DmfError
+from dmf.storage.readers.read import Tensor, Weights, flatten
 
 METADATA = (
     "dmf"  # key of a safetensors file's metadata: JSON with network, image_shape, conventions

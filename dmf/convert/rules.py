@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dmf.convert.files.read import Tensor
 from dmf.errors import DmfError
+from dmf.storage.readers.read import Tensor
 
 Arrays = Sequence[np.ndarray]
 FLOATS = ("float16", "bfloat16", "float32", "float64")

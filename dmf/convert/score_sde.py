@@ -15,7 +15,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from dmf.convert.files.read import Tensor, flatten, strip_prefix
 from dmf.convert.rules import (
     Arrays,
     Kind,
@@ -34,6 +33,7 @@ from dmf.convert.rules import (
 )
 from dmf.errors import DmfError
 from dmf.networks import UNetConfig, layers
+from dmf.storage.readers.read import Tensor, flatten, strip_prefix
 
 NAME = "rectified_flow"
 TIME_SCALE = 999.0

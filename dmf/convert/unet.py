@@ -17,7 +17,6 @@ import numpy as np
 
 from dmf import networks
 from dmf.convert import unet_torch
-from dmf.convert.files.read import Inert, Tensor, flatten, module_tensors, strip_prefix
 from dmf.convert.rules import (
     Arrays,
     Kind,
@@ -32,6 +31,7 @@ from dmf.convert.rules import (
 )
 from dmf.errors import DmfError
 from dmf.networks import UNetConfig
+from dmf.storage.readers.read import Inert, Tensor, flatten, module_tensors, strip_prefix
 
 PREFIX = "model."  # of every tensor of EDM's and ECT's wrappers around the network
 SIGMA_DATA = "sigma_data"  # an attribute of the wrapper, which `select` puts beside the tensors

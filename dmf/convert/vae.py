@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmf.convert.files.read import Tensor, flatten, strip_prefix
 from dmf.convert.rules import Kind, Rule, conv_layer, linear_layer, norm_layer, tensor_of
 from dmf.errors import DmfError
 from dmf.networks.layers import check_choice, check_positive
 from dmf.networks.vae import PARTS, VAE, VAEConfig, sample_latent
+from dmf.storage.readers.read import Tensor, flatten, strip_prefix
 
 NAME = "sd_vae"
 INSIDE = "first_stage_model."  # where a whole Stable Diffusion checkpoint keeps its autoencoder

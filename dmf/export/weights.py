@@ -17,9 +17,9 @@ from dmf import pretrained
 from dmf.convert import audit, native
 from dmf.convert.audit import flat, leaf_shapes
 from dmf.convert.command import KINDS
-from dmf.convert.files import read
 from dmf.errors import DmfError
 from dmf.storage import atomic
+from dmf.storage.readers import read
 
 FORMATS = (".safetensors", ".pt")
 INTERVAL = (

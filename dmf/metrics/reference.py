@@ -105,7 +105,7 @@ def read(path: str | Path, space: str = "inception", images: bool = True) -> Ref
     if not place.is_file():
         what = "is no regular file" if place.exists() else "no such file"
         raise _bad(path, f"{what}; expected reference statistics, an .npz or .pkl")
-    from dmf.convert.files.read import LOOKS, sha256
+    from dmf.storage.readers.read import LOOKS, sha256
 
     try:
         with open(place, "rb") as stream:
@@ -294,7 +294,7 @@ def _checked_features(path: str | Path, name: str, features: np.ndarray) -> np.n
 
 def _read_edm2(path: Path, space: str) -> Reference:
     """One section of EDM2's pickle: {"num_images": N, "fid": {"mu", "sigma"}, "fd_dinov2": {"mu", "sigma"}}."""
-    from dmf.convert.files.read import Tensor, open_file
+    from dmf.storage.readers.read import Tensor, open_file
 
     tree = open_file(path).tree
     if space not in EDM2_SECTIONS:

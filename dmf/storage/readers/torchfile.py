@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from dmf.convert.files.pickled import STORAGES, Global, Storage, tree_of, wrong
-from dmf.convert.files.span import DTYPES, Cursor, Span, short
-from dmf.convert.files.unpickle import Machine
+from dmf.storage.readers.pickled import STORAGES, Global, Storage, tree_of, wrong
+from dmf.storage.readers.span import DTYPES, Cursor, Span, short
+from dmf.storage.readers.unpickle import Machine
 
 MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a stream
 VERSION = 1001

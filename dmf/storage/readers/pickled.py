@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from dmf.convert.files.span import DTYPES, MAX_LINE, PLAIN, Cursor, Span, packed, short, strided
-from dmf.convert.files.tree import MAX_DEPTH, Inert, Tensor
 from dmf.errors import DmfError
+from dmf.storage.readers.span import DTYPES, MAX_LINE, PLAIN, Cursor, Span, packed, short, strided
+from dmf.storage.readers.tree import MAX_DEPTH, Inert, Tensor
 
 PYTHON2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 STORAGES = {
@@ -305,7 +305,7 @@ KNOWN = {*CALLS, *INERT, *STORAGES, *TORCH_DTYPES, *CLASSES, LOAD_FROM_BYTES}
 
 
 def tree_of(value: Any, span: Span) -> Any:
-    """The tree of what a pickle describes: see `dmf.convert.files.read.Weights`."""
+    """The tree of what a pickle describes: see `dmf.storage.readers.read.Weights`."""
     return _tree(value, span, {}, 0)
 
 

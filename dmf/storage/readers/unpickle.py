@@ -2,7 +2,7 @@
 
 Python's own unpickler calls whatever a file names. This one has no way to call or import: a global is a label, a class of
 another library becomes an `Inert` with its fields, and byte strings and storages stay in the file until a tensor is read.
-What `dmf.convert.files.pickled` does not list is refused by name.
+What `dmf.storage.readers.pickled` does not list is refused by name.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import pickletools
 from collections.abc import Callable
 from typing import Any
 
-from dmf.convert.files.pickled import (
+from dmf.errors import DmfError
+from dmf.storage.readers.pickled import (
     CALLS,
     INERT,
     LOAD_FROM_BYTES,
@@ -23,8 +24,7 @@ from dmf.convert.files.pickled import (
     key_of,
     wrong,
 )
-from dmf.convert.files.span import Cursor, Span
-from dmf.errors import DmfError
+from dmf.storage.readers.span import Cursor, Span
 
 MAX_PROTOCOL = 5
 MAX_INT_BYTES = 1000

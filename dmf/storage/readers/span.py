@@ -18,8 +18,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from dmf.convert.files.tree import Tensor
 from dmf.errors import DmfError
+from dmf.storage.readers.tree import Tensor
 
 MAX_PIECES = 1_000_000  # bounds time and memory (under 1 GB): a real index takes 10 to 100 thousand
 PIECE = 64  # bytes of text that count as one piece

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from dmf.convert.files.span import DTYPES, Cursor, Span, checked_sizes, packed, short
-from dmf.convert.files.tree import MAX_DEPTH, Inert, Tensor
+from dmf.storage.readers.span import DTYPES, Cursor, Span, checked_sizes, packed, short
+from dmf.storage.readers.tree import MAX_DEPTH, Inert, Tensor
 
 CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
 NUMBERS = dict(

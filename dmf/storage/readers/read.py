@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from dmf.convert.files import flaxfile, torchfile
-from dmf.convert.files.span import DTYPES, File, Span, packed, refusal, short
-from dmf.convert.files.tree import Inert, Tensor, flatten, module_tensors, strip_prefix
 from dmf.storage import checkpoint
+from dmf.storage.readers import flaxfile, torchfile
+from dmf.storage.readers.span import DTYPES, File, Span, packed, refusal, short
+from dmf.storage.readers.tree import Inert, Tensor, flatten, module_tensors, strip_prefix
 
 __all__ = [
     "Inert",
