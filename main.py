@@ -316,13 +316,13 @@ def encode() -> None:
 
 
 def benchmark() -> None:
-    from dmf.benchmark import benchmark as run
+    from dmf.measure.benchmark import benchmark as run
 
     run(_config(), _out(".json"))
 
 
 def plan() -> None:
-    from dmf.plan import plan as run
+    from dmf.measure.tpu_plan import plan as run
 
     if not TOPOLOGY.value:
         raise DmfError(

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from dmf import config, plan  # noqa: E402 - what is found beside this folder, not what is installed
+from dmf import config  # noqa: E402 - what is found beside this folder, not what is installed
+from dmf.measure import tpu_plan
 
 PAGE = ROOT / "docs" / "config.md"
 HEAD = """# Config reference
@@ -136,9 +137,9 @@ def row(path: str, field: Field, sections: dict[str, type]) -> str:
 
 
 def data_sets() -> str:
-    """What the names of config.data.name stand for, as dmf/plan.py has it."""
+    """What the names of config.data.name stand for, as dmf/measure/tpu_plan.py has it."""
     lines = ["| `data.name` | images | classes | training images |", "|---|---|---|---|"]
-    for name, (shape, classes, count) in plan.DATA.items():
+    for name, (shape, classes, count) in tpu_plan.DATA.items():
         lines.append(f"| `{name}` | {' x '.join(map(str, shape))} | {classes} | {count:,} |")
     return "\n".join(lines)
 

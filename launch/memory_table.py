@@ -23,8 +23,9 @@ sys.path.insert(0, str(ROOT))
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
-from dmf import cost, networks, optim, plan, sharding, state, step  # noqa: E402
+from dmf import networks, optim, sharding, state, step  # noqa: E402
 from dmf.config import Config, parse  # noqa: E402
+from dmf.measure import cost, tpu_plan
 
 STATES = ("digits", "cifar10", "imagenet256")
 # What is compiled -> config, kinds, what differs: four blocks as in docs/benchmark_dit_cpu.json; 16 rows are two microbatches.
@@ -63,7 +64,7 @@ def size(tree: Any) -> int:
 
 def state_of(config: Config) -> dict[str, Any]:
     """Parameters and bytes of each part of a run's state; nothing is allocated."""
-    shape = plan.DATA[config.data.name][0]
+    shape = tpu_plan.DATA[config.data.name][0]
     params = jax.eval_shape(networks.build(config.network, shape).init, jax.random.key(0))
     optimizer = optim.build(config.optimizer)
     now = jax.eval_shape(
@@ -81,7 +82,7 @@ def state_of(config: Config) -> dict[str, Any]:
 
 def temporary(config: Config, kind: str) -> int:
     """Bytes that a step of this kind holds besides state and batch on the first device here, as compiled."""
-    shape, optimizer = plan.DATA[config.data.name][0], optim.build(config.optimizer)
+    shape, optimizer = tpu_plan.DATA[config.data.name][0], optim.build(config.optimizer)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     params = jax.eval_shape(networks.build(config.network, shape).init, jax.random.key(0))
     now = jax.eval_shape(

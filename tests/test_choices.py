@@ -14,9 +14,8 @@ import pytest
 from PIL import Image
 
 from configs import imagenet256
-from dmf import benchmark, curriculum, objectives, pictures, plan, sharding, state, step, train
+from dmf import curriculum, objectives, pictures, sharding, state, step, train
 from dmf.config import check, parse
-from dmf.cost import Compilations
 from dmf.curriculum import (
     GUIDED,
     CurriculumConfig,
@@ -30,6 +29,8 @@ from dmf.curriculum import (
 )
 from dmf.errors import DmfError
 from dmf.flow import Rows, RowSplit
+from dmf.measure import benchmark, tpu_plan
+from dmf.measure.cost import Compilations
 from dmf.networks import Network
 from dmf.objectives import LossConfig
 from tests.test_train import leaves, stopped_after
@@ -364,11 +365,11 @@ def test_the_benchmark_counts_the_pass_that_is_compiled():
 def test_a_plan_that_was_made_before_the_choice_came_stands(monkeypatch):
     rows = json.loads((ROOT / "docs" / "tpu_plan.json").read_text())["rows"]
     values = imagenet256.get_config("XL").to_dict()
-    monkeypatch.setattr(plan, "_libtpu_version", lambda: "any")
+    monkeypatch.setattr(tpu_plan, "_libtpu_version", lambda: "any")
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
 
     def program(**changes):
-        return plan._about(parse(merged(values, **changes)), "", "", "", mesh, "discrete")[
+        return tpu_plan._about(parse(merged(values, **changes)), "", "", "", mesh, "discrete")[
             "program"
         ]
 

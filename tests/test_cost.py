@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmf import benchmark, cost, plan, sharding, step
+from dmf import sharding, step
 from dmf.config import parse
-from dmf.cost import Compilations, Counts
 from dmf.errors import DmfError
+from dmf.measure import benchmark, cost, tpu_plan
+from dmf.measure.cost import Compilations, Counts
 from tests.tiny import TINY, UNET, Setup, merged
 
 
@@ -258,7 +259,7 @@ def test_batches_of_latents_have_std_in_benchmark_and_plan(monkeypatch):
     monkeypatch.setattr(step, "make_train_step", lambda *_: StandIn())
     seen = []
     monkeypatch.setattr(StandIn, "lower", lambda self, now, batch, scalars: seen.append(batch))
-    plan._lower(config, sharding.make_mesh(), "flow", (32, 32, 4))
+    tpu_plan._lower(config, sharding.make_mesh(), "flow", (32, 32, 4))
     assert seen == [shapes]
 
 

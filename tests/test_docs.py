@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dmf import cost, workdir
+from dmf import workdir
 from dmf.convert.command import KINDS
-from dmf.plan import DATA
+from dmf.measure import cost
+from dmf.measure.tpu_plan import DATA
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")])

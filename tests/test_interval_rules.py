@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmf import adaptive, curriculum, plan, sharding
+from dmf import adaptive, curriculum, sharding
 from dmf.adaptive import BINS
 from dmf.config import check, parse
 from dmf.curriculum import CurriculumConfig, build_stages, dagger, interval_rule, linear, table
 from dmf.errors import DmfError
 from dmf.flow import Rows, RowSplit
+from dmf.measure import tpu_plan
 from dmf.objectives import LossConfig
 from dmf.storage import checkpoint
 from tests.test_choices import resumed_ends_as_uninterrupted
@@ -297,12 +298,12 @@ def test_a_checkpoint_without_a_table_loads_where_none_is_wanted_and_is_refused_
 
 
 def test_a_plan_lowers_the_adaptive_step_and_tells_it_from_others(monkeypatch):
-    monkeypatch.setattr(plan, "_libtpu_version", lambda: "any")
+    monkeypatch.setattr(tpu_plan, "_libtpu_version", lambda: "any")
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     config = parse(ADAPTIVE)
-    plan._lower(config, mesh, "discrete", (8, 8, 1))
+    tpu_plan._lower(config, mesh, "discrete", (8, 8, 1))
     found = {
-        plan._about(
+        tpu_plan._about(
             parse(merged(TINY, curriculum=dict(interval=name))), "", "", "", mesh, "discrete"
         )["program"]
         for name in curriculum.RULES

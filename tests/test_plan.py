@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
-from dmf import data, hlo, plan, sharding
+from dmf import data, sharding
 from dmf.config import parse
 from dmf.data import DataConfig
 from dmf.errors import DmfError
+from dmf.measure import hlo, tpu_plan
 from tests.tiny import TINY, merged
 
 # Written in XLA's words for a TPU: a loop of 28 rounds that gathers a weight beside other work (one chain in three fusions) and
@@ -242,7 +243,7 @@ ENTRY"""
     ],
 )
 def test_cloud_names_count_cores_up_to_v5p_and_chips_from_v5e(given, found):
-    assert plan.libtpu_name(given) == found
+    assert tpu_plan.libtpu_name(given) == found
 
 
 @pytest.mark.parametrize(
@@ -251,7 +252,7 @@ def test_cloud_names_count_cores_up_to_v5p_and_chips_from_v5e(given, found):
 )
 def test_an_unknown_topology_is_refused_with_those_that_are_known(name):
     with pytest.raises(DmfError, match=r"--topology=.*expected"):
-        plan.libtpu_name(name)
+        tpu_plan.libtpu_name(name)
 
 
 def test_what_the_compiler_says_of_too_much_memory():
@@ -259,23 +260,23 @@ def test_what_the_compiler_says_of_too_much_memory():
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (57.30G) exceeds "
         "available HBM (15.75G)."
     )
-    assert plan.verdict(temporaries) == {
+    assert tpu_plan.verdict(temporaries) == {
         "fits": False,
         "total_bytes": round(57.3 * 2**30),
         "hbm_bytes": round(15.75 * 2**30),
     }
     used = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 35.76G of 15.75G hbm. Exceeded hbm capacity by 20.01G."
-    assert plan.verdict(used) == {
+    assert tpu_plan.verdict(used) == {
         "fits": False,
         "total_bytes": round(35.76 * 2**30),
         "hbm_bytes": round(15.75 * 2**30),
     }
-    assert plan.verdict("RESOURCE_EXHAUSTED: no figures") == {
+    assert tpu_plan.verdict("RESOURCE_EXHAUSTED: no figures") == {
         "fits": False,
         "total_bytes": None,
         "hbm_bytes": None,
     }
-    assert plan.verdict("INVALID_ARGUMENT: Used 1G of 2G") is None
+    assert tpu_plan.verdict("INVALID_ARGUMENT: Used 1G of 2G") is None
 
 
 def stand_in(temporary):
@@ -296,7 +297,7 @@ def stand_in(temporary):
 
 def test_a_program_fits_up_to_the_last_byte_of_what_the_compiler_may_use():
     room = 2**30 - 2**29 - 2**20 - 2**10
-    full, over = (plan.measure(stand_in(n), 8, 1.0) for n in (room, room + 1))
+    full, over = (tpu_plan.measure(stand_in(n), 8, 1.0) for n in (room, room + 1))
     assert full["total_bytes"] == full["hbm_bytes"] == 2**30 and full["fits"] and not over["fits"]
     assert full["xla_bytes"] is None and full["loops"] == [
         28
@@ -311,67 +312,67 @@ def compiled(monkeypatch):
 
     def compile_(config, mesh, stage, shape, hbm_gib):
         seen.append(stage.kind)
-        return plan.measure(stand_in(2**20 * len(seen)), mesh.devices.size, hbm_gib) | {
+        return tpu_plan.measure(stand_in(2**20 * len(seen)), mesh.devices.size, hbm_gib) | {
             "compile_s": 1.0
         }
 
-    monkeypatch.setattr(plan, "_prepare", lambda: None)
-    monkeypatch.setattr(plan, "_libtpu_version", lambda: "0.0")
-    monkeypatch.setattr(plan, "_devices", lambda given, target: jax.devices())
-    monkeypatch.setattr(plan, "_compile", compile_)
+    monkeypatch.setattr(tpu_plan, "_prepare", lambda: None)
+    monkeypatch.setattr(tpu_plan, "_libtpu_version", lambda: "0.0")
+    monkeypatch.setattr(tpu_plan, "_devices", lambda given, target: jax.devices())
+    monkeypatch.setattr(tpu_plan, "_compile", compile_)
     return seen
 
 
 def test_a_row_that_is_in_the_file_is_not_compiled_again(compiled, tmp_path, capsys):
     out, config = str(tmp_path / "plan.json"), parse(TINY)
-    first = plan.plan(config, ["v5e-8"], out, "tiny")
+    first = tpu_plan.plan(config, ["v5e-8"], out, "tiny")
     assert compiled == ["flow", "trajectory", "discrete", "jvp"]
-    again = plan.plan(
+    again = tpu_plan.plan(
         parse(merged(TINY, run=dict(log_every_steps=7), seed=5)), ["v5e-8"], out, "another name"
     )
-    assert len(compiled) == 4 and again == first == plan.read(out)
-    plan.plan(config, ["v4-32"], out)
-    plan.plan(parse(merged(TINY, batch_size=64, microbatches=2)), ["v5e-8"], out)
-    plan.plan(parse(merged(TINY, mesh=dict(fsdp=8))), ["v5e-8"], out)
-    plan.plan(parse(merged(TINY, network=dict(width=64))), ["v5e-8"], out)
-    assert len(compiled) == 20 == len(plan.read(out))
+    assert len(compiled) == 4 and again == first == tpu_plan.read(out)
+    tpu_plan.plan(config, ["v4-32"], out)
+    tpu_plan.plan(parse(merged(TINY, batch_size=64, microbatches=2)), ["v5e-8"], out)
+    tpu_plan.plan(parse(merged(TINY, mesh=dict(fsdp=8))), ["v5e-8"], out)
+    tpu_plan.plan(parse(merged(TINY, network=dict(width=64))), ["v5e-8"], out)
+    assert len(compiled) == 20 == len(tpu_plan.read(out))
     text = capsys.readouterr().out
     assert text.count("topology") == 6 and "reduce-scatter 28" in text and "1x8" in text
 
 
 def test_rows_are_on_disk_as_soon_as_they_are_known(compiled, tmp_path, monkeypatch):
-    out, whole = tmp_path / "plan.json", plan._compile
+    out, whole = tmp_path / "plan.json", tpu_plan._compile
 
     def stops_at_the_third(config, mesh, stage, *rest):
         if stage.kind == "discrete":
             raise KeyboardInterrupt
         return whole(config, mesh, stage, *rest)
 
-    monkeypatch.setattr(plan, "_compile", stops_at_the_third)
+    monkeypatch.setattr(tpu_plan, "_compile", stops_at_the_third)
     with pytest.raises(KeyboardInterrupt):
-        plan.plan(parse(TINY), ["v5e-8"], str(out))
-    assert [row["kind"] for row in plan.read(str(out))] == ["flow", "trajectory"]
-    monkeypatch.setattr(plan, "_compile", whole)
-    plan.plan(parse(TINY), ["v5e-8"], str(out))
+        tpu_plan.plan(parse(TINY), ["v5e-8"], str(out))
+    assert [row["kind"] for row in tpu_plan.read(str(out))] == ["flow", "trajectory"]
+    monkeypatch.setattr(tpu_plan, "_compile", whole)
+    tpu_plan.plan(parse(TINY), ["v5e-8"], str(out))
     assert compiled == ["flow", "trajectory", "discrete", "jvp"]
 
 
 def test_model_flops_are_the_passes_of_the_stage_times_the_plain_forward_pass(compiled):
     flow, trajectory, discrete, jvp = (
-        row["model_flops"] for row in plan.plan(parse(TINY), ["v5e-8"])
+        row["model_flops"] for row in tpu_plan.plan(parse(TINY), ["v5e-8"])
     )
     assert flow == trajectory and discrete == jvp
     assert discrete / flow == pytest.approx((3 + 0.75) / 3, rel=1e-12)
-    remat = plan.plan(parse(merged(TINY, remat="blocks", scan_blocks=True)), ["v5e-8"])
+    remat = tpu_plan.plan(parse(merged(TINY, remat="blocks", scan_blocks=True)), ["v5e-8"])
     assert remat[0]["model_flops"] == flow
 
 
 def test_the_figures_are_explained_and_a_loop_of_unknown_length_is_marked(compiled, capsys):
-    rows = plan.plan(parse(TINY), ["v5e-8"])
+    rows = tpu_plan.plan(parse(TINY), ["v5e-8"])
     text = capsys.readouterr().out
-    assert text.endswith(plan.LEGEND + "\n") and "*" not in text
+    assert text.endswith(tpu_plan.LEGEND + "\n") and "*" not in text
     rows[1]["loops"] = [3, None]
-    lines = plan.format_rows(rows).splitlines()
+    lines = tpu_plan.format_rows(rows).splitlines()
     assert ["*" in line for line in lines] == [
         False,
         False,
@@ -382,7 +383,7 @@ def test_the_figures_are_explained_and_a_loop_of_unknown_length_is_marked(compil
     assert (
         len({line.index("all-gather") for line in lines[1:]}) == 1
     )  # the columns stay where they are
-    assert plan.legend(rows) == f"{plan.LEGEND}\n{plan.UNKNOWN}"
+    assert tpu_plan.legend(rows) == f"{tpu_plan.LEGEND}\n{tpu_plan.UNKNOWN}"
 
 
 @pytest.mark.parametrize(
@@ -395,11 +396,11 @@ def test_what_the_compilers_refuse_is_one_line(monkeypatch, error, stage):
         raise error("no such\nkernel")
 
     lowered = SimpleNamespace(compile=refuse)
-    monkeypatch.setattr(plan, "_lower", refuse if stage == "lower" else lambda *_: lowered)
+    monkeypatch.setattr(tpu_plan, "_lower", refuse if stage == "lower" else lambda *_: lowered)
     with pytest.raises(
         DmfError, match="^the flow step does not compile: no such kernel; expected other attention"
     ):
-        plan._compile(
+        tpu_plan._compile(
             parse(TINY), sharding.make_mesh(), SimpleNamespace(kind="flow"), (8, 8, 1), 1.0
         )
 
@@ -408,18 +409,18 @@ def test_what_is_our_own_fault_is_not_laid_on_the_compiler(monkeypatch):
     def fault(*_):
         raise KeyError("x")
 
-    monkeypatch.setattr(plan, "_lower", fault)
+    monkeypatch.setattr(tpu_plan, "_lower", fault)
     with pytest.raises(KeyError):
-        plan._compile(
+        tpu_plan._compile(
             parse(TINY), sharding.make_mesh(), SimpleNamespace(kind="flow"), (8, 8, 1), 1.0
         )
 
 
 def test_seconds_of_compilation_are_of_nothing_else(monkeypatch):
     clock = iter([0.0, 10.0, 13.0])  # before lowering, before and after compiling
-    monkeypatch.setattr(plan.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(plan, "_lower", lambda *_: SimpleNamespace(compile=lambda: stand_in(0)))
-    row = plan._compile(
+    monkeypatch.setattr(tpu_plan.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(tpu_plan, "_lower", lambda *_: SimpleNamespace(compile=lambda: stand_in(0)))
+    row = tpu_plan._compile(
         parse(TINY), sharding.make_mesh(), SimpleNamespace(kind="flow"), (8, 8, 1), 1.0
     )
     assert row["compile_s"] == 3.0 and row["collectives"]
@@ -427,17 +428,17 @@ def test_seconds_of_compilation_are_of_nothing_else(monkeypatch):
 
 def test_a_write_that_stops_half_way_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     out = tmp_path / "plan.json"
-    plan._write(str(out), [{"kind": "flow", "fits": True, "program": "a"}])
+    tpu_plan._write(str(out), [{"kind": "flow", "fits": True, "program": "a"}])
     before = out.read_text()
     monkeypatch.setattr(
         Path, "write_text", lambda path, text: path.open("w").write(text[:9]) and [][0]
     )
     with pytest.raises(IndexError):
-        plan._write(str(out), [])
+        tpu_plan._write(str(out), [])
     assert out.read_text() == before and [path.name for path in tmp_path.iterdir()] == ["plan.json"]
     monkeypatch.undo()
     with pytest.raises(DmfError, match="could not be written"):
-        plan._write(str(tmp_path / "nowhere" / "plan.json"), [])
+        tpu_plan._write(str(tmp_path / "nowhere" / "plan.json"), [])
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"rows": 3}', '{"rows": [{"kind": 1}]}', "not json"])
@@ -445,19 +446,19 @@ def test_a_file_that_is_no_plan_is_left_alone(tmp_path, text):
     path = tmp_path / "other.json"
     path.write_text(text)
     with pytest.raises(DmfError, match="is not the JSON of a plan"):
-        plan.read(str(path))
-    assert path.read_text() == text and plan.read(str(tmp_path / "none.json")) == []
+        tpu_plan.read(str(path))
+    assert path.read_text() == text and tpu_plan.read(str(tmp_path / "none.json")) == []
 
 
 def test_a_batch_that_does_not_divide_is_refused(compiled):
     with pytest.raises(
         DmfError, match="config.batch_size = 36: expected a multiple of the 8 devices"
     ):
-        plan.plan(parse(merged(TINY, batch_size=36)), ["v5e-8"])
+        tpu_plan.plan(parse(merged(TINY, batch_size=36)), ["v5e-8"])
     with pytest.raises(
         DmfError, match="config.batch_size = 40 with 30 rows .* expected a multiple of 32"
     ):
-        plan.plan(parse(merged(TINY, batch_size=40)), ["v5e-8"])
+        tpu_plan.plan(parse(merged(TINY, batch_size=40)), ["v5e-8"])
     assert not compiled
 
 
@@ -468,25 +469,25 @@ def test_every_topology_is_looked_at_before_the_first_compilation(compiled, monk
     with pytest.raises(
         DmfError, match="config.batch_size = 32: expected a multiple of the 5 devices"
     ):
-        plan.plan(parse(TINY), ["v5e-8", "v5e-4"])
+        tpu_plan.plan(parse(TINY), ["v5e-8", "v5e-4"])
     with pytest.raises(DmfError, match="--topology=v5e-5: expected"):
-        plan.plan(parse(TINY), ["v5e-8", "v5e-5"])
+        tpu_plan.plan(parse(TINY), ["v5e-8", "v5e-5"])
     assert not compiled
 
 
 def test_without_libtpu_the_error_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DmfError, match=r'libtpu is not installed: .*pip install "jax\[tpu\]"'):
-        plan.plan(parse(TINY), ["v5e-4"])
+        tpu_plan.plan(parse(TINY), ["v5e-4"])
 
 
 def test_shapes_and_classes_are_those_of_the_data():
     real = ("digits", "photos")  # need no preparing
-    for name, (shape, classes, images) in plan.DATA.items():
+    for name, (shape, classes, images) in tpu_plan.DATA.items():
         found = data.load(DataConfig(name=name, mock=name not in real), "train")
         assert tuple(found.image_shape) == shape and found.num_classes == classes
         assert len(found) == images or name not in real
-    assert set(plan.DATA) == set(data.DATASETS)
+    assert set(tpu_plan.DATA) == set(data.DATASETS)
 
 
 @NEEDS_LIBTPU
@@ -503,6 +504,6 @@ def test_a_tiny_step_really_compiles_for_four_chips(tmp_path):
         given, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=600
     )
     assert not done.returncode, done.stderr[-2000:]
-    (row,) = plan.read(str(out))
+    (row,) = tpu_plan.read(str(out))
     assert row["fits"] and row["mesh"] == [2, 2] and row["hbm_bytes"] == round(15.75 * 2**30)
     assert row["collectives"]["all-reduce"]["count"] >= 1

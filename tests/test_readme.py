@@ -4,7 +4,7 @@ import importlib.util
 import json
 from pathlib import Path
 
-from dmf import benchmark
+from dmf.measure import benchmark
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -22,10 +22,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from dmf import cost, curriculum, hlo, networks, optim, sharding, state, step
+from dmf import curriculum, networks, optim, sharding, state, step
 from dmf.config import Config, check, to_dict
 from dmf.curriculum import Stage
 from dmf.errors import DmfError
+from dmf.measure import cost, hlo
 from dmf.storage import atomic
 
 

@@ -19,12 +19,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dmf import cost, curriculum, flow, guidance, networks, objectives, optim, sharding, state, step
+from dmf import curriculum, flow, guidance, networks, objectives, optim, sharding, state, step
 from dmf.config import Config, check
-from dmf.cost import Compilations, Counts
 from dmf.curriculum import Stage
 from dmf.data import load
 from dmf.errors import DmfError
+from dmf.measure import cost
+from dmf.measure.cost import Compilations, Counts
 from dmf.networks import attention
 
 ROUNDS = 9
