@@ -21,7 +21,7 @@ from dataclasses import asdict
 
 from dmf.config import complete
 from dmf.errors import DmfError
-from dmf.flow import TIME_LAWS
+from dmf.method.flow import TIME_LAWS
 
 VARIANTS = ("dagger", "linear")
 

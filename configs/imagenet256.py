@@ -23,7 +23,7 @@ from dataclasses import asdict
 
 from dmf.config import complete
 from dmf.errors import DmfError
-from dmf.flow import TIME_LAWS
+from dmf.method.flow import TIME_LAWS
 from dmf.networks import DIT_SIZES
 
 VARIANTS = ("XL", "L", "B", "S")

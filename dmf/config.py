@@ -18,17 +18,17 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from dmf import guidance, objectives
-from dmf.curriculum import GUIDED, PASSES, CurriculumConfig, Stage, build_stages, identity_of
 from dmf.data import DataConfig
 from dmf.errors import DmfError
-from dmf.flow import TimeLaw
 from dmf.guard import ACTIONS, GuardConfig
-from dmf.guidance import GuidanceConfig
+from dmf.method import guidance, objectives
+from dmf.method.curriculum import GUIDED, PASSES, CurriculumConfig, Stage, build_stages, identity_of
+from dmf.method.flow import TimeLaw
+from dmf.method.guidance import GuidanceConfig
+from dmf.method.objectives import LossConfig
+from dmf.method.samplers import SAMPLERS
 from dmf.networks import ADMConfig, DiTConfig, MLPConfig, UNetConfig, attention
-from dmf.objectives import LossConfig
 from dmf.optim import EMAConfig, OptimizerConfig
-from dmf.sample import SAMPLERS
 from dmf.sharding import MeshConfig
 
 NETWORKS = {"unet": UNetConfig, "dit": DiTConfig, "mlp": MLPConfig, "adm": ADMConfig}

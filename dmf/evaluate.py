@@ -18,9 +18,9 @@ from dmf import data, networks, pictures, pretrained, sharding
 from dmf.config import Config, parse
 from dmf.data import Dataset, Latents, latents
 from dmf.errors import DmfError, short
+from dmf.method.samplers import SAMPLERS
 from dmf.metrics.labelled import DigitsScorer, PhotosScorer
 from dmf.networks.vae import unscaled
-from dmf.sample import SAMPLERS
 from dmf.storage import paths
 
 ROWS_PER_DEVICE = 128  # of samples drawn at once

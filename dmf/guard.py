@@ -28,8 +28,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dmf.curriculum import GUIDED, Stage, identity_of, rho_at, stage_at
 from dmf.errors import DmfError, short
+from dmf.method.curriculum import GUIDED, Stage, identity_of, rho_at, stage_at
 from dmf.storage import paths
 from dmf.storage.manifest import MANIFEST, verify
 

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dmf.curriculum import CurriculumConfig, Stage, extent, stage_at
 from dmf.errors import DmfError
+from dmf.method.curriculum import CurriculumConfig, Stage, extent, stage_at
 
 Array = jax.Array
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from dmf.curriculum import Stage, identity_of
+from dmf.method.curriculum import Stage, identity_of
 from dmf.storage import paths
 
 GAP = 2  # pixels between samples

@@ -9,10 +9,11 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from dmf import curriculum, data, evaluate, hosts, networks, pictures, scoring
+from dmf import data, evaluate, hosts, networks, pictures, scoring
 from dmf.config import Config
-from dmf.curriculum import Stage
 from dmf.logging import JsonLines, TensorBoard
+from dmf.method import curriculum
+from dmf.method.curriculum import Stage
 from dmf.storage import checkpoint, paths
 
 FILE = "scores.jsonl"

@@ -22,9 +22,9 @@ from jax.sharding import Mesh
 
 from dmf import data, evaluate, pretrained, sharding
 from dmf.config import Config, parse
-from dmf.curriculum import GUIDED
 from dmf.data import images as sources
 from dmf.errors import DmfError
+from dmf.method.curriculum import GUIDED
 from dmf.metrics import protocols, reference
 from dmf.metrics.features import Extractor
 from dmf.metrics.judge import Judge, Setting, accumulate

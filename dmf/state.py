@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dmf import adaptive
-from dmf.curriculum import CurriculumConfig, Stage
+from dmf.method import intervals
+from dmf.method.curriculum import CurriculumConfig, Stage
 from dmf.optim import EMAConfig
 
 Params = Any
@@ -21,7 +21,7 @@ Params = Any
 class TrainState:
     """All that a step changes. step: () int32, steps done; ema: one tree like params per configured half-life.
 
-    intervals: the table of `dmf.adaptive`, () where the curriculum has none.
+    intervals: the table of `dmf.method.intervals`, () where the curriculum has none.
     """
 
     step: jax.Array
@@ -35,7 +35,7 @@ def create(
     params: Params, optimizer: optax.GradientTransformation, ema: EMAConfig, interval: str = ""
 ) -> TrainState:
     """The state before the first step; every EMA starts at the weights, and the table of an adaptive interval empty."""
-    intervals = adaptive.empty() if interval == "adaptive" else ()
+    intervals = intervals.empty() if interval == "adaptive" else ()
     return TrainState(
         jnp.zeros((), jnp.int32), params, optimizer.init(params), _copies(params, ema), intervals
     )

@@ -20,13 +20,14 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from dmf import adaptive, curriculum, flow, networks, objectives, optim, sharding
+from dmf import networks, optim, sharding
 from dmf.config import Config
-from dmf.curriculum import GUIDED, Stage, identity_of, rho_at
 from dmf.data import augment
 from dmf.errors import DmfError
-from dmf.flow import Rows, RowSplit
-from dmf.guidance import guided_velocity
+from dmf.method import curriculum, flow, intervals, objectives
+from dmf.method.curriculum import GUIDED, Stage, identity_of, rho_at
+from dmf.method.flow import Rows, RowSplit
+from dmf.method.guidance import guided_velocity
 from dmf.networks import Execution, Network, attention, is_interval_path
 from dmf.state import TrainState
 
@@ -182,7 +183,7 @@ def stage_loss(
             curriculum.interval_rule(config.curriculum, how["sums"]),
         )
         metrics["interval"] = jnp.mean(interval(rho, pairs.r, pairs.t))
-        metrics["intervals"] = adaptive.tally(pairs.r, pairs.t, found.products)
+        metrics["intervals"] = intervals.tally(pairs.r, pairs.t, found.products)
     return total, metrics | {"loss": total}
 
 
@@ -202,7 +203,7 @@ def stage_residuals(
     """(the rows with the velocity that the stage enforces, their residuals).
 
     average: the averaged weights whose velocity config.loss.tangent = ema goes along; sums: the table of an adaptive interval,
-    `dmf.adaptive`; train: with dropout.
+    `dmf.method.intervals`; train: with dropout.
     """
     if kind == "flow":
         params = freeze_interval(params)
@@ -230,7 +231,7 @@ def stage_residuals(
 def _tallied(sums: Any, seen: Array | None, config: Config) -> Any:
     """The table of an adaptive interval after a step that saw rows for it, or the same."""
     decay = 0.5 ** (config.batch_size / config.curriculum.interval_halflife_images)
-    return sums if seen is None else adaptive.update(sums, seen, decay)
+    return sums if seen is None else intervals.update(sums, seen, decay)
 
 
 def freeze_interval(params: Any) -> Any:

@@ -30,25 +30,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dmf import (
-    ahead,
-    curriculum,
-    data,
-    guard,
-    hosts,
-    networks,
-    optim,
-    pretrained,
-    sharding,
-    state,
-    step,
-)
+from dmf import ahead, data, guard, hosts, networks, optim, pretrained, sharding, state, step
 from dmf.config import Config, RunConfig, check, to_dict
-from dmf.curriculum import Stage
 from dmf.data.feed import Feed
 from dmf.errors import DmfError, NotFinite
 from dmf.guard import Diverged, Guard
 from dmf.logging import JsonLines, Progress, TensorBoard
+from dmf.method import curriculum
+from dmf.method.curriculum import Stage
 from dmf.scoreboard import Boundary, Scoreboard
 from dmf.state import TrainState
 from dmf.stopping import AGAIN, Stop

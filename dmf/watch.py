@@ -7,7 +7,7 @@ Nothing here changes a weight. Two sets of rows are drawn once per run: `even` o
     residual_0 ..       the same of r < t rows by their interval; e in its "unit" scale, so that stages can be compared.
                         residual_pairs: of all of them, residual_median: of the median row
     change              mean |u - u'| / |u| (of a jvp stage |(t - r) du/dt| / |u|); change_ulps: by the compute dtype's epsilon
-    ratio_0 ..          E<e, u - v> / E|e|^2 of discrete stages by interval: that by which `dmf.adaptive` would multiply rho
+    ratio_0 ..          E<e, u - v> / E|e|^2 of discrete stages by interval: that by which `dmf.method.intervals` would multiply rho
     consistency         how far one jump over (r, t) and two over its halves end apart, by the length of the first
     gradient_ratio      norm of the loss's gradient of the r < t rows by that of the r = t rows; gradient_cosine between both
 
@@ -26,11 +26,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dmf import data, flow, networks, objectives, optim, sharding, step
+from dmf import data, networks, optim, sharding, step
 from dmf.config import Config
-from dmf.curriculum import identity_of
 from dmf.errors import DmfError
-from dmf.flow import Rows, RowSplit, expand
+from dmf.method import flow, objectives
+from dmf.method.curriculum import identity_of
+from dmf.method.flow import Rows, RowSplit, expand
 
 Array = jax.Array
 EDGES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the intervals t - r that are told apart

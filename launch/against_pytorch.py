@@ -36,7 +36,7 @@ from dmf.convert import audit
 from dmf.convert.native import NATIVE
 from dmf.convert.rules import relative_l2
 from dmf.errors import DmfError
-from dmf.flow import Rows
+from dmf.method.flow import Rows
 
 jax.config.update(
     "jax_platforms", "cpu"

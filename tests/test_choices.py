@@ -14,9 +14,13 @@ import pytest
 from PIL import Image
 
 from configs import imagenet256
-from dmf import curriculum, objectives, pictures, sharding, state, step, train
+from dmf import pictures, sharding, state, step, train
 from dmf.config import check, parse
-from dmf.curriculum import (
+from dmf.errors import DmfError
+from dmf.measure import benchmark, tpu_plan
+from dmf.measure.cost import Compilations
+from dmf.method import curriculum, objectives
+from dmf.method.curriculum import (
     GUIDED,
     CurriculumConfig,
     build_stages,
@@ -27,12 +31,9 @@ from dmf.curriculum import (
     stage_at,
     table,
 )
-from dmf.errors import DmfError
-from dmf.flow import Rows, RowSplit
-from dmf.measure import benchmark, tpu_plan
-from dmf.measure.cost import Compilations
+from dmf.method.flow import Rows, RowSplit
+from dmf.method.objectives import LossConfig
 from dmf.networks import Network
-from dmf.objectives import LossConfig
 from tests.test_train import leaves, stopped_after
 from tests.tiny import TINY, Setup, merged, residuals
 

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from dmf.curriculum import INTERVALS, CurriculumConfig, build_stages, passes, stage_at, table
 from dmf.errors import DmfError
+from dmf.method.curriculum import INTERVALS, CurriculumConfig, build_stages, passes, stage_at, table
 
 PAPER = CurriculumConfig(stages=10, q=2.0, interval="dagger", length=2000.0, length_unit="epochs")
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmf import flow
 from dmf.errors import DmfError
-from dmf.flow import TIME_LAWS, RowSplit, TimeLaw, row_split
+from dmf.method import flow
+from dmf.method.flow import TIME_LAWS, RowSplit, TimeLaw, row_split
 
 
 def test_path_ends_at_data_and_noise_and_v_is_its_derivative(rng):

@@ -9,9 +9,9 @@ import pytest
 
 from dmf import guard
 from dmf.config import check, parse
-from dmf.curriculum import CurriculumConfig, build_stages, rho_at
 from dmf.errors import DmfError, NotFinite
 from dmf.guard import Diverged, Guard, GuardConfig
+from dmf.method.curriculum import CurriculumConfig, build_stages, rho_at
 from dmf.optim import EMAConfig, OptimizerConfig, ema_decays, learning_rate
 from dmf.scoreboard import Scoreboard
 from dmf.stopping import Stop

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmf import config, guidance, objectives, pretrained, step, train
+from dmf import config, pretrained, step, train
 from dmf.config import parse
-from dmf.curriculum import CurriculumConfig, build_stages, passes, table
 from dmf.errors import DmfError
-from dmf.flow import Rows, RowSplit
-from dmf.guidance import GuidanceConfig, guided_velocity
 from dmf.measure import benchmark
+from dmf.method import guidance, objectives
+from dmf.method.curriculum import CurriculumConfig, build_stages, passes, table
+from dmf.method.flow import Rows, RowSplit
+from dmf.method.guidance import GuidanceConfig, guided_velocity
 from dmf.networks import Network
 from tests.test_config import load
 from tests.test_step import largest_difference

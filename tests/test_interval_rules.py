@@ -9,14 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmf import adaptive, curriculum, sharding
-from dmf.adaptive import BINS
+from dmf import sharding
 from dmf.config import check, parse
-from dmf.curriculum import CurriculumConfig, build_stages, dagger, interval_rule, linear, table
 from dmf.errors import DmfError
-from dmf.flow import Rows, RowSplit
 from dmf.measure import tpu_plan
-from dmf.objectives import LossConfig
+from dmf.method import curriculum, intervals
+from dmf.method.curriculum import (
+    CurriculumConfig,
+    build_stages,
+    dagger,
+    interval_rule,
+    linear,
+    table,
+)
+from dmf.method.flow import Rows, RowSplit
+from dmf.method.intervals import BINS
+from dmf.method.objectives import LossConfig
 from dmf.storage import checkpoint
 from tests.test_choices import resumed_ends_as_uninterrupted
 from tests.test_objectives import random_net
@@ -95,7 +103,7 @@ def test_the_share_is_rho_times_the_ratio_of_the_rows_bin_within_its_bounds():
     sums[:, 7, 6] = 1.0, 100.0  # t = .9, t - r = .8: too small a ratio
     sums[:, 3, 0] = -5.0, 1.0  # t = .4, t - r = .1: a negative one
     sums[:, 7, 7] = 1e9, 1.0  # t = 1, r = 0: too large a one
-    found = adaptive.share(np.float32(0.25), r, t, jnp.asarray(sums), 0.125)
+    found = intervals.share(np.float32(0.25), r, t, jnp.asarray(sums), 0.125)
     np.testing.assert_allclose(
         found, [0.375, 0.25 / 8, 0.25 / 8, 1.0, 0.25], rtol=1e-6
     )  # the last bin is empty
@@ -112,11 +120,11 @@ def test_the_table_sums_rows_by_bin_discounts_the_bins_it_sees_and_leaves_the_ot
     for i in range(500):
         if r[i] < t[i]:
             expected[:, int(t[i] * BINS), int((t[i] - r[i]) * BINS)] += products[i] / 500
-    seen = adaptive.tally(r, t, jnp.asarray(products))
+    seen = intervals.tally(r, t, jnp.asarray(products))
     np.testing.assert_allclose(seen, expected, atol=1e-6)
     assert 20 < (expected[1] > 0).sum() <= BINS * (BINS + 1) / 2
     before = rng.uniform(1, 2, (2, BINS, BINS)).astype(np.float32)
-    after = np.asarray(adaptive.update(jnp.asarray(before), seen, 0.75))
+    after = np.asarray(intervals.update(jnp.asarray(before), seen, 0.75))
     hit = np.broadcast_to(expected[1] > 0, before.shape)
     np.testing.assert_array_equal(after[~hit], before[~hit])
     np.testing.assert_allclose(after[hit], (0.75 * before + expected)[hit], rtol=1e-5)
@@ -146,7 +154,7 @@ def test_the_rule_is_the_step_that_adcm_minimises_for_one_time_and_for_two(float
     found = residuals(
         "discrete", net, params, rows, RowSplit(64, 1, 1), rho, fine, LossConfig(product_rule=0.5)
     )
-    share = adaptive.share(rho, r, t, adaptive.tally(r, t, found.products), 1e-9)
+    share = intervals.share(rho, r, t, intervals.tally(r, t, found.products), 1e-9)
     assert 0 < float(share[0]) < 1 and float(share[0]) * L == pytest.approx(float(least), rel=1e-5)
 
 
@@ -169,8 +177,8 @@ def test_for_gaussian_data_and_the_exact_solution_the_ratio_is_that_of_the_sprea
     products = residuals(
         "discrete", net, None, rows, RowSplit(n, 1, 1), 0.01, fine, LossConfig()
     ).products
-    share = adaptive.share(
-        0.01, rows.r[:1], rows.t[:1], adaptive.tally(rows.r, rows.t, products), 1e-9
+    share = intervals.share(
+        0.01, rows.r[:1], rows.t[:1], intervals.tally(rows.r, rows.t, products), 1e-9
     )
     assert float(share[0]) / 0.01 == pytest.approx(
         float(std(t) / std(r)), rel=0.02

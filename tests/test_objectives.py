@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmf import objectives
-from dmf.curriculum import INTERVALS, dagger, linear
 from dmf.errors import DmfError
-from dmf.flow import Rows, RowSplit
-from dmf.objectives import LossConfig, weighted_loss
+from dmf.method import objectives
+from dmf.method.curriculum import INTERVALS, dagger, linear
+from dmf.method.flow import Rows, RowSplit
+from dmf.method.objectives import LossConfig, weighted_loss
 from tests.tiny import residuals
 
 RAW, UNIT = LossConfig(residual_scale="raw"), LossConfig(residual_scale="unit")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dmf import optim
-from dmf.curriculum import CurriculumConfig, build_stages
+from dmf.method.curriculum import CurriculumConfig, build_stages
 from dmf.optim import EMAConfig, OptimizerConfig
 
 CURRICULUM = CurriculumConfig(stages=4, length=400.0, pretrain_length=100.0, length_unit="steps")

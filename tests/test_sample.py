@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dmf.errors import DmfError
-from dmf.sample import euler, few_step, heun, one_step
+from dmf.method.samplers import euler, few_step, heun, one_step
 
 SIGMA = 0.4
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmf import flow, objectives, step
+from dmf import step
+from dmf.method import flow, objectives
 from dmf.networks import is_interval_path
 from tests.tiny import TINY, UNET, Setup, merged
 

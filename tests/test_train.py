@@ -13,9 +13,10 @@ import jax
 import numpy as np
 import pytest
 
-from dmf import curriculum, pretrained, state, train
+from dmf import pretrained, state, train
 from dmf.config import parse
 from dmf.errors import DmfError
+from dmf.method import curriculum
 from dmf.storage import checkpoint, paths
 from tests import devices
 from tests.tiny import TINY, merged

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmf import data, objectives, sharding, step, watch
+from dmf import data, sharding, step, watch
 from dmf.config import parse
-from dmf.flow import Rows
+from dmf.method import objectives
+from dmf.method.flow import Rows
 from dmf.train import train
 from tests.tiny import TINY, Setup, merged
 

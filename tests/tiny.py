@@ -5,9 +5,10 @@ from functools import partial
 import jax
 import numpy as np
 
-from dmf import networks, objectives, optim, sharding, state, step
+from dmf import networks, optim, sharding, state, step
 from dmf.config import parse
-from dmf.curriculum import build_stages
+from dmf.method import objectives
+from dmf.method.curriculum import build_stages
 
 TINY = dict(
     batch_size=32,

@@ -110,7 +110,7 @@ def _share(graph: Any) -> None:
 
 
 def _unrolled(model: Model, steps: int) -> Callable[[Any, Any], Any]:
-    """`dmf.sample.few_step` without its loop: z <- z - (t - r) u(z, r, t)."""
+    """`dmf.method.samplers.few_step` without its loop: z <- z - (t - r) u(z, r, t)."""
 
     def images(e: Any, labels: Any) -> Any:
         u, z, rows = sampler.velocity(model, model.params, labels), e, e.shape[:1]

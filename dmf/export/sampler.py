@@ -31,7 +31,7 @@ from dmf.convert.rules import Rule, relative_l2
 from dmf.data import latents
 from dmf.errors import DmfError
 from dmf.export import weights as files
-from dmf.sample import SAMPLERS
+from dmf.method.samplers import SAMPLERS
 from dmf.storage import checkpoint
 
 Weights = Mapping[str, Any]

@@ -19,13 +19,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dmf import curriculum, flow, guidance, networks, objectives, optim, sharding, state, step
+from dmf import networks, optim, sharding, state, step
 from dmf.config import Config, check
-from dmf.curriculum import Stage
 from dmf.data import load
 from dmf.errors import DmfError
 from dmf.measure import cost
 from dmf.measure.cost import Compilations, Counts
+from dmf.method import curriculum, flow, guidance, objectives
+from dmf.method.curriculum import Stage
 from dmf.networks import attention
 
 ROUNDS = 9

@@ -22,11 +22,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from dmf import curriculum, networks, optim, sharding, state, step
+from dmf import networks, optim, sharding, state, step
 from dmf.config import Config, check, to_dict
-from dmf.curriculum import Stage
 from dmf.errors import DmfError
 from dmf.measure import cost, hlo
+from dmf.method import curriculum
+from dmf.method.curriculum import Stage
 from dmf.storage import atomic
 
 

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from dmf.errors import DmfError
-from dmf.flow import Rows, RowSplit, expand
+from dmf.method.flow import Rows, RowSplit, expand
 
 Array = jax.Array
 Net = Callable[[object, Rows], Array]  # (params, rows) -> u(z, r, t), (B, ...)
@@ -52,7 +52,7 @@ class Residuals(NamedTuple):
     """Residuals of one batch, rows with r = t and rows with r < t apart (None where the batch has none of a kind).
 
     change: mean over the r < t rows of |u - u'| / |u| (discrete) or of |(t - r) du/dt| / |u| (jvp), else None.
-    products: (n_pairs, 2) of the r < t rows <e, u - v> and |e|^2, e in unit scale (discrete), else None: for `dmf.adaptive`.
+    products: (n_pairs, 2) of the r < t rows <e, u - v> and |e|^2, e in unit scale (discrete), else None: for `dmf.method.intervals`.
     """
 
     border: Array | None

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from dmf.errors import DmfError
-from dmf.flow import Rows, expand
+from dmf.method.flow import Rows, expand
 
 Array = jax.Array
 Net = Callable[[object, Rows], Array]  # (params, rows) -> u(z, r, t), (B, ...)

@@ -8,7 +8,7 @@ Discrete MeanFlow (Hsu & Wood, arXiv 2604.08837, Eq. 5) runs K stages of equal l
 
 A fourth kind, "flow", is plain flow matching on r = t with the interval branch frozen: the pretraining of v itself. Two
 more, "guided_discrete" and "guided_jvp", put classifier-free guidance into the weights: the identity of "discrete" and
-"jvp" with the velocity of `dmf.guidance` in place of v, for an optional stage after the others.
+"jvp" with the velocity of `dmf.method.guidance` in place of v, for an optional stage after the others.
 Stage and interval are pure functions of the step number, so a resumed run cannot disagree with its curriculum; within a kind
 the interval is a traced number, so a switch between two discrete stages, or one that shrinks with every step, compiles nothing.
 """
@@ -22,8 +22,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dmf import adaptive
 from dmf.errors import DmfError
+from dmf.method import intervals
 
 Array = jax.Array
 Interval = Callable[[Array, Array, Array], Array]  # (rho, r, t) -> d, times (B,)
@@ -115,11 +115,11 @@ class Stage:
 
 
 def interval_rule(config: CurriculumConfig, sums: Any = ()) -> Interval:
-    """(rho, r, t) -> the share a of t - r that one step back covers. sums: the table of `dmf.adaptive`, if the rule has one."""
+    """(rho, r, t) -> the share a of t - r that one step back covers. sums: the table of `dmf.method.intervals`, if the rule has one."""
     if config.interval == "floor":
         return lambda rho, r, t: floored(rho, r, t, config.interval_floor)
     if config.interval == "adaptive":
-        return lambda rho, r, t: adaptive.share(rho, r, t, sums, config.interval_floor)
+        return lambda rho, r, t: intervals.share(rho, r, t, sums, config.interval_floor)
     return INTERVALS[config.interval]
 
 
