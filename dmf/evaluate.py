@@ -20,7 +20,7 @@ from dmf.data import Dataset, Latents, latents
 from dmf.errors import DmfError, short
 from dmf.method.samplers import SAMPLERS
 from dmf.metrics.labelled import DigitsScorer, PhotosScorer
-from dmf.networks.vae import unscaled
+from dmf.networks.frozen.vae import unscaled
 from dmf.storage import paths
 
 ROWS_PER_DEVICE = 128  # of samples drawn at once

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from dmf import networks, sharding
 from dmf.config import Config, differences, parse, section, to_dict
 from dmf.errors import DmfError
-from dmf.networks import dinov2, inception, vae
+from dmf.networks.frozen import dinov2, inception, vae
 from dmf.optim import EMAConfig
 from dmf.storage import checkpoint
 

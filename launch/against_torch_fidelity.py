@@ -31,7 +31,7 @@ from dmf.convert.inception import FID_INCEPTION
 from dmf.metrics import protocols
 from dmf.metrics.features import Extractor
 from dmf.metrics.judge import Setting
-from dmf.networks.inception import InceptionConfig, build_inception
+from dmf.networks.frozen.inception import InceptionConfig, build_inception
 
 BATCH, ROUNDS = 64, 7
 

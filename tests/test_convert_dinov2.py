@@ -15,7 +15,7 @@ from dmf.convert.dinov2 import DINOV2, _torch_places
 from dmf.convert.rules import relative_l2
 from dmf.errors import DmfError
 from dmf.export.weights import export
-from dmf.networks.dinov2 import DINO_SIZES, DinoConfig, build_dinov2, resampling
+from dmf.networks.frozen.dinov2 import DINO_SIZES, DinoConfig, build_dinov2, resampling
 from tests.conftest import GOLDEN
 from tests.conversion import (
     check_names,

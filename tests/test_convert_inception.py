@@ -11,7 +11,7 @@ from dmf.convert import audit
 from dmf.convert.inception import FID_INCEPTION
 from dmf.convert.rules import relative_l2
 from dmf.errors import DmfError
-from dmf.networks.inception import Features, InceptionConfig, build_inception
+from dmf.networks.frozen.inception import Features, InceptionConfig, build_inception
 from tests.conftest import GOLDEN
 from tests.conversion import (
     check_names,

@@ -13,7 +13,7 @@ from dmf.convert.audit import flat, leaf_shapes
 from dmf.convert.rules import relative_l2
 from dmf.convert.vae import SD_VAE
 from dmf.errors import DmfError
-from dmf.networks.vae import VAEConfig, build_vae, sample_latent, unscaled
+from dmf.networks.frozen.vae import VAEConfig, build_vae, sample_latent, unscaled
 from tests.conversion import (
     check_names,
     convert_arrays,

@@ -30,7 +30,7 @@ from dmf.convert.vae import SD_VAE
 from dmf.data import DataConfig, encode, shards
 from dmf.data.images import center_crop, open_images
 from dmf.errors import DmfError
-from dmf.networks.vae import VAEConfig
+from dmf.networks.frozen.vae import VAEConfig
 from dmf.storage import checkpoint
 from dmf.storage.readers.read import sha256
 from tests.conversion import export_arrays, small_noise

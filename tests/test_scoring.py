@@ -443,7 +443,7 @@ def one_line(error):
 def inception(tmp_path_factory):
     """A converted Inception network with random weights, and a protocol of one's own that takes any."""
     from dmf import pretrained
-    from dmf.networks.inception import InceptionConfig, build_inception
+    from dmf.networks.frozen.inception import InceptionConfig, build_inception
 
     folder = tmp_path_factory.mktemp("inception") / "weights"
     network = build_inception(InceptionConfig())

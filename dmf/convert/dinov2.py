@@ -24,7 +24,7 @@ from dmf.convert.rules import (
 )
 from dmf.errors import DmfError
 from dmf.networks import layers
-from dmf.networks.dinov2 import DINO_SIZES, SIZE, Dino, DinoConfig
+from dmf.networks.frozen.dinov2 import DINO_SIZES, SIZE, Dino, DinoConfig
 from dmf.storage.readers.read import Tensor, flatten, strip_prefix
 
 NAME = "dinov2"

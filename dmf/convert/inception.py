@@ -20,7 +20,7 @@ from dmf.convert.rules import (
     tensor_of,
 )
 from dmf.errors import DmfError
-from dmf.networks.inception import (
+from dmf.networks.frozen.inception import (
     SIZE,
     SPATIAL_CHANNELS,
     Inception,

@@ -13,8 +13,8 @@ import numpy as np
 
 from dmf.convert.rules import Kind, Rule, conv_layer, linear_layer, norm_layer, tensor_of
 from dmf.errors import DmfError
+from dmf.networks.frozen.vae import PARTS, VAE, VAEConfig, sample_latent
 from dmf.networks.layers import check_choice, check_positive
-from dmf.networks.vae import PARTS, VAE, VAEConfig, sample_latent
 from dmf.storage.readers.read import Tensor, flatten, strip_prefix
 
 NAME = "sd_vae"

@@ -8,7 +8,7 @@
     DIR/heldout/...                                   likewise
 
 Record 2 i is image i, record 2 i + 1 its mirror image, encoded as such: a mirrored latent is not the latent of the mirrored
-image. Values are of *unscaled* latents (`dmf.networks.vae`), little-endian, in the dtype of the metadata. Shard k holds the
+image. Values are of *unscaled* latents (`dmf.networks.frozen.vae`), little-endian, in the dtype of the metadata. Shard k holds the
 images [k S, (k + 1) S).
 """
 
