@@ -235,7 +235,7 @@ def train() -> None:
 
 
 def sample() -> None:
-    from dmf.evaluate import write_samples
+    from dmf.evaluation.sampling import write_samples
 
     write_samples(
         _need(WORKDIR, "workdir"),
@@ -260,13 +260,13 @@ def score() -> None:
     )
     _check_read(SCORE_FLAGS[what], SCORED[what], ", or --protocol with it" * (what == "own"))
     if what == "own":
-        from dmf.evaluate import write_scores
+        from dmf.evaluation.sampling import write_scores
 
         write_scores(
             _need(WORKDIR, "workdir"), _steps(), COUNT.value, SAMPLER.value, _out(".json"), _ema()
         )
         return
-    from dmf import scoring
+    from dmf.evaluation import scoring
 
     setting = _setting()
     if what == "selfcheck":
@@ -283,7 +283,7 @@ def score() -> None:
 
 
 def reference() -> None:
-    from dmf.scoring import make_reference
+    from dmf.evaluation.scoring import make_reference
 
     if not PROTOCOL.value:
         raise DmfError("--protocol is missing: expected it with --mode=reference; see --help")
@@ -432,7 +432,7 @@ MODES = {
 
 
 def _setting() -> Any:
-    from dmf.scoring import Setting
+    from dmf.evaluation.scoring import Setting
 
     return Setting(PROTOCOL.value, FEATURES.value, REFERENCE.value, COUNT.value)
 

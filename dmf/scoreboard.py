@@ -9,8 +9,9 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from dmf import data, evaluate, hosts, networks, pictures, scoring
+from dmf import data, hosts, networks
 from dmf.config import Config
+from dmf.evaluation import pictures, sampling, scoring
 from dmf.logging import JsonLines, TensorBoard
 from dmf.method import curriculum
 from dmf.method.curriculum import Stage
@@ -57,13 +58,13 @@ class Scoreboard:
         self.boundaries = boundaries(stages, bool(config.init), config.run.score_every_steps)
         self._rows = JsonLines(workdir / FILE, hosts.is_first())
         labels = scoring.labels_of_run(config, dataset)
-        self._sampler = evaluate.Sampler(network, config, dataset.image_shape, labels, mesh)
+        self._sampler = sampling.Sampler(network, config, dataset.image_shape, labels, mesh)
         self._score: Any = None
         self.main = ""  # name of the score by which the best checkpoint is told
         if scorer := scoring.make_scorer(config, dataset, mesh):
             self._score, self.main = scorer
         self._scored_by = self._score.scored_by if self._score else ""
-        self._decode = evaluate.make_decoder(
+        self._decode = sampling.make_decoder(
             config.run.vae, dataset.image_shape, mesh, data.identity(dataset)
         )
 
@@ -95,11 +96,11 @@ class Scoreboard:
                 pictures.panels(self._picture(boundary), grids, side)
         rows: list[dict[str, Any]] = [{}]
         if self._score:
-            rows = evaluate.score(
+            rows = sampling.score(
                 self._sampler, self._score, params, self._config.run.score_samples, steps
             )
             print(f"after {boundary.name} ({boundary.kind}), step {boundary.step}")
-            print(evaluate.format_scores(rows, self._score.floor), flush=True)
+            print(sampling.format_scores(rows, self._score.floor), flush=True)
         by = {"scored_by": self._scored_by} if self._scored_by else {}
         for row in rows:
             self._rows.write(
@@ -191,4 +192,4 @@ class Scoreboard:
         for b in self.boundaries.values():
             rows = [r for r in scores if r["step"] == b.step]
             if b.full and rows:
-                print(f"\n{b.name}\n{evaluate.format_scores(rows, floor)}")
+                print(f"\n{b.name}\n{sampling.format_scores(rows, floor)}")

@@ -24,13 +24,14 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from dmf import scoring, sharding
+from dmf import sharding
 from dmf.convert import audit
 from dmf.convert.command import convert
 from dmf.convert.inception import FID_INCEPTION
+from dmf.evaluation import scoring
+from dmf.evaluation.features import Extractor
+from dmf.evaluation.judge import Setting
 from dmf.metrics import protocols
-from dmf.metrics.features import Extractor
-from dmf.metrics.judge import Setting
 from dmf.networks.frozen.inception import InceptionConfig, build_inception
 
 BATCH, ROUNDS = 64, 7

@@ -12,9 +12,10 @@ import pytest
 import safetensors
 from PIL import Image
 
-from dmf import evaluate, guard, pretrained, train, workdir
+from dmf import guard, pretrained, train, workdir
 from dmf.config import parse
 from dmf.errors import DmfError
+from dmf.evaluation import sampling
 from dmf.export import card, sampler, weights
 from dmf.logging import JsonLines
 from dmf.storage import checkpoint, paths
@@ -134,9 +135,9 @@ def test_what_a_bucket_holds_is_loaded_sampled_and_scored_like_a_folder(
         (_, mine), (_, theirs) = pretrained.load(HERE + name), pretrained.load(f"{folder}{name}")
         for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
             np.testing.assert_array_equal(a, b)
-    written = evaluate.write_samples(f"{HERE}/best", [1, 2], 4)
+    written = sampling.write_samples(f"{HERE}/best", [1, 2], 4)
     assert os.fspath(written) == f"{HERE}/samples_few_step_1_2.png"
-    evaluate.write_samples(f"{folder}/best", [1, 2], 4, out=str(tmp_path / "local.png"))
+    sampling.write_samples(f"{folder}/best", [1, 2], 4, out=str(tmp_path / "local.png"))
     mine, theirs = Image.open(io.BytesIO(written.read_bytes())), Image.open(tmp_path / "local.png")
     np.testing.assert_array_equal(np.asarray(mine), np.asarray(theirs))
     for place, out in ((HERE, "there"), (folder, "here")):
@@ -152,7 +153,7 @@ def test_what_a_bucket_holds_is_loaded_sampled_and_scored_like_a_folder(
     jax.tree.map(np.testing.assert_array_equal, files[0][1], files[1][1])
     mine, theirs = (card.scores(sampler.open_model(f"{place}/best")) for place in (HERE, folder))
     assert mine == theirs and [row["nfe"] for row in mine[0]["rows"]] == [1, 2] and mine[0]["best"]
-    (row,) = evaluate.write_scores(f"{HERE}/best", [1], 32)
+    (row,) = sampling.write_scores(f"{HERE}/best", [1], 32)
     told = json.loads(bucket.get("things/runs/tiny/best.json"))
     assert row == {name: told[name] for name in row}
 
@@ -249,7 +250,7 @@ def test_an_unreachable_or_read_only_bucket_and_other_addresses_are_one_sentence
             DmfError,
             match=r"gs://things/runs/tiny/samples\S+png cannot be written: .*no right to write.*; exp",
         ):
-            evaluate.write_samples(f"{HERE}/best", [1], 4)
+            sampling.write_samples(f"{HERE}/best", [1], 4)
     with pytest.raises(DmfError, match=r"no such file or directory; expected a work directory"):
         pretrained.load("gs://things/nowhere")
     for address in (

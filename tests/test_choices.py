@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 from configs import imagenet256
-from dmf import pictures, sharding, state, step, train
+from dmf import sharding, state, step, train
 from dmf.config import check, parse
 from dmf.errors import DmfError
+from dmf.evaluation import pictures
 from dmf.measure import benchmark, tpu_plan
 from dmf.measure.cost import Compilations
 from dmf.method import curriculum, objectives

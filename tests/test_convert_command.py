@@ -16,7 +16,7 @@ import safetensors.numpy
 
 import main
 from configs import cifar10_from
-from dmf import evaluate, pretrained, train
+from dmf import pretrained, train
 from dmf.config import parse
 from dmf.convert import audit
 from dmf.convert.command import KINDS, REPORT, convert
@@ -24,6 +24,7 @@ from dmf.convert.dit import SIT
 from dmf.convert.rules import constant, linear, plain
 from dmf.convert.unet import EDM, MEANFLOW_UNET
 from dmf.errors import DmfError
+from dmf.evaluation import sampling
 from dmf.export.weights import export
 from dmf.networks import DiTConfig, UNetConfig
 from dmf.storage import atomic, checkpoint
@@ -269,10 +270,10 @@ def test_what_a_converted_directory_may_be_called(sit, tmp_path, monkeypatch):
 
 
 def test_a_converted_flow_model_is_sampled(sit, tmp_path, capsys):
-    out = evaluate.write_samples(sit[1], [1, 3], 4, "euler", str(tmp_path / "grid.png"))
+    out = sampling.write_samples(sit[1], [1, 3], 4, "euler", str(tmp_path / "grid.png"))
     assert out.stat().st_size > 500
     with pytest.raises(DmfError, match="holds converted weights, without data to score against"):
-        evaluate.write_scores(sit[1], [1], 4)
+        sampling.write_scores(sit[1], [1], 4)
 
 
 def broken(tmp_path, weights, name):

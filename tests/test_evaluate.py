@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from dmf import evaluate, sharding
+from dmf import sharding
 from dmf.data import DataConfig, load
-from dmf.evaluate import Sampler
+from dmf.evaluation import sampling
+from dmf.evaluation.sampling import Sampler
 from dmf.logging import TensorBoard
 from dmf.scoreboard import Scoreboard
 from tests.tiny import TINY, Setup, merged
@@ -30,7 +31,7 @@ def test_a_sample_does_not_depend_on_count_chunk_or_devices(monkeypatch):
     np.testing.assert_array_equal(
         draw_on_8(same_params, 21, 2), whole
     )  # the same program on every device
-    monkeypatch.setattr(evaluate, "ROWS_PER_DEVICE", 4)
+    monkeypatch.setattr(sampling, "ROWS_PER_DEVICE", 4)
     np.testing.assert_allclose(draw(params, 21, 2), whole, atol=1e-5)
     np.testing.assert_array_equal(draw(params, 8, 2, first=4), draw(params, 12, 2)[4:])
 
@@ -59,7 +60,7 @@ def test_one_program_serves_every_number_of_steps(name):
 
 def test_the_digits_score_sees_real_images_as_real_and_is_printed_beside_them():
     train = load(DataConfig(), "train")
-    scorer, main = evaluate.make_scorer(DataConfig(), train)
+    scorer, main = sampling.make_scorer(DataConfig(), train)
     real = train.to_float(train.images)
 
     class RealImages:
@@ -68,16 +69,16 @@ def test_the_digits_score_sees_real_images_as_real_and_is_printed_beside_them():
         def __call__(self, params, count, steps):
             return real[:count]
 
-    rows = evaluate.score(RealImages(), scorer, None, 600, [1, 4])
+    rows = sampling.score(RealImages(), scorer, None, 600, [1, 4])
     assert [r["nfe"] for r in rows] == [1, 4] and main in rows[0]
     assert rows[0]["nn_train"] == 0 and rows[0]["accuracy"] > 0.98 and rows[0]["n_samples"] == 600
-    text = evaluate.format_scores(rows[:1], scorer.floor).splitlines()
+    text = sampling.format_scores(rows[:1], scorer.floor).splitlines()
     assert text[0].split()[:2] == ["steps", "fd_hidden"] and text[2].split()[0] == "real"
     assert float(text[2].split()[1]) == pytest.approx(scorer.floor["fd_hidden"], abs=5e-4)
 
 
 def test_a_data_set_without_a_score_has_none():
-    assert evaluate.make_scorer(DataConfig(name="cifar10"), load(DataConfig(), "train")) is None
+    assert sampling.make_scorer(DataConfig(name="cifar10"), load(DataConfig(), "train")) is None
 
 
 class Scorer:
@@ -97,7 +98,7 @@ def board(folder, **changes):
 
 
 def test_scores_of_digits_are_compared_with_their_like_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "SCORERS", {"digits": (Scorer, "fd_hidden")})
+    monkeypatch.setattr(sampling, "SCORERS", {"digits": (Scorer, "fd_hidden")})
     mine = board(tmp_path)
     others = [
         board(tmp_path, **change)

@@ -18,7 +18,7 @@ import safetensors.numpy
 from dmf import pretrained, sharding
 from dmf.config import parse, to_dict
 from dmf.errors import DmfError
-from dmf.evaluate import Sampler
+from dmf.evaluation.sampling import Sampler
 from dmf.export import card, command, folder, onnx, place, sampler
 from dmf.storage import checkpoint
 from tests.tiny import TINY, UNET, Setup, merged

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dmf import pictures
 from dmf.errors import DmfError
+from dmf.evaluation import pictures
 from dmf.logging import JsonLines, Progress, TensorBoard
 from dmf.storage import checkpoint
 from dmf.storage.checkpoint import Checkpoints

@@ -38,9 +38,9 @@ OWNERS = {
     "onnxruntime": {"dmf/export/onnx.py"},
     "jax2onnx": {"dmf/export/onnx.py"},
     "huggingface_hub": {"dmf/export/folder.py"},
-    "PIL": {"dmf/pictures.py", "dmf/data/images.py"},
+    "PIL": {"dmf/evaluation/pictures.py", "dmf/data/images.py"},
     "array_record": {"dmf/data/"},
-    "matplotlib": {"dmf/pictures.py"},
+    "matplotlib": {"dmf/evaluation/pictures.py"},
     "sklearn": {"dmf/data/digits.py", "dmf/data/photos.py", "dmf/metrics/"},
 }
 # What has no other home in jax: collectives of small values between processes, Pallas' kernels, topologies without devices.

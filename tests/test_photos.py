@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_sample_image
 
-from dmf import evaluate
 from dmf.data import DataConfig, load, photos
 from dmf.errors import DmfError
+from dmf.evaluation import sampling
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +16,7 @@ def sets():
 
 @pytest.fixture(scope="module")
 def scorer(sets):
-    found, main = evaluate.make_scorer(DataConfig(name="photos"), sets["train"])
+    found, main = sampling.make_scorer(DataConfig(name="photos"), sets["train"])
     assert main == "fd_hidden"
     return found
 
@@ -114,7 +114,7 @@ def test_the_space_of_pixels_holds_nearly_all_of_the_variance(sets, scorer):
 
 def test_the_digits_score_is_the_one_of_before():
     train = load(DataConfig(), "train")
-    scorer, main = evaluate.make_scorer(DataConfig(), train)
+    scorer, main = sampling.make_scorer(DataConfig(), train)
     # Noted before the code was shared with the photos: the same to the bit then; another processor rounds otherwise.
     before = {
         "fd_hidden": 0.34845471683937035,

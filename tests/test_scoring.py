@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dmf import scoring, sharding
+from dmf import sharding
 from dmf.config import parse
 from dmf.data import DataConfig, load
 from dmf.errors import DmfError
-from dmf.metrics import features, judge, protocols, results, totals
+from dmf.evaluation import features, judge, results, scoring
+from dmf.evaluation.judge import Judge, Setting
+from dmf.metrics import protocols, totals
 from dmf.metrics.frechet import frechet_distance, moments
-from dmf.metrics.judge import Judge, Setting
 from dmf.metrics.reference import Reference, read, write
 from dmf.metrics.totals import Totals
 from dmf.storage import checkpoint
@@ -146,13 +147,14 @@ def test_several_emas_and_steps_in_one_run_and_no_row_twice(place, setting, tmp_
 
 def test_the_scores_are_those_of_the_images_as_bytes(place, setting, tmp_path):
     """The whole path against its parts: samples drawn, rounded and compared by hand."""
-    from dmf import evaluate, pretrained
+    from dmf import pretrained
+    from dmf.evaluation import sampling
 
     found = scoring.score_checkpoint(place / "run", setting, [2], out=str(tmp_path / "out.json"))[0]
     folder, stored = pretrained.open_folder(place / "run")
     network, params = pretrained.load_folder(folder, stored)
     labels = load(DataConfig(), "train").labels
-    draw = evaluate.Sampler(
+    draw = sampling.Sampler(
         network, parse(stored["config"]), (8, 8, 1), labels, sharding.make_mesh()
     )
     rounded = np.floor(np.clip(draw(params, 150, 2) / 2 + 0.5, 0, 1) * 255)
@@ -227,13 +229,15 @@ def test_parts_must_come_whole_and_all(tmp_path):
 
 KILLED = """
 import sys
-from dmf import evaluate, scoring
-from dmf.metrics import judge, totals
+from dmf.evaluation import sampling
+from dmf.evaluation import scoring
+from dmf.metrics import totals
+from dmf.evaluation import judge
 totals.PART = judge.PART = 8
 judge.SAVE_SECONDS = 0.0
 import time
-draw = evaluate.Sampler.__call__
-evaluate.Sampler.__call__ = lambda *a, **k: time.sleep(0.05) or draw(*a, **k)
+draw = sampling.Sampler.__call__
+sampling.Sampler.__call__ = lambda *a, **k: time.sleep(0.05) or draw(*a, **k)
 scoring.score_checkpoint(sys.argv[1], judge.Setting(sys.argv[2], "", sys.argv[3]), [1, 2], out=sys.argv[4])
 """
 
@@ -562,10 +566,10 @@ def test_bad_images_are_one_line_each(place, setting, tmp_path, monkeypatch):
 
 
 def test_nan_samples_are_named(place, setting, tmp_path, monkeypatch):
-    from dmf import evaluate
+    from dmf.evaluation import sampling
 
     monkeypatch.setattr(
-        evaluate.Sampler,
+        sampling.Sampler,
         "__call__",
         lambda self, params, count, *a: np.full((count, 8, 8, 1), np.nan),
     )

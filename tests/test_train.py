@@ -370,11 +370,12 @@ def test_a_whole_run_needs_no_tensorflow(tmp_path):
 import json, sys
 from tests.test_data import WITHOUT_TENSORFLOW
 exec(WITHOUT_TENSORFLOW)
-from dmf import evaluate, train
+from dmf import train
+from dmf.evaluation import sampling
 from dmf.config import parse
 from tests.tiny import TINY, merged
 train.train(parse(merged(TINY, run=dict(tensorboard=True))), {str(tmp_path)!r})
-evaluate.write_samples({str(tmp_path)!r}, [1, 2], 5, "")
+sampling.write_samples({str(tmp_path)!r}, [1, 2], 5, "")
 assert not any(name.split(".")[0] in ("tensorflow", "tensorboard", "clu") for name in sys.modules)
 """
     done = subprocess.run(

@@ -11,9 +11,10 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from dmf import evaluate, guard, scoreboard, train, workdir
+from dmf import guard, scoreboard, train, workdir
 from dmf.config import parse
 from dmf.errors import DmfError
+from dmf.evaluation import sampling
 from dmf.guard import Guard, GuardConfig
 from dmf.logging import JsonLines
 from dmf.storage import checkpoint, paths
@@ -89,7 +90,7 @@ def full_disk():
 def test_a_disk_that_is_full_while_a_run_writes_is_one_line_that_names_the_file(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(evaluate, "SCORERS", {"digits": (Scorer, "fd_hidden")})
+    monkeypatch.setattr(sampling, "SCORERS", {"digits": (Scorer, "fd_hidden")})
     run, empty = tmp_path / "run", tmp_path / "empty"
     (run / checkpoint.FOLDER / "6").mkdir(parents=True)
     (run / checkpoint.FOLDER / "6" / checkpoint.MANIFEST).touch()

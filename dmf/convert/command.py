@@ -24,7 +24,7 @@ from dmf import pretrained
 from dmf.convert import adm, align, audit, dinov2, dit, inception, native, score_sde, unet, vae
 from dmf.convert.rules import Kind, relative_l2
 from dmf.errors import DmfError
-from dmf.metrics import features
+from dmf.evaluation import features
 from dmf.storage import checkpoint
 from dmf.storage.readers import read
 

@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from dmf import evaluate, pretrained
+from dmf import pretrained
+from dmf.evaluation import sampling
 from dmf.export.sampler import Model, sha256
 from dmf.storage import checkpoint
 
@@ -115,7 +116,7 @@ def text(name: str, about: Mapping[str, Any]) -> str:
 
 def scores(model: Model) -> list[dict[str, Any]]:
     """[{"protocol", "rows", "best"}] of what was scored with these weights and this sampler, as the work directory has it."""
-    config, home = model.config, evaluate.home(model.folder, model.stored)
+    config, home = model.config, sampling.home(model.folder, model.stored)
     halflife = config.ema.evaluate if model.ema is None else model.ema
     found = []
     if not pretrained.is_converted(model.stored) and (halflife, model.sampler) == (
@@ -160,7 +161,7 @@ def scores(model: Model) -> list[dict[str, Any]]:
 def _counted(row: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A row of scores.jsonl, whose `nfe` is the number of steps, with steps and evaluations of the sampler of this name."""
     steps = row["nfe"]
-    return {"steps": steps, **row, "nfe": steps * evaluate.evaluations(name)}
+    return {"steps": steps, **row, "nfe": steps * sampling.evaluations(name)}
 
 
 def _lines(file: Any) -> Iterator[dict[str, Any]]:

@@ -22,7 +22,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from dmf import evaluate, networks, pretrained
+from dmf import networks, pretrained
 from dmf.config import Config, parse
 from dmf.convert import audit
 from dmf.convert.command import KINDS
@@ -30,6 +30,7 @@ from dmf.convert.native import NATIVE
 from dmf.convert.rules import Rule, relative_l2
 from dmf.data import latents
 from dmf.errors import DmfError
+from dmf.evaluation import sampling
 from dmf.export import weights as files
 from dmf.method.samplers import SAMPLERS
 from dmf.storage import checkpoint
@@ -94,7 +95,7 @@ def velocity(model: Model, params: Any, labels: Any) -> Callable[[Any, Any, Any]
 
 
 def function(model: Model, steps: int) -> Callable[[Weights, Any, Any], Any]:
-    """sampler(weights, e, labels) -> images of the shape of e, after `steps` steps; traced as `evaluate.Sampler` does."""
+    """sampler(weights, e, labels) -> images of the shape of e, after `steps` steps; traced as `sampling.Sampler` does."""
     rules = model.rules()
 
     @jax.default_matmul_precision("highest")
@@ -201,7 +202,7 @@ def about(model: Model) -> dict[str, Any]:
 
 def evaluations(model: Model, steps: int) -> int:
     """Evaluations of the network per sample."""
-    return steps * evaluate.evaluations(model.sampler)
+    return steps * sampling.evaluations(model.sampler)
 
 
 def sha256(content: bytes) -> str:

@@ -11,9 +11,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dmf.errors import DmfError
+from dmf.evaluation.features import Extractor
 from dmf.logging import Count
 from dmf.metrics import protocols, reference
-from dmf.metrics.features import Extractor
 from dmf.metrics.reference import Reference
 from dmf.metrics.totals import MOMENTS, PART, Totals
 

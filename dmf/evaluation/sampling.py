@@ -14,10 +14,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dmf import data, networks, pictures, pretrained, sharding
+from dmf import data, networks, pretrained, sharding
 from dmf.config import Config, parse
 from dmf.data import Dataset, Latents, latents
 from dmf.errors import DmfError, short
+from dmf.evaluation import pictures
 from dmf.method.samplers import SAMPLERS
 from dmf.metrics.labelled import DigitsScorer, PhotosScorer
 from dmf.networks.frozen.vae import unscaled

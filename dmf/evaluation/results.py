@@ -15,7 +15,7 @@ import numpy as np
 
 from dmf.config import differences
 from dmf.errors import DmfError
-from dmf.metrics.judge import Judge, accumulate
+from dmf.evaluation.judge import Judge, accumulate
 from dmf.storage import paths
 
 

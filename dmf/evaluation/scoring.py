@@ -20,17 +20,18 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from dmf import data, evaluate, pretrained, sharding
+from dmf import data, pretrained, sharding
 from dmf.config import Config, parse
 from dmf.data import images as sources
 from dmf.errors import DmfError
+from dmf.evaluation import sampling
+from dmf.evaluation.features import Extractor
+from dmf.evaluation.judge import Judge, Setting, accumulate
+from dmf.evaluation.results import Progress, Results, free_name, sha256
 from dmf.method.curriculum import GUIDED
 from dmf.metrics import protocols, reference
-from dmf.metrics.features import Extractor
-from dmf.metrics.judge import Judge, Setting, accumulate
 from dmf.metrics.protocols import Protocol
 from dmf.metrics.reference import Reference
-from dmf.metrics.results import Progress, Results, free_name, sha256
 from dmf.metrics.totals import PART, Totals
 from dmf.storage import checkpoint, paths
 
@@ -54,7 +55,7 @@ def score_checkpoint(
 ) -> list[dict[str, Any]]:
     """Scores a checkpoint by a protocol, one row for each EMA and number of sampling steps; prints them, writes JSON.
 
-    path, emas, sampler, vae: as for `evaluate.write_samples`. seed: of noise and drawn labels, None for the run's own. out: the
+    path, emas, sampler, vae: as for `sampling.write_samples`. seed: of noise and drawn labels, None for the run's own. out: the
     JSON file, by default beside the checkpoint, or of one in a bucket in the current directory; rows it already holds are not
     made again. Raises DmfError on bad input.
     """
@@ -63,13 +64,13 @@ def score_checkpoint(
     folder, stored = pretrained.open_folder(path)
     config = _config(path, stored, sampler, seed)
     _check_images(tuple(stored["image_shape"]), vae)
-    decode = evaluate.make_decoder(vae, tuple(stored["image_shape"]), mesh, stored.get("data"))
+    decode = sampling.make_decoder(vae, tuple(stored["image_shape"]), mesh, stored.get("data"))
     judge.announce()
     labels = _labels(
         judge.protocol, config, None if pretrained.is_converted(stored) else config.data
     )
     named = (judge.protocol.name, folder.name, config.run.sampler, f"seed{config.seed}")
-    beside = evaluate.home(folder, stored)
+    beside = sampling.home(folder, stored)
     beside = (
         Path() if paths.is_bucket(beside) else beside
     )  # sums wait in files that are mapped and locked
@@ -90,16 +91,16 @@ def score_checkpoint(
             **_identity(judge),
         },
     )
-    draw: evaluate.Sampler | None = None
+    draw: sampling.Sampler | None = None
     for ema in emas:
         network, params = pretrained.load_folder(folder, stored, ema)
-        draw = draw or evaluate.Sampler(network, config, tuple(stored["image_shape"]), labels, mesh)
+        draw = draw or sampling.Sampler(network, config, tuple(stored["image_shape"]), labels, mesh)
         half_life = config.ema.evaluate if ema is None else ema
         for n in steps:
             row = {
                 "ema_halflife_images": half_life,
                 "steps": n,
-                "nfe": n * evaluate.evaluations(config.run.sampler),
+                "nfe": n * sampling.evaluations(config.run.sampler),
             }
             results.add(
                 row, judge, partial(_samples, draw, params, n, decode, judge.protocol.rounding)
@@ -190,7 +191,7 @@ def make_reference(
 
 
 class ProtocolScorer:
-    """A cheap score during training: the protocol's FID, sFID and IS of few samples; see `evaluate.make_scorer`."""
+    """A cheap score during training: the protocol's FID, sFID and IS of few samples; see `sampling.make_scorer`."""
 
     floor: dict[str, float] = {}
     scored_by: str  # scores with equal ones may be compared
@@ -207,7 +208,7 @@ class ProtocolScorer:
             raise DmfError(
                 f"config.run.protocol = {run.protocol!r}: expected one with fid, by which the best checkpoint is told"
             )
-        self._decode = evaluate.make_decoder(run.vae, image_shape, mesh, trained_on)
+        self._decode = sampling.make_decoder(run.vae, image_shape, mesh, trained_on)
         self._judge.announce()
         self._judge.ready()
         self.scored_by = _scored_by(_identity(self._judge), config)
@@ -229,7 +230,7 @@ def make_scorer(
         return None
     if config.run.protocol:
         return ProtocolScorer(config, train.image_shape, mesh, data.identity(train)), "fid"
-    found = evaluate.make_scorer(config.data, train)
+    found = sampling.make_scorer(config.data, train)
     if found:
         about = {
             "data": [config.data.name, config.data.holdout_fraction],
@@ -272,7 +273,7 @@ def _check_images(shape: tuple[int, ...], vae: str) -> None:
 
 
 def _samples(
-    draw: evaluate.Sampler,
+    draw: sampling.Sampler,
     params: Any,
     steps: int,
     decode: Callable[[np.ndarray], np.ndarray],
