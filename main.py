@@ -28,15 +28,15 @@ from typing import TYPE_CHECKING, Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dmf import stopping
 from dmf.errors import DmfError
+from dmf.run import sigterm
 from dmf.storage import paths
 
 if TYPE_CHECKING:
     from dmf.config import Config
 
 STARTED = time.monotonic()
-STOP: stopping.Stop | None = None
+STOP: sigterm.Stop | None = None
 
 # Kinds of weight files; dmf.convert.command has the same (a test compares them), but --help should load no jax.
 KINDS = {
@@ -217,14 +217,14 @@ def main(argv: list[str]) -> None:
 def train() -> None:
     from dmf import hosts
 
-    config, stop = _config(), STOP or stopping.listen()
+    config, stop = _config(), STOP or sigterm.listen()
     hosts.start(DISTRIBUTED.value)
     if hosts.several():
         stop.share(hosts.Board())
     if not hosts.is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one process speaks for all; errors still go to stderr
+    from dmf.run.workdir import keep_programs
     from dmf.train import train as run
-    from dmf.workdir import keep_programs
 
     path = config_flags.get_config_filename(flags.FLAGS["config"])
     workdir = (
@@ -548,7 +548,7 @@ def _stop(status: int, line: str) -> None:
 
 if __name__ == "__main__":
     if all(text.endswith("train") for text in sys.argv if text.lstrip("-").startswith("mode")):
-        STOP = stopping.listen()  # reading the flags takes seconds
+        STOP = sigterm.listen()  # reading the flags takes seconds
     try:
         app.run(main, flags_parser=_parse_flags)
     except DmfError as error:

@@ -20,7 +20,6 @@ from ml_collections import config_dict
 
 from dmf.data import DataConfig
 from dmf.errors import DmfError
-from dmf.guard import ACTIONS, GuardConfig
 from dmf.method import guidance, objectives
 from dmf.method.curriculum import GUIDED, PASSES, CurriculumConfig, Stage, build_stages, identity_of
 from dmf.method.flow import TimeLaw
@@ -29,6 +28,7 @@ from dmf.method.objectives import LossConfig
 from dmf.method.samplers import SAMPLERS
 from dmf.networks import ADMConfig, DiTConfig, MLPConfig, UNetConfig, attention
 from dmf.optim import EMAConfig, OptimizerConfig
+from dmf.run.guard import ACTIONS, GuardConfig
 from dmf.sharding import MeshConfig
 
 NETWORKS = {"unet": UNetConfig, "dit": DiTConfig, "mlp": MLPConfig, "adm": ADMConfig}

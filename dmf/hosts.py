@@ -46,7 +46,7 @@ def start(detect: bool = False) -> None:
         raise DmfError(
             f"JAX_PROCESS_ID = {mine}: expected a number below JAX_NUM_PROCESSES = {count}"
         )
-    # With it, SIGTERM would be caught for somebody to ask about between two steps; `dmf.stopping` hears it at any time.
+    # With it, SIGTERM would be caught for somebody to ask about between two steps; `dmf.run.sigterm` hears it at any time.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(

@@ -8,7 +8,7 @@
     workdir/data.json         what identifies the data; a later command with other data is refused
     workdir/programs/         compiled programs, kept by main.py for the next start;  workdir/.lock  held while it trains
     workdir/metrics.jsonl     logged steps;  workdir/scores.jsonl  scores at the stage boundaries
-    workdir/watch.jsonl       probes of the weights (`dmf.watch`);  workdir/guard.json  what followed from them (`dmf.guard`)
+    workdir/watch.jsonl       probes of the weights (`dmf.run.probe`);  workdir/guard.json  what followed from them (`dmf.run.guard`)
     workdir/samples/*.png     a grid per stage boundary;  samples.png, curves.png  at the end
 
 Running the same command again resumes from the newest checkpoint and ends in the same bits: data and randomness are
@@ -30,20 +30,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dmf import ahead, data, guard, hosts, networks, optim, pretrained, sharding, state, step
+from dmf import data, hosts, networks, optim, pretrained, sharding, state, step
 from dmf.config import Config, RunConfig, check, to_dict
 from dmf.data.feed import Feed
 from dmf.errors import DmfError, NotFinite
-from dmf.guard import Diverged, Guard
 from dmf.logging import JsonLines, Progress, TensorBoard
 from dmf.method import curriculum
 from dmf.method.curriculum import Stage
-from dmf.scoreboard import Boundary, Scoreboard
+from dmf.run import ahead, guard
+from dmf.run.guard import Diverged, Guard
+from dmf.run.probe import Watch
+from dmf.run.scoreboard import Boundary, Scoreboard
+from dmf.run.sigterm import AGAIN, Stop
+from dmf.run.workdir import claim, held, kept_by_changes, note_change, note_start, origin
 from dmf.state import TrainState
-from dmf.stopping import AGAIN, Stop
 from dmf.storage import checkpoint, paths
-from dmf.watch import Watch
-from dmf.workdir import claim, held, kept_by_changes, note_change, note_start, origin
 
 
 def train(
@@ -56,7 +57,7 @@ def train(
     """Trains, or goes on training, in `workdir`; returns the rows of scores.jsonl. Raises DmfError on bad input.
 
     began: when the process started, by time.monotonic; now, if it is not given. allow_change: a run in `workdir` with another
-    config goes on with this one (`dmf.workdir.claim`). stop: asks the run to stop before its end (`dmf.stopping`).
+    config goes on with this one (`dmf.run.workdir.claim`). stop: asks the run to stop before its end (`dmf.run.sigterm`).
     """
     place, rows = paths.reach(paths.at(workdir)), None
     with held(place):

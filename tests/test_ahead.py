@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import monitoring
 
-from dmf import ahead, train
+from dmf import train
 from dmf.config import parse
+from dmf.run import ahead
 from dmf.storage.checkpoint import FOLDER
 from tests.test_train import ENV, ROOT
 from tests.tiny import TINY, merged

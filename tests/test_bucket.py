@@ -12,12 +12,13 @@ import pytest
 import safetensors
 from PIL import Image
 
-from dmf import guard, pretrained, train, workdir
+from dmf import pretrained, train
 from dmf.config import parse
 from dmf.errors import DmfError
 from dmf.evaluation import sampling
 from dmf.export import card, sampler, weights
 from dmf.logging import JsonLines
+from dmf.run import guard, workdir
 from dmf.storage import checkpoint, paths
 from tests.bucket import Bucket, Refused, serve
 from tests.test_train import leaves

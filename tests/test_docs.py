@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dmf import workdir
 from dmf.convert.command import KINDS
 from dmf.measure import cost
 from dmf.measure.tpu_plan import DATA
+from dmf.run import workdir
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")])

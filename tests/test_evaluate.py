@@ -11,7 +11,7 @@ from dmf.data import DataConfig, load
 from dmf.evaluation import sampling
 from dmf.evaluation.sampling import Sampler
 from dmf.logging import TensorBoard
-from dmf.scoreboard import Scoreboard
+from dmf.run.scoreboard import Scoreboard
 from tests.tiny import TINY, Setup, merged
 
 LABELS = np.arange(10, dtype=np.int32).repeat(3)

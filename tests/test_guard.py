@@ -7,17 +7,17 @@ import jax
 import numpy as np
 import pytest
 
-from dmf import guard
 from dmf.config import check, parse
 from dmf.errors import DmfError, NotFinite
-from dmf.guard import Diverged, Guard, GuardConfig
 from dmf.method.curriculum import CurriculumConfig, build_stages, rho_at
 from dmf.optim import EMAConfig, OptimizerConfig, ema_decays, learning_rate
-from dmf.scoreboard import Scoreboard
-from dmf.stopping import Stop
+from dmf.run import guard
+from dmf.run.guard import Diverged, Guard, GuardConfig
+from dmf.run.probe import Watch
+from dmf.run.scoreboard import Scoreboard
+from dmf.run.sigterm import Stop
 from dmf.storage.manifest import write_manifest
 from dmf.train import train
-from dmf.watch import Watch
 from tests.test_train import leaves
 from tests.tiny import TINY, merged
 

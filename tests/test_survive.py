@@ -19,9 +19,10 @@ import jax
 import numpy as np
 import pytest
 
-from dmf import stopping, train, workdir
+from dmf import train
 from dmf.config import parse, to_dict
 from dmf.errors import DmfError
+from dmf.run import sigterm, workdir
 from dmf.storage import checkpoint
 from dmf.storage.checkpoint import Checkpoints
 from tests import devices
@@ -403,24 +404,24 @@ def ends(monkeypatch):
         said.append((line, status))
         raise Ended
 
-    monkeypatch.setattr(stopping, "_end", end)
-    monkeypatch.setattr(stopping, "GONE_S", 0.0)
-    monkeypatch.setattr(stopping, "LAST_S", 0.0)
+    monkeypatch.setattr(sigterm, "_end", end)
+    monkeypatch.setattr(sigterm, "GONE_S", 0.0)
+    monkeypatch.setattr(sigterm, "LAST_S", 0.0)
     return said
 
 
 def test_one_process_leaves_at_once_or_at_the_next_gate(ends):
-    stop = stopping.Stop()
+    stop = sigterm.Stop()
     assert not stop.here()
     with pytest.raises(Ended):
         stop.ask()
     assert "the same command goes on" in ends[0][0] and ends[0][1] == 0
-    stop = stopping.Stop()
+    stop = sigterm.Stop()
     assert not stop.here()
     stop.unsaved()
     stop.ask()
     assert stop.here()
-    stop = stopping.Stop()
+    stop = sigterm.Stop()
     stop.unsaved()
     stop.saved()
     with pytest.raises(Ended):
@@ -429,7 +430,7 @@ def test_one_process_leaves_at_once_or_at_the_next_gate(ends):
 
 def pair(gates, unsaved):
     """Two processes that have passed so many gates, and of which those named hold something unsaved."""
-    notes, stops = Notes(), [stopping.Stop(), stopping.Stop()]
+    notes, stops = Notes(), [sigterm.Stop(), sigterm.Stop()]
     for i, (stop, count) in enumerate(zip(stops, gates, strict=True)):
         assert not any(stop.here() for _ in range(count))
         stop.share(notes.at(i))
@@ -596,9 +597,9 @@ def test_sigterm_in_each_phase_ends_well_and_the_run_ends_in_the_same_bits(tmp_p
 def test_a_second_sigterm_ends_the_process_at_once(tmp_path, monkeypatch):
     code = """
 import os, signal, sys, threading, time
-from dmf import stopping
-stopping.ONE_S = 0.2
-stop = stopping.listen()
+from dmf.run import sigterm
+sigterm.ONE_S = 0.2
+stop = sigterm.listen()
 stop.unsaved()
 print("ready", flush=True)
 threading.Event().wait(1e6)  # in no step that ends

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmf import data, sharding, step, watch
+from dmf import data, sharding, step
 from dmf.config import parse
 from dmf.method import objectives
 from dmf.method.flow import Rows
+from dmf.run import probe
 from dmf.train import train
 from tests.tiny import TINY, Setup, merged
 
@@ -35,9 +36,9 @@ def test_two_halves_of_a_true_average_velocity_end_where_the_whole_does():
             length = expanded(rows.t - rows.r)
             return rows.z * (1 - jnp.exp(-A * length)) / length
 
-        assert float(watch.jump_error(true, rows).max()) < 1e-14
+        assert float(probe.jump_error(true, rows).max()) < 1e-14
         # The velocity itself in place of the average: (1 - A L) against (1 - A L / 2)^2, by A L.
-        found = watch.jump_error(lambda rows: A * rows.z, rows)
+        found = probe.jump_error(lambda rows: A * rows.z, rows)
         np.testing.assert_allclose(found, A * (rows.t - rows.r) / 4, rtol=1e-12)
 
 
@@ -48,7 +49,7 @@ def made(devices=1, **changes):
     return (
         setup,
         now,
-        watch.Watch(setup.config, data.load(setup.config.data, "train"), setup.mesh, place),
+        probe.Watch(setup.config, data.load(setup.config.data, "train"), setup.mesh, place),
     )
 
 
@@ -117,7 +118,7 @@ def test_the_finer_the_interval_the_fewer_ulps_are_left_and_half_precision_leave
 def test_intervals_are_spread_evenly_and_times_are_valid():
     _, _, probe = made()
     even, _ = probe.drawn
-    assert (np.histogram(even.t - even.r, watch.EDGES)[0] == 4).all()
+    assert (np.histogram(even.t - even.r, probe.EDGES)[0] == 4).all()
     assert (even.r >= 0).all() and (even.t <= 1).all()
 
 

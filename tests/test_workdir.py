@@ -11,12 +11,13 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from dmf import guard, scoreboard, train, workdir
+from dmf import train
 from dmf.config import parse
 from dmf.errors import DmfError
 from dmf.evaluation import sampling
-from dmf.guard import Guard, GuardConfig
 from dmf.logging import JsonLines
+from dmf.run import guard, scoreboard, workdir
+from dmf.run.guard import Guard, GuardConfig
 from dmf.storage import checkpoint, paths
 from tests.test_evaluate import Scorer, board
 from tests.test_processes import ROOT, Group

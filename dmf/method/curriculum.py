@@ -91,7 +91,7 @@ class Stage:
 
     rho: of its first step; guidance_passes: forward passes of every row for the guided velocity; tangent_passes: those of a row
     with r < t for the direction of the step back; fall: rho of a step by that of the step before it, 1 but in the discrete
-    stages of a smooth schedule; rate: a factor on the learning rate, 1 unless `dmf.guard` has lowered it.
+    stages of a smooth schedule; rate: a factor on the learning rate, 1 unless `dmf.run.guard` has lowered it.
     """
 
     index: int
@@ -184,7 +184,7 @@ def stage_at(stages: tuple[Stage, ...], step: int) -> Stage:
 
 
 def extent(stages: tuple[Stage, ...], index: int) -> tuple[int, int]:
-    """(first step, first step after it) of the stage of this index, all its parts where `dmf.guard` has cut it."""
+    """(first step, first step after it) of the stage of this index, all its parts where `dmf.run.guard` has cut it."""
     parts = [s for s in stages if s.index == index]
     return parts[0].first, parts[-1].last
 

@@ -1,7 +1,7 @@
 """The guard: notices a run that diverges, goes back to where it was healthy and goes on in the way that the config names.
 
 Discrete MeanFlow has a ceiling: with d too small its residual is rounding and noise, and a one-step FID of 14.5 became 294
-(arXiv 2604.08837). Whether a run has met it is seen in the probes of `dmf.watch` and in its scores:
+(arXiv 2604.08837). Whether a run has met it is seen in the probes of `dmf.run.probe` and in its scores:
 
     a value that is not finite                  of a step, a probe or a score
     residual_border, residual_median            more than `factor` times that of the first probe of the stage, or of the part of
@@ -55,7 +55,7 @@ class GuardConfig:
     Residuals of healthy runs on digits and photos stay below 2.1 times a stage's first, those of runs that diverge pass 3.4.
     """
 
-    every_steps: int = 0  # probe (`dmf.watch`) every so many steps, after the first of a stage and at its end; 0 = never
+    every_steps: int = 0  # probe (`dmf.run.probe`) every so many steps, after the first of a stage and at its end; 0 = never
     rows: int = 64  # held-out images of a probe
     action: str = "off"  # off | stop | for the discrete stages left: jvp, halve (their refinement), floor (of d) | rate
     factor: float = 3.0  # how much worse a residual or a score may become

@@ -21,9 +21,10 @@ from typing import Any
 
 import jax
 
-from dmf import guard, hosts, scoreboard
+from dmf import hosts
 from dmf.config import Config, differences, parse, to_dict
 from dmf.errors import DmfError, short
+from dmf.run import guard, scoreboard
 from dmf.storage import checkpoint, paths
 
 CONFIG, ORIGIN, DATA = "config.json", "origin.json", "data.json"
