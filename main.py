@@ -215,13 +215,13 @@ def main(argv: list[str]) -> None:
 
 
 def train() -> None:
-    from dmf import hosts
+    from dmf import processes
 
     config, stop = _config(), STOP or sigterm.listen()
-    hosts.start(DISTRIBUTED.value)
-    if hosts.several():
-        stop.share(hosts.Board())
-    if not hosts.is_first():
+    processes.start(DISTRIBUTED.value)
+    if processes.several():
+        stop.share(processes.Board())
+    if not processes.is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one process speaks for all; errors still go to stderr
     from dmf.run.workdir import keep_programs
     from dmf.train import train as run
@@ -292,8 +292,8 @@ def reference() -> None:
 
 
 def encode() -> None:
-    from dmf.data.encode import encode as run
-    from dmf.data.encode import verify
+    from dmf.convert.encode import encode as run
+    from dmf.convert.encode import verify
 
     if VERIFY.value:
         verify(_needed_out("the directory of encoded latents"))

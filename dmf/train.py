@@ -13,7 +13,7 @@
 
 Running the same command again resumes from the newest checkpoint and ends in the same bits: data and randomness are
 functions of (seed, step), and a boundary is scored, pictured and switched by the step number alone. Of several processes
-(`dmf.hosts`) all compute, each on its own rows of a batch, and the first one writes; checkpoints are written by all.
+(`dmf.processes`) all compute, each on its own rows of a batch, and the first one writes; checkpoints are written by all.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dmf import data, hosts, networks, optim, pretrained, sharding, state, step
+from dmf import data, networks, optim, pretrained, processes, sharding, state, step
 from dmf.config import Config, RunConfig, check, to_dict
 from dmf.data.feed import Feed
 from dmf.errors import DmfError, NotFinite
@@ -94,28 +94,29 @@ class Run:
         self.stepped_s = self.waited_s = (
             0.0  # seconds in steps but the first, and those of them spent waiting for batches
         )
-        with hosts.together():
+        with processes.together():
             empty = not any((workdir / checkpoint.FOLDER).glob("[0-9]*"))
             fresh = empty and (bool(config.init) or not guard.begins_again(workdir / guard.FILE))
             files = workdir / guard.FILE, workdir / checkpoint.FOLDER
             self.guard = Guard(*files, config.guard, fresh, drawn=not config.init)
             self._prepare(fresh, allow_change)
-        hosts.check_shared(workdir)
+        processes.check_shared(workdir)
         shape, about = self.dataset.image_shape, data.identity(self.dataset)
-        hosts.same(
+        processes.same(
             "config, data or jax",
             json.dumps([to_dict(replace(config, run=RunConfig())), about, jax.__version__]),
         )
-        hosts.same(
+        processes.same(
             "guard.json", self.guard.told()
         )  # a network file system may still show the one before
         self.metrics, self.watched = (
-            JsonLines(workdir / f"{name}.jsonl", hosts.is_first()) for name in ("metrics", "watch")
+            JsonLines(workdir / f"{name}.jsonl", processes.is_first())
+            for name in ("metrics", "watch")
         )
         self.tensorboard = TensorBoard(
-            workdir / "tensorboard", config.run.tensorboard and hosts.is_first()
+            workdir / "tensorboard", config.run.tensorboard and processes.is_first()
         )
-        with hosts.together():
+        with processes.together():
             self.scores = Scoreboard(
                 config,
                 workdir,
@@ -127,7 +128,7 @@ class Run:
             )
             probed = config, self.dataset, self.mesh, self.place.params
             self.watch = Watch(*probed) if config.guard.every_steps else None
-        hosts.same("set of images to probe", self.watch.source if self.watch else "")
+        processes.same("set of images to probe", self.watch.source if self.watch else "")
         kept = [0, *(n for n, b in self.scores.boundaries.items() if b.kept)]
         metadata = {
             "config": to_dict(config),
@@ -167,7 +168,7 @@ class Run:
             for kind in {s.kind for s in self.stages}
         }
         self.init = pretrained.find_init(config, shape) if config.init and fresh else None
-        if hosts.is_first():
+        if processes.is_first():
             origin = self.init[2] if self.init else None
             claim(workdir, config, origin, data.identity(self.dataset), fresh, allow_change)
             self.guard.settle()
@@ -216,8 +217,8 @@ class Run:
             if not self.guard.active or found.step == 0:
                 raise
             self.checkpoints.wait()
-            with hosts.together():
-                if hosts.is_first():
+            with processes.together():
+                if processes.is_first():
                     seen = self.watched.read(), self.scores.history(), kept_by_changes(self.workdir)
                     self.guard.intervene(found, self.stages, *seen, self._is_scheduled)
             self.stop.saved()
@@ -312,8 +313,10 @@ class Run:
         self.tensorboard.write(n, {f"watch/{name}": value for name, value in values.items()})
         progress.restart(n)
         if self.guard.active:
-            reason = self.guard.probe_alarm(self.watched.read(), stage) if hosts.is_first() else ""
-            self._heed(n, hosts.first_says(reason))
+            reason = (
+                self.guard.probe_alarm(self.watched.read(), stage) if processes.is_first() else ""
+            )
+            self._heed(n, processes.first_says(reason))
 
     def _is_probed(self, n: int, stage: Stage) -> bool:
         """Whether the weights after n steps are: every so often, after a stage's first step and at its end."""
@@ -353,7 +356,7 @@ class Run:
 
     def finish(self) -> list[dict[str, Any]]:
         """The closing table and pictures, made from what the run wrote down."""
-        if not hosts.is_first():
+        if not processes.is_first():
             return []
         self.scores.show(self.metrics.read(), self.stages)
         self._tell_interventions()
@@ -395,8 +398,8 @@ class Run:
             raise DmfError(
                 f"step {self.start} is on disk: expected a config that ends no earlier, not at {self.stages[-1].last}"
             )
-        with hosts.together():
-            if hosts.is_first():
+        with processes.together():
+            if processes.is_first():
                 self._refuse_if_stopped()
                 note_change(self.workdir, self.start, self.config)
                 note_start(self.workdir, self.start, self.config)
@@ -490,6 +493,6 @@ class Run:
             seen = self.scores.history(), self.scores.main, self.stages
             self._heed(
                 boundary.step,
-                hosts.first_says(self.guard.score_alarm(*seen) if hosts.is_first() else ""),
+                processes.first_says(self.guard.score_alarm(*seen) if processes.is_first() else ""),
             )
         return True

@@ -44,7 +44,7 @@ OWNERS = {
     "sklearn": {"dmf/data/digits.py", "dmf/data/photos.py", "dmf/metrics/"},
 }
 # What has no other home in jax: collectives of small values between processes, Pallas' kernels, topologies without devices.
-EXPERIMENTAL = {"dmf/hosts.py", "dmf/networks/attention.py", "dmf/measure/tpu_plan.py"}
+EXPERIMENTAL = {"dmf/processes.py", "dmf/networks/attention.py", "dmf/measure/tpu_plan.py"}
 PURE = {"adaptive", "flow", "curriculum", "guidance", "objectives", "sample"}
 PURE_MAY_IMPORT = {
     "__future__",

@@ -25,9 +25,10 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from dmf import data, pretrained, sharding, step, train
 from dmf.config import parse
+from dmf.convert import encode
 from dmf.convert.command import convert
 from dmf.convert.vae import SD_VAE
-from dmf.data import DataConfig, encode, shards
+from dmf.data import DataConfig, shards
 from dmf.data.images import center_crop, open_images
 from dmf.errors import DmfError
 from dmf.networks.frozen.vae import VAEConfig
@@ -219,7 +220,7 @@ KILLS = """
 import os, random, signal, sys, time
 from pathlib import Path
 from dmf.data import images, shards
-from dmf.data.encode import encode
+from dmf.convert.encode import encode
 write = shards.write_shard
 shards.write_shard = lambda *arguments: time.sleep(0.3) or write(*arguments)  # so that shards come one by one
 crop = images.center_crop

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dmf import hosts
+from dmf import processes
 from tests.standins import HARD, ROOT, bench_in, shown, until
 
 FLAGS = ["--config=configs/digits.py", *HARD]
@@ -206,12 +206,12 @@ def test_hosts_with_gpus_find_each_other_by_the_variables_that_the_program_reads
     assert (
         ready("gpu.sh", "--coordinator=gpu1:1234", "--processes=2", "--process=1", *FLAGS)[0] == 0
     )
-    there = dict(zip(hosts.VARIABLES, ("gpu1:1234", "2", "0"), strict=True))
+    there = dict(zip(processes.VARIABLES, ("gpu1:1234", "2", "0"), strict=True))
     assert ready("gpu.sh", *FLAGS, **there)[0] == 0
     one, two = ready.noted("programs.jsonl")
     assert one == [
         FLAGS,
-        dict(zip(hosts.VARIABLES, ("gpu1:1234", "2", "1"), strict=True)),
+        dict(zip(processes.VARIABLES, ("gpu1:1234", "2", "1"), strict=True)),
     ] and two == [FLAGS, there]
     status, out, _ = ready(
         "gpu.sh", "--dry-run", "--coordinator=gpu1:1234", "--processes=2", "--process=1", *FLAGS
@@ -275,7 +275,7 @@ def test_a_slurm_job_is_one_process_per_node_with_the_variables_that_the_program
     assert ready.calls("srun") == shown(out)
     told = sorted(ready.noted("programs.jsonl"), key=str)
     expected = [
-        [FLAGS, dict(zip(hosts.VARIABLES, ("gpu1:23456", "2", str(i)), strict=True))]
+        [FLAGS, dict(zip(processes.VARIABLES, ("gpu1:23456", "2", str(i)), strict=True))]
         for i in range(2)
     ]
     assert told == sorted(expected, key=str)

@@ -157,14 +157,14 @@ def test_an_error_of_one_process_ends_both_with_its_line(tmp_path):
 
 
 SAYS = """
-from dmf import hosts
-hosts.start()
-mine = hosts.jax.process_index()
+from dmf import processes
+processes.start()
+mine = processes.jax.process_index()
 # Of one process or of both beyond what is exchanged at once, up to its very end, in several bytes a letter.
 texts = [("short", ""), ("x" * 4088, "y" * 4089), ("", "\\u00e9" * 9000 + "!"), ("[" + "1234567, " * 5000 + "0]", "")]
 for text in texts:
-    assert hosts.all_say(text[mine]) == list(text), [len(t) for t in text]
-    assert hosts.first_says(text[mine]) == text[0]
+    assert processes.all_say(text[mine]) == list(text), [len(t) for t in text]
+    assert processes.first_says(text[mine]) == text[0]
 print("known to all")
 """
 

@@ -1,4 +1,4 @@
-"""The data set of encoded images: the normal law of each image's latent, from the files that `dmf.data.encode` writes.
+"""The data set of encoded images: the normal law of each image's latent, from the files that `dmf.convert.encode` writes.
 
 Reading needs neither TensorFlow nor jax.
 """

@@ -9,7 +9,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from dmf import data, hosts, networks
+from dmf import data, networks, processes
 from dmf.config import Config
 from dmf.evaluation import pictures, sampling, scoring
 from dmf.logging import JsonLines, TensorBoard
@@ -56,7 +56,7 @@ class Scoreboard:
     ):
         self._config, self._workdir, self._tensorboard = config, workdir, tensorboard
         self.boundaries = boundaries(stages, bool(config.init), config.run.score_every_steps)
-        self._rows = JsonLines(workdir / FILE, hosts.is_first())
+        self._rows = JsonLines(workdir / FILE, processes.is_first())
         labels = scoring.labels_of_run(config, dataset)
         self._sampler = sampling.Sampler(network, config, dataset.image_shape, labels, mesh)
         self._score: Any = None
@@ -79,7 +79,9 @@ class Scoreboard:
 
     def is_done(self, boundary: Boundary) -> bool:
         """Whether an earlier run has scored and pictured this boundary to its end."""
-        found = int(hosts.first_says(str(sum(row["step"] == boundary.step for row in self.rows()))))
+        found = int(
+            processes.first_says(str(sum(row["step"] == boundary.step for row in self.rows())))
+        )
         return found == (len(self._steps(boundary)) if self._score else 1)
 
     def add(self, boundary: Boundary, params: Any) -> None:
@@ -91,7 +93,7 @@ class Scoreboard:
             for n in steps
         }
         grids = {name: self._decode(x) for name, x in draw.items()}
-        if hosts.is_first():
+        if processes.is_first():
             with paths.writing(self._picture(boundary)):
                 pictures.panels(self._picture(boundary), grids, side)
         rows: list[dict[str, Any]] = [{}]
@@ -166,7 +168,7 @@ class Scoreboard:
 
     def _note_best(self) -> None:
         """Writes best.json, for whoever looks for that checkpoint."""
-        if not hosts.is_first():
+        if not processes.is_first():
             return
         best, path = self._best(), self._workdir / checkpoint.BEST
         with paths.writing(path):

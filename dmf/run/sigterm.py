@@ -34,7 +34,7 @@ AGAIN = "the same command goes on from what is on disk"
 
 
 class Board(Protocol):
-    """Where the processes of a run leave notes for each other (`dmf.hosts.Board`)."""
+    """Where the processes of a run leave notes for each other (`dmf.processes.Board`)."""
 
     count: int
     mine: int

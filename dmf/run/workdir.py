@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 
-from dmf import hosts
+from dmf import processes
 from dmf.config import Config, differences, parse, to_dict
 from dmf.errors import DmfError, short
 from dmf.run import guard, scoreboard
@@ -65,10 +65,10 @@ def held(workdir: Path) -> Iterator[None]:
 
     Raises DmfError, on all processes of this run, where the process of another one holds it or it cannot be written.
     """
-    new = hosts.is_first() and not workdir.exists()
+    new = processes.is_first() and not workdir.exists()
     with ExitStack() as lock:
-        with hosts.together():
-            if hosts.is_first():
+        with processes.together():
+            if processes.is_first():
                 with paths.writing(f"--workdir={workdir}"):
                     paths.make(workdir)
                     taken = f"--workdir={workdir} is in use by another process; expected one at a time, or another directory"

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from dmf import hosts
+from dmf import processes
 from dmf.errors import DmfError, short
 from dmf.state import TrainState
 from dmf.storage import atomic, paths
@@ -92,7 +92,7 @@ class Checkpoints:
         self.wait()
         items = _items(state)
         self._kept = self._boundaries | set(
-            json.loads(hosts.first_says(json.dumps(self._worth_keeping(step))))
+            json.loads(processes.first_says(json.dumps(self._worth_keeping(step))))
         )
         with self._one_sentence(step), _saving():
             written = self._checkpointer.save_checkpointables_async(
@@ -106,12 +106,12 @@ class Checkpoints:
         """Returns when the last save is safe on disk. Raises DmfError where it failed."""
         if self._pending is not None:
             (step, completed), self._pending = self._pending, None
-            with self._one_sentence(step), hosts.together():
+            with self._one_sentence(step), processes.together():
                 completed.result()
 
     def _complete_save(self, step: int, written: Any) -> None:
         written.result()
-        if hosts.is_first():
+        if processes.is_first():
             write_manifest(self.directory / str(step))
 
     @contextmanager
@@ -132,15 +132,15 @@ class Checkpoints:
         A damaged newest folder is named and the one before it taken. Raises DmfError if there are complete saves and none of
         them can be read: a fresh start would then bury them.
         """
-        steps = json.loads(hosts.first_says(json.dumps(self._complete()[:NEWEST])))
+        steps = json.loads(processes.first_says(json.dumps(self._complete()[:NEWEST])))
         target = {name: _abstract(item) for name, item in _items(state).items()}
         for step in steps:
             folder = self.directory / str(step)
             try:
-                with hosts.together():
-                    if hosts.is_first():
+                with processes.together():
+                    if processes.is_first():
                         verify(folder)
-                with hosts.together():
+                with processes.together():
                     return TrainState(**_load(folder, target))
             except DmfError as error:
                 log.warning("%s; it is skipped", error)
@@ -154,7 +154,7 @@ class Checkpoints:
 
     def _complete(self) -> list[int]:
         """Steps whose save was completed, the newest first."""
-        if not hosts.is_first():
+        if not processes.is_first():
             return []
         found = self.complete()
         for step in sorted(set(self._folders()) - set(found)):
@@ -182,7 +182,7 @@ class Checkpoints:
         One that is damaged or has no manifest does not count: with only such ones left, a kill before the manifest of `step`
         would leave nothing.
         """
-        if not hosts.is_first():
+        if not processes.is_first():
             return []
         good = [n for n in self.complete() if n not in self._damaged | {step}]
         scheduled = [n for n in good if self._scheduled(n)]
