@@ -35,9 +35,9 @@ def create(
     params: Params, optimizer: optax.GradientTransformation, ema: EMAConfig, interval: str = ""
 ) -> TrainState:
     """The state before the first step; every EMA starts at the weights, and the table of an adaptive interval empty."""
-    intervals = intervals.empty() if interval == "adaptive" else ()
+    table = intervals.empty() if interval == "adaptive" else ()
     return TrainState(
-        jnp.zeros((), jnp.int32), params, optimizer.init(params), _copies(params, ema), intervals
+        jnp.zeros((), jnp.int32), params, optimizer.init(params), _copies(params, ema), table
     )
 
 

@@ -15,19 +15,19 @@ entries() {
 demo | scores and pictures of the digits demo | docs/digits.png | 4 minutes on 2 cores | | python main.py --config=configs/digits.py --workdir=runs/digits
 demo | | docs/digits.png | | | cp runs/digits/samples.png docs/digits.png
 tests | that all checks pass, in under 20 minutes | | 20 minutes on 2 cores | | ./launch/test.sh
-digits_table | What it reaches on digits: the table | docs/digits_table.json | | | python launch/digits_table.py --seeds=0,1,2 --out=docs/digits_table.json
-torch_fidelity | Scores: the differences to torch-fidelity, and the speed | docs/against_torch_fidelity.json | | parity | python launch/against_torch_fidelity.py --count=5000
+digits_table | What it reaches on digits: the table | docs/digits_table.json | | | python launch/tables/digits_table.py --seeds=0,1,2 --out=docs/digits_table.json
+torch_fidelity | Scores: the differences to torch-fidelity, and the speed | docs/against_torch_fidelity.json | | parity | python launch/tables/against_torch_fidelity.py --count=5000
 benchmark_digits | What a step costs: the digits' transformer | docs/benchmark_digits_cpu.json | | | python main.py --mode=benchmark --config=configs/digits.py --out=docs/benchmark_digits_cpu.json
 benchmark_dit | What a step costs: four blocks of SiT-S/2 | docs/benchmark_dit_cpu.json | | | python main.py --mode=benchmark --config=configs/imagenet256.py:S --config.data.mock --config.batch_size=8 --config.network.depth=4 --out=docs/benchmark_dit_cpu.json
-pytorch | What a step costs: PyTorch's time by ours | docs/against_pytorch.json | | parity | python launch/against_pytorch.py --depth=4 --dit_batch=8 --channels=32 --blocks=1 --size=16 --unet_batch=8 --rounds=5 --out=docs/against_pytorch.json
-kills | What a run survives: the same bits after kills | docs/kills.json | 10 minutes on 2 cores | | python launch/kills.py --kills=100 --out=docs/kills.json
-start_times | From one device to a pod: first and later starts | docs/start_times.json | 5 minutes on 2 cores | | python launch/start_times.py --out=docs/start_times.json
-memory | What a run needs: docs/memory.md | docs/memory.json | | | python launch/memory_table.py --out=docs/memory.json
+pytorch | What a step costs: PyTorch's time by ours | docs/against_pytorch.json | | parity | python launch/tables/against_pytorch.py --depth=4 --dit_batch=8 --channels=32 --blocks=1 --size=16 --unet_batch=8 --rounds=5 --out=docs/against_pytorch.json
+kills | What a run survives: the same bits after kills | docs/kills.json | 10 minutes on 2 cores | | python launch/tables/kills.py --kills=100 --out=docs/kills.json
+start_times | From one device to a pod: first and later starts | docs/start_times.json | 5 minutes on 2 cores | | python launch/tables/start_times.py --out=docs/start_times.json
+memory | What a run needs: docs/memory.md | docs/memory.json | | | python launch/tables/memory_table.py --out=docs/memory.json
 tpu_plan | What fits on which TPU: SiT-XL/2 | docs/tpu_plan.json | | tpu | python main.py --mode=plan --out=docs/tpu_plan.json --topology=v5e-16,v4-32 --config=configs/imagenet256.py --config.compute_dtype=bfloat16 --config.scan_blocks --config.remat=blocks --config.mesh.fsdp=0
 tpu_plan | the same, a copy of the state on each device | docs/tpu_plan.json | | tpu | python main.py --mode=plan --out=docs/tpu_plan.json --topology=v5e-16,v4-32 --config=configs/imagenet256.py --config.compute_dtype=bfloat16 --config.scan_blocks --config.remat=blocks
 tpu_plan | the CIFAR U-Net | docs/tpu_plan.json | 2 to 4 minutes a row on 2 cores | tpu | JAX_EXEC_TIME_OPTIMIZATION_EFFORT=-1 python main.py --mode=plan --out=docs/tpu_plan.json --topology=v5e-16,v4-32 --config=configs/cifar10.py --config.compute_dtype=bfloat16
 tpu_plan | the same, its state split | docs/tpu_plan.json | | tpu | JAX_EXEC_TIME_OPTIMIZATION_EFFORT=-1 python main.py --mode=plan --out=docs/tpu_plan.json --topology=v5e-16,v4-32 --config=configs/cifar10.py --config.compute_dtype=bfloat16 --config.mesh.replica=1 --config.mesh.fsdp=0
-study | docs/study.md: the study of variants | docs/study.json, docs/study.png | 1 hour 40 minutes on 2 cores | | python launch/study.py --out=docs/study.json --plot=docs/study.png --docs=docs/study.md
+study | docs/study.md: the study of variants | docs/study.json, docs/study.png | 1 hour 40 minutes on 2 cores | | python launch/tables/study.py --out=docs/study.json --plot=docs/study.png --docs=docs/study.md
 END
 }
 

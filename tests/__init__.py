@@ -1,5 +1,10 @@
 """Tests; how programs are compiled in them and in the processes they start."""
 
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+
 # Programs here are small and run a few times: most of the time would go into making them fast.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
 

@@ -6,9 +6,8 @@ import os
 import shutil
 import signal
 import tempfile
-from pathlib import Path
 
-from tests import devices
+from tests import GOLDEN, devices
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Eight fake devices for the tests of sharding; everything that does not ask for a mesh stays on the first one.
@@ -34,7 +33,6 @@ LONGEST = (
     "test_train",
     "test_guard",
 )  # these start processes of their own
-GOLDEN = Path(__file__).parent / "golden"
 
 
 def pytest_collection_modifyitems(items):

@@ -11,9 +11,9 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from tests import ROOT
+
 # Arguments that a shell would take apart, were they not quoted.
 HARD = ["--config.data.data_dir=two  words", "it's", '"$HOME" `id` \\ * ~ ;&|<>(){}', ""]
 
@@ -62,6 +62,7 @@ elif verb[1] == "ssh":
 # Python on a worker: makes an environment of nothing but itself; as the program it does what program.json says.
 PYTHON = """
 import signal
+
 if words[:2] == ["-m", "venv"]:
     os.makedirs(words[2] + "/bin")
     os.symlink(os.path.abspath(__file__), words[2] + "/bin/python")
@@ -139,7 +140,7 @@ class Bench:
 
     def __call__(self, script, *words, **environment):
         """(exit status, standard output, standard error)"""
-        command = [self.root / "launch" / script, *words]
+        command = [self.root / "launch" / "cloud" / script, *words]
         done = subprocess.run(
             command,
             cwd=self.root,

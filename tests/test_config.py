@@ -2,15 +2,14 @@
 
 import importlib.util
 import re
-from pathlib import Path
 
 import pytest
 
 from dmf import config, networks
 from dmf.errors import DmfError
+from tests import ROOT
 from tests.tiny import TINY, merged
 
-ROOT = Path(__file__).parent.parent
 VARIANTS = [
     ("digits", "dagger"),
     ("digits", "linear"),
@@ -81,7 +80,7 @@ def test_every_config_file_and_variant_is_tried_above():
     for path in (ROOT / "configs").glob("[a-z]*.py"):
         if (
             path.stem == "cifar10_from"
-        ):  # its argument is a directory: tried in tests/test_convert_command.py
+        ):  # its argument is a directory: tried in tests/convert/test_command.py
             continue
         listed = re.search(r"VARIANTS = \((.*)\)", path.read_text())
         variants = re.findall(r'"(\w+)"', listed[1]) if listed else [None]

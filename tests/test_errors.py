@@ -3,14 +3,12 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from tests import devices
+from tests import ROOT, devices
 from tests.tiny import TINY
 
-ROOT = Path(__file__).parent.parent
 DIGITS = "--config=configs/digits.py"
 
 

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,10 +15,10 @@ import pytest
 from dmf.config import parse
 from dmf.storage import checkpoint
 from dmf.train import train
+from tests import ROOT
 from tests import devices as flags_of
 from tests.tiny import TINY, Setup, merged
 
-ROOT = Path(__file__).parent.parent
 STEPS = 12
 # Two programs, which is enough to switch once; just wide enough that weights are split.
 VALUES = merged(

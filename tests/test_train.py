@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,10 +17,9 @@ from dmf.config import parse
 from dmf.errors import DmfError
 from dmf.method import curriculum
 from dmf.storage import checkpoint, paths
-from tests import devices
+from tests import ROOT, devices
 from tests.tiny import TINY, merged
 
-ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "XLA_FLAGS": devices(1), "PYTHONUNBUFFERED": "1"}  # one device, as on a laptop
 
 
@@ -90,11 +88,14 @@ def test_the_same_command_on_a_finished_run_changes_no_file_but_the_closing_pict
     finished, capsys
 ):
     workdir, scores = finished
-    state_of = lambda: {
-        p: (p.stat().st_mtime_ns, p.stat().st_size)
-        for p in workdir.rglob("*")
-        if p.suffix != ".png"
-    }
+
+    def state_of():
+        return {
+            p: (p.stat().st_mtime_ns, p.stat().st_size)
+            for p in workdir.rglob("*")
+            if p.suffix != ".png"
+        }
+
     before = {p: s for p, s in state_of().items() if p.is_file() and p.suffix != ".jsonl"}
     logs = {p: p.read_text() for p in workdir.glob("*s.jsonl") if p.name != "starts.jsonl"}
     assert train.train(parse(TINY), workdir) == scores
@@ -368,7 +369,7 @@ def test_an_unfit_start_is_refused(finished, tmp_path, change, message):
 def test_a_whole_run_needs_no_tensorflow(tmp_path):
     code = f"""
 import json, sys
-from tests.test_data import WITHOUT_TENSORFLOW
+from tests.data.test_data import WITHOUT_TENSORFLOW
 exec(WITHOUT_TENSORFLOW)
 from dmf import train
 from dmf.evaluation import sampling

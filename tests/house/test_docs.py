@@ -1,0 +1,303 @@
+"""The pages of docs/ and the README: what they quote, count and link to is there."""
+
+import ast
+import dataclasses
+import importlib.util
+import json
+import re
+import statistics
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dmf.convert.command import KINDS
+from dmf.measure import cost
+from dmf.measure.tpu_plan import DATA
+from dmf.run import workdir
+from tests import ROOT
+
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")])
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
+
+
+def page(name):
+    return (ROOT / "docs" / name).read_text()
+
+
+@cache
+def launched(name):
+    """A script of launch/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "launch" / "tables" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def anchors(path):
+    """The headings of a page as GitHub links to them."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", path.read_text()), re.M)
+    return {
+        launched("config_reference").anchor(re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading))
+        for heading in headings
+    }
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_every_relative_link_leads_somewhere(path):
+    for link in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", path.read_text())):
+        file, _, name = link.partition("#")
+        if "://" in link:
+            continue
+        target = path.parent / file if file else path
+        assert target.exists(), f"{path.name}: {link}"
+        if name and target.suffix == ".md":
+            assert name in anchors(target), f"{path.name}: {link}"
+        elif name:
+            assert re.fullmatch(r"L\d+", name) and int(name[1:]) <= len(
+                target.read_text().splitlines()
+            ), f"{path.name}: {link}"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_every_name_behind_a_link_is_defined_in_its_file(path):
+    for file, name, link in re.findall(
+        r"\[`([\w/]+\.py):(\w+)`\]\(([\w./]+?)(?:#L\d+)?\)", path.read_text()
+    ):
+        assert (path.parent / link).resolve() == ROOT / file
+        assert re.search(rf"^(def |class )?{name}\b", (ROOT / file).read_text(), re.M), (
+            f"{path.name}: {file}:{name}"
+        )
+
+
+def test_every_page_is_found_from_the_readme():
+    text = (ROOT / "README.md").read_text()
+    assert [
+        path.name for path in (ROOT / "docs").glob("*.md") if f"](docs/{path.name})" not in text
+    ] == []
+
+
+def test_the_config_reference_is_what_the_source_says():
+    made = launched("config_reference")
+    assert made.PAGE.read_text() == made.page(), "python launch/tables/config_reference.py --write"
+
+
+def test_every_config_field_has_a_comment_and_a_line_of_the_reference():
+    made = launched("config_reference")
+    text, sections = page("config.md"), {key.partition(",")[0] for key in made.rooms()}
+    for path, cls in made.rooms().items():
+        block = text[text.index(f"## {path}\n") :].partition("\n## ")[0]
+        found = made.fields_of(cls)
+        assert [field.name for field in found] == [f.name for f in dataclasses.fields(cls)]
+        for field in found:
+            assert field.comment.strip("* ") or f"{path}.{field.name}" in sections, (
+                f"{path}.{field.name} has no comment"
+            )
+            assert f"\n| `{field.name}`" in block
+
+
+def test_the_reference_says_what_a_field_may_be():
+    allowed = launched("config_reference").allowed
+    assert allowed("guard.factor") == "above 1" and allowed("run.keep_checkpoints") == "at least 2"
+    assert allowed("optimizer.b1") == "0 to below 1" and allowed("times.t_mean") == "finite"
+    assert allowed("attention.jvp") == "`xla`, `chunked`" and allowed("loss.p") == "0 to 2"
+
+
+def test_what_the_paper_leaves_open_is_marked_and_what_it_states_is_not():
+    text = page("config.md")
+    for name in (
+        "q",
+        "stages",
+        "p",
+        "eps",
+        "r_neq_t_fraction",
+        "learning_rate",
+        "halflife_images",
+        "dropout",
+        "interval_init",
+    ):
+        assert rf"| `{name}` **\*** |" in text
+    for name in ("interval", "product_rule", "batch_size", "length"):
+        assert f"| `{name}` |" in text
+
+
+@cache
+def messages():
+    """Every text of the source, what an f-string fills in as one character that no quotation has."""
+    found = []
+    for path in [ROOT / "main.py", *(ROOT / "dmf").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                found.append(
+                    "".join(
+                        str(part.value) if isinstance(part, ast.Constant) else "\0"
+                        for part in node.values
+                    )
+                )
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def quoted():
+    """The lines of troubleshooting.md and runs.md that the program is said to print."""
+    for name in ("troubleshooting.md", "runs.md"):
+        text = page(name)
+        lines = [
+            line
+            for language, block in FENCE.findall(text)
+            if not language
+            for line in block.splitlines()
+        ]
+        inline = re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
+        yield from lines + [
+            code for code in inline if len(code.split()) > 3 and ("..." in code or " no " in code)
+        ]
+
+
+@pytest.mark.parametrize("line", list(quoted()))
+def test_a_quoted_line_is_one_that_the_program_prints(line):
+    # Who prints it comes first: main.py's "error: ", a converter's name of the file, train.py's "guard     ".
+    rest = re.sub(
+        r"^(error: (\.\.\.: (?=tensor|no tensor|the weights|forward))?|guard     |input     )",
+        "",
+        line,
+    )
+    parts = [re.escape(part) for part in rest.split("...")]
+    assert max(map(len, parts)) >= 8 and any(
+        re.search(".*".join(parts), text, re.S) for text in messages()
+    ), rest
+
+
+def test_the_beginnings_of_lines_are_the_programs():
+    for start in ("error: \0", "guard     \0", "input     steps waited"):
+        assert any(text.startswith(start) for text in messages())
+
+
+def test_the_question_of_the_time_direction_tells_all_four_apart():
+    (code,) = [
+        block
+        for language, block in FENCE.findall(page("troubleshooting.md"))
+        if language == "python"
+    ]
+    names = {}
+    exec(code, names)
+    spread = 0.5  # of Gaussian data, whose mean velocity at z is known
+
+    def exact(z, t):
+        t = t[:, None]
+        return (t - (1 - t) * spread**2) / ((1 - t) ** 2 * spread**2 + t**2) * z
+
+    wrong = {
+        "ours": exact,
+        "1 - t": lambda z, t: exact(z, 1 - t),
+        "-v": lambda z, t: -exact(z, t),
+        "-v, 1 - t": lambda z, t: -exact(z, 1 - t),
+    }
+    x = spread * jax.random.normal(jax.random.key(0), (4096, 4))
+    for name, v in wrong.items():
+        found = names["directions"](v, x, jax.random.key(1))
+        assert min(found, key=found.get) == name and found[name] < 0.7, (name, found)
+
+
+def test_the_page_on_runs_names_every_field_that_is_free_or_fixed():
+    text = page("runs.md")
+    for name in (*workdir.FREE, *workdir.COMPUTED, *workdir.FIXED, *workdir.SWITCHES):
+        assert name == "data." or f"`{name.rstrip(':')}`" in text, name
+
+
+def test_the_memory_tables_are_the_stored_ones_and_the_states_are_counted_anew():
+    made, stored = launched("memory_table"), json.loads(page("memory.json"))
+    states = {name: made.state_of(made.config_of(name)) for name in made.STATES}
+    assert states == stored["states"]
+    assert made.state_table(states) in page("memory.md") and made.policy_table(
+        stored["temporary_bytes"]
+    ) in page("memory.md")
+    for of in states.values():
+        assert of["state"] == (12 + 4 * len(of["averages"])) * of["parameters"] + 8
+
+
+def test_the_worked_example_of_memory_is_right():
+    made = launched("memory_table")
+    config = made.config_of("imagenet256")
+    of, text = made.state_of(config), page("memory.md")
+    height, width, _ = DATA[config.data.name][0]
+    patch, share = config.network.patch, of["batch"] // 16
+    kept = (
+        config.batch_size
+        // 16
+        * height
+        * width
+        // patch**2
+        * config.network.width
+        * 2
+        * config.network.depth
+    )
+    split = -(-of["state"] // 16)
+    whole, parted = of["state"] + share, split + share
+    assert made.size(cost.batch_shapes(config, DATA[config.data.name][0])) == of["batch"]
+    rows = json.loads(page("tpu_plan.json"))["rows"]
+    rows = {
+        (r["topology"], r["mesh"][1]): r
+        for r in rows
+        if "imagenet" in r["config"] and r["kind"] == "trajectory"
+    }
+    v4, v5e = rows["v4-32", 1], rows["v5e-16", 16]
+    assert 1 < v4["state_bytes"] / whole < 1.0003 and 1.015 < v5e["state_bytes"] / parted < 1.0155
+    counted = (of["parameters"], of["state"], of["batch"], share, whole, split, parted, kept)
+    planned = (
+        v4["state_bytes"],
+        v5e["hbm_bytes"],
+        v5e["state_bytes"],
+        v5e["temporary_bytes"],
+        v5e["total_bytes"],
+    )
+    for number in (*counted, *planned):
+        assert f"{number:,}" in text, number
+
+
+def test_compiled_again_a_step_holds_what_the_table_says():
+    # Within a tenth, as XLA's choice of vector instructions for another CPU may change its buffers.
+    made, stored = (
+        launched("memory_table"),
+        json.loads(page("memory.json"))["temporary_bytes"]["digits"]["discrete"],
+    )
+    policies = ("none", "blocks, scan")
+    found = {
+        policy: made.temporary(made.config_of("digits", **made.POLICIES[policy]), "discrete")
+        for policy in policies
+    }
+    for policy, count in found.items():
+        assert abs(count / stored[policy] - 1) < 0.1
+    assert found["blocks, scan"] < 0.7 * found["none"]
+
+
+def test_our_scores_on_the_page_of_the_method_are_the_stored_ones():
+    seeds = json.loads(page("digits_table.json"))["seeds"].values()
+    cells = []
+    for method in ("flow", "linear", "dagger", "meanflow"):
+        values = [seed[method]["1"]["fd_hidden"] for seed in seeds]
+        cells.append(f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}")
+    assert f"| fd_hidden, one step | {' | '.join(cells)} |" in page("method.md")
+
+
+def test_the_tests_that_a_method_is_to_extend_exist():
+    source = "".join(
+        (ROOT / "tests" / f"test_{name}.py").read_text() for name in ("objectives", "step")
+    )
+    names = re.findall(r"`(test_\w+)`", page("method.md"))
+    assert len(names) >= 7 and all(f"def {name}(" in source for name in names)
+
+
+def test_the_licences_are_those_that_a_conversion_notes():
+    text = page("weights.md")
+    assert re.findall(r"^\| `(\w+)` \|", text, re.M) == list(KINDS)
+    for name, kind in KINDS.items():
+        assert f"| `{name}` | {kind.licence} |" in text
+
+
+def test_the_unit_of_change_is_that_of_the_page():
+    assert (
+        float(jnp.finfo(jnp.bfloat16).eps) == 2**-7 and float(jnp.finfo(jnp.float32).eps) == 2**-23
+    )

@@ -1,0 +1,179 @@
+"""A work directory: one run at a time, what a fresh start forgets, a disk that is full, and changes that are refused."""
+
+import json
+import re
+import resource
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from dmf import train
+from dmf.config import parse
+from dmf.errors import DmfError
+from dmf.evaluation import sampling
+from dmf.logging import JsonLines
+from dmf.run import guard, scoreboard, workdir
+from dmf.run.guard import Guard, GuardConfig
+from dmf.storage import checkpoint, paths
+from tests.evaluation.test_sampling import Scorer, board
+from tests.test_processes import ROOT, Group
+from tests.tiny import TINY, merged
+
+# One program, two stages; scored by nothing.
+QUICK = merged(
+    TINY, curriculum=dict(stages=2, kinds=("trajectory",) * 2, length=12.0, pretrain_length=0.0)
+)
+
+
+def test_a_second_run_in_the_same_directory_is_refused_on_all_of_its_processes(tmp_path):
+    # Only the first process of a run asks for the lock; the other one hears of it.
+    with workdir.held(tmp_path / "run"):
+        for status, _, error in Group(tmp_path, tmp_path / "run", 2).finish():
+            assert status == 2
+            assert (
+                f"--workdir={tmp_path / 'run'} is in use by another process; expected one at a time"
+                in error
+            )
+            assert "Traceback" not in error
+    assert [p.name for p in (tmp_path / "run").iterdir()] == [workdir.LOCK]
+
+
+def test_a_directory_is_free_again_after_a_kill_an_error_and_an_end(tmp_path):
+    code = "import sys, time, pathlib\nfrom dmf import workdir\n"
+    code += "with workdir.held(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(1e6)"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(DmfError, match="is in use by another process"):
+        train.train(parse(QUICK), tmp_path)
+    other.send_signal(signal.SIGKILL)
+    other.communicate()
+    with pytest.raises(
+        DmfError, match="no such file"
+    ) as kept:  # a notebook keeps what the error has passed through
+        train.train(parse(merged(QUICK, init="nowhere")), tmp_path)
+    first = train.train(parse(QUICK), tmp_path)
+    assert train.train(parse(QUICK), tmp_path) == first and kept.tb
+
+
+def test_a_run_that_starts_afresh_forgets_the_scores_of_the_one_before(tmp_path):
+    # Its checkpoints were moved away, and its start may have been scored: step 0, like that of a run from other weights.
+    row = '{"step": 0, "stage": "init", "kind": "given"}\n'
+    (tmp_path / scoreboard.FILE).write_text(row)
+    run = train.Run(parse(QUICK), tmp_path)
+    now = run._start()
+    assert not run.scores.rows()
+    run.checkpoints.save(0, now)
+    run.close()
+    (tmp_path / scoreboard.FILE).write_text(row + row.replace("0", "1"))
+    run = train.Run(parse(QUICK), tmp_path)  # the same run, killed after its start was scored
+    run._start()
+    run.close()
+    assert [found["step"] for found in run.scores.rows()] == [0]
+
+
+@contextmanager
+def full_disk():
+    """The system itself refuses to write: files may not grow."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_is_full_while_a_run_writes_is_one_line_that_names_the_file(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sampling, "SCORERS", {"digits": (Scorer, "fd_hidden")})
+    run, empty = tmp_path / "run", tmp_path / "empty"
+    (run / checkpoint.FOLDER / "6").mkdir(parents=True)
+    (run / checkpoint.FOLDER / "6" / checkpoint.MANIFEST).touch()
+    lines, rules = (
+        JsonLines(run / "metrics.jsonl"),
+        Guard(run / guard.FILE, run / checkpoint.FOLDER, GuardConfig(), True),
+    )
+    lines.write({"step": 1})
+    JsonLines(run / scoreboard.FILE).write(
+        {"step": 6, "nfe": 1, "n_samples": 32.0, "fd_hidden": 1.0}
+    )
+    scores, unscored = board(run), board(empty)
+    unscored._sampler = lambda params, count, steps: np.zeros((count, 8, 8, 1), np.float32)
+    (empty / "samples").mkdir(parents=True)
+    for name, write in {
+        "metrics.jsonl": lambda: lines.write({"step": 2}),
+        "jsonl": lambda: lines.resume(1),
+        "best.json": scores._note_best,
+        "guard.json": rules._write,
+        "samples/00000004_pretrain.png": lambda: unscored.add(unscored.boundaries[4], None),
+    }.items():
+        with full_disk(), pytest.raises(DmfError) as caught:
+            write()
+        expected = rf"{tmp_path}/\S*{name} cannot be written: File too large; expected a writable directory with room"
+        assert re.fullmatch(expected, str(caught.value))
+    scores._note_best()  # and when there is room again
+    assert json.loads((run / checkpoint.BEST).read_text())["step"] == 6 and lines.read() == [
+        {"step": 1}
+    ]
+
+
+def test_checkpoints_without_their_config_and_a_torn_origin_are_one_line(tmp_path):
+    workdir.claim(tmp_path, parse(QUICK), None, {}, fresh=True)
+    (tmp_path / workdir.CONFIG).unlink()
+    with pytest.raises(
+        DmfError, match=r"config.json cannot be read: FileNotFoundError: .*, beside the checkpoints"
+    ):
+        workdir.claim(tmp_path, parse(QUICK), None, {}, fresh=False)
+    (tmp_path / workdir.ORIGIN).write_text("{")
+    with pytest.raises(
+        DmfError,
+        match=r"origin.json cannot be read: JSONDecodeError: .*; expected what dmf wrote there",
+    ):
+        workdir.origin(tmp_path)
+
+
+def test_a_probe_of_more_images_than_are_held_out_names_its_field_and_their_number(tmp_path):
+    values = merged(TINY, data=dict(holdout_fraction=0.02), guard=dict(every_steps=3, rows=64))
+    with pytest.raises(
+        DmfError,
+        match=r"config.guard.rows = 64 takes 64 images on 8 .*: expected at most the 3\d held-out",
+    ):
+        train.Run(parse(values), tmp_path)
+    values = merged(values, guard=dict(rows=17))  # no more than 24 on eight devices
+    train.Run(parse(values), tmp_path).close()
+
+
+@pytest.mark.parametrize("old", ["dagger", "floor", "adaptive"])
+@pytest.mark.parametrize("new", ["dagger", "linear", "adaptive"])
+def test_another_interval_is_taken_but_not_to_or_from_adaptive(tmp_path, old, new):
+    """The table of the adaptive one is a part of the state on disk, which could not be read without it."""
+    first, second = (parse(merged(QUICK, curriculum=dict(interval=name))) for name in (old, new))
+    workdir.claim(tmp_path, first, None, {}, fresh=True)
+    if old == new or "adaptive" not in (old, new):
+        workdir.claim(tmp_path, second, None, {}, fresh=False, allow_change=True)
+        return
+    shown = rf"--allow_change does not go as far as config.curriculum.interval: {old} -> {new} \(.* a table of intervals"
+    with pytest.raises(DmfError, match=shown):
+        workdir.claim(tmp_path, second, None, {}, fresh=False, allow_change=True)
+
+
+def test_a_folder_and_a_file_system_without_locks(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(95, "Operation not supported")
+
+    with (
+        paths.alone(tmp_path, "first"),
+        pytest.raises(DmfError, match="^second$"),
+        paths.alone(tmp_path, "second"),
+    ):
+        raise AssertionError
+    assert not list(tmp_path.iterdir())  # a folder is its own lock
+    monkeypatch.setattr(paths.fcntl, "flock", unsupported)
+    with paths.alone(tmp_path, "first"), paths.alone(tmp_path, "second"):
+        pass
