@@ -77,7 +77,7 @@ def changed(**changes: Any) -> dict[str, Any]:
     """The DiT's run with some sections updated, others replaced. A network is always replaced."""
     out = dict(DIT)
     for key, value in changes.items():
-        update = isinstance(value, dict) and key != "network" and key in DIT
+        update = isinstance(value, dict) and key != "network"
         out[key] = {**DIT[key], **value} if update else value
     return out
 
@@ -88,7 +88,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "dit_ema_adaptive": changed(
         loss=dict(tangent="ema"),
         curriculum=dict(interval="adaptive", schedule="smooth"),
-        precision=dict(trajectory="highest"),
     ),
     "dit_alpha": changed(
         loss=dict(product_rule=0.0),
