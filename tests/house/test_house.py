@@ -28,7 +28,7 @@ OWNERS = {
     "zipfile": {
         "dmf/storage/readers/torchfile.py",
         "dmf/convert/command.py",
-        "dmf/metrics/",
+        "dmf/evaluation/",
         "dmf/data/images.py",
     },
     "ml_dtypes": {"dmf/storage/readers/span.py"},
