@@ -14,15 +14,16 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dmf.config import section
+from dmf import fields
 from dmf.errors import DmfError, NotFinite
+from dmf.fields import REQUIRED, choice, limited
 from dmf.metrics.resize import RESIZES
 
 FILE_ORDER = -1
@@ -31,9 +32,29 @@ SCALINGS = ("bytes", "unit", "imagenet")
 LABELS = ("data", "uniform", "balanced")
 METRICS = ("fid", "sfid", "is", "kid", "precision_recall")
 INCEPTION_METRICS = ("sfid", "is")  # other spaces lack their features and logits
+_FITTING = {"inception": ("bytes", "unit"), "dinov2": ("imagenet",)}  # space -> scalings
+MOST = 2**32 - 1  # the largest seed of numpy.random.RandomState, and far above any count
 
 
-@dataclass(frozen=True)
+def _floor_255(x: np.ndarray) -> np.ndarray:
+    # py-meanflow goes on to k / 255, and torchmetrics to (k / 255) * 255, cut to a whole number.
+    # In float32 this gives k back for all 256 of them.
+    return np.floor(np.clip(x * np.float32(0.5) + np.float32(0.5), 0, 1) * np.float32(255))
+
+
+def _round_127_5(x: np.ndarray) -> np.ndarray:
+    return np.clip(x * np.float32(127.5) + np.float32(128), 0, 255)
+
+
+ROUNDINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    # py-meanflow, EDM2's decoded latents, and ADM: its 127.5 (x + 1) is the same bit for bit.
+    "floor_255": _floor_255,
+    # MeanFlow in JAX, EDM: the nearest byte.
+    "round_127.5": _round_127_5,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Protocol:
     """One recipe for scores of generated images.
 
@@ -58,24 +79,24 @@ class Protocol:
     """
 
     name: str
-    space: str
-    resize: str
-    scaling: str
-    rounding: str
-    labels: str
+    space: str = choice(REQUIRED, SPACES)
+    resize: str = choice(REQUIRED, RESIZES)
+    scaling: str = choice(REQUIRED, SCALINGS)
+    rounding: str = choice(REQUIRED, ROUNDINGS)
+    labels: str = choice(REQUIRED, LABELS)
     metrics: tuple[str, ...]
     reference: str
-    reference_count: int
+    reference_count: int = limited(REQUIRED, 0, MOST)
     reference_source: str
     weights: str
     weights_sha256: str = ""
-    count: int = 50_000
-    is_splits: int = 10
-    is_shuffle_seed: int = FILE_ORDER
-    kid_subsets: int = 100
-    kid_subset_size: int = 1000
-    neighbours: int = 3
-    reference_images: int = 10_000
+    count: int = limited(50_000, 2, MOST)
+    is_splits: int = limited(10, 1, MOST)
+    is_shuffle_seed: int = limited(FILE_ORDER, FILE_ORDER, MOST)
+    kid_subsets: int = limited(100, 1, MOST)
+    kid_subset_size: int = limited(1000, 2, MOST)
+    neighbours: int = limited(3, 1, MOST)
+    reference_images: int = limited(10_000, 2, MOST)
 
 
 INCEPTION_WEIGHTS = (
@@ -169,42 +190,6 @@ PROTOCOLS = {
 }
 
 
-def _floor_255(x: np.ndarray) -> np.ndarray:
-    # py-meanflow goes on to k / 255, and torchmetrics to (k / 255) * 255, cut to a whole number.
-    # In float32 this gives k back for all 256 of them.
-    return np.floor(np.clip(x * np.float32(0.5) + np.float32(0.5), 0, 1) * np.float32(255))
-
-
-def _round_127_5(x: np.ndarray) -> np.ndarray:
-    return np.clip(x * np.float32(127.5) + np.float32(128), 0, 255)
-
-
-ROUNDINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    # py-meanflow, EDM2's decoded latents, and ADM: its 127.5 (x + 1) is the same bit for bit.
-    "floor_255": _floor_255,
-    # MeanFlow in JAX, EDM: the nearest byte.
-    "round_127.5": _round_127_5,
-}
-_CHOICES: dict[str, Collection[str]] = {
-    "space": SPACES,
-    "resize": RESIZES,
-    "scaling": SCALINGS,
-    "rounding": ROUNDINGS,
-    "labels": LABELS,
-}
-_LEAST = {
-    "count": 2,
-    "reference_count": 0,
-    "is_splits": 1,
-    "is_shuffle_seed": FILE_ORDER,
-    "kid_subsets": 1,
-    "kid_subset_size": 2,
-    "neighbours": 1,
-    "reference_images": 2,
-}
-_FITTING = {"inception": ("bytes", "unit"), "dinov2": ("imagenet",)}  # space -> scalings
-
-
 def to_bytes(x: np.ndarray, rule: str) -> np.ndarray:
     """Samples x (N, H, W, C) in about [-1, 1] as uint8, each step rounded to float32.
 
@@ -260,7 +245,7 @@ def load(name_or_path: str) -> Protocol:
     if base is not None and (not isinstance(base, str) or base not in PROTOCOLS):
         raise DmfError(f"{path}: base = {base!r:.100}: expected one of {', '.join(PROTOCOLS)}")
     start = {} if base is None else dataclasses.asdict(PROTOCOLS[base])
-    protocol = section(Protocol, {**start, "name": path.stem, **values}, str(path))
+    protocol = fields.section(Protocol, {**start, "name": path.stem, **values}, str(path))
     _check(protocol, str(path))
     return protocol
 
@@ -302,14 +287,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _check(protocol: Protocol, where: str) -> None:
     """Checks every field by itself, then the fields together. Raises DmfError."""
-    for key, choices in _CHOICES.items():
-        if (value := getattr(protocol, key)) not in choices:
-            raise DmfError(f"{where}.{key} = {value!r}: expected one of {', '.join(choices)}")
-    for key, least in _LEAST.items():
-        if not least <= (value := getattr(protocol, key)) < 2**32:
-            raise DmfError(
-                f"{where}.{key} = {value}: expected at least {least} and less than 2**32"
-            )
+    fields.check(protocol, where)
     _check_metrics(protocol, where)
     if not re.fullmatch("[0-9a-f]{0,64}", protocol.weights_sha256):
         raise DmfError(

@@ -163,8 +163,8 @@ BAD = [
     ({"base": "cifar10", "count": 5000.5}, r"\.count = 5000\.5: expected int"),
     ({"base": "cifar10", "count": True}, r"\.count = True: expected int"),
     ({"base": "cifar10", "count": "5000"}, r"\.count = '5000': expected int"),
-    ({"base": "cifar10", "count": 1}, r"\.count = 1: expected at least 2"),
-    ({"base": "cifar10", "neighbours": 0}, r"\.neighbours = 0: expected at least 1"),
+    ({"base": "cifar10", "count": 1}, r"\.count = 1: expected a number of at least 2"),
+    ({"base": "cifar10", "neighbours": 0}, r"\.neighbours = 0: expected a number of at least 1"),
     ({"base": "cifar10", "is_shuffle_seed": 2**32}, r"\.is_shuffle_seed = 4294967296: expected"),
     (
         {"base": "cifar10", "resize": "bicubic"},
