@@ -119,7 +119,8 @@ class Extractor:
             or not len(images)
         ):
             raise DmfError(
-                f"images to score are {images.dtype} of shape {images.shape}: expected uint8 (N, H, W, 3), grey or colour; "
+                f"images to score are {images.dtype} of shape {images.shape}: "
+                "expected uint8 (N, H, W, 3), grey or colour; "
                 "latents need an autoencoder"
             )
         parts = []
@@ -158,8 +159,10 @@ class Extractor:
         for what, error in errors.items():
             if not error <= bound:
                 raise DmfError(
-                    f"self-check: the {what} of a fixed batch ({self.about[NAMES[what]]}) are {error:.2e} (relative L2) from "
-                    f"the known ones, expected at most {bound:.0e}: this device, its settings or the program cannot be trusted"
+                    f"self-check: the {what} of a fixed batch ({self.about[NAMES[what]]}) are "
+                    f"{error:.2e} (relative L2) from "
+                    f"the known ones, expected at most {bound:.0e}: "
+                    "this device, its settings or the program cannot be trusted"
                 )
         text = ", ".join(f"{what} {error:.1e}" for what, error in errors.items())
         return f"self-check passed: relative L2 to known answers: {text} (bound {bound:.0e})"
@@ -219,7 +222,8 @@ def _open(
     """(network, params, known features, source) of the converted weights in `folder`, which must be the protocol's."""
     if not folder:
         raise DmfError(
-            f"no feature network is given (--features, config.run.features): expected the directory of {how_to_get(protocol)}"
+            "no feature network is given (--features, config.run.features): "
+            f"expected the directory of {how_to_get(protocol)}"
         )
     try:
         found, stored = pretrained.open_folder(folder)
@@ -230,21 +234,25 @@ def _open(
     config, _ = pretrained.described(stored)
     if config.kind != kind:
         raise DmfError(
-            f"--features={folder}: holds a {config.kind}; expected the directory of {how_to_get(protocol)}"
+            f"--features={folder}: holds a {config.kind}; "
+            f"expected the directory of {how_to_get(protocol)}"
         )
     source = stored.get("source", {}).get("source", {})
     digest, wanted = source.get("sha256", ""), protocol.weights_sha256
     if not digest.startswith(wanted):
         raise DmfError(
-            f"--features={folder}: made from {source.get('file')} with SHA-256 {digest[:8]}...; protocol {protocol.name} "
-            f"expects {wanted}..., {how_to_get(protocol)}. For other weights write a protocol of your own, with an empty "
+            f"--features={folder}: made from {source.get('file')} with SHA-256 {digest[:8]}...; "
+            f"protocol {protocol.name} "
+            f"expects {wanted}..., {how_to_get(protocol)}. For other weights write a protocol of "
+            "your own, with an empty "
             "weights_sha256"
         )
     try:
         known = np.asarray(json.loads((found / KNOWN).read_text())["pool"], np.float32)
     except (OSError, ValueError, KeyError) as error:
         raise DmfError(
-            f"--features={folder}: no readable {KNOWN} beside the weights; expected them converted anew"
+            f"--features={folder}: no readable {KNOWN} beside the weights; "
+            "expected them converted anew"
         ) from error
     return *pretrained.load_folder(found, stored), known, source
 

@@ -47,7 +47,8 @@ class Judge:
         self.protocol = found
         if not setting.reference:
             raise DmfError(
-                f"no reference is given (--reference, config.run.reference): expected the statistics of {found.reference} "
+                "no reference is given (--reference, config.run.reference): "
+                f"expected the statistics of {found.reference} "
                 f"({found.reference_source}), or those that --mode=reference has written"
             )
         self.reference = reference.read(setting.reference, found.space, images=False)
@@ -96,18 +97,22 @@ class Judge:
         print(f"protocol  {protocols.describe(self.protocol)}")
         if self.protocol.count != self.full_count:
             print(
-                f"          the protocol has {self.full_count:,} samples: compare only scores of equal counts"
+                f"          the protocol has {self.full_count:,} samples: "
+                "compare only scores of equal counts"
             )
         print(
-            f"features  {self.extract.about['network_file']}, SHA-256 {str(self.extract.about['network_sha256'])[:12]}"
+            f"features  {self.extract.about['network_file']}, SHA-256 "
+            f"{str(self.extract.about['network_sha256'])[:12]}"
         )
         print(
-            f"reference {about.get('file')}, SHA-256 {str(about.get('sha256'))[:12]}, {about.get('format')}"
+            f"reference {about.get('file')}, SHA-256 {str(about.get('sha256'))[:12]}, "
+            f"{about.get('format')}"
         )
         unknown = reference.unknown(self.reference)
         if unknown:
             print(
-                f"          it does not tell {', '.join(unknown)}: that they are the protocol's is yours to know"
+                f"          it does not tell {', '.join(unknown)}: "
+                "that they are the protocol's is yours to know"
             )
         for metric in unserved:
             print(f"          it holds nothing to score {metric} against: that score is left out")

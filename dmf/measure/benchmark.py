@@ -62,8 +62,10 @@ COLUMNS = (
     ("programs", "programs", 9, "d"),
 )
 LEGEND = (
-    "/flow: to the flow-matching step; limit: /flow by forward passes (backward = 2); jvp/it: JVP of the whole batch / this "
-    "step; GFLOP, GB: compiled,\nper device; all_MB: arguments + temp_MB; peak_MB: the device's highest so far; MFU: forward "
+    "/flow: to the flow-matching step; limit: /flow by forward passes (backward = 2); jvp/it: "
+    "JVP of the whole batch / this "
+    "step; GFLOP, GB: compiled,\nper device; all_MB: arguments + temp_MB; peak_MB: "
+    "the device's highest so far; MFU: forward "
     "passes x the plain network's FLOPs, of the bfloat16 peak"
 )
 
@@ -210,8 +212,10 @@ def _check_cases(config: Config, mesh: Mesh) -> None:
         except DmfError as error:
             whole = 4 * parts  # the shares are quarters
             raise DmfError(
-                f"config.batch_size = {config.batch_size}: the case {kind} with {fraction:.0%} of r < t rows does not come out "
-                f"even on {mesh.devices.size} devices x {config.microbatches} microbatches; expected a multiple of {whole}, "
+                f"config.batch_size = {config.batch_size}: "
+                f"the case {kind} with {fraction:.0%} of r < t rows does not come out "
+                f"even on {mesh.devices.size} devices x {config.microbatches} microbatches; "
+                f"expected a multiple of {whole}, "
                 f"such as {max(config.batch_size // whole, 1) * whole}"
             ) from error
 
@@ -395,7 +399,8 @@ def _about(
 def _report(about: dict[str, Any], rows: list[dict[str, Any]], total: dict[str, Any]) -> str:
     parts = " x ".join(f"{name} {size}" for name, size in about["mesh"].items())
     lines = [
-        f"{about['network']['kind']}, batch {about['batch_size']}, {tuple(about['image_shape'])}, {about['compute_dtype']}, "
+        f"{about['network']['kind']}, batch {about['batch_size']}, {tuple(about['image_shape'])}, "
+        f"{about['compute_dtype']}, "
         f"{about['device']} ({parts}), jax {about['jax']}, median of {about['rounds']} rounds",
         format_rows(rows),
         LEGEND,
@@ -403,7 +408,8 @@ def _report(about: dict[str, Any], rows: list[dict[str, Any]], total: dict[str, 
     lines += _uncounted(about, [row["kind"] for row in rows])
     if None not in total.values():
         lines.append(
-            f"this config's run of {total['steps']:,} steps: {total['hours']:.3g} h; as many of flow matching: "
+            f"this config's run of {total['steps']:,} steps: {total['hours']:.3g} h; "
+            "as many of flow matching: "
             f"{total['flow_hours']:.3g} h, of whole-batch JVP: {total['whole_jvp_hours']:.3g} h"
         )
     return "\n".join(lines)

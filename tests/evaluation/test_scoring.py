@@ -210,11 +210,11 @@ def test_interrupted_sums_go_on_to_identical_scores(tmp_path, monkeypatch, shuff
     now = Totals(protocol, 100, folder)
     now.restore()
     assert now.scores(reference) == scores
-    with pytest.raises(DmfError, match="100 samples: expected all 120|cannot be gone on from"):
+    with pytest.raises(DmfError, match="100 samples: expected all 120|cannot be continued"):
         other = Totals(protocol, 120, folder)
         other.restore()
     (folder / totals.STATE).write_bytes((folder / totals.STATE).read_bytes()[:1000])
-    with pytest.raises(DmfError, match="cannot be gone on from"):
+    with pytest.raises(DmfError, match="cannot be continued"):
         Totals(protocol, 100, folder).restore()
 
 
