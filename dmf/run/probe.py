@@ -52,7 +52,7 @@ def jump_error(net: Callable[[Rows], Array], rows: Rows) -> Array:
     return _norms(whole - first - second) / jnp.maximum(_norms(whole), objectives.TINY)
 
 
-class Watch:
+class Probe:
     """The probe of a run. Its rows are drawn and its programs compiled at their first use, one program per kind of stage."""
 
     def __init__(self, config: Config, train: data.Dataset | data.Latents, mesh: Mesh, place: Any):
