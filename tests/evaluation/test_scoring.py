@@ -26,8 +26,8 @@ from dmf.metrics.frechet import frechet_distance, moments
 from dmf.metrics.reference import Reference, read, write
 from dmf.metrics.totals import Totals
 from dmf.storage import checkpoint
-from dmf.train import train
 from tests import ROOT
+from tests.runs import train
 from tests.tiny import TINY, merged
 
 PIXELS = {
