@@ -33,9 +33,13 @@ def load(path: str | Path, ema: float | None = None) -> tuple[Any, Any]:
 
     network.apply(params, z, r, t, label=...) is u(z, r, t), or the velocity v of a flow model.
     An autoencoder has encode and decode, the Inception network apply (`dmf.networks.frozen`).
-    path: a work directory, one of its step folders, or a converted directory.
-    ema: half-life in images of the average to take, 0 for the raw weights, None for the average
-    that the run evaluates. The weights are replicated over all devices.
+    The weights are replicated over all devices.
+
+    Args:
+        path: a work directory, one of its step folders, or a converted directory.
+        ema: half-life in images of the average to take, 0 for the raw weights, None for the
+            average that the run evaluates.
+
     Raises DmfError where the folder is missing or damaged.
     """
     folder, stored = open_folder(path)

@@ -53,11 +53,14 @@ def train(
 ) -> list[dict[str, Any]]:
     """Trains, or goes on training, in `workdir`; returns the rows of scores.jsonl.
 
-    began: when the process started, by time.monotonic; None for now.
-    allow_change: a run with another config goes on with this one (`dmf.run.workdir.claim`).
-    stop: asks the run to stop before its end (`dmf.run.sigterm`).
-    judge: makes what pictures and scores the weights, usually `dmf.evaluation.boundary.judge`.
-    Without a judge the run has neither pictures nor scores. Raises DmfError on bad input.
+    Args:
+        began: when the process started, by time.monotonic; None for now.
+        allow_change: a run with another config goes on with this one (`dmf.run.workdir.claim`).
+        stop: asks the run to stop before its end (`dmf.run.sigterm`).
+        judge: makes what pictures and scores the weights: `dmf.evaluation.boundary.RunJudge`.
+            Without one the run has neither pictures nor scores.
+
+    Raises DmfError on bad input.
     """
     place, rows = paths.reach(paths.at(workdir)), None
     with held(place):

@@ -133,9 +133,12 @@ def write_samples(
 ) -> Path:
     """Draws `count` samples of a checkpoint at each number of steps, from one noise, into one PNG.
 
-    sampler: a key of SAMPLERS, "" for the run's own. ema: as for `pretrained.load`.
-    out: the file, "" for one in the work directory or beside a converted checkpoint.
-    vae: directory of the converted autoencoder that makes images of latents.
+    Args:
+        path, ema: as for `pretrained.load`.
+        sampler: a key of SAMPLERS, "" for the run's own.
+        out: the file, "" for one in the work directory or beside a converted checkpoint.
+        vae: directory of the converted autoencoder that makes images of latents.
+
     Raises DmfError on bad input, or where the file cannot be written.
     """
     folder, stored = pretrained.open_folder(path)
@@ -228,8 +231,10 @@ def make_decoder(
 ) -> Callable[[np.ndarray], np.ndarray]:
     """A function that makes images (N, H, W, C) of samples, which may be latents.
 
-    path: directory of the converted autoencoder of the latents, "" for samples that are images.
-    trained_on: `data.identity` of the latents that the model was trained on, where it is known.
+    Args:
+        path: directory of the converted autoencoder, "" for samples that are images.
+        trained_on: `data.identity` of the model's training latents, where it is known.
+
     Raises DmfError where the autoencoder does not fit them.
     """
     if not path:

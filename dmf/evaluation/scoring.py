@@ -49,11 +49,15 @@ def score_checkpoint(
 ) -> list[dict[str, Any]]:
     """Scores a checkpoint by a protocol, one row for each EMA and number of sampling steps.
 
-    The rows are printed and written as JSON; those that the file holds already are not made again.
-    path, emas, sampler, vae: as for `sampling.write_samples`.
-    seed: of noise and drawn labels, None for the run's own.
-    out: the JSON file, "" for one beside the checkpoint. If that is in a bucket, the file goes into
-    the current directory. Raises DmfError on bad input.
+    The rows are printed and written as JSON. Rows that the file holds already are not made again.
+
+    Args:
+        path, emas, sampler, vae: as for `sampling.write_samples`.
+        seed: of noise and drawn labels, None for the run's own.
+        out: the JSON file, "" for one beside the checkpoint. If that is in a bucket, the file
+            goes into the current directory.
+
+    Raises DmfError on bad input.
     """
     mesh = sharding.make_mesh()
     judge = Judge(setting, mesh)

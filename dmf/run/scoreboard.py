@@ -1,7 +1,7 @@
 """The scores of a run: at which steps it is pictured and scored, its scores.jsonl, its best one.
 
-How weights are pictured and scored is the judge's part. main.py hands one in, so that the trainer
-needs no sampler, no feature network and no statistics of other images.
+A judge pictures and scores the weights. main.py hands one in, so that the trainer needs neither
+samplers nor feature networks.
 """
 
 from __future__ import annotations
