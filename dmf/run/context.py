@@ -1,8 +1,10 @@
 """What a run holds open: its data, network, programs, logs and checkpoints, in one frozen value.
 
-open_run     prepares everything, checks it, and claims the work directory for this run
-opened       does the same for a with block, and closes the files at its end
-first_state  gives the state that a start goes on from
+    open_run     prepares everything, checks it, and claims the work directory for this run
+    opened       does the same for a with block, and closes the files at its end
+    first_state  gives the state that a start goes on from
+
+The rest of a run reads these fields and never changes them.
 """
 
 from __future__ import annotations
