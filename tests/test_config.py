@@ -1,11 +1,14 @@
 """Configs: every file in configs/ is complete and valid, and what is wrong with one is said by its key."""
 
+import dataclasses
 import importlib.util
 import re
+import subprocess
+import sys
 
 import pytest
 
-from dmf import config, networks
+from dmf import config, fields, networks
 from dmf.errors import DmfError
 from tests import ROOT
 from tests.tiny import TINY, merged
@@ -255,28 +258,38 @@ def test_a_flag_for_a_field_is_let_through(path):
     config.check_path(path)
 
 
-def test_every_number_of_the_config_has_its_range():
-    def numbers(values, path=""):
-        for key, value in values.items():
-            if isinstance(value, dict):
-                yield from numbers(value, f"{path}{key}.")
-            elif not isinstance(value, bool | str) and not (
-                isinstance(value, tuple) and value and isinstance(value[0], str)
-            ):
-                yield path + key
+def numbers(values, path="config"):
+    """Every field of a config that holds numbers, as (path, field)."""
+    for f in dataclasses.fields(values):
+        value, where = getattr(values, f.name), f"{path}.{f.name}"
+        if dataclasses.is_dataclass(value):
+            yield from numbers(value, where)
+        elif type(value) in (int, float) or isinstance(value, tuple) and f.name != "kinds":
+            yield where, f
 
-    values = config.to_dict(config.parse({}))
-    # Networks check their own sizes; the data room its shares; q, K, kinds and the evaluated half-life have checks by name.
+
+def test_every_number_of_the_config_has_its_range():
+    # Checks of these need another field, the data or the network.
     elsewhere = {
-        "data.holdout_fraction",
-        "data.augment",
-        "curriculum.q",
-        "curriculum.stages",
-        "curriculum.kinds",
-        "ema.evaluate",
+        "config.data.holdout_fraction",
+        "config.curriculum.q",
+        "config.curriculum.stages",
+        "config.ema.evaluate",
+        "config.network.attention_resolutions",
+        "config.network.mlp_ratio",
     }
-    found = {n for n in numbers(values) if not n.startswith("network.")}
-    assert found - elsewhere == set(config.RANGES)
+    for network in (dict(kind="unet"), dict(kind="adm"), dict(kind="mlp"), TINY["network"]):
+        for path, f in numbers(config.parse(dict(network=network))):
+            assert (fields.RANGE in f.metadata) == (path not in elsewhere), path
+
+
+def test_the_config_loads_no_reader_and_nothing_of_a_run():
+    code = "import sys, dmf.config; print(*(n for n in sys.modules if n.startswith('dmf.')))"
+    loaded = set(subprocess.check_output([sys.executable, "-c", code], text=True).split())
+    assert (
+        loaded & {f"dmf.data.{path.stem}" for path in (ROOT / "dmf" / "data").glob("*.py")} == set()
+    )
+    assert not {name for name in loaded if name.split(".")[1] in ("run", "storage", "evaluation")}
 
 
 def test_differences_name_key_and_both_values():

@@ -39,7 +39,7 @@ class RunJudge:
     def __init__(
         self,
         config: Config,
-        dataset: data.Dataset | data.Latents,
+        dataset: data.Source,
         network: networks.Network,
         mesh: Mesh,
     ):
@@ -124,9 +124,7 @@ class ProtocolScorer:
         return totals.scores(self._judge.reference)
 
 
-def scorer_of_run(
-    config: Config, train: data.Dataset | data.Latents, mesh: Mesh
-) -> tuple[Any, str] | None:
+def scorer_of_run(config: Config, train: data.Source, mesh: Mesh) -> tuple[Any, str] | None:
     """(scorer, name of its main score): by config.run.protocol, else by the data set.
 
     None where the run is only pictured.
@@ -161,7 +159,7 @@ def _scored_by(about: dict[str, Any], config: Config) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def labels_of_run(config: Config, train: data.Dataset | data.Latents) -> np.ndarray:
+def labels_of_run(config: Config, train: data.Source) -> np.ndarray:
     """Labels of the samples that a run draws, (N,) int32: by its protocol, else those of the data.
 
     Of latents each class comes in turn: they may be stored by class, and the first ones would
@@ -170,7 +168,7 @@ def labels_of_run(config: Config, train: data.Dataset | data.Latents) -> np.ndar
     if config.run.protocol:
         protocol = replace(protocols.load(config.run.protocol), count=config.run.score_samples)
         return labels_by(protocol, config, train.labels)
-    if isinstance(train, data.Latents) and config.num_classes:
+    if not train.mixed and config.num_classes:
         return np.arange(config.num_classes, dtype=np.int32)
     return train.labels
 

@@ -28,7 +28,7 @@ from dmf.evaluation.boundary import check_images, identity, labels_by
 from dmf.evaluation.features import Extractor
 from dmf.evaluation.judge import Judge, Setting, accumulate
 from dmf.evaluation.results import Progress, Results, free_name, sha256
-from dmf.method.curriculum import GUIDED
+from dmf.method.objectives import kind_of
 from dmf.metrics import protocols, reference
 from dmf.metrics.reference import Reference
 from dmf.metrics.totals import Totals
@@ -257,7 +257,7 @@ def _guidance(config: Config, converted: bool) -> str:
     """
     if converted:
         return "none added; whether the converted weights hold some is not known"
-    stages = [i for i, kind in enumerate(config.curriculum.kinds) if kind in GUIDED]
+    stages = [i for i, kind in enumerate(config.curriculum.kinds) if kind_of(kind).guided]
     if not stages:
         return "none" + f"; started from {config.init}" * bool(config.init)
     g = config.guidance

@@ -52,7 +52,7 @@ class Context:
     config: Config
     workdir: Path
     began: float  # when the process or this start began, by time.monotonic
-    dataset: data.Dataset | data.Latents
+    dataset: data.Source
     stages: tuple[Stage, ...]  # of the config, as the guard's interventions have left them
     network: networks.Network
     mesh: Mesh

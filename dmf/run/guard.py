@@ -28,43 +28,27 @@ import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from dmf.config import GuardConfig
 from dmf.errors import DmfError, short
-from dmf.method.curriculum import GUIDED, Stage, identity_of, rho_at, stage_at
+from dmf.method.curriculum import Stage, rho_at, stage_at
+from dmf.method.objectives import FORMER, KINDS, LAST
 from dmf.storage import paths
 from dmf.storage.manifest import MANIFEST, verify
 
-ACTIONS = ("off", "stop", "jvp", "halve", "floor", "rate")
 FILE = "guard.json"
 # Not the mean over pairs: the few rows that end near t = 1 decide it.
 WORSE = ("residual_border", "residual_median")
 DONE = {
     "stop": "where the run ends",
-    "jvp": "the discrete stages left are jvp stages now",
+    LAST: "the discrete stages left are jvp stages now",
     "halve": "d falls half as far from the last good one in the discrete stages left",
     "floor": "d falls no further in the discrete stages left",
     "rate": "the learning rate is half of what it was",
 }
-
-
-@dataclass(frozen=True)
-class GuardConfig:
-    """Probes of the weights, and what follows from a bad one. None of it is the paper's.
-
-    Residuals of healthy runs on digits and photos stay below 2.1 times a stage's first, those of runs that diverge pass 3.4.
-    """
-
-    every_steps: int = 0  # probe (`dmf.run.probe`) every so many steps, after the first of a stage and at its end; 0 = never
-    rows: int = 64  # held-out images of a probe
-    action: str = "off"  # off | stop | for the discrete stages left: jvp, halve (their refinement), floor (of d) | rate
-    factor: float = 3.0  # how much worse a residual or a score may become
-    ulps: float = (
-        1.0  # the least change |u - u'| / |u| of a discrete stage, by the compute dtype's epsilon
-    )
-    limit: int = 3  # after so many interventions the next one is stop
 
 
 class Diverged(DmfError):
@@ -101,7 +85,7 @@ def remedy(action: str, failing: Stage) -> str:
 
     It is "rate" where no finite difference is to blame, or where d is 1 already.
     """
-    if action in ("jvp", "halve", "floor") and not _steps_back(failing):
+    if action in (LAST, "halve", "floor") and not KINDS[failing.kind].steps_back:
         return "rate"
     return "rate" if action in ("halve", "floor") and failing.rho >= 1 else action
 
@@ -131,7 +115,7 @@ def _good_rho(stages: tuple[Stage, ...], failing: Stage, back: int) -> float:
     """
     if failing.fall != 1:
         return rho_at(failing, max(failing.first, back))
-    before = [s.rho for s in stages if s.first < failing.first and _steps_back(s)]
+    before = [s.rho for s in stages if s.first < failing.first and KINDS[s.kind].steps_back]
     return min((rho for rho in before if rho > failing.rho), default=1.0)
 
 
@@ -139,10 +123,10 @@ def _changed(stage: Stage, action: str, good: float) -> Stage:
     """A stage, or its part, after the action. good: the rho that was still good."""
     if action == "rate":
         return replace(stage, rate=stage.rate / 2)
-    if not _steps_back(stage):
+    if not KINDS[stage.kind].steps_back:
         return stage
-    if action == "jvp":
-        return replace(stage, kind=_derivative_of(stage.kind), rho=1.0, fall=1.0)
+    if action == LAST:
+        return replace(stage, kind=KINDS[stage.kind].limit, rho=1.0, fall=1.0)
     if action == "halve":
         return replace(
             stage, rho=max(stage.rho, math.sqrt(stage.rho * good)), fall=math.sqrt(stage.fall)
@@ -369,7 +353,8 @@ class Guard:
 
 def describe(row: Mapping[str, Any]) -> str:
     """One intervention as a line."""
-    where = f"{row['stage']} ({row['kind']}), step {row['step']}"
+    kind = FORMER.get(row["kind"], row["kind"])
+    where = f"{row['stage']} ({kind}), step {row['step']}"
     return f"{where}: {row['reason']}; back to step {row['back_to']}, {DONE[row['action']]}"
 
 
@@ -402,23 +387,8 @@ def _comparable(
     Within such a stage it is the last score alone.
     """
     step = scores[-1][0]
-    ends = [min(s.last, step) for s in stages if _is_plain(s) and s.first < step]
+    ends = [min(s.last, step) for s in stages if KINDS[s.kind].flow_matching and s.first < step]
     return [score for score in scores if score[0] >= max(ends, default=0)]
-
-
-def _steps_back(stage: Stage) -> bool:
-    """Whether the stage takes a finite difference over the interval d."""
-    return identity_of(stage.kind) == "discrete"
-
-
-def _is_plain(stage: Stage) -> bool:
-    """Whether the stage is plain flow matching, without a difference or a derivative."""
-    return identity_of(stage.kind) in ("flow", "trajectory")
-
-
-def _derivative_of(kind: str) -> str:
-    """The kind with a derivative in the place of this kind's difference."""
-    return "guided_jvp" if kind in GUIDED else "jvp"
 
 
 def _best(scores: Sequence[tuple[int, float]]) -> float:
