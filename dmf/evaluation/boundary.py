@@ -21,12 +21,11 @@ from jax.sharding import Mesh
 from dmf import data, networks, processes
 from dmf.config import Config
 from dmf.errors import DmfError
-from dmf.evaluation import pictures, sampling
+from dmf.evaluation import pictures, protocols, sampling
 from dmf.evaluation.judge import Judge, Setting
+from dmf.evaluation.protocols import Protocol
+from dmf.evaluation.totals import PART
 from dmf.method.curriculum import Stage
-from dmf.metrics import protocols
-from dmf.metrics.protocols import Protocol
-from dmf.metrics.totals import PART
 from dmf.storage import paths
 
 # Scores during training. The others need the features of all samples at once.

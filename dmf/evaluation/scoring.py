@@ -1,6 +1,6 @@
 """The commands that score by a protocol: checkpoints, image files; and the making of references.
 
-    images in parts of PART -> features -> sums in float64 (`metrics.totals`) -> scores
+    images in parts of PART -> features -> sums in float64 (`evaluation.totals`) -> scores
 
 The scores of a running model are in `evaluation.boundary`. A part is the same images in the same
 order on any number of devices. Its sums are kept on disk: an interrupted command goes on from them
@@ -23,15 +23,14 @@ from dmf import pretrained, sharding
 from dmf.config import Config, parse
 from dmf.data import images as sources
 from dmf.errors import DmfError
-from dmf.evaluation import sampling
+from dmf.evaluation import protocols, reference, sampling
 from dmf.evaluation.boundary import check_images, identity, labels_by
 from dmf.evaluation.features import Extractor
 from dmf.evaluation.judge import Judge, Setting, accumulate
+from dmf.evaluation.reference import Reference
 from dmf.evaluation.results import Progress, Results, free_name, sha256
+from dmf.evaluation.totals import Totals
 from dmf.method.objectives import kind_of
-from dmf.metrics import protocols, reference
-from dmf.metrics.reference import Reference
-from dmf.metrics.totals import Totals
 from dmf.storage import checkpoint, paths
 
 READERS = 8  # threads that decode image files
