@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -138,6 +139,19 @@ class Judge:
         totals = Totals(self.protocol, count, folder)
         totals.restore()
         return totals
+
+    def fill(self, totals: Totals, images: Callable[[int, int], np.ndarray], name: str) -> None:
+        """Adds images to the sums until they are complete; see `accumulate`."""
+        accumulate(totals, images, self.extract, name)
+
+    def identity(self) -> dict[str, Any]:
+        """What a score depends on besides the samples, as plain values."""
+        return {
+            "protocol": asdict(self.protocol),
+            "full_count": self.full_count,
+            "features": self.extract.about,
+            "reference": dict(self.reference.about),
+        }
 
 
 def accumulate(

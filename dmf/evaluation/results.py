@@ -9,14 +9,16 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dmf.config import differences
 from dmf.errors import DmfError
-from dmf.evaluation.judge import Judge, accumulate
 from dmf.storage import atomic, paths
+
+if TYPE_CHECKING:
+    from dmf.evaluation.judge import Judge
 
 
 class Results:
@@ -63,7 +65,7 @@ class Results:
         folder = self._progress.folder(row)
         totals = judge.totals(judge.protocol.count, folder)
         name = ", ".join(f"{k} {v}" for k, v in row.items() if k in ("steps", "images"))
-        accumulate(totals, images, judge.extract, name)
+        judge.fill(totals, images, name)
         self._rows.append({**row, **totals.scores(judge.reference)})
         self._write()  # first the scores, then the sums may go: they are hours of work
         shutil.rmtree(folder)

@@ -25,8 +25,8 @@ from dmf.evaluation.reference import Reference, read, write
 from dmf.evaluation.totals import Totals
 from dmf.metrics.frechet import frechet_distance, moments
 from dmf.storage import checkpoint
-from dmf.train import train
 from tests import ROOT
+from tests.runs import train
 from tests.tiny import TINY, merged
 
 PIXELS = {
@@ -115,8 +115,8 @@ def test_inception_features_are_the_same_bits_on_one_device_and_on_eight(incepti
 
 def test_several_emas_and_steps_in_one_run_and_no_row_twice(place, setting, tmp_path, monkeypatch):
     out, calls = str(tmp_path / "out.json"), []
-    whole = results.accumulate
-    monkeypatch.setattr(results, "accumulate", lambda *a: calls.append(a) or whole(*a))
+    whole = judge.accumulate
+    monkeypatch.setattr(judge, "accumulate", lambda *a: calls.append(a) or whole(*a))
     first = scoring.score_checkpoint(place / "run", setting, [1], [0.0, 50.0], out=out)
     again = scoring.score_checkpoint(place / "run", setting, [1, 2], [0.0, 800.0], out=out)
     assert len(calls) == 2 + 3 and again[:2] == first
