@@ -82,7 +82,7 @@ PURE = {
 PURE_STANDARD = {"__future__", "collections", "dataclasses", "functools", "math", "typing"}
 # jax has no stable name for three things: collectives of small values between processes,
 # Pallas' kernels, and topologies without devices.
-EXPERIMENTAL = {"dmf/processes.py", "dmf/networks/attention.py", "dmf/measure/tpu_plan.py"}
+EXPERIMENTAL = {"dmf/processes.py", "dmf/networks/attention.py", "dmf/measure/topologies.py"}
 
 
 def loaded(name):

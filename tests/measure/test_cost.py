@@ -10,7 +10,7 @@ import pytest
 from dmf import sharding, step
 from dmf.config import parse
 from dmf.errors import DmfError
-from dmf.measure import benchmark, cost, tpu_plan
+from dmf.measure import benchmark, cost, programs, tpu_plan
 from dmf.measure.cost import Compilations, Counts
 from tests.tiny import TINY, UNET, Setup, merged
 
@@ -248,7 +248,7 @@ def test_batches_of_latents_have_std_in_benchmark_and_plan(monkeypatch):
     config = parse(merged(TINY, data=dict(name="imagenet256_latents", mock=True)))
     shapes = cost.batch_shapes(config, (32, 32, 4))
     assert shapes["std"] == shapes["x"] and shapes["x"].shape == (32, 32, 32, 4)
-    made = benchmark._random_batch(config, (32, 32, 4), 10)
+    made = programs.random_batch(config, (32, 32, 4), 10)
     assert {key: (x.shape, x.dtype) for key, x in made.items()} == {
         key: (s.shape, s.dtype) for key, s in shapes.items()
     }
@@ -269,7 +269,7 @@ def test_the_note_names_the_kinds_whose_attention_the_counts_leave_out():
     kinds = ["flow", "discrete", "discrete", "guided_jvp"]
     loops, fused = benchmark._uncounted(about, kinds)
     assert loops.endswith("once: they are of one chunk of attention's keys (discrete, guided_jvp)")
-    assert fused.endswith("as nothing (flow: cudnn)")
+    assert fused.endswith("as 0 (flow: cudnn)")
     assert benchmark._uncounted(about | {"attention": dict.fromkeys(kernels, "xla")}, kinds) == []
     both = about | {
         "attention": dict.fromkeys(kernels, "flash"),

@@ -16,7 +16,7 @@ from dmf import data, sharding
 from dmf.config import parse
 from dmf.data import DataConfig
 from dmf.errors import DmfError
-from dmf.measure import hlo, tpu_plan
+from dmf.measure import hlo, topologies, tpu_plan
 from tests import ROOT
 from tests.tiny import TINY, merged
 
@@ -244,7 +244,7 @@ ENTRY"""
     ],
 )
 def test_cloud_names_count_cores_up_to_v5p_and_chips_from_v5e(given, found):
-    assert tpu_plan.libtpu_name(given) == found
+    assert topologies.libtpu_name(given) == found
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_cloud_names_count_cores_up_to_v5p_and_chips_from_v5e(given, found):
 )
 def test_an_unknown_topology_is_refused_with_those_that_are_known(name):
     with pytest.raises(DmfError, match=r"--topology=.*expected"):
-        tpu_plan.libtpu_name(name)
+        topologies.libtpu_name(name)
 
 
 def test_what_the_compiler_says_of_too_much_memory():
@@ -318,9 +318,9 @@ def compiled(monkeypatch):
             "compile_s": 1.0
         }
 
-    monkeypatch.setattr(tpu_plan, "_prepare", lambda: None)
-    monkeypatch.setattr(tpu_plan, "_libtpu_version", lambda: "0.0")
-    monkeypatch.setattr(tpu_plan, "_devices", lambda given, target: jax.devices())
+    monkeypatch.setattr(topologies, "prepare", lambda: None)
+    monkeypatch.setattr(topologies, "libtpu_version", lambda: "0.0")
+    monkeypatch.setattr(topologies, "devices", lambda given, target: jax.devices())
     monkeypatch.setattr(tpu_plan, "_compile", compile_)
     return seen
 
@@ -353,7 +353,7 @@ def test_rows_are_on_disk_as_soon_as_they_are_known(compiled, tmp_path, monkeypa
     monkeypatch.setattr(tpu_plan, "_compile", stops_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         tpu_plan.plan(parse(TINY), ["v5e-8"], str(out))
-    assert [row["kind"] for row in tpu_plan.read(str(out))] == ["flow", "trajectory"]
+    assert [row["kind"] for row in tpu_plan.read(str(out))] == ["flow", "all_pairs"]
     monkeypatch.setattr(tpu_plan, "_compile", whole)
     tpu_plan.plan(parse(TINY), ["v5e-8"], str(out))
     assert compiled == ["flow", "trajectory", "discrete", "jvp"]
@@ -466,7 +466,7 @@ def test_a_batch_that_does_not_divide_is_refused(compiled):
 
 def test_every_topology_is_looked_at_before_the_first_compilation(compiled, monkeypatch):
     monkeypatch.setattr(
-        tpu_plan, "_devices", lambda given, target: jax.devices()[: 8 if given == "v5e-8" else 5]
+        topologies, "devices", lambda given, target: jax.devices()[: 8 if given == "v5e-8" else 5]
     )
     with pytest.raises(
         DmfError, match="config.batch_size = 32: expected a multiple of the 5 devices"
