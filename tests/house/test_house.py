@@ -8,6 +8,7 @@ import re
 import pytest
 
 from dmf import config
+from dmf.method.objectives import KINDS
 from tests import ROOT
 
 SOURCES = sorted(
@@ -211,9 +212,7 @@ def test_every_config_field_is_read_somewhere(room, name):
         }
     # A kind of stage names its arithmetic, and that is the name of a field of these two.
     chosen = room in (config.PrecisionConfig, config.AttentionConfig)
-    arithmetics = {"plain", "difference", "derivative"}
-    former = {"flow", "trajectory", "discrete", "jvp"}
-    assert name in read or chosen and name in arithmetics | former
+    assert name in read or chosen and name in {kind.arithmetic for kind in KINDS.values()}
 
 
 def test_files_and_functions_stay_readable():
