@@ -58,25 +58,27 @@ ROUNDINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 class Protocol:
     """One recipe for scores of generated images.
 
-    space             the feature space
-    resize            how images get the network's size; the space "pixels" has no resize
-    scaling           what the network is given of bytes b:
-        "bytes"       (b - 128) / 128
-        "unit"        2 b / 255 - 1
-        "imagenet"    (b / 255 - mean) / std
-    rounding          how samples become bytes; images of a data set are bytes already
-    labels            of the samples:
-        "data"        the training labels in order
-        "uniform"     drawn with the seed
-        "balanced"    each class equally often
-    metrics           some of `METRICS`; "fid" is the Frechet distance in any space
-    reference         what samples are held against
-    reference_count   how many images that is; 0 for any number
-    weights_sha256    first digits of the network file's SHA-256; "" where any file will do
-    count             how many samples are scored
-    is_shuffle_seed   of numpy.random.RandomState(seed).permutation, or FILE_ORDER
-    neighbours        of precision and recall
-    reference_images  how many images of the reference serve precision, recall and KID
+        space             the feature space
+        resize            how images get the network's size; the space "pixels" has no resize
+        scaling           what the network is given of bytes b:
+            "bytes"       (b - 128) / 128
+            "unit"        2 b / 255 - 1
+            "imagenet"    (b / 255 - mean) / std
+        rounding          how samples become bytes; images of a data set are bytes already
+        labels            of the samples:
+            "data"        the training labels in order
+            "uniform"     drawn with the seed
+            "balanced"    each class equally often
+        metrics           some of `METRICS`; "fid" is the Frechet distance in any space
+        reference         what samples are held against
+        reference_count   how many images that is; 0 for any number
+        weights_sha256    first digits of the network file's SHA-256; "" where any file will do
+        count             how many samples are scored
+        is_shuffle_seed   of numpy.random.RandomState(seed).permutation, or FILE_ORDER
+        neighbours        of precision and recall
+        reference_images  how many images of the reference serve precision, recall and KID
+
+    Two scores may be compared where all of these agree.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """Step times side by side: what rows with r < t cost, and the forward passes they need.
 
 There is one line per kind of stage and share of r < t rows.
-jvp with all rows is the JVP of the whole batch, as in the official JAX code.
+With all rows, the kind jvp is the JVP of the whole batch, as in the official JAX code.
 The programs take turns, so a change of the machine's speed hits all of them.
 A ratio of two steps is the median over rounds of the ratio within a round.
 Attention kernels, remat and mesh are those of the config.

@@ -111,7 +111,10 @@ def take_turns(
     """Runs every program once per round. The first round only warms up.
 
     A program that runs out of memory is dropped, with its times.
-    fresh() makes a new state; averages: how many EMAs it has.
+
+    fresh: a function that makes a new state.
+
+    averages: how many EMAs the state has.
     """
     now = fresh()
     for turn in range(rounds + 1):

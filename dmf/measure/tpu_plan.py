@@ -75,9 +75,9 @@ def plan(config: Config, names: list[str], out: str = "", name: str = "") -> lis
 
     name: the rows' label, such as the config's file.
 
-    Raises DmfError for a missing libtpu, an unknown topology, a batch that does not divide, or a
-    wrong config; all of these before anything is compiled. Raises it for a program that does not
-    compile, too.
+    Raises DmfError for a missing libtpu, an unknown topology, a batch that does not divide, and a
+    wrong config. It does so before anything is compiled.
+    Raises DmfError for a program that does not compile.
     """
     if config.data.name not in DATA:
         raise DmfError(
@@ -156,13 +156,15 @@ def verdict(message: str) -> dict[str, Any] | None:
 def measure(compiled: jax.stages.Compiled, devices: int, hbm_gib: float) -> dict[str, Any]:
     """Memory, bytes and collectives of a compiled program, on one device of several.
 
-    state_bytes     all arguments, in the padded layouts of a TPU
-    total_bytes     these, temporaries, new results and the program itself
-    bytes_accessed  to and from the chip's main memory (`hlo.traffic`)
-    xla_bytes       XLA's count, with the memory on the chip;
-                    None where it leaves out rounds of a loop
-    loops           rounds of each loop; None where unknown, counted as one
-    xla_remat       instructions with which the compiler computes a value again
+        state_bytes     all arguments, in the padded layouts of a TPU
+        total_bytes     these, temporaries, new results and the program itself
+        bytes_accessed  to and from the chip's main memory (`hlo.traffic`)
+        xla_bytes       XLA's count, with the memory on the chip;
+                        None where it leaves out rounds of a loop
+        loops           rounds of each loop; None where unknown, counted as one
+        xla_remat       instructions with which the compiler computes a value again
+
+    hbm_gib: the memory of one device that the compiler may use.
     """
     memory: Any = compiled.memory_analysis()
     module = hlo.parse(compiled.as_text() or "")

@@ -92,7 +92,7 @@ def test_collectives_of_a_program_that_was_really_compiled(rng):
     mesh = sharding.make_mesh()
 
     def five(x):
-        # Without the square the sum would not depend on the round. XLA would take it out of the loop.
+        # Without the square, XLA would take the sum out of the loop: no round would change it.
         return jax.lax.scan(
             lambda c, _: (jax.lax.psum(c, mesh.axis_names) ** 2, None), x, None, length=5
         )[0]
