@@ -31,8 +31,7 @@ def kernel_distance(
     Sums are float64. torch-fidelity's are float32, and agree to about 5 digits.
 
     Binkowski et al. 2018 (arXiv 1801.01401), section 4.
-    Raises DmfError for non-finite values, unequal dimensions, and a subset that is too small
-    or larger than a set.
+    Raises DmfError for non-finite values, unequal dimensions, and a wrong size of subsets.
     """
     real, fake = np.asarray(real), np.asarray(fake)
     if subsets < 1 or subset_size < 2 or degree < 1:
@@ -53,10 +52,8 @@ def kernel_distance(
     for i in range(subsets):
         x = real[rng.choice(len(real), subset_size, replace=False)].astype(np.float64)
         y = fake[rng.choice(len(fake), subset_size, replace=False)].astype(np.float64)
-        same = sum(
-            k.sum() - np.trace(k)
-            for k in (_kernel(x, x, degree, scale, coef0), _kernel(y, y, degree, scale, coef0))
-        )
+        kernels = (_kernel(z, z, degree, scale, coef0) for z in (x, y))
+        same = sum(k.sum() - np.trace(k) for k in kernels)
         across = _kernel(x, y, degree, scale, coef0).sum()
         values[i] = same / (subset_size * (subset_size - 1)) - 2.0 * across / subset_size**2
     return float(values.mean()), float(values.std())
