@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from dmf.errors import DmfError
+from dmf.fields import BELOW_1, INF, LEAST, limited
 from dmf.method.curriculum import CurriculumConfig, Stage, extent, stage_at
 
 Array = jax.Array
@@ -27,21 +28,20 @@ class OptimizerConfig:
     which the rate falls linearly to zero (0 = constant).
     """
 
-    learning_rate: float = 6e-4  # * of the curriculum, after its warm-up
-    warmup_steps: int = 9600  # * steps of the curriculum over which the rate rises linearly
-    decay_fraction: float = (
-        0.0  # * share of the curriculum, at its end, over which the rate falls linearly to zero
-    )
-    pretrain_learning_rate: float = (
-        6e-4  # * the same three for a "flow" stage before the curriculum
-    )
-    pretrain_warmup_steps: int = 9600  # * as warmup_steps
-    pretrain_decay_fraction: float = 0.0  # * as decay_fraction
-    b1: float = 0.9  # * decay of Adam's mean of the gradient
-    b2: float = 0.999  # * decay of its mean of the squared gradient
-    eps: float = 1e-8  # * added to the root of the latter
-    weight_decay: float = 0.0  # * decoupled (AdamW)
-    clip_norm: float = 0.0  # * global gradient norm; 0 = off
+    learning_rate: float = limited(6e-4, LEAST, INF)  # * of the curriculum, after its warm-up
+    # * steps of the curriculum over which the rate rises linearly
+    warmup_steps: int = limited(9600, 0, INF)
+    # * share of the curriculum, at its end, over which the rate falls linearly to zero
+    decay_fraction: float = limited(0.0, 0, 1)
+    # * the same three for a "flow" stage before the curriculum
+    pretrain_learning_rate: float = limited(6e-4, LEAST, INF)
+    pretrain_warmup_steps: int = limited(9600, 0, INF)  # * as warmup_steps
+    pretrain_decay_fraction: float = limited(0.0, 0, 1)  # * as decay_fraction
+    b1: float = limited(0.9, 0, BELOW_1)  # * decay of Adam's mean of the gradient
+    b2: float = limited(0.999, 0, BELOW_1)  # * decay of Adam's mean of the squared gradient
+    eps: float = limited(1e-8, LEAST, INF)  # * added to the root of the mean square
+    weight_decay: float = limited(0.0, 0, INF)  # * decoupled (AdamW)
+    clip_norm: float = limited(0.0, 0, INF)  # * global gradient norm; 0 = off
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,14 @@ class EMAConfig:
     share of the images seen since the last reset, so that a young average does not hold the start (0 = no ramp).
     """
 
-    halflife_images: tuple[float, ...] = (709e3, 1.774e6, 7.097e6, 14.195e6)  # * one average each
-    rampup_ratio: float = (
-        0.05  # * largest half-life as a share of the images seen since the last reset; 0 = no ramp
+    # * one average each
+    halflife_images: tuple[float, ...] = limited(
+        (709e3, 1.774e6, 7.097e6, 14.195e6), LEAST, INF, empty=False
     )
-    evaluate: float = 1.774e6  # * half-life of the EMA that is sampled, scored and handed over; 0 = the raw weights
+    # * largest half-life as a share of the images seen since the last reset; 0 = no ramp
+    rampup_ratio: float = limited(0.05, 0, INF)
+    # * half-life of the EMA that is sampled, scored and handed over; 0 = the raw weights
+    evaluate: float = 1.774e6
 
     def index(self) -> int | None:
         """Position of the evaluated EMA, None for the raw weights."""

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dmf import networks, sharding
-from dmf.config import Config, differences, parse, section, to_dict
+from dmf.config import Config, differences, parse, to_dict
 from dmf.errors import DmfError
+from dmf.fields import section
 from dmf.networks.frozen import dinov2, inception, vae
 from dmf.optim import EMAConfig
 from dmf.storage import checkpoint

@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dmf.errors import DmfError
+from dmf.fields import INF, limited
 
 ROWS = ("replica", "fsdp")
 SMALLEST = (
@@ -29,10 +30,9 @@ SMALLEST = (
 class MeshConfig:
     """The devices as replica x fsdp; 0 stands for all that the other leaves."""
 
-    replica: int = 0  # copies of the state; rows are split over them
-    fsdp: int = (
-        1  # devices that share one copy of parameters, optimiser state and EMAs; 1 = a copy on each
-    )
+    replica: int = limited(0, 0, INF)  # copies of the state; rows are split over them
+    # devices that share one copy of parameters, optimiser state and EMAs; 1 = a copy on each
+    fsdp: int = limited(1, 0, INF)
 
 
 def make_mesh(

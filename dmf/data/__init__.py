@@ -1,7 +1,8 @@
-"""Images in memory or encoded on disk, and batches that are a pure function of (seed, step).
+"""Data sets behind one protocol, and batches that are a pure function of (seed, step).
 
-There is no iterator state, so a resumed run sees the examples the interrupted one would have seen, and the
-global batch of a step is the same whatever the number of hosts. Reading needs no TensorFlow and no network.
+There is no iterator state, so a resumed run sees the examples that the interrupted run would have
+seen. The global batch of a step is the same for any number of processes. Reading needs neither
+TensorFlow nor a network connection, and this module imports no reader before it is needed.
 """
 
 from __future__ import annotations
@@ -9,89 +10,128 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from dmf.data import cifar10, digits, latents, photos
-from dmf.data.latents import Latents
+from dmf import fields
 from dmf.errors import DmfError
+from dmf.fields import choice, limited
 
 Split = Literal["train", "heldout"]
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    """Which images are read, and what is done to them on the device before a training step."""
+class Source(Protocol):
+    """One split of a data set, in memory or on disk."""
 
-    name: str = "digits"  # a key of `DATASETS`
-    # cifar10: where TFDS data is prepared, "" = $TFDS_DATA_DIR, else ~/tensorflow_datasets; imagenet256_latents: what
-    # --mode=encode has written
-    data_dir: str = ""
-    holdout_fraction: float = (
-        0.25  # digits, photos: share of the one set that is "heldout", whatever the training seed
-    )
-    mock: bool = False  # cifar10, imagenet256_latents: random images, to try the code path only; reads no file
-    flip: bool = False  # * mirror each training image with probability 1/2, without telling the network; latents: its own one
-    augment: float = 0.0  # * probability p of the EDM pipe, which does tell the network (`augment.edm_augment`); 0 = off
+    @property
+    def name(self) -> str:
+        """The data set's key in `DATASETS`."""
+
+    @property
+    def split(self) -> str:
+        """Either "train" or "heldout"."""
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the labels tell apart."""
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(H, W, C) of an image, or of an image's latent."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(N,) int32 in [0, num_classes), in the order of the images."""
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the classes are mixed, so that the first few labels are a sample of all."""
+
+    @property
+    def flip(self) -> bool:
+        """Whether a batch shows the stored mirror image of a row with probability 1/2."""
+
+    def __len__(self) -> int:
+        """N, the number of images."""
+
+    def rows(self, index: np.ndarray, mirrored: np.ndarray) -> dict[str, np.ndarray]:
+        """The images `index` (n,), and the mirror images of those where `mirrored` (n,) is 1.
+
+        mirrored: 0 everywhere unless `flip` is True.
+
+        Returns x (n, H, W, C) float32 and label (n,) int32. A latent is x + std * noise, and its
+        std (n, H, W, C) float32 is then given too. A source may also give noise, shaped as x: the
+        noise that each row is paired with. Raises DmfError where a file is damaged.
+        """
+
+    def origin(self) -> dict[str, Any]:
+        """Plain values that tell this data set from another with the same name and count."""
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """One split in memory; `to_float` maps stored values [0, max_value] to [-1, 1]."""
+    """A `Source` whose images are in memory."""
 
     images: np.ndarray  # (N, H, W, C), as stored (uint8)
     labels: np.ndarray  # (N,) int32, in [0, num_classes)
     num_classes: int
-    max_value: float
+    max_value: float  # stored values run from 0 to this
     name: str
     split: str
+    mixed: bool = True
+    flip: bool = False  # training mirrors these images on the device
 
     def __len__(self) -> int:
         return len(self.images)
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """(H, W, C)."""
         return self.images.shape[1:]
 
     def to_float(self, images: np.ndarray) -> np.ndarray:
-        """Returns stored values as network input, x = 2 * stored / max_value - 1, float32, any shape."""
+        """Stored values of any shape as network input in [-1, 1], float32."""
         return images.astype(np.float32) / np.float32(self.max_value / 2) - np.float32(1)
 
+    def rows(self, index: np.ndarray, mirrored: np.ndarray) -> dict[str, np.ndarray]:
+        return {"x": self.to_float(self.images[index]), "label": self.labels[index]}
 
-def _load_digits(config: DataConfig, split: Split) -> Dataset:
-    if config.mock:
-        raise DmfError(
-            "config.data.mock is True for 'digits': expected False, they need no preparing"
-        )
+    def origin(self) -> dict[str, Any]:
+        return {}
+
+
+def _load_digits(config: DataConfig, split: Split) -> Source:
+    from dmf.data import digits
+
+    _check_no_mock(config)
     images, labels = digits.read(split, config.holdout_fraction)
     return Dataset(images, labels, digits.NUM_CLASSES, digits.MAX_VALUE, "digits", split)
 
 
-def _load_photos(config: DataConfig, split: Split) -> Dataset:
-    if config.mock:
-        raise DmfError(
-            "config.data.mock is True for 'photos': expected False, they need no preparing"
-        )
+def _load_photos(config: DataConfig, split: Split) -> Source:
+    from dmf.data import photos
+
+    _check_no_mock(config)
     images, labels = photos.read(split, config.holdout_fraction)
     return Dataset(images, labels, photos.NUM_CLASSES, photos.MAX_VALUE, "photos", split)
 
 
-def _load_cifar10(config: DataConfig, split: Split) -> Dataset:
+def _load_cifar10(config: DataConfig, split: Split) -> Source:
+    from dmf.data import cifar10
+
     images, labels = cifar10.read(split, config.data_dir, mock=config.mock)
     return Dataset(images, labels, cifar10.NUM_CLASSES, cifar10.MAX_VALUE, "cifar10", split)
 
 
-def _load_imagenet256(config: DataConfig, split: Split) -> Latents:
-    return (
-        latents.mock(split, config.flip)
-        if config.mock
-        else latents.read(config.data_dir, split, config.flip)
-    )
+def _load_imagenet256(config: DataConfig, split: Split) -> Source:
+    from dmf.data import latents
+
+    if config.mock:
+        return latents.mock(split, config.flip)
+    return latents.read(config.data_dir, split, config.flip)
 
 
-DATASETS: dict[str, Callable[[DataConfig, Split], Dataset | Latents]] = {
+DATASETS: dict[str, Callable[[DataConfig, Split], Source]] = {
     "digits": _load_digits,
     "photos": _load_photos,
     "cifar10": _load_cifar10,
@@ -99,48 +139,60 @@ DATASETS: dict[str, Callable[[DataConfig, Split], Dataset | Latents]] = {
 }
 
 
-def load(config: DataConfig, split: Split) -> Dataset | Latents:
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images are read, and what a training step does to them on the device."""
+
+    name: str = choice("digits", DATASETS)  # a key of `DATASETS`
+    # cifar10: where TFDS data is prepared, "" = $TFDS_DATA_DIR, else ~/tensorflow_datasets;
+    # imagenet256_latents: what --mode=encode has written
+    data_dir: str = ""
+    # digits, photos: share of the one set that is "heldout", whatever the training seed
+    holdout_fraction: float = 0.25
+    # cifar10, imagenet256_latents: random images, to try the code path only; reads no file
+    mock: bool = False
+    # * mirror each training image with probability 1/2, without telling the network;
+    # latents: take the stored mirror image
+    flip: bool = False
+    # * probability p of the EDM pipe, which does tell the network (`augment.edm_augment`); 0 = off
+    augment: float = limited(0.0, 0, 1)
+
+
+def load(config: DataConfig, split: Split) -> Source:
     """Reads one split of the configured data set into memory, or opens its files.
 
-    Raises:
-      DmfError: unknown name or split, a field out of range, or data that is not prepared or is damaged.
+    Raises DmfError for an unknown name or split, a field out of range, and for data that are not
+    prepared or damaged.
     """
-    if config.name not in DATASETS:
-        raise DmfError(
-            f"config.data.name is {config.name!r}: expected one of {', '.join(DATASETS)}"
-        )
+    fields.check(config, "config.data")
     if split not in ("train", "heldout"):
         raise DmfError(f"split is {split!r}: expected 'train' or 'heldout'")
-    if not 0 <= config.augment <= 1:
-        raise DmfError(f"config.data.augment is {config.augment}: expected a probability in [0, 1]")
     return DATASETS[config.name](config, split)
 
 
-def held_out_or(train: Dataset | Latents, config: DataConfig) -> tuple[Dataset | Latents, str]:
-    """The held-out images, or where none can be read those of `train`, and what to call them: "held-out" or "training"."""
+def held_out_or(train: Source, config: DataConfig) -> tuple[Source, str]:
+    """The held-out images and "held-out"; where none can be read, `train` and "training"."""
     try:
         return load(config, "heldout"), "held-out"
     except DmfError:
         return train, "training"
 
 
-def identity(dataset: Dataset | Latents) -> dict[str, Any]:
-    """What tells a data set from another one, as plain values: a resumed run has to find the same."""
-    found: dict[str, Any] = {"name": dataset.name, "split": dataset.split, "count": len(dataset)}
-    if isinstance(dataset, Latents) and dataset.about:
-        found |= {
-            name: dataset.about[name]
-            for name in ("scale", "dtype", "source", "vae", "labels")
-            if name in dataset.about
-        }
-    return found
+def identity(source: Source) -> dict[str, Any]:
+    """Plain values that tell a data set from another; a resumed run must find the same."""
+    about = {"name": source.name, "split": source.split, "count": len(source)}
+    return about | source.origin()
+
+
+def whole(source: Source) -> dict[str, np.ndarray]:
+    """All rows of a source in their order, as `Source.rows` gives them."""
+    return source.rows(np.arange(len(source)), np.zeros(len(source), np.int64))
 
 
 def steps_per_epoch(dataset_size: int, batch_size: int) -> int:
-    """Returns the number of full batches in one epoch, floor(N / B); the rest of each permutation is dropped.
+    """Full batches in one epoch, floor(N / B); the rest of each permutation is dropped.
 
-    Raises:
-      DmfError: batch_size is not in [1, dataset_size].
+    Raises DmfError where batch_size is not in [1, dataset_size].
     """
     if not 1 <= batch_size <= dataset_size:
         raise DmfError(
@@ -149,12 +201,59 @@ def steps_per_epoch(dataset_size: int, batch_size: int) -> int:
     return dataset_size // batch_size
 
 
+def batch(
+    source: Source,
+    seed: int,
+    step: int,
+    batch_size: int,
+    *,
+    rows: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+    """Some or all rows of the global batch of one step, a pure function of (seed, step).
+
+    Epoch `step // floor(N / B)` is a fresh permutation of the N images, cut into batches of B. The
+    row at a position of the global batch does not depend on which process asks for it.
+
+    Args:
+      source: the split to draw from.
+      seed: the run's seed.
+      step: counts from 0.
+      batch_size: B, images in the global batch, over all processes.
+      rows: (n,) whole numbers in [0, B), the positions to return, in this order; None: all B.
+
+    Returns:
+      What `Source.rows` gives for these rows. A source with `flip` gives the mirror image where a
+      draw by the row's position in the global batch says so.
+
+    Raises:
+      DmfError: batch_size exceeds the split, step < 0, rows are not positions in the batch, or a
+        file is damaged.
+    """
+    steps = steps_per_epoch(len(source), batch_size)
+    if step < 0:
+        raise DmfError(f"step is {step}: expected 0 or more")
+    positions = _positions(rows, batch_size)
+    epoch, step_in_epoch = divmod(int(step), steps)
+    index = _permutation(len(source), int(seed), epoch)[step_in_epoch * batch_size :][positions]
+    mirrored = np.zeros(batch_size, np.int64)
+    if source.flip:
+        mirrored = _mirrored(int(seed), int(step), batch_size)
+    return source.rows(index, mirrored[positions])
+
+
+def _check_no_mock(config: DataConfig) -> None:
+    if config.mock:
+        raise DmfError(
+            f"config.data.mock is True for {config.name!r}: expected False, they need no preparing"
+        )
+
+
 @functools.lru_cache(maxsize=2)
 def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
-    """Returns the order of one epoch, (size,) int64, from Philox keyed by (seed, epoch).
+    """The order of one epoch, (size,) int64, from Philox keyed by (seed, epoch).
 
-    Sorts raw words, because NumPy keeps the stream of a bit generator stable between releases but not that of
-    `Generator.permutation`: a NumPy upgrade must not change the order of a resumed run.
+    Sorts raw words. NumPy keeps the stream of a bit generator stable between releases, but not the
+    stream of `Generator.permutation`. A NumPy upgrade must not change the order of a resumed run.
     """
     key = np.array([seed % 2**64, epoch], dtype=np.uint64)
     order = np.argsort(np.random.Philox(key=key).random_raw(size), kind="stable")
@@ -163,9 +262,10 @@ def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def _mirrored(seed: int, step: int, batch_size: int) -> np.ndarray:
-    """Returns which rows of a step's global batch are mirrored, (batch_size,) int64 of 0 and 1: one raw word's top bit each.
+    """Which rows of a step's global batch are mirrored, (batch_size,) int64 of 0 and 1.
 
-    The counter starts far from that of `_permutation`, whose key may be the same.
+    Each row takes the top bit of a raw word. The counter starts far from the counter of
+    `_permutation`, whose key may be the same.
     """
     key = np.array([seed % 2**64, step], dtype=np.uint64)
     words = np.random.Philox(key=key, counter=np.array([0, 0, 0, 1], np.uint64)).random_raw(
@@ -175,62 +275,22 @@ def _mirrored(seed: int, step: int, batch_size: int) -> np.ndarray:
 
 
 def _positions(rows: np.ndarray | None, batch_size: int) -> np.ndarray:
-    """Returns the asked positions in the global batch, all of them for None. Raises DmfError where one cannot be."""
+    """The asked positions in the global batch, all of them for None.
+
+    Raises DmfError for anything but whole numbers in [0, batch_size).
+    """
     if rows is None:
         return np.arange(batch_size)
     found = np.asarray(rows)
     if found.ndim != 1 or found.dtype.kind not in "iu":
         raise DmfError(
-            f"rows is {found.dtype}{list(found.shape)}: expected one axis of whole numbers, positions in the batch"
+            f"rows is {found.dtype}{list(found.shape)}: expected one axis of whole numbers, "
+            "positions in the batch"
         )
     outside = found[(found < 0) | (found >= batch_size)]
     if len(outside):
         raise DmfError(
-            f"rows holds {outside[0]}: expected positions in the global batch, 0 to {batch_size - 1}"
+            f"rows holds {outside[0]}: expected positions in the global batch, 0 to "
+            f"{batch_size - 1}"
         )
     return found
-
-
-def batch(
-    dataset: Dataset | Latents,
-    seed: int,
-    step: int,
-    batch_size: int,
-    *,
-    rows: np.ndarray | None = None,
-) -> dict[str, np.ndarray]:
-    """Returns some or all rows of the global batch of one step, which is a pure function of (seed, step).
-
-    Epoch `step // floor(N / B)` is a fresh permutation of the N images, cut into batches of B. What stands at a position of
-    the global batch does not depend on which host asks for it, nor on what else it asks for.
-
-    Args:
-      dataset: the split to draw from.
-      seed: the run's seed.
-      step: counts from 0.
-      batch_size: B, images in the global batch, over all hosts.
-      rows: (n,) whole numbers in [0, B), the positions that this host supplies, returned in the order given; None: all B.
-
-    Returns:
-      x (n, H, W, C) float32 in [-1, 1] and label (n,) int32. Of encoded images x is the mean of the scaled latent, and there
-      is also std, shaped as x: the latent is x + std * noise. With `flip` each row is that of the image or of its mirror
-      image, which is drawn by its position in the global batch.
-
-    Raises:
-      DmfError: batch_size exceeds the split, step < 0, rows are not positions in the batch, or a file of encoded images is
-        damaged.
-    """
-    steps = steps_per_epoch(len(dataset), batch_size)
-    if step < 0:
-        raise DmfError(f"step is {step}: expected 0 or more")
-    positions = _positions(rows, batch_size)
-    epoch, step_in_epoch = divmod(int(step), steps)
-    index = _permutation(len(dataset), int(seed), epoch)[step_in_epoch * batch_size :][positions]
-    if isinstance(dataset, Latents):
-        mirrored = (
-            _mirrored(int(seed), int(step), batch_size)
-            if dataset.flip
-            else np.zeros(batch_size, np.int64)
-        )
-        return dataset.rows(index, mirrored[positions])
-    return {"x": dataset.to_float(dataset.images[index]), "label": dataset.labels[index]}

@@ -18,16 +18,16 @@ from dmf.data import shards
 from dmf.errors import DmfError
 
 NAME = "imagenet256_latents"
+ORIGIN = ("scale", "dtype", "source", "vae", "labels")  # metadata that tell data sets apart
 MOCK_IMAGES, MOCK_SHAPE, MOCK_CLASSES, MOCK_STD = 2048, (32, 32, 4), 1000, 0.1
 
 
 @dataclass(frozen=True, eq=False)
 class Latents:
-    """One split of encoded images: the normal law of each image's latent, read when it is asked for."""
+    """A `Source` of encoded images: the normal law of each image's latent, read on demand."""
 
-    fetch: Callable[
-        [np.ndarray], np.ndarray
-    ]  # record numbers (n,) -> (n, 2, h, w, c): mean and std, unscaled
+    # record numbers (n,) -> (n, 2, h, w, c): mean and std, unscaled
+    fetch: Callable[[np.ndarray], np.ndarray]
     labels: np.ndarray  # (N,) int32, in [0, num_classes)
     num_classes: int
     image_shape: tuple[int, ...]  # (h, w, c)
@@ -36,19 +36,24 @@ class Latents:
     split: str
     flip: bool  # a batch shows the mirrored copy of each image with probability 1/2
     about: dict[str, Any]  # the metadata of the files; {} for a mock
+    mixed: bool = False  # stored latents may be sorted by class
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def rows(self, index: np.ndarray, mirrored: np.ndarray) -> dict[str, np.ndarray]:
-        """The latents of the images `index` (n,), of their mirror images where `mirrored` (n,) is 1, scaled.
+        """The scaled law of the images `index` (n,), mirrored where `mirrored` (n,) is 1.
 
-        x = scale * mean and std = scale * std, each (n, h, w, c) float32: a latent is x + std * noise; label (n,) int32.
-        Raises DmfError naming the file that is damaged.
+        Returns x = scale * mean and std = scale * std, each (n, h, w, c) float32, and label (n,)
+        int32. A latent is x + std * noise. Raises DmfError naming the file that is damaged.
         """
         found, scale = self.fetch(2 * index + mirrored), np.float32(self.scale)
         mean, std = (found[:, i].astype(np.float32) for i in (0, 1))
         return {"x": scale * mean, "std": scale * std, "label": self.labels[index]}
+
+    def origin(self) -> dict[str, Any]:
+        """What was encoded, how and with which labels; {} for a mock."""
+        return {name: self.about[name] for name in ORIGIN if name in self.about}
 
 
 def read(data_dir: str, split: str, flip: bool) -> Latents:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from dmf import data, networks, pretrained, sharding
 from dmf.config import Config, parse
-from dmf.data import Dataset, Latents, latents
+from dmf.data import Source, latents
 from dmf.errors import DmfError, short
 from dmf.evaluation import pictures
 from dmf.method.samplers import SAMPLERS
@@ -87,14 +87,13 @@ def evaluations(sampler: str) -> int:
     return 2 if sampler == "heun" else 1
 
 
-def make_scorer(config: data.DataConfig, train: Dataset | Latents) -> tuple[Any, str] | None:
+def make_scorer(config: data.DataConfig, train: Source) -> tuple[Any, str] | None:
     """(scorer, name of its main score) of a data set, or None where samples can only be pictured."""
     if config.name not in SCORERS:
         return None
     scorer, main = SCORERS[config.name]
-    sets = [d for d in (train, data.load(config, "heldout")) if isinstance(d, Dataset)]
-    real = [a for d in sets for a in (d.to_float(d.images), d.labels)]
-    return scorer(*real), main
+    sets = [data.whole(source) for source in (train, data.load(config, "heldout"))]
+    return scorer(*(found[name] for found in sets for name in ("x", "label"))), main
 
 
 def score(

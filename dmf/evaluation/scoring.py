@@ -222,9 +222,7 @@ class ProtocolScorer:
         return totals.scores(self._judge.reference)
 
 
-def make_scorer(
-    config: Config, train: data.Dataset | data.Latents, mesh: Mesh
-) -> tuple[Any, str] | None:
+def make_scorer(config: Config, train: data.Source, mesh: Mesh) -> tuple[Any, str] | None:
     """(scorer, name of its main score) for a run: by config.run.protocol, else by its data set; None for pictures alone."""
     if not config.run.score_samples:
         return None
@@ -313,7 +311,7 @@ def _reader(source: sources.ImageSource, size: int) -> Callable[[int, int], np.n
     return images
 
 
-def labels_of_run(config: Config, train: data.Dataset | data.Latents) -> np.ndarray:
+def labels_of_run(config: Config, train: data.Source) -> np.ndarray:
     """Labels of the samples that a run draws, (N,) int32: by its protocol, else the data's, or of latents each class in turn.
 
     Stored latents may be sorted by class: the labels of a few of them are no sample of all.
@@ -321,7 +319,7 @@ def labels_of_run(config: Config, train: data.Dataset | data.Latents) -> np.ndar
     if config.run.protocol:
         protocol = replace(protocols.load(config.run.protocol), count=config.run.score_samples)
         return _labels(protocol, config, train.labels)
-    if isinstance(train, data.Latents) and config.num_classes:
+    if not train.mixed and config.num_classes:
         return np.arange(config.num_classes, dtype=np.int32)
     return train.labels
 

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from dmf.errors import DmfError
+from dmf.fields import INF, LEAST, limited
 from dmf.method import intervals
 
 Array = jax.Array
@@ -68,21 +69,27 @@ class CurriculumConfig:
 
     stages: int = 10  # * K, pretraining not counted
     kinds: tuple[str, ...] = ()  # one per stage; () = trajectory, discrete x (K - 2), jvp
-    q: float = 2.0  # * d_i = q^-i; a guided_discrete stage takes the d of the last discrete one before it, or q^-1
-    interval: str = "dagger"  # linear | dagger | floor = dagger with a least d | adaptive = by a table that training keeps
-    interval_floor: float = 0.1  # of rho: the least d of floor and adaptive
-    interval_halflife_images: float = (
-        50e3  # adaptive: the table forgets half of a bin in so many images, while it has rows
-    )
-    schedule: str = "steps"  # steps: d falls between discrete stages | smooth: with every discrete step, first d to last
-    length: float = 96000.0  # of the K stages together, in length_unit
-    stage_lengths: tuple[float, ...] = ()  # explicit lengths that add up to `length`; () = equal
+    # * d_i = q^-i; a guided_discrete stage takes the d of the last discrete stage before it, or q^-1
+    q: float = 2.0
+    # linear | dagger | floor = dagger with a least d | adaptive = by a table that training keeps
+    interval: str = "dagger"
+    interval_floor: float = limited(0.1, LEAST, 1)  # of rho: the least d of floor and adaptive
+    # adaptive: the table forgets half of a bin in so many images, while it has rows
+    interval_halflife_images: float = limited(50e3, LEAST, INF)
+    # steps: d falls between discrete stages | smooth: d falls with every discrete step
+    schedule: str = "steps"
+    length: float = limited(96000.0, LEAST, INF)  # of the K stages together, in length_unit
+    # explicit lengths that add up to `length`; () = equal
+    stage_lengths: tuple[float, ...] = limited((), LEAST, INF)
     length_unit: str = "steps"  # steps | epochs | images; also of pretrain_length
-    pretrain_length: float = 0.0  # a "flow" stage before the curriculum; 0 = start from config.init
-    stage_learning_rates: tuple[float, ...] = ()  # * factor on the learning rate per stage; () = 1
+    # a "flow" stage before the curriculum; 0 = start from config.init
+    pretrain_length: float = limited(0.0, 0, INF)
+    # * factor on the learning rate per stage; () = 1
+    stage_learning_rates: tuple[float, ...] = limited((), LEAST, INF)
     switch_optimizer: str = "keep"  # * keep | reset the optimiser state at a stage switch
     switch_ema: str = "keep"  # * keep | reset the EMAs to the raw weights at a stage switch
-    switch_warmup_steps: int = 0  # * linear warm-up of the learning rate after a switch
+    # * linear warm-up of the learning rate after a switch
+    switch_warmup_steps: int = limited(0, 0, INF)
 
 
 @dataclass(frozen=True)

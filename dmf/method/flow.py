@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from dmf.errors import DmfError
+from dmf.fields import INF, LEAST, choice, limited
 
 Array = jax.Array
 
@@ -30,14 +31,15 @@ class TimeLaw:
     a row whose r lands on t is then an r = t row as well, so the effective share of r < t is smaller than the field.
     """
 
-    pairing: str = "sorted"  # * sorted: t and r are the larger and the smaller of two draws | min: t as drawn, r = min(r, t)
-    t_mean: float = (
-        -0.4
-    )  # * mean of the normal draw whose sigmoid is t, or one of the two that are sorted
-    t_std: float = 1.0  # * its standard deviation
-    r_mean: float = -0.4  # * the same for r, or the other of the two
-    r_std: float = 1.0  # * its standard deviation
-    r_neq_t_fraction: float = 0.25  # * exact share of rows that keep r < t; the others have r = t
+    # * sorted: t and r are the larger and the smaller of two draws | min: t as drawn, r = min(r, t)
+    pairing: str = choice("sorted", ("sorted", "min"))
+    # * mean of the normal draw whose sigmoid is t, or of the first draw where two are sorted
+    t_mean: float = limited(-0.4, -INF, INF)
+    t_std: float = limited(1.0, LEAST, INF)  # * its standard deviation
+    r_mean: float = limited(-0.4, -INF, INF)  # * the same for r, or for the second draw
+    r_std: float = limited(1.0, LEAST, INF)  # * its standard deviation
+    # * exact share of rows that keep r < t; the others have r = t
+    r_neq_t_fraction: float = limited(0.25, 0, 1)
 
 
 # The three official laws. ImageNet counts its r = t rows (.75), CIFAR its r < t rows (.75): here always r < t.

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from dmf.errors import DmfError
+from dmf.fields import BELOW_1, INF, LEAST, limited
 from dmf.method.flow import Rows, expand
 
 Array = jax.Array
@@ -28,10 +29,10 @@ Net = Callable[[object, Rows], Array]  # (params, rows) -> u(z, r, t), (B, ...)
 class GuidanceConfig:
     """Guidance of the guided stages; the defaults are none, v_g = v. Effective scale: omega / (1 - kappa)."""
 
-    omega: float = 1.0  # weight of v
-    kappa: float = 0.0  # weight of v_c, below 1; 0 = v_c is not evaluated
-    t_start: float = 0.0  # only rows with t_start <= t <= t_end are guided
-    t_end: float = 1.0  # the other end, above t_start
+    omega: float = limited(1.0, LEAST, INF)  # weight of v
+    kappa: float = limited(0.0, 0, BELOW_1)  # weight of v_c, below 1; 0 = v_c is not evaluated
+    t_start: float = limited(0.0, 0, 1)  # only rows with t_start <= t <= t_end are guided
+    t_end: float = limited(1.0, 0, 1)  # the other end, above t_start
 
 
 def passes(config: GuidanceConfig) -> int:

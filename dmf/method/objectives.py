@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from dmf.errors import DmfError
+from dmf.fields import INF, LEAST, choice, limited
 from dmf.method.flow import Rows, RowSplit, expand
 
 Array = jax.Array
@@ -39,13 +40,16 @@ TINY = 1e-12
 class LossConfig:
     """The loss. Unknown in the paper and taken from the official MeanFlow recipes: p and eps."""
 
-    p: float = 0.75  # * adaptive weight 1 / (|e|^2 + eps)^p; 0 = plain squared error
-    eps: float = 1e-3  # * in the weight; calibrated to the sum over pixels, not the mean
-    product_rule: float = 1.0  # c in w = a / (1 + c a): 1 = discrete MeanFlow, 0 = alpha-Flow
-    residual_scale: str = (
-        "raw"  # raw = the paper's u - T; unit = (u - T) / w with unit derivative in u
-    )
-    tangent: str = "data"  # u' and du/dt along data = v | own = u(z, t, t) | ema = that of the evaluated EMA; the target has v
+    p: float = limited(0.75, 0, 2)  # * adaptive weight 1 / (|e|^2 + eps)^p; 0 = squared error
+    # * in the weight; calibrated to the sum over pixels, not the mean
+    eps: float = limited(1e-3, LEAST, INF)
+    # c in w = a / (1 + c a): 1 = discrete MeanFlow, 0 = alpha-Flow
+    product_rule: float = limited(1.0, 0, 1)
+    # raw = the paper's u - T; unit = (u - T) / w with unit derivative in u
+    residual_scale: str = choice("raw", ("raw", "unit"))
+    # direction of u' and du/dt: data = v | own = u(z, t, t) | ema = u(z, t, t) of the evaluated
+    # EMA; the target keeps v
+    tangent: str = choice("data", ("data", "own", "ema"))
 
 
 class Residuals(NamedTuple):

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from dmf.errors import DmfError, NotFinite
+from dmf.fields import section
 from dmf.metrics.resize import RESIZES
 
 FILE_ORDER = -1
@@ -247,8 +248,6 @@ def load(name_or_path: str) -> Protocol:
     base = values.pop("base", None)
     if base is not None and (not isinstance(base, str) or base not in PROTOCOLS):
         raise DmfError(f"{path}: base = {base!r:.100}: expected one of {', '.join(PROTOCOLS)}")
-    from dmf.config import section  # here: the configuration of a run may itself name a protocol
-
     start = {} if base is None else dataclasses.asdict(PROTOCOLS[base])
     protocol = section(Protocol, {**start, "name": path.stem, **values}, str(path))
     _check(protocol, str(path))

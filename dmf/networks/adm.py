@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from dmf.errors import DmfError
+from dmf.fields import BELOW_1, INF, choice, limited
 from dmf.networks import layers
 
 GROUPS = 32
@@ -32,18 +33,15 @@ class ADMConfig:
     """
 
     kind: str = "adm"  # tells the networks apart
-    channels: int = 128  # at full resolution, times channel_mult
-    channel_mult: tuple[int, ...] = (
-        1,
-        2,
-        2,
-        2,
-    )  # one factor per resolution, each half of the one before
-    blocks: int = 2  # of the encoder per resolution
+    channels: int = limited(128, 1, INF)  # at full resolution, times channel_mult
+    # one factor per resolution, each half of the one before
+    channel_mult: tuple[int, ...] = limited((1, 2, 2, 2), 1, INF, empty=False)
+    blocks: int = limited(2, 1, INF)  # of the encoder per resolution
     attention_resolutions: tuple[int, ...] = (16,)  # in pixels
-    head_channels: int = 64  # of one head of attention
-    dropout: float = 0.1  # * u and u' of a row share the mask
-    interval_init: str = "zero"  # * zero | random: the branch of t - r at the start
+    head_channels: int = limited(64, 1, INF)  # of one head of attention
+    dropout: float = limited(0.1, 0, BELOW_1)  # * u and u' of a row share the mask
+    # * zero | random: the branch of t - r at the start
+    interval_init: str = choice("zero", layers.INTERVAL_INITS)
 
 
 class Row(NamedTuple):

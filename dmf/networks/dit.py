@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmf.errors import DmfError
+from dmf.fields import INF, REQUIRED, choice, limited
 from dmf.networks import attention, layers
 
 TIME_FEATURES = 256
@@ -40,13 +41,14 @@ class DiTConfig:
     """
 
     kind: str = "dit"  # tells the networks apart
-    depth: int  # blocks
-    width: int  # channels of a token, a multiple of 4 and of heads
-    heads: int  # of attention
-    patch: int = 2  # pixels, or latents, on the side of a token
-    mlp_ratio: float = 4.0  # width of a block's hidden layer by that of a token
-    num_classes: int = 0  # of the data; 0 = no label
-    interval_init: str = "zero"  # * zero | random: the branch of t - r at the start
+    depth: int = limited(REQUIRED, 1, INF)  # blocks
+    width: int = limited(REQUIRED, 1, INF)  # channels of a token, a multiple of 4 and of heads
+    heads: int = limited(REQUIRED, 1, INF)  # of attention
+    patch: int = limited(2, 1, INF)  # pixels, or latents, on the side of a token
+    mlp_ratio: float = 4.0  # width of a block's hidden layer, in widths of a token
+    num_classes: int = limited(0, 0, INF)  # of the data; 0 = no label
+    # * zero | random: the branch of t - r at the start
+    interval_init: str = choice("zero", layers.INTERVAL_INITS)
 
 
 def position_embedding(height: int, width: int, dim: int) -> np.ndarray:

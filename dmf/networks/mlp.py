@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmf.errors import DmfError
+from dmf.fields import INF, choice, limited
 from dmf.networks import layers
 
 # Radians per unit of time. Higher ones cost more than they give: du/dt grows with the largest frequency.
@@ -22,9 +23,10 @@ class MLPConfig:
     """`depth` hidden layers of `width` units; `interval_init` "zero" starts from u(z, r, t) = u(z, t, t)."""
 
     kind: str = "mlp"  # tells the networks apart
-    width: int = 128  # of every hidden layer
-    depth: int = 3  # hidden layers
-    interval_init: str = "zero"  # * zero | random: the branch of t - r at the start
+    width: int = limited(128, 1, INF)  # of every hidden layer
+    depth: int = limited(3, 1, INF)  # hidden layers
+    # * zero | random: the branch of t - r at the start
+    interval_init: str = choice("zero", layers.INTERVAL_INITS)
 
 
 class MLP(nn.Module):

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from dmf.errors import DmfError
+from dmf.fields import BELOW_1, INF, LEAST, choice, limited
 from dmf.networks import layers
 
 SKIP_SCALE = math.sqrt(0.5)
@@ -49,25 +50,26 @@ class UNetConfig:
     """
 
     kind: str = "unet"  # tells the networks apart
-    channels: int = 128  # at full resolution, times channel_mult
-    channel_mult: tuple[int, ...] = (
-        2,
-        2,
-        2,
-    )  # one factor per resolution, each half of the one before
-    blocks: int = 4  # of the encoder per resolution
+    channels: int = limited(128, 1, INF)  # at full resolution, times channel_mult
+    # one factor per resolution, each half of the one before
+    channel_mult: tuple[int, ...] = limited((2, 2, 2), 1, INF, empty=False)
+    blocks: int = limited(4, 1, INF)  # of the encoder per resolution
     attention_resolutions: tuple[int, ...] = (16,)  # in pixels
-    dropout: float = 0.2  # * u and u' of a row share the mask
-    augment_dim: int = 6  # * length of the augmentation label; 6 with data.augment, else 0 will do
-    interval_init: str = "zero"  # * zero | random: the branch of t - r at the start
-    resample: str = "binomial"  # binomial | box: filter of the resampling blocks
+    dropout: float = limited(0.2, 0, BELOW_1)  # * u and u' of a row share the mask
+    # * length of the augmentation label; 6 with data.augment, else 0 will do
+    augment_dim: int = limited(6, 0, INF)
+    # * zero | random: the branch of t - r at the start
+    interval_init: str = choice("zero", layers.INTERVAL_INITS)
+    # binomial | box: filter of the resampling blocks
+    resample: str = choice("binomial", RESAMPLE)
     residual_encoder: bool = False  # the shrunk input joins every lower resolution
-    embedding: str = "positional"  # positional | fourier: features of t
-    embedding_mult: int = 2  # features of each of t and t - r by channels
-    time_input: str = "t"  # t | log_sigma: what the features are of
-    time_scale: float = 1.0  # factor on t before its features
-    precond: str = "none"  # none | edm: the network is the F of EDM's denoiser
-    sigma_data: float = 0.5  # EDM's, with precond = "edm"
+    embedding: str = choice("positional", EMBEDDINGS)  # positional | fourier: features of t
+    # features of t, and of t - r, as a multiple of channels
+    embedding_mult: int = limited(2, 1, INF)
+    time_input: str = choice("t", TIME_INPUTS)  # t | log_sigma: what the features are of
+    time_scale: float = limited(1.0, LEAST, INF)  # factor on t before its features
+    precond: str = choice("none", PRECONDS)  # none | edm: the network is the F of EDM's denoiser
+    sigma_data: float = limited(0.5, LEAST, INF)  # EDM's, with precond = "edm"
 
     @property
     def noise_width(self) -> int:

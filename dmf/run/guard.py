@@ -24,16 +24,16 @@ import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from dmf.config import GuardConfig
 from dmf.errors import DmfError, short
 from dmf.method.curriculum import GUIDED, Stage, identity_of, rho_at, stage_at
 from dmf.storage import paths
 from dmf.storage.manifest import MANIFEST, verify
 
-ACTIONS = ("off", "stop", "jvp", "halve", "floor", "rate")
 FILE = "guard.json"
 WORSE = (
     "residual_border",
@@ -46,23 +46,6 @@ DONE = {
     "floor": "d falls no further in the discrete stages left",
     "rate": "the learning rate is half of what it was",
 }
-
-
-@dataclass(frozen=True)
-class GuardConfig:
-    """Probes of the weights, and what follows from a bad one. None of it is the paper's.
-
-    Residuals of healthy runs on digits and photos stay below 2.1 times a stage's first, those of runs that diverge pass 3.4.
-    """
-
-    every_steps: int = 0  # probe (`dmf.run.probe`) every so many steps, after the first of a stage and at its end; 0 = never
-    rows: int = 64  # held-out images of a probe
-    action: str = "off"  # off | stop | for the discrete stages left: jvp, halve (their refinement), floor (of d) | rate
-    factor: float = 3.0  # how much worse a residual or a score may become
-    ulps: float = (
-        1.0  # the least change |u - u'| / |u| of a discrete stage, by the compute dtype's epsilon
-    )
-    limit: int = 3  # after so many interventions the next one is stop
 
 
 class Diverged(DmfError):

@@ -55,7 +55,7 @@ def jump_error(net: Callable[[Rows], Array], rows: Rows) -> Array:
 class Watch:
     """The probe of a run. Its rows are drawn and its programs compiled at their first use, one program per kind of stage."""
 
-    def __init__(self, config: Config, train: data.Dataset | data.Latents, mesh: Mesh, place: Any):
+    def __init__(self, config: Config, train: data.Source, mesh: Mesh, place: Any):
         """train: of whose data set held-out images are taken, and training images where it has none; `source` tells which.
 
         place: where the parameters live, from `sharding.placed`. Raises DmfError where there are too few images.

@@ -49,7 +49,7 @@ class Scoreboard:
         config: Config,
         workdir: Path,
         stages: tuple[Stage, ...],
-        dataset: data.Dataset | data.Latents,
+        dataset: data.Source,
         network: networks.Network,
         mesh: Mesh,
         tensorboard: TensorBoard,

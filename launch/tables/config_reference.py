@@ -1,10 +1,10 @@
-"""The config reference, docs/config.md: every field of every dataclass with type, default, what is allowed and its comment.
+"""The config reference, docs/config.md: type, default, allowed values and comment of each field.
 
     python launch/tables/config_reference.py              prints the page
     python launch/tables/config_reference.py --write      writes docs/config.md
-    python launch/tables/config_reference.py --check      exits with 1 where docs/config.md is another page
+    python launch/tables/config_reference.py --check      exits with 1 where docs/config.md differs
 
-Types, defaults and comments are read from the source, what is allowed from the tables of dmf/config.py.
+Types, defaults and comments are read from the source; the metadata of a field say what is allowed.
 """
 
 from __future__ import annotations
@@ -22,21 +22,34 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from dmf import config
+from dmf import config, fields
 from dmf.measure import tpu_plan
 
 PAGE = ROOT / "docs" / "config.md"
 HEAD = """# Config reference
 
-Made by `python launch/tables/config_reference.py --write` from the dataclasses; change it there.
+`python launch/tables/config_reference.py --write` makes this page from the dataclasses. Change a
+field there, not here.
 
-Every field is a flag: `--config.curriculum.q=4`. A tuple is written `--config.run.score_steps="(1,2)"`. A config file sets some
-fields and leaves the others at the defaults below; `WORKDIR/config.json` has all of them as they were. A value of another type,
-outside of what is allowed, or a name that does not exist ends the command with one line that names the field.
+Every field is a flag: `--config.curriculum.q=4`. A tuple is written
+`--config.run.score_steps="(1,2)"`. A config file sets some fields; the others keep the defaults
+below. `WORKDIR/config.json` holds all fields of a run.
 
-**\\*** at a field: the paper states no value, or we do not know it. The default is then that of an official MeanFlow recipe,
-read off a figure, or ours; the docstring of each file in [`configs/`](../configs) says which. A field without the mark is the
-paper's (targets, equal stages, batch 1024, 96,000 steps, dagger), has no counterpart there, or is about this program alone."""
+A command ends with one line that names the field in each of these cases:
+
+- a value of another type
+- a value that is not allowed
+- a name that does not exist
+
+**\\*** marks a field for which the paper states no value, or whose value we do not know. Its
+default comes from an official MeanFlow recipe or from a figure, or it is ours. The docstring of
+each file in [`configs/`](../configs) says which.
+
+A field without the mark is one of these:
+
+- the paper's: targets, equal stages, batch 1024, 96,000 steps, dagger
+- without a counterpart in the paper
+- about this program alone"""
 
 
 class Field(NamedTuple):
@@ -49,7 +62,10 @@ class Field(NamedTuple):
 
 
 def fields_of(cls: type) -> list[Field]:
-    """The fields of a dataclass as its source has them. comment: at its line, and those of the lines right above."""
+    """The fields of a dataclass as its source has them.
+
+    A field's comment is what stands on its own lines, after the lines right above it.
+    """
     text = Path(inspect.getfile(cls)).read_text()
     comments = {
         t.start[0]: t
@@ -72,7 +88,7 @@ def fields_of(cls: type) -> list[Field]:
                 for n in range(above + 1, (node.end_lineno or 0) + 1)
                 if n in comments
             ]
-            default = ast.get_source_segment(text, node.value) if node.value else None
+            default = default_of(node.value, text) if node.value else None
             found.append(
                 Field(
                     ast.unparse(node.target), ast.unparse(node.annotation), default, " ".join(lines)
@@ -81,18 +97,33 @@ def fields_of(cls: type) -> list[Field]:
     return found
 
 
+def default_of(value: ast.expr, text: str) -> str | None:
+    """The default as the source has it; of `limited` and `choice` it is the first argument."""
+    if isinstance(value, ast.Call) and ast.unparse(value.func) in ("limited", "choice"):
+        value = value.args[0]
+    if ast.unparse(value) == "REQUIRED":
+        return None
+    return ast.get_source_segment(text, value)
+
+
 def allowed(key: str) -> str:
-    """What dmf/config.py lets a field be, "" where it is checked elsewhere."""
-    if key in config.CHOICES:
-        return ", ".join(f"`{choice}`" for choice in config.CHOICES[key])
-    if key not in config.RANGES:
-        return ""
-    low, high = config.RANGES[key]
-    least = "above 0" if low == config.LEAST else f"{low:g}" if low > -config.INF else "finite"
-    least = "above 1" if 1 < low < 1.001 else least
-    if high == config.INF:
-        return f"at least {least}" if low > 1.001 or least in ("0", "1") else least
-    return f"{least} to {'below 1' if high == config.BELOW_1 else f'{high:.0f}' if high > 1 else f'{high:g}'}"
+    """What the metadata of a field allow, "" where it is checked elsewhere. key: loss.p, say."""
+    section, _, name = f"config.{key}".rpartition(".")
+    metadata = {f.name: f.metadata for f in dataclasses.fields(rooms()[section])}[name]
+    if fields.CHOICES in metadata:
+        return ", ".join(f"`{choice}`" for choice in metadata[fields.CHOICES])
+    return numbers(metadata[fields.RANGE]) if fields.RANGE in metadata else ""
+
+
+def numbers(allowed: fields.Range) -> str:
+    """A range in the words of the tables, such as "above 0 to 1"."""
+    low, high, _ = allowed
+    named = {fields.LEAST: "above 0", fields.ABOVE_1: "above 1", -fields.INF: "finite"}
+    if high == fields.INF:
+        return named.get(low, f"at least {low:g}")
+    least = named.get(low, f"{low:g}")
+    most = "below 1" if high == fields.BELOW_1 else f"{high:.0f}" if high > 1 else f"{high:g}"
+    return f"{least} to {most}"
 
 
 def summary(cls: type) -> str:
@@ -118,7 +149,7 @@ def anchor(heading: str) -> str:
 
 def row(path: str, field: Field, sections: dict[str, type]) -> str:
     """One line of a table; a section's links to its table."""
-    key = f"{path.partition(',')[0]}.{field.name}"
+    key = f"{path}.{field.name}"
     below = [name for name in sections if name.partition(",")[0] == key]
     if below:
         links = ", ".join(f"[{name.removeprefix('config.')}](#{anchor(name)})" for name in below)
@@ -133,11 +164,12 @@ def row(path: str, field: Field, sections: dict[str, type]) -> str:
         "none" if field.default is None else f"`{field.default}`",
         allowed(key.removeprefix("config.")),
     ]
-    return f"| `{field.name}`{mark} | {' | '.join(cell.replace('|', chr(92) + '|') for cell in (*cells, comment))} |"
+    escaped = [cell.replace("|", r"\|") for cell in (*cells, comment)]
+    return f"| `{field.name}`{mark} | {' | '.join(escaped)} |"
 
 
 def data_sets() -> str:
-    """What the names of config.data.name stand for, as dmf/measure/tpu_plan.py has it."""
+    """The table of data sets, by the shapes in dmf/measure/tpu_plan.py."""
     lines = ["| `data.name` | images | classes | training images |", "|---|---|---|---|"]
     for name, (shape, classes, count) in tpu_plan.DATA.items():
         lines.append(f"| `{name}` | {' x '.join(map(str, shape))} | {classes} | {count:,} |")
@@ -175,7 +207,8 @@ def main() -> None:
     elif flags.check:
         if not PAGE.is_file() or PAGE.read_text() != page():
             sys.exit(
-                "docs/config.md is not what the source says: expected python launch/tables/config_reference.py --write"
+                "docs/config.md is not what the source says: expected python "
+                "launch/tables/config_reference.py --write"
             )
     else:
         print(page(), end="")

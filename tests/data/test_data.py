@@ -224,9 +224,9 @@ def test_impossible_batches_are_refused(arguments: dict[str, Any], message: str)
     [
         (
             DataConfig(name="cifar"),
-            "config.data.name is 'cifar': expected one of digits, photos, cifar10",
+            "config.data.name = 'cifar': expected one of digits, photos, cifar10",
         ),
-        (DataConfig(augment=1.5), "config.data.augment is 1.5"),
+        (DataConfig(augment=1.5), "config.data.augment = 1.5: expected a number of at least 0"),
         (DataConfig(holdout_fraction=0.0), "config.data.holdout_fraction is 0.0"),
         (DataConfig(holdout_fraction=1.0), "config.data.holdout_fraction is 1.0"),
         (DataConfig(mock=True), "config.data.mock is True for 'digits'"),
