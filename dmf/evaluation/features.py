@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 
 from dmf import pretrained, sharding
 from dmf.errors import DmfError
+from dmf.evaluation.protocols import Protocol
 from dmf.metrics import resize as resizing
-from dmf.metrics.protocols import Protocol
 
 KNOWN = "known_features.json"  # beside converted weights: the features of `known_batch`, as found when they were converted
 CPU_BOUND, BOUND = (

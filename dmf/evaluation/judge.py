@@ -11,11 +11,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dmf.errors import DmfError
+from dmf.evaluation import protocols, reference
 from dmf.evaluation.features import Extractor
+from dmf.evaluation.reference import Reference
+from dmf.evaluation.totals import MOMENTS, PART, Totals
 from dmf.logging import Count
-from dmf.metrics import protocols, reference
-from dmf.metrics.reference import Reference
-from dmf.metrics.totals import MOMENTS, PART, Totals
 
 SAVE_SECONDS = 30.0  # between two writings of the sums: what a kill can cost
 

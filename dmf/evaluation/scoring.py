@@ -1,6 +1,6 @@
 """Scores by a declared protocol: of a checkpoint at several numbers of steps and EMAs, of image files, or during training.
 
-    images in parts of PART -> features (`metrics.features`) -> sums in float64 (`metrics.totals`) -> scores against a reference
+    images in parts of PART -> features (`evaluation.features`) -> sums in float64 (`evaluation.totals`) -> scores against a reference
 
 A part is the same images in the same order on any number of devices, and its sums are kept on disk: an interrupted run goes
 on where it was and ends in the same scores. Everything a number depends on is printed and stored with it.
@@ -24,15 +24,14 @@ from dmf import data, pretrained, sharding
 from dmf.config import Config, parse
 from dmf.data import images as sources
 from dmf.errors import DmfError
-from dmf.evaluation import sampling
+from dmf.evaluation import protocols, reference, sampling
 from dmf.evaluation.features import Extractor
 from dmf.evaluation.judge import Judge, Setting, accumulate
+from dmf.evaluation.protocols import Protocol
+from dmf.evaluation.reference import Reference
 from dmf.evaluation.results import Progress, Results, free_name, sha256
+from dmf.evaluation.totals import PART, Totals
 from dmf.method.curriculum import GUIDED
-from dmf.metrics import protocols, reference
-from dmf.metrics.protocols import Protocol
-from dmf.metrics.reference import Reference
-from dmf.metrics.totals import PART, Totals
 from dmf.storage import checkpoint, paths
 
 CHEAP = (

@@ -19,12 +19,11 @@ from dmf import sharding
 from dmf.config import parse
 from dmf.data import DataConfig, load
 from dmf.errors import DmfError
-from dmf.evaluation import features, judge, results, scoring
+from dmf.evaluation import features, judge, protocols, results, scoring, totals
 from dmf.evaluation.judge import Judge, Setting
-from dmf.metrics import protocols, totals
+from dmf.evaluation.reference import Reference, read, write
+from dmf.evaluation.totals import Totals
 from dmf.metrics.frechet import frechet_distance, moments
-from dmf.metrics.reference import Reference, read, write
-from dmf.metrics.totals import Totals
 from dmf.storage import checkpoint
 from dmf.train import train
 from tests import ROOT
@@ -231,7 +230,7 @@ KILLED = """
 import sys
 from dmf.evaluation import sampling
 from dmf.evaluation import scoring
-from dmf.metrics import totals
+from dmf.evaluation import totals
 from dmf.evaluation import judge
 totals.PART = judge.PART = 8
 judge.SAVE_SECONDS = 0.0

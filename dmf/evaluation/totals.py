@@ -15,12 +15,12 @@ from typing import Any, cast
 import numpy as np
 
 from dmf.errors import DmfError
+from dmf.evaluation.protocols import FILE_ORDER, Protocol
+from dmf.evaluation.reference import Reference
 from dmf.metrics.frechet import MomentSums, frechet_distance
 from dmf.metrics.inception_score import InceptionScore
 from dmf.metrics.kid import kernel_distance
 from dmf.metrics.precision_recall import precision_recall
-from dmf.metrics.protocols import FILE_ORDER, Protocol
-from dmf.metrics.reference import Reference
 
 PART = 1024  # rows that are added at once
 MOMENTS = {"pool": "fid", "spatial": "sfid"}  # features -> the score their moments make
