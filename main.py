@@ -223,6 +223,7 @@ def train() -> None:
         stop.share(processes.Board())
     if not processes.is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one process speaks for all; errors still go to stderr
+    from dmf.evaluation.boundary import RunJudge
     from dmf.run.workdir import keep_programs
     from dmf.train import train as run
 
@@ -231,7 +232,7 @@ def train() -> None:
         WORKDIR.value or f"runs/{path.rpartition('/')[2].replace('.py', '').replace(':', '_')}"
     )
     keep_programs(paths.at(workdir))
-    run(config, workdir, STARTED, ALLOW_CHANGE.value, stop)
+    run(config, workdir, STARTED, ALLOW_CHANGE.value, stop, RunJudge)
 
 
 def sample() -> None:

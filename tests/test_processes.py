@@ -14,9 +14,9 @@ import pytest
 
 from dmf.config import parse
 from dmf.storage import checkpoint
-from dmf.train import train
 from tests import ROOT
 from tests import devices as flags_of
+from tests.runs import train
 from tests.tiny import TINY, Setup, merged
 
 STEPS = 12

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from dmf import pretrained
+from dmf import networks, pretrained
 from dmf.convert import audit, native
 from dmf.convert.audit import flat, leaf_shapes
 from dmf.convert.command import KINDS
@@ -73,7 +73,7 @@ def _origin(stored: dict[str, Any], config: Any) -> str:
     if not source:
         return native.NATIVE.name
     now = json.loads(json.dumps(dataclasses.asdict(config)))
-    same = all(now.get(k) == v for k, v in source["network"].items() if k not in pretrained.FREE)
+    same = all(now.get(k) == v for k, v in source["network"].items() if k not in networks.FREE)
     return source["kind"] if same else native.NATIVE.name
 
 

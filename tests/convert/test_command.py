@@ -15,7 +15,7 @@ import safetensors.numpy
 
 import main
 from configs import cifar10_from
-from dmf import pretrained, train
+from dmf import pretrained
 from dmf.config import parse
 from dmf.convert import audit
 from dmf.convert.command import KINDS, REPORT, convert
@@ -28,7 +28,7 @@ from dmf.export.weights import export
 from dmf.networks import DiTConfig, UNetConfig
 from dmf.storage import atomic, checkpoint
 from dmf.storage.readers import read
-from tests import GOLDEN, ROOT, devices
+from tests import GOLDEN, ROOT, devices, runs
 from tests.conversion import export_arrays, needs_torch, recipe_weights, small_noise
 from tests.tiny import TINY, UNET, merged
 
@@ -184,8 +184,8 @@ def test_the_curriculum_starts_from_a_converted_flow_model(kind, config, given, 
         init=str(tmp_path / "flow"),
         curriculum=dict(stages=3, length=6.0, pretrain_length=0.0),
     )
-    run = train.Run(parse(values), tmp_path / "run")
-    start = run._start()
+    run = runs.open_run(parse(values), tmp_path / "run")
+    start = runs.begin(run)
     run.close()
     z, t = (
         jax.random.normal(jax.random.key(0), (4, 8, 8, 1)),
@@ -198,7 +198,7 @@ def test_the_curriculum_starts_from_a_converted_flow_model(kind, config, given, 
         np.testing.assert_array_equal(
             jax.jit(run.network.apply)(start.params, z, r, t, label=label), v
         )
-    train.train(parse(values), tmp_path / "run")
+    runs.train(parse(values), tmp_path / "run")
     tensors = export(tmp_path / "run", tmp_path / "u.safetensors")  # in the layout it came in
     assert any(name.startswith(("h_embedder", "map_layer0")) for name in tensors)
     convert(kind.name, tmp_path / "u.safetensors", tmp_path / "u", given=given, check="none")
@@ -218,7 +218,7 @@ def test_starting_from_another_network_or_other_images_is_refused_and_leaves_no_
         DmfError,
         match=r"its network differs: config.network.depth: 3 -> 1; .*expected the same network",
     ):
-        train.train(parse(values), tmp_path / "run")
+        runs.train(parse(values), tmp_path / "run")
     random_flow(
         SIT, TINY_DIT, (16, 16, 1), tmp_path / "large.safetensors"
     )  # not told by the shape of any leaf
@@ -229,7 +229,7 @@ def test_starting_from_another_network_or_other_images_is_refused_and_leaves_no_
     with pytest.raises(
         DmfError, match=r"its images are \(16, 16, 1\); expected \(8, 8, 1\), as in digits"
     ):
-        train.train(parse(values), tmp_path / "run")
+        runs.train(parse(values), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -237,7 +237,7 @@ def test_a_run_without_init_claims_no_origin(tmp_path):
     (tmp_path / "origin.json").write_text(
         '{"kind": "sit"}'
     )  # of a start that never got to its first checkpoint
-    run = train.Run(parse(TINY), tmp_path)
+    run = runs.open_run(parse(TINY), tmp_path)
     run.close()
     assert not (tmp_path / "origin.json").exists()
 
@@ -566,8 +566,10 @@ def test_a_config_takes_the_network_of_a_converted_directory(tmp_path):
     convert("edm", tmp_path / "edm.safetensors", tmp_path / "edm", check="none", align_steps=10)
     values = cifar10_from.get_config(str(tmp_path / "edm")).to_dict()
     assert values["data"]["augment"] == 0 and values["curriculum"]["stages"] == 10
-    run = train.Run(parse(merged(values, data=dict(mock=True), batch_size=32)), tmp_path / "run")
-    start = run._start()
+    run = runs.open_run(
+        parse(merged(values, data=dict(mock=True), batch_size=32)), tmp_path / "run"
+    )
+    start = runs.begin(run)
     run.close()
     stored = checkpoint.metadata(tmp_path / "run" / "checkpoints" / "0")
     assert stored["config"]["network"]["precond"] == "edm" and stored["source"]["kind"] == "edm"

@@ -25,8 +25,8 @@ from dmf.evaluation.reference import Reference, read, write
 from dmf.evaluation.totals import Totals
 from dmf.metrics.frechet import frechet_distance, moments
 from dmf.storage import checkpoint
-from dmf.train import train
 from tests import ROOT
+from tests.runs import train
 from tests.tiny import TINY, merged
 
 PIXELS = {

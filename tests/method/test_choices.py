@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from configs import imagenet256
-from dmf import sharding, state, step, train
+from dmf import sharding, state, step
 from dmf.config import check, parse
 from dmf.errors import DmfError
 from dmf.evaluation import pictures
@@ -34,7 +34,7 @@ from dmf.method.curriculum import (
 from dmf.method.flow import Rows, RowSplit
 from dmf.method.objectives import LossConfig
 from dmf.networks import Network
-from tests import ROOT
+from tests import ROOT, runs
 from tests.test_train import leaves, stopped_after
 from tests.tiny import TINY, Setup, merged, residuals
 
@@ -43,7 +43,7 @@ SMOOTH = CurriculumConfig(stages=6, q=2.0, length=600.0, schedule="smooth")
 
 def resumed_ends_as_uninterrupted(values, tmp_path, stops):
     """Trains once in one go and once for each step after which an error stops it; all end in the same bits."""
-    train.train(parse(values), tmp_path / "whole")
+    runs.train(parse(values), tmp_path / "whole")
     last = max(
         int(p.name) for p in (tmp_path / "whole" / "checkpoints").iterdir() if p.name.isdigit()
     )
@@ -51,7 +51,7 @@ def resumed_ends_as_uninterrupted(values, tmp_path, stops):
 
     for n in stops:
         stopped_after(n, values, tmp_path / str(n))
-        train.train(parse(values), tmp_path / str(n))
+        runs.train(parse(values), tmp_path / str(n))
         for a, b in zip(
             leaves(tmp_path / str(n) / "checkpoints" / str(last)), expected, strict=True
         ):

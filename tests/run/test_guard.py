@@ -13,11 +13,11 @@ from dmf.method.curriculum import CurriculumConfig, build_stages, rho_at
 from dmf.optim import EMAConfig, OptimizerConfig, ema_decays, learning_rate
 from dmf.run import guard
 from dmf.run.guard import Diverged, Guard, GuardConfig
-from dmf.run.probe import Watch
+from dmf.run.probe import Probe
 from dmf.run.scoreboard import Scoreboard
 from dmf.run.sigterm import Stop
 from dmf.storage.manifest import write_manifest
-from dmf.train import train
+from tests.runs import train
 from tests.test_train import leaves
 from tests.tiny import TINY, merged
 
@@ -272,7 +272,7 @@ def diverges(monkeypatch):
             else 2.0,
         }
 
-    monkeypatch.setattr(Watch, "__call__", probe)
+    monkeypatch.setattr(Probe, "__call__", probe)
     return seen
 
 
@@ -332,7 +332,7 @@ def climbs(monkeypatch, *residuals):
             "residual_median": (left.pop(0) if left[1:] else left[0]) if rho == 0.25 else 2.0,
         }
 
-    monkeypatch.setattr(Watch, "__call__", probe)
+    monkeypatch.setattr(Probe, "__call__", probe)
 
 
 def end_of(workdir):
@@ -535,7 +535,7 @@ def test_pretraining_from_fresh_weights_can_go_back_to_them(tmp_path, monkeypatc
         seen.append(jax.tree.leaves(params)[0].shape)
         return {**CALM, "residual_border": 9.0 if len(seen) == 2 else 1.0}
 
-    monkeypatch.setattr(Watch, "__call__", probe)
+    monkeypatch.setattr(Probe, "__call__", probe)
     train(parse(GUARDED), tmp_path)
     (row,) = json.loads((tmp_path / guard.FILE).read_text())
     assert (row["step"], row["back_to"], row["action"]) == (2, 0, "rate")
@@ -563,7 +563,7 @@ def test_a_kill_on_the_way_back_to_fresh_weights_changes_nothing(tmp_path, monke
     def run(workdir, dies):
         medians = iter([2.0, 9.0])
         monkeypatch.setattr(
-            Watch, "__call__", lambda *_: {**CALM, "residual_median": next(medians, 2.0)}
+            Probe, "__call__", lambda *_: {**CALM, "residual_median": next(medians, 2.0)}
         )
         with monkeypatch.context() as patch:
             if dies:

@@ -19,13 +19,12 @@ import jax
 import numpy as np
 import pytest
 
-from dmf import train
 from dmf.config import parse, to_dict
 from dmf.errors import DmfError
 from dmf.run import sigterm, workdir
 from dmf.storage import checkpoint
 from dmf.storage.checkpoint import Checkpoints
-from tests import devices
+from tests import devices, runs
 from tests.test_processes import CONFIG, ROOT, VALUES, Group
 from tests.test_train import leaves
 from tests.tiny import TINY, Setup, merged
@@ -244,9 +243,9 @@ def rows(folder, name):
 
 def test_every_start_notes_what_it_was(tmp_path, monkeypatch):
     monkeypatch.setenv("SOME_TOKEN", "hunter2-in-the-environment")
-    train.train(parse(QUICK), tmp_path)
+    runs.train(parse(QUICK), tmp_path)
     (tmp_path / workdir.STARTS).write_text((tmp_path / workdir.STARTS).read_text() + '{"torn')
-    train.train(parse(merged(QUICK, run=dict(sample_rows=3))), tmp_path)
+    runs.train(parse(merged(QUICK, run=dict(sample_rows=3))), tmp_path)
     first, torn, second = (tmp_path / workdir.STARTS).read_text().splitlines()
     first, second = json.loads(first), json.loads(second)
     assert torn == '{"torn'
@@ -281,7 +280,7 @@ def test_the_revision_is_that_of_the_code_and_of_no_repository_around_it(tmp_pat
 def finished(tmp_path_factory):
     """A finished run of `QUICK`."""
     folder = tmp_path_factory.mktemp("finished")
-    train.train(parse(QUICK), folder)
+    runs.train(parse(QUICK), folder)
     return folder
 
 
@@ -293,12 +292,12 @@ def test_a_change_is_shown_refused_and_with_the_flag_taken_and_noted(finished, t
     )
     shown = r"config.curriculum.length: 12.0 -> 20.0; config.loss.p: 0.5 -> 0.75"
     with pytest.raises(DmfError, match=f"another config: {shown}; expected .*--allow_change"):
-        train.train(longer, run)
+        runs.train(longer, run)
     assert (
         json.loads((run / "config.json").read_text())["loss"]["p"] == 0.5
         and not (run / workdir.CHANGES).exists()
     )
-    train.train(longer, run, allow_change=True)
+    runs.train(longer, run, allow_change=True)
     assert re.search(f"changed +after step 12: {shown}\n", capsys.readouterr().out)
     (row,) = rows(run, workdir.CHANGES)
     assert (
@@ -319,10 +318,10 @@ def test_a_change_is_shown_refused_and_with_the_flag_taken_and_noted(finished, t
         rows(run, "metrics.jsonl")[:12] == rows(finished, "metrics.jsonl")
         and len(rows(run, "metrics.jsonl")) == 20
     )
-    train.train(longer, run)  # from now on this is the run's config
+    runs.train(longer, run)  # from now on this is the run's config
     assert len(rows(run, workdir.CHANGES)) == 1
     with pytest.raises(DmfError, match="config.loss.p: 0.75 -> 0.5"):
-        train.train(parse(QUICK), run)
+        runs.train(parse(QUICK), run)
 
 
 @pytest.mark.parametrize(
@@ -355,7 +354,7 @@ def test_no_flag_lets_a_change_through_that_the_state_on_disk_does_not_fit(
 ):
     before = {p: p.read_text() for p in finished.glob("*.json*")}
     with pytest.raises(DmfError, match=message):
-        train.train(parse(merged(QUICK, **change)), finished, allow_change=True)
+        runs.train(parse(merged(QUICK, **change)), finished, allow_change=True)
     assert {p: p.read_text() for p in finished.glob("*.json*")} == before
 
 
