@@ -4,8 +4,15 @@ import importlib.util
 import json
 import re
 
+import jax
+import numpy as np
+
+from dmf import networks, pretrained
+from dmf.config import parse
 from dmf.measure import benchmark
+from dmf.storage import checkpoint
 from tests import ROOT
+from tests.tiny import TINY
 
 
 def page(name):
@@ -42,6 +49,25 @@ def test_the_result_of_the_readme_is_a_part_of_that_table():
     for name, model in here.items():
         values = [hidden[model, steps] for steps in ("1", "2", "4", "32")]
         assert f"| {name} | {' | '.join(values)} |" in text
+
+
+def test_the_python_of_the_readme_samples_a_work_directory(tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    config, shape = parse(TINY).network, (8, 8, 1)
+    network = networks.build(config, shape)
+    leaves, tree = jax.tree.flatten(network.init(jax.random.key(1)))
+    moved = [x + 0.02 for x in leaves]  # away from the zeros that a network starts with
+    params = jax.tree.unflatten(tree, moved)
+    stored = pretrained.metadata(config, shape, {"kind": "dmf"})
+    (tmp_path / "runs").mkdir()
+    checkpoint.save_weights(tmp_path / "runs" / "digits", params, stored, {})
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    zeros = np.zeros(10, np.float32)
+    u = network.apply(params, names["e"], zeros, zeros + 1, label=np.arange(10))
+    assert np.abs(u).max() > 1e-3
+    np.testing.assert_allclose(names["x"], names["e"] - u, atol=1e-5)
 
 
 def test_the_demo_meets_its_promise_for_every_seed():
