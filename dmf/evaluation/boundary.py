@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from dmf.config import Config
 from dmf.errors import DmfError
 from dmf.evaluation import pictures, protocols, sampling
 from dmf.evaluation.judge import Judge, Setting
-from dmf.evaluation.protocols import Protocol
 from dmf.evaluation.totals import PART
 from dmf.method.curriculum import Stage
 from dmf.storage import paths
@@ -101,7 +100,7 @@ class ProtocolScorer:
     ):
         """trained_on: `data.identity` of the training data. Raises DmfError on a bad setting."""
         run = config.run
-        check_images(image_shape, run.vae)
+        sampling.check_images(image_shape, run.vae)
         setting = Setting(run.protocol, run.features, run.reference, run.score_samples)
         self._judge = Judge(setting, mesh, CHEAP)
         if "fid" not in self._judge.protocol.metrics:
@@ -112,7 +111,7 @@ class ProtocolScorer:
         self._decode = sampling.make_decoder(run.vae, image_shape, mesh, trained_on)
         self._judge.announce()
         self._judge.ready()
-        self.scored_by = _scored_by(identity(self._judge), config)
+        self.scored_by = _scored_by(self._judge.identity(), config)
 
     def __call__(self, samples: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """Scores of samples (N, H, W, C) in about [-1, 1], or of latents."""
@@ -166,49 +165,7 @@ def labels_of_run(config: Config, train: data.Source) -> np.ndarray:
     """
     if config.run.protocol:
         protocol = replace(protocols.load(config.run.protocol), count=config.run.score_samples)
-        return labels_by(protocol, config, train.labels)
+        return sampling.labels_by(protocol, config, train.labels)
     if not train.mixed and config.num_classes:
         return np.arange(config.num_classes, dtype=np.int32)
     return train.labels
-
-
-def labels_by(
-    protocol: Protocol, config: Config, found: data.DataConfig | np.ndarray | None
-) -> np.ndarray:
-    """Labels of the samples in their order, (N,) int32, by the protocol's rule.
-
-    found: labels of the training data, or the config of these data; None where there are none.
-    """
-    classes, rule = config.num_classes, protocol.labels
-    if not classes:
-        return np.zeros(1, np.int32)
-    if rule == "balanced":
-        return np.arange(classes, dtype=np.int32)
-    if rule == "uniform":
-        random = np.random.RandomState(config.seed)
-        return random.randint(0, classes, protocol.count).astype(np.int32)
-    if found is None:
-        raise DmfError(
-            f"protocol {protocol.name} takes its labels from the training data, and a converted "
-            "checkpoint has none: expected a protocol with labels = 'uniform' or 'balanced'"
-        )
-    return found if isinstance(found, np.ndarray) else data.load(found, "train").labels
-
-
-def check_images(shape: tuple[int, ...], vae: str) -> None:
-    """Raises DmfError where samples are latents and no autoencoder can make images of them."""
-    if shape[-1] not in (1, 3) and not vae:
-        raise DmfError(
-            f"samples of shape {shape} are latents, and no autoencoder is given (--vae, "
-            "config.run.vae): expected one, in the directory of its conversion"
-        )
-
-
-def identity(judge: Judge) -> dict[str, Any]:
-    """What a score depends on besides the samples, as plain values."""
-    return {
-        "protocol": asdict(judge.protocol),
-        "full_count": judge.full_count,
-        "features": judge.extract.about,
-        "reference": dict(judge.reference.about),
-    }

@@ -58,24 +58,25 @@ ROUNDINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 class Protocol:
     """One recipe for scores of generated images.
 
-    space: the feature space.
-    resize: how images get the network's size, a key of `dmf.metrics.resize.RESIZES`.
-        The space "pixels" is not resized.
-    scaling: what the network is given of bytes b.
-        "bytes" is (b - 128) / 128, "unit" is 2 b / 255 - 1, "imagenet" is (b / 255 - mean) / std.
-    rounding: how samples become bytes, a key of `ROUNDINGS`.
-        Images of a data set are bytes already and are never rounded.
-    labels: "data" takes the training labels in order, "uniform" draws them with the seed,
-        "balanced" takes each class equally often.
-    metrics: some of `METRICS`; "fid" is the Frechet distance in any space.
-    reference: what samples are held against.
-    reference_count: how many images that is; 0 for any number.
-    weights_sha256: the first digits of the network file's SHA-256; "" where any file will do.
-    count: how many samples are scored.
-    is_shuffle_seed: the order is numpy.random.RandomState(seed).permutation.
-        FILE_ORDER keeps the order in which samples are made.
-    neighbours: of precision and recall.
-    reference_images: how many images of the reference serve precision, recall and KID.
+    space             the feature space
+    resize            how images get the network's size; the space "pixels" has no resize
+    scaling           what the network is given of bytes b:
+        "bytes"       (b - 128) / 128
+        "unit"        2 b / 255 - 1
+        "imagenet"    (b / 255 - mean) / std
+    rounding          how samples become bytes; images of a data set are bytes already
+    labels            of the samples:
+        "data"        the training labels in order
+        "uniform"     drawn with the seed
+        "balanced"    each class equally often
+    metrics           some of `METRICS`; "fid" is the Frechet distance in any space
+    reference         what samples are held against
+    reference_count   how many images that is; 0 for any number
+    weights_sha256    first digits of the network file's SHA-256; "" where any file will do
+    count             how many samples are scored
+    is_shuffle_seed   of numpy.random.RandomState(seed).permutation, or FILE_ORDER
+    neighbours        of precision and recall
+    reference_images  how many images of the reference serve precision, recall and KID
     """
 
     name: str

@@ -19,6 +19,7 @@ from dmf.config import Config, parse
 from dmf.data import Source, latents
 from dmf.errors import DmfError, short
 from dmf.evaluation import pictures
+from dmf.evaluation.protocols import Protocol
 from dmf.method.samplers import SAMPLERS
 from dmf.metrics.labelled import DigitsScorer, PhotosScorer
 from dmf.networks.frozen.vae import unscaled
@@ -63,7 +64,7 @@ class Sampler:
             def u(z: jax.Array, r: jax.Array, t: jax.Array) -> jax.Array:
                 return network.apply(params, z, r, t, label=classes)
 
-            return SAMPLERS[config.run.sampler](u, e, steps)
+            return SAMPLERS[config.run.sampler].draw(u, e, steps)
 
         self._draw = sharding.per_device(mesh, jax.default_matmul_precision("highest")(draw))
 
@@ -88,7 +89,7 @@ class Sampler:
 
 def evaluations(sampler: str) -> int:
     """Evaluations of the network per step of a sampler: NFE = steps times this."""
-    return 2 if sampler == "heun" else 1
+    return SAMPLERS[sampler].evaluations
 
 
 def make_scorer(config: data.DataConfig, train: Source) -> tuple[Any, str] | None:
@@ -119,6 +120,38 @@ def format_scores(rows: Sequence[dict[str, Any]], floor: Mapping[str, float]) ->
     real = {k: f"{floor[k]:.3f}" if k in floor else "-" for k in wide}
     lines.append(f"{'real':>6}" + "".join(f"{real[k]:>{width}}" for k, width in wide.items()))
     return "\n".join(lines)
+
+
+def labels_by(
+    protocol: Protocol, config: Config, found: data.DataConfig | np.ndarray | None
+) -> np.ndarray:
+    """Labels of the samples in their order, (N,) int32, by the protocol's rule.
+
+    found: labels of the training data, or the config of these data; None where there are none.
+    """
+    classes, rule = config.num_classes, protocol.labels
+    if not classes:
+        return np.zeros(1, np.int32)
+    if rule == "balanced":
+        return np.arange(classes, dtype=np.int32)
+    if rule == "uniform":
+        random = np.random.RandomState(config.seed)
+        return random.randint(0, classes, protocol.count).astype(np.int32)
+    if found is None:
+        raise DmfError(
+            f"protocol {protocol.name} takes its labels from the training data, and a converted "
+            "checkpoint has none: expected a protocol with labels = 'uniform' or 'balanced'"
+        )
+    return found if isinstance(found, np.ndarray) else data.load(found, "train").labels
+
+
+def check_images(shape: tuple[int, ...], vae: str) -> None:
+    """Raises DmfError where samples are latents and no autoencoder can make images of them."""
+    if shape[-1] not in (1, 3) and not vae:
+        raise DmfError(
+            f"samples of shape {shape} are latents, and no autoencoder is given (--vae, "
+            "config.run.vae): expected one, in the directory of its conversion"
+        )
 
 
 def write_samples(

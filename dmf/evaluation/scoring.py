@@ -24,13 +24,12 @@ from dmf.config import Config, parse
 from dmf.data import images as sources
 from dmf.errors import DmfError
 from dmf.evaluation import protocols, reference, sampling
-from dmf.evaluation.boundary import check_images, identity, labels_by
 from dmf.evaluation.features import Extractor
 from dmf.evaluation.judge import Judge, Setting, accumulate
 from dmf.evaluation.reference import Reference
 from dmf.evaluation.results import Progress, Results, free_name, sha256
 from dmf.evaluation.totals import Totals
-from dmf.method.curriculum import GUIDED
+from dmf.method.objectives import kind_of
 from dmf.storage import checkpoint, paths
 
 READERS = 8  # threads that decode image files
@@ -62,10 +61,10 @@ def score_checkpoint(
     judge = Judge(setting, mesh)
     folder, stored = pretrained.open_folder(path)
     config = _config(path, stored, sampler, seed)
-    check_images(tuple(stored["image_shape"]), vae)
+    sampling.check_images(tuple(stored["image_shape"]), vae)
     decode = sampling.make_decoder(vae, tuple(stored["image_shape"]), mesh, stored.get("data"))
     judge.announce()
-    labels = labels_by(
+    labels = sampling.labels_by(
         judge.protocol, config, None if pretrained.is_converted(stored) else config.data
     )
     named = (judge.protocol.name, folder.name, config.run.sampler, f"seed{config.seed}")
@@ -86,7 +85,7 @@ def score_checkpoint(
             "seed": config.seed,
             "compute_dtype": config.compute_dtype,
             "guidance": _guidance(config, pretrained.is_converted(stored)),
-            **identity(judge),
+            **judge.identity(),
         },
     )
     draw: sampling.Sampler | None = None
@@ -136,7 +135,7 @@ def score_images(
     judge = Judge(replace(setting, count=count), sharding.make_mesh())
     judge.announce()
     path = Path(out or f"scores_{free_name(judge.protocol.name)}_{free_name(source)}.json")
-    results = Results(path, {"images": found.about, **identity(judge)})
+    results = Results(path, {"images": found.about, **judge.identity()})
     results.add({"images": source}, judge, _reader(found, 0))
     return results.finish()
 
@@ -256,7 +255,7 @@ def _guidance(config: Config, converted: bool) -> str:
     """
     if converted:
         return "none added; whether the converted weights hold some is not known"
-    stages = [i for i, kind in enumerate(config.curriculum.kinds) if kind in GUIDED]
+    stages = [i for i, kind in enumerate(config.curriculum.kinds) if kind_of(kind).guided]
     if not stages:
         return "none" + f"; started from {config.init}" * bool(config.init)
     g = config.guidance

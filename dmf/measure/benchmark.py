@@ -1,6 +1,6 @@
 """Step times side by side: what the rows with r < t really cost, against the forward passes the mathematics needs.
 
-One line per kind of stage and share of r < t rows. "jvp" with all rows is the JVP of the whole batch, as the official JAX
+One line per kind of stage and share of r < t rows. jvp with all rows is the JVP of the whole batch, as the official JAX
 code takes it. The programs take turns, so that a drift of the machine's speed hits all, and a ratio of two steps is the
 median over rounds of the ratio within a round. Attention kernels, remat and mesh are those of the config.
 """
@@ -25,19 +25,20 @@ from dmf.data import load
 from dmf.errors import DmfError
 from dmf.measure import cost
 from dmf.measure.cost import Compilations, Counts
-from dmf.method import curriculum, flow, guidance, objectives
+from dmf.method import curriculum, flow, guidance, velocity
 from dmf.method.curriculum import Stage
+from dmf.method.objectives import BETWEEN, KINDS, LAST, PRETRAINING
 from dmf.networks import attention
 
 ROUNDS = 9
-WHOLE_JVP = ("jvp", 1.0)
+WHOLE_JVP = (LAST, 1.0)
 # Besides these, what the config's own curriculum has, with its own share of r < t rows. The first is what all are held against.
 CASES = (
-    ("flow", 0.0),
-    ("discrete", 0.25),
-    ("discrete", 0.75),
-    ("jvp", 0.25),
-    ("jvp", 0.75),
+    (PRETRAINING, 0.0),
+    (BETWEEN, 0.25),
+    (BETWEEN, 0.75),
+    (LAST, 0.25),
+    (LAST, 0.75),
     WHOLE_JVP,
 )
 
@@ -62,8 +63,10 @@ COLUMNS = (
     ("programs", "programs", 9, "d"),
 )
 LEGEND = (
-    "/flow: to the flow-matching step; limit: /flow by forward passes (backward = 2); jvp/it: JVP of the whole batch / this "
-    "step; GFLOP, GB: compiled,\nper device; all_MB: arguments + temp_MB; peak_MB: the device's highest so far; MFU: forward "
+    "/flow: to the flow-matching step; limit: /flow by forward passes (backward = 2); jvp/it: "
+    "JVP of the whole batch / this "
+    "step; GFLOP, GB: compiled,\nper device; all_MB: arguments + temp_MB; peak_MB: "
+    "the device's highest so far; MFU: forward "
     "passes x the plain network's FLOPs, of the bfloat16 peak"
 )
 
@@ -168,9 +171,9 @@ def compile_cases(
             seconds, found = time.perf_counter() - started, cost.counts(compiled)
         except jax.errors.JaxRuntimeError as error:
             _pass_over(kind, error)
-        extra = guidance.passes(config.guidance) if kind in curriculum.GUIDED else 0
+        extra = guidance.passes(config.guidance) if KINDS[kind].guided else 0
         passes = curriculum.passes(
-            Stage(0, kind, 1.0, 0, 1, extra, objectives.passes(config.loss)), fraction
+            Stage(0, kind, 1.0, 0, 1, extra, velocity.passes(config.loss.tangent)), fraction
         )
         programs.append(Program(kind, fraction, passes, run, seconds, found, seen.count - before))
     return programs, start, batch
@@ -194,9 +197,7 @@ def format_rows(rows: list[dict[str, Any]]) -> str:
 
 def _cases(config: Config, stages: Sequence[Stage]) -> list[tuple[str, float]]:
     own = {
-        (s.kind, config.times.r_neq_t_fraction)
-        for s in stages
-        if s.kind not in ("flow", "trajectory")
+        (s.kind, config.times.r_neq_t_fraction) for s in stages if not KINDS[s.kind].flow_matching
     }
     return [*CASES, *sorted(own - set(CASES))]
 
@@ -210,8 +211,10 @@ def _check_cases(config: Config, mesh: Mesh) -> None:
         except DmfError as error:
             whole = 4 * parts  # the shares are quarters
             raise DmfError(
-                f"config.batch_size = {config.batch_size}: the case {kind} with {fraction:.0%} of r < t rows does not come out "
-                f"even on {mesh.devices.size} devices x {config.microbatches} microbatches; expected a multiple of {whole}, "
+                f"config.batch_size = {config.batch_size}: "
+                f"the case {kind} with {fraction:.0%} of r < t rows does not come out "
+                f"even on {mesh.devices.size} devices x {config.microbatches} microbatches; "
+                f"expected a multiple of {whole}, "
                 f"such as {max(config.batch_size // whole, 1) * whole}"
             ) from error
 
@@ -249,7 +252,7 @@ def _fits(program: Program) -> bool:
     limit, needed = cost.device_memory("bytes_limit"), program.counts.memory_bytes
     if limit is None or needed is None or needed <= limit:
         return True
-    if program.kind == "flow":
+    if program.kind == PRETRAINING:
         raise _too_much(f"needs {needed / 1e9:.1f} GB of each device's {limit / 1e9:.1f} GB")
     return False
 
@@ -258,7 +261,7 @@ def _pass_over(kind: str, error: jax.errors.JaxRuntimeError) -> None:
     """Lets an error pass that says the memory did not suffice, but for flow matching."""
     if "RESOURCE_EXHAUSTED" not in str(error):
         raise error
-    if kind == "flow":
+    if kind == PRETRAINING:
         reason = " ".join(str(error).split())[:200]
         raise _too_much(f"needs more memory than each device has ({reason})") from error
 
@@ -362,7 +365,7 @@ def _total(rows: list[dict[str, Any]], stages: Sequence[Stage], fraction: float)
         )
 
     def own(s: Stage) -> tuple[str, float]:
-        return CASES[0] if s.kind in ("flow", "trajectory") else (s.kind, fraction)
+        return CASES[0] if KINDS[s.kind].flow_matching else (s.kind, fraction)
 
     return {
         "steps": steps,
@@ -395,7 +398,8 @@ def _about(
 def _report(about: dict[str, Any], rows: list[dict[str, Any]], total: dict[str, Any]) -> str:
     parts = " x ".join(f"{name} {size}" for name, size in about["mesh"].items())
     lines = [
-        f"{about['network']['kind']}, batch {about['batch_size']}, {tuple(about['image_shape'])}, {about['compute_dtype']}, "
+        f"{about['network']['kind']}, batch {about['batch_size']}, {tuple(about['image_shape'])}, "
+        f"{about['compute_dtype']}, "
         f"{about['device']} ({parts}), jax {about['jax']}, median of {about['rounds']} rounds",
         format_rows(rows),
         LEGEND,
@@ -403,7 +407,8 @@ def _report(about: dict[str, Any], rows: list[dict[str, Any]], total: dict[str, 
     lines += _uncounted(about, [row["kind"] for row in rows])
     if None not in total.values():
         lines.append(
-            f"this config's run of {total['steps']:,} steps: {total['hours']:.3g} h; as many of flow matching: "
+            f"this config's run of {total['steps']:,} steps: {total['hours']:.3g} h; "
+            "as many of flow matching: "
             f"{total['flow_hours']:.3g} h, of whole-batch JVP: {total['whole_jvp_hours']:.3g} h"
         )
     return "\n".join(lines)
@@ -411,7 +416,7 @@ def _report(about: dict[str, Any], rows: list[dict[str, Any]], total: dict[str, 
 
 def _uncounted(about: dict[str, Any], kinds: Sequence[str]) -> list[str]:
     """What XLA's counts leave out of these kinds' programs, in words."""
-    kernels = {kind: about["attention"][curriculum.identity_of(kind)] for kind in kinds}
+    kernels = {kind: about["attention"][KINDS[kind].arithmetic] for kind in kinds}
     loops = [f"one of {about['microbatches']} microbatches"] * (about["microbatches"] > 1) + [
         "one block"
     ] * about["scan_blocks"]

@@ -28,6 +28,7 @@ from dmf.errors import DmfError
 from dmf.measure import cost, hlo
 from dmf.method import curriculum
 from dmf.method.curriculum import Stage
+from dmf.method.objectives import KINDS
 from dmf.storage import atomic
 
 
@@ -98,8 +99,10 @@ SHAPING = (
 LATER = (("tangent", "data"),)  # came after rows that are kept, and is no other program
 EARLIER = {"effort": 0.0}  # of rows that are kept from before it was a column
 LEGEND = (
-    "per device. TFLOP: the model's, forward passes x the plain network's FLOPs; GB: 1e9 bytes moved to and from memory, an "
-    "estimate;\nstate (with the batch), temp, total, HBM: GiB; collectives: how many, those in loops as often as they run, and "
+    "per device. TFLOP: the model's, forward passes x the plain network's FLOPs; GB: "
+    "1e9 bytes moved to and from memory, an "
+    "estimate;\nstate (with the batch), temp, total, HBM: GiB; collectives: "
+    "how many, those in loops as often as they run, and "
     "GB sent"
 )
 UNKNOWN = "* has a loop whose rounds its text does not tell, counted as one: GB and collectives are too low"
@@ -171,7 +174,8 @@ def libtpu_name(topology: str) -> str:
             f"--topology={topology}: expected {generation}- and one of {', '.join(names)}"
         )
     raise DmfError(
-        f"--topology={topology}: expected a name such as v4-32, of {', '.join(GENERATIONS)}, or libtpu's own, such as v5e:4x4"
+        f"--topology={topology}: expected a name such as v4-32, of {', '.join(GENERATIONS)}, or "
+        "libtpu's own, such as v5e:4x4"
     )
 
 
@@ -189,7 +193,8 @@ def read(path: str) -> list[dict[str, Any]]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = " ".join(str(error).split())[:100]
         raise DmfError(
-            f"--out={path} is not the JSON of a plan ({type(error).__name__}: {why}): expected one, or no file"
+            f"--out={path} is not the JSON of a plan ({type(error).__name__}: {why}): "
+            "expected one, or no file"
         ) from error
 
 
@@ -256,7 +261,8 @@ def format_rows(rows: list[dict[str, Any]], heading: bool = True) -> str:
     lines = []
     if heading:
         lines.append(
-            f"{'topology':<10}{'mesh':>8}  {'kind':<16}{'TFLOP':>9}{'GB':>9}{'state':>8}{'temp':>8}{'total':>8}{'HBM':>7}  "
+            f"{'topology':<10}{'mesh':>8}  "
+            f"{'kind':<16}{'TFLOP':>9}{'GB':>9}{'state':>8}{'temp':>8}{'total':>8}{'HBM':>7}  "
             f"{'fits':<5}{'compile s':>10}  collectives: count, GB sent"
         )
     for row in rows:
@@ -271,8 +277,10 @@ def format_rows(rows: list[dict[str, Any]], heading: bool = True) -> str:
         read = row.get("bytes_accessed")
         kind = row["kind"] + "*" * _unknown(row)
         lines.append(
-            f"{row['topology']:<10}{'x'.join(map(str, row['mesh'])):>8}  {kind:<16}{row['model_flops'] / 1e12:>9.2f}"
-            f"{'-' if read is None else f'{read / 1e9:.1f}':>9}{memory}  {'yes' if row['fits'] else 'no':<5}"
+            f"{row['topology']:<10}{'x'.join(map(str, row['mesh'])):>8}  "
+            f"{kind:<16}{row['model_flops'] / 1e12:>9.2f}"
+            f"{'-' if read is None else f'{read / 1e9:.1f}':>9}{memory}  "
+            f"{'yes' if row['fits'] else 'no':<5}"
             f"{row['compile_s']:>10.0f}  {moved}"
         )
     return "\n".join(lines)
@@ -321,7 +329,8 @@ def _devices(given: str, target: str) -> list[jax.Device]:
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DmfError(
-            f"--topology={given}: libtpu does not know {target} ({reason}); expected one such as v5e:4x4"
+            f"--topology={given}: libtpu does not know {target} ({reason}); "
+            "expected one such as v5e:4x4"
         ) from error
 
 
@@ -350,7 +359,7 @@ def _about(
         "compute_dtype": config.compute_dtype,
         "remat": config.remat,
         "scan_blocks": config.scan_blocks,
-        "attention": getattr(config.attention, curriculum.identity_of(kind)),
+        "attention": getattr(config.attention, KINDS[kind].arithmetic),
         "program": hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:12],
         "effort": getattr(jax.config, "jax_exec_time_optimization_effort", 0.0),
         "jax": jax.__version__,
@@ -392,7 +401,8 @@ def _compile(
         if refusal is None:
             reason = " ".join(str(error).split())[:300]
             raise DmfError(
-                f"the {stage.kind} step does not compile: {reason}; expected other attention or precision"
+                f"the {stage.kind} step does not compile: {reason}; "
+                "expected other attention or precision"
             ) from error
         return refusal | {"compile_s": time.perf_counter() - started}
     seconds = time.perf_counter() - started

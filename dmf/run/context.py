@@ -33,6 +33,7 @@ from dmf.logging import JsonLines, TensorBoard
 from dmf.method import curriculum
 from dmf.method.curriculum import Stage
 from dmf.run import guard as rules
+from dmf.run import scoreboard as scores
 from dmf.run.guard import Guard
 from dmf.run.probe import Probe
 from dmf.run.scoreboard import OpenJudge, Scoreboard
@@ -165,7 +166,9 @@ def open_run(
         about, shape = data.identity(dataset), dataset.image_shape
         init = find_init(config, shape) if config.init and fresh else None
         if processes.is_first():
-            claim(workdir, config, init[2] if init else None, about, fresh, allow_change)
+            came_from = init[2] if init else None
+            forget = rules.FILE, scores.FILE
+            claim(workdir, config, came_from, about, fresh, allow_change, forget)
             guard.settle()
     _check_same(config, workdir, about, guard)
     first = processes.is_first()

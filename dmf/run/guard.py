@@ -34,7 +34,8 @@ from typing import Any
 
 from dmf.config import GuardConfig
 from dmf.errors import DmfError, short
-from dmf.method.curriculum import GUIDED, Stage, identity_of, rho_at, stage_at
+from dmf.method.curriculum import Stage, rho_at, stage_at
+from dmf.method.objectives import FORMER, KINDS, LAST
 from dmf.storage import paths
 from dmf.storage.manifest import MANIFEST, verify
 
@@ -43,7 +44,7 @@ FILE = "guard.json"
 WORSE = ("residual_border", "residual_median")
 DONE = {
     "stop": "where the run ends",
-    "jvp": "the discrete stages left are jvp stages now",
+    LAST: "the discrete stages left are jvp stages now",
     "halve": "d falls half as far from the last good one in the discrete stages left",
     "floor": "d falls no further in the discrete stages left",
     "rate": "the learning rate is half of what it was",
@@ -84,7 +85,7 @@ def remedy(action: str, failing: Stage) -> str:
 
     It is "rate" where no finite difference is to blame, or where d is 1 already.
     """
-    if action in ("jvp", "halve", "floor") and not _steps_back(failing):
+    if action in (LAST, "halve", "floor") and not KINDS[failing.kind].steps_back:
         return "rate"
     return "rate" if action in ("halve", "floor") and failing.rho >= 1 else action
 
@@ -114,7 +115,7 @@ def _good_rho(stages: tuple[Stage, ...], failing: Stage, back: int) -> float:
     """
     if failing.fall != 1:
         return rho_at(failing, max(failing.first, back))
-    before = [s.rho for s in stages if s.first < failing.first and _steps_back(s)]
+    before = [s.rho for s in stages if s.first < failing.first and KINDS[s.kind].steps_back]
     return min((rho for rho in before if rho > failing.rho), default=1.0)
 
 
@@ -122,10 +123,10 @@ def _changed(stage: Stage, action: str, good: float) -> Stage:
     """A stage, or its part, after the action. good: the rho that was still good."""
     if action == "rate":
         return replace(stage, rate=stage.rate / 2)
-    if not _steps_back(stage):
+    if not KINDS[stage.kind].steps_back:
         return stage
-    if action == "jvp":
-        return replace(stage, kind=_derivative_of(stage.kind), rho=1.0, fall=1.0)
+    if action == LAST:
+        return replace(stage, kind=KINDS[stage.kind].limit, rho=1.0, fall=1.0)
     if action == "halve":
         return replace(
             stage, rho=max(stage.rho, math.sqrt(stage.rho * good)), fall=math.sqrt(stage.fall)
@@ -352,7 +353,8 @@ class Guard:
 
 def describe(row: Mapping[str, Any]) -> str:
     """One intervention as a line."""
-    where = f"{row['stage']} ({row['kind']}), step {row['step']}"
+    kind = FORMER.get(row["kind"], row["kind"])
+    where = f"{row['stage']} ({kind}), step {row['step']}"
     return f"{where}: {row['reason']}; back to step {row['back_to']}, {DONE[row['action']]}"
 
 
@@ -385,23 +387,8 @@ def _comparable(
     Within such a stage it is the last score alone.
     """
     step = scores[-1][0]
-    ends = [min(s.last, step) for s in stages if _is_plain(s) and s.first < step]
+    ends = [min(s.last, step) for s in stages if KINDS[s.kind].flow_matching and s.first < step]
     return [score for score in scores if score[0] >= max(ends, default=0)]
-
-
-def _steps_back(stage: Stage) -> bool:
-    """Whether the stage takes a finite difference over the interval d."""
-    return identity_of(stage.kind) == "discrete"
-
-
-def _is_plain(stage: Stage) -> bool:
-    """Whether the stage is plain flow matching, without a difference or a derivative."""
-    return identity_of(stage.kind) in ("flow", "trajectory")
-
-
-def _derivative_of(kind: str) -> str:
-    """The kind with a derivative in the place of this kind's difference."""
-    return "guided_jvp" if kind in GUIDED else "jvp"
 
 
 def _best(scores: Sequence[tuple[int, float]]) -> float:

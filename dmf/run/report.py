@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -13,12 +13,14 @@ from dmf.logging import Progress
 from dmf.method import curriculum
 from dmf.method.curriculum import Stage
 from dmf.run import guard
-from dmf.run.context import Context
 from dmf.run.guard import Diverged
 from dmf.run.scoreboard import Boundary
 from dmf.run.workdir import note_change, note_start
 from dmf.state import TrainState
 from dmf.storage import checkpoint
+
+if TYPE_CHECKING:
+    from dmf.run.context import Context
 
 
 class Report:

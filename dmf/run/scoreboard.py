@@ -19,6 +19,7 @@ from dmf.config import Config
 from dmf.logging import JsonLines, TensorBoard
 from dmf.method import curriculum
 from dmf.method.curriculum import Stage
+from dmf.method.objectives import FORMER
 from dmf.storage import checkpoint, paths
 
 FILE = "scores.jsonl"
@@ -52,7 +53,7 @@ class Judge(Protocol):
 
 
 # Makes the judge of a run: (config, training data, network, mesh) -> judge.
-OpenJudge = Callable[[Config, "data.Source", networks.Network, Mesh], Judge]
+OpenJudge = Callable[[Config, data.Source, networks.Network, Mesh], Judge]
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,8 @@ class Scoreboard:
         self._scored_by = judge.scored_by if judge else ""
 
     def rows(self) -> list[Row]:
-        """What scores.jsonl holds."""
-        return self._rows.read()
+        """What scores.jsonl holds, with the names that kinds of stages have today."""
+        return [row | {"kind": FORMER.get(row["kind"], row["kind"])} for row in self._rows.read()]
 
     def resume(self, step: int) -> None:
         """Forgets what was written after `step`."""

@@ -12,7 +12,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
@@ -24,7 +24,6 @@ import jax
 from dmf import processes
 from dmf.config import Config, differences, parse, to_dict
 from dmf.errors import DmfError, short
-from dmf.run import guard, scoreboard
 from dmf.storage import checkpoint, paths
 
 CONFIG, ORIGIN, DATA = "config.json", "origin.json", "data.json"
@@ -96,6 +95,7 @@ def claim(
     about: dict[str, Any],
     fresh: bool,
     allow_change: bool = False,
+    forget: Iterable[str] = (),
 ) -> None:
     """Makes the work directory and ties it to config and data.
 
@@ -105,6 +105,7 @@ def claim(
         fresh: the directory holds no run yet.
         allow_change: takes another config, unless the state on disk does not fit it. The config
             becomes the directory's by `note_change`.
+        forget: files of a run before that a fresh run must not find.
 
     Raises DmfError where the directory holds another run's checkpoints.
     """
@@ -113,7 +114,7 @@ def claim(
         with paths.writing(f"--workdir={workdir}"):
             paths.make(workdir)
             if fresh:
-                for old in (ORIGIN, CHANGES, guard.FILE, scoreboard.FILE):
+                for old in (ORIGIN, CHANGES, *forget):
                     (workdir / old).unlink(missing_ok=True)
                 for file, values in (
                     (workdir / ORIGIN, origin),

@@ -115,8 +115,8 @@ def test_inception_features_are_the_same_bits_on_one_device_and_on_eight(incepti
 
 def test_several_emas_and_steps_in_one_run_and_no_row_twice(place, setting, tmp_path, monkeypatch):
     out, calls = str(tmp_path / "out.json"), []
-    whole = results.accumulate
-    monkeypatch.setattr(results, "accumulate", lambda *a: calls.append(a) or whole(*a))
+    whole = judge.accumulate
+    monkeypatch.setattr(judge, "accumulate", lambda *a: calls.append(a) or whole(*a))
     first = scoring.score_checkpoint(place / "run", setting, [1], [0.0, 50.0], out=out)
     again = scoring.score_checkpoint(place / "run", setting, [1, 2], [0.0, 800.0], out=out)
     assert len(calls) == 2 + 3 and again[:2] == first
@@ -210,11 +210,11 @@ def test_interrupted_sums_go_on_to_identical_scores(tmp_path, monkeypatch, shuff
     now = Totals(protocol, 100, folder)
     now.restore()
     assert now.scores(reference) == scores
-    with pytest.raises(DmfError, match="100 samples: expected all 120|cannot be gone on from"):
+    with pytest.raises(DmfError, match="100 samples: expected all 120|cannot be continued"):
         other = Totals(protocol, 120, folder)
         other.restore()
     (folder / totals.STATE).write_bytes((folder / totals.STATE).read_bytes()[:1000])
-    with pytest.raises(DmfError, match="cannot be gone on from"):
+    with pytest.raises(DmfError, match="cannot be continued"):
         Totals(protocol, 100, folder).restore()
 
 

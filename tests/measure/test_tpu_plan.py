@@ -258,7 +258,8 @@ def test_an_unknown_topology_is_refused_with_those_that_are_known(name):
 
 def test_what_the_compiler_says_of_too_much_memory():
     temporaries = (
-        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (57.30G) exceeds "
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (57.30G) exceeds "
         "available HBM (15.75G)."
     )
     assert tpu_plan.verdict(temporaries) == {

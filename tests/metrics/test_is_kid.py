@@ -32,7 +32,8 @@ def torch_fidelity():
     """Imports a module of torch-fidelity, on machines too whose torchvision has no compiled operators."""
     if any(importlib.util.find_spec(name) is None for name in ("torch", "torch_fidelity")):
         pytest.skip(
-            "torch-fidelity is not installed: nothing to compare with (its stored values are still checked)"
+            "torch-fidelity is not installed: "
+            "nothing to compare with (its stored values are still checked)"
         )
     import torch
 

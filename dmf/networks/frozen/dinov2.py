@@ -160,7 +160,8 @@ def build_dinov2(config: DinoConfig) -> Dino:
     """Build the network; raises DmfError for a config of another kind, or naming the field that cannot be."""
     if not isinstance(config, DinoConfig) or config.kind != "dinov2":
         raise DmfError(
-            f"config.kind is {config.kind!r} in a {type(config).__name__}; expected 'dinov2', DinoConfig."
+            f"config.kind is {config.kind!r} in a {type(config).__name__}; "
+            "expected 'dinov2', DinoConfig."
         )
     for field in ("depth", "width", "heads", "patch", "grid"):
         layers.check_positive(f"config.{field}", getattr(config, field))
@@ -180,7 +181,8 @@ def build_dinov2(config: DinoConfig) -> Dino:
     def apply(params: dict[str, Any], x: jax.Array) -> jax.Array:
         if x.ndim != 4 or x.shape[1:] != shape:
             raise DmfError(
-                f"x has shape {x.shape}; expected (B, {', '.join(map(str, shape))}), resized and normalised."
+                f"x has shape {x.shape}; expected (B, {', '.join(map(str, shape))}), resized and "
+                "normalised."
             )
         with jax.default_matmul_precision(
             "highest"

@@ -260,7 +260,8 @@ def build_inception(config: InceptionConfig) -> Inception:
     """Build the network; raises DmfError for a config of another kind."""
     if not isinstance(config, InceptionConfig) or config.kind != "inception":
         raise DmfError(
-            f"config.kind is {config.kind!r} in a {type(config).__name__}; expected 'inception', InceptionConfig."
+            f"config.kind is {config.kind!r} in a {type(config).__name__}; "
+            "expected 'inception', InceptionConfig."
         )
     module = InceptionNetwork()
     shape = (SIZE, SIZE, 3)
@@ -271,7 +272,8 @@ def build_inception(config: InceptionConfig) -> Inception:
     def apply(params: dict[str, Any], x: jax.Array) -> Features:
         if x.ndim != 4 or x.shape[1:] != shape:
             raise DmfError(
-                f"x has shape {x.shape}; expected (B, {', '.join(map(str, shape))}), resized and scaled."
+                f"x has shape {x.shape}; expected (B, {', '.join(map(str, shape))}), resized and "
+                "scaled."
             )
         return Features(*module.apply({"params": params}, x.astype(jnp.float32)))
 

@@ -286,7 +286,8 @@ def build_vae(config: VAEConfig, dtype: Any = jnp.float32) -> VAE:
     def encode(params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         if config.part != "both":
             raise DmfError(
-                f"VAEConfig.part is {config.part!r}: there is no encoder; expected 'both' for encode."
+                f"VAEConfig.part is {config.part!r}: there is no encoder; "
+                "expected 'both' for encode."
             )
         _check_input("x", x, config.image_channels, config.factor)
         moments: Any = module.apply({"params": params}, x, method="encode")
@@ -310,7 +311,8 @@ def _check(config: VAEConfig) -> None:
         layers.check_positive("VAEConfig.channels", width)
         if width % config.groups:
             raise DmfError(
-                f"VAEConfig.channels has a level of {width}; expected a multiple of groups, {config.groups}."
+                f"VAEConfig.channels has a level of {width}; "
+                f"expected a multiple of groups, {config.groups}."
             )
     if not isinstance(config.scale, int | float) or not config.scale > 0:
         raise DmfError(f"VAEConfig.scale is {config.scale!r}; expected a number above 0.")
