@@ -53,7 +53,7 @@ def made(devices=1, **changes):
     )
 
 
-@pytest.mark.parametrize("kind", ["trajectory", "discrete", "jvp"])
+@pytest.mark.parametrize("kind", ["all_pairs", "discrete", "jvp"])
 def test_one_device_and_eight_see_the_same(kind):
     found = []
     for devices, mesh in ((1, {}), (8, dict(fsdp=8))):
@@ -72,11 +72,11 @@ def test_one_row_gone_astray_moves_the_mean_and_not_the_median():
     even, law = look.drawn
     u = setup.network.apply(now.params, *even[:3], label=even.label)
     squares = np.mean(np.square(u - even.v), axis=(1, 2, 3))
-    found = look("trajectory", now.params, 1.0)
+    found = look("all_pairs", now.params, 1.0)
     assert found["residual_pairs"] == pytest.approx(squares.mean(), rel=1e-4)
     assert found["residual_median"] == pytest.approx(np.median(squares), rel=1e-4)
     look.drawn = even._replace(v=even.v.at[0].multiply(100.0)), law
-    moved = look("trajectory", now.params, 1.0)
+    moved = look("all_pairs", now.params, 1.0)
     assert (
         moved["residual_pairs"] > 100 * found["residual_pairs"]
         and moved["residual_median"] < 1.5 * found["residual_median"]
