@@ -65,7 +65,7 @@ def test_every_config_file_is_complete_valid_and_survives_the_round_trip(name, v
 
 def test_the_papers_curriculum_on_cifar():
     stages = config.check(config.parse(load("cifar10")), 10, 50_000)
-    assert [s.kind for s in stages] == ["trajectory", *["discrete"] * 8, "jvp"]
+    assert [s.kind for s in stages] == ["all_pairs", *["discrete"] * 8, "jvp"]
     assert {s.steps for s in stages} == {9600} and stages[8].rho == 1 / 256
     flow = config.check(config.parse(load("cifar10_flow")), 10, 50_000)
     assert [(s.kind, s.steps) for s in flow] == [("flow", 96_000)]
@@ -75,7 +75,7 @@ def test_the_papers_curriculum_on_cifar():
 
 def test_the_papers_curriculum_on_imagenet():
     stages = config.check(config.parse(load("imagenet256")), 1000, 1_281_167)
-    assert [s.kind for s in stages] == ["trajectory", *["discrete"] * 4, "jvp"]
+    assert [s.kind for s in stages] == ["all_pairs", *["discrete"] * 4, "jvp"]
     assert stages[-1].last == 48 * 1251 and stages[4].rho == 1 / 16
 
 
