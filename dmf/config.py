@@ -1,8 +1,8 @@
 """The run as data: one typed tree of values, made from a config file and flags, and checked.
 
-`complete`   what a config file returns: a ConfigDict with every field, each of which is a flag
-`parse`      ConfigDict or stored JSON to a `Config`; every field by itself is checked
-`check`      the fields against each other, the data and the network, before memory is allocated
+- `complete`: what a config file returns, a ConfigDict with every field; each field is a flag.
+- `parse`: from a ConfigDict or stored JSON to a `Config`. It checks every field by itself.
+- `check`: the fields against each other, the data and the network, before memory is allocated.
 
 Each error names the key, the value and what was expected.
 """
@@ -57,10 +57,10 @@ class PrecisionConfig:
 class AttentionConfig:
     """Attention kernel per kind of stage (`dmf.networks.attention`).
 
-    xla      stores all N x N weights of N tokens
-    chunked  the same numbers up to rounding; memory grows linearly with N
-    cudnn    NVIDIA's fused kernel, in bfloat16
-    flash    Pallas' kernel on TPUs
+    - xla: stores all N x N weights of N tokens.
+    - chunked: the same numbers up to rounding; memory grows linearly with N.
+    - cudnn: NVIDIA's fused kernel, in bfloat16.
+    - flash: Pallas' kernel on TPUs.
 
     A guided kind takes the kernel of the kind that it guides. Only the first two have a forward
     mode, which jvp needs.
