@@ -21,12 +21,12 @@ from dmf import fields
 from dmf.data import DataConfig
 from dmf.errors import DmfError
 from dmf.fields import ABOVE_1, INF, choice, limited
-from dmf.method import guidance, objectives
-from dmf.method.curriculum import GUIDED, CurriculumConfig, Stage, build_stages, identity_of
+from dmf.method import guidance, velocity
+from dmf.method.curriculum import CurriculumConfig, Stage, build_stages
 from dmf.method.flow import TimeLaw
 from dmf.method.guidance import GuidanceConfig
-from dmf.method.objectives import LossConfig
-from dmf.method.samplers import SAMPLERS
+from dmf.method.objectives import GUIDED, KINDS, LAST, LossConfig
+from dmf.method.samplers import IN_PROGRAM
 from dmf.networks import ADMConfig, DiTConfig, MLPConfig, UNetConfig, attention
 from dmf.optim import EMAConfig, OptimizerConfig
 from dmf.sharding import MeshConfig
@@ -36,40 +36,37 @@ DTYPES = ("float32", "bfloat16")
 REMATS = ("none", "blocks", "dots")
 PRECISIONS = ("default", "high", "highest")
 KERNELS = tuple(attention.KERNELS)
-GUARD_ACTIONS = ("off", "stop", "jvp", "halve", "floor", "rate")
+GUARD_ACTIONS = ("off", "stop", LAST, "halve", "floor", "rate")
 
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """Matmul precision (jax.default_matmul_precision) per kind of stage.
+    """Matmul precision (jax.default_matmul_precision) by the arithmetic of a kind of stage.
 
-    Only accelerators tell the values apart. A guided kind takes the precision of the kind that it
-    guides. Differences of nearby outputs and tangents need "highest"; flow matching does not.
+    `dmf.method.objectives.KINDS` says which kind needs which. Only accelerators tell the values
+    apart. Differences of nearby outputs and tangents need "highest"; flow matching does not.
     """
 
-    flow: str = choice("high", PRECISIONS)  # * of pretraining
-    trajectory: str = choice("high", PRECISIONS)  # * of stage 0
-    discrete: str = choice("highest", PRECISIONS)  # * of the finite-difference stages
-    jvp: str = choice("highest", PRECISIONS)  # * of the exact derivative's
+    plain: str = choice("high", PRECISIONS)  # * of flow matching
+    difference: str = choice("highest", PRECISIONS)  # * of finite differences
+    derivative: str = choice("highest", PRECISIONS)  # * of the exact derivative
 
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Attention kernel per kind of stage (`dmf.networks.attention`).
+    """Attention kernel by the arithmetic of a kind of stage (`dmf.networks.attention`).
 
     - xla: stores all N x N weights of N tokens.
     - chunked: the same numbers up to rounding; memory grows linearly with N.
     - cudnn: NVIDIA's fused kernel, in bfloat16.
     - flash: Pallas' kernel on TPUs.
 
-    A guided kind takes the kernel of the kind that it guides. Only the first two have a forward
-    mode, which jvp needs.
+    Only the first two have a forward mode, which the derivative needs.
     """
 
-    flow: str = choice("xla", KERNELS)  # of pretraining
-    trajectory: str = choice("xla", KERNELS)  # of stage 0
-    discrete: str = choice("xla", KERNELS)  # of the finite-difference stages
-    jvp: str = choice("xla", attention.HAS_JVP)  # of the exact derivative, which needs forward mode
+    plain: str = choice("xla", KERNELS)  # of flow matching
+    difference: str = choice("xla", KERNELS)  # of finite differences
+    derivative: str = choice("xla", attention.HAS_JVP)  # of the exact derivative
 
 
 @dataclass(frozen=True)
@@ -118,7 +115,7 @@ class RunConfig:
     reference: str = ""  # the protocol's reference statistics
     vae: str = ""  # converted autoencoder that makes images of latents, for scores and pictures
     # of scores and pictures; euler and heun follow u(z, t, t), for flow models
-    sampler: str = choice("few_step", SAMPLERS)
+    sampler: str = choice("few_step", IN_PROGRAM)
     tensorboard: bool = True  # write event files where tensorflow and tensorboard are installed
 
 
@@ -195,7 +192,7 @@ def check(config: Config, num_classes: int, dataset_size: int) -> tuple[Stage, .
     """
     _check_run(config, dataset_size)
     _check_labels(config, num_classes)
-    extra = guidance.passes(config.guidance), objectives.passes(config.loss)
+    extra = guidance.passes(config.guidance), velocity.passes(config.loss.tangent)
     stages = build_stages(config.curriculum, config.batch_size, dataset_size, *extra)
     _check_kinds(config, stages)
     _check_guidance(config, stages)
@@ -292,24 +289,23 @@ def _check_labels(config: Config, num_classes: int) -> None:
 
 def _check_kinds(config: Config, stages: tuple[Stage, ...]) -> None:
     """Attention kernels and the share of rows with r < t, as the kinds of stages need them."""
-    kinds = {identity_of(s.kind): s.kind for s in stages}
-    for kind in kinds:
-        if getattr(config.attention, kind) == "cudnn" and config.compute_dtype != "bfloat16":
+    for sort in {KINDS[s.kind].arithmetic for s in stages}:
+        if getattr(config.attention, sort) == "cudnn" and config.compute_dtype != "bfloat16":
             raise DmfError(
-                f"config.attention.{kind} = 'cudnn', a kernel of half precision: expected "
+                f"config.attention.{sort} = 'cudnn', a kernel of half precision: expected "
                 f"config.compute_dtype = bfloat16, got {config.compute_dtype}"
             )
-    for kind in ("discrete", "jvp"):
-        if kind in kinds and not config.times.r_neq_t_fraction:
+    for stage in stages:
+        if KINDS[stage.kind].extra and not config.times.r_neq_t_fraction:
             raise DmfError(
                 "config.times.r_neq_t_fraction = 0: expected a positive share, as a "
-                f"{kinds[kind]} stage learns from rows with r < t"
+                f"{stage.kind} stage learns from rows with r < t"
             )
 
 
 def _check_guidance(config: Config, stages: tuple[Stage, ...]) -> None:
     """Guidance and guided stages belong together; both need classes and dropped labels."""
-    given, kinds = config.guidance, [s.kind for s in stages if s.kind in GUIDED]
+    given, kinds = config.guidance, [s.kind for s in stages if KINDS[s.kind].guided]
     if not kinds:
         for f in dataclasses.fields(GuidanceConfig):
             if getattr(given, f.name) != f.default:
@@ -332,7 +328,8 @@ def _check_guidance(config: Config, stages: tuple[Stage, ...]) -> None:
     if given.omega == 1 and not given.kappa:
         raise DmfError(
             "config.guidance.omega = 1 with kappa = 0: expected other values, as this guides "
-            f"nothing: a {kinds[0]} stage would be a {identity_of(kinds[0])} stage that costs more"
+            f"nothing: a {kinds[0]} stage would be a {KINDS[kinds[0]].unguided} stage that costs "
+            "more"
         )
     if given.t_start >= given.t_end:
         raise DmfError(

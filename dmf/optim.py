@@ -1,39 +1,38 @@
-"""Optimiser, learning rate and EMAs, each a pure function of the step number.
+"""Optimiser, learning rate and EMA decays, each a pure function of the step number.
 
-The learning rate and the EMA decays are computed outside the jitted step and handed in as traced numbers, so that a stage
-switch, a warm-up or an EMA ramp compiles nothing and a resumed run needs no scheduler state.
+Rate and decays are computed outside the jitted step and come in as traced numbers.
+Hence a stage switch, a warm-up or an EMA ramp compiles nothing, and no scheduler has a state.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from dmf.errors import DmfError
 from dmf.fields import BELOW_1, INF, LEAST, limited
 from dmf.method.curriculum import CurriculumConfig, Stage, extent, stage_at
 
-Array = jax.Array
-
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Adam. The paper's values are unknown; each config says whose recipe its numbers are.
+    """The optimiser. The paper's values are unknown; each config says whose recipe its numbers are.
 
-    The pretrain_* fields hold for a "flow" stage before the curriculum; *_decay_fraction: share of the phase at its end over
-    which the rate falls linearly to zero (0 = constant).
+    The pretrain_* fields are for a flow stage before the curriculum. *_decay_fraction is the
+    share of a phase, at its end, over which the rate falls linearly to zero; 0 = constant.
     """
 
+    name: str = "adam"  # a row of OPTIMIZERS
     learning_rate: float = limited(6e-4, LEAST, INF)  # * of the curriculum, after its warm-up
     # * steps of the curriculum over which the rate rises linearly
     warmup_steps: int = limited(9600, 0, INF)
     # * share of the curriculum, at its end, over which the rate falls linearly to zero
     decay_fraction: float = limited(0.0, 0, 1)
-    # * the same three for a "flow" stage before the curriculum
+    # * the same three for a flow stage before the curriculum
     pretrain_learning_rate: float = limited(6e-4, LEAST, INF)
     pretrain_warmup_steps: int = limited(9600, 0, INF)  # * as warmup_steps
     pretrain_decay_fraction: float = limited(0.0, 0, 1)  # * as decay_fraction
@@ -48,8 +47,9 @@ class OptimizerConfig:
 class EMAConfig:
     """Exponential moving averages of the weights, all kept at once.
 
-    A decay b per step of B images is the half-life B ln(1/2) / ln(b) images. rampup_ratio: the half-life never exceeds this
-    share of the images seen since the last reset, so that a young average does not hold the start (0 = no ramp).
+    A decay b per step of B images is the half-life B ln(1/2) / ln(b) images.
+    rampup_ratio bounds the half-life by this share of the images seen since the last reset.
+    A young average then forgets the start; 0 = no bound.
     """
 
     # * one average each
@@ -73,9 +73,24 @@ class EMAConfig:
         return self.halflife_images.index(self.evaluate)
 
 
+def adam(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Adam (arXiv 1412.6980) without its learning rate."""
+    return optax.scale_by_adam(config.b1, config.b2, config.eps)
+
+
+OPTIMIZERS: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {"adam": adam}
+
+
 def build(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Gradient -> direction; the step multiplies by minus the learning rate."""
-    parts = [optax.scale_by_adam(config.b1, config.b2, config.eps)]
+    """Gradient -> direction; the step multiplies by minus the learning rate.
+
+    Raises DmfError for an unknown name.
+    """
+    if config.name not in OPTIMIZERS:
+        raise DmfError(
+            f"config.optimizer.name = {config.name!r}: expected one of {', '.join(OPTIMIZERS)}"
+        )
+    parts = [OPTIMIZERS[config.name](config)]
     if config.clip_norm:
         parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
     if config.weight_decay:
@@ -84,7 +99,7 @@ def build(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _decays(params: Any) -> Any:
-    """False for a network's fixed frequencies, which no gradient would bring back."""
+    """False for a network's fixed frequencies, which no gradient would restore."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1:] != (jax.tree_util.DictKey("freqs"),), params
     )
@@ -93,26 +108,20 @@ def _decays(params: Any) -> Any:
 def learning_rate(
     step: int, stages: tuple[Stage, ...], curriculum: CurriculumConfig, config: OptimizerConfig
 ) -> float:
-    """The rate of a step (0-based): warm-up and decay of its phase, times its stage's factor and switch warm-up."""
+    """The rate of a step (0-based): warm-up and decay of its phase, times its stage's factors.
+
+    A stage's factors are its own rate, its learning rate and the warm-up after its switch.
+    """
     stage = stage_at(stages, step)
     began, ended = extent(stages, stage.index)
     if stage.index < 0:
-        phase = (
-            began,
-            ended,
-            config.pretrain_learning_rate,
-            config.pretrain_warmup_steps,
-            config.pretrain_decay_fraction,
-        )
+        first, last = began, ended
+        rate, warmup = config.pretrain_learning_rate, config.pretrain_warmup_steps
+        decay = config.pretrain_decay_fraction
     else:
-        phase = (
-            extent(stages, 0)[0],
-            stages[-1].last,
-            config.learning_rate,
-            config.warmup_steps,
-            config.decay_fraction,
-        )
-    first, last, rate, warmup, decay = phase
+        first, last = extent(stages, 0)[0], stages[-1].last
+        rate, warmup = config.learning_rate, config.warmup_steps
+        decay = config.decay_fraction
     rate *= _ramp(step - first + 1, warmup)
     if decay:
         rate *= min(1.0, (last - step) / max(1.0, decay * (last - first)))
@@ -130,25 +139,16 @@ def ema_decays(
     config: EMAConfig,
     batch_size: int,
 ) -> tuple[float, ...]:
-    """Decay of every EMA at a step: .5 ** (batch / half-life), the half-life ramped since the last reset."""
+    """Decay of every EMA at a step: .5 ** (batch / half-life).
+
+    The half-life is bounded by the images seen since the last reset, see `EMAConfig`.
+    """
     stage = stage_at(stages, step)
     kept = stage.index > 0 and curriculum.switch_ema == "keep"
     since, _ = extent(stages, 0 if kept else stage.index)
     images = (step - since + 1) * batch_size
     limit = config.rampup_ratio * images if config.rampup_ratio else float("inf")
     return tuple(0.5 ** (batch_size / min(halflife, limit)) for halflife in config.halflife_images)
-
-
-def update_ema(ema: Any, params: Any, decay: Array) -> Any:
-    """decay * ema + (1 - decay) * params, written as a correction so that equal weights stay equal bit for bit."""
-    return jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), ema, params)
-
-
-def global_norm(tree: Any) -> tuple[Array, Array]:
-    """(norm over all leaves, index of the first leaf that is not finite or -1), both scalars."""
-    squares = jnp.stack([jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree)])
-    bad = ~jnp.isfinite(squares)
-    return jnp.sqrt(jnp.sum(squares)), jnp.where(jnp.any(bad), jnp.argmax(bad), -1)
 
 
 def _ramp(count: int, steps: int) -> float:

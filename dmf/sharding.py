@@ -1,8 +1,8 @@
 """Where arrays live: the device mesh and the placement of state and batch.
 
-Two axes over all devices, "replica" and "fsdp". Rows are split over both. Parameters, optimiser state and EMAs are whole on
-every replica; within one, those that are large enough are split over its "fsdp" devices, which gather the weights for a step.
-Nothing outside this file names an axis.
+The devices form two axes, "replica" and "fsdp". Rows are split over both.
+Every replica holds all parameters, optimiser state and EMAs. Within a replica, large arrays are
+split over its "fsdp" devices, which gather the weights for a step. No other file names an axis.
 """
 
 from __future__ import annotations
@@ -21,14 +21,13 @@ from dmf.errors import DmfError
 from dmf.fields import INF, limited
 
 ROWS = ("replica", "fsdp")
-SMALLEST = (
-    2**14
-)  # numbers in an array that is worth splitting: gathering less costs more time than memory is won
+# Numbers in an array that is worth splitting. Gathering less costs more time than memory is saved.
+SMALLEST = 2**14
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """The devices as replica x fsdp; 0 stands for all that the other leaves."""
+    """The devices as replica x fsdp; 0 takes all devices that the other leaves."""
 
     replica: int = limited(0, 0, INF)  # copies of the state; rows are split over them
     # devices that share one copy of parameters, optimiser state and EMAs; 1 = a copy on each
@@ -38,9 +37,10 @@ class MeshConfig:
 def make_mesh(
     config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """The mesh over the given devices, by default all. Axes are Auto: Explicit ones reject ordinary networks' reshapes.
+    """The mesh over the given devices, by default all.
 
-    Raises DmfError where the devices do not come out.
+    Axes are Auto, because Explicit axes reject the reshapes of ordinary networks.
+    Raises DmfError where replica x fsdp is not the number of devices.
     """
     devices = devices if devices is not None else jax.devices()
     count = len(devices)
@@ -48,8 +48,8 @@ def make_mesh(
     replica = config.replica or count // max(fsdp, 1)
     if replica * fsdp != count:
         raise DmfError(
-            f"config.mesh.replica = {config.replica} x config.mesh.fsdp = {config.fsdp}: expected factors of the {count} "
-            "devices, 0 for all that the other leaves"
+            f"config.mesh.replica = {config.replica} x config.mesh.fsdp = {config.fsdp}: "
+            f"expected factors of the {count} devices, 0 for all that the other leaves"
         )
     return jax.make_mesh((replica, fsdp), ROWS, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
@@ -65,9 +65,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def placed(mesh: Mesh, tree: Any) -> Any:
-    """Where each leaf of a state belongs, a tree of shardings: split over "fsdp" along its largest axis that divides, or whole.
+    """Where each leaf of a state belongs, a tree of shardings.
 
-    tree: arrays, or their shapes and dtypes. Leaves of fewer than `SMALLEST` numbers stay whole.
+    A leaf is split over "fsdp" along its largest axis that divides, or stays whole. Leaves of
+    fewer than `SMALLEST` numbers stay whole. tree: arrays, or their shapes and dtypes.
     """
     fsdp = mesh.shape["fsdp"]
 
@@ -99,21 +100,25 @@ def check_batch(mesh: Mesh, batch_size: int) -> None:
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """Positions in the global batch, ascending, of the rows that live on this process's devices."""
+    """Positions in the global batch, ascending, of the rows on this process's devices."""
     owned = rows(mesh).addressable_devices_indices_map((batch_size,)).values()
     return np.sort(np.concatenate([np.arange(batch_size)[index] for index in owned]))
 
 
 def put_rows(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This process's rows, as `local_rows` orders them -> global arrays split by rows; only local devices are written."""
+    """This process's rows, in the order of `local_rows`, as global arrays split by rows.
+
+    Each process writes its own devices only.
+    """
     return {k: jax.make_array_from_process_local_data(rows(mesh), v) for k, v in batch.items()}
 
 
 def compiler_options(mesh: Mesh) -> dict[str, Any]:
-    """What `jax.jit` is given with every program for these devices.
+    """The compiler options of every program for these devices.
 
-    On a CPU, where jax knows the option: no fusions of its YNN library. They make a small network's step half as long again, a
-    larger one's no shorter with a quarter more temporary memory, and loading a kept program twice as long.
+    On a CPU they switch off fusions of the YNN library, where this jax knows the option.
+    These fusions make a small network's step 1.5 times as long. They do not speed up a larger
+    network, and take a quarter more temporary memory. Loading a kept program takes twice as long.
     """
     return _plain_fusions(mesh.devices.flat[0]) if mesh.devices.flat[0].platform == "cpu" else {}
 
@@ -132,11 +137,11 @@ def _plain_fusions(cpu: jax.Device) -> dict[str, Any]:
 def per_device(
     mesh: Mesh, function: Callable[..., Any], options: dict[str, Any] | None = None
 ) -> Callable[..., Any]:
-    """Jits `function(whole, rows) -> rows` so that each device runs it on its own rows, and no other.
+    """Jits `function(whole, rows) -> rows` so that each device runs it on its own rows only.
 
-    Every device runs one and the same program on the same number of rows, whatever the number of devices: with rows given in
-    equal pieces per device, the results are the same bits on one device and on many. whole, rows: any trees of arrays.
-    options: as `jax.jit` takes them with its compiler_options, besides those of every program.
+    All devices run the same program on the same number of rows. With equal pieces per device, one
+    device and many give the same bits. whole, rows: any trees of arrays.
+    options: compiler_options of `jax.jit`, added to the options of every program.
     """
     cut = PartitionSpec(ROWS)
     split = jax.shard_map(
@@ -146,21 +151,27 @@ def per_device(
 
 
 def on_rows(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` of arrays with a row axis first, as each device's own call: for kernels that XLA cannot split by itself."""
+    """`function` of arrays with a row axis first, as a call per device on its own rows.
+
+    XLA cannot split some kernels by itself.
+    """
     cut = PartitionSpec(ROWS)
     return jax.shard_map(function, mesh=mesh, in_specs=cut, out_specs=cut, check_vma=False)
 
 
 def in_pieces(mesh: Mesh, count: int, rows_per_device: int) -> list[slice]:
-    """The slices of `count` rows that are put on the devices together, `rows_per_device` on each; the last may be short."""
+    """The slices of `count` rows that go to the devices together, `rows_per_device` on each.
+
+    The last slice may be short.
+    """
     size = rows_per_device * mesh.devices.size
     return [slice(first, min(first + size, count)) for first in range(0, count, size)]
 
 
 def put_padded(mesh: Mesh, rows_per_device: int, tree: Any) -> Any:
-    """Rows of NumPy arrays, at most `rows_per_device` a device, padded with copies of the last to exactly so many.
+    """Rows of NumPy arrays on the devices, exactly `rows_per_device` on each.
 
-    Every process gives all rows, and puts those of its own devices.
+    Copies of the last row fill up the rest. Every process gives all rows and puts its own.
     """
     size, place = rows_per_device * mesh.devices.size, rows(mesh)
 
@@ -183,11 +194,6 @@ def _gather_all(mesh: Mesh) -> Callable[[Any], Any]:
     return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
 
 
-def constrain_rows(mesh: Mesh, tree: Any, axis: int = 0) -> Any:
-    """Inside jit: every leaf is split by rows along `axis`."""
-    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, rows(mesh, axis)), tree)
-
-
 def whole(mesh: Mesh, tree: Any) -> Any:
     """Inside jit: weights placed by `placed`, gathered for rows to be evaluated with."""
     return (
@@ -198,10 +204,11 @@ def whole(mesh: Mesh, tree: Any) -> Any:
 
 
 def gradient(mesh: Mesh, loss: Callable[..., Any]) -> Callable[..., Any]:
-    """`jax.grad(loss, has_aux=True)` of parameters placed by `placed`; the gradient is placed like them.
+    """`jax.grad(loss, has_aux=True)` of parameters placed by `placed`.
 
-    Split weights are gathered for the step, in half precision where the network casts them to it, and each device keeps the
-    sum of its own part of the gradient. (Left to itself, XLA would rather gather the rows' activations.)
+    The gradient is placed like the parameters. Split weights are gathered for the step, in half
+    precision where the network casts them to it. Each device keeps the sum of its own part of the
+    gradient. XLA by itself would gather the activations of the rows.
     """
     if mesh.shape["fsdp"] == 1:
         return jax.grad(loss, has_aux=True)

@@ -19,8 +19,9 @@ Params = Any
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """All that a step changes. step: () int32, steps done; ema: one tree like params per configured half-life.
+    """All that a step changes.
 
+    step: () int32, steps done. ema: one tree like params per configured half-life.
     intervals: the table of `dmf.method.intervals`, () where the curriculum has none.
     """
 
@@ -34,8 +35,12 @@ class TrainState:
 def create(
     params: Params, optimizer: optax.GradientTransformation, ema: EMAConfig, interval: str = ""
 ) -> TrainState:
-    """The state before the first step; every EMA starts at the weights, and the table of an adaptive interval empty."""
-    table = intervals.empty() if interval == "adaptive" else ()
+    """The state before the first step.
+
+    Every EMA starts at the weights. interval: a rule of `dmf.method.intervals`; the adaptive one
+    starts with an empty table.
+    """
+    table = intervals.empty() if interval == intervals.ADAPTIVE else ()
     return TrainState(
         jnp.zeros((), jnp.int32), params, optimizer.init(params), _copies(params, ema), table
     )
@@ -61,8 +66,9 @@ def switch(
 ) -> TrainState:
     """The state as the stage after `before` starts.
 
-    After pretraining the run goes on as if the flow model had been loaded from its file: from the evaluated weights, with a
-    fresh optimiser and fresh EMAs. Between curriculum stages the config decides what is kept.
+    After pretraining the run goes on as if it had loaded the flow model from a file. It takes the
+    evaluated weights, a fresh optimiser and fresh EMAs.
+    Between curriculum stages the config decides what is kept.
     """
     handover = before.index < 0
     if handover:

@@ -1,16 +1,18 @@
-"""One training step: draw (z, r, t, v), evaluate the stage's residual, weigh it, take the gradient, move weights and EMAs.
+"""One training step: draw rows, evaluate the stage's residual, weigh it, move weights and averages.
 
-    batch x -> augment -> flow.draw_times, flow.interpolate -> objectives.OBJECTIVES[kind] -> weighted_loss -> Adam -> EMAs
+    draw_rows        batch -> z, r, t, v             method/flow.py
+    stage_residuals  rows -> residual of the kind    method/objectives.py, method/intervals.py
+    stage_loss       residual -> weighted loss       method/weights.py
+    make_train_step  gradient -> optimiser -> EMAs
 
-In a guided stage v is replaced by `guidance.guided_velocity` before the objective sees it, and nothing else differs.
-`make_train_step` gives one jitted, donated, sharded program per kind of stage. All that changes from step to step or from
-stage to stage within a kind comes in as traced numbers (`Scalars`); all randomness comes from one key, the step number and
-a named purpose.
+The network enters as `apply(params, z, r, t, ...)` alone. Guided kinds replace v first.
+There is one jitted program per kind of stage. Numbers that change from step to step come in as
+traced `Scalars`. All randomness comes from one key, the step number and a named purpose.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,11 +26,12 @@ from dmf import networks, optim, sharding
 from dmf.config import Config
 from dmf.data import augment
 from dmf.errors import DmfError
-from dmf.method import curriculum, flow, intervals, objectives
-from dmf.method.curriculum import GUIDED, Stage, identity_of, rho_at
-from dmf.method.flow import Rows, RowSplit
+from dmf.method import curriculum, flow, intervals, objectives, velocity, weights
+from dmf.method.curriculum import Stage
+from dmf.method.flow import Condition, Rows, RowSplit
 from dmf.method.guidance import guided_velocity
-from dmf.networks import Execution, Network, attention, is_interval_path
+from dmf.method.objectives import KINDS
+from dmf.networks import Execution, Network, attention
 from dmf.state import TrainState
 
 Array = jax.Array
@@ -37,29 +40,40 @@ PURPOSES = ("flip", "augment", "label", "noise", "times", "network", "latent")
 
 
 class Scalars(NamedTuple):
-    """What a step is told from outside: rho, learning rate, one decay per EMA, the seed: no program depends on them."""
+    """The numbers that a step is told. No program depends on their values.
+
+    rho: of the interval. learning_rate, ema_decays: of the step, one decay per average.
+    seed: of the run. progress: share of the curriculum that is done, in [0, 1].
+    """
 
     rho: np.float32 | Array
     learning_rate: np.float32 | Array
     ema_decays: np.ndarray | Array
     seed: np.uint32 | Array
+    progress: np.float32 | Array = np.float32(0)
 
 
 def step_scalars(step: int, stage: Stage, stages: tuple[Stage, ...], config: Config) -> Scalars:
-    """The traced numbers of a step, in float32 but for the seed."""
+    """The traced numbers of a step, all float32 except the seed."""
     rate = optim.learning_rate(step, stages, config.curriculum, config.optimizer)
     decays = optim.ema_decays(step, stages, config.curriculum, config.ema, config.batch_size)
-    rho, seed = np.float32(rho_at(stage, step)), np.uint32(config.seed)
-    return Scalars(rho, np.float32(rate), np.asarray(decays, np.float32), seed)
+    return Scalars(
+        np.float32(curriculum.rho_at(stage, step)),
+        np.float32(rate),
+        np.asarray(decays, np.float32),
+        np.uint32(config.seed),
+        np.float32(curriculum.progress_at(stages, step)),
+    )
 
 
 def network_for(kind: str, config: Config, image_shape: tuple[int, ...], mesh: Mesh) -> Network:
-    """The network as a kind of stage computes it: with the attention kernel of its identity, remat and scan."""
-    name, platform = getattr(config.attention, identity_of(kind)), mesh.devices.flat[0].platform
+    """The network as a kind of stage computes it: attention kernel, remat and scan."""
+    field = KINDS[kind].arithmetic
+    name, platform = getattr(config.attention, field), mesh.devices.flat[0].platform
     wanted = attention.PLATFORMS.get(name, platform)
     if platform != wanted:
         raise DmfError(
-            f"config.attention.{identity_of(kind)} = {name!r}: expected a {wanted}, found a {platform}"
+            f"config.attention.{field} = {name!r}: expected a {wanted}, found a {platform}"
         )
     kernel = attention.KERNELS[name]
     attend = sharding.on_rows(mesh, kernel) if name in attention.PLATFORMS else kernel
@@ -75,63 +89,53 @@ def make_train_step(
     mesh: Mesh,
     place: Any,
 ) -> jax.stages.Wrapped:
-    """The jitted step of one kind of stage: (state, batch, scalars) -> (state, metrics). The given state is consumed.
+    """The jitted step of a kind: (state, batch, scalars) -> (state, metrics).
 
-    batch: x (B, H, W, C) float32 in [-1, 1] and label (B,) int32, rows split over the mesh; of encoded images also std, shaped
-    as x. place: where the state lives, from `sharding.placed`.
-    metrics: scalars. loss (weighted), squares_border and squares_pairs (mean sum of squares of the rows with r = t and with
-    r < t), change (|u - u'| / |u|), interval (mean a where it is adaptive), grad_norm before clipping, nonfinite_leaf (index in
-    jax.tree.leaves, or -1).
+    The given state is consumed. batch: as `draw_rows` takes it, rows split over the mesh.
+    place: where the state lives, from `sharding.placed`. metrics, all scalars:
+
+        loss                           weighted
+        squares_border, squares_pairs  mean sum of squares of r = t and of r < t rows
+        change                         |u - u'| / |u|
+        interval                       mean a, where it is adaptive
+        grad_norm                      before clipping
+        nonfinite_leaf                 index in jax.tree.leaves, or -1
     """
-    split, average = (
-        split_for(kind, config, mesh),
-        config.ema.index() if config.loss.tangent == "ema" else None,
-    )
-    draw = partial(draw_rows, split=split, config=config)
-    loss = partial(
-        stage_loss,
-        kind=kind,
-        network=network,
-        config=config,
-        split=split.micro(config.microbatches),
-    )
+    split, of_rows = split_for(kind, config, mesh), sharding.rows(mesh)
+    average = config.ema.index() if config.loss.tangent in velocity.FROZEN else None
+    part = split.micro(config.microbatches)
+    loss = partial(stage_loss, kind=kind, network=network, config=config, split=part)
+    gradient = make_gradient(loss, split, config.microbatches, mesh)
 
     def train_step(
         state: TrainState, batch: dict[str, Array], scalars: Scalars
     ) -> tuple[TrainState, Metrics]:
-        rows = sharding.constrain_rows(mesh, draw(state.step, batch, seed=scalars.seed))
-        along = None if average is None else sharding.whole(mesh, state.ema[average])
-        loss_now = partial(loss, average=along, sums=state.intervals)
-        grads, metrics = _gradient(
-            loss_now, state.params, rows, scalars.rho, split, config.microbatches, mesh
-        )
-        intervals = _tallied(state.intervals, metrics.pop("intervals", None), config)
-        metrics["grad_norm"], metrics["nonfinite_leaf"] = optim.global_norm(grads)
+        rows = draw_rows(state.step, batch, split=split, config=config, seed=scalars.seed)
+        rows = jax.lax.with_sharding_constraint(rows, of_rows)
+        frozen = {} if average is None else {"average": sharding.whole(mesh, state.ema[average])}
+        given = {"progress": scalars.progress, "frozen": frozen, "sums": state.intervals}
+        grads, metrics = gradient(state.params, rows, scalars.rho, given)
+        sums = _tallied(state.intervals, metrics.pop("intervals", None), config)
+        metrics["grad_norm"], metrics["nonfinite_leaf"] = global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - scalars.learning_rate * u, state.params, updates)
-        ema = tuple(
-            optim.update_ema(e, params, scalars.ema_decays[i]) for i, e in enumerate(state.ema)
-        )
-        return TrainState(state.step + 1, params, opt_state, ema, intervals), metrics
+        ema = tuple(update_ema(e, params, scalars.ema_decays[i]) for i, e in enumerate(state.ema))
+        return TrainState(state.step + 1, params, opt_state, ema, sums), metrics
 
-    with_precision = jax.default_matmul_precision(getattr(config.precision, identity_of(kind)))(
-        train_step
-    )
+    precision = getattr(config.precision, KINDS[kind].arithmetic)
     whole = sharding.replicated(mesh)
-    given, made = (place, sharding.rows(mesh), whole), (place, whole)
-    options = sharding.compiler_options(mesh)
     return jax.jit(
-        with_precision,
+        jax.default_matmul_precision(precision)(train_step),
         donate_argnums=0,
-        in_shardings=given,
-        out_shardings=made,
-        compiler_options=options,
+        in_shardings=(place, of_rows, whole),
+        out_shardings=(place, whole),
+        compiler_options=sharding.compiler_options(mesh),
     )
 
 
 def split_for(kind: str, config: Config, mesh: Mesh) -> RowSplit:
-    """The rows with r < t of a step of this kind; pure flow matching has none."""
-    fraction = 0.0 if kind == "flow" else config.times.r_neq_t_fraction
+    """The r < t rows of a step of this kind. A kind that learns v alone has none."""
+    fraction = 0.0 if KINDS[kind].v_only else config.times.r_neq_t_fraction
     return flow.row_split(config.batch_size, fraction, mesh.devices.size * config.microbatches)
 
 
@@ -149,41 +153,58 @@ def draw_rows(
     config: Config,
     seed: np.uint32 | Array | None = None,
 ) -> Rows:
-    """Augment the data, draw noise and times, and lay out the rows of a step (each drawn by its global row number).
+    """Augment the data, draw noise and times, and lay out the rows of a step.
 
-    seed: the run's, as an input of the program; None: the config's, as a constant.
+    batch: x (B, H, W, C) float32 in [-1, 1] and label (B,) int32. Encoded images also have std,
+        shaped as x. A batch may bring its own noise, shaped as x; otherwise noise is drawn.
+    seed: the run's, as an input of the program; None takes the config's, as a constant.
     """
     keys = step_keys(config.seed if seed is None else seed, step)
-    x, label = _condition(keys, batch, config)
-    e = jax.random.normal(keys["noise"], x.shape)
+    x, condition = _condition(keys, batch, config)
+    e = batch["noise"] if "noise" in batch else jax.random.normal(keys["noise"], x.shape)
     r, t = flow.draw_times(keys["times"], config.times, split)
     z, v = flow.interpolate(x, e, t)
+    # Each row's key comes from its global number, so the number of devices does not show.
     row_keys = jax.vmap(partial(jax.random.fold_in, keys["network"]))(jnp.arange(split.batch))
-    return Rows(z, r, t, v, label, row_keys)
+    return Rows(z, r, t, v, condition, row_keys)
 
 
 def stage_loss(
-    params: Any, rows: Rows, rho: Array, *, config: Config, split: RowSplit, **how: Any
+    params: Any,
+    rows: Rows,
+    rho: Array,
+    given: Mapping[str, Any] = {},
+    *,
+    config: Config,
+    split: RowSplit,
+    **how: Any,
 ) -> tuple[Array, Metrics]:
-    """Mean weighted loss of the rows under the kind's identity, and what is logged of it.
+    """Mean weighted loss of the rows under the kind's identity, and its metrics.
 
-    how: as `stage_residuals` takes it. What the rows add to the table of an adaptive interval is in the metrics as `intervals`.
+    given: progress, and what `stage_residuals` takes by these names: frozen, sums.
+    how: the rest of what it takes.
+    With an adaptive interval, the metrics hold what the rows add to its table, as `intervals`.
     """
-    _, found = stage_residuals(params, rows, rho, config=config, split=split, **how)
+    progress, frozen = given.get("progress", 0.0), given.get("frozen", {})
+    sums = given.get("sums", ())
+    how |= dict(config=config, split=split, frozen=frozen, sums=sums)
+    _, found = stage_residuals(params, rows, rho, **how)
     total, metrics = jnp.zeros(()), {} if found.change is None else {"change": found.change}
-    for name, e in (("border", found.border), ("pairs", found.pairs)):
+    weight = weights.adaptive(config.loss.p, config.loss.eps)
+    for name, e, of in (
+        ("border", found.border, split.border_of),
+        ("pairs", found.pairs, split.pairs_of),
+    ):
         if e is None:
             continue
-        loss, squares = objectives.weighted_loss(e, config.loss.p, config.loss.eps)
+        r, t = of((rows.r, rows.t))
+        loss, squares = weights.weighted_loss(e, r, t, progress, weight)
         total += jnp.sum(loss) / split.batch
         metrics[f"squares_{name}"] = jnp.mean(squares)
-    if config.curriculum.interval == "adaptive" and found.products is not None:
-        pairs, interval = (
-            split.pairs_of(rows),
-            curriculum.interval_rule(config.curriculum, how["sums"]),
-        )
-        metrics["interval"] = jnp.mean(interval(rho, pairs.r, pairs.t))
-        metrics["intervals"] = intervals.tally(pairs.r, pairs.t, found.products)
+    if config.curriculum.interval == intervals.ADAPTIVE and found.products is not None:
+        r, t = split.pairs_of((rows.r, rows.t))
+        metrics["interval"] = jnp.mean(_rule(config, sums)(rho, r, t))
+        metrics["intervals"] = intervals.tally(r, t, found.products)
     return total, metrics | {"loss": total}
 
 
@@ -196,90 +217,119 @@ def stage_residuals(
     network: Network,
     config: Config,
     split: RowSplit,
-    average: Any = None,
+    frozen: Mapping[str, Any] = {},
     sums: Any = (),
     train: bool = True,
 ) -> tuple[Rows, objectives.Residuals]:
     """(the rows with the velocity that the stage enforces, their residuals).
 
-    average: the averaged weights whose velocity config.loss.tangent = ema goes along; sums: the table of an adaptive interval,
-    `dmf.method.intervals`; train: with dropout.
+    frozen: trees that no gradient reaches, by name. "average" is the evaluated average, for
+        config.loss.tangent = ema.
+    sums: the table of an adaptive interval. train: with dropout.
     """
-    if kind == "flow":
-        params = freeze_interval(params)
+    about = KINDS[kind]
+    if about.v_only:
+        params = freeze_interval(params, network.is_interval)
 
     def net(params: Any, rows: Rows, train: bool = train) -> Array:
-        return network.apply(
-            params, rows.z, rows.r, rows.t, label=rows.label, train=train, rngs=rows.keys
-        )
+        z, r, t, condition = rows.z, rows.r, rows.t, rows.condition
+        return network.apply(params, z, r, t, condition=condition, train=train, rngs=rows.keys)
 
-    if kind in GUIDED:
-        v_g = guided_velocity(
-            partial(net, train=False), params, rows, config.num_classes, config.guidance
-        )
+    still = partial(net, train=False)
+    if about.guided:
+        v_g = guided_velocity(still, params, rows, _null_class(config), config.guidance)
         rows = rows._replace(v=v_g)
-    tangent: objectives.Tangent = objectives.along_data
-    if config.loss.tangent != "data":
-        tangent = objectives.along_own(
-            partial(net, train=False), params if config.loss.tangent == "own" else average
-        )
-    enforce = objectives.OBJECTIVES[identity_of(kind)]
-    share = partial(curriculum.interval_rule(config.curriculum, sums), rho)
-    return rows, enforce(net, params, rows, split, objectives.Rule(config.loss, share, tangent))
+    tangent = None  # v itself
+    if config.loss.tangent != velocity.DATA:
+        tangent = velocity.tangent(config.loss.tangent, still, params, frozen)
+    rule = objectives.Rule(config.loss, partial(_rule(config, sums), rho), tangent)
+    return rows, about.residual(net, params, rows, split, rule)
 
 
-def _tallied(sums: Any, seen: Array | None, config: Config) -> Any:
-    """The table of an adaptive interval after a step that saw rows for it, or the same."""
-    decay = 0.5 ** (config.batch_size / config.curriculum.interval_halflife_images)
-    return sums if seen is None else intervals.update(sums, seen, decay)
+def make_gradient(
+    loss: Callable[..., tuple[Array, Metrics]], split: RowSplit, count: int, mesh: Mesh
+) -> Callable[..., tuple[Any, Metrics]]:
+    """(params, rows, rho, given) -> (gradient, metrics), averaged over `count` microbatches.
+
+    loss: `stage_loss` with its keywords set. All microbatches run inside one program.
+    """
+    gradient, place = sharding.gradient(mesh, loss), sharding.rows(mesh, axis=1)
+    if count == 1:
+        return gradient
+
+    def accumulated(params: Any, rows: Rows, rho: Array, given: Any) -> tuple[Any, Metrics]:
+        micro = jax.lax.with_sharding_constraint(split.microbatches(rows, count), place)
+        one = jax.tree.map(lambda x: x[0], micro)
+        shapes = jax.eval_shape(gradient, params, one, rho, given)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+        def add(total: Any, part: Rows) -> tuple[Any, None]:
+            new = gradient(params, part, rho, given)
+            return jax.tree.map(lambda a, b: a + b / count, total, new), None
+
+        return jax.lax.scan(add, zeros, micro)[0]
+
+    return accumulated
 
 
-def freeze_interval(params: Any) -> Any:
-    """No gradient into the interval branch: pure flow matching leaves it at its zero start, so u = v for every r."""
+def freeze_interval(params: Any, is_interval: Callable[[tuple[str, ...]], bool]) -> Any:
+    """No gradient into the interval branch.
+
+    Pure flow matching leaves the branch at its zero start, so u = v for every r.
+    is_interval: the network's, of a parameter's path.
+    """
 
     def freeze(path: tuple[Any, ...], x: Array) -> Array:
-        return jax.lax.stop_gradient(x) if is_interval_path(tuple(p.key for p in path)) else x
+        return jax.lax.stop_gradient(x) if is_interval(tuple(p.key for p in path)) else x
 
     return jax.tree_util.tree_map_with_path(freeze, params)
 
 
+def update_ema(ema: Any, params: Any, decay: Array) -> Any:
+    """decay * ema + (1 - decay) * params.
+
+    Written as a correction, so that equal weights stay equal bit for bit.
+    """
+    return jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), ema, params)
+
+
+def global_norm(tree: Any) -> tuple[Array, Array]:
+    """(norm over all leaves, index of the first leaf that is not finite or -1), both scalars."""
+    squares = jnp.stack([jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree)])
+    bad = ~jnp.isfinite(squares)
+    return jnp.sqrt(jnp.sum(squares)), jnp.where(jnp.any(bad), jnp.argmax(bad), -1)
+
+
+def _rule(config: Config, sums: Any) -> intervals.Interval:
+    rules = config.curriculum
+    return intervals.interval_rule(rules.interval, rules.interval_floor, sums)
+
+
+def _tallied(sums: Any, seen: Array | None, config: Config) -> Any:
+    """The table of an adaptive interval after a step, the same where the step saw no rows."""
+    decay = 0.5 ** (config.batch_size / config.curriculum.interval_halflife_images)
+    return sums if seen is None else intervals.update(sums, seen, decay)
+
+
+def _null_class(config: Config) -> int:
+    # Not config.num_classes: a reader of one step need not open config.py for it.
+    return getattr(config.network, "num_classes", 0)
+
+
 def _condition(
     keys: dict[str, Array], batch: dict[str, Array], config: Config
-) -> tuple[Array, Array | None]:
-    """Data after augmentation, and the label the network is given: augmentation vector, class, or None."""
-    x = batch["x"]
-    if (
-        "std" in batch
-    ):  # an encoded image is a normal law; its mirror image was encoded apart, and chosen by the batch
+) -> tuple[Array, Condition]:
+    """Data after augmentation, and the condition of the network."""
+    x, null = batch["x"], _null_class(config)
+    if "std" in batch:
+        # An encoded image is a normal law. The batch has chosen its mirror image, encoded apart.
         x = x + batch["std"] * jax.random.normal(keys["latent"], x.shape)
     elif config.data.flip:
         x = augment.random_flip(keys["flip"], x)
     if config.data.augment:
-        return augment.edm_augment(keys["augment"], x, config.data.augment)
-    if not config.num_classes:
-        return x, None
+        x, used = augment.edm_augment(keys["augment"], x, config.data.augment)
+        return x, Condition(augment=used)
+    if not null:
+        return x, Condition()
     drop = jax.random.bernoulli(keys["label"], config.label_dropout, batch["label"].shape)
-    return x, jnp.where(drop, config.num_classes, batch["label"])
-
-
-def _gradient(
-    loss: Callable[..., tuple[Array, Metrics]],
-    params: Any,
-    rows: Rows,
-    rho: np.float32 | Array,
-    split: RowSplit,
-    count: int,
-    mesh: Mesh,
-) -> tuple[Any, Metrics]:
-    """Gradient and metrics, averaged over `count` microbatches inside the same program."""
-    grad = sharding.gradient(mesh, loss)
-    if count == 1:
-        return grad(params, rows, rho)
-    micro = sharding.constrain_rows(mesh, split.microbatches(rows, count), axis=1)
-    shapes = jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], micro), rho)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-    def add(total: Any, part: Rows) -> tuple[Any, None]:
-        return jax.tree.map(lambda a, b: a + b / count, total, grad(params, part, rho)), None
-
-    return jax.lax.scan(add, zeros, micro)[0]
+    return x, Condition(label=jnp.where(drop, null, batch["label"]))

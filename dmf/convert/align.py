@@ -24,7 +24,7 @@ import optax
 
 from dmf import networks
 from dmf.errors import DmfError
-from dmf.networks import UNetConfig
+from dmf.networks import Condition, UNetConfig
 from dmf.networks.unet import UNet
 
 STEPS = 10_000
@@ -118,7 +118,9 @@ def _with_interval(layers: Params, interval: jax.Array) -> Params:
 
 def _embed(config: UNetConfig, params: Params, t: jax.Array, label: jax.Array | None) -> jax.Array:
     """The network's embedding (B, 4 * channels) of an empty interval at t (B,)."""
-    emb: jax.Array = UNet(config, None).apply({"params": params}, None, t, t, label, None)  # type: ignore[assignment]
+    emb: jax.Array = UNet(config, None).apply(
+        {"params": params}, None, t, t, Condition(augment=label), None
+    )  # type: ignore[assignment]
     return emb
 
 

@@ -30,7 +30,7 @@ from dmf.convert.rules import (
     tensor_of,
 )
 from dmf.errors import DmfError
-from dmf.networks import UNetConfig
+from dmf.networks import Condition, UNetConfig
 from dmf.storage.readers.read import Inert, Tensor, flatten, module_tensors, strip_prefix
 
 PREFIX = "model."  # of every tensor of EDM's and ECT's wrappers around the network
@@ -384,9 +384,16 @@ def _outputs_meanflow(
         return out
     label = jnp.asarray(arrays["aug_cond"])
     if "v" not in arrays:
-        return {**out, "u_aug": _nchw(network.apply(params, z, r, t, label=label))}
+        return {
+            **out,
+            "u_aug": _nchw(network.apply(params, z, r, t, condition=Condition(augment=label))),
+        }
     tangents = _nhwc(arrays["v"]), jnp.ones_like(t)
-    u, dudt = jax.jvp(lambda z, t: network.apply(params, z, r, t, label=label), (z, t), tangents)
+    u, dudt = jax.jvp(
+        lambda z, t: network.apply(params, z, r, t, condition=Condition(augment=label)),
+        (z, t),
+        tangents,
+    )
     return {**out, "u_aug": _nchw(u), "dudt_aug": _nchw(dudt)}
 
 
@@ -402,7 +409,9 @@ def _outputs_edm(
     out = {"D": _nchw(z - t.reshape(rows) * network.apply(params, z, t, t))}
     if "augment_labels" in arrays:
         label = jnp.asarray(arrays["augment_labels"])
-        out["D_aug"] = _nchw(z - t.reshape(rows) * network.apply(params, z, t, t, label=label))
+        out["D_aug"] = _nchw(
+            z - t.reshape(rows) * network.apply(params, z, t, t, condition=Condition(augment=label))
+        )
     return out
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from dmf.method.curriculum import Stage, identity_of
+from dmf.method.curriculum import Stage
+from dmf.method.objectives import kind_of
 from dmf.storage import paths
 
 GAP = 2  # pixels between samples
@@ -124,7 +125,7 @@ def _interval(axis: Any, metrics: Sequence[Mapping[str, Any]]) -> None:
     Steps of other kinds may lie between.
     """
     d = [
-        m.get("interval", m["rho"]) if identity_of(m["kind"]) == "discrete" else float("nan")
+        m.get("interval", m["rho"]) if kind_of(m["kind"]).steps_back else float("nan")
         for m in metrics
     ]
     if not any(x == x for x in d):

@@ -62,7 +62,7 @@ class Sampler:
             def u(z: jax.Array, r: jax.Array, t: jax.Array) -> jax.Array:
                 return network.apply(params, z, r, t, label=classes)
 
-            return SAMPLERS[config.run.sampler](u, e, steps)
+            return SAMPLERS[config.run.sampler].draw(u, e, steps)
 
         self._draw = sharding.per_device(mesh, jax.default_matmul_precision("highest")(draw))
 
@@ -84,7 +84,7 @@ class Sampler:
 
 def evaluations(sampler: str) -> int:
     """Evaluations of the network per step of a sampler: NFE = steps times this."""
-    return 2 if sampler == "heun" else 1
+    return SAMPLERS[sampler].evaluations
 
 
 def make_scorer(config: data.DataConfig, train: Source) -> tuple[Any, str] | None:

@@ -28,7 +28,7 @@ from dmf.evaluation import sampling
 from dmf.evaluation.features import Extractor
 from dmf.evaluation.judge import Judge, Setting, accumulate
 from dmf.evaluation.results import Progress, Results, free_name, sha256
-from dmf.method.curriculum import GUIDED
+from dmf.method.objectives import kind_of
 from dmf.metrics import protocols, reference
 from dmf.metrics.protocols import Protocol
 from dmf.metrics.reference import Reference
@@ -349,7 +349,7 @@ def _guidance(config: Config, converted: bool) -> str:
     """Guidance that training put into the weights, as far as their config tells; none is added when sampling."""
     if converted:
         return "none added; whether the converted weights hold some is not known"
-    stages = [i for i, kind in enumerate(config.curriculum.kinds) if kind in GUIDED]
+    stages = [i for i, kind in enumerate(config.curriculum.kinds) if kind_of(kind).guided]
     if not stages:
         return "none" + f"; started from {config.init}" * bool(config.init)
     g = config.guidance

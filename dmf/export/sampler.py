@@ -106,7 +106,7 @@ def function(model: Model, steps: int) -> Callable[[Weights, Any, Any], Any]:
             for rule, found in zip(rules, leaves, strict=True)
             for name, x in zip(rule.leaves, found, strict=True)
         }
-        return SAMPLERS[model.sampler](velocity(model, audit.nested(named), labels), e, steps)
+        return SAMPLERS[model.sampler].draw(velocity(model, audit.nested(named), labels), e, steps)
 
     return sampler
 
@@ -149,7 +149,7 @@ def check(model: Model, steps: int, found: Callable[[Any, Any], Any], what: str)
 
     @jax.default_matmul_precision("highest")
     def own(params: Any, n: jax.Array, e: jax.Array, labels: jax.Array) -> jax.Array:
-        return SAMPLERS[model.sampler](velocity(model, params, labels), e, n)
+        return SAMPLERS[model.sampler].draw(velocity(model, params, labels), e, n)
 
     run = partial(jax.jit(own), model.params, np.int32(steps))
     for rows in BATCHES:

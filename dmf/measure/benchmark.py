@@ -1,6 +1,6 @@
 """Step times side by side: what the rows with r < t really cost, against the forward passes the mathematics needs.
 
-One line per kind of stage and share of r < t rows. "jvp" with all rows is the JVP of the whole batch, as the official JAX
+One line per kind of stage and share of r < t rows. jvp with all rows is the JVP of the whole batch, as the official JAX
 code takes it. The programs take turns, so that a drift of the machine's speed hits all, and a ratio of two steps is the
 median over rounds of the ratio within a round. Attention kernels, remat and mesh are those of the config.
 """
@@ -25,19 +25,20 @@ from dmf.data import load
 from dmf.errors import DmfError
 from dmf.measure import cost
 from dmf.measure.cost import Compilations, Counts
-from dmf.method import curriculum, flow, guidance, objectives
+from dmf.method import curriculum, flow, guidance, velocity
 from dmf.method.curriculum import Stage
+from dmf.method.objectives import BETWEEN, KINDS, LAST, PRETRAINING
 from dmf.networks import attention
 
 ROUNDS = 9
-WHOLE_JVP = ("jvp", 1.0)
+WHOLE_JVP = (LAST, 1.0)
 # Besides these, what the config's own curriculum has, with its own share of r < t rows. The first is what all are held against.
 CASES = (
-    ("flow", 0.0),
-    ("discrete", 0.25),
-    ("discrete", 0.75),
-    ("jvp", 0.25),
-    ("jvp", 0.75),
+    (PRETRAINING, 0.0),
+    (BETWEEN, 0.25),
+    (BETWEEN, 0.75),
+    (LAST, 0.25),
+    (LAST, 0.75),
     WHOLE_JVP,
 )
 
@@ -168,9 +169,9 @@ def compile_cases(
             seconds, found = time.perf_counter() - started, cost.counts(compiled)
         except jax.errors.JaxRuntimeError as error:
             _pass_over(kind, error)
-        extra = guidance.passes(config.guidance) if kind in curriculum.GUIDED else 0
+        extra = guidance.passes(config.guidance) if KINDS[kind].guided else 0
         passes = curriculum.passes(
-            Stage(0, kind, 1.0, 0, 1, extra, objectives.passes(config.loss)), fraction
+            Stage(0, kind, 1.0, 0, 1, extra, velocity.passes(config.loss.tangent)), fraction
         )
         programs.append(Program(kind, fraction, passes, run, seconds, found, seen.count - before))
     return programs, start, batch
@@ -194,9 +195,7 @@ def format_rows(rows: list[dict[str, Any]]) -> str:
 
 def _cases(config: Config, stages: Sequence[Stage]) -> list[tuple[str, float]]:
     own = {
-        (s.kind, config.times.r_neq_t_fraction)
-        for s in stages
-        if s.kind not in ("flow", "trajectory")
+        (s.kind, config.times.r_neq_t_fraction) for s in stages if not KINDS[s.kind].flow_matching
     }
     return [*CASES, *sorted(own - set(CASES))]
 
@@ -249,7 +248,7 @@ def _fits(program: Program) -> bool:
     limit, needed = cost.device_memory("bytes_limit"), program.counts.memory_bytes
     if limit is None or needed is None or needed <= limit:
         return True
-    if program.kind == "flow":
+    if program.kind == PRETRAINING:
         raise _too_much(f"needs {needed / 1e9:.1f} GB of each device's {limit / 1e9:.1f} GB")
     return False
 
@@ -258,7 +257,7 @@ def _pass_over(kind: str, error: jax.errors.JaxRuntimeError) -> None:
     """Lets an error pass that says the memory did not suffice, but for flow matching."""
     if "RESOURCE_EXHAUSTED" not in str(error):
         raise error
-    if kind == "flow":
+    if kind == PRETRAINING:
         reason = " ".join(str(error).split())[:200]
         raise _too_much(f"needs more memory than each device has ({reason})") from error
 
@@ -362,7 +361,7 @@ def _total(rows: list[dict[str, Any]], stages: Sequence[Stage], fraction: float)
         )
 
     def own(s: Stage) -> tuple[str, float]:
-        return CASES[0] if s.kind in ("flow", "trajectory") else (s.kind, fraction)
+        return CASES[0] if KINDS[s.kind].flow_matching else (s.kind, fraction)
 
     return {
         "steps": steps,
@@ -411,7 +410,7 @@ def _report(about: dict[str, Any], rows: list[dict[str, Any]], total: dict[str, 
 
 def _uncounted(about: dict[str, Any], kinds: Sequence[str]) -> list[str]:
     """What XLA's counts leave out of these kinds' programs, in words."""
-    kernels = {kind: about["attention"][curriculum.identity_of(kind)] for kind in kinds}
+    kernels = {kind: about["attention"][KINDS[kind].arithmetic] for kind in kinds}
     loops = [f"one of {about['microbatches']} microbatches"] * (about["microbatches"] > 1) + [
         "one block"
     ] * about["scan_blocks"]

@@ -28,6 +28,7 @@ from dmf.errors import DmfError
 from dmf.measure import cost, hlo
 from dmf.method import curriculum
 from dmf.method.curriculum import Stage
+from dmf.method.objectives import KINDS
 from dmf.storage import atomic
 
 
@@ -350,7 +351,7 @@ def _about(
         "compute_dtype": config.compute_dtype,
         "remat": config.remat,
         "scan_blocks": config.scan_blocks,
-        "attention": getattr(config.attention, curriculum.identity_of(kind)),
+        "attention": getattr(config.attention, KINDS[kind].arithmetic),
         "program": hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:12],
         "effort": getattr(jax.config, "jax_exec_time_optimization_effort", 0.0),
         "jax": jax.__version__,

@@ -1,75 +1,41 @@
-"""The curriculum: which identity is enforced at which step, and how far the finite difference looks back.
+"""The curriculum: which identity holds at each step, and how far its difference looks back.
 
-Discrete MeanFlow (Hsu & Wood, arXiv 2604.08837, Eq. 5) runs K stages of equal length from a pretrained flow model:
+Discrete MeanFlow (arXiv 2604.08837, Eq. 5) starts from a flow model and runs K equal stages:
 
-    stage 0            "trajectory"  u(z,r,t) = v for every r <= t
-    stages 1 .. K-2    "discrete"    finite difference over D_i = d_i (t - r), d_i = q^-i (linear) or its dagger form
-    stage K-1          "jvp"         the MeanFlow identity with the exact derivative
+    stage 0            all_pairs   u(z, r, t) = v for every r <= t
+    stages 1 .. K-2    discrete    finite difference over D_i = d_i (t - r), d_i = q^-i
+    stage K-1          jvp         the MeanFlow identity with the exact derivative
 
-A fourth kind, "flow", is plain flow matching on r = t with the interval branch frozen: the pretraining of v itself. Two
-more, "guided_discrete" and "guided_jvp", put classifier-free guidance into the weights: the identity of "discrete" and
-"jvp" with the velocity of `dmf.method.guidance` in place of v, for an optional stage after the others.
-Stage and interval are pure functions of the step number, so a resumed run cannot disagree with its curriculum; within a kind
-the interval is a traced number, so a switch between two discrete stages, or one that shrinks with every step, compiles nothing.
+A stage of kind flow before them is plain flow matching. It trains v itself.
+`dmf.method.objectives` has all kinds, `dmf.method.intervals` the rules for d.
+
+Stage and interval are pure functions of the step number, so a resumed run finds the same ones.
+Within a kind the interval is a traced number. A switch between two such stages compiles nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
-
-import jax
-import jax.numpy as jnp
 
 from dmf.errors import DmfError
 from dmf.fields import INF, LEAST, limited
-from dmf.method import intervals
+from dmf.method.intervals import ADAPTIVE, RULES
+from dmf.method.objectives import BETWEEN, FIRST, FORMER, KINDS, LAST, PRETRAINING
 
-Array = jax.Array
-Interval = Callable[[Array, Array, Array], Array]  # (rho, r, t) -> d, times (B,)
-
-# Kind -> (forward passes per row, extra passes per row with r < t); a backward pass counts as two forward passes.
-PASSES = {"flow": (3, 0), "trajectory": (3, 0), "discrete": (3, 1), "jvp": (3, 1)}
-# Guided kind -> the kind whose identity it enforces, with the guided velocity in place of v.
-GUIDED = {"guided_discrete": "discrete", "guided_jvp": "jvp"}
 UNITS = ("steps", "epochs", "images")
-TINY = 1e-30
 SCHEDULES = ("steps", "smooth")
-
-
-def linear(rho: Array, r: Array, t: Array) -> Array:
-    """d = rho: the interval is the same share of t - r everywhere (arXiv 2604.08837, Eq. 5). r, t: (B,)."""
-    return rho + 0 * (t - r)
-
-
-def dagger(rho: Array, r: Array, t: Array) -> Array:
-    """d = rho (1 - t) / ((1 - rho)(1 - r) + rho (1 - t)): the share rho taken in the noise ratio t / (1 - t).
-
-    Closed form of t' = s' / (1 + s'), s' = F(t) - rho (F(t) - F(r)), F(t) = t / (1 - t), D = t - t' = d (t - r) (the
-    paper's dagger variant). The literal form is inf / inf at t = 1 and loses half its digits near it; this one is finite
-    on all of 0 <= r <= t <= 1, and 0 where it is 0 / 0: r = t = 1, and t = 1 with rho = 1. rho in (0, 1]; r, t: (B,). Returns
-    d (B,) in [0, rho].
-    """
-    return rho * (1 - t) / jnp.maximum((1 - rho) * (1 - r) + rho * (1 - t), TINY)
-
-
-def floored(rho: Array, r: Array, t: Array, floor: float) -> Array:
-    """d = max(dagger, rho floor): dagger, but no row near t = 1 goes idle. floor in (0, 1]; 1 is linear. r, t: (B,)."""
-    return jnp.maximum(dagger(rho, r, t), rho * floor)
-
-
-INTERVALS: dict[str, Interval] = {"linear": linear, "dagger": dagger}
-RULES = (*INTERVALS, "floor", "adaptive")
 
 
 @dataclass(frozen=True)
 class CurriculumConfig:
-    """The curriculum as data. Unknown in the paper and chosen here: K = 10 and q = 2 (read off its Figure 1)."""
+    """The curriculum as data.
+
+    Unknown in the paper and chosen here: K = 10 and q = 2, read off its Figure 1.
+    """
 
     stages: int = 10  # * K, pretraining not counted
-    kinds: tuple[str, ...] = ()  # one per stage; () = trajectory, discrete x (K - 2), jvp
-    # * d_i = q^-i; a guided_discrete stage takes the d of the last discrete stage before it, or q^-1
+    kinds: tuple[str, ...] = ()  # one per stage; () = all_pairs, discrete x (K - 2), jvp
+    # * d_i = q^-i; a guided_discrete stage takes the d of the discrete stage before it, or q^-1
     q: float = 2.0
     # linear | dagger | floor = dagger with a least d | adaptive = by a table that training keeps
     interval: str = "dagger"
@@ -82,7 +48,7 @@ class CurriculumConfig:
     # explicit lengths that add up to `length`; () = equal
     stage_lengths: tuple[float, ...] = limited((), LEAST, INF)
     length_unit: str = "steps"  # steps | epochs | images; also of pretrain_length
-    # a "flow" stage before the curriculum; 0 = start from config.init
+    # a flow stage before the curriculum; 0 = start from config.init
     pretrain_length: float = limited(0.0, 0, INF)
     # * factor on the learning rate per stage; () = 1
     stage_learning_rates: tuple[float, ...] = limited((), LEAST, INF)
@@ -94,11 +60,14 @@ class CurriculumConfig:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a run: steps first .. first + steps - 1. index counts within the curriculum; pretraining is -1.
+    """One stage of a run: steps first .. first + steps - 1.
 
-    rho: of its first step; guidance_passes: forward passes of every row for the guided velocity; tangent_passes: those of a row
-    with r < t for the direction of the step back; fall: rho of a step by that of the step before it, 1 but in the discrete
-    stages of a smooth schedule; rate: a factor on the learning rate, 1 unless `dmf.run.guard` has lowered it.
+    index: within the curriculum; pretraining is -1.
+    rho: of its first step.
+    guidance_passes: forward passes of every row for the guided velocity.
+    tangent_passes: forward passes of an r < t row for the direction of the step back.
+    fall: rho of a step by the rho of the step before, 1 unless the schedule is smooth.
+    rate: a factor on the learning rate, 1 unless `dmf.run.guard` has lowered it.
     """
 
     index: int
@@ -118,21 +87,8 @@ class Stage:
 
     @property
     def name(self) -> str:
+        """The stage in words."""
         return "pretrain" if self.index < 0 else f"stage {self.index}"
-
-
-def interval_rule(config: CurriculumConfig, sums: Any = ()) -> Interval:
-    """(rho, r, t) -> the share a of t - r that one step back covers. sums: the table of `dmf.method.intervals`, if the rule has one."""
-    if config.interval == "floor":
-        return lambda rho, r, t: floored(rho, r, t, config.interval_floor)
-    if config.interval == "adaptive":
-        return lambda rho, r, t: intervals.share(rho, r, t, sums, config.interval_floor)
-    return INTERVALS[config.interval]
-
-
-def identity_of(kind: str) -> str:
-    """The kind whose identity a stage of this kind enforces: of a guided kind the one without guidance, else itself."""
-    return GUIDED.get(kind, kind)
 
 
 def build_stages(
@@ -142,10 +98,11 @@ def build_stages(
     guidance_passes: int = 0,
     tangent_passes: int = 0,
 ) -> tuple[Stage, ...]:
-    """The run as consecutive stages, in steps. Raises DmfError naming the config key where the curriculum makes no sense.
+    """The run as consecutive stages, in steps.
 
-    guidance_passes: what the guided velocity costs a row of a guided stage, `guidance.passes`; tangent_passes: what the
-    direction of the step back costs a row with r < t of a stage that takes one, `objectives.passes`.
+    guidance_passes: cost of the guided velocity for a row of a guided stage, `guidance.passes`.
+    tangent_passes: cost of the step back's direction for an r < t row, `velocity.passes`.
+    Raises DmfError naming the config key where the curriculum makes no sense.
     """
     kinds = _kinds(config)
     _check(config, kinds)
@@ -159,24 +116,23 @@ def build_stages(
         first = round(config.pretrain_length * per_unit)
         if not first:
             raise DmfError(
-                f"config.curriculum.pretrain_length = {config.pretrain_length:g} {config.length_unit}: expected 0, or "
-                "at least one step"
+                f"config.curriculum.pretrain_length = {config.pretrain_length:g} "
+                f"{config.length_unit}: expected 0, or at least one step"
             )
-        stages.append(Stage(-1, "flow", 1.0, 0, first))
+        stages.append(Stage(-1, PRETRAINING, 1.0, 0, first))
     start, done, rho = first, 0.0, 1 / config.q
     for i, (kind, length) in enumerate(zip(kinds, lengths, strict=True)):
         done += length
-        end = start + round(
-            done * per_unit
-        )  # the cumulated length is rounded, so that the stages add up to the whole
+        # The sum of lengths is rounded, so that the stages add up to the whole.
+        end = start + round(done * per_unit)
         if end <= first:
             raise DmfError(
-                f"config.curriculum: stage {i} has no step; expected length {config.length:g} {config.length_unit} "
-                f"to give each of the {len(kinds)} stages at least one"
+                f"config.curriculum: stage {i} has no step; expected length {config.length:g} "
+                f"{config.length_unit} to give each of the {len(kinds)} stages at least one"
             )
-        rho = config.q**-i if kind == "discrete" else rho
-        extra = guidance_passes if kind in GUIDED else 0
-        at = rho if identity_of(kind) == "discrete" else 1.0
+        rho = config.q**-i if _shrinks(kind) else rho
+        extra = guidance_passes if KINDS[kind].guided else 0
+        at = rho if KINDS[kind].steps_back else 1.0
         stages.append(Stage(i, kind, at, first, end - first, extra, tangent_passes))
         first = end
     return _smooth(stages) if config.schedule == "smooth" else tuple(stages)
@@ -191,7 +147,10 @@ def stage_at(stages: tuple[Stage, ...], step: int) -> Stage:
 
 
 def extent(stages: tuple[Stage, ...], index: int) -> tuple[int, int]:
-    """(first step, first step after it) of the stage of this index, all its parts where `dmf.run.guard` has cut it."""
+    """(first step, first step after it) of the stage of this index.
+
+    `dmf.run.guard` may have cut it into parts; all of them count.
+    """
     parts = [s for s in stages if s.index == index]
     return parts[0].first, parts[-1].last
 
@@ -201,84 +160,99 @@ def rho_at(stage: Stage, step: int) -> float:
     return stage.rho * stage.fall ** (step - stage.first)
 
 
+def progress_at(stages: tuple[Stage, ...], step: int) -> float:
+    """The share of the curriculum's steps that are done at a step, in [0, 1]; 0 in pretraining."""
+    first, last = extent(stages, min(0, stages[-1].index))[0], stages[-1].last
+    return min(1.0, max(0.0, (step - first) / (last - first)))
+
+
 def passes(stage: Stage, r_neq_t_fraction: float) -> float:
-    """Forward passes per row that a step of this stage needs (backward = 2; one JVP tangent = 1)."""
-    base, extra = PASSES[identity_of(stage.kind)]
-    extra += stage.tangent_passes if extra else 0
-    return base + stage.guidance_passes + extra * r_neq_t_fraction
+    """Forward passes per row of a step of this stage. A backward pass counts as two."""
+    kind = KINDS[stage.kind]
+    extra = kind.extra + (stage.tangent_passes if kind.extra else 0)
+    return kind.passes + stage.guidance_passes + extra * r_neq_t_fraction
 
 
 def table(stages: tuple[Stage, ...], config: CurriculumConfig, r_neq_t_fraction: float) -> str:
     """The curriculum as a printed table: stage, kind, d, steps, cost in forward passes per row."""
-    mark = {"linear": "", "adaptive": "*"}.get(config.interval, "+")
+    mark = {"linear": "", ADAPTIVE: "*"}.get(config.interval, "+")
     width = 24 if any(s.fall != 1 for s in stages) else 12
     lines = [f"{'stage':<10}{'kind':<16}{'d':>{width}}{'steps':>10}{'first':>10}{'passes/row':>12}"]
     for s in stages:
         d = f"{s.rho:.6g}" if s.fall == 1 else f"{s.rho:.6g}..{rho_at(s, s.last - 1):.6g}"
-        d = f"{d}{mark}" if identity_of(s.kind) == "discrete" else "-"
+        d = f"{d}{mark}" if KINDS[s.kind].steps_back else "-"
         cost = passes(s, r_neq_t_fraction)
         lines.append(f"{s.name:<10}{s.kind:<16}{d:>{width}}{s.steps:>10}{s.first:>10}{cost:>12.2f}")
     total = sum(s.steps * passes(s, r_neq_t_fraction) for s in stages)
     steps = stages[-1].last
     lines.append(f"{'all':<10}{'':<16}{'':>{width}}{steps:>10}{'':>10}{total / steps:>12.2f}")
-    if mark and any(identity_of(s.kind) == "discrete" for s in stages):
+    if mark and any(KINDS[s.kind].steps_back for s in stages):
         lines.append(_legend(config))
     return "\n".join(lines)
 
 
 def _legend(config: CurriculumConfig) -> str:
     """What the mark at a d says."""
-    if config.interval == "adaptive":
-        return f"* times a ratio that training measures by t and t - r, at least {config.interval_floor:g}; 1 at the start"
-    least = f", to {config.interval_floor:g} d at least" if config.interval == "floor" else ""
-    return f"+ largest d of the stage: the dagger interval is d at t = r and shrinks towards t = 1{least}"
+    least = f"{config.interval_floor:g}"
+    if config.interval == ADAPTIVE:
+        ratio = "* times a ratio that training measures by t and t - r"
+        return f"{ratio}, at least {least}; 1 at the start"
+    end = f", to {least} d at least" if config.interval == "floor" else ""
+    dagger = "the dagger interval is d at t = r and shrinks towards t = 1"
+    return f"+ largest d of the stage: {dagger}{end}"
 
 
 def _smooth(stages: list[Stage]) -> tuple[Stage, ...]:
-    """The stages with rho falling geometrically over all discrete steps, from the first discrete stage's to the last one's.
+    """The stages with rho falling by one factor per discrete step, from first d to last d.
 
-    A guided_discrete stage keeps the rho that was reached before it.
+    A guided stage that steps back keeps the rho that was reached before it.
     """
-    ladder = [s for s in stages if s.kind == "discrete"]
+    ladder = [s for s in stages if _shrinks(s.kind)]
     count = sum(s.steps for s in ladder)
     if count < 2:
         return tuple(stages)
     fall = (ladder[-1].rho / ladder[0].rho) ** (1 / (count - 1))
     found, done, reached = [], 0, ladder[0].rho
     for s in stages:
-        if s.kind == "discrete":
+        if _shrinks(s.kind):
             s = replace(s, rho=ladder[0].rho * fall**done, fall=fall)
             done, reached = done + s.steps, rho_at(s, s.last - 1)
-        elif identity_of(s.kind) == "discrete" and done:
+        elif KINDS[s.kind].steps_back and done:
             s = replace(s, rho=reached)
         found.append(s)
     return tuple(found)
 
 
+def _shrinks(kind: str) -> bool:
+    """Whether rho falls from one stage of this kind to the next."""
+    return KINDS[kind].steps_back and not KINDS[kind].guided
+
+
 def _kinds(config: CurriculumConfig) -> tuple[str, ...]:
     if config.kinds:
-        return config.kinds
+        return tuple(FORMER.get(kind, kind) for kind in config.kinds)
     if config.stages < 3:
         raise DmfError(
-            f"config.curriculum.stages = {config.stages}: expected at least 3 (trajectory, discrete, jvp), "
-            "or config.curriculum.kinds with one kind per stage"
+            f"config.curriculum.stages = {config.stages}: expected at least 3 "
+            f"({FIRST}, {BETWEEN}, {LAST}), or config.curriculum.kinds with one kind per stage"
         )
-    return ("trajectory", *("discrete",) * (config.stages - 2), "jvp")
+    return (FIRST, *(BETWEEN,) * (config.stages - 2), LAST)
 
 
 def _check(config: CurriculumConfig, kinds: tuple[str, ...]) -> None:
     for kind in kinds:
-        if identity_of(kind) not in PASSES:
+        if kind not in KINDS:
             raise DmfError(
-                f"config.curriculum.kinds has {kind!r}: expected only {', '.join((*PASSES, *GUIDED))}"
+                f"config.curriculum.kinds has {kind!r}: expected only {', '.join(KINDS)}"
             )
     if len(kinds) != config.stages:
         raise DmfError(
-            f"config.curriculum.kinds has {len(kinds)} entries: expected config.curriculum.stages = {config.stages}"
+            f"config.curriculum.kinds has {len(kinds)} entries: expected "
+            f"config.curriculum.stages = {config.stages}"
         )
     if not 1 < config.q < float("inf"):
         raise DmfError(
-            f"config.curriculum.q = {config.q}: expected a ratio above 1 (d = q^-i has to shrink)"
+            f"config.curriculum.q = {config.q}: expected a ratio above 1 (d = q^-i must shrink)"
         )
     if config.interval not in RULES:
         raise DmfError(
@@ -290,22 +264,24 @@ def _check(config: CurriculumConfig, kinds: tuple[str, ...]) -> None:
         )
     if config.length_unit not in UNITS:
         raise DmfError(
-            f"config.curriculum.length_unit = {config.length_unit!r}: expected one of {', '.join(UNITS)}"
+            f"config.curriculum.length_unit = {config.length_unit!r}: "
+            f"expected one of {', '.join(UNITS)}"
         )
     if config.stage_lengths and len(config.stage_lengths) != len(kinds):
         raise DmfError(
-            f"config.curriculum.stage_lengths has {len(config.stage_lengths)} entries: expected {len(kinds)}, one per stage"
+            f"config.curriculum.stage_lengths has {len(config.stage_lengths)} entries: "
+            f"expected {len(kinds)}, one per stage"
         )
     total = sum(config.stage_lengths)
     if config.stage_lengths and abs(total - config.length) > 1e-6 * max(total, config.length):
         raise DmfError(
-            f"config.curriculum.stage_lengths add up to {total:g}: expected config.curriculum.length = "
-            f"{config.length:g} {config.length_unit}"
+            f"config.curriculum.stage_lengths add up to {total:g}: "
+            f"expected config.curriculum.length = {config.length:g} {config.length_unit}"
         )
     if config.stage_learning_rates and len(config.stage_learning_rates) != len(kinds):
         raise DmfError(
-            f"config.curriculum.stage_learning_rates has {len(config.stage_learning_rates)} entries: expected "
-            f"{len(kinds)}, one per stage"
+            f"config.curriculum.stage_learning_rates has {len(config.stage_learning_rates)} "
+            f"entries: expected {len(kinds)}, one per stage"
         )
     for key in ("switch_optimizer", "switch_ema"):
         if getattr(config, key) not in ("keep", "reset"):

@@ -1,16 +1,18 @@
-"""Path and times: how z_t, its velocity and the law of (r, t) come from data and noise.
+"""Path and times: z_t, its velocity and the law of (r, t), from data and noise.
 
-The linear path of MeanFlow (Geng et al., arXiv 2505.13447) and of the curriculum (Hsu & Wood, arXiv 2604.08837):
+The linear path of MeanFlow (arXiv 2505.13447) and of the curriculum (arXiv 2604.08837):
 
-    z_t = (1 - t) x + t e,    v = dz_t/dt = e - x,    e ~ N(0, I),    0 <= r <= t <= 1,
+    z_t = (1 - t) x + t e,    v = dz_t/dt = e - x,    e ~ N(0, I),    0 <= r <= t <= 1
 
-with t = 1 noise and t = 0 data. Times are drawn by a `TimeLaw`; which rows have r = t is no coin toss but an exact,
-static pattern (`RowSplit`), so that the second evaluation or the JVP runs only on the rows that need it.
+t = 1 is noise and t = 0 is data. A `TimeLaw` draws the times.
+A static pattern (`RowSplit`) says which rows have r = t, and their share is exact.
+Hence a second evaluation, or a JVP, runs only on the rows that need it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,14 +27,17 @@ Array = jax.Array
 
 @dataclass(frozen=True)
 class TimeLaw:
-    """Law of (r, t): two logit-normal draws, joined by `pairing`, and the exact share of rows that keep r < t.
+    """Law of (r, t): two logit-normal draws, a rule that joins them, and the share of r < t.
 
-    pairing "sorted": t = max, r = min of the two draws (MeanFlow). "min": r = min(r, t), t as drawn (later CIFAR recipe);
-    a row whose r lands on t is then an r = t row as well, so the effective share of r < t is smaller than the field.
+    pairing "sorted": t = max, r = min of the two draws (MeanFlow).
+    pairing "min": t as drawn, r = min(r, t), a later CIFAR recipe. Where r lands on t, the row
+        has r = t, so fewer rows keep r < t than the field says.
+    pairing "zero": t as drawn, r = 0, for a map that only jumps to the data.
     """
 
     # * sorted: t and r are the larger and the smaller of two draws | min: t as drawn, r = min(r, t)
-    pairing: str = choice("sorted", ("sorted", "min"))
+    # | zero: t as drawn, r = 0
+    pairing: str = choice("sorted", ("sorted", "min", "zero"))
     # * mean of the normal draw whose sigmoid is t, or of the first draw where two are sorted
     t_mean: float = limited(-0.4, -INF, INF)
     t_std: float = limited(1.0, LEAST, INF)  # * its standard deviation
@@ -42,7 +47,8 @@ class TimeLaw:
     r_neq_t_fraction: float = limited(0.25, 0, 1)
 
 
-# The three official laws. ImageNet counts its r = t rows (.75), CIFAR its r < t rows (.75): here always r < t.
+# The three official laws. The share is always that of r < t rows. ImageNet officially counts its
+# r = t rows, .75, and CIFAR its r < t rows, .75.
 TIME_LAWS = {
     "cifar_v0": TimeLaw("sorted", -2.0, 2.0, -2.0, 2.0, 0.75),
     "cifar_v1": TimeLaw("min", -0.6, 1.6, -4.0, 1.6, 0.75),
@@ -50,27 +56,37 @@ TIME_LAWS = {
 }
 
 
+class Condition(NamedTuple):
+    """The network's inputs besides z, r and t, each with leading axis B, None where absent.
+
+    label: (B,) int32 classes. augment: (B, augment_dim) float32, the augmentation that was used.
+    """
+
+    label: Array | None = None
+    augment: Array | None = None
+
+
 class Rows(NamedTuple):
     """A batch of training rows; every leaf has the same leading axis B.
 
-    z: (B, ...) point on the path; r, t: (B,) times; v: (B, ...) conditional velocity; label: what the network takes, or
-    None; keys: (B,) one typed random key per row for the network's own noise, or None.
+    z: (B, ...) point on the path. r, t: (B,) times. v: (B, ...) conditional velocity.
+    keys: (B,) one typed random key per row for the network's own noise, or None.
     """
 
     z: Array
     r: Array
     t: Array
     v: Array
-    label: Array | None = None
+    condition: Condition = Condition()
     keys: Array | None = None
 
 
 @dataclass(frozen=True)
 class RowSplit:
-    """Which rows of a batch have r < t: the first `pairs` of every `group` rows, `batch` rows in all.
+    """Which of `batch` rows have r < t: the first `pairs` of every `group` rows.
 
-    The pattern repeats every `group` rows and never crosses a device or microbatch boundary, hence taking either kind of
-    row needs no communication, and the same rows are chosen whatever the number of devices.
+    A group lies on one device and in one microbatch. Hence taking either sort of row needs no
+    communication, and the number of devices does not change the choice.
     """
 
     batch: int
@@ -79,10 +95,12 @@ class RowSplit:
 
     @property
     def n_pairs(self) -> int:
+        """Rows with r < t."""
         return self.batch // self.group * self.pairs
 
     @property
     def n_border(self) -> int:
+        """Rows with r = t."""
         return self.batch - self.n_pairs
 
     def is_pair(self) -> Array:
@@ -105,7 +123,10 @@ class RowSplit:
         return jax.tree.map(take, tree)
 
     def microbatches(self, tree: Any, count: int) -> Any:
-        """(B, ...) -> (count, B / count, ...), whole groups dealt in turn so that each device deals from its own rows."""
+        """(B, ...) -> (count, B / count, ...), whole groups dealt in turn.
+
+        Each device deals from its own rows.
+        """
 
         def deal(x: Array) -> Array:
             dealt = x.reshape(-1, count, self.group, *x.shape[1:]).swapaxes(0, 1)
@@ -121,8 +142,8 @@ class RowSplit:
 def row_split(batch: int, fraction: float, parts: int = 1) -> RowSplit:
     """The finest repeating pattern with exactly `fraction * batch` rows of r < t.
 
-    parts: devices on the data axis times microbatches; a group must not straddle two of them.
-    Raises DmfError where the share is not a whole number of rows, or the pattern does not fit into the parts.
+    parts: devices times microbatches. A group stands whole in one of them.
+    Raises DmfError where the share is no whole number of rows, or groups do not fit the parts.
     """
     if not 0.0 <= fraction <= 1.0:
         raise DmfError(
@@ -133,14 +154,15 @@ def row_split(batch: int, fraction: float, parts: int = 1) -> RowSplit:
     if abs(wanted - pairs) > 1e-6 * batch:
         low = math.floor(wanted)
         raise DmfError(
-            f"config.times.r_neq_t_fraction = {fraction} of batch_size {batch} is {wanted:g} rows, expected a whole number: "
-            f"{low / batch:g} or {(low + 1) / batch:g} would do"
+            f"config.times.r_neq_t_fraction = {fraction} of batch_size {batch} is {wanted:g} rows, "
+            f"expected a whole number: {low / batch:g} or {(low + 1) / batch:g} would do"
         )
     groups = math.gcd(pairs, batch)
     if groups % parts:
         raise DmfError(
-            f"config.batch_size = {batch} with {pairs} rows of r < t repeats every {batch // groups} rows; that "
-            f"pattern cannot be shared by {parts} devices x microbatches: expected a multiple of {batch // groups * parts}"
+            f"config.batch_size = {batch} with {pairs} rows of r < t repeats every "
+            f"{batch // groups} rows; that pattern cannot be shared by {parts} devices x "
+            f"microbatches: expected a multiple of {batch // groups * parts}"
         )
     return RowSplit(batch, batch // groups, pairs // groups)
 
@@ -150,21 +172,41 @@ def expand(t: Array, like: Array) -> Array:
     return t.reshape(t.shape + (1,) * (like.ndim - t.ndim))
 
 
-def interpolate(x: Array, e: Array, t: Array) -> tuple[Array, Array]:
-    """z_t = (1 - t) x + t e and v = e - x. x, e: (B, ...); t: (B,). Returns (z, v), both (B, ...)."""
+class Path(NamedTuple):
+    """A path from data to noise: (x, e, t) -> z_t and (x, e, t) -> dz_t/dt, both (B, ...)."""
+
+    sample: Callable[[Array, Array, Array], Array]
+    velocity: Callable[[Array, Array, Array], Array]
+
+
+PATHS = {"linear": Path(lambda x, e, t: (1 - t) * x + t * e, lambda x, e, t: e - x)}
+
+
+def interpolate(x: Array, e: Array, t: Array, path: str = "linear") -> tuple[Array, Array]:
+    """(z_t, v) on a path of `PATHS`. x, e: (B, ...); t: (B,). Returns two of (B, ...)."""
     tb = expand(t, x)
-    return (1 - tb) * x + tb * e, e - x
+    return PATHS[path].sample(x, e, tb), PATHS[path].velocity(x, e, tb)
+
+
+# How two draws become (r, t).
+PAIRINGS: dict[str, Callable[[Array, Array], tuple[Array, Array]]] = {
+    "sorted": lambda r, t: (jnp.minimum(r, t), jnp.maximum(r, t)),
+    "min": lambda r, t: (jnp.minimum(r, t), t),
+    "zero": lambda r, t: (jnp.zeros_like(r), t),
+}
 
 
 def draw_times(key: Array, law: TimeLaw, split: RowSplit) -> tuple[Array, Array]:
-    """(r, t), each (B,) float32: two logit-normal draws joined by the law's pairing; r = t on the border rows."""
+    """(r, t), each (B,) float32: two logit-normal draws, joined as the law says.
+
+    Border rows have r = t. Raises DmfError for an unknown pairing.
+    """
     key_t, key_r = jax.random.split(key)
     t = jax.nn.sigmoid(law.t_mean + law.t_std * jax.random.normal(key_t, (split.batch,)))
     r = jax.nn.sigmoid(law.r_mean + law.r_std * jax.random.normal(key_r, (split.batch,)))
-    if law.pairing == "sorted":
-        r, t = jnp.minimum(r, t), jnp.maximum(r, t)
-    elif law.pairing == "min":
-        r = jnp.minimum(r, t)
-    else:
-        raise DmfError(f"config.times.pairing = {law.pairing!r}: expected 'sorted' or 'min'")
+    if law.pairing not in PAIRINGS:
+        raise DmfError(
+            f"config.times.pairing = {law.pairing!r}: expected one of {', '.join(PAIRINGS)}"
+        )
+    r, t = PAIRINGS[law.pairing](r, t)
     return jnp.where(split.is_pair(), r, t), t

@@ -1,54 +1,126 @@
-"""The adaptive interval: how far a row steps back, read from a table that training itself keeps.
+"""How far a finite difference looks back: the share d of t - r that one step back covers.
 
-With f = z - (t - r) u(z, r, t), where a row says it will be at r, a step back by D moves f by D e to first order, where
+    linear     d = rho everywhere
+    dagger     the share rho taken in the noise ratio t / (1 - t)
+    floor      dagger, with a least d
+    adaptive   rho times a ratio from a table that training itself keeps
 
-    e = u + (u - u') / a - v,   a = D / (t - r)                         the residual in unit scale
+rho belongs to the stage and shrinks from one stage to the next.
 
-The rule of ADCM (arXiv 2510.17266) for two times weighs that move against what is then still wrong with f:
+The adaptive table follows ADCM (arXiv 2510.17266). Let f = z - (t - r) u(z, r, t).
+A step back by D moves f by D e, to first order. With a = D / (t - r), the residual in unit scale is
 
-    E|D e|^2 + lambda E|(t - r)(u - v) - D e|^2  is least at  D = (t - r) lambda / (1 + lambda) E<e, u - v> / E|e|^2
+    e = u + (u - u') / a - v
 
-(f is off by -(t - r)(u - v) before the move.) A stage sets lambda / (1 + lambda) = rho,
-hence a = rho E<e, u - v> / E|e|^2: the stages go on to shrink the interval, as ADCM's own annealing of lambda from .64 to .01
-on ImageNet does, and the table shapes it over (t, t - r). Both means are over the rows of a bin, discounted by visits.
+Before the move, f is wrong by -(t - r)(u - v). ADCM weighs the move against the rest error:
 
-The share is kept in [rho floor, 1]. It may exceed rho: where u is exact the ratio is std(z_t) / std(z_r) for Gaussian data, at
-least 1 where data are narrower than noise, so that a bound at rho would leave nothing but linear intervals. The lower bound
-stops a bin from going idle: a smaller a makes u - u' a noisier difference, a larger |e| and so a still smaller a.
+    E|D e|^2 + lambda E|(t - r)(u - v) - D e|^2  is least at
+    D = (t - r) lambda / (1 + lambda) E<e, u - v> / E|e|^2
+
+A stage sets lambda / (1 + lambda) = rho. This gives a = rho E<e, u - v> / E|e|^2.
+The stages go on to shrink the interval, and the table shapes it over t and t - r.
+ADCM shrinks it by lambda: from .64 to .01 on ImageNet. Both means are over the rows of a bin.
+
+The share stays in [rho floor, 1], and it may exceed rho. Where u is exact and data are Gaussian,
+the ratio is std(z_t) / std(z_r). It is at least 1 where data are narrower than noise.
+A bound at rho would leave linear intervals only.
+The lower bound keeps a bin alive. A smaller a makes u - u' noisier and |e| larger, which makes
+the next a smaller again.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 Array = jax.Array
+Interval = Callable[[Array, Array, Array], Array]  # (rho, r, t) -> d, times (B,)
 
+TINY = 1e-30
 BINS = 8  # of t and of t - r, each over (0, 1)
+ADAPTIVE = "adaptive"
+
+
+def linear(rho: Array, r: Array, t: Array) -> Array:
+    """d = rho: the same share of t - r everywhere (arXiv 2604.08837, Eq. 5). r, t: (B,)."""
+    return rho + 0 * (t - r)
+
+
+def dagger(rho: Array, r: Array, t: Array) -> Array:
+    """d = rho (1 - t) / ((1 - rho)(1 - r) + rho (1 - t)): the paper's dagger variant.
+
+    It is the closed form of these lines, with D = t - t' = d (t - r):
+
+        F(t) = t / (1 - t)
+        s' = F(t) - rho (F(t) - F(r))
+        t' = s' / (1 + s')
+
+    The literal form is inf / inf at t = 1 and loses half its digits near it.
+    This form is finite on all of 0 <= r <= t <= 1. Where it is 0 / 0 it gives 0.
+
+    rho in (0, 1]; r, t: (B,). Returns d (B,) in [0, rho].
+    """
+    return rho * (1 - t) / jnp.maximum((1 - rho) * (1 - r) + rho * (1 - t), TINY)
+
+
+def floored(rho: Array, r: Array, t: Array, floor: float) -> Array:
+    """d = max(dagger, rho floor), so that no row near t = 1 goes idle.
+
+    floor in (0, 1]; 1 is linear. r, t: (B,).
+    """
+    return jnp.maximum(dagger(rho, r, t), rho * floor)
+
+
+INTERVALS: dict[str, Interval] = {"linear": linear, "dagger": dagger}
+RULES = (*INTERVALS, "floor", ADAPTIVE)
+
+
+def interval_rule(name: str, floor: float, sums: Any = ()) -> Interval:
+    """The rule of a name: (rho, r, t) -> the share a of t - r that one step back covers.
+
+    floor: as `floored` and `share` take it. sums: the table of the adaptive rule.
+    """
+    if name == "floor":
+        return lambda rho, r, t: floored(rho, r, t, floor)
+    if name == ADAPTIVE:
+        return lambda rho, r, t: share(rho, r, t, sums, floor)
+    return INTERVALS[name]
 
 
 def empty() -> Array:
-    """The table before the first step, (2, BINS, BINS): sums of <e, u - v> and of |e|^2 by t and t - r."""
+    """The table before the first step: sums of <e, u - v> and of |e|^2 by t and t - r.
+
+    Shape (2, BINS, BINS).
+    """
     return jnp.zeros((2, BINS, BINS), jnp.float32)
 
 
 def share(rho: Array, r: Array, t: Array, sums: Array, floor: float) -> Array:
-    """a = rho sum <e, u - v> / sum |e|^2 of the row's bin, in [rho floor, 1]; rho in a bin without rows. r, t: (B,)."""
+    """a = rho sum <e, u - v> / sum |e|^2 of the row's bin, in [rho floor, 1].
+
+    A bin without rows gives rho. r, t: (B,).
+    """
     dot, square = sums
     ratio = jnp.where(square > 0, dot / jnp.where(square > 0, square, 1), 1).reshape(-1)
     return jnp.clip(rho * ratio[_bin(r, t)], rho * floor, 1)
 
 
 def tally(r: Array, t: Array, products: Array) -> Array:
-    """Sums over the rows with r < t of their products (B, 2) by bin, divided by B: what a step adds to the table."""
-    # A sum over a mask rather than a scatter, whose order of additions is not fixed on a GPU.
+    """What a step adds to the table: sums of products (B, 2) by bin, divided by B.
+
+    Only rows with r < t count.
+    """
+    # A sum over a mask, because the order of a scatter's additions varies on a GPU.
     mine = (_bin(r, t)[:, None] == jnp.arange(BINS**2)) & (r < t)[:, None]
     seen = jnp.mean(jnp.where(mine[:, :, None], products[:, None], 0), axis=0)
     return seen.T.reshape(2, BINS, BINS)
 
 
 def update(sums: Array, seen: Array, decay: float) -> Array:
-    """The table after a step: bins with rows are discounted and added to, others stay as they are."""
+    """The table after a step: bins with rows are discounted and added to, others stay."""
     return jnp.where(seen[1] > 0, decay * sums + seen, sums)
 
 

@@ -1,15 +1,21 @@
 """Targets: the identity that each kind of stage enforces on the average velocity u(z, r, t).
 
-Every kind gives a residual per row whose gradient flows through the first u only:
+Every kind gives a residual e per row. Its gradient flows through the first u only:
 
-    flow, trajectory   e = u - v                                            flow matching; for r = t, or for every r
-    discrete           e = u - T,  T = w v + (1 - w) sg u',  w = a / (1 + c a)
-                       u' = u(z - D v, r, t - D),  D = a (t - r)            c = 1: arXiv 2604.08837 Eq. 5; c = 0: alpha-Flow
-    jvp                e = u - sg(v - (t - r) du/dt)                        the MeanFlow identity, arXiv 2505.13447
+    flow, all_pairs  e = u - v
+                     flow matching; flow has r = t on every row
+    discrete         e = u - T,  T = w v + (1 - w) sg u',  w = a / (1 + c a)
+                     u' = u(z - D v, r, t - D),  D = a (t - r)
+                     c = 1: arXiv 2604.08837 Eq. 5; c = 0: alpha-Flow
+    jvp              e = u - sg(v - (t - r) du/dt)
+                     the MeanFlow identity, arXiv 2505.13447
 
-The step back and the derivative may go along another velocity than v, `LossConfig.tangent`; the target keeps v. Rows with
-r = t always have the target v. With a -> 0 the discrete residual divided by w tends to the jvp residual, so
-`residual_scale = "unit"` makes all kinds commensurate, while "raw" (the paper's) shrinks with w.
+Rows with r = t always have the target v. `LossConfig.tangent` may name another direction than v.
+The step back and the derivative follow that direction, and the target keeps v.
+As a -> 0, the discrete residual divided by w tends to the jvp residual. The scale "unit" divides
+by w, so that all kinds are commensurate. The paper's scale "raw" shrinks with w.
+
+`KINDS` has one row per kind. No other file compares the name of a kind.
 """
 
 from __future__ import annotations
@@ -27,12 +33,10 @@ from dmf.method.flow import Rows, RowSplit, expand
 
 Array = jax.Array
 Net = Callable[[object, Rows], Array]  # (params, rows) -> u(z, r, t), (B, ...)
-Tangent = Callable[
-    [Rows], Array
-]  # rows -> the velocity along which they step back or are differentiated, (B, ...)
+Tangent = Callable[[Rows], Array]  # rows -> a velocity per row, (B, ...)
 sg = jax.lax.stop_gradient
 
-# Keeps "unit" finite where a = 0 exactly (t = 1 under dagger): there u = u', so the residual is 0 / 1e-12 = 0.
+# Keeps "unit" finite where a = 0 exactly (t = 1 under dagger). There u = u', and e = 0 / TINY = 0.
 TINY = 1e-12
 
 
@@ -53,10 +57,13 @@ class LossConfig:
 
 
 class Residuals(NamedTuple):
-    """Residuals of one batch, rows with r = t and rows with r < t apart (None where the batch has none of a kind).
+    """Residuals of one batch, rows with r = t and rows with r < t apart.
 
-    change: mean over the r < t rows of |u - u'| / |u| (discrete) or of |(t - r) du/dt| / |u| (jvp), else None.
-    products: (n_pairs, 2) of the r < t rows <e, u - v> and |e|^2, e in unit scale (discrete), else None: for `dmf.method.intervals`.
+    border, pairs: residuals of r = t and of r < t rows, None where the batch has no such row.
+    change: mean over r < t rows of the change along the step back, by |u|. It is |u - u'| for a
+        difference and |(t - r) du/dt| for a derivative, None for flow matching.
+    products: (n_pairs, 2), <e, u - v> and |e|^2 with e in unit scale. Only kinds that step back
+        have it, for `dmf.method.intervals`.
     """
 
     border: Array | None
@@ -65,47 +72,37 @@ class Residuals(NamedTuple):
     products: Array | None = None
 
 
-def passes(config: LossConfig) -> int:
-    """Forward passes that the velocity of `config.tangent` costs a row with r < t."""
-    return 0 if config.tangent == "data" else 1
-
-
-def along_data(rows: Rows) -> Array:
-    """The conditional velocity v of the rows themselves: the paper's direction."""
-    return rows.v
-
-
-def along_own(net: Net, params: object) -> Tangent:
-    """The direction u(z, t, t) of given weights: what they hold to be the mean of v at z. No gradient reaches params.
-
-    net: the network in evaluation mode, without dropout. The direction of improved MeanFlow (arXiv 2512.02012), here also for
-    the finite difference: the residual loses the part of v's noise that the network's Jacobian passes on.
-    """
-    return lambda rows: net(sg(params), rows._replace(r=rows.t))
-
-
 class Rule(NamedTuple):
-    """What, besides its kind, makes the target of a stage.
+    """The choices besides the kind that make the target of a stage.
 
-    share: (r, t) -> a, the part of t - r that a row steps back, all (B,): an interval rule at the rho of the step. Only the
-    kind "discrete" asks for it. tangent: along which velocity.
+    share: (r, t) -> a, the part of t - r that a row steps back, all (B,). It is an interval rule
+        at the rho of the step. Only kinds that step back ask for it.
+    tangent: the direction of the step back and of the derivative, None for v.
     """
 
     loss: LossConfig
     share: Callable[[Array, Array], Array]
-    tangent: Tangent = along_data
+    tangent: Tangent | None = None
+
+    def direction(self, rows: Rows) -> Array:
+        """The velocity along which these rows step back, (B, ...)."""
+        return rows.v if self.tangent is None else self.tangent(rows)
 
 
 def discrete_weight(a: Array, r: Array, t: Array, c: float) -> Array:
-    """w = a / (1 + c a), and 1 where r = t, so that such rows have the target v whatever the interval. All (B,)."""
+    """w = a / (1 + c a), and 1 where r = t. All (B,).
+
+    With w = 1 a row has the target v, whatever its interval.
+    """
     return jnp.where(r < t, a / (1 + c * a), 1.0)
 
 
 def discrete_residual(u: Array, u_next: Array, v: Array, w: Array, scale: str) -> Array:
-    """e = u - T with T = w v + (1 - w) sg u'; scale "unit": the same divided by w, with unit derivative in u.
+    """e = u - T with T = w v + (1 - w) sg u', or that divided by w.
 
-    u, u_next, v: (B, ...); w: (B,). Dividing by w without the stop-gradient would bring the factor 1/w back into the
-    gradient, which is what "unit" is there to remove.
+    u, u_next, v: (B, ...); w: (B,). scale: "raw", or "unit" with unit derivative in u.
+    Without its stop-gradient, "unit" would bring the factor 1 / w back into the gradient.
+    Raises DmfError for another scale.
     """
     wb = expand(w, u)
     raw = u - sg(wb * v + (1 - wb) * u_next)
@@ -117,10 +114,10 @@ def discrete_residual(u: Array, u_next: Array, v: Array, w: Array, scale: str) -
 
 
 def shift_back(rows: Rows, a: Array) -> Rows:
-    """The rows moved back along their own straight line: (z - D v, r, t - D), D = a (t - r). a: (B,) in [0, 1].
+    """The rows moved back along their own velocity: (z - D v, r, t - D), D = a (t - r).
 
-    Same label and same random keys: the two evaluations of a row share their dropout mask, without which the difference
-    u - u' of a fine stage drowns in mask noise.
+    a: (B,) in [0, 1]. Condition and random keys stay, so both evaluations share a dropout mask.
+    The difference u - u' of a fine stage drowns in the noise of two masks.
     """
     D = a * (rows.t - rows.r)
     t_next = jnp.maximum(rows.t - D, rows.r)  # a = 1 may round to just below r
@@ -128,19 +125,18 @@ def shift_back(rows: Rows, a: Array) -> Rows:
 
 
 def flow_matching(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -> Residuals:
-    """e = u(z, r, t) - v on every row (r as drawn: kinds "flow" and "trajectory")."""
+    """e = u(z, r, t) - v on every row, r as drawn."""
     e = net(params, rows) - rows.v
     return _apart(split, e, e, None)
 
 
 def discrete(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -> Residuals:
-    """Finite-difference MeanFlow; the frozen second evaluation runs on the rows with r < t only."""
+    """Finite-difference MeanFlow. The frozen second evaluation runs on r < t rows only."""
     u = net(params, rows)
     pairs, u_pairs = split.pairs_of(rows), split.pairs_of(u)
-    a = jnp.where(
-        pairs.r < pairs.t, rule.share(pairs.r, pairs.t), 0.0
-    )  # r = t by rounding: nothing to look back to
-    u_next = net(sg(params), shift_back(pairs._replace(v=rule.tangent(pairs)), a))
+    # Where r = t by rounding there is nothing to look back to.
+    a = jnp.where(pairs.r < pairs.t, rule.share(pairs.r, pairs.t), 0.0)
+    u_next = net(sg(params), shift_back(pairs._replace(v=rule.direction(pairs)), a))
     w = discrete_weight(a, pairs.r, pairs.t, rule.loss.product_rule)
     e = discrete_residual(u_pairs, u_next, pairs.v, w, rule.loss.residual_scale)
     found = _apart(split, u - rows.v, e, _relative(u_pairs - u_next, u_pairs), pairs_cut=True)
@@ -148,13 +144,16 @@ def discrete(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) 
 
 
 def jvp(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -> Residuals:
-    """MeanFlow with du/dt along (dz, dr, dt) = (v, 0, 1), or another tangent; the JVP runs on the rows with r < t only."""
+    """MeanFlow with du/dt along (dz, dr, dt) = (v, 0, 1), or along another tangent.
+
+    The JVP runs on r < t rows only.
+    """
     pairs, border = split.pairs_of(rows), split.border_of(rows)
 
     def along(z: Array, r: Array, t: Array) -> Array:
         return net(params, pairs._replace(z=z, r=r, t=t))
 
-    tangents = (rule.tangent(pairs), jnp.zeros_like(pairs.r), jnp.ones_like(pairs.t))
+    tangents = (rule.direction(pairs), jnp.zeros_like(pairs.r), jnp.ones_like(pairs.t))
     u, dudt = jax.jvp(along, (pairs.z, pairs.r, pairs.t), tangents)
     drift = expand(pairs.t - pairs.r, dudt) * dudt
     e = u - sg(pairs.v - drift)
@@ -162,23 +161,10 @@ def jvp(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -> Re
     return Residuals(e_border, e, _relative(drift, u))
 
 
-OBJECTIVES = {"flow": flow_matching, "trajectory": flow_matching, "discrete": discrete, "jvp": jvp}
-
-
-def weighted_loss(e: Array, p: float, eps: float) -> tuple[Array, Array]:
-    """Per-row loss s / sg(s + eps)^p with s = sum of e^2 over pixels (the adaptive loss of MeanFlow, arXiv 2505.13447).
-
-    e: (B, ...). Returns (loss, s), both (B,) float32 (float64 for float64 residuals).
-    """
-    e = e.astype(jnp.promote_types(e.dtype, jnp.float32))
-    s = jnp.sum(jnp.square(e), axis=tuple(range(1, e.ndim)))
-    return s * sg(s + eps) ** -p, s
-
-
 def _apart(
     split: RowSplit, e_border: Array, e_pairs: Array, change: Array | None, pairs_cut: bool = False
 ) -> Residuals:
-    """Both kinds of rows apart; `pairs_cut` says that e_pairs already holds the r < t rows alone."""
+    """Both sorts of rows apart. pairs_cut: e_pairs already holds r < t rows alone."""
     border = split.border_of(e_border) if split.n_border else None
     if not split.n_pairs:
         return Residuals(border, None, change)
@@ -196,3 +182,65 @@ def _relative(change: Array, u: Array) -> Array:
     axes = tuple(range(1, u.ndim))
     norm = jnp.sqrt(jnp.sum(jnp.square(u), axes))
     return sg(jnp.mean(jnp.sqrt(jnp.sum(jnp.square(change), axes)) / jnp.maximum(norm, TINY)))
+
+
+class Kind(NamedTuple):
+    """The facts about one kind of stage.
+
+    residual: (net, params, rows, split, rule) -> Residuals.
+    arithmetic: "plain", "difference" or "derivative". It picks matmul precision and attention
+        kernel: a fine difference needs exact products, a derivative needs a forward mode.
+    extra: forward passes of an r < t row beyond `passes`; a JVP's tangent counts as one.
+    steps_back: the kind looks back over an interval that shrinks with rho.
+    v_only: every row has r = t and the interval branch is frozen, so u = v stays.
+    unguided: the same kind without guidance, "" where the kind itself is without guidance.
+    limit: the kind that this one becomes as its interval goes to zero, "" where it has none.
+    passes: forward passes of every row; a backward pass counts as two.
+    """
+
+    residual: Callable[[Net, object, Rows, RowSplit, Rule], Residuals]
+    arithmetic: str
+    extra: int = 0
+    steps_back: bool = False
+    v_only: bool = False
+    unguided: str = ""
+    limit: str = ""
+    passes: int = 3
+
+    @property
+    def guided(self) -> bool:
+        """Whether `dmf.method.guidance` replaces v in the target."""
+        return bool(self.unguided)
+
+    @property
+    def flow_matching(self) -> bool:
+        """Whether the kind fits v directly, without a target from its own weights."""
+        return self.residual is flow_matching
+
+
+KINDS: dict[str, Kind] = {
+    "flow": Kind(flow_matching, "plain", v_only=True),
+    "all_pairs": Kind(flow_matching, "plain"),
+    "discrete": Kind(discrete, "difference", extra=1, steps_back=True, limit="jvp"),
+    "jvp": Kind(jvp, "derivative", extra=1),
+    "guided_discrete": Kind(
+        discrete,
+        "difference",
+        extra=1,
+        steps_back=True,
+        unguided="discrete",
+        limit="guided_jvp",
+    ),
+    "guided_jvp": Kind(jvp, "derivative", extra=1, unguided="jvp"),
+}
+GUIDED = tuple(name for name, kind in KINDS.items() if kind.guided)
+FORMER = {"trajectory": "all_pairs"}  # names in old configs and work directories -> names now
+
+# The kinds of the paper: of pretraining; of the first stage, of those between, of the last one.
+PRETRAINING = "flow"
+FIRST, BETWEEN, LAST = "all_pairs", "discrete", "jvp"
+
+
+def kind_of(name: str) -> Kind:
+    """The facts about a kind, also by a former name, as old files have it."""
+    return KINDS[FORMER.get(name, name)]

@@ -1,7 +1,9 @@
-"""The networks u(z, r, t), each behind one pure function apply(params, z, r, t, *, label, train, rngs).
+"""The networks u(z, r, t), each behind one pure function apply(params, z, r, t, ...).
 
-All of them depend on r only through h = t - r, and every parameter of that branch lies under a module named
-"interval". With interval_init = "zero" a network starts as a flow model: u(z, r, t) = u(z, t, t) = v(z, t).
+All of them depend on r only through h = t - r. Every parameter of that branch lies under a module
+named "interval". With interval_init = "zero" a network starts as a flow model:
+
+    u(z, r, t) = u(z, t, t) = v(z, t)
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmf.errors import DmfError
+from dmf.method.flow import Condition
 from dmf.networks.adm import ADMConfig, make_adm
 from dmf.networks.dit import DIT_SIZES, DiTConfig, make_dit
 from dmf.networks.layers import PLAIN, REMAT, Execution, check_choice
@@ -23,6 +26,7 @@ from dmf.networks.unet import UNetConfig, make_unet
 
 __all__ = [
     "ADMConfig",
+    "Condition",
     "DIT_SIZES",
     "DiTConfig",
     "Execution",
@@ -35,6 +39,7 @@ __all__ = [
     "is_interval_path",
 ]
 
+SideOutputs = dict[str, jax.Array]
 NetworkConfig = UNetConfig | DiTConfig | MLPConfig | ADMConfig
 Params = dict[str, Any]
 
@@ -46,26 +51,36 @@ KINDS: dict[str, tuple[type, Callable[..., Any]]] = {
 }
 
 
+def is_interval_path(path: tuple[str, ...]) -> bool:
+    """Whether a parameter belongs to the interval branch, which sees h = t - r."""
+    return "interval" in path
+
+
 class Network(NamedTuple):
-    """A network as two pure functions.
+    """A network as pure functions.
 
-    init(key) -> params: nested dict of float32 arrays, complete whether or not labels will be given.
+    init(key) -> params, nested dicts of float32 arrays, complete with and without classes.
 
-    apply(params, z, r, t, *, label=None, train=False, rngs=None) -> u, shaped as z, float32 (float64 if
-    params and inputs are). z is (B, *image_shape); r and t are (B,). Wrong shapes raise DmfError.
-    `label`: for the U-Net (B, augment_dim) floats, where None adds nothing; for the DiT (B,) integer classes,
-    where None is the null class; None for the others. A class outside the table cannot be refused under jit: one
-    beyond the end turns its row into NaN, a negative one counts from the end.
-    `rngs`: one typed key per row, (B,), for dropout when `train`; ignored otherwise.
+    apply(params, z, r, t, *, label=None, condition=None, train=False, rngs=None) -> u
+
+        z          (B, *image_shape)
+        r, t       (B,)
+        label      (B,) integer classes, short for condition = Condition(label=label)
+        condition  a `Condition`; None in it is the null class, or no augmentation
+        rngs       (B,) typed keys, one per row, for dropout; only read in training
+        u          shaped as z, float32, or float64 if params and inputs are
+
+    Wrong shapes raise DmfError. jit cannot refuse a class outside the table: a class beyond the
+    end turns its row into NaN, and a negative class counts from the end.
+
+    apply_with_sides: the same, but -> (u, side outputs by name), {} for most networks.
+    is_interval(path): whether the parameter at a path belongs to the interval branch.
     """
 
     init: Callable[[jax.Array], Params]
     apply: Callable[..., jax.Array]
-
-
-def is_interval_path(path: tuple[str, ...]) -> bool:
-    """Whether the parameter at `path` belongs to the interval branch, the one that sees h = t - r."""
-    return "interval" in path
+    apply_with_sides: Callable[..., tuple[jax.Array, SideOutputs]]
+    is_interval: Callable[[tuple[str, ...]], bool] = is_interval_path
 
 
 def build(
@@ -74,50 +89,55 @@ def build(
     dtype: Any = jnp.float32,
     how: Execution = PLAIN,
 ) -> Network:
-    """Build the network for images of `image_shape` (H, W, C); the MLP also takes (D,), and z flat or not.
+    """Build the network for images of `image_shape` (H, W, C). The MLP also takes (D,).
 
-    `how`: attention kernel, remat and scan; init and the tree of parameters do not depend on it, nor does u, but for rounding.
-    `dtype` is the compute dtype, float32 or bfloat16. Parameters, times, the conditioning vector, softmax,
-    norm statistics, the last layer and u are float32 in both cases; with float32, parameters and inputs in
-    float64 give a computation in float64. Raises DmfError naming the field that does not fit.
+    dtype: of the computation, float32 or bfloat16. These stay float32 in both cases: parameters,
+    times, the conditioning vector, softmax, norm statistics, the last layer and u.
+    With float32, parameters and inputs in float64 give a computation in float64.
+
+    how: attention kernel, remat and scan. They leave the parameters alone, and change u by
+    rounding only. Raises DmfError naming the field that does not fit.
     """
     shape = tuple(image_shape)
     plain, module = _module(config, shape, dtype, PLAIN), _module(config, shape, dtype, how)
     augment_dim = config.augment_dim if isinstance(config, UNetConfig) else 0
 
     def init(key: jax.Array) -> Params:
-        z, time = (
-            jax.ShapeDtypeStruct((1, *shape), jnp.float32),
-            jax.ShapeDtypeStruct((1,), jnp.float32),
-        )
-        label = jax.ShapeDtypeStruct((1, augment_dim), jnp.float32) if augment_dim else None
-        return plain.lazy_init(key, z, time, time, label, None)["params"]
+        def of(*size: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(size, jnp.float32)
 
-    def apply(
+        condition = Condition(augment=of(1, augment_dim) if augment_dim else None)  # type: ignore[arg-type]
+        return plain.lazy_init(key, of(1, *shape), of(1), of(1), condition, None)["params"]
+
+    def apply_with_sides(
         params: Params,
         z: jax.Array,
         r: jax.Array,
         t: jax.Array,
         *,
         label: jax.Array | None = None,
+        condition: Condition | None = None,
         train: bool = False,
         rngs: jax.Array | None = None,
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, SideOutputs]:
+        condition = _condition(config, label, condition, z.shape[0])
         _check_inputs(config, shape, z, r, t)
-        if label is not None:
-            _check_label(config, label, z.shape[0])
         keys = _row_keys(config, rngs, z.shape[0]) if train else None
-        u = module.apply({"params": params}, z, r, t, label, keys)
-        return u.astype(jnp.promote_types(u.dtype, jnp.float32))
+        out = module.apply({"params": params}, z, r, t, condition, keys)
+        u, sides = out if isinstance(out, tuple) else (out, {})
+        return u.astype(jnp.promote_types(u.dtype, jnp.float32)), sides
 
-    return Network(init, apply)
+    def apply(*args: Any, **how: Any) -> jax.Array:
+        return apply_with_sides(*args, **how)[0]
+
+    return Network(init, apply, apply_with_sides)
 
 
 def _module(config: NetworkConfig, shape: tuple[int, ...], dtype: Any, how: Execution) -> Any:
     if config.kind not in KINDS or not isinstance(config, KINDS[config.kind][0]):
         raise DmfError(
-            f"config.network.kind is {config.kind!r} in a {type(config).__name__}; expected one of "
-            f"{', '.join(KINDS)}, each with the config class of its name."
+            f"config.network.kind is {config.kind!r} in a {type(config).__name__}; "
+            f"expected one of {', '.join(KINDS)}, each with the config class of its name."
         )
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
         raise DmfError(f"dtype is {jnp.dtype(dtype).name}; expected float32 or bfloat16.")
@@ -126,7 +146,8 @@ def _module(config: NetworkConfig, shape: tuple[int, ...], dtype: Any, how: Exec
     check_choice("config.remat", how.remat, tuple(REMAT))
     if how.scan and not isinstance(config, DiTConfig):
         raise DmfError(
-            f"config.scan_blocks is True with network.kind {config.kind!r}; expected False: only a DiT's blocks are all alike."
+            f"config.scan_blocks is True with network.kind {config.kind!r}; expected False: "
+            "only a DiT's blocks are all alike."
         )
     return KINDS[config.kind][1](config, shape, compute_dtype, how)
 
@@ -144,18 +165,32 @@ def _check_inputs(
             )
 
 
-def _check_label(config: NetworkConfig, label: jax.Array, batch: int) -> None:
-    if isinstance(config, UNetConfig) and config.augment_dim:
-        shape: tuple[int, ...] = (batch, config.augment_dim)
-        fits, name = jnp.issubdtype(label.dtype, jnp.floating), "floats"
-    elif isinstance(config, DiTConfig) and config.num_classes:
-        shape = (batch,)
-        fits, name = jnp.issubdtype(label.dtype, jnp.integer), "integers"
-    else:
-        raise DmfError(f"label has shape {label.shape}; expected None: this network has no labels.")
-    if label.shape != shape or not fits:
+def _condition(
+    config: NetworkConfig, label: jax.Array | None, condition: Condition | None, batch: int
+) -> Condition:
+    """The condition that a network is given, checked."""
+    if label is not None and condition is not None:
+        raise DmfError("label and condition are both given; expected one of them.")
+    found = Condition(label=label) if condition is None else condition
+    classes = config.num_classes if isinstance(config, DiTConfig) else 0
+    width = config.augment_dim if isinstance(config, UNetConfig) else 0
+    if found.label is not None:
+        _check("label", found.label, (batch,) if classes else None, jnp.integer)
+    if found.augment is not None:
+        _check("augment", found.augment, (batch, width) if width else None, jnp.floating)
+    return found
+
+
+def _check(name: str, given: jax.Array, shape: tuple[int, ...] | None, number: Any) -> None:
+    """Raises DmfError unless a part of the condition has this shape and sort of number."""
+    if shape is None:
         raise DmfError(
-            f"label has shape {label.shape} of {label.dtype}; expected {shape} of {name}."
+            f"{name} has shape {given.shape}; expected None: this network has no {name}."
+        )
+    if given.shape != shape or not jnp.issubdtype(given.dtype, number):
+        sort = "integers" if number is jnp.integer else "floats"
+        raise DmfError(
+            f"{name} has shape {given.shape} of {given.dtype}; expected {shape} of {sort}."
         )
 
 
@@ -165,7 +200,7 @@ def _row_keys(config: NetworkConfig, rngs: jax.Array | None, batch: int) -> jax.
         return None
     if rngs is None:
         raise DmfError(
-            f"rngs is None; expected one key per row, since network.dropout is {config.dropout}."
+            f"rngs is None; expected one key per row, as network.dropout is {config.dropout}."
         )
     if not jnp.issubdtype(rngs.dtype, jax.dtypes.prng_key) or rngs.shape != (batch,):
         raise DmfError(

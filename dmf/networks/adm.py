@@ -1,8 +1,12 @@
 """The ADM U-Net without classes: the network of TorchCFM's flow models on CIFAR-10.
 
-Parameter names follow the official state dict: '.' reads as '/', and a number that indexes a list is joined to the
-name before it by '_', so `input_blocks.1.0.in_layers.2.weight` is input_blocks_1_0/in_layers_2/kernel. New against
-it is `interval`, a second `time_embed`, for h = t - r; its output is added to the embedding vector.
+Parameter names follow the official state dict. '.' reads as '/', and '_' joins the index of a
+list to the name before it:
+
+    input_blocks.1.0.in_layers.2.weight   input_blocks_1_0/in_layers_2/kernel
+
+The official network has no `interval`: a second `time_embed`, for h = t - r.
+Its output is added to the embedding vector.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import jax.numpy as jnp
 
 from dmf.errors import DmfError
 from dmf.fields import BELOW_1, INF, choice, limited
+from dmf.method.flow import Condition
 from dmf.networks import layers
 
 GROUPS = 32
@@ -24,12 +29,17 @@ GROUPS = 32
 
 @dataclass(frozen=True, kw_only=True)
 class ADMConfig:
-    """The U-Net's shape; the defaults are TorchCFM's CIFAR-10 network (35,746,307 parameters and an interval branch).
+    """The U-Net's shape. The defaults are TorchCFM's CIFAR-10 network.
 
-    `channel_mult` has one entry per resolution, halving from one to the next; `blocks` counts the encoder's blocks per
-    resolution (the decoder has one more); attention stands after every block at `attention_resolutions` (in pixels)
-    and in the middle, in heads of `head_channels`; `interval_init` "zero" makes u(z, r, t) = u(z, t, t) at the start,
-    bit for bit. Norms have 32 groups: in a layer of 32 channels they remove the shift that brings in the times.
+    That network has 35,746,307 parameters and an interval branch.
+
+    channel_mult           one entry per resolution; each is half of the one before
+    blocks                 of the encoder per resolution; the decoder has one more
+    attention_resolutions  attention follows every block there, and stands in the middle
+    head_channels          of one head of attention
+    interval_init          "zero" makes u(z, r, t) = u(z, t, t) at the start, bit for bit
+
+    Norms have 32 groups. In a layer of 32 channels they remove the shift that brings in the times.
     """
 
     kind: str = "adm"  # tells the networks apart
@@ -45,7 +55,10 @@ class ADMConfig:
 
 
 class Row(NamedTuple):
-    """An entry of input_blocks or output_blocks: its parts (keys of PARTS) in order, the channels entering and leaving."""
+    """An entry of input_blocks or output_blocks.
+
+    parts: keys of PARTS, in order. inputs, width: channels that enter and leave.
+    """
 
     parts: tuple[str, ...]
     inputs: int
@@ -53,7 +66,10 @@ class Row(NamedTuple):
 
 
 def plan(config: ADMConfig, size: int) -> tuple[list[Row], list[Row]]:
-    """The rows of the encoder, which follow its first convolution, and of the decoder, for images of `size` pixels."""
+    """The rows of the encoder, after its first convolution, and of the decoder.
+
+    size: of the images, in pixels.
+    """
     c, encoder, decoder = config, list[Row](), list[Row]()
     width = c.channels * c.channel_mult[0]
     skips = [width]
@@ -102,7 +118,7 @@ def _conv(
     stride: int = 1,
     zero: bool = False,
 ) -> nn.Conv:
-    """Convolution with size // 2 zeros on every side, which at stride 2 is not what "SAME" means."""
+    """Convolution with size // 2 zeros on every side. At stride 2, "SAME" would differ."""
     init = nn.initializers.zeros if zero else _uniform(size * size * x.shape[-1])
     window, padding = (size, size), size // 2
     return nn.Conv(
@@ -115,7 +131,7 @@ def _norm(name: str, dtype: jnp.dtype | None) -> nn.GroupNorm:
 
 
 def _time_embed(time: jax.Array, channels: int, zero: bool = False) -> jax.Array:
-    """Two-layer MLP on the cosine-sine features of a raw time, (B,) -> (B, 4 * channels), never below float32."""
+    """Two-layer MLP on the features of a raw time, (B,) -> (B, 4 * channels), float32 or better."""
     freqs = layers.frequencies(channels // 2, endpoint=False)
     x = layers.time_features(time, freqs, sin_first=False)
     x = nn.silu(_dense(x, 4 * channels, "time_embed_0", None)(x))
@@ -123,7 +139,7 @@ def _time_embed(time: jax.Array, channels: int, zero: bool = False) -> jax.Array
 
 
 class Interval(nn.Module):
-    """The embedding of h = t - r, to be added to that of t."""
+    """The embedding of h = t - r, which is added to the embedding of t."""
 
     channels: int
     zero: bool
@@ -157,7 +173,10 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over positions, added to its input; the columns of qkv are [q | k | v] head by head."""
+    """Multi-head self-attention over positions, added to its input.
+
+    The columns of qkv are [q | k | v], head by head.
+    """
 
     width: int
     config: ADMConfig
@@ -222,13 +241,16 @@ class ADM(nn.Module):
         z: jax.Array,
         r: jax.Array,
         t: jax.Array,
-        label: jax.Array | None,
+        condition: Condition,
         rngs: jax.Array | None,
     ) -> jax.Array:
-        """Map z (B, R, R, C), r, t (B,), keys (B,) or None to u, as z; there are no labels, `label` is unused."""
+        """Map z (B, R, R, C), r, t (B,), keys (B,) or None to u, shaped as z.
+
+        There are no classes, so `condition` is unused.
+        """
         c = self.config
         interval = Interval(c.channels, c.interval_init == "zero", name="interval")
-        # Officially every block applies this SiLU to the embedding it is given; it is the same one for all.
+        # Officially every block applies this SiLU to the embedding, with the same result.
         emb = nn.silu(_time_embed(t, c.channels) + interval(t - r))
         encoder, decoder = plan(c, z.shape[1])
         x = _conv(z, c.channels * c.channel_mult[0], 3, "input_blocks_0_0", self.dtype)(z)
@@ -240,7 +262,7 @@ class ADM(nn.Module):
         for n, row in enumerate(decoder):
             x = jnp.concatenate((x, skips.pop()), axis=-1)
             x = self._parts(f"output_blocks_{n}", row.parts, row.width, x, emb, rngs)
-        # In bfloat16 the last layer would put u itself on a grid of relative spacing 2^-8.
+        # In bfloat16 the last layer would put u on a grid of relative spacing 2^-8.
         x = layers.at_least_float32(x)
         x = nn.silu(_norm("out_0", None)(x))
         return _conv(x, z.shape[-1], 3, "out_2", None, zero=True)(x)
@@ -263,14 +285,15 @@ class ADM(nn.Module):
 def make_adm(
     config: ADMConfig, image_shape: tuple[int, ...], dtype: jnp.dtype | None, how: layers.Execution
 ) -> ADM:
-    """Check `config` against images (R, R, C) and return the module; raises DmfError naming the field."""
+    """The module for images (R, R, C). Raises DmfError naming the field that does not fit."""
     layers.check_levels("ADM U-Net", config, image_shape)
     layers.check_positive("config.network.head_channels", config.head_channels)
     for mult in config.channel_mult:
         if config.channels % 2 or config.channels * mult % GROUPS:
             raise DmfError(
-                f"config.network.channels is {config.channels}; expected an even number that makes every resolution's "
-                f"width a multiple of {GROUPS}, the groups of a norm: times {mult} it does not."
+                f"config.network.channels is {config.channels}; expected an even number that makes "
+                f"every resolution's width a multiple of {GROUPS}, the groups of a norm: "
+                f"times {mult} it does not."
             )
     _check_heads(config, image_shape[0])
     layers.check_choice("config.network.interval_init", config.interval_init, layers.INTERVAL_INITS)
@@ -282,6 +305,6 @@ def _check_heads(config: ADMConfig, size: int) -> None:
     for width in [row.width for row in encoder if "attention" in row.parts] + [encoder[-1].width]:
         if width % config.head_channels:
             raise DmfError(
-                f"config.network.head_channels is {config.head_channels}; expected a divisor of the {width} channels "
-                "of a layer with attention."
+                f"config.network.head_channels is {config.head_channels}; "
+                f"expected a divisor of the {width} channels of a layer with attention."
             )

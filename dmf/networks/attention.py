@@ -1,9 +1,13 @@
-"""Softmax attention on q, k, v of shape (B, N, heads, head_dim) each, by four kernels of the same values.
+"""Softmax attention on q, k, v of shape (B, N, heads, head_dim), by four kernels of equal values.
 
     o = softmax(q k^T / sqrt(head_dim)) v
 
-`xla` holds the N x N weights; `chunked` never does, in any direction of differentiation; `cudnn` (NVIDIA) and `flash`
-(TPU) are fused and fast, but know no forward mode: under jax.jvp they fail, and only when the program is compiled.
+    xla       holds the N x N weights
+    chunked   never holds them, in any direction of differentiation
+    cudnn     fused and fast on NVIDIA; no forward mode
+    flash     fused and fast on TPUs; no forward mode
+
+The last two fail under jax.jvp, when the program is compiled.
 """
 
 from __future__ import annotations
@@ -23,14 +27,14 @@ Array = jax.Array
 Kernel = Callable[[Array, Array, Array], Array]
 
 CHUNK = 128  # keys at a time
-TILE = 128  # lanes of a TPU register: what flash's tokens and head_dim are filled up to
+TILE = 128  # lanes of a TPU register; flash fills tokens and head_dim up to it
 
 
 def xla(q: Array, k: Array, v: Array) -> Array:
     """Softmax attention written out, logits and softmax in at least float32.
 
-    Not `jax.nn.dot_product_attention`, which rounds the softmax to float32 even for float64 inputs and would spoil the
-    float64 oracles; in float32 the two are the same computation.
+    `jax.nn.dot_product_attention` is the same computation in float32. For float64 inputs it rounds
+    the softmax to float32, which would spoil the float64 oracles.
     """
     logits_dtype = jnp.promote_types(q.dtype, jnp.float32)
     logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=logits_dtype)
@@ -39,10 +43,10 @@ def xla(q: Array, k: Array, v: Array) -> Array:
 
 
 def chunked(q: Array, k: Array, v: Array, chunk: int = CHUNK) -> Array:
-    """Softmax attention over at most `chunk` keys at a time, in memory that grows linearly with N.
+    """Softmax attention over at most `chunk` keys at a time, in memory linear in N.
 
-    Forward, jax.jvp, jax.grad, and the gradient of a loss that holds a jvp store nothing of N x N. The logits, the softmax
-    and all sums are in at least float32.
+    Nothing of N x N is stored: not forwards, by jax.jvp, by jax.grad or by a gradient through a
+    jvp. Logits, softmax and all sums are in at least float32.
     """
     o, _ = _attend(q, k, v, chunk)
     return o.astype(v.dtype)
@@ -50,9 +54,10 @@ def chunked(q: Array, k: Array, v: Array, chunk: int = CHUNK) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _attend(q: Array, k: Array, v: Array, chunk: int) -> tuple[Array, Array]:
-    """The output (B, N, heads, head_dim) and the logarithm of the softmax's denominator (B, heads, N), float32 or better.
+    """(o, lse): output (B, N, heads, head_dim), log of the softmax's denominator (B, heads, N).
 
-    Online softmax: m is the largest logit so far, l the sum of exp(logit - m), o that of exp(logit - m) v.
+    Both are float32 or better. In the online softmax m is the largest logit so far. The sum of
+    exp(logit - m) is l, and the sum of exp(logit - m) v is o.
     """
 
     def add(
@@ -78,17 +83,21 @@ def _attend(q: Array, k: Array, v: Array, chunk: int) -> tuple[Array, Array]:
 def _attend_jvp(
     chunk: int, primals: tuple[Array, ...], tangents: tuple[Array, ...]
 ) -> tuple[Any, Any]:
-    """The tangents of o and of lse; P is the softmax, S the logits, s = 1 / sqrt(head_dim):
+    """The tangents of o and of lse.
 
-        dS = s (dq k^T + q dk^T),  dlse = rowsum(P * dS),  do = (P * dS) v + P dv - dlse o
+    P is the softmax, S the logits, s = 1 / sqrt(head_dim):
 
-    The values come from `_attend` itself, so that this rule also gives the reverse mode of a program that was already
-    differentiated forwards. Every chunk is computed again backwards instead of being kept.
+        dS = s (dq k^T + q dk^T)
+        dlse = rowsum(P * dS)
+        do = (P * dS) v + P dv - dlse o
+
+    The values come from `_attend` itself. So this rule also serves a reverse pass through a
+    program that was already differentiated forwards. Chunks are computed again backwards.
     """
     (q, k, v), (dq, dk, dv) = primals, tangents
     o, lse = _attend(q, k, v, chunk)
-    # A change that all logits of a query share leaves o alone. What the mean key causes is such a change: taken out of dS
-    # and given back to dlse, it cannot drown the rest where P * dS is rounded to half precision.
+    # A change that all logits of a query share leaves o alone. The mean key causes such a change.
+    # We take it out of dS and add it to dlse, or it drowns the rest of P * dS in half precision.
     shared = _logits(dq, _mean(k)) + _logits(q, _mean(dk))
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -109,7 +118,10 @@ def _attend_jvp(
 
 
 def _parts(chunk: int, k: Array, v: Array) -> tuple[Array, Array, Array | None]:
-    """Keys and values as (parts, B, keys, heads, head_dim), and which keys are real (parts, keys): None if all are."""
+    """Keys and values as (parts, B, keys, heads, head_dim), and which keys are real.
+
+    The last is (parts, keys), None if all keys are real.
+    """
     tokens = k.shape[1]
     count = -(-tokens // chunk)
     size = -(-tokens // count)  # equal parts: 130 keys are two of 65, not 128 and 2 of 128
@@ -151,8 +163,9 @@ def _per_query(x: Array) -> Array:
 
 
 def cudnn(q: Array, k: Array, v: Array) -> Array:
-    """Softmax attention by NVIDIA's fused kernel: half precision, head_dim a multiple of 8; no forward mode.
+    """Softmax attention by NVIDIA's fused kernel, without a forward mode.
 
+    It needs half precision and a head_dim that is a multiple of 8.
     Raises DmfError for float32, and where cuDNN is missing or refuses the shapes.
     """
     if q.dtype not in (jnp.bfloat16, jnp.float16):
@@ -168,26 +181,27 @@ def cudnn(q: Array, k: Array, v: Array) -> Array:
 
 
 def flash(q: Array, k: Array, v: Array) -> Array:
-    """Softmax attention by JAX's Pallas kernel for TPUs, forwards and backwards in linear memory; no forward mode.
+    """Softmax attention by JAX's Pallas kernel for TPUs, without a forward mode.
 
-    Takes any N, head_dim and dtype up to float32: tokens are filled up to a multiple of 128 and masked, a head_dim above 128
-    to a multiple of it with zeros. The kernel runs on one device; over several, each must call it on rows of its own.
+    Memory is linear in N, forwards and backwards. Takes any N, head_dim and dtype up to float32.
+    Tokens are filled up to a multiple of 128 and masked. A head_dim above 128 is filled up with zeros to a multiple of it.
+    The kernel runs on one device. Over several, each calls it on its own rows.
     """
     tokens, head_dim = q.shape[1], q.shape[3]
     size = -(-tokens // TILE) * TILE
     fill = (0, 0), (0, 0), (0, size - tokens), (0, -head_dim % TILE if head_dim > TILE else 0)
     q, k, v = (jnp.pad(jnp.swapaxes(x, 1, 2), fill) for x in (q, k, v))
-    # One block of everything for the 256 tokens of a 32x32 latent; above 512 the blocks no longer fit beside each other.
+    # The 256 tokens of a 32x32 latent are one block. Blocks above 512 exceed the fast memory.
     block = next(tiles * TILE for tiles in (4, 3, 2, 1) if size % (tiles * TILE) == 0)
     o = _flash(q, k, v, tokens, block, 1 / math.sqrt(head_dim))
     return jnp.swapaxes(o[:, :, :tokens, :head_dim], 1, 2)
 
 
 def _kernel(q: Array, k: Array, v: Array, tokens: int, block: int, scale: float) -> Array:
-    """The kernel on (B, heads, size, head_dim), of which `tokens` are real, in the one precision it has for a dtype.
+    """The kernel on (B, heads, size, head_dim), of which `tokens` are real.
 
-    Its products in float32 take "highest" alone, those in half precision none but "default", in both directions; the precision
-    of the stage would reach it otherwise.
+    In both directions it takes one precision per dtype: "highest" for float32, "default" for half
+    precision. So we set it here, or the precision of the stage would reach the kernel.
     """
     from jax.experimental.pallas.ops.tpu import flash_attention as tpu
 
@@ -195,12 +209,10 @@ def _kernel(q: Array, k: Array, v: Array, tokens: int, block: int, scale: float)
         **{field.name: block for field in dataclasses.fields(tpu.BlockSizes)} | {"block_b": 1}
     )
     segments = None
-    if (
-        q.shape[2] > tokens
-    ):  # a query sees the keys of its own segment: the real ones or the filling
-        real = jnp.broadcast_to(jnp.arange(q.shape[2]) < tokens, (q.shape[0], q.shape[2])).astype(
-            jnp.int32
-        )
+    if q.shape[2] > tokens:
+        # A query sees the keys of its own segment: real ones, or filling.
+        real = jnp.arange(q.shape[2]) < tokens
+        real = jnp.broadcast_to(real, (q.shape[0], q.shape[2])).astype(jnp.int32)
         segments = tpu.SegmentIds(real, real)
     with jax.default_matmul_precision(_precision(q)):
         return tpu.flash_attention(
@@ -231,4 +243,4 @@ def _precision(x: Array) -> str:
 
 KERNELS: dict[str, Kernel] = {"xla": xla, "chunked": chunked, "cudnn": cudnn, "flash": flash}
 HAS_JVP = ("xla", "chunked")
-PLATFORMS = {"cudnn": "gpu", "flash": "tpu"}  # kernels of one kind of device alone
+PLATFORMS = {"cudnn": "gpu", "flash": "tpu"}  # kernels that run on one sort of device only

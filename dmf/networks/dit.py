@@ -1,9 +1,12 @@
-"""The diffusion transformer of SiT and MeanFlow on ImageNet latents: adaLN-zero, velocity output only.
+"""The diffusion transformer of SiT and MeanFlow on ImageNet latents: adaLN-zero, velocity output.
 
-Parameter names follow SiT's state dict: '.' reads as '/', and a number that indexes a list is joined by
-'_', so `blocks.3.adaLN_modulation.1.weight` is blocks_3/adaLN_modulation_1/kernel; `t_embedder.mlp.0` is
-t_embedder/mlp_0. New against SiT is `interval`, a second embedder like `t_embedder`, for h = t - r; its
-output is added to the conditioning vector.
+Parameter names follow SiT's state dict. '.' reads as '/', and '_' joins the index of a list:
+
+    blocks.3.adaLN_modulation.1.weight   blocks_3/adaLN_modulation_1/kernel
+    t_embedder.mlp.0                     t_embedder/mlp_0
+
+SiT has no `interval`: a second embedder like `t_embedder`, for h = t - r.
+Its output is added to the conditioning vector.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import numpy as np
 
 from dmf.errors import DmfError
 from dmf.fields import INF, REQUIRED, choice, limited
+from dmf.method.flow import Condition
 from dmf.networks import attention, layers
 
 TIME_FEATURES = 256
@@ -34,10 +38,10 @@ DIT_SIZES: dict[str, dict[str, int]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig:
-    """The transformer's shape; DIT_SIZES has depth, width and heads of the named sizes.
+    """The transformer's shape. DIT_SIZES has depth, width and heads of the named sizes.
 
-    `num_classes` = 0 means no label; otherwise the label table has num_classes + 1 rows, the last of which is
-    the null class. `interval_init` "zero" makes u(z, r, t) = u(z, t, t) at the start, bit for bit.
+    num_classes = 0 means no label. Otherwise the table has num_classes + 1 rows, and its last row
+    is the null class. interval_init "zero" makes u(z, r, t) = u(z, t, t) at the start, bit for bit.
     """
 
     kind: str = "dit"  # tells the networks apart
@@ -52,7 +56,7 @@ class DiTConfig:
 
 
 def position_embedding(height: int, width: int, dim: int) -> np.ndarray:
-    """Fixed embedding (height * width, dim), float64: [sin | cos] of the column, then of the row."""
+    """Fixed embedding (height * width, dim), float64: [sin | cos] of column, then of row."""
     freqs = layers.frequencies(dim // 4, endpoint=False)
 
     def one_axis(position: np.ndarray) -> np.ndarray:
@@ -68,9 +72,10 @@ def _modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 class Dense(nn.Dense):
-    """Flax's layer on the tokens of all rows as one matrix, so that its kernel's gradient is one plain matrix product.
+    """Flax's layer on the tokens of all rows as one matrix.
 
-    XLA on a CPU transposes copies of the operands otherwise: a DiT's gradient takes a quarter longer.
+    The gradient of its kernel is then one plain matrix product. Otherwise XLA on a CPU transposes
+    copies of the operands, and a DiT's gradient takes a quarter longer.
     """
 
     @nn.compact
@@ -88,7 +93,10 @@ def _norm(dtype: jnp.dtype | None) -> nn.LayerNorm:
 def _modulation(
     cond: jax.Array, parts: int, width: int, dtype: jnp.dtype | None
 ) -> list[jax.Array]:
-    """adaLN-zero: `parts` vectors (B, 1, width) from the conditioning (B, width), all zero at the start."""
+    """adaLN-zero: `parts` vectors (B, 1, width) from the conditioning vector (B, width).
+
+    All are zero at the start.
+    """
     zeros = nn.initializers.zeros
     dense = nn.Dense(parts * width, dtype=dtype, kernel_init=zeros, name="adaLN_modulation_1")
     return jnp.split(dense(nn.silu(cond))[:, None, :], parts, axis=-1)
@@ -104,7 +112,7 @@ class PatchEmbed(nn.Module):
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
         """Cut z into patches and project them."""
-        # Xavier for the matrix (p * p * C, width) that this is, not for a sliding convolution.
+        # Xavier for this matrix (p * p * C, width), not for a sliding convolution.
         limit = math.sqrt(6 / (self.patch**2 * z.shape[-1] + self.width))
         window, init = (self.patch, self.patch), layers.uniform_within(limit)
         proj = nn.Conv(
@@ -115,7 +123,7 @@ class PatchEmbed(nn.Module):
 
 
 class TimeEmbedder(nn.Module):
-    """Two-layer MLP on the sine-cosine features of a raw time, (B,) -> (B, width), in float32 always."""
+    """Two-layer MLP on the features of a raw time, (B,) -> (B, width), always in float32."""
 
     width: int
     zero_last: bool = False
@@ -139,7 +147,7 @@ class LabelEmbedder(nn.Module):
 
     @nn.compact
     def __call__(self, label: jax.Array | None, batch: int) -> jax.Array:
-        """Embed classes (B,); None is the null class for every row. An index beyond the table gives NaN."""
+        """Embed classes (B,). None is the null class; a class beyond the end gives NaN."""
         if label is None:
             label = jnp.full((batch,), self.num_classes, jnp.int32)
         init = nn.initializers.normal(0.02)
@@ -198,14 +206,14 @@ class DiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Modulated norm and projection to patches, zero at the start, in float32 whatever the compute dtype."""
+    """Modulated norm and projection to patches, zero at the start, always in float32."""
 
     features: int
 
     @nn.compact
     def __call__(self, x: jax.Array, cond: jax.Array) -> jax.Array:
         """Map tokens (B, N, width) to (B, N, features)."""
-        # In bfloat16 this layer would put u itself on a grid of relative spacing 2^-8.
+        # In bfloat16 this layer would put u on a grid of relative spacing 2^-8.
         x = layers.at_least_float32(x)
         shift, scale = _modulation(cond, 2, x.shape[-1], None)
         x = _modulate(_norm(None)(x), shift, scale)
@@ -225,10 +233,13 @@ class DiT(nn.Module):
         z: jax.Array,
         r: jax.Array,
         t: jax.Array,
-        label: jax.Array | None,
+        condition: Condition,
         rngs: jax.Array | None,
     ) -> jax.Array:
-        """Map z (B, H, W, C), r, t (B,), label (B,) or None to u, as z; without dropout, `rngs` is unused."""
+        """Map z (B, H, W, C), times r, t (B,) and classes (B,) or None to u, shaped as z.
+
+        There is no dropout, so `rngs` is unused.
+        """
         c = self.config
         batch, height, width, channels = z.shape
         rows, columns = height // c.patch, width // c.patch
@@ -237,7 +248,9 @@ class DiT(nn.Module):
         cond = TimeEmbedder(c.width, name="t_embedder")(t)
         cond = cond + TimeEmbedder(c.width, c.interval_init == "zero", name="interval")(t - r)
         if c.num_classes:
-            cond = cond + LabelEmbedder(c.num_classes, c.width, name="y_embedder")(label, batch)
+            cond = cond + LabelEmbedder(c.num_classes, c.width, name="y_embedder")(
+                condition.label, batch
+            )
         x = self._scanned(x, cond) if self.how.scan else self._unrolled(x, cond)
         x = FinalLayer(c.patch**2 * channels, name="final_layer")(x, cond)
         x = x.reshape(batch, rows, columns, c.patch, c.patch, channels)
@@ -250,7 +263,10 @@ class DiT(nn.Module):
         return x
 
     def _scanned(self, x: jax.Array, cond: jax.Array) -> jax.Array:
-        """The blocks as one program that runs depth times over their parameters, which keep their places in the tree."""
+        """The blocks as one program that runs depth times over their parameters.
+
+        The parameters keep their places in the tree.
+        """
         params = [self.variables["params"][f"blocks_{i}"] for i in range(self.config.depth)]
         block = DiTBlock(self.config, self.dtype, self.how.attend, parent=None)
 
@@ -264,18 +280,20 @@ class DiT(nn.Module):
 def make_dit(
     config: DiTConfig, image_shape: tuple[int, ...], dtype: jnp.dtype | None, how: layers.Execution
 ) -> DiT:
-    """Check `config` against images (H, W, C) and return the module; raises DmfError naming the field."""
+    """The module for images (H, W, C). Raises DmfError naming the field that does not fit."""
     if len(image_shape) != 3:
         raise DmfError(f"image_shape is {image_shape}; the DiT expects (H, W, C).")
     for field in ("depth", "width", "heads", "patch"):
         layers.check_positive(f"config.network.{field}", getattr(config, field))
     if config.width % config.heads or config.width % 4:
         raise DmfError(
-            f"config.network.width is {config.width}; expected a multiple of 4 and of network.heads, {config.heads}."
+            f"config.network.width is {config.width}; "
+            f"expected a multiple of 4 and of network.heads, {config.heads}."
         )
     if image_shape[0] % config.patch or image_shape[1] % config.patch:
         raise DmfError(
-            f"config.network.patch is {config.patch}; expected a divisor of the image size, {image_shape[0]}x{image_shape[1]}."
+            f"config.network.patch is {config.patch}; "
+            f"expected a divisor of the image size, {image_shape[0]}x{image_shape[1]}."
         )
     if config.num_classes < 0:
         raise DmfError(

@@ -1,4 +1,4 @@
-"""What the networks share: how they are computed, time features, row-wise dropout, resampling, initialisers, checks."""
+"""Shared by the networks: how they are computed, time features, dropout, resampling, checks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INTERVAL_INITS = ("zero", "random")
 
 
 def _is_matmul(primitive: Any, *operands: Any, **params: Any) -> bool:
-    """Whether a result is that of a convolution or of a matrix product whose matrix all rows share: dear to repeat."""
+    """Whether repeating is dear: a convolution, or a product with one matrix for all rows."""
     products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     return primitive is jax.lax.conv_general_dilated_p or products(primitive, *operands, **params)
 
@@ -37,10 +37,11 @@ REMAT: dict[str, Callable[..., bool]] = {
 
 @dataclass(frozen=True)
 class Execution:
-    """How a network is computed; its values are the same but for rounding.
+    """How a network is computed. Values differ by rounding only.
 
-    attend: the attention kernel, of q, k, v (B, N, heads, head_dim) each. remat: what the backward pass computes again
-    instead of keeping it: "none", "blocks" (all inside a block) or "dots" (all but its convolutions and matrix products).
+    attend: the attention kernel, of q, k, v (B, N, heads, head_dim) each.
+    remat: what the backward pass computes again. "none" keeps everything, "blocks" repeats all
+        inside a block, "dots" all except its convolutions and matrix products.
     scan: a DiT's blocks as one compiled block, run depth times.
     """
 
@@ -49,11 +50,14 @@ class Execution:
     scan: bool = False
 
     def block(self, kind: type[nn.Module]) -> Any:
-        """The class `kind` such that the forward pass keeps of each of its modules what `remat` says."""
+        """The class `kind`, whose modules keep for the backward pass what `remat` says."""
         return kind if self.remat == "none" else nn.remat(kind, policy=REMAT[self.remat])
 
     def scan_body(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """The same for a function that jax.lax.scan will run: there no merging of equal results needs to be prevented."""
+        """The same for a function that jax.lax.scan will run.
+
+        A scan needs no guard against merging equal results.
+        """
         return (
             step
             if self.remat == "none"
@@ -77,7 +81,10 @@ def check_positive(field: str, value: int) -> None:
 
 
 def check_levels(name: str, config: Any, image_shape: tuple[int, ...]) -> None:
-    """Raise DmfError unless a U-Net's resolutions, size, size / 2, ..., fit images (R, R, C); `name` is the network's."""
+    """Raise DmfError unless a U-Net's resolutions size, size / 2, ... fit images (R, R, C).
+
+    name: of the network, for the message.
+    """
     if len(image_shape) != 3 or image_shape[0] != image_shape[1]:
         raise DmfError(f"image_shape is {image_shape}; the {name} expects square images (R, R, C).")
     if not config.channel_mult:
@@ -89,15 +96,16 @@ def check_levels(name: str, config: Any, image_shape: tuple[int, ...]) -> None:
     size, levels = image_shape[0], len(config.channel_mult)
     if size % 2 ** (levels - 1):
         raise DmfError(
-            f"config.network.channel_mult has {levels} resolutions, so the image size must be divisible by "
-            f"{2 ** (levels - 1)}; got {size}."
+            f"config.network.channel_mult has {levels} resolutions, so the image size must be "
+            f"divisible by {2 ** (levels - 1)}; got {size}."
         )
     known = [size >> level for level in range(levels)]
     for found in config.attention_resolutions:
         if found not in known:
             raise DmfError(
-                f"config.network.attention_resolutions has {found}; expected some of {', '.join(map(str, known))}, the "
-                f"resolutions of a network of {levels} levels on images of {size} pixels."
+                f"config.network.attention_resolutions has {found}; expected some of "
+                f"{', '.join(map(str, known))}, the resolutions of a network of {levels} levels "
+                f"on images of {size} pixels."
             )
     if not 0.0 <= config.dropout < 1.0:
         raise DmfError(f"config.network.dropout is {config.dropout}; expected 0 <= dropout < 1.")
@@ -111,7 +119,8 @@ def at_least_float32(x: jax.Array) -> jax.Array:
 def frequencies(count: int, *, endpoint: bool) -> np.ndarray:
     """Geometric frequencies in radians per unit of time, from 1 down to 1e-4.
 
-    f_k = 1e4 ** (-k / n), k = 0 .. count - 1; n = count - 1 when `endpoint` (EDM), n = count otherwise (DiT).
+    f_k = 1e4 ** (-k / n), k = 0 .. count - 1.
+    n = count - 1 with `endpoint` (EDM), and count without (DiT).
     """
     steps = count - 1 if endpoint else count
     return 1e4 ** (-np.arange(count) / max(steps, 1))
@@ -126,7 +135,7 @@ def time_features(time: jax.Array, freqs: np.ndarray | jax.Array, *, sin_first: 
 
 
 def uniform_within(limit: float) -> Initializer:
-    """Initialiser U(-limit, limit), for kernels whose fans are not the ones their shape suggests.
+    """Initialiser U(-limit, limit), for kernels whose fans differ from their shape.
 
     Drawn flat: a counter-based generator over several axes takes XLA twice as long to compile.
     """
@@ -138,7 +147,10 @@ def uniform_within(limit: float) -> Initializer:
 
 
 def xavier(gain: float = 1.0) -> Initializer:
-    """Initialiser U(-a, a), a = gain * sqrt(6 / (fan_in + fan_out)); a kernel window counts in both fans."""
+    """Initialiser U(-a, a), a = gain * sqrt(6 / (fan_in + fan_out)).
+
+    A kernel window counts in both fans.
+    """
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
         fans = math.prod(shape[:-2]) * (shape[-2] + shape[-1])
@@ -148,19 +160,19 @@ def xavier(gain: float = 1.0) -> Initializer:
 
 
 class RowDropout(nn.Module):
-    """Dropout with one key per row, so that a row's mask depends on that row's key and on nothing else.
+    """Dropout with one key per row, so that a row's mask depends on its key alone.
 
-    mask_i = bernoulli(fold_in(rngs[i], crc32(module path)), 1 - rate)
+        mask_i = bernoulli(fold_in(rngs[i], crc32(module path)), 1 - rate)
 
-    Two evaluations of the same rows, one of them perhaps on a part of the batch or on another device layout,
-    share their masks exactly. A finite difference of the network needs that: independent masks drown it.
+    Two evaluations of the same rows share their masks. One of them may run on a part of the batch,
+    or on other devices. A finite difference needs that, because two masks drown it.
     """
 
     rate: float
 
     @nn.compact
     def __call__(self, x: jax.Array, rngs: jax.Array | None) -> jax.Array:
-        """Drop entries of `x` (B, ...) with typed keys `rngs` (B,); None, or a rate of 0, is the identity."""
+        """Drop entries of `x` (B, ...) with typed keys `rngs` (B,). None drops nothing."""
         if rngs is None or self.rate == 0.0:
             return x
         salt = zlib.crc32("/".join(self.path).encode())
@@ -182,10 +194,11 @@ def _shifted(x: jax.Array, axis: int, by: int) -> jax.Array:
 
 
 def blur_down(x: jax.Array) -> jax.Array:
-    """Halve (B, H, W, C): depthwise filter outer([1, 3, 3, 1]) / 64, stride 2, padding 1 (EDM resampling).
+    """Halve (B, H, W, C) as EDM does.
 
-    Per axis: y_i = (x_{2i-1} + 3 x_{2i} + 3 x_{2i+1} + x_{2i+2}) / 8. Sums of shifted halves instead of a
-    grouped convolution: the same filter, without the convolution's reduced precision on accelerators.
+    The depthwise filter is outer([1, 3, 3, 1]) / 64, with stride 2 and padding 1.
+    Per axis: y_i = (x_{2i-1} + 3 x_{2i} + 3 x_{2i+1} + x_{2i+2}) / 8.
+    These are sums of shifted halves. A grouped convolution would lose precision on accelerators.
     """
     for axis in (1, 2):
         pairs = x.reshape(*x.shape[:axis], x.shape[axis] // 2, 2, *x.shape[axis + 1 :])
@@ -195,8 +208,9 @@ def blur_down(x: jax.Array) -> jax.Array:
 
 
 def blur_up(x: jax.Array) -> jax.Array:
-    """Double (B, H, W, C): transposed filter outer([1, 3, 3, 1]) / 16, stride 2, padding 1 (EDM resampling).
+    """Double (B, H, W, C) as EDM does.
 
+    The transposed filter is outer([1, 3, 3, 1]) / 16, with stride 2 and padding 1.
     Per axis: y_{2i} = (3 x_i + x_{i-1}) / 4 and y_{2i+1} = (3 x_i + x_{i+1}) / 4, zero outside.
     """
     for axis in (1, 2):

@@ -12,15 +12,19 @@ import numpy as np
 
 from dmf.errors import DmfError
 from dmf.fields import INF, choice, limited
+from dmf.method.flow import Condition
 from dmf.networks import layers
 
-# Radians per unit of time. Higher ones cost more than they give: du/dt grows with the largest frequency.
+# Radians per unit of time. du/dt grows with the largest, so higher ones cost more than they give.
 FREQUENCIES = np.array([1.0, 2.0, 4.0, 8.0])
 
 
 @dataclass(frozen=True, kw_only=True)
 class MLPConfig:
-    """`depth` hidden layers of `width` units; `interval_init` "zero" starts from u(z, r, t) = u(z, t, t)."""
+    """`depth` hidden layers of `width` units.
+
+    interval_init "zero" starts from u(z, r, t) = u(z, t, t).
+    """
 
     kind: str = "mlp"  # tells the networks apart
     width: int = limited(128, 1, INF)  # of every hidden layer
@@ -41,10 +45,10 @@ class MLP(nn.Module):
         z: jax.Array,
         r: jax.Array,
         t: jax.Array,
-        label: jax.Array | None,
+        condition: Condition,
         rngs: jax.Array | None,
     ) -> jax.Array:
-        """Map z (B, ...) and r, t (B,) to u, shaped as z; there is no label and no dropout."""
+        """Map z (B, ...) and r, t (B,) to u, shaped as z. `condition` and `rngs` are unused."""
         width = self.config.width
         of_t = layers.time_features(t, FREQUENCIES, sin_first=True)
         of_h = layers.time_features(t - r, FREQUENCIES, sin_first=True)
@@ -64,7 +68,7 @@ class MLP(nn.Module):
 def make_mlp(
     config: MLPConfig, image_shape: tuple[int, ...], dtype: jnp.dtype | None, how: layers.Execution
 ) -> MLP:
-    """Check `config` and return the module; raises DmfError naming the field."""
+    """The module. Raises DmfError naming the field that does not fit."""
     for size in image_shape:
         layers.check_positive("image_shape", size)
     for field in ("width", "depth"):
@@ -72,6 +76,7 @@ def make_mlp(
     layers.check_choice("config.network.interval_init", config.interval_init, layers.INTERVAL_INITS)
     if how.remat != "none":
         raise DmfError(
-            f"config.remat is {how.remat!r} with network.kind 'mlp'; expected 'none': the MLP has no blocks."
+            f"config.remat is {how.remat!r} with network.kind 'mlp'; "
+            "expected 'none': the MLP has no blocks."
         )
     return MLP(config, dtype)

@@ -1,9 +1,13 @@
-"""EDM's SongUNet as u(z, r, t): the U-Net of MeanFlow on CIFAR-10, and with other fields DDPM++ and NCSN++.
+"""EDM's SongUNet as u(z, r, t): MeanFlow's U-Net on CIFAR-10; by other fields DDPM++ and NCSN++.
 
-Parameter names follow the official state dict, '.' read as '/': enc/32x32_block0/conv0/kernel and so on. The
-one exception is the first layer of the embedding. Officially it acts on [features(t) | features(t - r)]; here
-its two column blocks are two parameters, `map_layer0` (for t, with the bias) and `interval` (for t - r), so
-that a network without an interval is this one with `interval` = 0.
+Parameter names follow the official state dict, '.' read as '/': enc/32x32_block0/conv0/kernel.
+The first layer of the embedding is the exception. Officially it acts on
+[features(t) | features(t - r)]. Here its two column blocks are two parameters:
+
+    map_layer0   for t, with the bias
+    interval     for t - r
+
+A network without an interval is therefore this network with `interval` = 0.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import jax.numpy as jnp
 
 from dmf.errors import DmfError
 from dmf.fields import BELOW_1, INF, LEAST, choice, limited
+from dmf.method.flow import Condition
 from dmf.networks import layers
 
 SKIP_SCALE = math.sqrt(0.5)
@@ -29,24 +34,24 @@ EMBEDDINGS = ("positional", "fourier")
 TIME_INPUTS = ("t", "log_sigma")
 PRECONDS = ("none", "edm")
 FOURIER_SCALE = 16.0  # standard deviation of EDM's random frequencies
-SIGMA_RANGE = (
-    0.002,
-    80.0,
-)  # where EDM is trained and sampled; outside, c_noise stays at its end's value
+# EDM is trained and sampled in this range. Outside it, c_noise keeps the value of its end.
+SIGMA_RANGE = (0.002, 80.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig:
-    """The U-Net's shape; the defaults are the CIFAR-10 network (55,932,419 parameters at 32x32x3).
+    """The U-Net's shape. The defaults are the CIFAR-10 network: 55,932,419 parameters at 32x32x3.
 
-    `channel_mult` has one entry per resolution, halving from one to the next; `blocks` counts the encoder's
-    blocks per resolution (the decoder has one more); `augment_dim` is the length of the augmentation label, 0
-    for none; `interval_init` "zero" makes u(z, r, t) = u(z, t, t) at the start, bit for bit.
-
-    `resample`: filter "binomial", [1, 3, 3, 1], or "box", [1, 1]. `residual_encoder`: the input, shrunk, joins
-    every lower resolution (NCSN++). Each of t and t - r has `embedding_mult` * channels features; those of t are
-    "positional", or "fourier" with fixed random frequencies, of `time_scale` * t or of ln(sigma) / 4 with
-    sigma = t / (1 - t). `precond` "edm": the network is the F of EDM's denoiser (see `edm_velocity`).
+    channel_mult      one entry per resolution; each is half of the one before
+    blocks            of the encoder per resolution; the decoder has one more
+    augment_dim       length of the augmentation label, 0 for none
+    interval_init     "zero" makes u(z, r, t) = u(z, t, t) at the start, bit for bit
+    resample          filter: "binomial" is [1, 3, 3, 1], "box" is [1, 1]
+    residual_encoder  the input, shrunk, joins every lower resolution (NCSN++)
+    embedding_mult    t and t - r have this many times `channels` features each
+    embedding         features of t: "positional", or "fourier" with fixed random frequencies
+    time_input        features are of time_scale * t, or of ln(sigma) / 4, sigma = t / (1 - t)
+    precond           "edm": the network is the F of EDM's denoiser, see `edm_velocity`
     """
 
     kind: str = "unet"  # tells the networks apart
@@ -78,9 +83,9 @@ class UNetConfig:
 
 
 def log_sigma(t: jax.Array) -> jax.Array:
-    """EDM's c_noise of times t (B,): ln(sigma) / 4, sigma = t / (1 - t) within [0.002, 80] (EDM, table 1).
+    """EDM's c_noise of times t (B,): ln(sigma) / 4, sigma = t / (1 - t) in SIGMA_RANGE.
 
-    Finite with a finite derivative at every t; the derivative is zero outside that range.
+    EDM, table 1. Value and derivative are finite at every t; outside the range the slope is 0.
     """
     low, high = (sigma / (1 + sigma) for sigma in SIGMA_RANGE)
     t = jnp.clip(layers.at_least_float32(t), low, high)
@@ -90,11 +95,16 @@ def log_sigma(t: jax.Array) -> jax.Array:
 def edm_velocity(
     z: jax.Array, t: jax.Array, sigma_data: float, raw: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
-    """The velocity (z - D(x, sigma)) / t of EDM's denoiser D, x = z / (1 - t), sigma = t / (1 - t).
+    """The velocity (z - D(x, sigma)) / t of EDM's denoiser D.
 
-    D = c_skip x + c_out F(c_in x)  =>  v = (t - s^2 (1 - t)) / n^2 z - s / n F(z / n),  n^2 = t^2 + s^2 (1 - t)^2
+        x = z / (1 - t)
+        sigma = t / (1 - t)
+        D = c_skip x + c_out F(c_in x)
+        n^2 = t^2 + s^2 (1 - t)^2
+        v = (t - s^2 (1 - t)) / n^2 z - s / n F(z / n)
 
-    s = sigma_data, raw = F; z, v (B, ...), t (B,). The division by t is carried out, so both ends are regular.
+    s = sigma_data; raw = F; z, v: (B, ...); t: (B,).
+    The division by t is carried out, so both ends are regular.
     """
     t = layers.at_least_float32(t).reshape(-1, *(1,) * (z.ndim - 1))
     n = jnp.sqrt(t**2 + (sigma_data * (1 - t)) ** 2)
@@ -102,13 +112,13 @@ def edm_velocity(
 
 
 def _group_norm(x: jax.Array, name: str, dtype: jnp.dtype | None) -> nn.GroupNorm:
-    """GroupNorm for `x`: at most 32 groups of at least 4 channels, statistics in float32 or better."""
+    """GroupNorm for `x`: at most 32 groups of at least 4 channels, statistics in float32."""
     width = x.shape[-1]
     groups = max(1, min(32, width // 4))
     if width % groups:
         raise DmfError(
-            f"config.network.channels: a layer of {width} channels does not split into {groups} groups; "
-            "expected channels that are a multiple of 4 below 128 in every layer, and of 32 above."
+            f"config.network.channels: a layer of {width} channels does not split into {groups} "
+            "groups; expected a multiple of 4 in layers below 128 channels, and of 32 above."
         )
     return nn.GroupNorm(groups, epsilon=1e-6, use_fast_variance=False, dtype=dtype, name=name)
 
@@ -118,7 +128,7 @@ def _conv(width: int, size: int, name: str, dtype: jnp.dtype | None, gain: float
 
 
 class Block(nn.Module):
-    """Residual block, optionally resampling, optionally followed by single-head attention over positions."""
+    """Residual block, optionally with resampling before and single-head attention after it."""
 
     width: int
     config: UNetConfig
@@ -188,7 +198,10 @@ class Encoder(nn.Module):
         return skips
 
     def _shrunk(self, aux: jax.Array, width: int, name: str) -> jax.Array:
-        """3 x 3 convolution of the zero-extended image, then its halving: the filter sees beyond the border."""
+        """3 x 3 convolution of the zero-extended image, then its halving.
+
+        The filter sees beyond the border.
+        """
         beyond = nn.Conv(
             width, (3, 3), padding=3, dtype=self.dtype, kernel_init=layers.xavier(), name=name
         )(aux)
@@ -196,7 +209,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The way up; attention in the first block of all and in the last block of an attention resolution."""
+    """The way up. The first block has attention, and the last one of an attention resolution."""
 
     config: UNetConfig
     out_channels: int
@@ -223,14 +236,14 @@ class Decoder(nn.Module):
                 attend = k == c.blocks and res in c.attention_resolutions
                 block = make(width, c, self.dtype, self.how, attend=attend, name=f"{tag}_block{k}")
                 x = block(x, emb, rngs)
-        # In bfloat16 the last layer would put u itself on a grid of relative spacing 2^-8.
+        # In bfloat16 the last layer would put u on a grid of relative spacing 2^-8.
         x = layers.at_least_float32(x)
         x = nn.silu(_group_norm(x, f"{size}x{size}_aux_norm", None)(x))
         return _conv(self.out_channels, 3, f"{size}x{size}_aux_conv", None, gain=1e-5)(x)
 
 
 class FourierFeatures(nn.Module):
-    """Sine and cosine, in this order, at fixed random frequencies: a leaf that no gradient reaches."""
+    """Sine and cosine, in this order, at fixed random frequencies that no gradient reaches."""
 
     width: int
     scale: float
@@ -257,14 +270,14 @@ class UNet(nn.Module):
         z: jax.Array | None,
         r: jax.Array,
         t: jax.Array,
-        label: jax.Array | None,
+        condition: Condition,
         rngs: jax.Array | None,
     ) -> jax.Array:
-        """Map z (B, R, R, C), r, t (B,), label (B, augment_dim) or None, keys (B,) or None to u, as z.
+        """Map z (B, R, R, C), r, t (B,), augmentation label, keys (B,) or None to u, shaped as z.
 
-        Without z, to the embedding alone, (B, 4 * channels).
+        Without z it gives the embedding alone, (B, 4 * channels).
         """
-        emb = self._embedding(r, t, label)
+        emb = self._embedding(r, t, condition.augment)
         if z is None:
             return emb
         encoder = Encoder(self.config, self.dtype, self.how, name="enc")
@@ -279,32 +292,28 @@ class UNet(nn.Module):
             else raw(z)
         )
 
-    def _embedding(self, r: jax.Array, t: jax.Array, label: jax.Array | None) -> jax.Array:
-        """The conditioning vector (B, 4 * channels), never below float32: it carries the times."""
+    def _embedding(self, r: jax.Array, t: jax.Array, augment: jax.Array | None) -> jax.Array:
+        """The conditioning vector (B, 4 * channels), float32 or better: it carries the times."""
         noise_width, width = self.config.noise_width, 4 * self.config.channels
         of_t = self._features_of_t(t)
-        of_h = layers.time_features(
-            t - r, layers.frequencies(noise_width // 2, endpoint=True), sin_first=True
-        )
-        if label is not None:
-            init = layers.xavier()
-            shift = nn.Dense(2 * noise_width, use_bias=False, kernel_init=init, name="map_augment")(
-                label
+        freqs = layers.frequencies(noise_width // 2, endpoint=True)
+        of_h = layers.time_features(t - r, freqs, sin_first=True)
+        xavier = layers.xavier()
+        if augment is not None:
+            project = nn.Dense(
+                2 * noise_width, use_bias=False, kernel_init=xavier, name="map_augment"
             )
+            shift = project(augment)
             of_t, of_h = of_t + shift[:, :noise_width], of_h + shift[:, noise_width:]
-        # Both kernels are column blocks of one official layer, so both count its fan-in, 2 * noise_width.
+        # Both kernels are column blocks of one official layer, so both count its fan-in.
         half = layers.uniform_within(math.sqrt(6 / (2 * noise_width + width)))
-        interval_init = half if self.config.interval_init == "random" else nn.initializers.zeros
+        start = half if self.config.interval_init == "random" else nn.initializers.zeros
         emb = nn.Dense(width, kernel_init=half, name="map_layer0")(of_t)
-        emb = emb + nn.Dense(width, use_bias=False, kernel_init=interval_init, name="interval")(
-            of_h
-        )
-        return nn.silu(
-            nn.Dense(width, kernel_init=layers.xavier(), name="map_layer1")(nn.silu(emb))
-        )
+        emb = emb + nn.Dense(width, use_bias=False, kernel_init=start, name="interval")(of_h)
+        return nn.silu(nn.Dense(width, kernel_init=xavier, name="map_layer1")(nn.silu(emb)))
 
     def _features_of_t(self, t: jax.Array) -> jax.Array:
-        """The part of the embedding's input that knows t, (B, noise_width)."""
+        """The features of t, (B, noise_width)."""
         c = self.config
         time = log_sigma(t) if c.time_input == "log_sigma" else t
         if c.embedding == "fourier":
@@ -316,7 +325,7 @@ class UNet(nn.Module):
 def make_unet(
     config: UNetConfig, image_shape: tuple[int, ...], dtype: jnp.dtype | None, how: layers.Execution
 ) -> UNet:
-    """Check `config` against images (R, R, C) and return the module; raises DmfError naming the field."""
+    """The module for images (R, R, C). Raises DmfError naming the field that does not fit."""
     layers.check_levels("U-Net", config, image_shape)
     layers.check_positive("config.network.embedding_mult", config.embedding_mult)
     if config.augment_dim < 0:
@@ -330,7 +339,7 @@ def make_unet(
 
 
 def _check_conditioning(config: UNetConfig) -> None:
-    """Raise DmfError for fields of the time's way in that are wrong or do not go together."""
+    """Raises DmfError for fields of the time's features that are wrong or do not go together."""
     c = config
     layers.check_choice("config.network.embedding", c.embedding, EMBEDDINGS)
     layers.check_choice("config.network.time_input", c.time_input, TIME_INPUTS)
@@ -340,15 +349,16 @@ def _check_conditioning(config: UNetConfig) -> None:
             raise DmfError(f"config.network.{field} is {value}; expected a finite number above 0.")
     if c.noise_width % 2:
         raise DmfError(
-            f"config.network.embedding_mult * config.network.channels is {c.noise_width}; expected an even number, as half of "
-            "the features are sines."
+            f"config.network.embedding_mult * config.network.channels is {c.noise_width}; "
+            "expected an even number, as half of the features are sines."
         )
     if c.time_scale != 1 and c.time_input != "t":
         raise DmfError(
-            f"config.network.time_scale is {c.time_scale} with time_input {c.time_input!r}; expected 1, or time_input 't'."
+            f"config.network.time_scale is {c.time_scale} with time_input {c.time_input!r}; "
+            "expected 1, or time_input 't'."
         )
     if c.precond != "edm" and c.sigma_data != UNetConfig.sigma_data:
         raise DmfError(
-            f"config.network.sigma_data is {c.sigma_data} with precond {c.precond!r}; expected {UNetConfig.sigma_data}, or "
-            "precond 'edm'."
+            f"config.network.sigma_data is {c.sigma_data} with precond {c.precond!r}; "
+            f"expected {UNetConfig.sigma_data}, or precond 'edm'."
         )

@@ -30,7 +30,8 @@ from typing import Any
 
 from dmf.config import GuardConfig
 from dmf.errors import DmfError, short
-from dmf.method.curriculum import GUIDED, Stage, identity_of, rho_at, stage_at
+from dmf.method.curriculum import Stage, rho_at, stage_at
+from dmf.method.objectives import KINDS, LAST
 from dmf.storage import paths
 from dmf.storage.manifest import MANIFEST, verify
 
@@ -41,7 +42,7 @@ WORSE = (
 )  # a mean over pairs is that of the few that end near t = 1
 DONE = {
     "stop": "where the run ends",
-    "jvp": "the discrete stages left are jvp stages now",
+    LAST: "the discrete stages left are jvp stages now",
     "halve": "d falls half as far from the last good one in the discrete stages left",
     "floor": "d falls no further in the discrete stages left",
     "rate": "the learning rate is half of what it was",
@@ -77,7 +78,7 @@ def alarm(
 
 def remedy(action: str, failing: Stage) -> str:
     """What can be done about this stage: where no finite difference is to blame, or d is 1 already, the rate is lowered."""
-    if action in ("jvp", "halve", "floor") and identity_of(failing.kind) != "discrete":
+    if action in (LAST, "halve", "floor") and not KINDS[failing.kind].steps_back:
         return "rate"
     return "rate" if action in ("halve", "floor") and failing.rho >= 1 else action
 
@@ -100,21 +101,17 @@ def _good_rho(stages: tuple[Stage, ...], failing: Stage, back: int) -> float:
     """The rho that was still good: of the step to go back to in a smooth schedule, else the next larger one before, or 1."""
     if failing.fall != 1:
         return rho_at(failing, max(failing.first, back))
-    before = [
-        s.rho for s in stages if s.first < failing.first and identity_of(s.kind) == "discrete"
-    ]
+    before = [s.rho for s in stages if s.first < failing.first and KINDS[s.kind].steps_back]
     return min((rho for rho in before if rho > failing.rho), default=1.0)
 
 
 def _changed(stage: Stage, action: str, good: float) -> Stage:
     if action == "rate":
         return replace(stage, rate=stage.rate / 2)
-    if identity_of(stage.kind) != "discrete":
+    if not KINDS[stage.kind].steps_back:
         return stage
-    if action == "jvp":
-        return replace(
-            stage, kind="guided_jvp" if stage.kind in GUIDED else "jvp", rho=1.0, fall=1.0
-        )
+    if action == LAST:
+        return replace(stage, kind=KINDS[stage.kind].limit, rho=1.0, fall=1.0)
     if action == "halve":
         return replace(
             stage, rho=max(stage.rho, math.sqrt(stage.rho * good)), fall=math.sqrt(stage.fall)
@@ -354,11 +351,7 @@ def _comparable(
 ) -> list[tuple[int, float]]:
     """The scores from the end on of the last stage of plain flow matching; within such a stage the last score alone."""
     step = scores[-1][0]
-    ends = [
-        min(s.last, step)
-        for s in stages
-        if identity_of(s.kind) in ("flow", "trajectory") and s.first < step
-    ]
+    ends = [min(s.last, step) for s in stages if KINDS[s.kind].flow_matching and s.first < step]
     return [score for score in scores if score[0] >= max(ends, default=0)]
 
 

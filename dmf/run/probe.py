@@ -26,12 +26,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dmf import data, networks, optim, sharding, step
+from dmf import data, networks, sharding, step
 from dmf.config import Config
 from dmf.errors import DmfError
-from dmf.method import flow, objectives
-from dmf.method.curriculum import identity_of
-from dmf.method.flow import Rows, RowSplit, expand
+from dmf.method import flow, objectives, weights
+from dmf.method.flow import Condition, Rows, RowSplit, expand
+from dmf.method.objectives import KINDS
 
 Array = jax.Array
 EDGES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the intervals t - r that are told apart
@@ -102,7 +102,7 @@ class Watch:
     def _compile(self, kind: str) -> Callable[..., Any]:
         config, mesh = self._config, self._mesh
         network = step.network_for(kind, config, self._shape, mesh)
-        probe = jax.default_matmul_precision(getattr(config.precision, identity_of(kind)))(
+        probe = jax.default_matmul_precision(getattr(config.precision, KINDS[kind].arithmetic))(
             partial(_probe, kind=kind, network=network, config=config, split=self._split, mesh=mesh)
         )
         rows, whole = sharding.rows(mesh), sharding.replicated(mesh)
@@ -122,7 +122,7 @@ def _draw(batch: dict[str, Array], *, config: Config, split: RowSplit) -> tuple[
         flow.draw_times(keys[3], config.times, split),
     )
     drawn = [(r, t, *flow.interpolate(x, e, t)) for r, t in times]
-    even, law = (Rows(z, r, t, v, label) for r, t, z, v in drawn)
+    even, law = (Rows(z, r, t, v, Condition(label=label)) for r, t, z, v in drawn)
     return even, law
 
 
@@ -143,7 +143,7 @@ def _probe(
     unit = replace(config, loss=replace(config.loss, residual_scale="unit"))
 
     def net(rows: Rows) -> Array:
-        return network.apply(params, rows.z, rows.r, rows.t, label=rows.label)
+        return network.apply(params, rows.z, rows.r, rows.t, condition=rows.condition)
 
     _, found = step.stage_residuals(
         params, even, rho, kind=kind, network=network, config=unit, split=whole, train=False
@@ -155,7 +155,7 @@ def _probe(
     }
     if found.change is not None:
         out["change"] = found.change
-        if identity_of(kind) == "discrete":
+        if KINDS[kind].steps_back:
             out["change_ulps"] = found.change / float(jnp.finfo(config.compute_dtype).eps)
     e = jnp.asarray(found.pairs)
     squares = jnp.mean(jnp.square(e), axis=tuple(range(1, e.ndim)))
@@ -175,16 +175,16 @@ def _gradients(params: Any, law: Rows, rho: Array, *, mesh: Mesh, **how: Any) ->
 
     def loss(params: Any, law: Rows, rho: Array, part: str) -> tuple[Array, None]:
         _, found = step.stage_residuals(params, law, rho, train=False, **how)
-        config = how["config"].loss
-        return jnp.mean(
-            objectives.weighted_loss(getattr(found, part), config.p, config.eps)[0]
-        ), None
+        config, split = how["config"].loss, how["split"]
+        r, t = (split.border_of if part == "border" else split.pairs_of)((law.r, law.t))
+        e, weight = getattr(found, part), weights.adaptive(config.p, config.eps)
+        return jnp.mean(weights.weighted_loss(e, r, t, 0.0, weight)[0]), None
 
     border, pairs = (
         sharding.gradient(mesh, partial(loss, part=part))(params, law, rho)[0]
         for part in ("border", "pairs")
     )
-    norms = [optim.global_norm(g)[0] for g in (border, pairs)]
+    norms = [step.global_norm(g)[0] for g in (border, pairs)]
     inner = jax.tree.reduce(jnp.add, jax.tree.map(jnp.vdot, border, pairs))
     floor = objectives.TINY
     return {
