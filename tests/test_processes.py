@@ -26,7 +26,7 @@ VALUES = merged(
     network=dict(width=64),
     optimizer=dict(eps=1e-4),
     mesh=dict(replica=1, fsdp=0),
-    curriculum=dict(stages=2, kinds=("trajectory", "discrete"), length=12.0, pretrain_length=0.0),
+    curriculum=dict(stages=2, kinds=("all_pairs", "discrete"), length=12.0, pretrain_length=0.0),
     run=dict(score_steps=(1,)),
 )
 CONFIG = "from dmf.config import complete\ndef get_config():\n    return complete({values!r})\n"

@@ -61,7 +61,7 @@ def merged(base, **changes):
 
 
 class Setup:
-    """Everything a step needs, on the given number of devices."""
+    """All that a step needs, on the given number of devices."""
 
     def __init__(self, values=None, devices=1):
         self.config = parse(values or TINY)
@@ -71,7 +71,7 @@ class Setup:
         self.stages = build_stages(self.config.curriculum, self.config.batch_size, 1000)
 
     def state(self, randomise=True):
-        """A fresh state; by default no weight is at its zero start, so that no branch is dead."""
+        """A fresh state. By default no weight is at its zero start, so that no branch is dead."""
         params = self.network.init(jax.random.key(1))
         if randomise:
             leaves, tree = jax.tree.flatten(params)
@@ -114,8 +114,8 @@ class Setup:
         return now, {k: float(v) for k, v in metrics.items()}
 
 
-def residuals(kind, net, params, rows, split, rho, interval, loss, tangent=objectives.along_data):
-    """Of a stage's kind, at the interval of one step."""
-    return objectives.OBJECTIVES[kind](
+def residuals(kind, net, params, rows, split, rho, interval, loss, tangent=None):
+    """The residuals of a kind of stage, at the interval of one step."""
+    return objectives.KINDS[kind].residual(
         net, params, rows, split, objectives.Rule(loss, partial(interval, rho), tangent)
     )

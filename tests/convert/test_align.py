@@ -11,7 +11,7 @@ import pytest
 from dmf.convert.align import align
 from dmf.convert.audit import leaf_shapes
 from dmf.errors import DmfError
-from dmf.networks import MLPConfig, UNetConfig, build
+from dmf.networks import Condition, MLPConfig, UNetConfig, build
 
 EDM = UNetConfig(
     channels=8,
@@ -110,9 +110,9 @@ def test_u_does_not_see_r_bit_for_bit():
     z, t = jax.random.normal(jax.random.key(1), (6, *SHAPE)), jnp.linspace(0.01, 1, 6)
     label = jax.random.normal(jax.random.key(2), (6, 2))
     apply = jax.jit(build(config, SHAPE).apply)
-    at_t = apply(new, z, t, t, label=label)
+    at_t = apply(new, z, t, t, condition=Condition(augment=label))
     for r in (0 * t, t / 2):
-        assert np.array_equal(apply(new, z, r, t, label=label), at_t)
+        assert np.array_equal(apply(new, z, r, t, condition=Condition(augment=label)), at_t)
 
 
 def test_the_rest_of_the_network_is_kept_bit_for_bit():

@@ -14,7 +14,7 @@ import pytest
 from dmf.convert.rules import relative_l2
 from dmf.convert.unet import EDM, MEANFLOW_UNET
 from dmf.errors import DmfError
-from dmf.networks import UNetConfig, build
+from dmf.networks import Condition, UNetConfig, build
 from dmf.storage.readers.read import Inert
 from tests import GOLDEN
 from tests.conversion import (
@@ -144,7 +144,7 @@ def test_a_network_of_one_time_ignores_r(case):
         )
     assert not np.any(params["interval"]["kernel"])
     z, t = z.transpose(0, 2, 3, 1), np.float32([1, 0.7, 0.5, 0.05])
-    for kwargs in ({}, {"label": label}):
+    for kwargs in ({}, {"condition": Condition(augment=label)}):
         at_t = network.apply(params, z, t, t, **kwargs)
         assert np.array_equal(network.apply(params, z, t * np.float32(0.3), t, **kwargs), at_t)
         assert np.std(at_t) > 0.05

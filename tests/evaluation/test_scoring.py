@@ -48,7 +48,7 @@ def place(tmp_path_factory):
     """A run of seconds, a protocol of pixels, and a reference of the digits by it."""
     folder = tmp_path_factory.mktemp("scores")
     values = merged(
-        TINY, curriculum=dict(stages=1, kinds=("trajectory",), length=3.0, pretrain_length=0.0)
+        TINY, curriculum=dict(stages=1, kinds=("all_pairs",), length=3.0, pretrain_length=0.0)
     )
 
     train(parse(values), folder / "run")
@@ -281,7 +281,7 @@ def test_a_run_scores_itself_by_a_protocol_and_keeps_its_best_checkpoint(place, 
         keep_checkpoints=2,
         checkpoint_every_steps=100,
     )
-    kinds = ("trajectory", "discrete", "discrete")
+    kinds = ("all_pairs", "discrete", "discrete")
     config = parse(
         merged(
             TINY, curriculum=dict(stages=3, kinds=kinds, length=9.0, pretrain_length=3.0), run=run
@@ -301,7 +301,7 @@ def test_a_run_scores_itself_by_a_protocol_and_keeps_its_best_checkpoint(place, 
 
 def test_scores_of_other_settings_are_no_rivals_for_the_best(place, tmp_path):
     """A resumed run with more samples starts its own race, and a run without scores has no best."""
-    kinds = dict(stages=2, kinds=("trajectory", "trajectory"), length=4.0, pretrain_length=0.0)
+    kinds = dict(stages=2, kinds=("all_pairs", "all_pairs"), length=4.0, pretrain_length=0.0)
     run = dict(
         protocol=written(tmp_path, metrics=["fid"]),
         reference=str(place / "ref.npz"),
@@ -325,7 +325,7 @@ def test_scores_of_other_settings_are_no_rivals_for_the_best(place, tmp_path):
 
 def test_the_label_rule_is_the_protocols_in_training_as_in_scoring(place, tmp_path):
     """Random labels, labels in turn and labels of the data: the score in training is that of the checkpoint."""
-    kinds = dict(stages=1, kinds=("trajectory",), length=2.0, pretrain_length=0.0)
+    kinds = dict(stages=1, kinds=("all_pairs",), length=2.0, pretrain_length=0.0)
     found = {}
     for rule in protocols.LABELS:
         name = written(tmp_path, f"{rule}.json", labels=rule, metrics=["fid"], count=64)

@@ -135,7 +135,7 @@ def test_every_config_field_is_read_somewhere(room, name):
         }
     # These are read by the kind's name, which is what their fields are called.
     by_kind = room in (config.PrecisionConfig, config.AttentionConfig)
-    assert name in read or by_kind and name in {"flow", "trajectory", "discrete", "jvp"}
+    assert name in read or by_kind and name in {"flow", "all_pairs", "discrete", "jvp"}
 
 
 def test_files_and_functions_stay_readable():

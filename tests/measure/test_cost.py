@@ -64,7 +64,7 @@ def counts_on_one_device(values, cases):
 def test_the_finite_difference_takes_no_more_memory_than_flow_matching():
     """In a network as small as this, what flow matching saves by freezing the interval branch is near 2 %."""
     values = merged(TINY, network=dict(depth=4, width=64), batch_size=64)
-    cases = (("flow", 0.25), ("trajectory", 0.25), ("discrete", 0.25), ("discrete", 0.75))
+    cases = (("flow", 0.25), ("all_pairs", 0.25), ("discrete", 0.25), ("discrete", 0.75))
     flow, trajectory, *discrete = (
         found.temporary_bytes for found in counts_on_one_device(values, cases)
     )

@@ -327,7 +327,7 @@ def compiled(monkeypatch):
 def test_a_row_that_is_in_the_file_is_not_compiled_again(compiled, tmp_path, capsys):
     out, config = str(tmp_path / "plan.json"), parse(TINY)
     first = tpu_plan.plan(config, ["v5e-8"], out, "tiny")
-    assert compiled == ["flow", "trajectory", "discrete", "jvp"]
+    assert compiled == ["flow", "all_pairs", "discrete", "jvp"]
     again = tpu_plan.plan(
         parse(merged(TINY, run=dict(log_every_steps=7), seed=5)), ["v5e-8"], out, "another name"
     )
@@ -352,10 +352,10 @@ def test_rows_are_on_disk_as_soon_as_they_are_known(compiled, tmp_path, monkeypa
     monkeypatch.setattr(tpu_plan, "_compile", stops_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         tpu_plan.plan(parse(TINY), ["v5e-8"], str(out))
-    assert [row["kind"] for row in tpu_plan.read(str(out))] == ["flow", "trajectory"]
+    assert [row["kind"] for row in tpu_plan.read(str(out))] == ["flow", "all_pairs"]
     monkeypatch.setattr(tpu_plan, "_compile", whole)
     tpu_plan.plan(parse(TINY), ["v5e-8"], str(out))
-    assert compiled == ["flow", "trajectory", "discrete", "jvp"]
+    assert compiled == ["flow", "all_pairs", "discrete", "jvp"]
 
 
 def test_model_flops_are_the_passes_of_the_stage_times_the_plain_forward_pass(compiled):

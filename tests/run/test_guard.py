@@ -291,14 +291,14 @@ def test_a_run_hands_over_to_jvp_and_says_so(tmp_path, diverges, capsys):
         True,
     )
     logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [r["kind"] for r in logged] == ["flow"] * 4 + ["trajectory"] * 2 + ["discrete"] * 2 + [
+    assert [r["kind"] for r in logged] == ["flow"] * 4 + ["all_pairs"] * 2 + ["discrete"] * 2 + [
         "jvp"
     ] * 4
     assert [r["step"] for r in logged] == list(range(1, 13))
     line = "guard     stage 2 (discrete), step 10: residual_median = 9, above 3 x the stage's first, 2; "
     line += "back to step 8, the discrete stages left are jvp stages now"
     assert capsys.readouterr().out.count(line) == 2  # when it happens, and below the closing table
-    plain = merged(TINY, curriculum=dict(stages=4, kinds=("trajectory", "discrete", "jvp", "jvp")))
+    plain = merged(TINY, curriculum=dict(stages=4, kinds=("all_pairs", "discrete", "jvp", "jvp")))
     train(parse(plain), tmp_path / "plain")
     for a, b in zip(state_of(tmp_path), state_of(tmp_path / "plain"), strict=True):
         np.testing.assert_array_equal(a, b)  # what it did before leaves no trace in the weights

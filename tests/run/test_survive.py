@@ -32,7 +32,7 @@ from tests.tiny import TINY, Setup, merged
 
 # One program, two stages; scored by nothing.
 QUICK = merged(
-    TINY, curriculum=dict(stages=2, kinds=("trajectory",) * 2, length=12.0, pretrain_length=0.0)
+    TINY, curriculum=dict(stages=2, kinds=("all_pairs",) * 2, length=12.0, pretrain_length=0.0)
 )
 
 
@@ -50,9 +50,9 @@ def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     setup = Setup()
     saved = store(folder)
-    saved.save(6, setup.run("trajectory", 1)[0])
+    saved.save(6, setup.run("all_pairs", 1)[0])
     older = saved.restore_latest(setup.state())
-    saved.save(9, setup.run("trajectory", 2)[0])
+    saved.save(9, setup.run("all_pairs", 2)[0])
     saved.close()
     return folder, older
 
@@ -201,12 +201,12 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_show_in_it(
 
     monkeypatch.setattr(checkpoint, "write_manifest", slow)
     setup = Setup()
-    state, program = setup.run("trajectory", 1)[0], setup.step("trajectory")
+    state, program = setup.run("all_pairs", 1)[0], setup.step("all_pairs")
     expected = jax.tree.map(np.array, state)
     saved = store(tmp_path)
     saved.save(3, state, wait=False)
     for n in range(1, 5):  # steps donate what is being written
-        state, _ = program(state, setup.batch(n), setup.scalars(n, "trajectory"))
+        state, _ = program(state, setup.batch(n), setup.scalars(n, "all_pairs"))
     jax.block_until_ready(state)
     assert not saved.complete()  # it does not exist yet
     go_on.set()

@@ -25,7 +25,7 @@ from tests.tiny import TINY, merged
 
 # One program, two stages; scored by nothing.
 QUICK = merged(
-    TINY, curriculum=dict(stages=2, kinds=("trajectory",) * 2, length=12.0, pretrain_length=0.0)
+    TINY, curriculum=dict(stages=2, kinds=("all_pairs",) * 2, length=12.0, pretrain_length=0.0)
 )
 
 

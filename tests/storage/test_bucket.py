@@ -27,7 +27,7 @@ from tests.tiny import TINY, Setup, merged
 # One program, two stages of four steps, scored.
 SCORED = merged(
     TINY,
-    curriculum=dict(stages=2, kinds=("trajectory",) * 2, pretrain_length=0.0),
+    curriculum=dict(stages=2, kinds=("all_pairs",) * 2, pretrain_length=0.0),
     run=dict(score_samples=32),
 )
 HERE = "gs://things/runs/tiny"
