@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ml_collections import config_dict
@@ -25,7 +25,7 @@ from dmf.method import guidance, velocity
 from dmf.method.curriculum import CurriculumConfig, Stage, build_stages
 from dmf.method.flow import TimeLaw
 from dmf.method.guidance import GuidanceConfig
-from dmf.method.objectives import GUIDED, KINDS, LAST, LossConfig
+from dmf.method.objectives import FORMER, GUIDED, KINDS, LAST, LossConfig
 from dmf.method.samplers import IN_PROGRAM
 from dmf.networks import ADMConfig, DiTConfig, MLPConfig, UNetConfig, attention
 from dmf.optim import EMAConfig, OptimizerConfig
@@ -172,12 +172,14 @@ def complete(values: Mapping[str, Any]) -> config_dict.ConfigDict:
 def parse(values: Mapping[str, Any] | config_dict.ConfigDict) -> Config:
     """A `Config` from a nested mapping: a ConfigDict, a dict or stored JSON.
 
+    Former names of fields and kinds, which old files have, become today's.
     Raises DmfError for an unknown key, a value of another type, and a value out of range.
     """
     plain = values.to_dict() if isinstance(values, config_dict.ConfigDict) else values
-    config = fields.section(Config, plain, "config")
+    config = fields.section(Config, fields.current(plain), "config")
     fields.check(config, "config")
-    return config
+    kinds = tuple(FORMER.get(kind, kind) for kind in config.curriculum.kinds)
+    return replace(config, curriculum=replace(config.curriculum, kinds=kinds))
 
 
 def to_dict(config: Config) -> dict[str, Any]:
