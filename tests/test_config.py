@@ -1,6 +1,8 @@
 """The run as data: what is wrong with a config is said by the key, before anything is computed."""
 
 import dataclasses
+import json
+import re
 import subprocess
 import sys
 
@@ -8,6 +10,7 @@ import pytest
 
 from dmf import config, fields
 from dmf.errors import DmfError
+from dmf.run import workdir
 from tests import ROOT
 from tests.tiny import TINY, merged
 
@@ -74,8 +77,8 @@ def test_whole_numbers_are_taken_for_floats_also_inside_tuples():
             "config.compute_dtype = 'bf16': expected one of float32, bfloat16",
         ),
         (
-            dict(precision=dict(jvp="higest")),
-            "config.precision.jvp = 'higest': expected one of default, high, highest",
+            dict(precision=dict(derivative="higest")),
+            "config.precision.derivative = 'higest': expected one of default, high, highest",
         ),
         (
             dict(label_dropout=1.0),
@@ -178,6 +181,79 @@ def test_a_flag_for_no_field_is_answered_with_the_nearest(path, message):
 )
 def test_a_flag_for_a_field_is_let_through(path):
     config.check_path(path)
+
+
+OLD = dict(
+    TINY,
+    curriculum=dict(stages=3, kinds=("trajectory", "discrete", "jvp"), length=6.0),
+    precision=dict(flow="default", trajectory="default", discrete="high", jvp="highest"),
+    attention=dict(flow="xla", trajectory="xla", discrete="chunked", jvp="chunked"),
+)
+NEW = dict(
+    OLD,
+    curriculum=dict(stages=3, kinds=("all_pairs", "discrete", "jvp"), length=6.0),
+    precision=dict(plain="default", difference="high", derivative="highest"),
+    attention=dict(plain="xla", difference="chunked", derivative="chunked"),
+)
+
+
+def test_former_names_of_fields_and_kinds_are_read():
+    assert config.parse(OLD) == config.parse(NEW)
+    assert config.to_dict(config.parse(OLD)) == config.to_dict(config.parse(NEW))
+    half = config.parse(dict(OLD, precision=dict(trajectory="highest")))
+    assert half.precision == config.PrecisionConfig(plain="highest")
+    joined = config.parse(dict(TINY, curriculum=dict(stages=2, kinds=("trajectory,jvp",))))
+    assert joined.curriculum.kinds == ("all_pairs", "jvp")
+
+
+def test_a_directory_with_former_names_goes_on_without_a_change(tmp_path):
+    (tmp_path / workdir.CONFIG).write_text(json.dumps(OLD))
+    workdir.claim(tmp_path, config.parse(NEW), None, {}, fresh=False)
+    other = config.parse(merged(NEW, precision=dict(difference="highest")))
+    with pytest.raises(DmfError, match="config.precision.difference: high -> highest"):
+        workdir.claim(tmp_path, other, None, {}, fresh=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            dict(flow="high", trajectory="highest"),
+            "config.precision.trajectory = 'highest' with config.precision.flow = 'high': expected "
+            "one value, as both are config.precision.plain now",
+        ),
+        (
+            dict(jvp="high", derivative="default"),
+            "config.precision.derivative = 'default' with config.precision.jvp = 'high': expected "
+            "one value, as both are config.precision.derivative now",
+        ),
+        (dict(guided="high"), "config.precision.guided: no such field; did you mean"),
+    ],
+)
+def test_two_names_of_one_field_that_contradict_each_other_are_refused(given, message):
+    with pytest.raises(DmfError, match=re.escape(message)):
+        config.parse(dict(TINY, precision=given))
+
+
+def test_flags_with_former_names_set_todays_fields():
+    given = [
+        "main.py",
+        "--config=configs/digits.py",
+        "-config.attention.jvp=chunked",
+        "--config.precision.flow",
+        "high",
+        "--config.precision.plain=high",
+        "--config.loss.p=1",
+        "--attention.jvp=xla",
+    ]
+    assert fields.current_flags(given) == [
+        *given[:2],
+        "-config.attention.derivative=chunked",
+        "--config.precision.plain",
+        *given[4:],
+    ]
+    with pytest.raises(DmfError, match="--config.attention.trajectory = 'xla' with --config.att"):
+        fields.current_flags(["--config.attention.flow=cudnn", "--config.attention.trajectory=xla"])
 
 
 def numbers(values, path="config"):

@@ -118,7 +118,7 @@ def test_an_unknown_or_contradictory_name_is_one_line_that_lists_the_known(name,
 
 def test_the_papers_curriculum_on_cifar():
     _, stages = checked("cifar10")
-    assert [s.kind for s in stages] == ["trajectory", *["discrete"] * 8, "jvp"]
+    assert [s.kind for s in stages] == ["all_pairs", *["discrete"] * 8, "jvp"]
     assert {s.steps for s in stages} == {9600} and stages[8].rho == 1 / 256
     _, flow = checked("cifar10_flow")
     assert [(s.kind, s.steps) for s in flow] == [("flow", 96_000)]
@@ -128,7 +128,7 @@ def test_the_papers_curriculum_on_cifar():
 
 def test_the_papers_curriculum_on_imagenet():
     _, stages = checked("imagenet256")
-    assert [s.kind for s in stages] == ["trajectory", *["discrete"] * 4, "jvp"]
+    assert [s.kind for s in stages] == ["all_pairs", *["discrete"] * 4, "jvp"]
     assert stages[-1].last == 48 * 1251 and stages[4].rho == 1 / 16
 
 
