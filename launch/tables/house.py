@@ -20,7 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG_FILE, WIDE_LINE, LONG_SENTENCE = 400, 100, 30
-SENTENCE_END = re.compile(r"(?<=[.!?:;])\s+(?=[A-Z`\"(*])|\n\s*\n|\n\s*[-*|#>]\s*")
+# A sentence ends with a point before a capital letter, an empty line, a list item or "name: ".
+SENTENCE_END = re.compile(r"[.!?:;][\"')]*\s+(?=[A-Z\"(*])|\n\s*\n|\n\s*(?=[-*] |[\w., ]+: )")
 Graph = dict[str, set[str]]  # module -> the modules that it imports
 Layers = tuple[tuple[str, ...], ...]  # bottom to top
 
@@ -38,22 +39,29 @@ def modules(root: Path) -> dict[str, Path]:
     return found
 
 
-def imported(path: Path) -> Iterator[str]:
-    """Dotted names of all that a file imports, also inside functions."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def imported(path: Path, types: bool = True) -> Iterator[str]:
+    """Dotted names of all that a file imports, also inside functions.
+
+    types: with the imports that only a type checker reads.
+    """
+    ahead: list[ast.AST] = [ast.parse(path.read_text())]
+    while ahead:
+        node = ahead.pop()
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif types or not isinstance(node, ast.If) or ast.unparse(node.test) != "TYPE_CHECKING":
+            ahead += ast.iter_child_nodes(node)
 
 
-def graph(root: Path) -> Graph:
-    """Module -> the modules of dmf that it imports by name."""
+def graph(root: Path, types: bool = False) -> Graph:
+    """Module -> the modules of dmf that it imports by name; `types` as in `imported`."""
     found = modules(root)
     out: Graph = {}
     for name, path in found.items():
         out[name] = set()
-        for target in imported(path):
+        for target in imported(path, types):
             if target.startswith("dmf."):
                 target = target.removeprefix("dmf.")
                 owner = target if target in found else target.rpartition(".")[0]
@@ -112,11 +120,9 @@ def against(imports: Graph, layers: Layers) -> list[str]:
 def layers_of(root: Path) -> Layers | None:
     """The table `LAYERS` of a checkout, or None where it has none."""
     path = root / "tests" / "house" / "test_house.py"
-    for node in ast.parse(path.read_text()).body if path.exists() else ():
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "LAYERS":
-            table: Layers = ast.literal_eval(node.value)
-            return table
-    return None
+    text = path.read_text() if path.exists() else ""
+    found = re.search(r"^LAYERS = (\(.*?^\))", text, re.M | re.S)
+    return ast.literal_eval(found[1]) if found else None
 
 
 def prose(markdown: str) -> str:
@@ -126,8 +132,8 @@ def prose(markdown: str) -> str:
 
 def sentences(text: str) -> list[int]:
     """The number of words of every sentence; indented lines, tables and headings do not count."""
-    kept = [line for line in text.splitlines() if not re.match(r"\s{4,}\S|[|<#!]", line)]
-    plain = re.sub(r"`[^`]*`", "code", "\n".join(kept))
+    kept = [line for line in text.splitlines() if not re.match(r"    |[|<#!]", line)]
+    plain = re.sub(r"`[^`]*`", "Code", "\n".join(kept))
     plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", plain)
     counts = [len(part.split()) for part in SENTENCE_END.split(plain)]
     return [count for count in counts if count > 2]
@@ -162,7 +168,7 @@ def figures(root: Path) -> Iterator[tuple[str, str]]:
     yield "modules reached from dmf.train", f"{len(reach(imports, 'train'))} of {len(imports)}"
     chain = longest_chain(imports)
     yield "longest chain of imports", f"{len(chain)}: {' > '.join(chain)}"
-    found = None if layers is None else against(imports, layers)
+    found = None if layers is None else against(graph(root, types=True), layers)
     text = "no table of layers" if found is None else "; ".join([str(len(found)), *found])
     yield "imports against the layers", text
     code = [*(root / "dmf").rglob("*.py"), *(root / "configs").glob("*.py"), root / "main.py"]
