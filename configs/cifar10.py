@@ -11,7 +11,7 @@ Read off its Figure 1: K = 10 (plateaus of 200 epochs), q = 2, an EMA shorter th
 Unknown in the paper, here the official MeanFlow CIFAR-10 recipe's: law of (r, t), p, eps, Adam 6e-4 with 9,600 steps of
 warm-up, dropout, augmentation. The EMA ramp and the guard are ours.
 Scores at stage boundaries: --config.run.protocol=cifar10 --config.run.features=inception
---config.run.reference=cifar10_reference.npz (docs/scores.md), here of run.score_samples images each.
+--config.run.reference=cifar10_reference.npz (README, Scores), here of run.score_samples images each.
 To try the code path without the data: --config.data.mock --config.batch_size=8 --config.curriculum.length_unit=steps
 --config.curriculum.stages=3 --config.curriculum.length=6 --config.run.sample_rows=2 --config.run.score_steps="(1,)"
 --config.guard.action=off --config.guard.every_steps=0.
