@@ -22,7 +22,7 @@ def read_msgpack(whole: Span) -> Any:
     """The tree of flax.serialization: a map of maps with arrays."""
     with whole.opened() as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         walk, limits = _Walk(whole, mapped), {"max_array_len": MAX_ENTRIES}
-        hooks = {"ext_hook": walk.array, "object_pairs_hook": walk.map, "list_hook": walk.list}
+        hooks = {"ext_hook": walk.array, "object_pairs_hook": walk.map, "list_hook": walk.row}
         try:
             return msgpack.unpackb(
                 mapped, **hooks, **limits, max_map_len=MAX_ENTRIES, strict_map_key=False
@@ -38,7 +38,7 @@ class _Walk:
     def __init__(self, whole: Span, mapped: mmap.mmap) -> None:
         self.whole, self.mapped, self.end, self.pieces = whole, mapped, 0, 0
 
-    def list(self, values: list[Any]) -> Any:
+    def row(self, values: list[Any]) -> Any:
         """A list, as a map."""
         return self.map(list(enumerate(values)))
 

@@ -20,7 +20,6 @@ VERSION = 1001
 MAX_DIRECTORY = 2**22  # bytes of a zip archive's table of contents, which is read at once
 # What zipfile raises for damaged archives, and for sizes and flags that nobody writes.
 BROKEN = (zipfile.BadZipFile, zipfile.LargeZipFile, RuntimeError, ValueError, ArithmeticError)
-BROKEN += (struct.error, EOFError)
 STATE_DICT = "a state_dict of torch.save (unpack an archive first)"
 
 
@@ -39,7 +38,7 @@ def read_zip(whole: Span) -> Any:
     try:
         with whole.opened() as file, zipfile.ZipFile(Bounded(file.raw)) as archive:
             return _read_archive(whole, archive)
-    except BROKEN as error:
+    except (*BROKEN, struct.error, EOFError) as error:
         raise whole.error(f"is no whole zip archive ({short(error)})") from error
 
 

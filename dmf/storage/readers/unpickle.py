@@ -67,11 +67,13 @@ RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg", "pathlib._local": "
 RENAMED |= {f"numpy._core.{name}": f"numpy.core.{name}" for name in ("multiarray", "numeric")}
 MAX_ARGUMENTS = 100
 MAX_DEPTH = 100
-KEPT = """PROTO MARK POP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT SHORT_BINBYTES
-    SHORT_BINSTRING BINSTRING SHORT_BINUNICODE BINUNICODE BINUNICODE8 EMPTY_LIST EMPTY_DICT
-    EMPTY_SET EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 TUPLE APPEND APPENDS BINPUT LONG_BINPUT MEMOIZE
-    BINGET LONG_BINGET GLOBAL STACK_GLOBAL BINPERSID STOP"""
-KEPT = [getattr(pickle, name) for name in KEPT.split()]
+OPCODES = """
+    PROTO MARK POP STOP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT SHORT_BINSTRING
+    BINSTRING SHORT_BINBYTES SHORT_BINUNICODE BINUNICODE BINUNICODE8 EMPTY_LIST EMPTY_DICT EMPTY_SET
+    EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 TUPLE APPEND APPENDS BINPUT LONG_BINPUT MEMOIZE BINGET
+    LONG_BINGET GLOBAL STACK_GLOBAL BINPERSID"""
+CODES = [getattr(pickle, name)[0] for name in OPCODES.split()]
+LIBRARY: dict[int, Any] = pickle._Unpickler.dispatch  # type: ignore[assignment]
 # What the opcodes of a damaged pickle raise: a wrong index, key, type, value or end.
 BROKEN = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, EOFError)
 
@@ -110,6 +112,11 @@ class Unpickler(pickle._Unpickler):
 
     storage: makes a `Storage` of a key, type and count; nested: of a storage as bytes.
     """
+
+    stack: list[Any]  # these four are of the standard library's
+    metastack: list[list[Any]]
+    append: Any
+    read: Any
 
     def __init__(self, stream: Stream, storage: Any = None, nested: Any = None) -> None:
         super().__init__(stream, encoding="utf-8")
@@ -159,7 +166,7 @@ class Unpickler(pickle._Unpickler):
 
     def _checked(self, code: bytes, keys: slice) -> None:
         self.stack[keys] = [self.key(key) for key in self.stack[keys]]
-        pickle._Unpickler.dispatch[code[0]](self)
+        LIBRARY[code[0]](self)
 
     def _bytes(self, form: str) -> None:
         size = struct.unpack(form, self.read(struct.calcsize(form)))[0]
@@ -179,7 +186,7 @@ class Unpickler(pickle._Unpickler):
             raise self.wrong("call", label, args)
         self.append(_made(self, label, args))
 
-    dispatch = _Opcodes((code[0], pickle._Unpickler.dispatch[code[0]]) for code in KEPT)
+    dispatch = _Opcodes((code, LIBRARY[code]) for code in CODES)
     dispatch[pickle.FRAME[0]] = lambda self: self.read(8)  # its length; nothing is read ahead
     dispatch[pickle.REDUCE[0]] = dispatch[pickle.NEWOBJ[0]] = _call
     dispatch[pickle.BUILD[0]] = _build
