@@ -52,16 +52,16 @@ OWNERS = {
     "ml_collections": {"dmf/config.py", "dmf/main.py"},
     "absl": {"dmf/main.py"},
     "torch": {"dmf/convert/", "dmf/export/"},
-    "pickle": set(),  # it runs what a file names
-    "pickletools": {"dmf/storage/readers/unpickle.py"},
+    "pickle": {"dmf/storage/readers/unpickle.py"},  # with a closed table of names
     "zipfile": {
         "dmf/storage/readers/torchfile.py",
         "dmf/convert/command.py",
         "dmf/evaluation/",
         "dmf/data/images.py",
     },
-    "ml_dtypes": {"dmf/storage/readers/span.py"},
-    "safetensors": {"dmf/export/"},
+    "msgpack": {"dmf/storage/readers/flaxfile.py"},
+    "ml_dtypes": {"dmf/storage/readers/tree.py"},
+    "safetensors": {"dmf/export/", "dmf/storage/readers/read.py"},
     "onnx": {"dmf/export/onnx.py"},
     "onnxruntime": {"dmf/export/onnx.py"},
     "jax2onnx": {"dmf/export/onnx.py"},
