@@ -19,9 +19,10 @@ from dmf import pretrained, train
 from dmf.config import parse
 from dmf.convert import audit
 from dmf.convert.command import KINDS, REPORT, convert
-from dmf.convert.dit import SIT
+from dmf.convert.edm import EDM
+from dmf.convert.meanflow_unet import MEANFLOW_UNET
 from dmf.convert.rules import constant, linear, plain
-from dmf.convert.unet import EDM, MEANFLOW_UNET
+from dmf.convert.sit import SIT
 from dmf.errors import DmfError
 from dmf.evaluation import sampling
 from dmf.export.weights import export

@@ -263,7 +263,7 @@ WRONG = {
     "with a head": (with_(head__weight=(1000, 384)), r"head\.weight \[1000, 384\] has no place"),
     "of no released size": (
         shapes(11, 384),
-        "width 384 with depth 11 is none of the released sizes.*expected --set=heads=N",
+        "width 384 with depth 11 is none of the named sizes.*expected --set=heads=N",
     ),
 }
 
@@ -276,11 +276,11 @@ def test_a_file_is_refused(which):
 
 
 GIVEN = {
-    "patch": ({"patch": 14}, "--set=patch=14: expected heads, the only field"),
+    "patch": ({"patch": 14}, "--set=patch=14: expected heads for kind dinov2"),
     "no number": ({"heads": "many"}, "--set=heads is 'many'; expected an integer"),
     "not the released one": (
         {"heads": 12},
-        "--set=heads=12: expected 6, as in the released size of width 384 and depth 12",
+        "--set=heads=12: expected 6, as in the named size of width 384 and depth 12",
     ),
 }
 
@@ -290,7 +290,7 @@ def test_what_is_given_is_checked(which):
     given, message = GIVEN[which]
     with pytest.raises(DmfError, match=message):
         DINOV2.describe(hollow(shapes(12, 384)), given)
-    with pytest.raises(DmfError, match="copy 'ema'"):
+    with pytest.raises(DmfError, match="--copy=ema is not in this file: expected weights"):
         DINOV2.select({}, "ema")
 
 

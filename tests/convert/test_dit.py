@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmf.convert.dit import MEANFLOW_DIT, SIT
+from dmf.convert.meanflow_dit import MEANFLOW_DIT
 from dmf.convert.rules import relative_l2
+from dmf.convert.sit import SIT
 from dmf.errors import DmfError
 from dmf.networks import DIT_SIZES, DiTConfig
 from dmf.networks.layers import frequencies

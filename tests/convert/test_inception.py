@@ -225,9 +225,9 @@ def test_a_file_is_refused(which):
 
 
 def test_nothing_can_be_given():
-    with pytest.raises(DmfError, match="heads is no field of kind fid_inception"):
+    with pytest.raises(DmfError, match="--set=heads=4: expected no field for kind fid_inception"):
         FID_INCEPTION.describe(hollow(shapes()), {"heads": 4})
-    with pytest.raises(DmfError, match="copy 'ema'"):
+    with pytest.raises(DmfError, match="--copy=ema is not in this file: expected weights"):
         FID_INCEPTION.select({}, "ema")
 
 

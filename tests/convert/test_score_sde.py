@@ -267,13 +267,13 @@ def test_an_average_that_does_not_fit_is_refused():
         select(checkpoint(model, shadows[:-1]))
     with pytest.raises(
         DmfError,
-        match=r"shadow_params\[0\] has shape \[32\]: expected \[32, 8\], that of all_modules.0.weight",
+        match=r"shadow_params\[0\] has shape \[32\]: expected \[32, 8\], the shape of all_modul",
     ):
         select(checkpoint(model, [shadows[1], shadows[0], *shadows[2:]]))
-    with pytest.raises(DmfError, match="holds 0 tensors"):
+    with pytest.raises(DmfError, match="--copy=ema is not in this file: expected model"):
         select(model, "ema")
     with pytest.raises(
-        DmfError, match="'raw' of the weights is unknown: expected one of ema, model"
+        DmfError, match="--copy=raw is not in this file: expected ema or model"
     ):
         select(checkpoint(model, shadows), "raw")
 
@@ -319,7 +319,7 @@ def test_files_of_another_kind_are_refused(left_out, changes, message):
     [
         (
             {"heads": 4},
-            "heads is no field of kind rectified_flow .* expected one of image_size, dropout",
+            "--set=heads=4: expected image_size or dropout for kind rectified_flow",
         ),
         ({"image_size": "wide"}, "image_size is 'wide': expected the side of the images in pixels"),
         ({"image_size": 9}, "divisible by 2; got 9"),

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dmf.convert.edm import EDM
+from dmf.convert.meanflow_unet import MEANFLOW_UNET
 from dmf.convert.rules import relative_l2
-from dmf.convert.unet import EDM, MEANFLOW_UNET
 from dmf.errors import DmfError
 from dmf.networks import UNetConfig, build
 from dmf.storage.readers.read import Inert
@@ -309,7 +310,7 @@ def test_the_best_copy_is_taken_by_default():
     for which, copy, value in (("", "net_ema1", 2), ("net", "net", 0), ("net_ema", "net_ema", 1)):
         tensors, taken = MEANFLOW_UNET.select(tree, which)
         assert taken == copy and list(tensors) == ["w"] and tensors["w"].read() == value
-    with pytest.raises(DmfError, match="copy 'net_ema2'.*expected one of net_ema1, net_ema, net"):
+    with pytest.raises(DmfError, match="--copy=net_ema2 .*expected net_ema1 or net_ema or net"):
         MEANFLOW_UNET.select(tree, "net_ema2")
     bare = tensors_of({"net_ema2.w": np.float32([1])})
     assert MEANFLOW_UNET.select(bare, "")[1] == "net_ema2"
@@ -343,7 +344,7 @@ def test_pickles_and_state_dicts_of_edm():
             DmfError, match=f"the network is a {name}: expected EDMPrecond or ECMPrecond"
         ):
             EDM.select({"ema": pickled(name)}, "")
-    with pytest.raises(DmfError, match="copy 'net'.*expected one of ema"):
+    with pytest.raises(DmfError, match="--copy=net is not in this file: expected ema"):
         EDM.select({"ema": pickled("EDMPrecond")}, "net")
     with pytest.raises(DmfError, match="sigma_data of the network is 'half': expected a number"):
         EDM.select({"ema": pickled("EDMPrecond", sigma_data="half")}, "")
@@ -434,14 +435,14 @@ KEY = "model.enc.8x8_down.conv0.resample_filter"
             "meanflow",
             {},
             {"heads": 4},
-            "heads is no field of kind meanflow_unet that can be given: expected one of dropout",
+            "--set=heads=4: expected dropout for kind meanflow_unet",
         ),
         ("meanflow", {}, {"dropout": "low"}, "dropout is 'low': expected a number"),
         (
             "edm",
             {},
             {"sigma": 0.5},
-            "sigma is no field of kind edm.*expected one of dropout, sigma_data",
+            "--set=sigma=0.5: expected dropout or sigma_data for kind edm",
         ),
         (
             "edm",
