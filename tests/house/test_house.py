@@ -27,7 +27,7 @@ OWNERS = {
     "pickletools": {"dmf/storage/readers/unpickle.py"},
     "zipfile": {
         "dmf/storage/readers/torchfile.py",
-        "dmf/convert/command.py",
+        "dmf/convert/check.py",
         "dmf/metrics/",
         "dmf/data/images.py",
     },
