@@ -113,9 +113,10 @@ def read(
 ) -> list[Row]:
     """Converts rule by rule and returns the rows of the report.
 
-    put(leaf, values) takes each leaf as C-contiguous float32.
-    fresh(names) gives initial values of leaves that the file lacks and that must not be zero.
-    progress(done, total) counts bytes of tensors.
+    - fresh(names) gives initial values of leaves that the file lacks and that must not be zero.
+    - put(leaf, values) takes each leaf as C-contiguous float32.
+    - progress(done, total) counts bytes of tensors.
+
     Raises DmfError for a value that is not finite.
     """
     total = sum(_bytes(tensors[name]) for rule in rules for name in rule.tensors if name in tensors)

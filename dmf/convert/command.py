@@ -46,18 +46,16 @@ def convert(
 ) -> dict[str, Any]:
     """Converts the weights of `source` into a checkpoint directory; returns the report.
 
-    Args:
-      kind: a key of KINDS.
-      source: the file, or the directory of Orbax.
-      out: the directory to make; it holds the report too, as conversion.json.
-      copy: which of the file's copies of the weights; "" takes the kind's default.
-      given: fields of the network that the file does not show.
-      check: "auto" compares with PyTorch if it is installed, "none" with nothing;
-        else an .npz with inputs and outputs in the source's convention.
-      align_steps: steps of the alignment of a U-Net's embedding (`dmf.convert.align`).
+    - kind: a key of KINDS.
+    - source: the file, or the directory of Orbax.
+    - out: the directory to make; it holds the report too, as conversion.json.
+    - copy: which of the file's copies of the weights; "" takes the kind's default.
+    - given: fields of the network that the file does not show.
+    - check: "auto" compares with PyTorch if it is installed, "none" with nothing.
+      Else it names an .npz with inputs and outputs in the source's convention.
+    - align_steps: steps of the alignment of a U-Net's embedding (`dmf.convert.align`).
 
-    Raises:
-      DmfError: for any bad input; it then leaves nothing behind.
+    Raises DmfError for any bad input; it then leaves nothing behind.
     """
     started, found = time.monotonic(), kind_of(kind)
     checkpoint.check_free(Path(out))

@@ -1,6 +1,6 @@
 """The transformer `dmf.networks.dit` in the names of SiT and MeanFlow: what both kinds share.
 
-Module names are those of SiT; `room` turns one into ours.
+The code names modules as SiT does; `room` turns such a name into ours.
 """
 
 from __future__ import annotations
@@ -73,8 +73,10 @@ def config_of(
 ) -> DiTConfig:
     """The network's config, from sizes that are known already. Raises DmfError.
 
-    hidden: width of the MLP. table: name of the label table.
-    block: pattern that matches the number of a block. heads: as given by the user, or None.
+    - hidden: width of the MLP.
+    - table: name of the label table.
+    - block: pattern that matches the number of a block.
+    - heads: as given by the user, or None.
     """
     depth = len({found[1] for name in tensors if (found := re.match(block, name))})
     heads = heads_of(DIT_SIZES, width, depth, heads)

@@ -59,20 +59,18 @@ def encode(
 ) -> Path:
     """Encodes a source of images, or goes on with it; returns the folder of the split.
 
-    Args:
-      vae_dir: a converted autoencoder with its encoder (`--mode=convert --kind=sd_vae`).
-      source: a folder, an .npz or tfds:NAME; see `images.open_images` for data_dir and split.
-      out: directory to make. The split train, or a slice of it, goes to OUT/train.
-        Any other goes to OUT/heldout.
-      size: side of the square that `images.center_crop` cuts.
-      shard_size: images per file; each takes two records.
-      batch: images that a device encodes at once, each with its mirror image.
-        It is part of the settings.
-      dtype: float32 or float16, of the stored values.
+    - vae_dir: a converted autoencoder with its encoder (`--mode=convert --kind=sd_vae`).
+    - source: a folder, an .npz or tfds:NAME; see `images.open_images` for data_dir and split.
+    - out: directory to make. The split train, or a slice of it, goes to OUT/train.
+      Any other goes to OUT/heldout.
+    - size: side of the square that `images.center_crop` cuts.
+    - shard_size: images per file; each takes two records.
+    - batch: images that a device encodes at once, each with its mirror image.
+      It is part of the settings.
+    - dtype: float32 or float16, of the stored values.
 
-    Raises:
-      DmfError: bad input, a directory begun with other settings, a full disk,
-        an image that cannot be read or encoded, or a batch too large for the device.
+    Raises DmfError for bad input, a directory begun with other settings, or a full disk.
+    It does so too for an image that cannot be read or encoded, and for a batch too large.
     """
     _check_settings({"size": size, "shard_size": shard_size, "batch": batch}, dtype)
     folder = Path(out).expanduser() / _part(split)

@@ -22,7 +22,7 @@ class Kind(NamedTuple):
     """A kind of weight file, and how it is read.
 
     The arrays of `outputs`, `torch_outputs` and `probe` have names.
-    Their layout and scale are those of the source.
+    They have the layout and scale of the source.
     """
 
     name: str

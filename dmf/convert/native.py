@@ -1,7 +1,7 @@
 """Our own weights under PyTorch names: what an export writes by default, and reads back exactly.
 
 It fits any network of ours: the leaf a/b/kernel is the tensor a.b.weight in PyTorch's layout.
-The conventions are those of this code. The metadata of the file hold the network's config.
+It has the conventions of this code. The metadata of the file hold the network's config.
 """
 
 from __future__ import annotations

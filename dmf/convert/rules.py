@@ -128,13 +128,13 @@ def negated(rule: Rule, note: str) -> Rule:
 
 
 def reversed_time(weight: np.ndarray, angles: np.ndarray, *, sin_first: bool) -> np.ndarray:
-    """Folds t -> 1 - t into a layer on cosines and sines of time; twice gives the layer back.
+    """Folds t -> 1 - t into a layer on cosines and sines of time; it is its own inverse.
 
-    weight: (out, 2 n), acts on cos and sin of f (1 - t); the result acts on those of f t.
-    angles: f (n,), radians per unit of time.
-    sin_first: the columns of the sines come before those of the cosines.
+    - weight: (out, 2 n), acts on cos and sin of f (1 - t).
+    - angles: f (n,), radians per unit of time.
+    - sin_first: the columns of the sines stand before the columns of the cosines.
 
-    It computes in float64, by
+    The result acts on cos and sin of f t. It computes in float64, by
 
         cos(f (1 - t)) = cos f cos(f t) + sin f sin(f t)
 

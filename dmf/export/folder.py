@@ -38,16 +38,13 @@ def export(
 ) -> dict[str, Any]:
     """Makes the model folder `out` of a checkpoint; returns its config.json.
 
-    Args:
-      path: the checkpoint, as for `pretrained.load`, as is ema.
-      out: the folder to make.
-      steps: the numbers of steps; each gets its own artifact.
-      ema: the average.
-      name: of the sampler; "" takes that of the run.
-      upload: NAME/REPO of the Hugging Face Hub, where the folder goes too; "" for nowhere.
+    - path, ema: the checkpoint and its average, as for `pretrained.load`.
+    - out: the folder to make.
+    - steps: the numbers of steps; each gets an artifact.
+    - name: of the sampler; "" takes the run's sampler.
+    - upload: NAME/REPO of the Hugging Face Hub, where the folder goes too; "" for nowhere.
 
-    Raises:
-      DmfError: for any bad input. The folder is then not there, unless only the upload failed.
+    Raises DmfError for any bad input. The folder is then not there, unless only the upload failed.
     """
     target = Path(out)
     hub = _hub(upload) if upload else None

@@ -42,7 +42,7 @@ def export(
 ) -> dict[str, Any]:
     """Writes the sampler of a checkpoint as the file `out`; returns its metadata.
 
-    name: of the sampler; "" takes that of the run.
+    name: of the sampler; "" takes the run's sampler.
 
     Raises DmfError, and then leaves no file behind, where
 

@@ -34,16 +34,13 @@ def export(
 ) -> dict[str, np.ndarray]:
     """Writes the weights of a checkpoint as a new file; returns its tensors by name.
 
-    Args:
-      path: the checkpoint, as for `pretrained.load`.
-      out: a .safetensors file, whose metadata say what it holds,
-        or a .pt file, which is a plain state dict and needs PyTorch.
-      kind: layout and conventions of the file, a key of KINDS.
-        "" takes the layout that the weights came in, else our own, "dmf".
-      ema: the average, as for `pretrained.load`.
+    - path, ema: the checkpoint and its average, as for `pretrained.load`.
+    - out: a .safetensors file, whose metadata say what it holds.
+      Or a .pt file, which is a plain state dict and needs PyTorch.
+    - kind: layout and conventions of the file, a key of KINDS.
+      "" takes the layout that the weights came in, else our own, "dmf".
 
-    Raises:
-      DmfError: for any bad input; it then leaves no file behind.
+    Raises DmfError for any bad input; it then leaves no file behind.
     """
     target = Path(out)
     _check_target(target)

@@ -1,4 +1,4 @@
-"""EDM's U-Nets and MeanFlow's: parity of converted networks, full-size key lists, the way back, and what is refused."""
+"""EDM's and MeanFlow's U-Nets: equal to the references, full-size key lists, the way back."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def stored(case):
 
 @functools.cache
 def fast(config, shape):
-    """The network compiled without LLVM's optimisations: it runs for milliseconds and compiles for seconds."""
+    """The network compiled without LLVM's optimisations to save seconds."""
     network = build(config, shape)
     return network._replace(
         apply=jax.jit(network.apply, compiler_options={"xla_backend_optimization_level": 0})
@@ -74,7 +74,7 @@ def single_time():
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_converted_network_equals_the_reference(case):
-    """u with and without label and du/dt of MeanFlow; EDM's D = z - t v, with and without label."""
+    """MeanFlow: u with and without label, and du/dt. EDM: D = z - t v, with and without label."""
     kind, data, _ = stored(case)
     _, _, network, params = converted(case)
     got = kind.outputs(network, params, data)
@@ -98,19 +98,23 @@ def test_the_pytorch_network_equals_the_reference(case):
 
 
 def test_edm_network_inside_its_wrapper():
-    """F(x, c_noise) is our U-Net without the wrapper, at the t whose ln(sigma) / 4 is c_noise."""
+    """F(x, c_noise) is our U-Net without the wrapper, at the t with ln(sigma) / 4 = c_noise."""
     _, data, _ = stored("edm")
     config, shape, _, params = converted("edm")
     sigma = np.exp(4 * data["c_noise"].astype(np.float64))
     t = (sigma / (1 + sigma)).astype(np.float32)
     network = fast(dataclasses.replace(config, precond="none"), shape)
     got = network.apply(params, data["F_in"].transpose(0, 2, 3, 1), t, t)
-    # Rounding t, which Fourier features of frequencies up to 40 enlarge: 6e-8 / 4 t (1 - t) * 2 pi * 40.
+    # Fourier features of frequencies up to 40 enlarge the rounding of t:
+    # 6e-8 / 4 t (1 - t) * 2 pi * 40.
     assert relative_l2(np.asarray(got).transpose(0, 3, 1, 2), data["F_raw"]) <= 2e-5
 
 
 def test_edm_velocity_is_the_reference_denoiser_and_regular():
-    """(z - D) / t of the stored D where t does not enlarge its rounding; finite, with its JVP, at and near both ends."""
+    """v = (z - D) / t of the stored D, where t does not enlarge the rounding of D.
+
+    v and its JVP are finite at and near both ends.
+    """
     _, data, _ = stored("edm")
     _, _, network, params = converted("edm")
     sigma = data["sigma"][:, None, None, None].astype(np.float64)
@@ -131,7 +135,10 @@ def test_edm_velocity_is_the_reference_denoiser_and_regular():
 
 @pytest.mark.parametrize("case", ["single_time", "edm"])
 def test_a_network_of_one_time_ignores_r(case):
-    """u(z, r, t) = v(z, t) bit for bit, with and without label; a flow model is MeanFlow's network with [W_t | 0]."""
+    """u(z, r, t) = v(z, t) bit for bit, with and without label.
+
+    A flow model is MeanFlow's network with the first layer [W_t | 0].
+    """
     if case == "edm":
         _, data, _ = stored("edm")
         (_, _, network, params), z, label = converted("edm"), data["x"], data["augment_labels"]
@@ -200,7 +207,8 @@ VP = UNetConfig(
     precond="edm",
     sigma_data=0.7,
 )
-VE = UNetConfig(  # three resolutions: the residual encoder's second image is the first one's sum
+# At three resolutions, the second image of the residual encoder is made from the first sum.
+VE = UNetConfig(
     channels=8,
     channel_mult=(1, 2, 2),
     blocks=1,
@@ -230,7 +238,10 @@ def drawn(config, shape, silent=()):
 @pytest.mark.parametrize("trained", [False, True], ids=["denoiser", "trained interval"])
 @pytest.mark.parametrize("form", [VP, VE], ids=["vp", "ve"])
 def test_edm_equals_pytorch_there_and_back(form, trained):
-    """Exported, run by PyTorch, and read again: DDPM++ with sigma_data = 0.7, NCSN++; trained with an interval too."""
+    """Exported, run by PyTorch, and read again: DDPM++ with sigma_data = 0.7, and NCSN++.
+
+    So are networks that were trained with an interval.
+    """
     network, params = drawn(form, (16, 16, 3), () if trained else ("interval",))
     if not trained:
         params["map_augment"]["kernel"][:, form.noise_width :] = 0
@@ -248,7 +259,7 @@ def test_edm_equals_pytorch_there_and_back(form, trained):
 
 @needs_torch
 def test_probes_are_read_by_both():
-    """What the driver does by itself: the same names from both, the Fourier features being told t exactly."""
+    """As in the command: both give the same names. t is exact, which Fourier features need."""
     for case in CASES:
         kind, _, weights = stored(case)
         config, shape, network, params = converted(case)
@@ -289,7 +300,10 @@ FULL = {
 
 @pytest.mark.parametrize("name", FULL)
 def test_every_tensor_of_the_published_networks_has_its_place(name):
-    """Full size, by names and shapes; the counts are the published ones, of everything but filters and frequencies."""
+    """Full size, by names and shapes, with the published counts of parameters.
+
+    These leave out filters and frequencies.
+    """
     kind, config, count = FULL[name]
     shapes = key_list(GOLDEN / f"keys_{name}.txt")
     assert check_names(kind, shapes) == (config, (32, 32, 3))
@@ -351,7 +365,7 @@ def test_pickles_and_state_dicts_of_edm():
 
 
 def test_sigma_data_is_the_pickles_own():
-    """The wrapper's attribute sets the field, and can be overruled; either way no tensor is left over."""
+    """The wrapper's attribute sets the field unless it is given; no tensor is left over."""
     _, _, weights = stored("edm")
     inner = tensors_of({name.removeprefix("model."): x for name, x in weights.items()})
     held = Inert(

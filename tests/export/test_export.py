@@ -1,4 +1,4 @@
-"""Samplers that leave: equal to the checkpoint's own, loadable without this code, whole or not there at all."""
+"""Exported samplers: equal to the checkpoint's, loadable without this code, whole or absent."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ SOURCE = {
 
 
 def saved(base, path, **metadata):
-    """A checkpoint of random weights, none of them at a zero start, as it comes from a conversion."""
+    """A checkpoint as from a conversion, of random weights; no leaf is zero."""
     setup = Setup(base)
     params = setup.state().params
     assert all(np.asarray(x).any() for x in jax.tree.leaves(params))
@@ -60,7 +60,7 @@ def models(checkpoints, tmp_path_factory):
 
 
 def own(path, labels, count, steps):
-    """(noise, what the checkpoint's own sampler makes of it) of so many samples."""
+    """(noise, the samples of the checkpoint's own sampler from it)."""
     config = parse(checkpoint.metadata(path)["config"])
     network, params = pretrained.load(path)
     draw = Sampler(network, config, SHAPE, labels, sharding.make_mesh(devices=jax.devices()[:1]))
@@ -151,9 +151,10 @@ class Only:
     def __init__(self, finder):
         self.finder = finder
     def find_spec(self, name, path=None, target=None):
-        if name.startswith("_") or name.split(".")[0] in sys.stdlib_module_names | {needed}:  # _ is Python's own
+        # Names that start with _ are Python's own.
+        if name.startswith("_") or name.split(".")[0] in sys.stdlib_module_names | {needed}:
             return self.finder.find_spec(name, path, target)
-sys.meta_path[:] = map(Only, sys.meta_path)  # all else is not installed
+sys.meta_path[:] = map(Only, sys.meta_path)  # as if nothing else were installed
 {code}
 np.save(sys.argv[1], x)
 assert images.shape == x.shape and images.dtype == np.uint8
@@ -203,7 +204,7 @@ def test_the_weights_of_a_folder_come_back_bit_for_bit(checkpoints, models, tmp_
 
 
 def scored(tmp_path, **run):
-    """A run's work directory as far as the card reads it: step 7 of two, scored twice."""
+    """A work directory, as far as the card reads it: step 7 of two, scored twice."""
     home = tmp_path / "run"
     (home / "checkpoints").mkdir(parents=True)
     config = to_dict(parse(merged(TINY, ema=dict(evaluate=0.0), run=run)))
@@ -321,7 +322,7 @@ def test_another_sampler_is_refused_and_leaves_nothing(checkpoints, tmp_path, mo
     )
     with pytest.raises(
         DmfError,
-        match=r"sampler_1.jaxexport differs from the checkpoint's sampler by .*: expected a relative",
+        match="sampler_1.jaxexport differs from the checkpoint's sampler by .*: expected a rel",
     ):
         folder.export(checkpoints["dit"], tmp_path / "model")
     assert not list(tmp_path.iterdir())
@@ -365,7 +366,7 @@ def test_what_a_killed_export_left_goes_with_the_next_and_what_is_at_work_stays(
 
 
 class Hub:
-    """A stand-in for huggingface_hub that notes what it is asked for."""
+    """A stand-in for huggingface_hub that notes the calls."""
 
     def __init__(self, error=None):
         self.calls, self.error = [], error
@@ -446,7 +447,7 @@ def test_what_the_packages_of_onnx_refuse_is_one_sentence(checkpoints, tmp_path,
     )
     with pytest.raises(
         DmfError,
-        match="x.onnx: .* cannot do this network .NotImplementedError: no rule for this.; expected a",
+        match="x.onnx: .* cannot do this network .NotImplementedError: no rule for this.; expected",
     ):
         onnx.export(checkpoints["dit"], tmp_path / "x.onnx")
     assert not list(tmp_path.iterdir())
