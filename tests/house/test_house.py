@@ -55,7 +55,7 @@ OWNERS = {
     "pickle": {"dmf/storage/readers/unpickle.py"},  # with a closed table of names
     "zipfile": {
         "dmf/storage/readers/torchfile.py",
-        "dmf/convert/command.py",
+        "dmf/convert/check.py",
         "dmf/evaluation/",
         "dmf/data/images.py",
     },
