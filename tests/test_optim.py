@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmf import optim
+from dmf import optim, step
 from dmf.method.curriculum import CurriculumConfig, build_stages
 from dmf.optim import EMAConfig, OptimizerConfig
 
@@ -79,9 +79,9 @@ def test_a_young_average_is_short_and_a_reset_makes_it_young():
 def test_ema_update_is_the_weighted_mean_and_keeps_equal_weights_bit_for_bit():
     a, p = jax.random.normal(jax.random.key(0), (2, 1000))
     np.testing.assert_allclose(
-        optim.update_ema(a, p, jnp.float32(0.9)), 0.9 * a + 0.1 * p, atol=1e-6
+        step.update_ema(a, p, jnp.float32(0.9)), 0.9 * a + 0.1 * p, atol=1e-6
     )
-    np.testing.assert_array_equal(optim.update_ema(p, p, jnp.float32(0.99995)), p)
+    np.testing.assert_array_equal(step.update_ema(p, p, jnp.float32(0.99995)), p)
 
 
 def test_adam_with_clip_and_decay_against_its_formula():
@@ -95,10 +95,10 @@ def test_adam_with_clip_and_decay_against_its_formula():
 
 def test_global_norm_and_the_first_bad_leaf():
     tree = {"a": jnp.array([3.0]), "b": jnp.array([[4.0]]), "c": jnp.zeros(2)}
-    norm, bad = optim.global_norm(tree)
+    norm, bad = step.global_norm(tree)
     assert float(norm) == 5.0 and int(bad) == -1
     tree["b"], tree["c"] = jnp.array([jnp.inf]), jnp.array([jnp.nan])
-    norm, bad = optim.global_norm(tree)
+    norm, bad = step.global_norm(tree)
     assert not np.isfinite(norm) and int(bad) == 1
 
 

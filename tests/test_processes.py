@@ -1,6 +1,5 @@
 """Two real processes on one machine as one run: they train, are killed, and go on as one, as two, or not at all, together."""
 
-import json
 import os
 import signal
 import socket
@@ -16,7 +15,7 @@ from dmf.config import parse
 from dmf.storage import checkpoint
 from tests import ROOT
 from tests import devices as flags_of
-from tests.runs import train
+from tests.runs import rows, train
 from tests.tiny import TINY, Setup, merged
 
 STEPS = 12
@@ -26,7 +25,7 @@ VALUES = merged(
     network=dict(width=64),
     optimizer=dict(eps=1e-4),
     mesh=dict(replica=1, fsdp=0),
-    curriculum=dict(stages=2, kinds=("trajectory", "discrete"), length=12.0, pretrain_length=0.0),
+    curriculum=dict(stages=2, kinds=("all_pairs", "discrete"), length=12.0, pretrain_length=0.0),
     run=dict(score_steps=(1,)),
 )
 CONFIG = "from dmf.config import complete\ndef get_config():\n    return complete({values!r})\n"
@@ -96,10 +95,6 @@ class Group:
         """Kills all once that step is logged."""
         self.wait_for_step(workdir, step)
         self.kill()
-
-
-def rows(workdir, name):
-    return [json.loads(line) for line in (workdir / name).read_text().splitlines()]
 
 
 def final(workdir):

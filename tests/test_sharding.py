@@ -20,7 +20,7 @@ from tests.tiny import TINY, UNET, Setup, merged
 # Wide enough that most of its weights are split, and an Adam that does not divide by rounding (see test_step).
 WIDE = merged(TINY, network=dict(width=128, heads=4), optimizer=dict(eps=1e-4))
 WIDE_UNET = merged(UNET, network=dict(channels=64), optimizer=dict(eps=1e-4))
-KINDS = ("flow", "trajectory", "discrete", "jvp")
+KINDS = ("flow", "all_pairs", "discrete", "jvp")
 
 
 def bytes_on_a_device(tree):
@@ -65,13 +65,15 @@ def test_split_weights_take_the_same_five_steps_as_one_device(alone, kind, name,
 
 
 def test_split_weights_go_with_remat_scan_and_guidance(alone):
-    """All that changes how a step is computed at once, on a stage that evaluates the network five times."""
+    """All choices of how a step is computed, on a stage that evaluates the network five times."""
     guided = merged(
         WIDE, guidance=dict(omega=0.6, kappa=0.7), curriculum=dict(kinds=("guided_jvp",), stages=1)
     )
     guided = merged(guided, network=dict(depth=2))
     one = alone("guided_jvp", "dit", guided)
-    ways = dict(mesh=dict(fsdp=4), remat="blocks", scan_blocks=True, attention=dict(jvp="chunked"))
+    ways = dict(
+        mesh=dict(fsdp=4), remat="blocks", scan_blocks=True, attention=dict(derivative="chunked")
+    )
     setup = Setup(merged(guided, **ways), devices=4)
     setup.network = step.network_for("guided_jvp", setup.config, (8, 8, 1), setup.mesh)
     many = setup.run("guided_jvp", 5)
@@ -92,9 +94,9 @@ def test_split_weights_do_not_keep_remat_from_saving_memory():
             scan_blocks=True,
         )
         setup = Setup(values, devices=4)
-        setup.network = step.network_for("trajectory", setup.config, (8, 8, 1), setup.mesh)
-        lowered = setup.step("trajectory").lower(
-            setup.state(randomise=False), setup.batch(0), setup.scalars(0, "trajectory")
+        setup.network = step.network_for("all_pairs", setup.config, (8, 8, 1), setup.mesh)
+        lowered = setup.step("all_pairs").lower(
+            setup.state(randomise=False), setup.batch(0), setup.scalars(0, "all_pairs")
         )
         quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
         temporary.append(

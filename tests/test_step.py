@@ -1,4 +1,4 @@
-"""One training step as a program: what it moves, what it leaves alone, and that devices and microbatches do not show."""
+"""One training step as a program: what it moves and what it leaves alone."""
 
 import re
 from functools import partial
@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from dmf import step
-from dmf.method import flow, objectives
+from dmf.method import flow, weights
 from dmf.networks import is_interval_path
 from tests.tiny import TINY, UNET, Setup, merged
 
-KINDS = ("flow", "trajectory", "discrete", "jvp")
+KINDS = ("flow", "all_pairs", "discrete", "jvp")
 
 
 def largest_difference(a, b):
@@ -32,8 +32,8 @@ def interval_leaves(params):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_device_and_eight_take_the_same_five_steps(kind):
-    # Adam divides by the gradient's size, so where the true gradient is zero (key biases, by the softmax's invariance) it turns
-    # rounding into steps of the full rate; a larger eps keeps the comparison about the program.
+    # The gradient of key biases is zero, as the softmax ignores them. Adam divides by its size and
+    # turns rounding into full steps. A larger eps keeps the comparison about the program.
     values = merged(TINY, optimizer=dict(eps=1e-4))
     one, eight = (Setup(values, devices=n).run(kind, 5) for n in (1, 8))
     assert abs(one[1]["loss"] - eight[1]["loss"]) < 1e-6 * abs(one[1]["loss"])
@@ -76,12 +76,9 @@ def test_microbatches_accumulate_to_the_whole_batch(kind, values):
             config=setup.config,
             split=split.micro(setup.config.microbatches),
         )
-        gradient = jax.jit(
-            partial(
-                step._gradient, loss, split=split, count=setup.config.microbatches, mesh=setup.mesh
-            )
-        )
-        grads.append(gradient(setup.state().params, rows, jnp.float32(0.25)))
+        count = setup.config.microbatches
+        gradient = jax.jit(step.make_gradient(loss, split, count, setup.mesh))
+        grads.append(gradient(setup.state().params, rows, jnp.float32(0.25), {}))
     assert largest_difference(grads[0][0], grads[1][0]) < 2e-5 * max(
         float(jnp.abs(g).max()) for g in jax.tree.leaves(grads[0][0])
     )
@@ -102,7 +99,7 @@ def test_flow_matching_leaves_the_interval_branch_at_its_start_so_that_u_ignores
     np.testing.assert_array_equal(u[0], u[2])
 
 
-@pytest.mark.parametrize("kind", ["trajectory", "discrete", "jvp"])
+@pytest.mark.parametrize("kind", ["all_pairs", "discrete", "jvp"])
 def test_the_curriculum_does_train_the_interval_branch(kind):
     setup = Setup()
     now, _ = setup.run(kind, 4, randomise=False)
@@ -111,7 +108,7 @@ def test_the_curriculum_does_train_the_interval_branch(kind):
 
 
 def test_both_evaluations_of_a_row_share_their_dropout_mask():
-    # With one mask |u - u'| falls with the interval; independent masks at rate .3 would leave it near |u|.
+    # With one mask |u - u'| falls with the interval. Two masks at rate .3 leave it near |u|.
     setup = Setup(UNET)
     train_step = setup.step("discrete")
     change = {
@@ -131,7 +128,7 @@ def test_both_evaluations_of_a_row_share_their_dropout_mask():
 
     def u(keys):
         return setup.network.apply(
-            params, rows.z, rows.r, rows.t, label=rows.label, train=True, rngs=keys
+            params, rows.z, rows.r, rows.t, condition=rows.condition, train=True, rngs=keys
         )
 
     apart = jnp.linalg.norm(u(rows.keys) - u(jnp.roll(rows.keys, 1))) / jnp.linalg.norm(
@@ -151,7 +148,7 @@ def test_a_stage_switch_within_a_kind_compiles_nothing():
 def test_the_state_is_donated():
     setup = Setup()
     before = setup.state()
-    setup.step("trajectory")(before, setup.batch(0), setup.scalars(0, "trajectory"))
+    setup.step("all_pairs")(before, setup.batch(0), setup.scalars(0, "all_pairs"))
     assert all(x.is_deleted() for x in jax.tree.leaves((before.params, before.ema)))
 
 
@@ -188,7 +185,7 @@ def test_label_dropout_gives_the_null_class_at_its_rate_on_both_kinds_of_rows():
     setup = Setup(merged(TINY, label_dropout=0.25, batch_size=4096))
     split = step.split_for("discrete", setup.config, setup.mesh)
     rows = step.draw_rows(jnp.int32(0), setup.batch(0), split=split, config=setup.config)
-    for part in (split.pairs_of(rows.label), split.border_of(rows.label)):
+    for part in (split.pairs_of(rows.condition.label), split.border_of(rows.condition.label)):
         assert abs(float(jnp.mean(part == 10)) - 0.25) < 5 * np.sqrt(0.25 * 0.75 / len(part))
 
 
@@ -207,11 +204,11 @@ def test_bfloat16_compute_keeps_parameters_times_and_loss_in_float32():
 def test_reported_norm_and_squares_are_those_of_the_batch():
     setup = Setup(merged(TINY, optimizer=dict(clip_norm=1e-3)))
     now = setup.state()
-    split = step.split_for("trajectory", setup.config, setup.mesh)
+    split = step.split_for("all_pairs", setup.config, setup.mesh)
     rows = step.draw_rows(jnp.int32(0), setup.batch(0), split=split, config=setup.config)
-    e = setup.network.apply(now.params, rows.z, rows.r, rows.t, label=rows.label) - rows.v
-    loss, squares = objectives.weighted_loss(e, 0.5, 1e-3)
-    _, metrics = setup.step("trajectory")(now, setup.batch(0), setup.scalars(0, "trajectory"))
+    e = setup.network.apply(now.params, rows.z, rows.r, rows.t, condition=rows.condition) - rows.v
+    loss, squares = weights.weighted_loss(e, rows.r, rows.t, 0.0, weights.adaptive(0.5, 1e-3))
+    _, metrics = setup.step("all_pairs")(now, setup.batch(0), setup.scalars(0, "all_pairs"))
     assert float(metrics["squares_pairs"]) == pytest.approx(
         float(jnp.mean(split.pairs_of(squares))), rel=1e-5
     )
@@ -228,7 +225,7 @@ def test_the_first_leaf_with_a_bad_gradient_is_named():
     now = setup.state()
     batch = setup.batch(0)
     batch["x"] = batch["x"].at[3, 0, 0, 0].set(jnp.nan)
-    _, metrics = setup.step("trajectory")(now, batch, setup.scalars(0, "trajectory"))
+    _, metrics = setup.step("all_pairs")(now, batch, setup.scalars(0, "all_pairs"))
     assert int(metrics["nonfinite_leaf"]) >= 0 and not np.isfinite(metrics["grad_norm"])
 
 

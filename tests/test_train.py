@@ -66,7 +66,7 @@ def test_a_run_leaves_every_stage_boundary_its_picture_and_its_log(finished):
     ]  # the boundaries; steps 3 and 9 were saved too, and are no longer among the newest two
     assert [(s["step"], s["stage"], s["kind"]) for s in scores] == [
         (4, "pretrain", "flow"),
-        (6, "stage 0", "trajectory"),
+        (6, "stage 0", "all_pairs"),
         (8, "stage 1", "discrete"),
         (10, "stage 2", "discrete"),
         (12, "stage 3", "jvp"),
@@ -116,7 +116,7 @@ def test_the_whole_run_compiles_one_program_per_kind(tmp_path):
         run.close()
         assert {kind: program._cache_size() for kind, program in run.steps.items()} == {
             "flow": 1,
-            "trajectory": 1,
+            "all_pairs": 1,
             "discrete": 1,
             "jvp": 1,
         }

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dmf import networks, optim, sharding, state, step
+from dmf import fields, networks, optim, sharding, state, step
 from dmf.config import Config, check, to_dict
 from dmf.errors import DmfError
 from dmf.measure import cost, hlo, topologies
@@ -44,11 +44,9 @@ SHAPING = (
     *("optimizer", "ema", "precision", "label_dropout"),
 )
 # Fields that are younger than stored rows. With these values the program is the same.
-LATER = {"loss": {"tangent": "data"}, "optimizer": {"name": "adam"}}
-# Names that stored rows have for fields of `config.precision` -> their names now.
-FORMER_PRECISION = {
-    **{"flow": "plain", "trajectory": "plain"},
-    **{"discrete": "difference", "jvp": "derivative"},
+LATER: dict[str, dict[str, Any]] = {
+    "loss": {"tangent": "data", "delta": 0.005},
+    "optimizer": {"name": "adam"},
 }
 EARLIER = {"effort": 0.0}  # columns that old rows lack
 LEGEND = """\
@@ -267,8 +265,8 @@ def _digest(config: Config) -> str:
     for key, later in LATER.items():
         kept = {k: v for k, v in shaping[key].items() if k not in later or v != later[k]}
         shaping[key] = kept
-    precision = shaping["precision"]
-    shaping["precision"] = {old: precision[new] for old, new in FORMER_PRECISION.items()}
+    precision, former = shaping["precision"], fields.FORMER["precision"]
+    shaping["precision"] = {old: precision[now] for old, now in former.items()}
     data = shaping["data"]
     shaping["data"] = {k: v for k, v in data.items() if k not in ("data_dir", "mock")}
     return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:12]

@@ -122,8 +122,8 @@ def build(
         train: bool = False,
         rngs: jax.Array | None = None,
     ) -> tuple[jax.Array, SideOutputs]:
-        condition = _condition(config, label, condition, z.shape[0])
         _check_inputs(config, shape, z, r, t)
+        condition = _condition(config, label, condition, z.shape[0])
         keys = _row_keys(config, rngs, z.shape[0]) if train else None
         out = module.apply({"params": params}, z, r, t, condition, keys)
         u, sides = out if isinstance(out, tuple) else (out, {})

@@ -1,6 +1,6 @@
-"""What a curriculum may be besides the paper's: the schedule of d, the direction of the step back, the interval's rule.
+"""Choices besides the paper's: the schedule of d, the direction of the step back, the interval.
 
-Each choice is one field of the config; at its default nothing changes.
+Each choice is one field of the config. Its default changes nothing.
 """
 
 import dataclasses
@@ -19,20 +19,12 @@ from dmf.errors import DmfError
 from dmf.evaluation import pictures
 from dmf.measure import benchmark, tpu_plan
 from dmf.measure.cost import Compilations
-from dmf.method import curriculum, objectives
-from dmf.method.curriculum import (
-    GUIDED,
-    CurriculumConfig,
-    build_stages,
-    dagger,
-    identity_of,
-    linear,
-    rho_at,
-    stage_at,
-    table,
-)
+from dmf.method import curriculum
+from dmf.method.curriculum import CurriculumConfig, build_stages, rho_at, stage_at, table
 from dmf.method.flow import Rows, RowSplit
-from dmf.method.objectives import LossConfig
+from dmf.method.intervals import dagger, linear
+from dmf.method.objectives import GUIDED, KINDS, LossConfig
+from dmf.method.velocity import along_own
 from dmf.networks import Network
 from tests import ROOT, runs
 from tests.test_train import leaves, stopped_after
@@ -42,7 +34,10 @@ SMOOTH = CurriculumConfig(stages=6, q=2.0, length=600.0, schedule="smooth")
 
 
 def resumed_ends_as_uninterrupted(values, tmp_path, stops):
-    """Trains once in one go and once for each step after which an error stops it; all end in the same bits."""
+    """Trains once in one go, and once for each step after which an error stops it.
+
+    All runs end in the same bits.
+    """
     runs.train(parse(values), tmp_path / "whole")
     last = max(
         int(p.name) for p in (tmp_path / "whole" / "checkpoints").iterdir() if p.name.isdigit()
@@ -90,7 +85,7 @@ def test_a_smooth_schedule_passes_over_stages_of_other_kinds():
         "jvp",
         "discrete",
         "guided_discrete",
-        "trajectory",
+        "all_pairs",
         "discrete",
         "guided_discrete",
     )
@@ -223,7 +218,7 @@ def residual_by_hand(kind, rho, along, rows):
 def test_the_residual_along_another_velocity_is_the_formula_with_v_in_the_target_alone(
     float64, kind, weights
 ):
-    rows, tangent = affine_rows(), objectives.along_own(affine_net, weights)
+    rows, tangent = affine_rows(), along_own(affine_net, weights)
     found = residuals(kind, affine_net, PARAMS, rows, SPLIT, 0.25, linear, LossConfig(), tangent)
     own = affine(weights, rows.z, rows.t, rows.t)
     np.testing.assert_allclose(found.pairs, residual_by_hand(kind, 0.25, own, rows), atol=1e-14)
@@ -239,7 +234,7 @@ def test_no_gradient_flows_through_the_direction(float64, kind, scale):
     rows, config = affine_rows(), LossConfig(residual_scale=scale)
 
     def total(params):
-        tangent = objectives.along_own(affine_net, params)
+        tangent = along_own(affine_net, params)
         return residuals(
             kind, affine_net, params, rows, SPLIT, 0.25, linear, config, tangent
         ).pairs.sum()
@@ -253,7 +248,7 @@ def test_no_gradient_flows_through_the_direction(float64, kind, scale):
 def test_where_the_network_already_gives_v_its_own_direction_is_the_data_s(float64, kind):
     rows = affine_rows()
     rows = rows._replace(v=affine(PARAMS, rows.z, rows.t, rows.t))
-    tangent = objectives.along_own(affine_net, PARAMS)
+    tangent = along_own(affine_net, PARAMS)
     one, other = (
         residuals(kind, affine_net, PARAMS, rows, SPLIT, 0.25, dagger, LossConfig(), *extra)
         for extra in ((tangent,), ())
@@ -269,7 +264,7 @@ CHOSEN = merged(TINY, batch_size=ROWS, loss=dict(p=0.5), guidance=dict(omega=1.5
 def test_what_is_evaluated_with_which_weights_and_what_is_counted(kind, tangent):
     calls = []
 
-    def apply(params, z, r, t, *, label, train, rngs):
+    def apply(params, z, r, t, *, condition, train, rngs):
         calls.append(
             (len(t), bool((r == t).all()), train, float(jax.lax.stop_gradient(params["p"])))
         )
@@ -282,11 +277,11 @@ def test_what_is_evaluated_with_which_weights_and_what_is_counted(kind, tangent)
         PARAMS,
         affine_rows(),
         0.25,
+        {"frozen": {"average": OTHERS} if tangent == "ema" else {}},
         kind=kind,
-        network=Network(None, apply),
+        network=Network(None, apply, None),
         config=config,
         split=SPLIT,
-        average=OTHERS if tangent == "ema" else None,
     )
     assert calls.count((12, True, False, {"own": 0.7, "ema": -0.3, "data": 0.0}[tangent])) == (
         tangent != "data"
@@ -295,7 +290,7 @@ def test_what_is_evaluated_with_which_weights_and_what_is_counted(kind, tangent)
     assert calls.count((16, True, False, 0.7)) == guided
     assert len(calls) == 2 + guided + (tangent != "data")
     forward = sum(n for n, *_ in calls) / ROWS + 0.75 * (
-        identity_of(kind) == "jvp"
+        KINDS[kind].arithmetic == "derivative"
     )  # the tangent of a JVP is a pass as well
     assert curriculum.passes(check(config, 10, 1352)[1], 0.75) == 2 + forward
     assert (

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from dmf.errors import DmfError
-from dmf.method.curriculum import INTERVALS, CurriculumConfig, build_stages, passes, stage_at, table
+from dmf.method.curriculum import CurriculumConfig, build_stages, passes, stage_at, table
+from dmf.method.intervals import INTERVALS
 
 PAPER = CurriculumConfig(stages=10, q=2.0, interval="dagger", length=2000.0, length_unit="epochs")
 
@@ -61,7 +62,7 @@ def test_linear_is_the_same_share_everywhere():
 
 def test_the_papers_curriculum():
     stages = build_stages(PAPER, 1024, 50_000)
-    assert [s.kind for s in stages] == ["trajectory", *["discrete"] * 8, "jvp"]
+    assert [s.kind for s in stages] == ["all_pairs", *["discrete"] * 8, "jvp"]
     assert [s.rho for s in stages[1:9]] == [2.0**-i for i in range(1, 9)]
     assert all(s.steps == 200 * 48 for s in stages) and stages[-1].last == 96_000
 

@@ -1,4 +1,4 @@
-"""Guided stages: the target against one computed by hand, what it is evaluated on, what it costs, and whole runs."""
+"""Guided stages: the target against one computed by hand, its evaluations, its cost, whole runs."""
 
 import dataclasses
 import re
@@ -16,11 +16,11 @@ from dmf.errors import DmfError
 from dmf.measure import benchmark
 from dmf.method import guidance, objectives
 from dmf.method.curriculum import CurriculumConfig, build_stages, passes, table
-from dmf.method.flow import Rows, RowSplit
+from dmf.method.flow import Condition, Rows, RowSplit
 from dmf.method.guidance import GuidanceConfig, guided_velocity
 from dmf.networks import Network
 from tests import runs
-from tests.test_config import load
+from tests.test_configs import load
 from tests.test_step import largest_difference
 from tests.test_train import leaves, stopped_after
 from tests.tiny import TINY, Setup, merged
@@ -32,15 +32,15 @@ GUIDED = merged(TINY, guidance=STRENGTH, curriculum=dict(stages=2, kinds=KINDS, 
 RUN = merged(
     TINY,
     guidance=STRENGTH,
-    curriculum=dict(kinds=("trajectory", "discrete", "jvp", "guided_jvp"), pretrain_length=0.0),
+    curriculum=dict(kinds=("all_pairs", "discrete", "jvp", "guided_jvp"), pretrain_length=0.0),
 )
 
 
-# --- by hand: u = E[label] tanh(b z + c (t - r) + d t) + g z, times the row's dropout mask in training ---------------------
+# --- by hand: u = E[label] tanh(b z + c (t - r) + d t) + g z, times the row's mask in training -----
 
 
 class Call(NamedTuple):
-    """One evaluation of the network below: of which labels, in training or not, at r = t or not."""
+    """One evaluation of the network below: its labels, in training or not, at r = t or not."""
 
     label: list[int]
     train: bool
@@ -48,9 +48,13 @@ class Call(NamedTuple):
 
 
 def by_hand_network(calls=None):
-    """The closed form as a Network; `calls` collects its evaluations. A row's "key" is its mask, a factor."""
+    """The closed form as a Network. A row's "key" is its mask, a factor.
 
-    def apply(params, z, r, t, *, label, train, rngs):
+    calls: collects the evaluations.
+    """
+
+    def apply(params, z, r, t, *, condition, train, rngs):
+        label = condition.label
         if calls is not None:
             calls.append(Call(np.asarray(label).tolist(), train, r is t))
         column = lambda x: x[:, None]  # noqa: E731
@@ -58,7 +62,7 @@ def by_hand_network(calls=None):
         u = column(params["E"][label]) * jnp.tanh(inner) + params["g"] * z
         return u * column(rngs) if train else u
 
-    return Network(None, apply)
+    return Network(None, apply, None)
 
 
 def by_hand_params():
@@ -67,7 +71,10 @@ def by_hand_params():
 
 
 def by_hand_rows():
-    """16 rows, the last of every 4 with r = t; times inside, outside and on the ends of the interval; dropped labels."""
+    """16 rows, the last of every 4 with r = t.
+
+    Times lie inside, outside and on the ends of the interval. Some labels are dropped.
+    """
     rng = np.random.default_rng(4)
     t = np.array(
         [0.25, 0.75, 0.5, 0.25, 0.1, 0.9, 0.3, 0.2, 0.74, 0.76, 0.6, 0.6, 0.24, 0.5, 0.45, 0.95]
@@ -75,7 +82,7 @@ def by_hand_rows():
     r = np.where(np.arange(16) % 4 == 3, t, t * rng.uniform(0, 0.9, 16))
     label = np.array([0, 1, 2, 3, 4, 5, NULL, 6, 7, 8, 9, NULL, 0, NULL, 1, 2])
     z, v = rng.normal(size=(2, 16, 5))
-    return Rows(z, r, t, v, label, rng.uniform(0.5, 1.5, 16))
+    return Rows(z, r, t, v, Condition(label=label), rng.uniform(0.5, 1.5, 16))
 
 
 def one_row(params, z, r, t, label):
@@ -118,17 +125,18 @@ def by_hand_loss(kind, network, settings):
 def test_the_residual_of_every_row_is_the_one_computed_by_hand(
     float64, monkeypatch, kind, strength
 ):
-    identity, found = kind.removeprefix("guided_"), []
-    real = objectives.OBJECTIVES[identity]
-    monkeypatch.setitem(
-        objectives.OBJECTIVES, identity, lambda *args: found.append(real(*args)) or found[-1]
-    )
+    found, real = [], objectives.KINDS[kind]
+    spy = lambda *args: found.append(real.residual(*args)) or found[-1]  # noqa: E731
+    monkeypatch.setitem(objectives.KINDS, kind, real._replace(residual=spy))
     settings, params, rows = by_hand_config(**strength), by_hand_params(), by_hand_rows()
     _, metrics = by_hand_loss(kind, by_hand_network(), settings)(
         params, jax.tree.map(jnp.asarray, rows), RHO
     )
     expected = np.stack(
-        [residual_by_hand(kind, params, settings.guidance, *row) for row in zip(*rows, strict=True)]
+        [
+            residual_by_hand(kind, params, settings.guidance, *row)
+            for row in zip(*rows[:4], rows.condition.label, rows.keys, strict=True)
+        ]
     )
     pair = np.arange(16) % 4 < 3
     np.testing.assert_allclose(found[0].pairs, expected[pair], rtol=0, atol=1e-14)
@@ -142,14 +150,14 @@ def test_rows_outside_the_interval_and_dropped_ones_keep_v_and_so_does_no_guidan
     rows = jax.tree.map(
         lambda x: jnp.asarray(x, jnp.float32 if x.dtype == float else jnp.int32), by_hand_rows()
     )
-    net = lambda params, rows: 0.1 * rows.z + rows.label[:, None]  # noqa: E731
+    net = lambda params, rows: 0.1 * rows.z + rows.condition.label[:, None]  # noqa: E731
     v_g = guided_velocity(net, None, rows, NULL, GuidanceConfig(**STRENGTH))
     guided = np.asarray((v_g != rows.v).all(1))
     assert guided.nonzero()[0].tolist() == [0, 1, 2, 3, 8, 10, 14]
     np.testing.assert_array_equal(v_g[~guided], rows.v[~guided])
     np.testing.assert_array_equal(guided_velocity(net, None, rows, NULL, GuidanceConfig()), rows.v)
-    with pytest.raises(DmfError, match="rows.label = None: expected classes"):
-        guided_velocity(net, None, rows._replace(label=None), NULL, GuidanceConfig())
+    with pytest.raises(DmfError, match="rows.condition.label = None: expected classes"):
+        guided_velocity(net, None, rows._replace(condition=Condition()), NULL, GuidanceConfig())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -160,11 +168,11 @@ def test_what_is_evaluated_how_often_and_on_which_labels(kind, kappa):
     by_hand_loss(kind, by_hand_network(calls), settings)(
         by_hand_params(), jax.tree.map(jnp.asarray, rows), RHO
     )
-    given, pair = rows.label.tolist(), np.arange(16) % 4 < 3
+    given, pair = rows.condition.label.tolist(), np.arange(16) % 4 < 3
     extra = [Call([NULL] * 16, False, True), *[Call(given, False, True)] * (kappa > 0)]
     pairs, border = (
-        Call(rows.label[pair].tolist(), True, False),
-        Call(rows.label[~pair].tolist(), True, False),
+        Call(rows.condition.label[pair].tolist(), True, False),
+        Call(rows.condition.label[~pair].tolist(), True, False),
     )
     training = [Call(given, True, False), pairs] if kind == "guided_discrete" else [pairs, border]
     assert calls == extra + training
@@ -178,7 +186,7 @@ def test_no_gradient_flows_through_the_guided_velocity(float64, kind):
 
     def still(params, rows):
         return network.apply(
-            params, rows.z, rows.r, rows.t, label=rows.label, train=False, rngs=None
+            params, rows.z, rows.r, rows.t, condition=rows.condition, train=False, rngs=None
         )
 
     constant = rows._replace(v=guided_velocity(still, params, rows, NULL, settings.guidance))
@@ -195,26 +203,27 @@ def test_no_gradient_flows_through_the_guided_velocity(float64, kind):
     ("omega", "kappa", "scale"), [(3.0, 0.0, 3.0), (1.0, 0.5, 2.0), (0.2, 0.92, 2.5)]
 )
 def test_training_comes_to_rest_at_the_effective_scale(float64, omega, kappa, scale):
-    # A network that knows nothing but the label: at rest u_c = u_null + omega / (1 - kappa) (mean v of the class - u_null).
+    # A network that knows the label alone. At rest
+    # u_c = u_null + omega / (1 - kappa) (mean v of the class - u_null).
     rows = by_hand_rows()
     mean = np.random.default_rng(5).normal(size=(NULL + 1, 5))
     rows = jax.tree.map(jnp.asarray, rows._replace(v=mean[rows.label]))
-    table_of = lambda params, z, r, t, *, label, train, rngs: params[label]  # noqa: E731
+    table_of = lambda params, z, r, t, condition, train, rngs: params[condition.label]  # noqa: E731
     values = {**merged(GUIDED, loss=dict(p=0.0)), "guidance": dict(omega=omega, kappa=kappa)}
-    loss = by_hand_loss("guided_discrete", Network(None, table_of), parse(values))
+    loss = by_hand_loss("guided_discrete", Network(None, table_of, None), parse(values))
     gradient = jax.jit(jax.grad(lambda params: loss(params, rows, RHO)[0]))
     rest = mean[NULL] + scale * (mean - mean[NULL])
     assert float(jnp.abs(gradient(jnp.asarray(rest))).max()) < 1e-14
     assert float(jnp.abs(gradient(jnp.asarray(mean))).max()) > 1e-2
 
 
-# --- as a stage of the curriculum ----------------------------------------------------------------------------------------
+# --- as a stage of the curriculum -----------------------------------------------------------------
 
 
 def test_a_guided_discrete_stage_looks_as_far_back_as_the_last_discrete_one():
     kinds = (
         "guided_discrete",
-        "trajectory",
+        "all_pairs",
         "discrete",
         "discrete",
         "guided_discrete",
@@ -237,7 +246,8 @@ def test_one_device_and_eight_take_the_same_guided_steps_and_guidance_needs_no_c
     one, eight = Setup(RUN), Setup(RUN, devices=8)
     (first, metrics), (second, others) = one.run("guided_jvp", 3), eight.run("guided_jvp", 3)
     assert abs(metrics["loss"] - others["loss"]) < 1e-6 * abs(metrics["loss"])
-    # Of u, not of the weights: Adam makes whole steps of the rounding in key biases, to which the softmax is blind.
+    # We compare u, not weights. The softmax ignores key biases, and Adam makes whole steps of their
+    # rounding.
     z, t = jax.random.normal(jax.random.key(0), (6, 8, 8, 1)), jnp.linspace(0.1, 1, 6)
     start, *u = (
         one.network.apply(jax.device_get(p), z, 0.3 * t, t)
@@ -281,7 +291,7 @@ def finished(tmp_path_factory):
 
 def test_a_run_goes_into_its_guided_stage_and_compiles_it_once(finished):
     workdir, programs = finished
-    assert programs == {"trajectory": 1, "discrete": 1, "jvp": 1, "guided_jvp": 1}
+    assert programs == {"all_pairs": 1, "discrete": 1, "jvp": 1, "guided_jvp": 1}
     run = runs.open_run(parse(RUN), workdir)
     logged = [(m["step"], m["kind"]) for m in run.metrics.read()]
     run.close()
@@ -393,7 +403,7 @@ def test_guidance_that_cannot_work_is_refused(change, message):
 
 
 def test_the_guided_velocities_share_what_is_the_same_in_all_evaluations_of_a_row():
-    # u, v_u and v_c are evaluated at the same z: one patch embedding serves all three, as it would u alone.
+    # u, v_u and v_c are evaluated at the same z, so one patch embedding serves all three.
     def convolutions(values, kind):
         setup = Setup(values)
         lowered = setup.step(kind).lower(

@@ -14,38 +14,31 @@ from dmf.config import check, parse
 from dmf.errors import DmfError
 from dmf.measure import tpu_plan
 from dmf.method import curriculum, intervals
-from dmf.method.curriculum import (
-    CurriculumConfig,
-    build_stages,
-    dagger,
-    interval_rule,
-    linear,
-    table,
-)
+from dmf.method.curriculum import build_stages, table
 from dmf.method.flow import Rows, RowSplit
-from dmf.method.intervals import BINS
+from dmf.method.intervals import BINS, dagger, interval_rule, linear
 from dmf.method.objectives import LossConfig
 from dmf.storage import checkpoint
 from tests.method.test_choices import resumed_ends_as_uninterrupted
 from tests.method.test_objectives import random_net
 from tests.tiny import TINY, Setup, merged, residuals
 
-FLOOR = CurriculumConfig(interval="floor", interval_floor=0.25)
+FLOOR = interval_rule("floor", 0.25)
 ADAPTIVE = merged(TINY, curriculum=dict(interval="adaptive", interval_halflife_images=100.0))
 
 
-# --- floor -----------------------------------------------------------------------------------------------------------
+# --- floor ----------------------------------------------------------------------------------------
 
 
 def test_the_floor_is_the_larger_of_dagger_and_a_share_of_d(float64, rng):
     t = rng.uniform(0.01, 1.0, 10_000)
     r = t * rng.uniform(0, 1, 10_000)
     for rho in (0.5, 1 / 64):
-        found, plain = np.asarray(interval_rule(FLOOR)(rho, r, t)), np.asarray(dagger(rho, r, t))
+        found, plain = np.asarray(FLOOR(rho, r, t)), np.asarray(dagger(rho, r, t))
         np.testing.assert_array_equal(found, np.where(plain > 0.25 * rho, plain, 0.25 * rho))
         assert (found > plain).any() and (found == plain).any() and (found <= rho).all()
-    high = dataclasses.replace(FLOOR, interval_floor=1.0)
-    np.testing.assert_allclose(interval_rule(high)(0.5, r, t), linear(0.5, r, t), rtol=1e-12)
+    high = interval_rule("floor", 1.0)
+    np.testing.assert_allclose(high(0.5, r, t), linear(0.5, r, t), rtol=1e-12)
 
 
 def test_pure_noise_learns_under_the_floor():
@@ -54,7 +47,7 @@ def test_pure_noise_learns_under_the_floor():
     rows = Rows(e, jnp.zeros(8), jnp.ones(8), e - x)
     found = [
         residuals("discrete", net, params, rows, RowSplit(8, 1, 1), 0.5, rule, LossConfig()).pairs
-        for rule in (dagger, interval_rule(FLOOR))
+        for rule in (dagger, FLOOR)
     ]
     assert float(jnp.abs(found[0]).max()) == 0 and float(jnp.abs(found[1]).min(axis=1).max()) > 1e-3
 
@@ -206,7 +199,7 @@ def test_a_step_fills_the_table_obeys_it_and_compiles_once():
     assert train_step._cache_size() == 1
 
 
-@pytest.mark.parametrize("kind", ["flow", "trajectory", "jvp"])
+@pytest.mark.parametrize("kind", ["flow", "all_pairs", "jvp"])
 def test_other_kinds_pass_the_table_on(kind):
     setup = Setup(ADAPTIVE)
     given = dataclasses.replace(
@@ -314,6 +307,6 @@ def test_a_plan_lowers_the_adaptive_step_and_tells_it_from_others(monkeypatch):
         tpu_plan._about(
             parse(merged(TINY, curriculum=dict(interval=name))), "", "", "", mesh, "discrete"
         )["program"]
-        for name in curriculum.RULES
+        for name in intervals.RULES
     }
     assert len(found) == 4

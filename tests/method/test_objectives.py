@@ -1,7 +1,7 @@
 """The targets against closed forms, identities, and losses of independent implementations.
 
-Gaussian data N(0, s^2) make everything linear: the regression fixed point of a stage is u(z, 0, t) = k(t) z with a known
-k, and the exact average velocity is known for every (r, t).
+Gaussian data N(0, s^2) make everything linear. The regression fixed point of a stage is
+u(z, 0, t) = k(t) z with a known k. The exact average velocity is known for every (r, t).
 """
 
 import jax
@@ -11,13 +11,20 @@ import pytest
 
 from dmf.errors import DmfError
 from dmf.method import objectives
-from dmf.method.curriculum import INTERVALS, dagger, linear
 from dmf.method.flow import Rows, RowSplit
-from dmf.method.objectives import LossConfig, weighted_loss
+from dmf.method.intervals import INTERVALS, dagger, linear
+from dmf.method.objectives import LossConfig
+from dmf.method.weights import adaptive
+from dmf.method.weights import weighted_loss as weighted_rows
 from tests.tiny import residuals
 
 RAW, UNIT = LossConfig(residual_scale="raw"), LossConfig(residual_scale="unit")
 ALL_PAIRS = lambda n: RowSplit(n, 1, 1)  # noqa: E731
+
+
+def weighted_loss(e, p, eps):
+    """Loss and squares of rows whose weight does not look at their times."""
+    return weighted_rows(e, jnp.zeros(len(e)), jnp.ones(len(e)), 0.0, adaptive(p, eps))
 
 
 def random_net(key, width=64, dim=8):
@@ -79,9 +86,11 @@ def flow_coefficient(t, s):
 
 
 def solve_fixed_point(times, look_up, rows, points, s, rho, interval, config, sweeps):
-    """Iterates the regression of u = k(t) z on the real loss: a Newton step in k is exact, as targets are stopped.
+    """Iterates the regression of u = k(t) z on the real loss.
 
-    times: (M,) ascending grid; rows: M * points rows, `points` quadrature points for each time; look_up(k, t) -> k(t).
+    A Newton step in k is exact, as targets are stopped.
+    times: (M,) ascending grid. rows: M * points rows, `points` quadrature points for each time.
+    look_up(k, t) -> k(t).
     """
 
     def net(k, rows):
@@ -303,7 +312,7 @@ def test_rows_with_r_equal_t_are_flow_matching_in_every_stage(float64, kind, sca
             gradient(kind, net, params, on_t, ALL_PAIRS(32), 0.25, config, dagger, p=0.75)
         ).all()
     )
-    fm = gradient("trajectory", net, params, on_t, ALL_PAIRS(32), None, config, p=0.75)
+    fm = gradient("all_pairs", net, params, on_t, ALL_PAIRS(32), None, config, p=0.75)
     assert (
         distance(gradient(kind, net, params, on_t, ALL_PAIRS(32), 0.25, config, dagger, p=0.75), fm)
         < 1e-13
@@ -336,7 +345,7 @@ def test_the_shifted_row_is_the_same_pair_at_an_earlier_time(float64):
     np.testing.assert_allclose(back.z, x + back.t[:, None] * rows.v, atol=1e-14)
     np.testing.assert_allclose(back.t, rows.t - 0.3 * (rows.t - rows.r), atol=1e-15)
     whole = objectives.shift_back(rows, jnp.ones(32))
-    assert (whole.t >= rows.r).all() and back.label is rows.label and back.keys is rows.keys
+    assert (whole.t >= rows.r).all() and back.condition is rows.condition and back.keys is rows.keys
 
 
 def test_no_gradient_flows_through_the_frozen_evaluation(float64):

@@ -15,6 +15,7 @@ from dmf.errors import DmfError
 from dmf.networks import (
     DIT_SIZES,
     ADMConfig,
+    Condition,
     DiTConfig,
     MLPConfig,
     UNetConfig,
@@ -131,7 +132,7 @@ def u_and_gradient(kind):
 
     def loss(params, z, r, t, label):
         ignored = jax.random.split(jax.random.key(0), BATCH)
-        u = network.apply(params, z, r, t, label=label, rngs=ignored)
+        u = network.apply(params, z, r, t, condition=condition(label), rngs=ignored)
         return jnp.sum(u**2), u
 
     @fast_compile
@@ -140,6 +141,12 @@ def u_and_gradient(kind):
         return u, gradient
 
     return evaluate
+
+
+def condition(label):
+    """The network's condition of `small`: classes, an augmentation label, or nothing."""
+    floats = label is not None and np.issubdtype(np.asarray(label).dtype, np.floating)
+    return Condition(augment=label) if floats else Condition(label=label)
 
 
 def initial_leaves(network, wanted):
@@ -243,7 +250,7 @@ def test_unet_equals_the_meanflow_unet():
     @fast_compile
     def derivative(params, z, r, t):
         def u(z, r, t):
-            return network.apply(params, z, r, t, label=label)
+            return network.apply(params, z, r, t, condition=condition(label))
 
         return jax.jvp(u, (z, r, t), (v, jnp.zeros_like(r), jnp.ones_like(t)))
 
@@ -520,7 +527,9 @@ def test_derivatives_equal_finite_differences(kind):
 
         def loss(params, z, r, t):
             def u(z, r, t):
-                return network.apply(params, z, r, t, label=label, train=True, rngs=keys)
+                return network.apply(
+                    params, z, r, t, condition=condition(label), train=True, rngs=keys
+                )
 
             value, slope = jax.jvp(u, (z, r, t), (v, dr, dt))
             return jnp.mean(value**2) + jnp.mean(slope**2), (value, slope)
@@ -567,11 +576,11 @@ def test_dropout_layers_of_the_unet_are_independent():
     @fast_compile
     def outputs(params, z, r, t, keys):
         u, state = module.apply(
-            {"params": params}, z, r, t, label, keys,
+            {"params": params}, z, r, t, condition(label), keys,
             capture_intermediates=lambda module, _: isinstance(module, layers.RowDropout),
             mutable=["intermediates"],
         )  # fmt: skip
-        trained = network.apply(params, z, r, t, label=label, train=True, rngs=keys)
+        trained = network.apply(params, z, r, t, condition=condition(label), train=True, rngs=keys)
         return u, trained, state["intermediates"]
 
     params = random_params("unet")
@@ -604,7 +613,9 @@ def test_bfloat16_compute(kind):
     network = build(config, shape, jnp.bfloat16)
     z, r, t, label, _ = small(kind)
     params = random_params(kind)
-    apply = fast_compile(lambda params, r, t: network.apply(params, z, r, t, label=label))
+    apply = fast_compile(
+        lambda params, r, t: network.apply(params, z, r, t, condition=condition(label))
+    )
     u = apply(params, r, t)
     assert u.dtype == jnp.float32
     assert 1e-4 < relative_l2(u, u_and_gradient(kind)(params, z, r, t, label)[0]) < 0.03
@@ -753,8 +764,8 @@ def test_build_names_the_field_that_does_not_fit(config, shape, dtype, message):
         ),
         (
             "unet",
-            {"label": np.zeros((3, 6), np.float32)},
-            r"label has shape \(3, 6\).*expected \(3, 2\) of floats",
+            {"augment": np.zeros((3, 6), np.float32)},
+            r"augment has shape \(3, 6\).*expected \(3, 2\) of floats",
         ),
         ("unet", {"train": True}, r"rngs is None.*network\.dropout is 0\.3"),
         ("unet", {"train": True, "rngs": np.zeros((3, 2), np.uint32)}, r"rngs.*of typed keys"),
@@ -762,9 +773,11 @@ def test_build_names_the_field_that_does_not_fit(config, shape, dtype, message):
 )
 def test_apply_names_the_argument_that_does_not_fit(kind, changes, message):
     config, shape, _ = SMALL[kind]
-    network = build(config, shape)
+    network, changes = build(config, shape), dict(changes)
     z, r, t, label, _ = small(kind)
-    arguments = {"z": z, "r": r, "t": t, "label": label} | changes
+    given = condition(label)
+    given = given._replace(**{k: changes.pop(k) for k in given._fields if k in changes})
+    arguments = {"z": z, "r": r, "t": t, "condition": given} | changes
     params = jax.eval_shape(network.init, jax.random.key(0))
     with pytest.raises(DmfError, match=message):
         jax.eval_shape(lambda params: network.apply(params, **arguments), params)

@@ -10,7 +10,7 @@ import pytest
 
 from dmf import data, sharding, step
 from dmf.config import parse
-from dmf.method import objectives
+from dmf.method import weights
 from dmf.method.flow import Rows
 from dmf.run import probe
 from tests.runs import train
@@ -53,7 +53,7 @@ def made(devices=1, **changes):
     )
 
 
-@pytest.mark.parametrize("kind", ["trajectory", "discrete", "jvp"])
+@pytest.mark.parametrize("kind", ["all_pairs", "discrete", "jvp"])
 def test_one_device_and_eight_see_the_same(kind):
     found = []
     for devices, mesh in ((1, {}), (8, dict(fsdp=8))):
@@ -70,13 +70,13 @@ def test_one_device_and_eight_see_the_same(kind):
 def test_one_row_gone_astray_moves_the_mean_and_not_the_median():
     setup, now, look = made()
     even, law = look.drawn
-    u = setup.network.apply(now.params, *even[:3], label=even.label)
+    u = setup.network.apply(now.params, *even[:3], condition=even.condition)
     squares = np.mean(np.square(u - even.v), axis=(1, 2, 3))
-    found = look("trajectory", now.params, 1.0)
+    found = look("all_pairs", now.params, 1.0)
     assert found["residual_pairs"] == pytest.approx(squares.mean(), rel=1e-4)
     assert found["residual_median"] == pytest.approx(np.median(squares), rel=1e-4)
     look.drawn = even._replace(v=even.v.at[0].multiply(100.0)), law
-    moved = look("trajectory", now.params, 1.0)
+    moved = look("all_pairs", now.params, 1.0)
     assert (
         moved["residual_pairs"] > 100 * found["residual_pairs"]
         and moved["residual_median"] < 1.5 * found["residual_median"]
@@ -93,7 +93,8 @@ def test_gradients_are_those_of_the_two_kinds_of_rows():
             kind="discrete", network=setup.network, config=setup.config, split=split, train=False
         )
         _, residuals = step.stage_residuals(params, law, jnp.float32(0.25), **how)
-        return objectives.weighted_loss(getattr(residuals, part), 0.5, 1e-3)[0].mean()
+        e, weight = getattr(residuals, part), weights.adaptive(0.5, 1e-3)
+        return weights.weighted_loss(e, law.r[: len(e)], law.t[: len(e)], 0.0, weight)[0].mean()
 
     border, pairs = (
         jax.flatten_util.ravel_pytree(jax.grad(loss)(now.params, part))[0]

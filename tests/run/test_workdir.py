@@ -20,13 +20,9 @@ from dmf.run.guard import Guard, GuardConfig
 from dmf.storage import checkpoint, paths
 from tests import runs
 from tests.evaluation.test_sampling import Scorer, board
+from tests.runs import QUICK
 from tests.test_processes import ROOT, Group
 from tests.tiny import TINY, merged
-
-# One program, two stages; scored by nothing.
-QUICK = merged(
-    TINY, curriculum=dict(stages=2, kinds=("trajectory",) * 2, length=12.0, pretrain_length=0.0)
-)
 
 
 def test_a_second_run_in_the_same_directory_is_refused_on_all_of_its_processes(tmp_path):

@@ -16,7 +16,7 @@ from dmf import pretrained
 from dmf.config import parse
 from dmf.errors import DmfError
 from dmf.evaluation import sampling
-from dmf.export import card, sampler, weights
+from dmf.export import card, model, weights
 from dmf.logging import JsonLines
 from dmf.run import guard, workdir
 from dmf.storage import checkpoint, paths
@@ -28,7 +28,7 @@ from tests.tiny import TINY, Setup, merged
 # One program, two stages of four steps, scored.
 SCORED = merged(
     TINY,
-    curriculum=dict(stages=2, kinds=("trajectory",) * 2, pretrain_length=0.0),
+    curriculum=dict(stages=2, kinds=("all_pairs",) * 2, pretrain_length=0.0),
     run=dict(score_samples=32),
 )
 HERE = "gs://things/runs/tiny"
@@ -153,7 +153,7 @@ def test_what_a_bucket_holds_is_loaded_sampled_and_scored_like_a_folder(
             files.append((file.metadata(), {key: file.get_tensor(key) for key in file.keys()}))  # noqa: SIM118 - no mapping
     assert files[0][0] == files[1][0]
     jax.tree.map(np.testing.assert_array_equal, files[0][1], files[1][1])
-    mine, theirs = (card.scores(sampler.open_model(f"{place}/best")) for place in (HERE, folder))
+    mine, theirs = (card.scores(model.open_model(f"{place}/best")) for place in (HERE, folder))
     assert mine == theirs and [row["nfe"] for row in mine[0]["rows"]] == [1, 2] and mine[0]["best"]
     (row,) = sampling.write_scores(f"{HERE}/best", [1], 32)
     told = json.loads(bucket.get("things/runs/tiny/best.json"))

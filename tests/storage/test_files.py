@@ -22,7 +22,7 @@ from tests.tiny import Setup
 def saved(tmp_path_factory):
     """A state and the work directory that holds it at step 7."""
     workdir = tmp_path_factory.mktemp("saved")
-    state = Setup().run("trajectory", 2)[0]
+    state = Setup().run("all_pairs", 2)[0]
     store = Checkpoints(workdir, 1, [], {"config": {"seed": 3}, "image_shape": [8, 8, 1]})
     store.save(7, state)
     store.close()
