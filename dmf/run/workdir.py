@@ -31,7 +31,7 @@ CONFIG, ORIGIN, DATA = "config.json", "origin.json", "data.json"
 STARTS, CHANGES = "starts.jsonl", "changes.jsonl"
 LOCK = ".lock"
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-SOURCE = Path(__file__).parent.parent
+SOURCE = Path(__file__).parents[2]  # the checkout
 # Logging and probes may change, and data and the flow model may have moved; a resumed run reads the latter no more. How the
 # step is computed changes its values by rounding alone, and the devices may be others.
 FREE = (

@@ -78,7 +78,7 @@ def changed(**changes: Any) -> dict[str, Any]:
     out = dict(DIT)
     for key, value in changes.items():
         update = isinstance(value, dict) and key != "network"
-        out[key] = {**DIT[key], **value} if update else value
+        out[key] = {**DIT.get(key, {}), **value} if update else value
     return out
 
 
@@ -147,7 +147,7 @@ def main() -> int:
                 found |= trained(args.checkout, work, name)
             else:
                 found |= converted(args.checkout, work, name)
-    args.out.write_text(json.dumps(found, indent=1) + "\n")
+            args.out.write_text(json.dumps(found, indent=1) + "\n")
     return compare(found, json.loads(args.against.read_text())) if args.against else 0
 
 
@@ -219,6 +219,8 @@ def hashes(workdir: Path) -> dict[str, str]:
 
 def arrays(folder: Path) -> dict[str, Any]:
     """Path -> array of everything in a checkpoint, read by Orbax alone."""
+    # As many devices as a run may have had, or Orbax cannot place what was split over them.
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={max(DEVICES.values())}"
     import jax
     import numpy as np
     from orbax.checkpoint import v1 as ocp

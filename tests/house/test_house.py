@@ -20,8 +20,8 @@ OWNERS = {
     "tensorflow_datasets": {"dmf/data/"},
     "flax": {"dmf/networks/"},
     "optax": {"dmf/optim.py", "dmf/state.py", "dmf/step.py", "dmf/convert/align.py"},
-    "ml_collections": {"dmf/config.py", "main.py"},
-    "absl": {"main.py"},
+    "ml_collections": {"dmf/config.py", "dmf/main.py"},
+    "absl": {"dmf/main.py"},
     "torch": {"dmf/convert/", "dmf/export/"},
     "pickle": set(),  # it runs what a file names
     "pickletools": {"dmf/storage/readers/unpickle.py"},
@@ -93,9 +93,9 @@ def test_torch_is_imported_inside_functions_alone_and_the_gates_by_main_alone(pa
         gate = gate and not name.startswith(
             "dmf.convert.files"
         )  # the safe readers serve whoever opens others' files
-        assert not gate or relative(path).startswith(("main.py", "dmf/convert/", "dmf/export/")), (
-            f"{relative(path)} imports {name}"
-        )
+        assert not gate or relative(path).startswith(
+            ("dmf/main.py", "dmf/convert/", "dmf/export/")
+        ), f"{relative(path)} imports {name}"
 
 
 @pytest.mark.parametrize("room", sorted(PURE))
