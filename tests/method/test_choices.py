@@ -21,7 +21,7 @@ from dmf.measure import benchmark, tpu_plan
 from dmf.measure.cost import Compilations
 from dmf.method import curriculum
 from dmf.method.curriculum import CurriculumConfig, build_stages, rho_at, stage_at, table
-from dmf.method.flow import Rows, RowSplit
+from dmf.method.flow import Condition, Rows, RowSplit
 from dmf.method.intervals import dagger, linear
 from dmf.method.objectives import GUIDED, KINDS, LossConfig
 from dmf.method.velocity import along_own
@@ -198,7 +198,7 @@ def affine_rows():
     r = np.where(np.arange(ROWS) % 4 == 3, t, t * rng.uniform(0, 0.9, ROWS))
     z, v = rng.normal(size=(2, ROWS, 5))
     label = rng.integers(0, 10, ROWS)
-    return jax.tree.map(jnp.asarray, Rows(z, r, t, v, label, rng.uniform(size=ROWS)))
+    return jax.tree.map(jnp.asarray, Rows(z, r, t, v, Condition(label=label), rng.uniform(size=ROWS)))
 
 
 def residual_by_hand(kind, rho, along, rows):

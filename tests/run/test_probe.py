@@ -10,7 +10,7 @@ import pytest
 
 from dmf import data, sharding, step
 from dmf.config import parse
-from dmf.method import objectives, weights
+from dmf.method import weights
 from dmf.method.flow import Rows
 from dmf.run import probe
 from dmf.train import train
