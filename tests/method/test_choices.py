@@ -169,7 +169,7 @@ def test_the_curves_draw_the_interval(tmp_path):
 
 def test_an_unknown_schedule_is_refused():
     with pytest.raises(
-        DmfError, match="config.curriculum.schedule = 'smoth': expected steps or smooth"
+        DmfError, match="config.curriculum.schedule = 'smoth': expected one of steps, smooth"
     ):
         build_stages(dataclasses.replace(SMOOTH, schedule="smoth"), 8, 1000)
 
@@ -198,7 +198,9 @@ def affine_rows():
     r = np.where(np.arange(ROWS) % 4 == 3, t, t * rng.uniform(0, 0.9, ROWS))
     z, v = rng.normal(size=(2, ROWS, 5))
     label = rng.integers(0, 10, ROWS)
-    return jax.tree.map(jnp.asarray, Rows(z, r, t, v, Condition(label=label), rng.uniform(size=ROWS)))
+    return jax.tree.map(
+        jnp.asarray, Rows(z, r, t, v, Condition(label=label), rng.uniform(size=ROWS))
+    )
 
 
 def residual_by_hand(kind, rho, along, rows):
