@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from dmf.errors import DmfError
-from dmf.method.curriculum import CurriculumConfig, build_stages, passes, stage_at, table
+from dmf.method.curriculum import (
+    CurriculumConfig,
+    build_stages,
+    passes,
+    progress_at,
+    stage_at,
+    table,
+)
 from dmf.method.intervals import INTERVALS
 
 PAPER = CurriculumConfig(stages=10, q=2.0, interval="dagger", length=2000.0, length_unit="epochs")
@@ -135,3 +142,11 @@ def test_cost_in_forward_passes_and_the_printed_table():
 def test_a_curriculum_that_makes_no_sense_names_its_key(change, message):
     with pytest.raises(DmfError, match=message):
         build_stages(dataclasses.replace(PAPER, **change), 1024, 50_000)
+
+
+def test_progress_runs_over_the_curriculum_and_waits_in_pretraining():
+    config = CurriculumConfig(stages=3, length=60.0, pretrain_length=20.0)
+    stages = build_stages(config, 8, 1000)
+    assert [progress_at(stages, n) for n in (0, 19, 20, 50, 80)] == [0, 0, 0, 0.5, 1]
+    alone = build_stages(CurriculumConfig(stages=1, kinds=("flow",), length=10.0), 8, 1000)
+    assert [progress_at(alone, n) for n in (0, 5, 10)] == [0, 0.5, 1]
