@@ -72,6 +72,16 @@ def meanflow(config: ConfigDict) -> Fields:
     return _alone("jvp")
 
 
+def central(config: ConfigDict) -> Fields:
+    """MeanFlow with du/dt by a central difference, from the flow model in config.init.
+
+    MF-RAE (arXiv 2511.13019) trains so in the latents of an autoencoder. Its paper's: the
+    difference and delta. Missing here: the teacher that plays v there. Ours: a smaller delta near
+    the ends of the times. It needs no forward mode, so every attention kernel can compute it.
+    """
+    return _alone("central") | dict(loss=dict(delta=5e-3))
+
+
 def alpha_flow(config: ConfigDict) -> Fields:
     """alpha-Flow (arXiv 2510.20771): from all pairs to the exact derivative by a shrinking alpha.
 
@@ -128,6 +138,7 @@ METHODS: dict[str, Callable[[ConfigDict], Fields]] = {
     "adaptive": adaptive,
     "flow": flow,
     "meanflow": meanflow,
+    "central": central,
     "alpha_flow": alpha_flow,
     "own_velocity": own_velocity,
     "ema_velocity": ema_velocity,

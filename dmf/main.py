@@ -22,6 +22,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from dmf.errors import DmfError
+from dmf.fields import current_flags
 from dmf.run import sigterm
 from dmf.storage import paths
 
@@ -348,6 +349,7 @@ def _config() -> Config:
 
 def _parse_flags(argv: list[str]) -> list[str]:
     """absl's parser, with its errors and those of the config file as one line each."""
+    argv[:] = current_flags(argv)  # in place: ml_collections reads sys.argv
     sys.path += filter(None, [_configs_folder(argv)])
     try:
         return flags.FLAGS(argv)

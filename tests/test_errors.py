@@ -123,7 +123,7 @@ CASES = {
     ),
     "q below one": (
         lambda d, t: [DIGITS, f"--workdir={t}", "--config.curriculum.q=0.5"],
-        "config.curriculum.q = 0.5: expected a ratio above 1",
+        "config.curriculum.q = 0.5: expected a number above 1",
     ),
     "stage without steps": (
         lambda d, t: [DIGITS, f"--workdir={t}", "--config.curriculum.length=2"],
@@ -160,15 +160,15 @@ CASES = {
             "--config.attention.jvp=cudnn",
             "--config.compute_dtype=bfloat16",
         ],
-        "config.attention.jvp = 'cudnn': expected one of xla, chunked",
+        "config.attention.derivative = 'cudnn': expected one of xla, chunked",
     ),
     "kernel of another device": (
         lambda d, t: [DIGITS, f"--workdir={t}", "--config.attention.discrete=flash"],
-        "config.attention.discrete = 'flash': expected a tpu, found a cpu",
+        "config.attention.difference = 'flash': expected a tpu, found a cpu",
     ),
     "half precision kernel": (
         lambda d, t: [DIGITS, f"--workdir={t}", "--config.attention.flow=cudnn"],
-        "config.attention.flow = 'cudnn', a kernel of half precision: "
+        "config.attention.plain = 'cudnn', a kernel of half precision: "
         "expected config.compute_dtype = bfloat16, got float32",
     ),
     "mesh of other devices": (

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dmf import optim, step
+from dmf.errors import DmfError
 from dmf.method.curriculum import CurriculumConfig, build_stages
 from dmf.optim import EMAConfig, OptimizerConfig
 
@@ -114,3 +115,8 @@ def test_weight_decay_spares_fixed_frequencies():
     )
     np.testing.assert_array_equal(update["map_noise"]["freqs"], 0)
     np.testing.assert_allclose(update["dense"]["kernel"], 1.6, rtol=1e-6)
+
+
+def test_an_unknown_optimiser_is_named():
+    with pytest.raises(DmfError, match=r"config\.optimizer\.name = 'lion': expected one of adam"):
+        optim.build(OptimizerConfig(name="lion"))

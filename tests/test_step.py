@@ -237,3 +237,41 @@ def test_rows_of_a_step_lie_on_the_path_with_the_law_of_the_config():
     t = flow.expand(rows.t, x)
     np.testing.assert_allclose(rows.z - t * rows.v, x, atol=1e-5)
     assert int((rows.r < rows.t).sum()) == 48
+
+
+def test_a_batch_may_bring_its_noise_along():
+    setup = Setup()
+    split, batch = step.split_for("discrete", setup.config, setup.mesh), setup.batch(0)
+    draw = partial(step.draw_rows, jnp.int32(7), split=split, config=setup.config)
+    own = draw(batch)
+    e = own.v + batch["x"]  # v = e - x
+    given = draw(batch | {"noise": jnp.ones_like(e)})
+    np.testing.assert_array_equal(given.t, own.t)
+    np.testing.assert_allclose(given.v + batch["x"], 1.0, atol=1e-6)
+    np.testing.assert_allclose(draw(batch | {"noise": e}).z, own.z, atol=1e-6)
+
+
+def test_the_network_says_which_parameters_are_frozen():
+    grad = jax.grad(
+        lambda p: sum(jnp.sum(x) for x in jax.tree.leaves(step.freeze_interval(p, *of)))
+    )
+    of = [lambda path: path[0] == "a"]
+    assert grad({"a": {"k": 1.0}, "interval": {"k": 1.0}}) == {"a": {"k": 0}, "interval": {"k": 1}}
+    of = [is_interval_path]
+    assert grad({"a": {"k": 1.0}, "interval": {"k": 1.0}}) == {"a": {"k": 1}, "interval": {"k": 0}}
+
+
+def test_the_loss_hands_progress_and_times_to_the_weight(monkeypatch):
+    setup, seen = Setup(), []
+    monkeypatch.setattr(
+        weights, "adaptive", lambda p, eps: lambda *args: seen.append(args) or jnp.ones(())
+    )
+    split = step.split_for("all_pairs", setup.config, setup.mesh)
+    rows = step.draw_rows(jnp.int32(0), setup.batch(0), split=split, config=setup.config)
+    how = dict(kind="all_pairs", network=setup.network, config=setup.config, split=split)
+    step.stage_loss(setup.state().params, rows, 1.0, {"progress": 0.75}, **how)
+    (_, r, t, progress), (_, r_pairs, t_pairs, _) = seen
+    assert float(progress) == 0.75 and (r == t).all() and (r_pairs < t_pairs).all()
+    stage = setup.stages[-1]
+    told = step.step_scalars(stage.last - 1, stage, setup.stages, setup.config)
+    assert told.progress == np.float32(7 / 8) and told.progress.dtype == np.float32

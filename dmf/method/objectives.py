@@ -9,6 +9,8 @@ Every kind gives a residual e per row. Its gradient flows through the first u on
                      c = 1: arXiv 2604.08837 Eq. 5; c = 0: alpha-Flow
     jvp              e = u - sg(v - (t - r) du/dt)
                      the MeanFlow identity, arXiv 2505.13447
+    central          e = u - sg(v - (t - r) (u+ - u-) / (2 delta))
+                     u+- = u(z +- delta v, r, t +- delta); du/dt without a forward mode
 
 Rows with r = t always have the target v. `LossConfig.tangent` may name another direction than v.
 The step back and the derivative follow that direction, and the target keeps v.
@@ -54,14 +56,16 @@ class LossConfig:
     # direction of u' and du/dt: data = v | own = u(z, t, t) | ema = u(z, t, t) of the evaluated
     # EMA; the target keeps v
     tangent: str = choice("data", ("data", "own", "ema"))
+    # time step of a central difference; the default is MF-RAE's (arXiv 2511.13019)
+    delta: float = limited(5e-3, LEAST, 0.5)
 
 
 class Residuals(NamedTuple):
     """Residuals of one batch, rows with r = t and rows with r < t apart.
 
     border, pairs: residuals of r = t and of r < t rows, None where the batch has no such row.
-    change: mean over r < t rows of the change along the step back, by |u|. It is |u - u'| for a
-        difference and |(t - r) du/dt| for a derivative, None for flow matching.
+    change: mean over r < t rows of the change along the step back, by |u|. It is |u - u'| where
+        the kind steps back, |(t - r) du/dt| of other kinds, None for flow matching.
     products: (n_pairs, 2), <e, u - v> and |e|^2 with e in unit scale. Only kinds that step back
         have it, for `dmf.method.intervals`.
     """
@@ -161,6 +165,26 @@ def jvp(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -> Re
     return Residuals(e_border, e, _relative(drift, u))
 
 
+def central(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -> Residuals:
+    """MeanFlow with du/dt by a central difference along (v, 0, 1), or along another tangent.
+
+    Its error is O(delta^2). Two frozen evaluations run on r < t rows only. A row whose t +- delta
+    would leave [r, 1] takes a smaller delta; at t = 1 it has none, and its target is v.
+    """
+    u, pairs = net(params, rows), split.pairs_of(rows)
+    v, u_pairs = rule.direction(pairs), split.pairs_of(u)
+    delta = jnp.minimum(rule.loss.delta, jnp.minimum(pairs.t - pairs.r, 1 - pairs.t))
+
+    def at(step: Array) -> Array:
+        t = jnp.clip(pairs.t + step, pairs.r, 1)  # the sum may round to just beyond an end
+        return net(sg(params), pairs._replace(z=pairs.z + expand(step, v) * v, t=t))
+
+    rate = (pairs.t - pairs.r) / jnp.maximum(2 * delta, TINY)
+    drift = expand(rate, v) * (at(delta) - at(-delta))
+    e = u_pairs - sg(pairs.v - drift)
+    return _apart(split, u - rows.v, e, _relative(drift, u_pairs), pairs_cut=True)
+
+
 def _apart(
     split: RowSplit, e_border: Array, e_pairs: Array, change: Array | None, pairs_cut: bool = False
 ) -> Residuals:
@@ -223,6 +247,7 @@ KINDS: dict[str, Kind] = {
     "all_pairs": Kind(flow_matching, "plain"),
     "discrete": Kind(discrete, "difference", extra=1, steps_back=True, limit="jvp"),
     "jvp": Kind(jvp, "derivative", extra=1),
+    "central": Kind(central, "difference", extra=2),
     "guided_discrete": Kind(
         discrete,
         "difference",

@@ -34,8 +34,9 @@ LAYERS = (
     ("run",),
     ("train",),
     ("measure",),
-    ("convert",),  # the gates: only main.py imports them
+    ("convert",),  # the gates: only main imports them
     ("export",),
+    ("main",),
 )
 
 # Library -> the files that may import it; a folder stands for all below it.
@@ -50,7 +51,7 @@ OWNERS = {
         *("dmf/optim.py", "dmf/state.py", "dmf/step.py"),
         *("dmf/run/context.py", "dmf/convert/align.py"),
     },
-    "ml_collections": {"dmf/config.py", "dmf/main.py"},
+    "ml_collections": {"configs/", "dmf/config.py", "dmf/main.py"},
     "absl": {"dmf/main.py"},
     "torch": {"dmf/convert/", "dmf/export/"},
     "pickle": {"dmf/storage/readers/unpickle.py"},  # with a closed table of names

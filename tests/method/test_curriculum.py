@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from dmf.errors import DmfError
-from dmf.method.curriculum import CurriculumConfig, build_stages, passes, stage_at, table
+from dmf.method.curriculum import (
+    CurriculumConfig,
+    build_stages,
+    passes,
+    progress_at,
+    stage_at,
+    table,
+)
 from dmf.method.intervals import INTERVALS
 
 PAPER = CurriculumConfig(stages=10, q=2.0, interval="dagger", length=2000.0, length_unit="epochs")
@@ -111,10 +118,10 @@ def test_cost_in_forward_passes_and_the_printed_table():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(q=0.5), r"curriculum.q = 0.5: expected a ratio above 1"),
+        (dict(q=0.5), r"curriculum.q = 0.5: expected a number above 1"),
         (dict(q=1.0), r"curriculum.q = 1.0"),
         (dict(q=float("nan")), r"curriculum.q = nan"),
-        (dict(interval="dager"), r"curriculum.interval = 'dager': expected linear or dagger"),
+        (dict(interval="dager"), r"curriculum.interval = 'dager': expected one of linear, dagger"),
         (dict(stages=2), r"curriculum.stages = 2: expected at least 3"),
         (dict(kinds=("flow", "jpv"), stages=2), r"curriculum.kinds has 'jpv'"),
         (dict(kinds=("jvp",)), r"kinds has 1 entries: expected config.curriculum.stages = 10"),
@@ -129,9 +136,17 @@ def test_cost_in_forward_passes_and_the_printed_table():
             r"length_unit = 'epoch': expected one of steps, epochs, images",
         ),
         (dict(length=4.0, length_unit="steps"), r"has no step"),
-        (dict(switch_ema="drop"), r"switch_ema = 'drop': expected 'keep' or 'reset'"),
+        (dict(switch_ema="drop"), r"switch_ema = 'drop': expected one of keep, reset"),
     ],
 )
 def test_a_curriculum_that_makes_no_sense_names_its_key(change, message):
     with pytest.raises(DmfError, match=message):
         build_stages(dataclasses.replace(PAPER, **change), 1024, 50_000)
+
+
+def test_progress_runs_over_the_curriculum_and_waits_in_pretraining():
+    config = CurriculumConfig(stages=3, length=60.0, pretrain_length=20.0)
+    stages = build_stages(config, 8, 1000)
+    assert [progress_at(stages, n) for n in (0, 19, 20, 50, 80)] == [0, 0, 0, 0.5, 1]
+    alone = build_stages(CurriculumConfig(stages=1, kinds=("flow",), length=10.0), 8, 1000)
+    assert [progress_at(alone, n) for n in (0, 5, 10)] == [0, 0.5, 1]

@@ -92,3 +92,11 @@ def test_microbatches_keep_groups_whole_and_every_device_its_rows():
 def test_impossible_splits_say_what_would_do(batch, fraction, parts, message):
     with pytest.raises(DmfError, match=message):
         row_split(batch, fraction, parts)
+
+
+def test_the_law_zero_jumps_to_the_data_and_keeps_t_as_drawn():
+    split = row_split(64, 0.75)
+    r, t = flow.draw_times(jax.random.key(0), TimeLaw(pairing="zero"), split)
+    _, same = flow.draw_times(jax.random.key(0), TimeLaw(pairing="min"), split)
+    assert (split.pairs_of(r) == 0).all() and (split.border_of(r) == split.border_of(t)).all()
+    np.testing.assert_array_equal(t, same)

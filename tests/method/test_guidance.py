@@ -207,7 +207,7 @@ def test_training_comes_to_rest_at_the_effective_scale(float64, omega, kappa, sc
     # u_c = u_null + omega / (1 - kappa) (mean v of the class - u_null).
     rows = by_hand_rows()
     mean = np.random.default_rng(5).normal(size=(NULL + 1, 5))
-    rows = jax.tree.map(jnp.asarray, rows._replace(v=mean[rows.label]))
+    rows = jax.tree.map(jnp.asarray, rows._replace(v=mean[rows.condition.label]))
     table_of = lambda params, z, r, t, condition, train, rngs: params[condition.label]  # noqa: E731
     values = {**merged(GUIDED, loss=dict(p=0.0)), "guidance": dict(omega=omega, kappa=kappa)}
     loss = by_hand_loss("guided_discrete", Network(None, table_of, None), parse(values))
@@ -389,7 +389,7 @@ def test_the_guided_recipe_for_imagenet_differs_in_its_stage_and_guidance_alone(
         ),
         (
             dict(curriculum=dict(kinds=("discrete", "guided_flow"))),
-            "config.curriculum.kinds has 'guided_flow': expected only flow, trajectory, discrete, jvp, guided_discrete, ",
+            "config.curriculum.kinds has 'guided_flow': expected only flow, all_pairs, discrete, jvp, guided_discrete, ",
         ),
         (
             dict(times=dict(r_neq_t_fraction=0.0)),

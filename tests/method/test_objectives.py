@@ -233,6 +233,44 @@ def test_finite_difference_tends_to_the_jvp_gradient_at_first_order(float64, c):
     assert far[2] < 2e-3 and np.allclose([far[0] / far[1], far[1] / far[2]], 4, rtol=0.1)
 
 
+@pytest.mark.parametrize("share_of_v", [1.0, 0.7])
+def test_central_differences_tend_to_the_jvp_residual_at_second_order(float64, share_of_v):
+    net, rows = exact_rows(0.5)
+    tangent = lambda rows: share_of_v * rows.v  # noqa: E731
+    exact = residuals("jvp", net, None, rows, ALL_PAIRS(64), None, linear, RAW, tangent).pairs
+    inside = np.asarray((rows.t - rows.r > 0.04) & (rows.t < 0.96))  # no row shrinks its delta
+    off = []
+    for delta in (0.04, 0.02, 0.01):
+        loss = LossConfig(delta=delta)
+        found = residuals("central", net, None, rows, ALL_PAIRS(64), None, linear, loss, tangent)
+        off.append(np.abs(found.pairs - exact)[inside].max())
+    assert inside.sum() > 40 and off[2] < 1e-3
+    assert np.allclose([off[0] / off[1], off[1] / off[2]], 4, rtol=0.1)
+
+
+def test_central_differences_stay_between_r_and_one_and_pass_no_gradient(float64):
+    net, params = random_net(jax.random.key(0))
+    rows, times = random_rows(8), []
+    rows = rows._replace(t=rows.t.at[0].set(1.0).at[1].set(0.999))
+    rows = rows._replace(r=rows.r.at[2].set(rows.t[2] - 1e-3))
+
+    def spy(params, rows):
+        times.append(rows.t)
+        return net(params, rows)
+
+    found = residuals("central", spy, params, rows, ALL_PAIRS(8), None, linear, RAW).pairs
+    _, later, earlier = times
+    delta = np.minimum(5e-3, np.minimum(rows.t - rows.r, 1 - rows.t))
+    np.testing.assert_allclose(later - rows.t, delta, atol=1e-15)
+    np.testing.assert_allclose(rows.t - earlier, delta, atol=1e-15)
+    assert (later <= 1).all() and (earlier >= rows.r).all() and delta[:3].max() < 2e-3
+    np.testing.assert_allclose(found[0], (net(params, rows) - rows.v)[0], atol=1e-12)
+    target = net(params, rows) - found
+    loss = lambda p: jnp.sum((net(p, rows) - target) ** 2) / 8  # noqa: E731
+    fixed = jnp.concatenate([g.ravel() for g in jax.tree.leaves(jax.grad(loss)(params))])
+    assert distance(gradient("central", net, params, rows, ALL_PAIRS(8), None, RAW), fixed) < 1e-12
+
+
 @pytest.mark.parametrize("c", [0.0, 1.0])
 @pytest.mark.parametrize("interval", [linear, dagger])
 def test_raw_is_unit_times_w_and_unit_is_the_meanflow_residual(float64, c, interval):

@@ -1,11 +1,12 @@
-"""Samplers against the exact flow of Gaussian data, where velocity and flow map are known in closed form."""
+"""Samplers against the exact flow of Gaussian data, which is known in closed form."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dmf.errors import DmfError
-from dmf.method.samplers import euler, few_step, heun, one_step
+from dmf.method.samplers import SAMPLERS, euler, few_step, heun, one_step
 
 SIGMA = 0.4
 
@@ -59,3 +60,28 @@ def test_a_flow_model_is_sampled_alike_by_its_average_and_by_euler(noise):
 def test_no_steps_is_an_error(noise):
     with pytest.raises(DmfError, match="sampling steps = 0: expected at least 1"):
         euler(velocity, noise, 0)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_table_knows_cost_and_place_of_every_sampler(noise, name):
+    sampler, calls = SAMPLERS[name], []
+
+    def counted(z, r, t):
+        calls.append(isinstance(z, jax.core.Tracer))
+        return velocity(z, r, t)
+
+    with jax.disable_jit():
+        sampler.draw(counted, noise, 3)
+    assert len(calls) == 3 * sampler.evaluations
+    inside = jax.jit(lambda e, n: sampler.draw(velocity, e, n))
+    if sampler.on_host:  # it loops over a number, which a program does not know while it is traced
+        with pytest.raises(jax.errors.ConcretizationTypeError):
+            inside(noise, 3)
+    else:
+        np.testing.assert_allclose(inside(noise, 3), sampler.draw(velocity, noise, 3), rtol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 8])
+def test_a_loop_on_the_host_draws_the_samples_of_the_program(noise, steps):
+    found = SAMPLERS["few_step_on_host"].draw(velocity, noise, steps)
+    np.testing.assert_allclose(found, few_step(velocity, noise, steps), rtol=1e-12)

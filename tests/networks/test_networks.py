@@ -6,11 +6,13 @@ import dataclasses
 import functools
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dmf import networks
 from dmf.errors import DmfError
 from dmf.networks import (
     DIT_SIZES,
@@ -25,6 +27,7 @@ from dmf.networks import (
     layers,
 )
 from dmf.networks.dit import position_embedding
+from dmf.networks.mlp import MLP as MLPModule
 from dmf.networks.unet import edm_velocity, log_sigma, make_unet
 from tests import GOLDEN
 from tests.conversion import recipe_weights
@@ -828,3 +831,38 @@ def test_the_derivative_along_time_of_the_other_forms_of_time(form):
         difference = (u(t + 1e-6) - u(t - 1e-6)) / 2e-6
     assert np.linalg.norm(slope) > 0.1
     np.testing.assert_allclose(slope, difference, rtol=0, atol=1e-5 * np.abs(slope).max())
+
+
+class WithSide(MLPModule):
+    """An MLP that also tells the square of its output."""
+
+    @nn.compact
+    def __call__(self, *inputs):
+        u = super().__call__(*inputs)
+        return u, {"square": u**2}
+
+
+def test_a_network_may_return_named_side_outputs(monkeypatch):
+    plain = small_network("mlp")
+    make = lambda config, shape, dtype, how: WithSide(config, dtype)  # noqa: E731
+    monkeypatch.setitem(networks.KINDS, "mlp", (MLPConfig, make))
+    network, params = small_network("mlp"), random_params("mlp")
+    z, r, t, _, _ = small("mlp")
+    u, sides = network.apply_with_sides(params, z, r, t)
+    assert list(sides) == ["square"]
+    np.testing.assert_array_equal(sides["square"], u**2)
+    np.testing.assert_array_equal(network.apply(params, z, r, t), u)
+    np.testing.assert_array_equal(plain.apply(params, z, r, t), u)
+    assert plain.apply_with_sides(params, z, r, t)[1] == {}
+
+
+def test_label_is_short_for_a_condition_and_both_are_refused():
+    network, params = small_network("dit"), random_params("dit")
+    z, r, t, label, _ = small("dit")
+    given = Condition(label=label)
+    short, long = (
+        network.apply(params, z, r, t, **k) for k in (dict(label=label), dict(condition=given))
+    )
+    np.testing.assert_array_equal(short, long)
+    with pytest.raises(DmfError, match="label and condition are both given; expected one"):
+        network.apply(params, z, r, t, label=label, condition=given)
