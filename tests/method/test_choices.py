@@ -57,7 +57,7 @@ def resumed_ends_as_uninterrupted(values, tmp_path, stops):
     return tmp_path / "whole"
 
 
-# --- the schedule of d -----------------------------------------------------------------------------------------------
+# --- the schedule of d ---------------------------------------------------------------------------
 
 
 def test_a_smooth_schedule_falls_by_one_factor_a_step_between_the_same_ends():
@@ -174,7 +174,7 @@ def test_an_unknown_schedule_is_refused():
         build_stages(dataclasses.replace(SMOOTH, schedule="smoth"), 8, 1000)
 
 
-# --- the direction of the step back ----------------------------------------------------------------------------------
+# --- the direction of the step back --------------------------------------------------------------
 
 PARAMS = {"p": 0.7, "c": -0.4, "d": 0.9}
 OTHERS = {"p": -0.3, "c": 0.8, "d": 0.2}
@@ -183,7 +183,7 @@ SPLIT = RowSplit(ROWS, 4, 3)
 
 
 def affine(params, z, r, t):
-    """A network whose every derivative is known: u = p z + c (t - r) + d t; u(z, t, t) = p z + d t."""
+    """A network with known derivatives: u = p z + c (t - r) + d t, u(z, t, t) = p z + d t."""
     return params["p"] * z + (params["c"] * (t - r) + params["d"] * t)[:, None]
 
 
@@ -198,11 +198,16 @@ def affine_rows():
     r = np.where(np.arange(ROWS) % 4 == 3, t, t * rng.uniform(0, 0.9, ROWS))
     z, v = rng.normal(size=(2, ROWS, 5))
     label = rng.integers(0, 10, ROWS)
-    return jax.tree.map(jnp.asarray, Rows(z, r, t, v, Condition(label=label), rng.uniform(size=ROWS)))
+    return jax.tree.map(
+        jnp.asarray, Rows(z, r, t, v, Condition(label=label), rng.uniform(size=ROWS))
+    )
 
 
 def residual_by_hand(kind, rho, along, rows):
-    """e of the rows with r < t under linear intervals and raw scale, from the formulas on paper. along: (B, D)."""
+    """e of r < t rows under linear intervals and raw scale, from the formulas on paper.
+
+    along: (B, D).
+    """
     z, r, t, v, along = (
         np.asarray(x)[np.arange(ROWS) % 4 < 3] for x in (rows.z, rows.r, rows.t, rows.v, along)
     )
@@ -387,7 +392,7 @@ def test_an_average_that_is_not_kept_cannot_be_gone_along():
         parse(merged(TINY, loss=dict(tangent="mine")))
 
 
-# --- what a stage switch resets ----------------------------------------------------------------------------------------
+# --- what a stage switch resets ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("optimizer", ["keep", "reset"])

@@ -35,7 +35,7 @@ RUN = merged(
 )
 
 
-# --- by hand: u = E[label] tanh(b z + c (t - r) + d t) + g z, times the row's mask in training -----
+# --- by hand: u = E[label] tanh(b z + c (t - r) + d t) + g z, times the row's mask in training ---
 
 
 class Call(NamedTuple):
@@ -216,7 +216,7 @@ def test_training_comes_to_rest_at_the_effective_scale(float64, omega, kappa, sc
     assert float(jnp.abs(gradient(jnp.asarray(mean))).max()) > 1e-2
 
 
-# --- as a stage of the curriculum -----------------------------------------------------------------
+# --- as a stage of the curriculum ----------------------------------------------------------------
 
 
 def test_a_guided_discrete_stage_looks_as_far_back_as_the_last_discrete_one():
@@ -280,7 +280,7 @@ def test_the_compiled_work_is_what_the_table_says(monkeypatch):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A finished run with a guided stage at its end: its directory, and the programs it compiled."""
+    """A finished run with a guided stage at its end: its directory, and its compiled programs."""
     workdir = tmp_path_factory.mktemp("guided")
     run = train.Run(parse(RUN), workdir)
     run.loop()
@@ -388,7 +388,8 @@ def test_the_guided_recipe_for_imagenet_differs_in_its_stage_and_guidance_alone(
         ),
         (
             dict(label_dropout=0.0, network=dict(num_classes=0)),
-            "config.curriculum.kinds has 'guided_discrete': expected no guided stage, as config.network takes no classes",
+            "config.curriculum.kinds has 'guided_discrete': expected no guided stage"
+            ", as config.network takes no classes",
         ),
         (
             dict(curriculum=dict(kinds=("discrete", "jvp"))),
@@ -399,11 +400,13 @@ def test_the_guided_recipe_for_imagenet_differs_in_its_stage_and_guidance_alone(
                 curriculum=dict(kinds=("discrete", "jvp")),
                 guidance=dict(omega=1.0, kappa=0.0, t_end=1.0),
             ),
-            "config.guidance.t_start = 0.25: expected 0.0, or one of guided_discrete, guided_jvp in config.curriculum.kinds",
+            "config.guidance.t_start = 0.25: expected 0.0, or one of guided_discrete, "
+            "guided_jvp in config.curriculum.kinds",
         ),
         (
             dict(curriculum=dict(kinds=("discrete", "guided_flow"))),
-            "config.curriculum.kinds has 'guided_flow': expected only flow, all_pairs, discrete, jvp, guided_discrete, ",
+            "config.curriculum.kinds has 'guided_flow': expected only flow, all_pairs, discrete, "
+            "jvp, central, guided_discrete, guided_jvp",
         ),
         (
             dict(times=dict(r_neq_t_fraction=0.0)),

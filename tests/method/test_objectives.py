@@ -77,7 +77,7 @@ def distance(a, b):
     return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
 
 
-# --- Gaussian fixed points -------------------------------------------------------------------------------------------
+# --- Gaussian fixed points -----------------------------------------------------------------------
 
 
 def flow_coefficient(t, s):
@@ -123,7 +123,7 @@ def solve_fixed_point(times, look_up, rows, points, s, rho, interval, config, sw
     ],
 )
 def test_training_lands_on_the_gaussian_fixed_point(float64, interval, q, s, gain):
-    # The published gain is (1 - t k(t)) std(z_t) / s at t = .98, r = 0; 1 would be the exact marginal spread.
+    # The published gain is (1 - t k(t)) std(z_t) / s at t = .98, r = 0. The exact spread gives 1.
     noise_ratio = jnp.exp(jnp.linspace(np.log(1e-4), np.log(0.98 / 0.02), 3000))
     times = noise_ratio / (1 + noise_ratio)
     nodes, weights = np.polynomial.hermite_e.hermegauss(
@@ -136,7 +136,7 @@ def test_training_lands_on_the_gaussian_fixed_point(float64, interval, q, s, gai
     rows = Rows(z[:, None], jnp.zeros_like(t), t, v[:, None])
 
     def look_up(k, t):
-        # log noise ratio is the grid's own coordinate; below it the flow velocity holds up to O(1e-4)
+        # The log noise ratio is the grid's coordinate. Below, the flow velocity is good to 1e-4.
         ratio = jnp.log(jnp.maximum(t / (1 - t), 1e-300))
         return jnp.where(
             t < times[0] * 0.999999,
@@ -164,7 +164,8 @@ def test_training_lands_on_the_gaussian_fixed_point(float64, interval, q, s, gai
     ],
 )
 def test_one_weight_family_has_both_published_fixed_points(float64, s, a, alpha_flow, discrete):
-    # Moving along the marginal velocity, one step from t = 1 to 0 leaves a spread |1 - k(1)|; the truth is s.
+    # One step from t = 1 to 0 along the marginal velocity leaves a spread |1 - k(1)|. The truth
+    # is s.
     levels = int(np.ceil(np.log(1e-7) / np.log(1 - a)))
     times = (1 - a) ** jnp.arange(levels, -1, -1.0)
     c = flow_coefficient(times, s)
@@ -183,7 +184,10 @@ def test_one_weight_family_has_both_published_fixed_points(float64, s, a, alpha_
 
 
 def exact_rows(s, n=64):
-    """Rows that move along the marginal velocity of N(0, s^2) data, and the exact average velocity as a network."""
+    """(the exact average velocity as a network, rows that move along the marginal velocity).
+
+    Data are N(0, s^2).
+    """
     ab = jax.random.uniform(jax.random.key(3), (2, n), minval=0.05, maxval=0.95)
     r, t = ab.min(0), ab.max(0)
     z = jax.random.normal(jax.random.key(4), (n, 1))
@@ -217,7 +221,7 @@ def test_the_discrete_identity_misses_the_exact_solution_by_order_a(float64, int
     )
 
 
-# --- identities ------------------------------------------------------------------------------------------------------
+# --- identities ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("c", [0.0, 0.5, 1.0])
@@ -306,7 +310,8 @@ def test_unit_residual_has_unit_derivative_in_u(float64):
 
 
 def test_the_scale_table_raw_drifts_with_the_stage_and_unit_does_not(float64):
-    # |gradient| at i = 8 over i = 1 (q = 2) goes as (a / (1 + a))^(1 - 2p): the study measured .010, .92 and 81 for raw.
+    # |gradient| at i = 8 over i = 1 (q = 2) goes as (a / (1 + a))^(1 - 2p). The study measured
+    # .010, .92 and 81 for raw.
     net, params = random_net(jax.random.key(0))
     rows, split = random_rows(), ALL_PAIRS(32)
 
@@ -424,7 +429,8 @@ def test_the_target_itself_passes_no_gradient(scale):
 
 
 def test_the_frozen_evaluation_is_not_even_differentiated():
-    # Six of eight rows have r < t, so the second evaluation is told by its size; differentiating it would raise.
+    # Six of eight rows have r < t, so its size tells the second evaluation. Differentiating it
+    # would raise.
     @jax.custom_jvp
     def frozen(p, z):
         return p * z
@@ -459,7 +465,7 @@ def test_an_unknown_scale_is_an_error():
         objectives.discrete_residual(one, one, one, jnp.ones(1), "big")
 
 
-# --- independent implementations -------------------------------------------------------------------------------------
+# --- independent implementations -----------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The networks: parity with independent implementations, the exact start, dropout, derivatives, errors."""
+"""The networks: parity with other implementations, exact start, dropout, derivatives, errors."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ BATCH = 3
 
 
 def fast_compile(function):
-    """Jit without LLVM's optimisations: these networks run for milliseconds and compile for seconds."""
+    """Jit without LLVM's optimisations: these networks compile for longer than they run."""
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -148,12 +148,12 @@ def u_and_gradient(kind):
 
 def condition(label):
     """The network's condition of `small`: classes, an augmentation label, or nothing."""
-    floats = label is not None and np.issubdtype(np.asarray(label).dtype, np.floating)
+    floats = label is not None and jnp.issubdtype(label.dtype, jnp.floating)
     return Condition(augment=label) if floats else Condition(label=label)
 
 
 def initial_leaves(network, wanted):
-    """{path: value} of the freshly initialised leaves that are `wanted`; the others are never computed."""
+    """{path: value} of the freshly initialised leaves that are `wanted`. No other is computed."""
 
     @fast_compile
     def leaves(key):
@@ -177,7 +177,7 @@ def small(kind, seed=0, batch=BATCH):
 
 
 def jax_layout(name, value):
-    """A torch parameter as (Flax path, array): the rule that is the same for every layer of both networks."""
+    """A torch parameter as (Flax path, array), by the rule of all layers of both networks."""
     *modules, leaf = name.split(".")
     if leaf == "weight":
         leaf = {1: "scale", 2: "kernel", 4: "kernel"}[value.ndim]
@@ -208,10 +208,11 @@ def unet_reference():
 
 
 def dit_reference(dtype):
-    """SiT with its own weights, its reversed time and sign folded into them: (network, params, data)."""
+    """SiT with reversed time and sign folded into its weights: (network, params, data)."""
     data = np.load(GOLDEN / "sit_tiny_io.npz")
     weights = {k: v.astype(np.float64) for k, v in recipe_weights(data).items() if k != "pos_embed"}
-    # cos(f (1 - t)) and sin(f (1 - t)) are a rotation of cos(f t) and sin(f t); the first layer absorbs it.
+    # cos(f (1 - t)) and sin(f (1 - t)) are a rotation of cos(f t) and sin(f t). The first layer
+    # absorbs it.
     f = np.exp(-math.log(1e4) * np.arange(128) / 128)
     cosine, sine = np.split(weights["t_embedder.mlp.0.weight"], 2, axis=1)
     folded = cosine * np.cos(f) + sine * np.sin(f), cosine * np.sin(f) - sine * np.cos(f)
@@ -281,7 +282,7 @@ def test_dit_equals_sit_in_float64():
         z, t = nhwc(data["x"]).astype(np.float64), 1 - data["t"].astype(np.float64)
         u = fast_compile(network.apply)(params, z, t, t, label=data["y"])
         assert u.dtype == jnp.float64
-        # The reference itself is 1.5e-8 off: its frequencies and its position table are float32, 6e-8 each.
+        # The reference is 1.5e-8 off: its frequencies and position table are float32, 6e-8 each.
         assert relative_l2(u, -nhwc(data["out_f64"])) <= 5e-8
 
 
@@ -318,7 +319,10 @@ def test_box_resampling():
 
 
 def test_edm_velocity_is_that_of_the_denoiser():
-    """v = (z - D(z / (1 - t), t / (1 - t))) / t with the literal D; at t = 0 and 1 the limits, -z - F(z / s) and z - s F(z)."""
+    """v = (z - D(z / (1 - t), t / (1 - t))) / t with the literal D.
+
+    The limits are -z - F(z / s) at t = 0 and z - s F(z) at t = 1.
+    """
     with jax.enable_x64(True):
         z, t = (
             np.random.default_rng(0).standard_normal((6, 4, 4, 2)),
@@ -339,7 +343,10 @@ def test_edm_velocity_is_that_of_the_denoiser():
 
 
 def test_log_sigma_stays_finite():
-    """ln(t / (1 - t)) / 4 for sigma in [0.002, 80], with derivative 1 / (4 t (1 - t)); beyond, the ends' values and 0."""
+    """ln(t / (1 - t)) / 4 for sigma in [0.002, 80], with derivative 1 / (4 t (1 - t)).
+
+    Beyond that range it keeps its end values, with derivative 0.
+    """
     t = np.array([0, 1e-6, 0.0019, 0.0021, 0.5, 0.98, 0.99, 1], np.float32)
     value, slope = jax.vmap(jax.value_and_grad(lambda t: log_sigma(t[None])[0]))(t)
     sigma = np.clip(t[3:6].astype(np.float64) / (1 - t[3:6].astype(np.float64)), 0.002, 80)
@@ -352,7 +359,10 @@ def test_log_sigma_stays_finite():
 
 @pytest.mark.parametrize("embedding", ["positional", "fourier"])
 def test_time_scale_scales_t_and_not_the_interval(embedding):
-    """A network with time_scale 4 at (r, t) is the one without at (4 t - h, 4 t): powers of two make this exact."""
+    """A network with time_scale 4 at (r, t) is the plain network at (4 t - h, 4 t).
+
+    Powers of two make this exact.
+    """
     config = dataclasses.replace(UNET, embedding=embedding, embedding_mult=1, resample="box")
     plain, scaled = (
         build(config, (8, 8, 2)),
@@ -409,7 +419,10 @@ def test_attention_equals_jax_nn():
 
 
 def test_parameter_counts():
-    """Published sizes: MeanFlow's CIFAR-10 U-Net; SiT-XL/2 less its sigma half, plus the interval branch."""
+    """Published sizes: MeanFlow's CIFAR-10 U-Net, and SiT-XL/2.
+
+    Ours has no sigma half, and has an interval branch.
+    """
     assert count(build(UNetConfig(), (32, 32, 3))) == 55_932_419
     assert (
         count(build(UNetConfig(augment_dim=0), (32, 32, 3))) == 55_932_419 - 512 * 6 == 55_929_347
@@ -434,7 +447,7 @@ def test_parameters_are_a_plain_float32_tree_with_an_interval_branch():
 
 
 def test_initial_spread():
-    """The initialisation of EDM (U-Net) and of SiT (DiT), by the standard deviation of single kernels."""
+    """The initialisation of EDM (U-Net) and SiT (DiT), by the spread of single kernels."""
     config = UNetConfig(
         channels=32, channel_mult=(2,), blocks=1, attention_resolutions=(8,), interval_init="random"
     )
@@ -468,7 +481,7 @@ def test_initial_spread():
 
 @pytest.mark.parametrize("kind", SMALL)
 def test_zero_interval_starts_as_a_flow_model(kind):
-    """With the initial interval branch u(z, r, t) = u(z, t, t) bit for bit, whatever the rest holds.
+    """With the initial interval branch u(z, r, t) = u(z, t, t) bit for bit, for any other weights.
 
     The branch is nevertheless alive: its gradient is not zero, and with random values r matters.
     """
@@ -517,7 +530,7 @@ def test_r_enters_only_through_the_interval(kind):
 
 @pytest.mark.parametrize("kind", SMALL)
 def test_derivatives_equal_finite_differences(kind):
-    """In float64: du along (dz, dr, dt), and the gradient of a loss that holds it, under dropout."""
+    """In float64, under dropout: du along (dz, dr, dt), and the gradient of a loss with it."""
     network = small_network(kind)
     step, rng = 1e-5, np.random.default_rng(1)
     with jax.enable_x64(True):
@@ -555,7 +568,7 @@ def test_derivatives_equal_finite_differences(kind):
 
 
 def test_dropout_masks_belong_to_their_rows():
-    """A row has the same mask in a part of a batch as in the whole; rows differ; kept values grow."""
+    """A row has one mask, in a part of a batch or in the whole. Rows differ, kept values grow."""
     keys = jax.random.split(jax.random.key(0), 5)
     layer = layers.RowDropout(0.3)
     whole = np.asarray(layer.apply({}, np.ones((5, 4, 50), np.float32), keys))
@@ -564,14 +577,14 @@ def test_dropout_masks_belong_to_their_rows():
     assert np.array_equal(np.unique(whole), np.float32([0, 1 / 0.7]))
     kept = (whole > 0).reshape(5, -1)
     assert np.abs(kept.mean(axis=1) - 0.7).max() < 5 * math.sqrt(0.3 * 0.7 / 200)
-    # Independent masks agree in .7^2 + .3^2 = .58 of the places, with a deviation of .035 at 200 places.
+    # Independent masks agree in .7^2 + .3^2 = .58 of 200 places, with a deviation of .035.
     agreement = [(kept[i] == kept[j]).mean() for i in range(5) for j in range(i)]
     assert np.abs(np.array(agreement) - 0.58).max() < 5 * 0.035
     assert np.array_equal(layer.apply({}, whole, None), whole)
 
 
 def test_dropout_layers_of_the_unet_are_independent():
-    """Every block draws a mask of its own, out of the keys of its rows; without `train` keys are ignored."""
+    """Every block draws its own mask from the keys of its rows. Evaluation ignores keys."""
     module, network = make_unet(UNET, (8, 8, 2), None, layers.PLAIN), small_network("unet")
     z, r, t, label, _ = small("unet")
     keys = jax.random.split(jax.random.key(0), BATCH)
@@ -608,7 +621,7 @@ def test_dropout_layers_of_the_unet_are_independent():
 
 @pytest.mark.parametrize("kind", SMALL)
 def test_bfloat16_compute(kind):
-    """u is float32, within 3 % of the float32 computation and not equal to it; times keep their detail.
+    """u is float32, close to the float32 computation and not equal to it. Times keep their detail.
 
     bfloat16 rounds by up to 2^-9 = 0.2 %; some tens of roundings add in squares to about 1 %.
     """
@@ -797,14 +810,14 @@ def test_channels_that_do_not_group_are_named():
 def test_attention_that_no_level_would_have_is_named():
     with pytest.raises(
         DmfError,
-        match=r"attention_resolutions has 16; expected some of 24, 12, 6, .* on images of 24 pixels",
+        match=r"attention_resolutions has 16; expected some of 24, 12, 6, .* images of 24 pixels",
     ):
         build(UNetConfig(), (24, 24, 3))
 
 
 @pytest.mark.parametrize("form", ["edm, log sigma", "times 999"])
 def test_the_derivative_along_time_of_the_other_forms_of_time(form):
-    """du/dt of EDM's denoiser as a velocity, and of scaled times, against a central difference in float64."""
+    """du/dt of EDM's velocity and of scaled times, against a central difference in float64."""
     fields = (
         {"time_scale": 999.0}
         if form == "times 999"
