@@ -14,7 +14,7 @@ from dmf import sharding
 from dmf.config import MeshConfig
 from dmf.errors import DmfError
 from dmf.networks import attention
-from tests.networks.test_networks import fast_compile
+from tests.networks.small import fast_compile
 
 SHAPE = (2, 1024, 4, 64)  # rows, tokens, heads, head_dim
 

@@ -13,7 +13,7 @@ import pytest
 from dmf.errors import DmfError
 from dmf.networks import ADMConfig, DiTConfig, Execution, MLPConfig, UNetConfig, build
 from dmf.networks import attention as kernels
-from tests.networks.test_networks import fast_compile, leaf_paths, nested, shapes
+from tests.networks.small import fast_compile, leaf_paths, nested, shapes
 
 DIT = DiTConfig(depth=3, width=16, heads=2, patch=2)
 UNET = UNetConfig(
