@@ -75,8 +75,9 @@ def meanflow(config: ConfigDict) -> Fields:
 def central(config: ConfigDict) -> Fields:
     """MeanFlow with du/dt by a central difference, from the flow model in config.init.
 
-    The paper's (arXiv 2505.13447): the identity. Ours: the difference and its step, .005 in time.
-    It needs no forward mode, so every attention kernel can compute it.
+    MF-RAE (arXiv 2511.13019) trains so in the latents of an autoencoder. Its paper's: the
+    difference and delta. Missing here: the teacher that plays v there. Ours: a smaller delta near
+    the ends of the times. It needs no forward mode, so every attention kernel can compute it.
     """
     return _alone("central") | dict(loss=dict(delta=5e-3))
 

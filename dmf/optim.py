@@ -13,9 +13,18 @@ from typing import Any
 import jax
 import optax
 
+from dmf import fields
 from dmf.errors import DmfError
-from dmf.fields import BELOW_1, INF, LEAST, limited
+from dmf.fields import BELOW_1, INF, LEAST, choice, limited
 from dmf.method.curriculum import CurriculumConfig, Stage, extent, stage_at
+
+
+def adam(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Adam (arXiv 1412.6980) without its learning rate."""
+    return optax.scale_by_adam(config.b1, config.b2, config.eps)
+
+
+OPTIMIZERS: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {"adam": adam}
 
 
 @dataclass(frozen=True)
@@ -26,7 +35,7 @@ class OptimizerConfig:
     share of a phase, at its end, over which the rate falls linearly to zero; 0 = constant.
     """
 
-    name: str = "adam"  # a row of OPTIMIZERS
+    name: str = choice("adam", OPTIMIZERS)  # a row of OPTIMIZERS
     learning_rate: float = limited(6e-4, LEAST, INF)  # * of the curriculum, after its warm-up
     # * steps of the curriculum over which the rate rises linearly
     warmup_steps: int = limited(9600, 0, INF)
@@ -73,23 +82,12 @@ class EMAConfig:
         return self.halflife_images.index(self.evaluate)
 
 
-def adam(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Adam (arXiv 1412.6980) without its learning rate."""
-    return optax.scale_by_adam(config.b1, config.b2, config.eps)
-
-
-OPTIMIZERS: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {"adam": adam}
-
-
 def build(config: OptimizerConfig) -> optax.GradientTransformation:
     """Gradient -> direction; the step multiplies by minus the learning rate.
 
     Raises DmfError for an unknown name.
     """
-    if config.name not in OPTIMIZERS:
-        raise DmfError(
-            f"config.optimizer.name = {config.name!r}: expected one of {', '.join(OPTIMIZERS)}"
-        )
+    fields.check(config, "config.optimizer")
     parts = [OPTIMIZERS[config.name](config)]
     if config.clip_norm:
         parts.insert(0, optax.clip_by_global_norm(config.clip_norm))

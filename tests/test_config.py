@@ -270,7 +270,6 @@ def test_every_number_of_the_config_has_its_range():
     # Checks of these need another field, the data or the network.
     elsewhere = {
         "config.data.holdout_fraction",
-        "config.curriculum.q",
         "config.curriculum.stages",
         "config.ema.evaluate",
         "config.network.attention_resolutions",

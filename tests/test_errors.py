@@ -123,7 +123,7 @@ CASES = {
     ),
     "q below one": (
         lambda d, t: [DIGITS, f"--workdir={t}", "--config.curriculum.q=0.5"],
-        "config.curriculum.q = 0.5: expected a ratio above 1",
+        "config.curriculum.q = 0.5: expected a number above 1",
     ),
     "stage without steps": (
         lambda d, t: [DIGITS, f"--workdir={t}", "--config.curriculum.length=2"],

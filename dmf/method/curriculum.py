@@ -17,13 +17,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from dmf import fields
 from dmf.errors import DmfError
-from dmf.fields import INF, LEAST, limited
+from dmf.fields import ABOVE_1, INF, LEAST, choice, limited
 from dmf.method.intervals import ADAPTIVE, RULES
-from dmf.method.objectives import BETWEEN, FIRST, FORMER, KINDS, LAST, PRETRAINING
+from dmf.method.objectives import BETWEEN, FIRST, KINDS, LAST, PRETRAINING
 
 UNITS = ("steps", "epochs", "images")
 SCHEDULES = ("steps", "smooth")
+SWITCHES = ("keep", "reset")
 
 
 @dataclass(frozen=True)
@@ -36,24 +38,27 @@ class CurriculumConfig:
     stages: int = 10  # * K, pretraining not counted
     kinds: tuple[str, ...] = ()  # one per stage; () = all_pairs, discrete x (K - 2), jvp
     # * d_i = q^-i; a guided_discrete stage takes the d of the discrete stage before it, or q^-1
-    q: float = 2.0
+    q: float = limited(2.0, ABOVE_1, INF)
     # linear | dagger | floor = dagger with a least d | adaptive = by a table that training keeps
-    interval: str = "dagger"
+    interval: str = choice("dagger", RULES)
     interval_floor: float = limited(0.1, LEAST, 1)  # of rho: the least d of floor and adaptive
     # adaptive: the table forgets half of a bin in so many images, while it has rows
     interval_halflife_images: float = limited(50e3, LEAST, INF)
     # steps: d falls between discrete stages | smooth: d falls with every discrete step
-    schedule: str = "steps"
+    schedule: str = choice("steps", SCHEDULES)
     length: float = limited(96000.0, LEAST, INF)  # of the K stages together, in length_unit
     # explicit lengths that add up to `length`; () = equal
     stage_lengths: tuple[float, ...] = limited((), LEAST, INF)
-    length_unit: str = "steps"  # steps | epochs | images; also of pretrain_length
+    # steps | epochs | images; also of pretrain_length
+    length_unit: str = choice("steps", UNITS)
     # a flow stage before the curriculum; 0 = start from config.init
     pretrain_length: float = limited(0.0, 0, INF)
     # * factor on the learning rate per stage; () = 1
     stage_learning_rates: tuple[float, ...] = limited((), LEAST, INF)
-    switch_optimizer: str = "keep"  # * keep | reset the optimiser state at a stage switch
-    switch_ema: str = "keep"  # * keep | reset the EMAs to the raw weights at a stage switch
+    # * keep | reset the optimiser state at a stage switch
+    switch_optimizer: str = choice("keep", SWITCHES)
+    # * keep | reset the EMAs to the raw weights at a stage switch
+    switch_ema: str = choice("keep", SWITCHES)
     # * linear warm-up of the learning rate after a switch
     switch_warmup_steps: int = limited(0, 0, INF)
 
@@ -233,7 +238,7 @@ def _shrinks(kind: str) -> bool:
 
 def _kinds(config: CurriculumConfig) -> tuple[str, ...]:
     if config.kinds:
-        return tuple(FORMER.get(kind, kind) for kind in config.kinds)
+        return config.kinds
     if config.stages < 3:
         raise DmfError(
             f"config.curriculum.stages = {config.stages}: expected at least 3 "
@@ -243,6 +248,7 @@ def _kinds(config: CurriculumConfig) -> tuple[str, ...]:
 
 
 def _check(config: CurriculumConfig, kinds: tuple[str, ...]) -> None:
+    fields.check(config, "config.curriculum")
     for kind in kinds:
         if kind not in KINDS:
             raise DmfError(
@@ -252,23 +258,6 @@ def _check(config: CurriculumConfig, kinds: tuple[str, ...]) -> None:
         raise DmfError(
             f"config.curriculum.kinds has {len(kinds)} entries: expected "
             f"config.curriculum.stages = {config.stages}"
-        )
-    if not 1 < config.q < float("inf"):
-        raise DmfError(
-            f"config.curriculum.q = {config.q}: expected a ratio above 1 (d = q^-i must shrink)"
-        )
-    if config.interval not in RULES:
-        raise DmfError(
-            f"config.curriculum.interval = {config.interval!r}: expected {' or '.join(RULES)}"
-        )
-    if config.schedule not in SCHEDULES:
-        raise DmfError(
-            f"config.curriculum.schedule = {config.schedule!r}: expected {' or '.join(SCHEDULES)}"
-        )
-    if config.length_unit not in UNITS:
-        raise DmfError(
-            f"config.curriculum.length_unit = {config.length_unit!r}: "
-            f"expected one of {', '.join(UNITS)}"
         )
     if config.stage_lengths and len(config.stage_lengths) != len(kinds):
         raise DmfError(
@@ -286,8 +275,3 @@ def _check(config: CurriculumConfig, kinds: tuple[str, ...]) -> None:
             f"config.curriculum.stage_learning_rates has {len(config.stage_learning_rates)} "
             f"entries: expected {len(kinds)}, one per stage"
         )
-    for key in ("switch_optimizer", "switch_ema"):
-        if getattr(config, key) not in ("keep", "reset"):
-            raise DmfError(
-                f"config.curriculum.{key} = {getattr(config, key)!r}: expected 'keep' or 'reset'"
-            )

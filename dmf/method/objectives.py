@@ -56,7 +56,7 @@ class LossConfig:
     # direction of u' and du/dt: data = v | own = u(z, t, t) | ema = u(z, t, t) of the evaluated
     # EMA; the target keeps v
     tangent: str = choice("data", ("data", "own", "ema"))
-    # time step of a central difference; ours
+    # time step of a central difference; the default is MF-RAE's (arXiv 2511.13019)
     delta: float = limited(5e-3, LEAST, 0.5)
 
 

@@ -183,7 +183,7 @@ def page() -> str:
         source = Path(inspect.getfile(cls)).relative_to(ROOT).as_posix()
         lines = ["| field | type | default | allowed | |", "|---|---|---|---|---|"]
         lines += [row(path, field, sections) for field in fields_of(cls)]
-        where = f"`{cls.__name__}` in [`{source}`](../{source}): {summary(cls)}"
+        where = f"`{cls.__name__}` in [`{source}`](../{source}):\n{summary(cls)}"
         parts += [
             f"## {path}",
             where,

@@ -1,4 +1,4 @@
-"""Augmentation: the warp against SciPy and closed forms, the law of the draws, and what the label says."""
+"""Augmentation: the warp against SciPy and closed forms, the law of the draws, and the label."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dmf.data.augment import Transform
 from dmf.errors import DmfError
 
 P = 0.12
-# Compiled once per shape; that jit changes nothing is a test of its own.
+# Compiled once per shape; another test shows that jit changes nothing.
 apply_transform = jax.jit(augment.apply_transform)
 edm_augment = jax.jit(augment.edm_augment)
 
@@ -23,7 +23,7 @@ def transform(**fields: float) -> Transform:
 
 
 def matrix_of(t: Transform) -> np.ndarray:
-    """Output = matrix @ input in (x, y), y down: magnify, then stretch by s along (cos a, -sin a)."""
+    """Output = matrix @ input in (x, y), y down: magnify, stretch by s along (cos a, -sin a)."""
     axis = np.array([np.cos(t.angle), -np.sin(t.angle)])
     across = np.array([np.sin(t.angle), np.cos(t.angle)])
     s = 2.0 ** (0.2 * float(t.aniso))
@@ -43,7 +43,7 @@ def blob(x0: float, y0: float, size: int = 32, sigma: float = 2.5) -> np.ndarray
 
 
 def moments(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Centroid (x, y) from the image centre, and covariance, of one grey image as a distribution."""
+    """Centroid (x, y) from the image centre and covariance of a grey image, as a distribution."""
     weight = np.asarray(image, np.float64)[..., 0]
     weight = weight / weight.sum()
     size = len(weight)
@@ -83,7 +83,8 @@ def test_warp_equals_scipy_spline_interpolation_with_mirrored_edges(shape: tuple
         inverse = np.linalg.inv(matrix_of(t))[::-1, ::-1]  # (x, y) to (row, column)
         offset = centre - inverse @ (centre + shift)
         expected = np.stack([
-            ndimage.affine_transform(image[..., c], inverse, offset, order=5, mode="mirror") for c in range(3)
+            ndimage.affine_transform(image[..., c], inverse, offset, order=5, mode="mirror")
+            for c in range(3)
         ], axis=-1)  # fmt: skip
         # Measured 0.012: bilinear reading, on half pixels, of features about 2 pixels wide.
         np.testing.assert_allclose(apply_transform(image, t), expected, atol=0.015, err_msg=f"{t}")
@@ -111,7 +112,8 @@ def test_blob_moves_and_spreads_as_the_matrix_says(fields: dict[str, float]) -> 
     position = np.array([2.0, 1.0])
     mean, covariance = moments(apply_transform(blob(*position), t))
     np.testing.assert_allclose(mean, matrix @ position + shift, atol=0.005)
-    # Linear interpolation with spacing 1/2 adds a variance of 0 to 1/16 square pixel, in the input's frame.
+    # Linear interpolation with spacing 1/2 adds a variance of 0 to 1/16 square pixel, in the frame
+    # of the input.
     np.testing.assert_allclose(covariance, (6.25 + 1 / 32) * matrix @ matrix.T, atol=0.06)
 
 

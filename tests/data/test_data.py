@@ -1,4 +1,4 @@
-"""Data: batches as a pure function of (seed, step), the fixed split, and CIFAR-10 from its files alone."""
+"""Data: batches as a pure function of (seed, step), the fixed split, CIFAR-10 from its files."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_the_order_never_changes_between_versions() -> None:
     assert rows == [1051, 998, 162, 670, 664, 185, 322, 431], message
 
 
-PARTITIONS = {  # positions in a global batch of 8, host by host
+PARTITIONS = {  # positions in a global batch of 8, process by process
     "one": [[0, 1, 2, 3, 4, 5, 6, 7]],
     "backwards": [[7, 6, 5, 4, 3, 2, 1, 0]],
     "two": [[0, 1, 2, 3], [4, 5, 6, 7]],
@@ -148,7 +148,7 @@ PARTITIONS = {  # positions in a global batch of 8, host by host
 def reassembled(
     dataset: Dataset, seed: int, step: int, batch_size: int, parts: list[list[int]]
 ) -> dict[str, np.ndarray]:
-    """The global batch as hosts supply it, each its part, put where the positions say."""
+    """The global batch from the parts of all processes, each put at its positions."""
     found = [
         data.batch(dataset, seed, step, batch_size, rows=np.array(part, np.int64)) for part in parts
     ]
@@ -251,7 +251,7 @@ def test_digits_are_all_of_scikit_learns_and_split_once_per_class() -> None:
     assert train.num_classes == 10 and train.labels.dtype == np.int32
     both = np.concatenate([train.images, heldout.images]).reshape(-1, 64)
     labelled = np.column_stack([both, np.concatenate([train.labels, heldout.labels])])
-    # The two splits together are the source as a multiset of labelled images, so they share no row.
+    # Together the two splits hold each labelled image of the source once, so they share no row.
     expected = np.column_stack([source.data, source.target])
     np.testing.assert_array_equal(np.unique(labelled, axis=0), np.unique(expected, axis=0))
     assert len(labelled) == len(expected) == len(np.unique(expected, axis=0)) == 1797
@@ -386,7 +386,7 @@ def test_damaged_cifar10_is_one_error_that_names_the_directory(kind: str, copy: 
 def test_unprepared_cifar10_is_one_error_with_the_command(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (copy / "dataset_info.json").unlink()  # what an interrupted preparation looks like
+    (copy / "dataset_info.json").unlink()  # as an interrupted preparation leaves it
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "default"))
     for data_dir in (
@@ -460,5 +460,6 @@ for config, size in sizes.items():
 def test_importing_the_data_room_imports_none_of_the_libraries_behind_it() -> None:
     libraries = ("tensorflow_datasets", "tensorflow", "sklearn", "jax")
     run_python(
-        f"import sys, dmf.data\nfound = set(sys.modules) & set({libraries})\nassert not found, found"
+        f"import sys, dmf.data\nfound = set(sys.modules) & set({libraries})\n"
+        "assert not found, found"
     )

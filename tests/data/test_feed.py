@@ -1,4 +1,4 @@
-"""The feed: every batch once and in order, never too far ahead, its errors where they belong, and a thread that ends."""
+"""The feed: each batch once and in order, never too far ahead; its errors; the thread's end."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from dmf.errors import DmfError
 from tests import ROOT
 from tests.data.test_data import numbered
 
-LONG_S = 20.0  # beyond this a wait in a test has failed; none takes it where all is well
+LONG_S = 20.0  # a wait that takes longer has failed
 
 
 class Made:
-    """Batch n, of which one can see how long it is alive."""
+    """Batch n, whose end can be observed."""
 
     def __init__(self, n: int):
         self.n = n
 
 
 class Maker:
-    """`make(n)` that notes which batches were begun, and which are alive still."""
+    """`make(n)` that notes which batches were begun, and which are still alive."""
 
     def __init__(self, seconds: float = 0.0, fails: dict[int, BaseException] | None = None):
         self.begun: list[int] = []
@@ -54,7 +54,7 @@ class Maker:
 
 
 def until(reached: Callable[[], bool]) -> bool:
-    """Whether something comes about before `LONG_S` are over."""
+    """Whether a condition becomes true within `LONG_S`."""
     end = time.monotonic() + LONG_S
     while not reached() and time.monotonic() < end:
         time.sleep(0.001)
@@ -134,7 +134,8 @@ def test_what_make_raises_is_raised_by_the_get_of_that_batch_and_not_before(
     make = Maker(fails={k: error})
     with Feed(make, 0, 10) as batches:
         for n in range(k):
-            assert until(lambda: len(make.begun) == min(n + 2, k + 1))  # noqa: B023  the failure may be known by now
+            # the failure may be known by now
+            assert until(lambda: len(make.begun) == min(n + 2, k + 1))  # noqa: B023
             assert batches.get(n).n == n
         for _ in range(2):  # asked again, it says it again
             with pytest.raises(type(error)) as caught:
@@ -273,7 +274,7 @@ def test_waiting_is_short_where_making_is_faster_than_using_and_counted_where_it
     assert batches.waited_s > 0.8 * 15 * 0.020 and batches.waited_s <= time.perf_counter() - began
 
 
-# A shell lets what it starts in the background ignore interrupts, and so would this process, its descendant.
+# Background jobs of a shell ignore interrupts, and so would this process, which descends from one.
 INTERRUPTED = """
 import signal
 import time
@@ -309,7 +310,7 @@ def test_batches_on_the_devices_are_those_of_the_data_set() -> None:
 
     with Feed(make, 4, 9) as batches:
         found = [batches.get(n) for n in range(4, 9)]
-    gc.collect()  # the host's copies are not needed any more
+    gc.collect()  # the copies in host memory are not needed any more
     for n, some in zip(range(4, 9), found, strict=True):
         for name, values in data.batch(dataset, 3, n, 16).items():
             np.testing.assert_array_equal(np.asarray(some[name]), values)

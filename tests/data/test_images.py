@@ -1,4 +1,4 @@
-"""Image sources: order, labels, identity and pixels of a folder, an .npz and a TFDS data set; ADM's crop; errors."""
+"""Image sources: order, labels, identity and pixels of each kind; ADM's crop; errors."""
 
 from __future__ import annotations
 
@@ -267,7 +267,7 @@ def test_an_npz_is_read_and_where_it_is_stored_plainly_it_stays_on_disk(
             assert source.num_classes == 0 and source.example(6)[1] == 0
         else:
             assert labels(source) == expected.tolist() and source.num_classes == 4
-    # What a source reads after the file has changed shows whether its values lay in memory.
+    # The file changes after it was opened: a source in memory still gives the old values.
     source = open_images(str(tmp_path / "b.npz"))
     raw = bytearray((tmp_path / "b.npz").read_bytes())
     at = raw.find(images[6].tobytes())
@@ -488,7 +488,8 @@ def test_bad_input_is_one_line_that_names_it(
         (
             "train",
             "tfrecord",
-            "is prepared without random access, expected array_record: convert it by `tfds convert_format .*DIR prepare it",
+            "is prepared without random access, expected array_record: convert it by "
+            "`tfds convert_format .*DIR prepare it",
         ),
         ("train", "cut", "split train.*: delete its folder and prepare it again"),
         (

@@ -1,4 +1,4 @@
-"""Encoded images: values, bits that nothing changes, files that survive a kill and tell a damage, and the batches of a run."""
+"""Encoded images: values, bits that stay, files that survive a kill or show damage, batches."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def program() -> object:
-    """The encoder read and compiled once per mesh, rather than at every call below: it is the same one in all of them."""
+    """The encoder, read and compiled once per mesh for all calls below."""
     compiled, load, patch = encode._program, pretrained.load_folder, pytest.MonkeyPatch()
     network = pretrained.build(VAEConfig(channels=(16, 32), blocks=1, groups=8), ())
     programs = functools.cache(lambda mesh: compiled(network, mesh))
@@ -126,7 +126,7 @@ def shard(out: Path, i: int) -> Path:
 
 
 def records(out: Path, dtype: str = "<f4") -> np.ndarray:
-    """All records (2 N, mean or std, h, w, c), read by nothing of ours."""
+    """All records (2 N, mean or std, h, w, c), read without our code."""
     raw = [
         record for i in range(TOTAL) for record in ArrayRecordReader(str(shard(out, i))).read_all()
     ]
@@ -222,7 +222,8 @@ from pathlib import Path
 from dmf.data import images, shards
 from dmf.convert.encode import encode
 write = shards.write_shard
-shards.write_shard = lambda *arguments: time.sleep(0.3) or write(*arguments)  # so that shards come one by one
+# so that shards come one by one
+shards.write_shard = lambda *arguments: time.sleep(0.3) or write(*arguments)
 crop = images.center_crop
 images.center_crop = lambda *arguments: time.sleep(0.05) or crop(*arguments)  # time to be killed in
 vae, source, out, kills = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
@@ -232,15 +233,18 @@ for kill in range(kills):
     if child == 0:
         encode(vae, source, out, size={size}, shard_size={shard_size}, batch={batch})
         os._exit(0)
-    wanted, deadline = kill // 3, time.monotonic() + 60  # so that the work goes on from kill to kill
+    # so that the work goes on from kill to kill
+    wanted, deadline = kill // 3, time.monotonic() + 60
     while time.monotonic() < deadline and not Path(out, "train", "plan.json").exists():
         time.sleep(0.001)
-    while time.monotonic() < deadline and len(list(Path(out).glob("train/*.array_record"))) < wanted:
+    there = lambda: len(list(Path(out).glob("train/*.array_record")))
+    while time.monotonic() < deadline and there() < wanted:
         time.sleep(0.001)
     time.sleep(draw.random() * (0.1 if wanted else 0.8))
     os.kill(child, signal.SIGKILL)  # one that has ended waits to be asked for its status
-    killed, there = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9, len(list(Path(out).glob("train/*.array_record")))
-    print("\\nkilled", killed, there, flush=True)  # on a line of its own, which no child inherits unwritten
+    killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9
+    # flushed: else the next child would inherit the line and print it again
+    print("\\nkilled", killed, there(), flush=True)
 """.format(**SETTINGS)
 
 
@@ -261,13 +265,13 @@ def test_an_encoding_killed_at_random_moments_ends_in_the_same_bytes(
 
 
 class Crash(BaseException):
-    """The end of the process, as far as a test can play it."""
+    """Stands for the end of the process."""
 
 
 def test_an_encoding_that_ends_before_any_change_on_disk_goes_on_to_the_same_bytes(
     vae: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every rename and every sync is a place to die; a dead process cleans nothing up."""
+    """Ends the process at each rename and each sync in turn; a dead process cleans nothing up."""
     real = {"replace": Path.replace, "fsync": os.fsync, "unlink": Path.unlink}
     settings, left, seen, place = SETTINGS | {"shard_size": 12}, [0], set(), 0
     encode.encode(vae, str(source), tmp_path / "whole", **settings)
@@ -300,7 +304,8 @@ def test_an_encoding_that_ends_before_any_change_on_disk_goes_on_to_the_same_byt
         encode.encode(vae, str(source), out, **settings)
         assert contents(out) == wanted, place
         shutil.rmtree(out)
-    # plan, two shards with what vouches for them, labels, metadata: each is synced, renamed, and its directory synced
+    # plan, two shards with their .json, labels, metadata: each is synced, renamed, and its
+    # directory synced
     assert place == 3 * (1 + 2 * 2 + 2) and len(seen) > 8
 
 
@@ -423,7 +428,7 @@ def test_a_directory_begun_with_another_autoencoder_or_other_images_is_refused(
 
 
 def interrupted(vae: Path, source: Path, out: Path, finished: int) -> None:
-    """Begins an encoding that ends after so many shards."""
+    """Begins an encoding that ends after `finished` shards."""
     real = shards.write_shard
 
     def write_shard(path: Path, *arguments: object) -> None:
@@ -493,7 +498,8 @@ def test_a_source_that_has_no_image_of_the_finished_shards_is_refused(
             file.write(b"x")
     with pytest.raises(
         DmfError,
-        match="begun otherwise: source.sha256: .*; expected the same command, or another directory$",
+        match="begun otherwise: source.sha256: .*; expected the same command, or another "
+        "directory$",
     ):
         encode.encode(vae, str(other), copy, **SETTINGS)
     next(other.rglob("*.png")).unlink()
@@ -526,8 +532,8 @@ def test_a_resumed_run_says_that_other_versions_made_the_finished_shards(
     monkeypatch.setattr(encode, "_made_with", lambda: made_with | {"jax": "99"})
     encode.encode(vae, str(source), tmp_path, **SETTINGS)
     assert (
-        f"note      finished shards were made otherwise (jax: {jax.__version__} -> 99): the others may"
-        in capsys.readouterr().out
+        f"note      finished shards were made otherwise (jax: {jax.__version__} -> 99): the "
+        "others may" in capsys.readouterr().out
     )
     assert [made["jax"] for made in encode.verify(tmp_path)[0]["made_with"]] == [
         jax.__version__,
@@ -928,7 +934,7 @@ assert "jax" not in sys.modules
 
 
 def change(**values: object) -> Callable[[Path], None]:
-    """Metadata with other values, sealed as if they had been written so."""
+    """Metadata with other values and a fitting seal."""
 
     def damage(folder: Path) -> None:
         path = folder / "metadata.json"

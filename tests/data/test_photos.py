@@ -23,7 +23,8 @@ def scorer(sets):
 
 @pytest.mark.parametrize("fraction", [0.16, 0.25, 0.6])
 def test_no_pixel_is_in_crops_of_both_splits(fraction):
-    # Every pixel a number of its own: what a crop holds says where it is from. 2 x 2 means are those of `halved`, undone here.
+    # Every pixel has another number, so the values of a crop tell its place. The 2 x 2 means of
+    # `halved` are undone here.
     height, width = 427, 640
     number = np.arange(height * width).reshape(height, width, 1)
     seen = {}
@@ -115,7 +116,8 @@ def test_the_space_of_pixels_holds_nearly_all_of_the_variance(sets, scorer):
 def test_the_digits_score_is_the_one_of_before():
     train = load(DataConfig(), "train")
     scorer, main = sampling.make_scorer(DataConfig(), train)
-    # Noted before the code was shared with the photos: the same to the bit then; another processor rounds otherwise.
+    # Noted before the code was shared with the photos, and equal bit for bit then. Another
+    # processor rounds otherwise.
     before = {
         "fd_hidden": 0.34845471683937035,
         "fd_pixels": 0.2884569882051835,

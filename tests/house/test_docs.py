@@ -101,7 +101,7 @@ def test_the_reference_says_what_a_field_may_be():
     allowed = launched("config_reference").allowed
     assert allowed("guard.factor") == "above 1" and allowed("run.keep_checkpoints") == "at least 2"
     assert allowed("optimizer.b1") == "0 to below 1" and allowed("times.t_mean") == "finite"
-    assert allowed("attention.jvp") == "`xla`, `chunked`" and allowed("loss.p") == "0 to 2"
+    assert allowed("attention.derivative") == "`xla`, `chunked`" and allowed("loss.p") == "0 to 2"
 
 
 def test_what_the_paper_leaves_open_is_marked_and_what_it_states_is_not():

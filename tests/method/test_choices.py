@@ -57,7 +57,7 @@ def resumed_ends_as_uninterrupted(values, tmp_path, stops):
     return tmp_path / "whole"
 
 
-# --- the schedule of d ---------------------------------------------------------------------------
+# --- the schedule of d ----------------------------------------------------------------------------
 
 
 def test_a_smooth_schedule_falls_by_one_factor_a_step_between_the_same_ends():
@@ -169,12 +169,12 @@ def test_the_curves_draw_the_interval(tmp_path):
 
 def test_an_unknown_schedule_is_refused():
     with pytest.raises(
-        DmfError, match="config.curriculum.schedule = 'smoth': expected steps or smooth"
+        DmfError, match="config.curriculum.schedule = 'smoth': expected one of steps, smooth"
     ):
         build_stages(dataclasses.replace(SMOOTH, schedule="smoth"), 8, 1000)
 
 
-# --- the direction of the step back --------------------------------------------------------------
+# --- the direction of the step back ---------------------------------------------------------------
 
 PARAMS = {"p": 0.7, "c": -0.4, "d": 0.9}
 OTHERS = {"p": -0.3, "c": 0.8, "d": 0.2}
@@ -183,7 +183,7 @@ SPLIT = RowSplit(ROWS, 4, 3)
 
 
 def affine(params, z, r, t):
-    """A network with known derivatives: u = p z + c (t - r) + d t, u(z, t, t) = p z + d t."""
+    """A network with known derivatives: u = p z + c (t - r) + d t; u(z, t, t) = p z + d t."""
     return params["p"] * z + (params["c"] * (t - r) + params["d"] * t)[:, None]
 
 
@@ -204,10 +204,7 @@ def affine_rows():
 
 
 def residual_by_hand(kind, rho, along, rows):
-    """e of r < t rows under linear intervals and raw scale, from the formulas on paper.
-
-    along: (B, D).
-    """
+    """e of r < t rows, linear intervals and raw scale, by the formulas on paper. along: (B, D)."""
     z, r, t, v, along = (
         np.asarray(x)[np.arange(ROWS) % 4 < 3] for x in (rows.z, rows.r, rows.t, rows.v, along)
     )

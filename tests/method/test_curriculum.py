@@ -118,10 +118,10 @@ def test_cost_in_forward_passes_and_the_printed_table():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(q=0.5), r"curriculum.q = 0.5: expected a ratio above 1"),
+        (dict(q=0.5), r"curriculum.q = 0.5: expected a number above 1"),
         (dict(q=1.0), r"curriculum.q = 1.0"),
         (dict(q=float("nan")), r"curriculum.q = nan"),
-        (dict(interval="dager"), r"curriculum.interval = 'dager': expected linear or dagger"),
+        (dict(interval="dager"), r"curriculum.interval = 'dager': expected one of linear, dagger"),
         (dict(stages=2), r"curriculum.stages = 2: expected at least 3"),
         (dict(kinds=("flow", "jpv"), stages=2), r"curriculum.kinds has 'jpv'"),
         (dict(kinds=("jvp",)), r"kinds has 1 entries: expected config.curriculum.stages = 10"),
@@ -136,7 +136,7 @@ def test_cost_in_forward_passes_and_the_printed_table():
             r"length_unit = 'epoch': expected one of steps, epochs, images",
         ),
         (dict(length=4.0, length_unit="steps"), r"has no step"),
-        (dict(switch_ema="drop"), r"switch_ema = 'drop': expected 'keep' or 'reset'"),
+        (dict(switch_ema="drop"), r"switch_ema = 'drop': expected one of keep, reset"),
     ],
 )
 def test_a_curriculum_that_makes_no_sense_names_its_key(change, message):
