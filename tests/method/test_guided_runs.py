@@ -14,7 +14,7 @@ from dmf.errors import DmfError
 from dmf.measure import benchmark
 from dmf.method.curriculum import CurriculumConfig, build_stages, passes, table
 from tests.method.test_guidance import GUIDED, RUN, STRENGTH
-from tests.test_config import load
+from tests.test_configs import load
 from tests.test_step import largest_difference
 from tests.test_train import leaves
 from tests.tiny import TINY, Setup, merged
@@ -144,7 +144,7 @@ def test_the_guided_recipe_for_imagenet_differs_in_its_stage_and_guidance_alone(
     }
     for variant, strength in published.items():
         plain, guided = (
-            parse(load(name, variant)) for name in ("imagenet256", "imagenet256_guided")
+            parse(load(f"{name}:{variant}")) for name in ("imagenet256", "imagenet256_guided")
         )
         assert dataclasses.astuple(guided.guidance) == strength
         changed = config.differences(config.to_dict(plain), config.to_dict(guided))
