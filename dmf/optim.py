@@ -57,7 +57,7 @@ class EMAConfig:
     """Exponential moving averages of the weights, all kept at once.
 
     A decay b per step of B images is the half-life B ln(1/2) / ln(b) images.
-    rampup_ratio bounds the half-life by this share of the images seen since the last reset.
+    It is at most rampup_ratio times the images seen since the last reset.
     A young average then forgets the start; 0 = no bound.
     """
 

@@ -140,8 +140,10 @@ def per_device(
     """Jits `function(whole, rows) -> rows` so that each device runs it on its own rows only.
 
     All devices run the same program on the same number of rows. With equal pieces per device, one
-    device and many give the same bits. whole, rows: any trees of arrays.
-    options: compiler_options of `jax.jit`, added to the options of every program.
+    device and many give the same bits.
+
+        whole, rows   any trees of arrays
+        options       compiler_options of `jax.jit`, added to the options of every program
     """
     cut = PartitionSpec(ROWS)
     split = jax.shard_map(

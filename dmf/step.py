@@ -40,10 +40,15 @@ PURPOSES = ("flip", "augment", "label", "noise", "times", "network", "latent")
 
 
 class Scalars(NamedTuple):
-    """The numbers that a step is told. No program depends on their values.
+    """The numbers that a step is told.
 
-    rho: of the interval. learning_rate, ema_decays: of the step, one decay per average.
-    seed: of the run. progress: share of the curriculum that is done, in [0, 1].
+        rho             of the interval
+        learning_rate   of the step
+        ema_decays      of the step, one per average
+        seed            of the run
+        progress        share of the curriculum that is done, in [0, 1]
+
+    They are traced, so no program depends on their values.
     """
 
     rho: np.float32 | Array

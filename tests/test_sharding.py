@@ -17,7 +17,7 @@ from dmf.storage import checkpoint
 from tests.test_step import largest_difference
 from tests.tiny import TINY, UNET, Setup, merged
 
-# Wide enough that most of its weights are split, and an Adam that does not divide by rounding (see test_step).
+# Wide enough that most weights are split. Adam does not divide by rounding (see test_step).
 WIDE = merged(TINY, network=dict(width=128, heads=4), optimizer=dict(eps=1e-4))
 WIDE_UNET = merged(UNET, network=dict(channels=64), optimizer=dict(eps=1e-4))
 KINDS = ("flow", "all_pairs", "discrete", "jvp")
@@ -180,7 +180,7 @@ def test_the_mesh_is_two_numbers_of_which_zero_is_the_rest(config, shape):
 def test_a_mesh_that_does_not_come_out_is_refused(config):
     with pytest.raises(
         DmfError,
-        match=r"config.mesh.replica = \d+ x config.mesh.fsdp = \d+: expected factors of the 8 devices",
+        match=r"config.mesh.replica = \d+ x config.mesh.fsdp = \d+: expected factors of the 8 dev",
     ):
         sharding.make_mesh(MeshConfig(*config))
 

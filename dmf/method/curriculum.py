@@ -67,12 +67,14 @@ class CurriculumConfig:
 class Stage:
     """One stage of a run: steps first .. first + steps - 1.
 
-    index: within the curriculum; pretraining is -1.
-    rho: of its first step.
-    guidance_passes: forward passes of every row for the guided velocity.
-    tangent_passes: forward passes of an r < t row for the direction of the step back.
-    fall: rho of a step by the rho of the step before, 1 unless the schedule is smooth.
-    rate: a factor on the learning rate, 1 unless `dmf.run.guard` has lowered it.
+        index: within the curriculum; pretraining is -1.
+        rho: of its first step.
+        guidance_passes: forward passes of every row for the guided velocity.
+        tangent_passes: forward passes of an r < t row for the direction of the step back.
+        fall: rho of a step by the rho of the step before, 1 unless the schedule is smooth.
+        rate: a factor on the learning rate, 1 unless `dmf.run.guard` has lowered it.
+
+    `dmf.run.guard` may cut a stage into parts, which share its index.
     """
 
     index: int
@@ -105,8 +107,9 @@ def build_stages(
 ) -> tuple[Stage, ...]:
     """The run as consecutive stages, in steps.
 
-    guidance_passes: cost of the guided velocity for a row of a guided stage, `guidance.passes`.
-    tangent_passes: cost of the step back's direction for an r < t row, `velocity.passes`.
+        guidance_passes   of a row of a guided stage for its velocity, `guidance.passes`
+        tangent_passes    of an r < t row for the direction of its step back, `velocity.passes`
+
     Raises DmfError naming the config key where the curriculum makes no sense.
     """
     kinds = _kinds(config)

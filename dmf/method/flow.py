@@ -29,10 +29,12 @@ Array = jax.Array
 class TimeLaw:
     """Law of (r, t): two logit-normal draws, a rule that joins them, and the share of r < t.
 
-    pairing "sorted": t = max, r = min of the two draws (MeanFlow).
-    pairing "min": t as drawn, r = min(r, t), a later CIFAR recipe. Where r lands on t, the row
-        has r = t, so fewer rows keep r < t than the field says.
-    pairing "zero": t as drawn, r = 0, for a map that only jumps to the data.
+        pairing "sorted": t = max, r = min of the two draws (MeanFlow).
+        pairing "min": t as drawn, r = min(r, t), a later CIFAR recipe. Where r lands on t, the row
+            has r = t, so fewer rows keep r < t than the field says.
+        pairing "zero": t as drawn, r = 0, for a map that only jumps to the data.
+
+    The other rows have r = t.
     """
 
     # * sorted: t and r are the larger and the smaller of two draws | min: t as drawn, r = min(r, t)

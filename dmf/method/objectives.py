@@ -63,11 +63,13 @@ class LossConfig:
 class Residuals(NamedTuple):
     """Residuals of one batch, rows with r = t and rows with r < t apart.
 
-    border, pairs: residuals of r = t and of r < t rows, None where the batch has no such row.
-    change: mean over r < t rows of the change along the step back, by |u|. It is |u - u'| where
-        the kind steps back, |(t - r) du/dt| of other kinds, None for flow matching.
-    products: (n_pairs, 2), <e, u - v> and |e|^2 with e in unit scale. Only kinds that step back
-        have it, for `dmf.method.intervals`.
+        border     of r = t rows, None where the batch has no such row
+        pairs      of r < t rows, None where the batch has no such row
+        change     mean change of u along the step back by |u|, of r < t rows
+        products   (n_pairs, 2): <e, u - v> and |e|^2 of r < t rows, with e in unit scale
+
+    The change is |u - u'| where the kind steps back, and |(t - r) du/dt| of other kinds. Flow
+    matching has None. Only kinds that step back have products, for `dmf.method.intervals`.
     """
 
     border: Array | None
@@ -79,9 +81,10 @@ class Residuals(NamedTuple):
 class Rule(NamedTuple):
     """The choices besides the kind that make the target of a stage.
 
-    share: (r, t) -> a, the part of t - r that a row steps back, all (B,). It is an interval rule
-        at the rho of the step. Only kinds that step back ask for it.
-    tangent: the direction of the step back and of the derivative, None for v.
+        share     (r, t) -> a, the part of t - r that a row steps back, all (B,)
+        tangent   direction of the step back and of the derivative, None for v
+
+    The share is an interval rule at the rho of the step. Only kinds that step back ask for it.
     """
 
     loss: LossConfig
@@ -169,7 +172,7 @@ def central(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -
     """MeanFlow with du/dt by a central difference along (v, 0, 1), or along another tangent.
 
     Its error is O(delta^2). Two frozen evaluations run on r < t rows only. A row whose t +- delta
-    would leave [r, 1] takes a smaller delta; at t = 1 it has none, and its target is v.
+    would leave [r, 1] takes a smaller delta. At t = 1 delta is 0, and the target is v.
     """
     u, pairs = net(params, rows), split.pairs_of(rows)
     v, u_pairs = rule.direction(pairs), split.pairs_of(u)
@@ -211,15 +214,18 @@ def _relative(change: Array, u: Array) -> Array:
 class Kind(NamedTuple):
     """The facts about one kind of stage.
 
-    residual: (net, params, rows, split, rule) -> Residuals.
-    arithmetic: "plain", "difference" or "derivative". It picks matmul precision and attention
-        kernel: a fine difference needs exact products, a derivative needs a forward mode.
-    extra: forward passes of an r < t row beyond `passes`; a JVP's tangent counts as one.
-    steps_back: the kind looks back over an interval that shrinks with rho.
-    v_only: every row has r = t and the interval branch is frozen, so u = v stays.
-    unguided: the same kind without guidance, "" where the kind itself is without guidance.
-    limit: the kind that this one becomes as its interval goes to zero, "" where it has none.
-    passes: forward passes of every row; a backward pass counts as two.
+        residual     (net, params, rows, split, rule) -> Residuals
+        arithmetic   "plain", "difference" or "derivative"
+        extra        forward passes of an r < t row beyond `passes`
+        steps_back   the kind looks back over an interval that shrinks with rho
+        v_only       every row has r = t and the interval branch is frozen, so u = v stays
+        unguided     the same kind without guidance, "" where this kind has no guidance
+        limit        the kind that this kind becomes as its interval goes to zero, or ""
+        passes       forward passes of every row
+
+    The arithmetic picks matmul precision and attention kernel. A fine difference needs exact
+    products. A derivative needs a forward mode.
+    A backward pass counts as two forward passes, and a JVP's tangent as one.
     """
 
     residual: Callable[[Net, object, Rows, RowSplit, Rule], Residuals]

@@ -65,8 +65,9 @@ def heun(u: Velocity, e: Array, steps: int | Array) -> Array:
 class Sampler(NamedTuple):
     """A row of `SAMPLERS`.
 
-    draw: (u, noise, steps) -> data. evaluations: of the network per step.
-    on_host: draw loops on the host, so that it cannot stand inside a compiled program.
+    draw          (u, noise, steps) -> data
+    evaluations   of the network per step
+    on_host       draw loops on the host, so no compiled program can hold it
     """
 
     draw: Callable[..., Array]

@@ -72,11 +72,12 @@ class Network(NamedTuple):
         rngs       (B,) typed keys, one per row, for dropout; only read in training
         u          shaped as z, float32, or float64 if params and inputs are
 
-    Wrong shapes raise DmfError. jit cannot refuse a class outside the table: a class beyond the
-    end turns its row into NaN, and a negative class counts from the end.
+    Wrong shapes raise DmfError. The table of classes is not checked, as jit cannot. A class beyond
+    its end turns the row into NaN. A negative class counts from the end.
 
-    apply_with_sides: the same, but -> (u, side outputs by name), {} for most networks.
-    is_interval(path): whether the parameter at a path belongs to the interval branch.
+    apply_with_sides(...) -> (u, side outputs by name). Most networks have no side outputs, {}.
+
+    is_interval(path) -> whether the parameter at a path belongs to the interval branch.
     """
 
     init: Callable[[jax.Array], Params]

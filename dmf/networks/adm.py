@@ -33,11 +33,11 @@ class ADMConfig:
 
     That network has 35,746,307 parameters and an interval branch.
 
-    channel_mult           one entry per resolution; each is half of the one before
-    blocks                 of the encoder per resolution; the decoder has one more
-    attention_resolutions  attention follows every block there, and stands in the middle
-    head_channels          of one head of attention
-    interval_init          "zero" makes u(z, r, t) = u(z, t, t) at the start, bit for bit
+        channel_mult           one entry per resolution; each is half of the one before
+        blocks                 of the encoder per resolution; the decoder has one more
+        attention_resolutions  attention follows every block there, and stands in the middle
+        head_channels          of one head of attention
+        interval_init          "zero" makes u(z, r, t) = u(z, t, t) at the start, bit for bit
 
     Norms have 32 groups. In a layer of 32 channels they remove the shift that brings in the times.
     """

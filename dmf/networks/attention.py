@@ -183,9 +183,10 @@ def cudnn(q: Array, k: Array, v: Array) -> Array:
 def flash(q: Array, k: Array, v: Array) -> Array:
     """Softmax attention by JAX's Pallas kernel for TPUs, without a forward mode.
 
-    Memory is linear in N, forwards and backwards. Takes any N, head_dim and dtype up to float32.
-    Tokens are filled up to a multiple of 128 and masked. A head_dim above 128 is filled up with zeros to a multiple of it.
-    The kernel runs on one device. Over several, each calls it on its own rows.
+    Takes any N, head_dim and dtype up to float32, in memory linear in N in both directions.
+    Tokens are filled up to a multiple of 128 and masked. A head_dim above 128 is filled up with
+    zeros to a multiple of it. The kernel runs on one device; over several, each calls it on its
+    own rows.
     """
     tokens, head_dim = q.shape[1], q.shape[3]
     size = -(-tokens // TILE) * TILE

@@ -41,7 +41,8 @@ class DiTConfig:
     """The transformer's shape. DIT_SIZES has depth, width and heads of the named sizes.
 
     num_classes = 0 means no label. Otherwise the table has num_classes + 1 rows, and its last row
-    is the null class. interval_init "zero" makes u(z, r, t) = u(z, t, t) at the start, bit for bit.
+    is the null class.
+    With interval_init "zero", u(z, r, t) = u(z, t, t) at the start, bit for bit.
     """
 
     kind: str = "dit"  # tells the networks apart

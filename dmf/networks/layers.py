@@ -119,8 +119,9 @@ def at_least_float32(x: jax.Array) -> jax.Array:
 def frequencies(count: int, *, endpoint: bool) -> np.ndarray:
     """Geometric frequencies in radians per unit of time, from 1 down to 1e-4.
 
-    f_k = 1e4 ** (-k / n), k = 0 .. count - 1.
-    n = count - 1 with `endpoint` (EDM), and count without (DiT).
+        f_k = 1e4 ** (-k / n), k = 0 .. count - 1
+
+    With `endpoint` n = count - 1 (EDM). Without it n = count (DiT).
     """
     steps = count - 1 if endpoint else count
     return 1e4 ** (-np.arange(count) / max(steps, 1))

@@ -42,16 +42,18 @@ SIGMA_RANGE = (0.002, 80.0)
 class UNetConfig:
     """The U-Net's shape. The defaults are the CIFAR-10 network: 55,932,419 parameters at 32x32x3.
 
-    channel_mult      one entry per resolution; each is half of the one before
-    blocks            of the encoder per resolution; the decoder has one more
-    augment_dim       length of the augmentation label, 0 for none
-    interval_init     "zero" makes u(z, r, t) = u(z, t, t) at the start, bit for bit
-    resample          filter: "binomial" is [1, 3, 3, 1], "box" is [1, 1]
-    residual_encoder  the input, shrunk, joins every lower resolution (NCSN++)
-    embedding_mult    t and t - r have this many times `channels` features each
-    embedding         features of t: "positional", or "fourier" with fixed random frequencies
-    time_input        features are of time_scale * t, or of ln(sigma) / 4, sigma = t / (1 - t)
-    precond           "edm": the network is the F of EDM's denoiser, see `edm_velocity`
+        channel_mult      one entry per resolution; each is half of the one before
+        blocks            of the encoder per resolution; the decoder has one more
+        augment_dim       length of the augmentation label, 0 for none
+        interval_init     "zero" makes u(z, r, t) = u(z, t, t) at the start, bit for bit
+        resample          filter: "binomial" is [1, 3, 3, 1], "box" is [1, 1]
+        residual_encoder  the input, shrunk, joins every lower resolution (NCSN++)
+        embedding_mult    t and t - r have this many times `channels` features each
+        embedding         features of t: "positional", or "fourier" with fixed random frequencies
+        time_input        features are of time_scale * t, or of ln(sigma) / 4, sigma = t / (1 - t)
+        precond           "edm": the network is the F of EDM's denoiser, see `edm_velocity`
+
+    `make_unet` refuses fields that do not go together.
     """
 
     kind: str = "unet"  # tells the networks apart

@@ -20,7 +20,7 @@ PAPER = CurriculumConfig(stages=10, q=2.0, interval="dagger", length=2000.0, len
 
 
 def literal_dagger(rho, r, t):
-    """The paper's form, through the noise ratio t / (1 - t): share of t - r that one step back covers."""
+    """The paper's form, through the noise ratio t / (1 - t): the share of t - r of a step back."""
     ratio = lambda x: x / (1 - x)  # noqa: E731
     s = ratio(t) - (ratio(t) - ratio(r)) * rho
     return (t - s / (1 + s)) / (t - r)

@@ -35,7 +35,7 @@ def test_times_are_ordered_and_the_share_of_pairs_is_exact(name):
 
 
 def test_cifar_v1_keeps_seventy_percent_of_rows_apart():
-    # 75 % of rows try; r = min(r, t) sends some back to r = t, leaving .700 (and median gap .34 among all pairs' r < t).
+    # r = min(r, t) sends some of the 75 % back to r = t. It leaves .700, with a median gap of .34.
     split = row_split(400_000, 0.75)
     r, t = flow.draw_times(jax.random.key(0), TIME_LAWS["cifar_v1"], split)
     assert abs(float(jnp.mean(r < t)) - 0.700) < 0.003

@@ -86,7 +86,7 @@ def test_a_rule_that_makes_no_sense_names_its_key(change, message):
         check(parse(merged(TINY, curriculum=change)), 10, 1352)
 
 
-# --- adaptive: the mathematics ---------------------------------------------------------------------------------------
+# --- adaptive: the mathematics --------------------------------------------------------------------
 
 
 def test_the_share_is_rho_times_the_ratio_of_the_rows_bin_within_its_bounds():
@@ -125,7 +125,8 @@ def test_the_table_sums_rows_by_bin_discounts_the_bins_it_sees_and_leaves_the_ot
 
 @pytest.mark.parametrize("to_data", [True, False])
 def test_the_rule_is_the_step_that_adcm_minimises_for_one_time_and_for_two(float64, to_data):
-    # ADCM: E|f - f'|^2 + lambda E|f' - z_r|^2, f' = f - D Df/dt, of f = z - (t - r) u; with r = 0 it is the published rule.
+    # ADCM: E|f - f'|^2 + lambda E|f' - z_r|^2 with f' = f - D Df/dt and f = z - (t - r) u.
+    # With r = 0 it is the published rule.
     net, params = random_net(jax.random.key(0))
     x, e = jax.random.normal(jax.random.key(1), (2, 64, 8))
     t, r = jnp.full(64, 0.8), jnp.full(64, 0.0 if to_data else 0.3)
@@ -155,7 +156,8 @@ def test_the_rule_is_the_step_that_adcm_minimises_for_one_time_and_for_two(float
 def test_for_gaussian_data_and_the_exact_solution_the_ratio_is_that_of_the_spreads(
     float64, s, r, t
 ):
-    # f = z std_r / std_t, so e = -(std_r / std_t) (v - E[v|z]), and its mean given z is 0: the ratio is std_t / std_r.
+    # f = z std_r / std_t, so e = -(std_r / std_t) (v - E[v|z]). Its mean given z is 0, and the
+    # ratio is std_t / std_r.
     n = 200_000
     x, e = np.random.default_rng(0).normal(size=(2, n, 1)) * [[[s]], [[1.0]]]
     std = lambda t: jnp.sqrt((1 - t) ** 2 * s**2 + t**2)  # noqa: E731
@@ -178,7 +180,7 @@ def test_for_gaussian_data_and_the_exact_solution_the_ratio_is_that_of_the_sprea
     )  # 200,000 draws
 
 
-# --- adaptive: the program and the run -------------------------------------------------------------------------------
+# --- adaptive: the program and the run ------------------------------------------------------------
 
 
 def test_a_step_fills_the_table_obeys_it_and_compiles_once():

@@ -1,4 +1,4 @@
-"""The attention kernels against the plain one: values and all derivatives, memory, rounding, what they refuse."""
+"""The attention kernels against the plain one: values, derivatives, memory, rounding, refusals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dmf import sharding
 from dmf.config import MeshConfig
 from dmf.errors import DmfError
 from dmf.networks import attention
-from tests.networks.test_networks import fast_compile
+from tests.networks.small import fast_compile
 
 SHAPE = (2, 1024, 4, 64)  # rows, tokens, heads, head_dim
 
@@ -107,14 +107,17 @@ def test_chunked_attention_in_float32_at_1024_tokens(kind):
 
 
 def test_memory_at_1024_tokens():
-    """Forward mode in at most a third of the plain path's temporary memory, the gradient of the JVP loss in at most half."""
+    """Forward mode takes at most a third of the plain path's temporary memory.
+
+    The gradient of the JVP loss takes at most half.
+    """
     for kind, most in (("jvp", 1 / 3), ("gradient of the jvp loss", 1 / 2)):
         assert temporary_bytes("chunked", kind) <= most * temporary_bytes("xla", kind), kind
 
 
 @pytest.mark.parametrize("kind", ["jvp", "gradient", "gradient of the jvp loss"])
 def test_memory_grows_linearly(kind):
-    """Four times the tokens need four times the memory; the plain path needs sixteen times the weights."""
+    """Four times the tokens need four times the memory. Plain weights need sixteen times."""
     assert temporary_bytes("chunked", kind, 4096) <= 4.05 * temporary_bytes("chunked", kind, 1024)
 
 
@@ -124,9 +127,8 @@ def test_huge_logits_stay_finite(float64):
     x[:2] *= 100
     for kind in PASSES:
         one = fast_compile(PASSES[kind](functools.partial(attention.chunked, chunk=16)))
-        if (
-            kind == "jvp"
-        ):  # a logit of 1e4 is known to 2e-12, and so is every weight; gradients in q and k are next to nothing
+        if kind == "jvp":
+            # A logit of 1e4 is known to 2e-12, and so is each weight. Gradients in q and k vanish.
             assert max(error(one(*x), fast_compile(PASSES[kind](attention.xla))(*x))) < 1e-10
         assert all(
             np.isfinite(leaf).all() for leaf in jax.tree.leaves(one(*x.astype(np.float32)))
@@ -135,10 +137,10 @@ def test_huge_logits_stay_finite(float64):
 
 @pytest.mark.parametrize("mean_key", [0, 3])
 def test_bfloat16_rounds_as_the_plain_path_does(float64, mean_key):
-    """Errors against float64: of o and of the tangent at most those of the plain path (1.3 times), of gradients 2.5 times.
+    """Errors against float64 by the plain path's: at most 1.3 for o and tangent, 2.5 for gradients.
 
-    Gradients lose more because the cotangent of a weight is rounded before the share of all keys is taken off it, as in
-    every flash kernel. A large mean key must not make it worse: it moves all logits of a query together.
+    Gradients lose more, as in every flash kernel. The cotangent of a weight is rounded before the
+    share of all keys is taken off. A large mean key must not make it worse.
     """
     x = draw(2, 256, 4, 64)
     x[1] += mean_key
@@ -175,7 +177,10 @@ def test_rows_stay_on_their_devices():
     ],
 )
 def test_flash_attention_is_attention(tokens, head_dim, dtype):
-    """Forward and backward, in the interpreter of TPU kernels; bfloat16 to its rounding, 2^-9 a few times over."""
+    """Forward and backward, in the interpreter of TPU kernels.
+
+    bfloat16 agrees up to its rounding, a few times 2^-9.
+    """
     q, k, v, weights, *_ = jnp.asarray(draw(1, tokens, 1, head_dim), dtype)
 
     def both(attend):

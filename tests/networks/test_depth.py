@@ -1,4 +1,4 @@
-"""How a network is computed changes nothing of what it computes: attention kernel, remat by name, one block run depth times."""
+"""Attention kernel, remat and scanned blocks leave the values of a network alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from dmf.errors import DmfError
 from dmf.networks import ADMConfig, DiTConfig, Execution, MLPConfig, UNetConfig, build
 from dmf.networks import attention as kernels
-from tests.networks.test_networks import fast_compile, leaf_paths, nested, shapes
+from tests.networks.small import fast_compile, leaf_paths, nested, shapes
 
 DIT = DiTConfig(depth=3, width=16, heads=2, patch=2)
 UNET = UNetConfig(
@@ -39,7 +39,7 @@ ROWS = 2
 
 
 def meanflow(network, keys):
-    """Gradient of the loss of the MeanFlow identity under dropout, (params, z, r, t, v) -> gradient, (u, du/dt)."""
+    """Gradient of the MeanFlow loss under dropout: (params, z, r, t, v) -> gradient, (u, du/dt)."""
 
     def loss(params, z, r, t, v):
         def u(z, r, t):
@@ -98,7 +98,7 @@ def count(program, word):
     ids=["dit scan", "dit blocks", "dit chunked dots scan", "unet blocks", "adm dots"],
 )
 def test_values_and_derivatives_are_those_of_the_plain_network(kind, how):
-    """u, du/dt and the gradient of every parameter in float64, the dropout masks being the same ones."""
+    """u, du/dt and the gradient of every parameter in float64, under the same dropout masks."""
     got, want = everything(kind, how), everything(kind, Execution())
     gradients, wanted = leaf_paths(got[0]), leaf_paths(want[0])
     assert gradients.keys() == wanted.keys() and all(np.any(wanted[path]) for path in wanted)
@@ -112,7 +112,7 @@ def test_values_and_derivatives_are_those_of_the_plain_network(kind, how):
 
 @pytest.mark.parametrize("kind", ["dit", "unet", "adm"])
 def test_parameters_do_not_depend_on_how_the_network_is_computed(kind):
-    """The same tree of the same leaves, so that checkpoints, converters and exports know nothing of it."""
+    """The same tree of the same leaves, so checkpoints, converters and exports do not change."""
     config, shape = SMALL[kind]
 
     def given_one(*x):
@@ -143,7 +143,10 @@ def test_every_attention_of_a_network_uses_the_kernel_given(kind):
 
 
 def test_a_scanned_program_does_not_grow_with_depth():
-    """Twelve blocks: as many products as three; unrolled, four times those of the blocks. The text holds the stacking."""
+    """Twelve scanned blocks have as many products as three. Unrolled they have four times as many.
+
+    The text of the program holds the stacking.
+    """
     sizes = {}
     for depth in (3, 12):
         config = dataclasses.replace(DIT, depth=depth)
@@ -158,7 +161,10 @@ def test_a_scanned_program_does_not_grow_with_depth():
 
 
 def test_remat_of_a_transformer_repeats_what_its_name_says():
-    """Products in the program of the gradient: "blocks" repeats all of a block's, "dots" those without a shared matrix."""
+    """Products in the program of the gradient.
+
+    "blocks" repeats all products of a block, "dots" those without a shared matrix.
+    """
     found = {
         remat: count(lowered(DIT, (4, 4, 1), Execution(remat=remat)), "dot_general")
         for remat in ("none", "dots", "blocks")
@@ -169,7 +175,10 @@ def test_remat_of_a_transformer_repeats_what_its_name_says():
 
 @pytest.mark.parametrize("kind", ["unet", "adm"])
 def test_remat_of_a_unet_repeats_what_its_name_says(kind):
-    """Convolutions in the program of the gradient: "dots" repeats none, "blocks" at least the first of every block."""
+    """Convolutions in the program of the gradient.
+
+    "dots" repeats none, "blocks" at least the first of every block.
+    """
     config, shape = SMALL[kind]
     found = {
         remat: count(lowered(config, shape, Execution(remat=remat)), "convolution")
@@ -184,7 +193,7 @@ def test_remat_of_a_unet_repeats_what_its_name_says(kind):
 
 
 def test_remat_and_scan_together_save_memory():
-    """Temporary memory of the compiled gradient where nothing is kept of a block and where all is."""
+    """Temporary memory of the compiled gradient, with nothing kept of a block and with all kept."""
     config = DiTConfig(depth=8, width=16, heads=2, patch=2)
     used = {}
     for remat in ("none", "blocks"):
