@@ -1,25 +1,26 @@
-"""Handwritten digits, the whole path on a laptop: flow matching, then the discrete MeanFlow curriculum.
+r"""Handwritten digits, the whole path on a laptop: flow matching, then discrete MeanFlow.
 
     python main.py --config=configs/digits.py --workdir=runs/digits             dagger intervals
     python main.py --config=configs/digits.py:linear --workdir=runs/linear      linear intervals
     python main.py --config=configs/digits.py:flow --workdir=runs/flow          the flow model alone
     python main.py --config=configs/digits.py:meanflow --workdir=runs/mf \
-        --config.init=runs/digits/checkpoints/3000                              JVP MeanFlow from the same flow model
+        --config.init=runs/digits/checkpoints/3000                              JVP MeanFlow from it
 
-Cost: about 4 minutes on 2 CPU cores. Data: scikit-learn's 1,797 real 8 x 8 digits, three quarters of them for training.
-Nothing here is the paper's (it has no digits); curriculum form, stop-gradient and target are. K, q, p and the rates are
-ours, found on this set.
+All methods: configs/methods.py.
+
+Cost: about 4 minutes on 2 CPU cores.
+Data: scikit-learn's 1,797 real 8 x 8 digits, three quarters of them for training.
+The paper's (which has no digits): form of the curriculum, stop-gradient and target.
+Ours, found on this set: K, q, p and the rates.
 """
 
+from configs import methods
 from dmf.config import complete
-from dmf.errors import DmfError
-
-VARIANTS = ("dagger", "linear", "flow", "meanflow")
 
 
-def get_config(variant: str = "dagger"):
-    if variant not in VARIANTS:
-        raise DmfError(f"configs/digits.py:{variant}: expected one of {', '.join(VARIANTS)}")
+def get_config(argument: str = ""):
+    """The config with the methods named in the argument, separated by commas."""
+    names = methods.names_in(argument, "digits.py")
     config = complete(
         dict(
             seed=0,
@@ -65,10 +66,4 @@ def get_config(variant: str = "dagger"):
             ),
         )
     )
-    if variant == "linear":
-        config.curriculum.interval = "linear"
-    elif variant == "flow":
-        config.curriculum.update(stages=1, kinds=("flow",), length=3000.0, pretrain_length=0.0)
-    elif variant == "meanflow":
-        config.curriculum.update(stages=1, kinds=("jvp",), pretrain_length=0.0)
-    return config
+    return methods.apply(config, names, "digits.py")

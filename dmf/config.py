@@ -1,8 +1,8 @@
 """The run as data: one typed tree of values, made from a config file and flags, and checked.
 
-`complete`   what a config file returns: a ConfigDict with every field, each of which is a flag
-`parse`      ConfigDict or stored JSON to a `Config`; every field by itself is checked
-`check`      the fields against each other, the data and the network, before memory is allocated
+- `complete`: what a config file returns, a ConfigDict with every field; each field is a flag.
+- `parse`: from a ConfigDict or stored JSON to a `Config`. It checks every field by itself.
+- `check`: the fields against each other, the data and the network, before memory is allocated.
 
 Each error names the key, the value and what was expected.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ml_collections import config_dict
@@ -25,7 +25,7 @@ from dmf.method import guidance, velocity
 from dmf.method.curriculum import CurriculumConfig, Stage, build_stages
 from dmf.method.flow import TimeLaw
 from dmf.method.guidance import GuidanceConfig
-from dmf.method.objectives import GUIDED, KINDS, LAST, LossConfig
+from dmf.method.objectives import FORMER, GUIDED, KINDS, LAST, LossConfig
 from dmf.method.samplers import IN_PROGRAM
 from dmf.networks import ADMConfig, DiTConfig, MLPConfig, UNetConfig, attention
 from dmf.optim import EMAConfig, OptimizerConfig
@@ -56,10 +56,10 @@ class PrecisionConfig:
 class AttentionConfig:
     """Attention kernel by the arithmetic of a kind of stage (`dmf.networks.attention`).
 
-    xla      stores all N x N weights of N tokens
-    chunked  the same numbers up to rounding; memory grows linearly with N
-    cudnn    NVIDIA's fused kernel, in bfloat16
-    flash    Pallas' kernel on TPUs
+    - xla: stores all N x N weights of N tokens.
+    - chunked: the same numbers up to rounding; memory grows linearly with N.
+    - cudnn: NVIDIA's fused kernel, in bfloat16.
+    - flash: Pallas' kernel on TPUs.
 
     Only the first two have a forward mode, which the derivative needs.
     """
@@ -172,12 +172,14 @@ def complete(values: Mapping[str, Any]) -> config_dict.ConfigDict:
 def parse(values: Mapping[str, Any] | config_dict.ConfigDict) -> Config:
     """A `Config` from a nested mapping: a ConfigDict, a dict or stored JSON.
 
+    Former names of fields and kinds, which old files have, become today's.
     Raises DmfError for an unknown key, a value of another type, and a value out of range.
     """
     plain = values.to_dict() if isinstance(values, config_dict.ConfigDict) else values
-    config = fields.section(Config, plain, "config")
+    config = fields.section(Config, fields.current(plain), "config")
     fields.check(config, "config")
-    return config
+    kinds = tuple(FORMER.get(kind, kind) for kind in config.curriculum.kinds)
+    return replace(config, curriculum=replace(config.curriculum, kinds=kinds))
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -4,16 +4,18 @@
     remat: str = choice("none", ("none", "dots"))   one of these names
 
 `section` makes a dataclass from nested plain values, and `check` compares every field with its
-metadata. Both raise DmfError with the key's path, the value and what was expected.
+metadata. Both raise DmfError with the key's path, the value and what was expected. Old configs and
+flags with a name of `FORMER` are still read: `current` and `current_flags` give them today's names.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import sys
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from dmf.errors import DmfError
@@ -26,6 +28,14 @@ BELOW_1 = 1 - 1e-9  # the high end of a range without one
 INF = sys.float_info.max  # a range without a high end still refuses infinity
 REQUIRED: Any = dataclasses.MISSING  # a default that is none: the field must be given
 RANGE, CHOICES = "range", "choices"  # keys of a field's metadata
+# Former names of fields, which were kinds of stages, and what they are now: the kinds' arithmetic.
+ARITHMETIC = {
+    "flow": "plain",
+    "trajectory": "plain",
+    "discrete": "difference",
+    "jvp": "derivative",
+}
+FORMER = {"precision": ARITHMETIC, "attention": ARITHMETIC}  # section -> former name -> name
 
 
 class Range(NamedTuple):
@@ -89,6 +99,39 @@ def section(cls: type, values: Any, path: str) -> Any:
     return cls(**{key: _value(hints[key], values[key], f"{path}.{key}") for key in values})
 
 
+def current(values: Any) -> Any:
+    """The nested values of a config with today's names in place of those in `FORMER`.
+
+    Raises DmfError where two former names of one field have different values.
+    """
+    if not isinstance(values, Mapping):
+        return values
+    return {
+        key: _renamed(value, FORMER[key], f"config.{key}")
+        if key in FORMER and isinstance(value, Mapping)
+        else value
+        for key, value in values.items()
+    }
+
+
+def current_flags(argv: Sequence[str]) -> list[str]:
+    """The arguments with today's names in flags such as --config.attention.jvp=chunked.
+
+    Raises DmfError where flags by two former names of one field have different values.
+    """
+    out: list[str] = []
+    seen: dict[str, dict[str, str]] = {section: {} for section in FORMER}
+    for text in argv:
+        flag = re.fullmatch(r"(--?config\.)(\w+)\.(\w+)(=.*)?", text, re.DOTALL)
+        names = FORMER.get(flag[2], {}) if flag else {}
+        if flag and flag[3] in names:
+            seen[flag[2]][flag[3]] = (flag[4] or "")[1:]
+            _renamed(seen[flag[2]], names, f"--config.{flag[2]}")
+            text = f"{flag[1]}{flag[2]}.{names[flag[3]]}{flag[4] or ''}"
+        out.append(text)
+    return out
+
+
 def unknown(path: str, key: Any, names: Collection[str]) -> DmfError:
     """The error for a key that is not among the names, with the nearest name."""
     near = difflib.get_close_matches(str(key), names, 1, 0.0)[0]
@@ -99,6 +142,20 @@ def sections_of(hint: Any) -> list[type]:
     """The dataclasses that a field of this type may hold: one, several for a union, or none."""
     parts = typing.get_args(hint) or (hint,)
     return [part for part in parts if isinstance(part, type) and dataclasses.is_dataclass(part)]
+
+
+def _renamed(values: Mapping[str, Any], names: Mapping[str, str], path: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    given: dict[str, str] = {}
+    for key, value in values.items():
+        name = names.get(key, key)
+        if found.get(name, value) != value:
+            raise DmfError(
+                f"{path}.{key} = {value!r} with {path}.{given[name]} = {found[name]!r}: expected "
+                f"one value, as both are {path}.{name} now"
+            )
+        found[name], given[name] = value, key
+    return found
 
 
 def _check_range(allowed: Range, value: Any, where: str) -> None:

@@ -1,93 +1,18 @@
-"""Configs: every file in configs/ is complete and valid, and what is wrong with one is said by its key."""
+"""The run as data: what is wrong with a config is said by the key, before anything is computed."""
 
 import dataclasses
-import importlib.util
+import json
 import re
 import subprocess
 import sys
 
 import pytest
 
-from dmf import config, fields, networks
+from dmf import config, fields
 from dmf.errors import DmfError
+from dmf.run import workdir
 from tests import ROOT
 from tests.tiny import TINY, merged
-
-VARIANTS = [
-    ("digits", "dagger"),
-    ("digits", "linear"),
-    ("digits", "flow"),
-    ("digits", "meanflow"),
-    ("photos", "dagger"),
-    ("photos", "linear"),
-    ("photos", "flow"),
-    ("photos", "meanflow"),
-    ("cifar10", "dagger"),
-    ("cifar10", "linear"),
-    ("cifar10_flow", None),
-    ("cifar10_meanflow", "scratch"),
-    ("cifar10_meanflow", "finetune"),
-    ("imagenet256", "XL"),
-    ("imagenet256", "L"),
-    ("imagenet256", "B"),
-    ("imagenet256", "S"),
-    ("imagenet256_guided", "XL"),
-    ("imagenet256_guided", "L"),
-    ("imagenet256_guided", "B"),
-    ("imagenet256_guided", "S"),
-]
-SETS = {
-    "digits": ((8, 8, 1), 10, 1352),
-    "photos": ((16, 16, 3), 12, 3864),
-    "cifar10": ((32, 32, 3), 10, 50_000),
-    "imagenet256_latents": ((32, 32, 4), 1000, 1_281_167),
-}
-
-
-def load(name, variant=None):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(*([variant] if variant else []))
-
-
-@pytest.mark.parametrize(("name", "variant"), VARIANTS)
-def test_every_config_file_is_complete_valid_and_survives_the_round_trip(name, variant):
-    values = load(name, variant)
-    parsed = config.parse(values)
-    assert config.parse(config.to_dict(parsed)) == parsed
-    assert config.differences(config.to_dict(parsed), values.to_dict()) == []
-    shape, classes, size = SETS[parsed.data.name]
-    networks.build(parsed.network, shape)
-    stages = config.check(parsed, classes, size)
-    assert stages[-1].last > 1000
-
-
-def test_the_papers_curriculum_on_cifar():
-    stages = config.check(config.parse(load("cifar10")), 10, 50_000)
-    assert [s.kind for s in stages] == ["all_pairs", *["discrete"] * 8, "jvp"]
-    assert {s.steps for s in stages} == {9600} and stages[8].rho == 1 / 256
-    flow = config.check(config.parse(load("cifar10_flow")), 10, 50_000)
-    assert [(s.kind, s.steps) for s in flow] == [("flow", 96_000)]
-    baseline = config.check(config.parse(load("cifar10_meanflow", "scratch")), 10, 50_000)
-    assert [(s.kind, s.steps) for s in baseline] == [("jvp", 192_000)]
-
-
-def test_the_papers_curriculum_on_imagenet():
-    stages = config.check(config.parse(load("imagenet256")), 1000, 1_281_167)
-    assert [s.kind for s in stages] == ["all_pairs", *["discrete"] * 4, "jvp"]
-    assert stages[-1].last == 48 * 1251 and stages[4].rho == 1 / 16
-
-
-def test_every_config_file_and_variant_is_tried_above():
-    for path in (ROOT / "configs").glob("[a-z]*.py"):
-        if (
-            path.stem == "cifar10_from"
-        ):  # its argument is a directory: tried in tests/convert/test_command.py
-            continue
-        listed = re.search(r"VARIANTS = \((.*)\)", path.read_text())
-        variants = re.findall(r'"(\w+)"', listed[1]) if listed else [None]
-        assert {(path.stem, v) for v in variants} <= set(VARIANTS)
 
 
 @pytest.mark.parametrize(
@@ -152,8 +77,8 @@ def test_whole_numbers_are_taken_for_floats_also_inside_tuples():
             "config.compute_dtype = 'bf16': expected one of float32, bfloat16",
         ),
         (
-            dict(precision=dict(jvp="higest")),
-            "config.precision.jvp = 'higest': expected one of default, high, highest",
+            dict(precision=dict(derivative="higest")),
+            "config.precision.derivative = 'higest': expected one of default, high, highest",
         ),
         (
             dict(label_dropout=1.0),
@@ -214,7 +139,7 @@ def test_whole_numbers_are_taken_for_floats_also_inside_tuples():
         (dict(network=dict(num_classes=0)), "config.label_dropout = 0.1: expected 0"),
         (
             dict(data=dict(augment=0.1)),
-            "config.data.augment = 0.1: expected 0, or a network with config.network.augment_dim = 6",
+            "config.data.augment = 0.1: expected 0, or a network with config.network.augment_dim",
         ),
         (
             dict(times=dict(r_neq_t_fraction=0.0)),
@@ -256,6 +181,79 @@ def test_a_flag_for_no_field_is_answered_with_the_nearest(path, message):
 )
 def test_a_flag_for_a_field_is_let_through(path):
     config.check_path(path)
+
+
+OLD = dict(
+    TINY,
+    curriculum=dict(stages=3, kinds=("trajectory", "discrete", "jvp"), length=6.0),
+    precision=dict(flow="default", trajectory="default", discrete="high", jvp="highest"),
+    attention=dict(flow="xla", trajectory="xla", discrete="chunked", jvp="chunked"),
+)
+NEW = dict(
+    OLD,
+    curriculum=dict(stages=3, kinds=("all_pairs", "discrete", "jvp"), length=6.0),
+    precision=dict(plain="default", difference="high", derivative="highest"),
+    attention=dict(plain="xla", difference="chunked", derivative="chunked"),
+)
+
+
+def test_former_names_of_fields_and_kinds_are_read():
+    assert config.parse(OLD) == config.parse(NEW)
+    assert config.to_dict(config.parse(OLD)) == config.to_dict(config.parse(NEW))
+    half = config.parse(dict(OLD, precision=dict(trajectory="highest")))
+    assert half.precision == config.PrecisionConfig(plain="highest")
+    joined = config.parse(dict(TINY, curriculum=dict(stages=2, kinds=("trajectory,jvp",))))
+    assert joined.curriculum.kinds == ("all_pairs", "jvp")
+
+
+def test_a_directory_with_former_names_goes_on_without_a_change(tmp_path):
+    (tmp_path / workdir.CONFIG).write_text(json.dumps(OLD))
+    workdir.claim(tmp_path, config.parse(NEW), None, {}, fresh=False)
+    other = config.parse(merged(NEW, precision=dict(difference="highest")))
+    with pytest.raises(DmfError, match="config.precision.difference: high -> highest"):
+        workdir.claim(tmp_path, other, None, {}, fresh=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            dict(flow="high", trajectory="highest"),
+            "config.precision.trajectory = 'highest' with config.precision.flow = 'high': expected "
+            "one value, as both are config.precision.plain now",
+        ),
+        (
+            dict(jvp="high", derivative="default"),
+            "config.precision.derivative = 'default' with config.precision.jvp = 'high': expected "
+            "one value, as both are config.precision.derivative now",
+        ),
+        (dict(guided="high"), "config.precision.guided: no such field; did you mean"),
+    ],
+)
+def test_two_names_of_one_field_that_contradict_each_other_are_refused(given, message):
+    with pytest.raises(DmfError, match=re.escape(message)):
+        config.parse(dict(TINY, precision=given))
+
+
+def test_flags_with_former_names_set_todays_fields():
+    given = [
+        "main.py",
+        "--config=configs/digits.py",
+        "-config.attention.jvp=chunked",
+        "--config.precision.flow",
+        "high",
+        "--config.precision.plain=high",
+        "--config.loss.p=1",
+        "--attention.jvp=xla",
+    ]
+    assert fields.current_flags(given) == [
+        *given[:2],
+        "-config.attention.derivative=chunked",
+        "--config.precision.plain",
+        *given[4:],
+    ]
+    with pytest.raises(DmfError, match="--config.attention.trajectory = 'xla' with --config.att"):
+        fields.current_flags(["--config.attention.flow=cudnn", "--config.attention.trajectory=xla"])
 
 
 def numbers(values, path="config"):

@@ -5,7 +5,9 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
 
+from dmf import main
 from tests import ROOT, devices
 from tests.tiny import TINY
 
@@ -47,7 +49,8 @@ def truncated(trained, tmp_path):
 def misspelt_file(tmp_path):
     path = tmp_path / "bad.py"
     path.write_text(
-        "from dmf.config import complete\ndef get_config():\n    return complete(dict(curiculum=dict(stages=3)))\n"
+        "from dmf.config import complete\n"
+        "def get_config():\n    return complete(dict(curiculum=dict(stages=3)))\n"
     )
     return path
 
@@ -157,15 +160,16 @@ CASES = {
             "--config.attention.jvp=cudnn",
             "--config.compute_dtype=bfloat16",
         ],
-        "config.attention.jvp = 'cudnn': expected one of xla, chunked",
+        "config.attention.derivative = 'cudnn': expected one of xla, chunked",
     ),
     "kernel of another device": (
         lambda d, t: [DIGITS, f"--workdir={t}", "--config.attention.discrete=flash"],
-        "config.attention.discrete = 'flash': expected a tpu, found a cpu",
+        "config.attention.difference = 'flash': expected a tpu, found a cpu",
     ),
     "half precision kernel": (
         lambda d, t: [DIGITS, f"--workdir={t}", "--config.attention.flow=cudnn"],
-        "config.attention.flow = 'cudnn', a kernel of half precision: expected config.compute_dtype = bfloat16, got float32",
+        "config.attention.plain = 'cudnn', a kernel of half precision: "
+        "expected config.compute_dtype = bfloat16, got float32",
     ),
     "mesh of other devices": (
         lambda d, t: [DIGITS, f"--workdir={t}", "--config.mesh.fsdp=5"],
@@ -208,18 +212,50 @@ def test_wrong_input_gives_one_clear_line(name, trained, tmp_path):
     assert not any(tmp_path.rglob("checkpoints/[0-9]*"))
 
 
-def test_help_names_the_modes_and_loads_no_jax():
+def help_of(*command):
+    """(what --help prints, the modules it imports)"""
+    command = [sys.executable, "-X", "importtime", *command, "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+
+
+def test_help_names_every_command_and_flag_and_loads_no_jax():
+    text, modules = help_of("main.py")
+    assert "python main.py --config=configs/digits.py" in text
+    for name, command in main.COMMANDS.items():
+        assert f"{name:<16} {command.about}" in text
+        for flag in command.flags:  # in the table of commands, and in the list of flags
+            assert f"    --{flag} " in text, flag
+    for kind, about in main.KINDS.items():
+        assert f"{kind:<16} {about}" in text
+    assert max(map(len, text.splitlines())) <= 100
+    assert not {"jax", "jaxlib", "tensorflow", "flax", "numpy"} & modules
+
+
+def test_every_flag_is_read_by_a_command():
+    defined = {flag.name for flag in flags.FLAGS.flags_by_module_dict()["dmf.main"]}
+    read = {name for command in main.COMMANDS.values() for name in command.flags}
+    assert defined - {"config", "mode"} == read - {"config"}
+
+
+def test_a_config_finds_its_neighbours_from_any_folder(tmp_path):
+    """The installed command has no checkout on its path; the config file tells where it is."""
+    (tmp_path / "code" / "configs").mkdir(parents=True)
+    (tmp_path / "code" / "configs" / "near.py").write_text("SEED = 'none'\n")
+    config = tmp_path / "code" / "configs" / "mine.py"
+    config.write_text(
+        "from configs import near\nfrom dmf.config import complete\n"
+        "def get_config():\n    return complete(dict(seed=near.SEED))\n"
+    )
+    code = "import sys, dmf.main; sys.argv[0] = 'dmf'; dmf.main.run()"
+    path = tmp_path / "path"
+    path.mkdir()
+    (path / "dmf").symlink_to(ROOT / "dmf")
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "main.py", "--help"],
-        cwd=ROOT,
+        [sys.executable, "-c", code, f"--config={config}", f"--workdir={tmp_path / 'run'}"],
+        cwd=path,
         capture_output=True,
         text=True,
     )
-    for text in (
-        "--mode",
-        "train|sample|score|reference|encode|benchmark",
-        "--workdir",
-        "python main.py --config=configs/digits.py",
-    ):
-        assert text in done.stdout
-    assert "jaxlib" not in done.stderr and "tensorflow" not in done.stderr
+    assert "config.seed = 'none'" in done.stderr and done.returncode == 2, done.stderr

@@ -16,9 +16,28 @@ import numpy as np
 
 from dmf import fields
 from dmf.errors import DmfError
-from dmf.fields import choice, limited
+from dmf.fields import limited
 
 Split = Literal["train", "heldout"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images are read, and what a training step does to them on the device."""
+
+    name: str = "digits"  # a key of `DATASETS`; "" where weights were converted
+    # cifar10: where TFDS data is prepared, "" = $TFDS_DATA_DIR, else ~/tensorflow_datasets;
+    # imagenet256_latents: what --mode=encode has written
+    data_dir: str = ""
+    # digits, photos: share of the one set that is "heldout", whatever the training seed
+    holdout_fraction: float = 0.25
+    # cifar10, imagenet256_latents: random images, to try the code path only; reads no file
+    mock: bool = False
+    # * mirror each training image with probability 1/2, without telling the network;
+    # latents: take the stored mirror image
+    flip: bool = False
+    # * probability p of the EDM pipe, which does tell the network (`augment.edm_augment`); 0 = off
+    augment: float = limited(0.0, 0, 1)
 
 
 class Source(Protocol):
@@ -139,31 +158,14 @@ DATASETS: dict[str, Callable[[DataConfig, Split], Source]] = {
 }
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    """Which images are read, and what a training step does to them on the device."""
-
-    name: str = choice("digits", DATASETS)  # a key of `DATASETS`
-    # cifar10: where TFDS data is prepared, "" = $TFDS_DATA_DIR, else ~/tensorflow_datasets;
-    # imagenet256_latents: what --mode=encode has written
-    data_dir: str = ""
-    # digits, photos: share of the one set that is "heldout", whatever the training seed
-    holdout_fraction: float = 0.25
-    # cifar10, imagenet256_latents: random images, to try the code path only; reads no file
-    mock: bool = False
-    # * mirror each training image with probability 1/2, without telling the network;
-    # latents: take the stored mirror image
-    flip: bool = False
-    # * probability p of the EDM pipe, which does tell the network (`augment.edm_augment`); 0 = off
-    augment: float = limited(0.0, 0, 1)
-
-
 def load(config: DataConfig, split: Split) -> Source:
     """Reads one split of the configured data set into memory, or opens its files.
 
     Raises DmfError for an unknown name or split, a field out of range, and for data that are not
     prepared or damaged.
     """
+    if config.name not in DATASETS:
+        raise DmfError(f"config.data.name = {config.name!r}: expected one of {', '.join(DATASETS)}")
     fields.check(config, "config.data")
     if split not in ("train", "heldout"):
         raise DmfError(f"split is {split!r}: expected 'train' or 'heldout'")

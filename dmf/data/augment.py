@@ -1,12 +1,19 @@
-"""Training augmentation on the device: mirror images, and the EDM pipe with its augmentation label.
+"""Training augmentation on the device: mirror images, and the EDM pipe with its label.
 
-Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", appendix F.2, in the
-selection that MeanFlow uses for CIFAR-10: x-flip, isotropic scale, anisotropic scale, fractional translation.
-The label tells the network what was done, so that it can be asked for unaugmented images (label 0). The warp
-follows Karras et al. 2020, "Training Generative Adversarial Networks with Limited Data", appendix B: it reads
-the image on a grid twice as fine, between two orthogonal wavelet filters.
+The pipe is from Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative
+Models", appendix F.2. It has the transformations that MeanFlow uses for CIFAR-10:
 
-Row i uses the key fold_in(key, i): what happens to it does not depend on the size or the layout of the batch.
+- x-flip
+- isotropic scale
+- anisotropic scale
+- fractional translation
+
+The label tells the network what was done. Label 0 then asks for unaugmented images.
+
+The warp follows Karras et al. 2020, "Training Generative Adversarial Networks with Limited Data",
+appendix B. It reads the image on a grid twice as fine, between two orthogonal wavelet filters.
+
+Row i uses the key fold_in(key, i), so nothing depends on the size or the layout of the batch.
 Coordinates are pixels from the image centre, x to the right, y down.
 """
 
@@ -40,13 +47,12 @@ _DELAY = float(np.arange(_TAPS) @ SYM6 / SYM6.sum())
 
 
 class Transform(NamedTuple):
-    """What is done to one image; every field is a float32 scalar, and 0 everywhere is the identity."""
+    """What is done to one image. Fields are float32 scalars; all 0 is the identity."""
 
     flip: jax.Array  # 1: mirrored left to right, else 0
     scale: jax.Array  # w: magnified by 2**(0.2 w)
-    aniso: (
-        jax.Array
-    )  # w: stretched by s = 2**(0.2 w) along (cos angle, -sin angle), and by 1/s across it
+    # w: stretched by s = 2**(0.2 w) along (cos angle, -sin angle), and by 1/s across it
+    aniso: jax.Array
     angle: jax.Array  # direction of the stretch in radians, counter-clockwise as seen, in [-pi, pi)
     shift_x: jax.Array  # w: moved right by 0.125 w widths
     shift_y: jax.Array  # w: moved down by 0.125 w heights
@@ -59,17 +65,19 @@ def random_flip(key: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def edm_augment(key: jax.Array, x: jax.Array, p: float | jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Applies the EDM pipe, each transformation with probability p; the x-flip is a candidate whenever p > 0.
+    """Applies the EDM pipe, each transformation with probability p.
+
+    The x-flip is drawn with probability 1/2 whenever p > 0.
 
     Args:
       key: one key for the batch.
       x: (B, H, W, C) float32, H and W at least 2.
-      p: probability of scale, of anisotropic scale and of translation, drawn independently; MeanFlow: 0.12.
+      p: probability of each of scale, anisotropic scale and translation; MeanFlow: 0.12.
 
     Returns:
-      The augmented images, and their labels (B, 6) float32 (`transform_label`), zero where nothing was done.
-      An image that is at most flipped keeps its values bit for bit; the filters may take others a little
-      beyond the range of the input.
+      The augmented images, and their labels (B, 6) float32 (`transform_label`), zero where nothing
+      was done. An image that is at most flipped keeps its values bit for bit. The filters may take
+      the values of others a little beyond the input's range.
 
     Raises:
       DmfError: H or W is 1.
@@ -83,7 +91,7 @@ def _row_keys(key: jax.Array, rows: int) -> jax.Array:
 
 
 def draw_transform(key: jax.Array, p: float | jax.Array) -> Transform:
-    """Draws what is done to one image: flip 0 or 1; the others N(0, 1) with probability p each, else 0."""
+    """Draws what is done to one image: flip is 0 or 1, the others N(0, 1) with probability p."""
     gate, draw = jax.random.split(key)
     probability = jnp.stack([FLIP_MULTIPLIER * p, p, p, ANISO_ROTATE_PROBABILITY, p])
     chosen = jax.random.uniform(gate, (5,)) < probability
@@ -101,25 +109,28 @@ def draw_transform(key: jax.Array, p: float | jax.Array) -> Transform:
 
 
 def transform_label(t: Transform) -> jax.Array:
-    """Returns the label (6,) of one image: flip, scale, aniso cos(angle), aniso sin(angle), shift_x, shift_y.
+    """The label (6,) of one image, in the units of the draws.
 
-    The fields are in the units of their draws: 0 or 1 for flip, standard normal for the others.
+    flip, scale, aniso cos(angle), aniso sin(angle), shift_x, shift_y. flip is 0 or 1; the others
+    are standard normal or 0.
     """
     cos, sin = t.aniso * jnp.cos(t.angle), t.aniso * jnp.sin(t.angle)
     return jnp.stack([t.flip, t.scale, cos, sin, t.shift_x, t.shift_y])
 
 
 def apply_transform(x: jax.Array, t: Transform) -> jax.Array:
-    """Transforms one image (H, W, C): flip, magnify, stretch, move, in this order; edges act as mirrors."""
+    """Transforms one image (H, W, C): flip, magnify, stretch, move. Edges act as mirrors."""
     x = jnp.where(t.flip > 0, x[:, ::-1], x)
     still = (t.scale == 0) & (t.aniso == 0) & (t.shift_x == 0) & (t.shift_y == 0)
     return jnp.where(still, x, _warp(x, t))
 
 
 def _source_of(t: Transform, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns where in the input the content of output points (x, y) comes from, without the translation.
+    """Where in the input the content of output points (x, y) comes from, without the translation.
 
-    The inverse of  2**(0.2 scale) R(-a) diag(s, 1/s) R(a),  R(a) = [[cos a, -sin a], [sin a, cos a]], y down.
+    The inverse of 2**(0.2 scale) R(-a) diag(s, 1/s) R(a), with y down and
+
+        R(a) = [[cos a, -sin a], [sin a, cos a]]
     """
     stretch = jnp.exp2(SCALE_LOG2_STD * t.aniso)
     shrink = jnp.exp2(-SCALE_LOG2_STD * t.scale)
@@ -131,11 +142,12 @@ def _source_of(t: Transform, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax
 
 @functools.cache
 def _resampling(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns one axis's filters as matrices: up (4 (size - 1), size), down (size, 2 size + 10), float32.
+    """One axis's filters as matrices, float32: up (4 (size - 1), size), down (size, 2 size + 10).
 
-    `up` continues the axis by reflection, which has period 2 (size - 1), and doubles its resolution: one
-    period of the fine signal stands for the whole line, so that no transform can reach past a margin. `down`
-    is half its transpose on the line; as the filter is orthonormal to its even shifts, down(up(x)) = x.
+    `up` continues the axis by reflection and doubles its resolution. The reflected signal has
+    period 2 (size - 1), so one period stands for the whole line, and no transform reaches past a
+    margin. The matrix `down` is half the transpose of `up` on the line. The filter is orthonormal
+    to its even shifts, so down(up(x)) = x.
     """
     if size < 2:
         raise DmfError(
@@ -153,7 +165,7 @@ def _resampling(size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _warp(x: jax.Array, t: Transform) -> jax.Array:
-    """Warps one image (H, W, C): upsample by 2, read each fine point bilinearly at its source, downsample."""
+    """Warps one image (H, W, C): upsample by 2, read each fine point at its source, downsample."""
     height, width = x.shape[:2]
     (up_y, down_y), (up_x, down_x) = _resampling(height), _resampling(width)
     # Accelerators multiply below float32 by default, which would add noise to every warped image.

@@ -1,7 +1,7 @@
 """CIFAR-10 through TFDS random access: 50,000 training and 10,000 test images, 32x32x3 uint8.
 
-Reads data that was prepared once as array_record. Preparing needs TensorFlow and a network connection;
-reading needs neither, and downloads nothing.
+Reads data that was prepared once as array_record. Preparing needs TensorFlow and a network
+connection. Reading needs neither, and downloads nothing.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ SPLITS = {"train": "train", "heldout": "test"}
 
 _HOW_TO_PREPARE = (
     "run `python -c \"import tensorflow_datasets as tfds; tfds.builder('cifar10', data_dir='DIR', "
-    "file_format='array_record').download_and_prepare()\"` on a machine with internet access, TensorFlow and "
-    "importlib_resources, then pass --config.data.data_dir=DIR"
+    "file_format='array_record').download_and_prepare()\"` on a machine with internet access, "
+    "TensorFlow and importlib_resources, then pass --config.data.data_dir=DIR"
 )
 
 
 def read(split: str, data_dir: str = "", *, mock: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Returns images (N, 32, 32, 3) uint8 in [0, 255] and labels (N,) int32; "heldout" is the test split.
+    """Images (N, 32, 32, 3) uint8 in [0, 255] and labels (N,) int32; "heldout" is the test split.
 
     Args:
       split: "train" or "heldout".
       data_dir: the directory that TFDS prepared; "" is $TFDS_DATA_DIR, else ~/tensorflow_datasets.
-      mock: 256 random images instead of the real ones, for trying the code path only; data_dir is ignored.
+      mock: 256 random images, to try the code path only; data_dir is ignored.
 
     Raises:
-      DmfError: the data is not prepared there, is prepared in a format without random access, or is damaged.
+      DmfError: the data are not prepared there, or in a format without random access, or damaged.
     """
     import tensorflow_datasets as tfds
 
@@ -53,11 +53,11 @@ def _read_prepared(tfds_split: str, data_dir: str) -> tuple[np.ndarray, np.ndarr
     import tensorflow_datasets as tfds
     from google.protobuf.json_format import ParseError
 
-    # Spelled out, because TFDS reports the same trouble in other ways when it fills in its default itself.
+    # TFDS reports the same trouble in other ways when it fills in its default directory itself.
     root = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     try:
         return _decode(tfds.data_source("cifar10", split=tfds_split, data_dir=root, download=False))
-    # Whatever the parsers behind TFDS raise for what they meet: shards, images, splits, version, metadata.
+    # What the parsers behind TFDS raise for bad shards, images, splits, versions and metadata.
     except (RuntimeError, ValueError, OSError, LookupError, AssertionError, ParseError) as error:
         folder = (
             tfds.core.Path(root).expanduser() / "cifar10" / str(tfds.builder_cls("cifar10").VERSION)
@@ -66,13 +66,14 @@ def _read_prepared(tfds_split: str, data_dir: str) -> tuple[np.ndarray, np.ndarr
 
 
 def _explanation(error: Exception, folder: Any) -> str:
-    """Returns one sentence on what is wrong with the version folder that TFDS could not read."""
+    """One sentence on why TFDS could not read the folder of its version."""
     if not (folder / "dataset_info.json").exists():
         return f"CIFAR-10 is not prepared in {folder}: {_HOW_TO_PREPARE}"
     if isinstance(error, NotImplementedError):
         return (
-            f"CIFAR-10 in {folder} is prepared without random access, expected the format array_record; "
-            f"TFDS keeps one format per directory, so choose another DIR: {_HOW_TO_PREPARE}"
+            f"CIFAR-10 in {folder} is prepared without random access, expected the format "
+            "array_record; TFDS keeps one format per directory, so choose another DIR: "
+            f"{_HOW_TO_PREPARE}"
         )
     return f"CIFAR-10 in {folder} is damaged ({error}): delete this folder and {_HOW_TO_PREPARE}"
 
@@ -93,7 +94,7 @@ def _decode(source: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
 
 @contextlib.contextmanager
 def _quiet_tfds() -> Iterator[None]:
-    """Drops TFDS's warnings on missing metadata and OpenCV, which would bury the one sentence that helps."""
+    """Drops TFDS's warnings on missing metadata and OpenCV, which would hide our one sentence."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)

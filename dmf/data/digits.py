@@ -1,4 +1,4 @@
-"""The 1797 handwritten digits inside scikit-learn: 8x8 grey, values 0 to 16, 10 classes; no download."""
+"""The 1797 handwritten digits inside scikit-learn: 8x8 grey, values 0 to 16, 10 classes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ MAX_VALUE = 16.0
 
 
 def heldout_mask(labels: np.ndarray, fraction: float) -> np.ndarray:
-    """Returns (N,) bool, True for held-out rows: floor(fraction n) of the n rows of a class, evenly spaced.
+    """(N,) bool, True for held-out rows: floor(fraction n) of a class's n rows, evenly spaced.
 
-    Spaced rather than drawn: the file runs from writer to writer, so both splits see all of it, and the split
-    depends on no random stream.
+    The file runs from writer to writer. With even spaces both splits have digits of all writers,
+    and the split depends on no random stream.
     """
     mask = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
@@ -25,10 +25,9 @@ def heldout_mask(labels: np.ndarray, fraction: float) -> np.ndarray:
 
 
 def read(split: str, holdout_fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Returns images (N, 8, 8, 1) uint8 in [0, 16] and labels (N,) int32 of the "train" or "heldout" rows.
+    """Images (N, 8, 8, 1) uint8 in [0, 16] and labels (N,) int32 of "train" or "heldout".
 
-    Raises:
-      DmfError: holdout_fraction leaves one of the two splits empty.
+    Raises DmfError where holdout_fraction leaves one of the two splits empty.
     """
     from sklearn.datasets import load_digits  # a slow import that only this data set needs
 
@@ -36,8 +35,8 @@ def read(split: str, holdout_fraction: float) -> tuple[np.ndarray, np.ndarray]:
     heldout = heldout_mask(source.target, holdout_fraction)
     if heldout.all() or not heldout.any():
         raise DmfError(
-            f"config.data.holdout_fraction is {holdout_fraction}: expected a number between 0 and 1 "
-            "that leaves images in both splits"
+            f"config.data.holdout_fraction is {holdout_fraction}: expected a number between 0 and "
+            "1 that leaves images in both splits"
         )
     rows = heldout if split == "heldout" else ~heldout
     return source.images[rows][..., None].astype(np.uint8), source.target[rows].astype(np.int32)

@@ -1,4 +1,4 @@
-"""Batches made ahead of time: while a step runs, a thread gathers the next ones and puts them on the devices."""
+"""Batches made ahead of time: a thread gathers the next ones while a step runs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ PATIENCE_S = 10.0  # how long `Feed.close` waits for a batch that is being made
 
 
 class Feed(Generic[Batch]):
-    """The batches first, ..., last - 1 in this order, each made once by `make(n)` in a thread of the feed's own.
+    """The batches first, ..., last - 1 in this order, each made once by `make(n)` in one thread.
 
-    Those that are finished and the one in the making are at most `ahead` together, besides what the caller holds. The thread
-    starts at once, so a feed is to be closed, best by `with`. What holds for the calling thread alone, as jax's context
-    managers do, does not hold in `make`.
+    At most `ahead` batches are finished or in the making, apart from those that the caller holds.
+    The thread starts at once, so close a feed, best by `with`. The context managers of jax hold for
+    the calling thread alone, and so not in `make`.
     """
 
     def __init__(self, make: Callable[[int], Batch], first: int, last: int, ahead: int = 2):
@@ -31,14 +31,15 @@ class Feed(Generic[Batch]):
         self._error: BaseException | None = None
         self._closed = False
         self._changed = threading.Condition()
-        # A daemon, as a `make` that never returns must not keep the process from its end.
+        # A daemon: a `make` that never returns must not keep the process alive.
         self._thread = threading.Thread(target=self._fill, args=(first,), name="feed", daemon=True)
         self._thread.start()
 
     def get(self, n: int) -> Batch:
-        """Returns batch n, which has to be the next one; waits until it is made.
+        """Waits for batch n, which must be the next one, and returns it.
 
-        Raises what `make(n)` raised, that very exception. Raises ValueError where n is not the next or the feed is closed.
+        Raises the exception that `make(n)` raised, and ValueError where n is not the next batch or
+        the feed is closed.
         """
         if n != self._next or n >= self._last:
             wanted = (
@@ -58,7 +59,10 @@ class Feed(Generic[Batch]):
             return self._ready.popleft()
 
     def close(self) -> None:
-        """Stops the thread, which ends the batch that it may be making, and lets go of all others. May be called twice."""
+        """Stops the thread once it has ended its batch, and drops all batches.
+
+        May be called twice.
+        """
         with self._changed:
             self._closed = True
             self._ready.clear()

@@ -1,19 +1,18 @@
-"""Images from outside, decoded one by one when they are asked for: a folder, an .npz of samples, a TFDS data set.
+"""Images from a folder, an .npz of samples or a TFDS data set, decoded one by one on demand.
 
-Every source names what it holds (`ImageSource.about`, with a SHA-256 identity), so that what is made of it can say so.
+Every source names what it holds: `ImageSource.about`, with a SHA-256 identity. Files that are made
+of a source repeat it.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import io
-import json
 import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dmf.data import shards
+from dmf.data import shards, tfds_images
 from dmf.errors import DmfError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -40,15 +39,17 @@ class ImageSource:
     num_classes: int  # 0: no classes, and every label is 0
     about: dict[str, Any]  # kind, name, split, count, sha256: plain values that JSON can hold
     example: Callable[[int], tuple[np.ndarray, int]]  # i -> (image as `read` gives it, label)
-    part_sha256: Callable[
-        [int, int], str
-    ]  # identity of the images [first, last): that of all where parts have none
+    # identity of the images [first, last); where parts have none, the identity of all images
+    part_sha256: Callable[[int, int], str]
 
     def __len__(self) -> int:
         return self.count
 
     def read(self, i: int) -> np.ndarray:
-        """Image i as (H, W, 3) uint8; grey becomes RGB, and a transparency is dropped. Raises DmfError naming the image."""
+        """Image i as (H, W, 3) uint8; grey becomes RGB, and transparency is dropped.
+
+        Raises DmfError naming the image.
+        """
         return self.example(i)[0]
 
 
@@ -56,11 +57,14 @@ def open_images(spec: str, data_dir: str = "", split: str = "train") -> ImageSou
     """Opens a source of images; reads no pixels yet.
 
     Args:
-      spec: a folder of PNG, JPEG and WebP files, searched to its depths and sorted by relative path, either with all of them
-        in sub-folders, which in their order are the labels, or with none of them there; an .npz with `arr_0` (N, H, W, 3)
-        uint8, and perhaps labels `arr_1` (N,); or tfds:NAME, a TFDS data set that is prepared as array_record.
+      spec: one of these:
+        a folder of PNG, JPEG and WebP files, with all its sub-folders. Files are sorted by relative
+          path. All of them lie in sub-folders, whose order gives the labels, or none does.
+        an .npz with `arr_0` (N, H, W, 3) uint8 and, if it has labels, `arr_1` (N,).
+        tfds:NAME, a TFDS data set that is prepared as array_record.
       data_dir: where TFDS has prepared it; "" is $TFDS_DATA_DIR, else ~/tensorflow_datasets.
-      split: a split in TFDS's words, such as validation or train[:1%]; of other sources a mere name in `about`.
+      split: a split in TFDS's words, such as validation or train[:1%]. Other sources only repeat it
+        in `about`.
 
     Raises:
       DmfError: there is no such source, it is empty, or it is not what is expected.
@@ -74,15 +78,17 @@ def open_images(spec: str, data_dir: str = "", split: str = "train") -> ImageSou
         return _open_npz(path, split)
     what = "is neither" if path.exists() else "does not exist"
     raise DmfError(
-        f"image source {spec!r} {what}: expected a folder of images, an .npz with arr_0, or tfds:NAME"
+        f"image source {spec!r} {what}: expected a folder of images, an .npz with arr_0, or "
+        "tfds:NAME"
     )
 
 
 def center_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """The central square of an image (H, W, 3) uint8 as (size, size, 3) uint8, by ADM's rule (`CROP_RULE`).
+    """The central square of an image, (H, W, 3) to (size, size, 3) uint8, by ADM's rule.
 
-    Dhariwal and Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis"; box halvings come first because a single bicubic
-    step of a large factor would skip pixels in other libraries. Raises DmfError for another shape or dtype.
+    Dhariwal and Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis" (`CROP_RULE`). Box
+    halvings come first, as one bicubic step by a large factor skips pixels in other libraries.
+    Raises DmfError for another shape or dtype.
     """
     if (
         image.ndim != 3
@@ -92,7 +98,8 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
         or size < 1
     ):
         raise DmfError(
-            f"center_crop of {image.dtype}{list(image.shape)} to {size}: expected uint8 (H, W, 3) and a side above 0"
+            f"center_crop of {image.dtype}{list(image.shape)} to {size}: expected uint8 (H, W, 3) "
+            "and a side above 0"
         )
     picture = Image.fromarray(image)
     while min(picture.size) >= 2 * size:
@@ -129,21 +136,24 @@ def _decode(file: Path | io.BytesIO, name: str) -> np.ndarray:
             return np.array(picture.convert("RGB"))
     except DmfError:
         raise
-    except (
-        Exception
-    ) as error:  # the parsers behind PIL raise what they meet, with no base in common
+    except Exception as error:  # the parsers behind PIL raise errors of many types
         why = " ".join(str(error).replace(str(file), "").split())[:200]
         if shards.refused(error):
             raise DmfError(
-                f"image {name} cannot be read ({why}): expected a readable file, and a disk in order"
+                f"image {name} cannot be read ({why}): expected a readable file, and a disk in "
+                "order"
             ) from error
         raise DmfError(
-            f"image {name} cannot be read ({type(error).__name__}: {why}): expected an undamaged PNG, JPEG or WebP"
+            f"image {name} cannot be read ({type(error).__name__}: {why}): expected an undamaged "
+            "PNG, JPEG or WebP"
         ) from error
 
 
 def _open_folder(root: Path, split: str) -> ImageSource:
-    """Files in the order of their relative paths; the identity is that of names and sizes, so that no pixel is read for it."""
+    """Files in the order of their relative paths.
+
+    The identity is made of names and sizes alone, so that opening reads no pixel.
+    """
     sizes = _image_files(root)
     files = sorted(sizes)
     if not files:
@@ -176,11 +186,16 @@ def _open_folder(root: Path, split: str) -> ImageSource:
 
 
 def _image_files(root: Path) -> dict[str, int]:
-    """{relative path: bytes} of the images below a folder, those behind links too; hidden files and folders are left out."""
+    """{relative path: bytes} of the images below a folder. Links are followed.
+
+    Hidden files and folders are left out. Raises DmfError for a link that leads nowhere or to a
+    folder that was seen before, and for what cannot be read.
+    """
 
     def refuse(error: OSError) -> None:
         raise DmfError(
-            f"{error.filename} cannot be read ({error.strerror}): expected readable folders and files"
+            f"{error.filename} cannot be read ({error.strerror}): expected readable folders and "
+            "files"
         ) from error
 
     sizes: dict[str, int] = {}
@@ -198,7 +213,8 @@ def _image_files(root: Path) -> dict[str, int]:
                 continue
             if path.is_symlink() and not os.path.exists(path):  # perhaps of a class
                 raise DmfError(
-                    f"{path} links to {os.readlink(path)}, which is not there: expected links to files or folders"
+                    f"{path} links to {os.readlink(path)}, which is not there: expected links to "
+                    "files or folders"
                 )
             if name.lower().endswith(SUFFIXES):
                 try:
@@ -209,13 +225,16 @@ def _image_files(root: Path) -> dict[str, int]:
 
 
 def _classes(root: Path, files: list[str]) -> list[str]:
-    """The sub-folders in their order, if the images lie in them; raises DmfError where some do, or one has none."""
+    """The sub-folders in their order, if the images lie in them, else nothing.
+
+    Raises DmfError where only some images do, or a sub-folder has no image.
+    """
     used = {name.partition("/")[0] for name in files if "/" in name}
     stray = [name for name in files if "/" not in name]
     if stray and used:
         raise DmfError(
-            f"{root / stray[0]} lies beside {len(used)} folders of images, such as {min(used)}, and has no class: expected all "
-            "images in sub-folders, or none"
+            f"{root / stray[0]} lies beside {len(used)} folders of images, such as {min(used)}, "
+            "and has no class: expected all images in sub-folders, or none"
         )
     there = [
         path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")
@@ -223,7 +242,8 @@ def _classes(root: Path, files: list[str]) -> list[str]:
     empty = sorted(set(there) - used) if used else []
     if empty:
         raise DmfError(
-            f"{root / empty[0]} holds no images, so that it is not clear how classes are counted: expected images, or no folder"
+            f"{root / empty[0]} holds no images, so that it is not clear how classes are counted: "
+            "expected images, or no folder"
         )
     return sorted(used)
 
@@ -233,13 +253,14 @@ def _about(kind: str, name: str, split: str, count: int, sha256: str) -> dict[st
 
 
 def _open_npz(path: Path, split: str) -> ImageSource:
-    """Samples in ADM's format; an array that is stored as it is stays on disk, others take as much memory as they hold."""
+    """Samples in ADM's format. An array that is stored uncompressed stays on disk."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
         if "arr_0.npy" not in names:
             raise DmfError(
-                f"{path} holds {', '.join(names)[:100] or 'nothing'}: expected arr_0, images (N, H, W, 3) uint8"
+                f"{path} holds {', '.join(names)[:100] or 'nothing'}: expected arr_0, images "
+                "(N, H, W, 3) uint8"
             )
         images = _npz_array(path, "arr_0")
         if (
@@ -250,7 +271,8 @@ def _open_npz(path: Path, split: str) -> ImageSource:
         ):
             found = f"{images.dtype}{list(images.shape)}"
             raise DmfError(
-                f"{path}: arr_0 is {found}: expected images (N, H, W, 3) uint8, with values 0 to 255"
+                f"{path}: arr_0 is {found}: expected images (N, H, W, 3) uint8, with values 0 to "
+                "255"
             )
         labels = _npz_array(path, "arr_1") if "arr_1.npy" in names else None
         with path.open("rb") as file:
@@ -276,7 +298,8 @@ def _open_npz(path: Path, split: str) -> ImageSource:
             or labels.min() < 0
         ):
             raise DmfError(
-                f"{path}: arr_1 is {labels.dtype}{list(labels.shape)}: expected {len(images)} labels from 0 up"
+                f"{path}: arr_1 is {labels.dtype}{list(labels.shape)}: expected {len(images)} "
+                "labels from 0 up"
             )
         labels = labels.astype(np.int32)
     return ImageSource(
@@ -289,7 +312,10 @@ def _open_npz(path: Path, split: str) -> ImageSource:
 
 
 def _npz_array(path: Path, name: str) -> np.ndarray:
-    """An array of an .npz, mapped from the file if its bytes lie there plainly; NumPy itself maps none of an archive."""
+    """An array of an .npz, mapped from the file where it is stored uncompressed.
+
+    NumPy itself maps no array of an archive.
+    """
     with zipfile.ZipFile(path) as archive:
         info = archive.getinfo(f"{name}.npy")
         with archive.open(info) as member:
@@ -305,108 +331,25 @@ def _npz_array(path: Path, name: str) -> np.ndarray:
         with np.load(path, allow_pickle=False) as arrays:
             return arrays[name]
     with path.open("rb") as file:
-        file.seek(
-            info.header_offset + 26
-        )  # of the two lengths that end a member's own header, 30 bytes long
+        # A member's own header is 30 bytes long and ends in two lengths.
+        file.seek(info.header_offset + 26)
         start = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
     return np.memmap(path, dtype, "r", start + header, shape)
 
 
 def _open_tfds(name: str, data_dir: str, split: str) -> ImageSource:
-    """A prepared TFDS data set; its image files are decoded here, so that they give the same pixels whatever TFDS uses."""
-    import tensorflow_datasets as tfds
-    from google.protobuf.json_format import ParseError
+    """A prepared TFDS data set, whose image files are decoded here and not by TFDS."""
+    found = tfds_images.open_records(name, data_dir, split)
 
-    # Spelled out, because TFDS reports the same trouble in other ways when it fills in its default itself.
-    root = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    path: Any = tfds.core.Path(root).expanduser() / name.partition(":")[0]
-    shards.allow_many_files()
-    try:
-        builder = tfds.builder(name, data_dir=root)
-        path = builder.data_path
-        features = builder.info.features
-        if "image" not in features:
-            raise DmfError(
-                f"TFDS data set {name} in {path} has {', '.join(features)}: expected an 'image'"
-            )
-        records = builder.as_data_source(
-            split=split, decoders={"image": tfds.decode.SkipDecoding()}
-        )
-        count, full_name = len(records), builder.info.full_name
-        parts = [
-            [
-                tfds.core.Path(i.filename).name,
-                i.skip,
-                i.take,
-                i.examples_in_shard,
-                tfds.core.Path(i.filename).stat().length,
-            ]
-            for i in builder.info.splits[split].file_instructions
-        ]
-    # Whatever the parsers behind TFDS raise for what they meet: names, shards, splits, version, metadata.
-    except (
-        RuntimeError,
-        ValueError,
-        OSError,
-        LookupError,
-        AssertionError,
-        TypeError,
-        ParseError,
-    ) as error:
-        raise DmfError(_tfds_explanation(error, name, path, split)) from error
-    labelled = "label" in features and isinstance(features["label"], tfds.features.ClassLabel)
-    classes = int(features["label"].num_classes) if labelled else 0
-    identity = hashlib.sha256(
-        json.dumps(["tfds", full_name, split, count, parts]).encode()
-    ).hexdigest()
-    get = functools.partial(_tfds_record, records, f"{full_name}, split {split}, in {path}")
+    def example(i: int) -> tuple[np.ndarray, int]:
+        record = found.get(i)
+        image = _decode(io.BytesIO(record["image"]), f"{i} of {found.name} {split}")
+        return image, int(record["label"]) if found.classes else 0
+
     return ImageSource(
-        count=count,
-        num_classes=classes,
-        about=_about("tfds", full_name, split, count, identity),
-        example=lambda i: _tfds_example(get(i), f"{i} of {full_name} {split}", classes),
-        part_sha256=lambda first, last: identity,
+        count=found.size,
+        num_classes=found.classes,
+        about=_about("tfds", found.name, split, found.size, found.sha256),
+        example=example,
+        part_sha256=lambda first, last: found.sha256,
     )
-
-
-def _tfds_record(records: Sequence[dict[str, Any]], name: str, i: int) -> dict[str, Any]:
-    try:
-        record = records[i]
-        if not record["image"]:
-            raise ValueError(
-                "it is empty"
-            )  # which is all that is said of a shard that was cut short
-        return record
-    except (RuntimeError, ValueError, OSError, LookupError, TypeError) as error:
-        why = " ".join(str(error).split())[:200]
-        if shards.refused(error):
-            raise DmfError(
-                f"TFDS data set {name}: record {i} cannot be read ({why}); expected readable files, and room for one open file "
-                "per shard (`ulimit -n`)"
-            ) from error
-        raise DmfError(
-            f"TFDS data set {name} is damaged (record {i}: {why}): delete its folder and prepare it again"
-        ) from error
-
-
-def _tfds_example(record: dict[str, Any], name: str, classes: int) -> tuple[np.ndarray, int]:
-    return _decode(io.BytesIO(record["image"]), name), int(record["label"]) if classes else 0
-
-
-def _tfds_explanation(error: Exception, name: str, path: Any, split: str) -> str:
-    """One sentence on what is wrong with a data set that TFDS could not open."""
-    base = name.partition(":")[0]
-    prepare = (
-        f"prepare it by `python -c \"import tensorflow_datasets as tfds; tfds.builder('{base}', data_dir='DIR', "
-        "file_format='array_record').download_and_prepare()\"` and name DIR as data_dir"
-    )
-    if not (path / "dataset_info.json").exists():
-        return f"TFDS data set {name} is not prepared in {path}: {prepare}"
-    if isinstance(error, NotImplementedError):
-        return (
-            f"TFDS data set {name} in {path} is prepared without random access, expected array_record: convert it by `tfds "
-            f"convert_format --dataset_version_dir={path} --out_file_format=array_record --out_dir=DIR/{base}/{path.name}`, "
-            f"for which TFDS needs apache-beam, or in another DIR {prepare}"
-        )
-    why = " ".join(str(error).split())[:200]
-    return f"TFDS data set {name} in {path} cannot be read, split {split} ({why}); expected one of its splits, undamaged"

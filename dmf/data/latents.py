@@ -1,6 +1,6 @@
-"""The data set of encoded images: the normal law of each image's latent, from the files that `dmf.convert.encode` writes.
+"""The data set of encoded images: the normal law of each image's latent.
 
-Reading needs neither TensorFlow nor jax.
+`dmf.convert.encode` writes the files. Reading needs neither TensorFlow nor jax.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dmf.data import shards
+from dmf.data import metadata, shards
 from dmf.errors import DmfError
 
 NAME = "imagenet256_latents"
@@ -57,19 +57,19 @@ class Latents:
 
 
 def read(data_dir: str, split: str, flip: bool) -> Latents:
-    """Opens one split below `data_dir`; "train" may also be `data_dir` itself. Reads the labels, and no latents yet.
+    """Opens one split below `data_dir`; "train" may also be `data_dir` itself.
 
-    Raises:
-      DmfError: the split is not encoded, or not to its end, or a file has not the size that the metadata tell.
+    Reads the labels, and no latents yet. Raises DmfError where the split is not encoded, or not to
+    its end, and where a file has another size than the metadata say.
     """
     if not data_dir:
         raise DmfError(
             f"config.data.data_dir is '' for {NAME!r}: expected the OUT of `--mode=encode`"
         )
     root = Path(data_dir).expanduser()
-    folder = root if split == "train" and os.path.isfile(root / shards.METADATA) else root / split
-    about = shards.metadata(folder)
-    for name, size, _ in shards.files(about):
+    folder = root if split == "train" and os.path.isfile(root / metadata.METADATA) else root / split
+    about = metadata.metadata(folder)
+    for name, size, _ in metadata.files(about):
         shards.check_size(folder / name, size)
     labels = _labels(folder, about)
     return Latents(
@@ -102,7 +102,7 @@ def mock(split: str, flip: bool) -> Latents:
 
 
 def _labels(folder: Path, about: dict[str, Any]) -> np.ndarray:
-    path, entry = folder / shards.LABELS, about["labels"]
+    path, entry = folder / metadata.LABELS, about["labels"]
     shards.check_sum(path, entry["bytes"], entry["sha256"])
     try:
         labels = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)

@@ -1,7 +1,8 @@
-"""Crops of the two photographs inside scikit-learn, a temple and a flower: 16x16 colour, 12 classes; no download.
+"""Crops of the two photographs inside scikit-learn: 16x16 colour, 12 classes.
 
-A class is a region of a photograph, of 2 x 3. In the middle of every region stands a strip from top to bottom, of which the
-held-out crops are taken, and the training crops from what is left and right of it: no pixel is in crops of both splits.
+The photographs, a temple and a flower, have 2 x 3 regions each, and a class is a region. A strip
+from top to bottom stands in the middle of every region. Held-out crops lie inside it, and training
+crops left and right of it, so no pixel is in crops of both splits.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def starts(first: int, last: int) -> range:
 
 
 def columns(left: int, right: int, fraction: float) -> dict[str, list[int]]:
-    """Where the crops of a region from column `left` to `right` begin, by split; the strip in its middle is held out."""
+    """Where the crops of a region from column `left` to `right` begin, by split."""
     width = round(fraction * (right - left))
     strip = left + (right - left - width) // 2
     sides = [*starts(left, strip), *starts(strip + width, right)]
@@ -39,7 +40,7 @@ def halved(pixels: np.ndarray) -> np.ndarray:
 
 
 def crops(photograph: np.ndarray, split: str, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, 16, 16, C) of one photograph (H, W, C), and the regions (N,) that they are from, row by row."""
+    """Images (N, 16, 16, C) of one photograph (H, W, C), and their regions (N,), row by row."""
     height, width, channels = photograph.shape
     rows, cols = (
         np.linspace(0, n, parts + 1).astype(int)
@@ -56,10 +57,9 @@ def crops(photograph: np.ndarray, split: str, fraction: float) -> tuple[np.ndarr
 
 
 def read(split: str, holdout_fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Returns images (N, 16, 16, 3) uint8 and labels (N,) int32 of the "train" or "heldout" crops, labels in turn.
+    """Images (N, 16, 16, 3) uint8 and labels (N,) int32 of "train" or "heldout", labels in turn.
 
-    Raises:
-      DmfError: holdout_fraction leaves one of the two splits without a crop in some region.
+    Raises DmfError where holdout_fraction leaves a split without a crop in some region.
     """
     from sklearn.datasets import load_sample_image  # a slow import that only these data need
 
@@ -69,17 +69,16 @@ def read(split: str, holdout_fraction: float) -> tuple[np.ndarray, np.ndarray]:
         narrow = photograph.shape[1] // REGIONS[1]
         if not 0 < holdout_fraction < 1 or not all(columns(0, narrow, holdout_fraction).values()):
             raise DmfError(
-                f"config.data.holdout_fraction is {holdout_fraction}: expected a share of the {narrow} columns of a region "
-                f"that leaves crops of {CROP} in both splits, such as 0.25"
+                f"config.data.holdout_fraction is {holdout_fraction}: expected a share of the "
+                f"{narrow} columns of a region that leaves crops of {CROP} in both splits, such as "
+                "0.25"
             )
         found, regions = crops(photograph, split, holdout_fraction)
         images.append(found)
         labels.append(regions + i * REGIONS[0] * REGIONS[1])
     x, label = np.concatenate(images), np.concatenate(labels)
-    rank = np.concatenate(
-        [np.arange(n) for n in np.bincount(label)]
-    )  # classes come one after another so far
-    order = np.lexsort(
-        (label, rank)
-    )  # any first so many hold all classes equally, as samples take labels in this order
+    # So far the classes come one after another. Samples take labels in this order, so the first n
+    # must hold all classes equally, for any n.
+    rank = np.concatenate([np.arange(n) for n in np.bincount(label)])
+    order = np.lexsort((label, rank))
     return x[order], label[order]

@@ -1,15 +1,16 @@
-"""The files of encoded images: their names, how they are written so that a kill harms nothing, and how they are read.
+"""The files of encoded images: how they are written so that a kill harms nothing, and read.
 
-    DIR/train/plan.json                               what the values depend on; written first
-    DIR/train/latents-00012-of-00313.array_record     record 2 i + flip of its images: mean, then std, each (h, w, c)
-    DIR/train/latents-00012-of-00313.json             vouches for it, and keeps the labels of its images
-    DIR/train/labels.npy                              (N,) int32
-    DIR/train/metadata.json                           the plan, size and SHA-256 of shards and labels, and a seal; written last
-    DIR/heldout/...                                   likewise
+    DIR/train/plan.json                            what the values depend on; written first
+    DIR/train/latents-00012-of-00313.array_record  per image and mirror image: mean, std (h, w, c)
+    DIR/train/latents-00012-of-00313.json          count, size, SHA-256 and labels of that shard
+    DIR/train/labels.npy                           (N,) int32
+    DIR/train/metadata.json                        the plan, all sizes and SHA-256; written last
+    DIR/heldout/...                                likewise
 
-Record 2 i is image i, record 2 i + 1 its mirror image, encoded as such: a mirrored latent is not the latent of the mirrored
-image. Values are of *unscaled* latents (`dmf.networks.frozen.vae`), little-endian, in the dtype of the metadata. Shard k holds the
-images [k S, (k + 1) S).
+Record 2 i is image i, and record 2 i + 1 its mirror image. The mirror image is encoded too, as a
+mirrored latent is not the latent of the mirrored image. Values are *unscaled* latents
+(`dmf.networks.frozen.vae`), little-endian, in the dtype of the metadata. Shard k holds the images
+[k S, (k + 1) S).
 """
 
 from __future__ import annotations
@@ -18,138 +19,50 @@ import contextlib
 import errno
 import hashlib
 import json
-import math
 import os
 import resource
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dmf.data.metadata import (  # noqa: F401 - some are here for `dmf.convert.encode` alone
+    DTYPES,
+    FORMAT,
+    LABELS,
+    METADATA,
+    PLAN,
+    files,
+    metadata,
+    name,
+    seal_of,
+    sealed,
+)
 from dmf.errors import DmfError
 from dmf.logging import Count
 from dmf.storage import atomic
 
-FORMAT = 1
-PLAN, METADATA, LABELS = "plan.json", "metadata.json", "labels.npy"
-DTYPES = {"float32": "<f4", "float16": "<f2"}
-VERIFIERS = 4  # threads: hashing sets the interpreter free
+VERIFIERS = 4  # threads: hashing frees the interpreter's lock
 READERS = 8  # threads: a batch's records lie in many shards, and storage answers them at once
-# Plain bytes: float32 latents shrink by 7 %, read three times slower, and differently from one zstd to the next.
+# Plain bytes: zstd shrinks float32 latents by 7 %, reads them three times slower, and gives other
+# bytes in another version.
 WRITER = "group_size:1,uncompressed"
-HOW = "what `--mode=encode` has written to its end; the same command goes on where it stopped"
-# What a system says where it cannot give a file that may be whole; a missing file is not among them.
+# What a system says where it cannot open a file that may be whole. A missing file is not here.
 REFUSALS = tuple(
     os.strerror(e)
     for e in (errno.EMFILE, errno.ENFILE, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE)
 )
 
 
-def _whole(value: Any, least: int) -> bool:
-    return type(value) is int and value >= least
-
-
-FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "count": ("a whole number above 0", lambda x: _whole(x, 1)),
-    "num_classes": ("a whole number, 0 or more", lambda x: _whole(x, 0)),
-    "latent_shape": (
-        "three whole numbers above 0",
-        lambda x: len(x) == 3 and all(_whole(n, 1) for n in x),
-    ),
-    "dtype": (f"one of {', '.join(DTYPES)}", lambda x: x in DTYPES),
-    "scale": (
-        "a finite number above 0",
-        lambda x: type(x) in (int, float) and math.isfinite(x) and x > 0,
-    ),
-    "shard_size": ("a whole number above 0", lambda x: _whole(x, 1)),
-    "shards": (
-        "a list of files",
-        lambda x: type(x) is list and all(_is_file_entry(f) and _whole(f["count"], 1) for f in x),
-    ),
-    "labels": (f"the file {LABELS}", lambda x: _is_file_entry(x) and x["name"] == LABELS),
-    "source": ("what was encoded", lambda x: type(x) is dict),
-    "vae": ("what has encoded it", lambda x: type(x) is dict),
-    "seal": ("a SHA-256", lambda x: type(x) is str),
-}
-
-
-def _is_file_entry(entry: Any) -> bool:
-    return type(entry["name"]) is type(entry["sha256"]) is str and _whole(entry["bytes"], 0)
-
-
-def name(shard: int, shards: int) -> str:
-    """File name of a shard."""
-    return f"latents-{shard:05}-of-{shards:05}.array_record"
-
-
 def _sidecar(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def metadata(folder: Path) -> dict[str, Any]:
-    """The metadata of an encoded split. Raises DmfError where it is missing, damaged or of another version."""
-    path = folder / METADATA
-    try:
-        if not path.is_file():
-            what = (
-                "is not encoded to its end"
-                if (folder / PLAN).is_file()
-                else "holds no encoded images"
-            )
-            raise DmfError(f"{folder} {what} (no {METADATA}): expected {HOW}")
-        found = json.loads(path.read_text())
-        if found["format"] != FORMAT:
-            raise DmfError(
-                f"{path}: format is {found['format']!r}, expected {FORMAT}, that of this version"
-            )
-        missing = [name for name in FIELDS if name not in found]
-        if missing:
-            raise ValueError(f"{', '.join(missing)} missing")
-        unsealed = {k: v for k, v in found.items() if k != "seal"}
-        if found["seal"] != _seal(unsealed):
-            raise ValueError("its bytes were altered")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DmfError(
-            f"{path} cannot be read ({type(error).__name__}: {error}): expected {HOW}"
-        ) from error
-    _check_fields(path, found)
-    return unsealed
-
-
-def _check_fields(path: Path, found: dict[str, Any]) -> None:
-    """Raises DmfError where a value of the metadata is not what its name promises."""
-    for key, (expected, good) in FIELDS.items():
-        try:
-            fine = good(found[key])
-        except (TypeError, KeyError):
-            fine = False
-        if not fine:
-            raise DmfError(f"{path}: {key} is {found[key]!r:.100}, expected {expected}")
-    size, count = found["shard_size"], found["count"]
-    total = -(-count // size)
-    if len(found["shards"]) != total:  # before a list of as many is made
-        raise DmfError(
-            f"{path}: {len(found['shards'])} shards, expected {total} of {size} images for count {count}"
-        )
-    for k, entry in enumerate(found["shards"]):
-        wanted = {"name": name(k, total), "count": min(size, count - k * size)}
-        if {key: entry[key] for key in wanted} != wanted:
-            raise DmfError(
-                f"{path}: shard {k} is {entry['name']!r:.100} of {entry['count']} images, expected {wanted}"
-            )
-
-
-def files(about: dict[str, Any]) -> Iterator[tuple[str, int, str]]:
-    """(name, bytes, SHA-256) of every file that the metadata vouch for."""
-    for entry in (about["labels"], *about["shards"]):
-        yield entry["name"], entry["bytes"], entry["sha256"]
-
-
 def check_size(path: Path, size: int) -> None:
-    """Raises DmfError where a file is missing or has another size: cheap, and what a broken copy looks like."""
+    """Raises DmfError where a file is missing or has another size; a broken copy shows so."""
     with _reading(path):
         found = path.stat().st_size if path.is_file() else None
     if found != size:
@@ -166,13 +79,14 @@ def sha256(path: Path) -> str:
 
 
 def check_sum(path: Path, size: int, digest: str) -> None:
-    """Raises DmfError where a file has not the bytes that the metadata tell; reads all of it."""
+    """Raises DmfError where a file has other bytes than the metadata say; reads all of it."""
     check_size(path, size)
     with _reading(path):
         found = sha256(path)
     if found != digest:
         raise DmfError(
-            f"{path} has another SHA-256 than {digest[:12]}...: its bytes were altered; the command makes it again"
+            f"{path} has another SHA-256 than {digest[:12]}...: its bytes were altered; the "
+            "command makes it again"
         )
 
 
@@ -187,27 +101,31 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def read_sidecar(path: Path) -> dict[str, Any]:
-    """What vouches for the shard `path`: count, bytes, sha256, made_with, images, labels. Raises DmfError if damaged."""
+    """The facts about the shard `path`: count, bytes, sha256, made_with, images, labels.
+
+    Raises DmfError if they are damaged.
+    """
     try:
         entry = json.loads(_sidecar(path).read_text())
-        if entry.pop("seal") != _seal(entry):
+        if entry.pop("seal") != seal_of(entry):
             raise ValueError("its bytes were altered")
         return entry
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DmfError(
-            f"{_sidecar(path)} cannot be read ({type(error).__name__}: {error}); the command makes it again"
+            f"{_sidecar(path)} cannot be read ({type(error).__name__}: {error}); the command makes "
+            "it again"
         ) from error
 
 
 def begun(folder: Path) -> list[Path]:
-    """The shards in a folder that something vouches for, whatever it says, in the order of their names."""
+    """The shards in a folder that have a .json beside them, in the order of their names."""
     return sorted(path.with_suffix(".array_record") for path in folder.glob("latents-*.json"))
 
 
 def intact(paths: Sequence[Path], images: Sequence[str]) -> list[bool]:
-    """Which shards were written to their end, of the images with these identities, and have their bytes still.
+    """Which shards are complete, of the images with these identities, and unaltered.
 
-    Reads all of them; prints how far it is, and a line for each that is there but not intact.
+    Reads all of them. Prints its progress, and a line for each that is there but not intact.
     """
 
     def trouble(k: int) -> str:
@@ -237,10 +155,10 @@ def write_shard(
     made_with: dict[str, str],
     images: str,
 ) -> None:
-    """Writes a shard under a hidden name, then renames it, then writes what vouches for it.
+    """Writes a shard under a hidden name, renames it, and then writes its .json.
 
-    parts: (values (n, 2, 2, h, w, c): image, flip, mean or std; labels (n,)). images: their identity.
-    Raises DmfError if the disk refuses; then, and if `parts` raise, nothing stays behind.
+    parts: (values (n, 2, 2, h, w, c): image, flip, mean or std; labels (n,)). images: their
+    identity. Raises DmfError if the disk refuses. Then, and where `parts` raises, nothing is left.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -270,17 +188,11 @@ def write_shard(
         partial.unlink(missing_ok=True)
 
 
-def sealed(entry: dict[str, Any]) -> dict[str, Any]:
-    """Plain values with the SHA-256 of themselves, by which an alteration is seen."""
-    return {**entry, "seal": _seal(entry)}
-
-
-def _seal(entry: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
-
-
 def clear(folder: Path) -> None:
-    """Removes what dead processes of this machine left half-written, and what this process did. Raises DmfError."""
+    """Removes half-written files of this process and of dead processes of this machine.
+
+    Raises DmfError if the disk refuses.
+    """
     with writing(folder):
         atomic.clear(folder)
 
@@ -292,7 +204,7 @@ def remove(path: Path) -> None:
 
 
 def refused(error: Exception) -> bool:
-    """Whether it is the system that refuses a file, so that the file itself may be whole."""
+    """Whether the system refuses the file, so that the file itself may be whole."""
     return (
         isinstance(error, OSError)
         and error.errno is not None
@@ -301,25 +213,23 @@ def refused(error: Exception) -> bool:
 
 
 def allow_many_files() -> None:
-    """Lets this process open as many files as it may ever: each shard of a data set stays open."""
+    """Raises this process's limit of open files to the highest: every shard stays open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
-        with contextlib.suppress(
-            OSError, ValueError
-        ):  # where the system gives fewer than it tells, the reader will say so
+        with contextlib.suppress(OSError, ValueError):  # the reader will name a file it cannot open
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """What the disk refuses, as one line."""
+    """Turns what the disk refuses into one line."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # ArrayRecord raises the latter
         why = " ".join(str(error).split())[:200]
         raise DmfError(
-            f"{folder} cannot be written ({why}): expected a writable directory with room; finished shards are kept, and the "
-            "same command goes on"
+            f"{folder} cannot be written ({why}): expected a writable directory with room; "
+            "finished shards are kept, and the same command goes on"
         ) from error
 
 
@@ -342,7 +252,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Returns when a file, or the names in a directory, would survive a loss of power."""
+    """Waits until a file, or the names in a directory, would survive a loss of power."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -351,7 +261,7 @@ def _sync(path: Path) -> None:
 
 
 class Shards:
-    """Random access to the records of all shards; each file is opened at its first use, and stays open."""
+    """Random access to the records of all shards. A file opens at its first use and stays open."""
 
     def __init__(self, folder: Path, about: dict[str, Any]):
         allow_many_files()
@@ -365,7 +275,10 @@ class Shards:
         self._pool = ThreadPoolExecutor(READERS, "latents")
 
     def fetch(self, records: np.ndarray) -> np.ndarray:
-        """The records (n,) of the whole split as (n, 2, h, w, c) in the stored dtype. Raises DmfError naming a damaged file."""
+        """The records (n,) of the whole split as (n, 2, h, w, c) in the stored dtype.
+
+        Raises DmfError naming a damaged file.
+        """
         out = np.empty((len(records), *self._shape), self._dtype)
         shards = records // self._per_shard
 
@@ -388,7 +301,8 @@ class Shards:
             why = " ".join(str(error).split())[:200]
             if refused(error):
                 raise DmfError(
-                    f"{path} cannot be read ({why}): expected a readable file, and room for open files"
+                    f"{path} cannot be read ({why}): expected a readable file, and room for open "
+                    "files"
                 ) from error
             raise DmfError(
                 f"{path} is damaged ({why}): the encoding's command makes it again"
@@ -397,7 +311,8 @@ class Shards:
         bad = [p for p, record in zip(positions, found, strict=True) if len(record) != size]
         if bad:
             raise DmfError(
-                f"{path}: record {bad[0]} has not the {size:,} bytes of {self._dtype.name}{list(self._shape)}"
+                f"{path}: record {bad[0]} has not the {size:,} bytes of "
+                f"{self._dtype.name}{list(self._shape)}"
             )
         return found
 
@@ -410,8 +325,8 @@ class Shards:
             )
             if not reader.ok() or reader.num_records() != self._counts[shard]:
                 raise DmfError(
-                    f"{self._paths[shard]} holds {reader.num_records()} readable records, expected {self._counts[shard]}: "
-                    "the encoding's command makes it again"
+                    f"{self._paths[shard]} holds {reader.num_records()} readable records, expected "
+                    f"{self._counts[shard]}: the encoding's command makes it again"
                 )
             self._readers[shard] = reader
         return self._readers[shard]

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dmf import networks, optim, sharding, state, step
+from dmf import fields, networks, optim, sharding, state, step
 from dmf.config import Config, check, to_dict
 from dmf.errors import DmfError
 from dmf.measure import cost, hlo
@@ -96,7 +96,11 @@ SHAPING = (
     "precision",
     "label_dropout",
 )
-LATER = (("tangent", "data"),)  # came after rows that are kept, and is no other program
+# Fields that are younger than stored rows; at these values the program is the same.
+LATER: dict[str, dict[str, Any]] = {
+    "loss": {"tangent": "data", "delta": 0.005},
+    "optimizer": {"name": "adam"},
+}
 EARLIER = {"effort": 0.0}  # of rows that are kept from before it was a column
 LEGEND = (
     "per device. TFLOP: the model's, forward passes x the plain network's FLOPs; GB: 1e9 bytes moved to and from memory, an "
@@ -334,9 +338,10 @@ def _about(
     shaping: dict[str, Any] = {key: values[key] for key in SHAPING} | {
         "interval": config.curriculum.interval
     }
-    shaping["loss"] = {
-        key: value for key, value in shaping["loss"].items() if (key, value) not in LATER
-    }
+    for section, young in LATER.items():
+        shaping[section] = {k: v for k, v in shaping[section].items() if young.get(k) != v}
+    former = fields.FORMER["precision"]  # as stored rows have it
+    shaping["precision"] = {old: shaping["precision"][now] for old, now in former.items()}
     shaping["data"] = {
         key: value for key, value in shaping["data"].items() if key not in ("data_dir", "mock")
     }

@@ -30,7 +30,7 @@ CONFIG, ORIGIN, DATA = "config.json", "origin.json", "data.json"
 STARTS, CHANGES = "starts.jsonl", "changes.jsonl"
 LOCK = ".lock"
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-SOURCE = Path(__file__).parent.parent
+SOURCE = Path(__file__).parents[2]  # the checkout
 # These may change. Data and flow model may have moved, and a resumed run reads no flow model.
 FREE = (
     "config.run.",

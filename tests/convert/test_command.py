@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-import main
 from configs import cifar10_from
-from dmf import pretrained
+from dmf import main, pretrained
 from dmf.config import parse
 from dmf.convert import audit
 from dmf.convert.command import KINDS, REPORT, convert

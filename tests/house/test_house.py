@@ -46,8 +46,8 @@ OWNERS = {
     "tensorflow_datasets": {"dmf/data/"},
     "flax": {"dmf/networks/"},
     "optax": {"dmf/optim.py", "dmf/state.py", "dmf/step.py", "dmf/convert/align.py"},
-    "ml_collections": {"dmf/config.py", "main.py"},
-    "absl": {"main.py"},
+    "ml_collections": {"dmf/config.py", "dmf/main.py"},
+    "absl": {"dmf/main.py"},
     "torch": {"dmf/convert/", "dmf/export/"},
     "pickle": set(),  # it runs what a file names
     "pickletools": {"dmf/storage/readers/unpickle.py"},

@@ -1,0 +1,173 @@
+"""Published methods as choices on the axes of this code. Any data-set config takes them by name.
+
+    python main.py --config=configs/digits.py:meanflow --config.init=runs/digits/checkpoints/3000
+    python main.py --config=configs/imagenet256.py:B,alpha_flow ...
+    python main.py --config=configs/cifar10.py:floor,own_velocity ...
+
+A function gets the data set's config and returns the fields that its method sets, by section. All
+other fields keep the data set's values. Methods combine, and with a size, in any order. Two
+methods that set one field to different values are refused. Without a name a config is `dagger`.
+
+Provenance: each docstring names the paper and the fields whose value is from it. "Ours" marks a
+value that no paper states.
+"""
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dmf.errors import DmfError
+
+Fields = dict[str, dict[str, Any]]  # section -> field -> value
+
+
+def dagger(config: ConfigDict) -> Fields:
+    """Discrete MeanFlow with dagger intervals (arXiv 2604.08837).
+
+    The paper's: the rule, and the kinds that the base config leaves at their default.
+    """
+    return dict(curriculum=dict(interval="dagger"))
+
+
+def linear(config: ConfigDict) -> Fields:
+    """Discrete MeanFlow with linear intervals (arXiv 2604.08837). The paper's: the rule."""
+    return dict(curriculum=dict(interval="linear"))
+
+
+def floor(config: ConfigDict) -> Fields:
+    """Dagger intervals that keep a least share of each step. Ours, `interval_floor` too."""
+    return dict(curriculum=dict(interval="floor"))
+
+
+def adaptive(config: ConfigDict) -> Fields:
+    """Intervals from a table that training keeps: ADCM's rule (arXiv 2510.17266) for two times.
+
+    The paper's: the rule. Ours: the table over (t, t - r), its half-life and its floor.
+    """
+    return dict(curriculum=dict(interval="adaptive"))
+
+
+def flow(config: ConfigDict) -> Fields:
+    """Flow matching alone: the model that a curriculum starts from (arXiv 2210.02747).
+
+    Where the data set's config has a pretraining stage, this is that stage: its length and its
+    learning rate. Elsewhere it is as long as the curriculum.
+    """
+    found: Fields = dict(curriculum=dict(stages=1, kinds=("flow",), pretrain_length=0.0))
+    if config.curriculum.pretrain_length:
+        found["curriculum"]["length"] = config.curriculum.pretrain_length
+        found["optimizer"] = {
+            name: config.optimizer[f"pretrain_{name}"]
+            for name in ("learning_rate", "warmup_steps", "decay_fraction")
+        }
+    return found
+
+
+def meanflow(config: ConfigDict) -> Fields:
+    """MeanFlow by the exact derivative (arXiv 2505.13447), from the flow model in config.init.
+
+    The paper's: the identity. Ours: to start from a flow model, for as long as the curriculum.
+    """
+    return _alone("jvp")
+
+
+def alpha_flow(config: ConfigDict) -> Fields:
+    """alpha-Flow (arXiv 2510.20771): from all pairs to the exact derivative by a shrinking alpha.
+
+    The paper's: c = 0 in the target, the same alpha for all times, p = 1 with a gradient that does
+    not shrink with alpha, v of the data as direction, and the least alpha, .005. The shares of its
+    B/2 schedule: with 1 - sigmoid(25 (x - 1/2)), alpha is 1 until x = .288 and 0 from x = .712.
+
+    Ours: the way down, geometric where theirs is that sigmoid; 8 discrete stages; and the start
+    from a flow model, where theirs is from scratch. Missing here: their clipped target.
+    A run of another length also needs config.curriculum.stage_lengths, which add up to it.
+    """
+    discrete, edge = 8, 0.288
+    shares = (edge, *((1 - 2 * edge) / discrete,) * discrete, edge)
+    return dict(
+        loss=dict(product_rule=0.0, residual_scale="unit", p=1.0, tangent="data"),
+        curriculum=dict(
+            stages=discrete + 2,
+            kinds=(),
+            q=0.005 ** (-1 / discrete),
+            interval="linear",
+            schedule="smooth",
+            stage_lengths=tuple(share * config.curriculum.length for share in shares),
+        ),
+    )
+
+
+def own_velocity(config: ConfigDict) -> Fields:
+    """The step back goes along u(z, t, t) of the weights that train: improved MeanFlow.
+
+    The paper's (arXiv 2512.02012): the direction, for the exact derivative. Ours: the same for the
+    finite difference.
+    """
+    return dict(loss=dict(tangent="own"))
+
+
+def ema_velocity(config: ConfigDict) -> Fields:
+    """The step back goes along u(z, t, t) of the evaluated average of the weights. Ours."""
+    return dict(loss=dict(tangent="ema"))
+
+
+def guided(config: ConfigDict) -> Fields:
+    """One more stage that puts classifier-free guidance into the weights of config.init.
+
+    MeanFlow's (arXiv 2505.13447): the guided velocity. Official code for B/2: omega and kappa.
+    Ours: a stage after the others, with the exact derivative. It needs a network with classes.
+    """
+    return dict(guidance=dict(omega=1.0, kappa=0.5, t_start=0.0, t_end=1.0), **_alone("guided_jvp"))
+
+
+METHODS: dict[str, Callable[[ConfigDict], Fields]] = {
+    "dagger": dagger,
+    "linear": linear,
+    "floor": floor,
+    "adaptive": adaptive,
+    "flow": flow,
+    "meanflow": meanflow,
+    "alpha_flow": alpha_flow,
+    "own_velocity": own_velocity,
+    "ema_velocity": ema_velocity,
+    "guided": guided,
+}
+
+
+def names_in(argument: str, file: str, others: Collection[str] = ()) -> list[str]:
+    """The names behind the colon of --config=FILE:ARGUMENT, each a method or one of `others`.
+
+    Raises DmfError for any other name.
+    """
+    names = [name for name in argument.split(",") if name]
+    for name in names:
+        if name not in METHODS and name not in others:
+            known = ", ".join((*others, *METHODS))
+            raise DmfError(f"configs/{file}:{name}: expected one of {known}")
+    return names
+
+
+def apply(config: ConfigDict, names: Collection[str], file: str) -> ConfigDict:
+    """Sets the fields of each named method in the config, which is returned.
+
+    Raises DmfError where two of the methods set one field to different values.
+    """
+    seen: dict[tuple[str, str], tuple[str, Any]] = {}
+    for method in names:
+        for section, values in METHODS[method](config).items():
+            for field, value in values.items():
+                other, before = seen.setdefault((section, field), (method, value))
+                if before != value:
+                    raise DmfError(
+                        f"configs/{file}:{','.join(names)}: expected {other} or {method}, as each "
+                        f"sets config.{section}.{field}"
+                    )
+    for (section, field), (_, value) in seen.items():
+        config[section][field] = value
+    return config
+
+
+def _alone(kind: str) -> Fields:
+    """A curriculum of one stage, without pretraining."""
+    return dict(curriculum=dict(stages=1, kinds=(kind,), pretrain_length=0.0))

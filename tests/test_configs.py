@@ -1,0 +1,143 @@
+"""Config files: each is complete and valid, with each of its variants, sizes and methods."""
+
+import importlib.util
+import json
+
+import pytest
+
+from configs import imagenet256, methods
+from dmf import config, networks
+from dmf.errors import DmfError
+from tests import ROOT
+
+# Of each file and variant, what the version before configs/methods.py gave.
+BEFORE = json.loads((ROOT / "tests" / "golden" / "configs.json").read_text())
+TAKING_METHODS = ("digits", "photos", "cifar10", "imagenet256")
+LABELLED = ("digits", "photos", "imagenet256")
+SETS = {
+    "digits": ((8, 8, 1), 10, 1352),
+    "photos": ((16, 16, 3), 12, 3864),
+    "cifar10": ((32, 32, 3), 10, 50_000),
+    "imagenet256_latents": ((32, 32, 4), 1000, 1_281_167),
+}
+
+
+def load(name):
+    """What FILE:ARGUMENT gives, loaded as the flag --config loads it."""
+    file, _, argument = name.partition(":")
+    spec = importlib.util.spec_from_file_location(file, ROOT / "configs" / f"{file}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*([argument] if argument else []))
+
+
+def checked(name):
+    """The config of FILE:ARGUMENT and its stages, checked against network and data."""
+    parsed = config.parse(load(name))
+    shape, classes, size = SETS[parsed.data.name]
+    networks.build(parsed.network, shape)
+    return parsed, config.check(parsed, classes, size)
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_a_variant_of_before_is_valid_and_the_same_config(name):
+    values = load(name)
+    parsed, stages = checked(name)
+    assert config.parse(config.to_dict(parsed)) == parsed
+    assert config.differences(config.to_dict(parsed), values.to_dict()) == []
+    assert config.differences(config.to_dict(config.parse(BEFORE[name])), values.to_dict()) == []
+    assert stages[-1].last > 1000
+
+
+def test_every_config_file_is_tried_above():
+    files = {path.stem for path in (ROOT / "configs").glob("[a-z]*.py")} - {"methods"}
+    # The argument of cifar10_from is a directory: tests/convert/test_command.py tries it.
+    assert files - {"cifar10_from"} == {name.partition(":")[0] for name in BEFORE}
+
+
+@pytest.mark.parametrize("file", TAKING_METHODS)
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_every_data_set_takes_every_method(file, method):
+    if method == "guided" and file not in LABELLED:
+        with pytest.raises(
+            DmfError, match="has 'guided_jvp': expected no guided stage, as config.n"
+        ):
+            checked(f"{file}:{method}")
+        return
+    parsed, stages = checked(f"{file}:{method}")
+    assert stages[-1].last > 1000
+    for section, values in methods.METHODS[method](load(file)).items():
+        for field, value in values.items():
+            if (file, section) != ("imagenet256", "guidance"):  # which has values for each size
+                assert getattr(getattr(parsed, section), field) == value
+
+
+def test_sizes_and_methods_come_in_any_order():
+    one, other = (load(f"imagenet256:{names}").to_dict() for names in ("L,meanflow", "meanflow,L"))
+    assert one == other and one["network"]["width"] == 1024
+    assert one["curriculum"]["kinds"] == ("jvp",)
+    both = load("digits:own_velocity,floor")
+    assert (both.loss.tangent, both.curriculum.interval) == ("own", "floor")
+    assert both.to_dict() == load("digits:floor,own_velocity").to_dict()
+
+
+@pytest.mark.parametrize("size", imagenet256.SIZES)
+def test_a_guided_size_is_the_guided_config(size):
+    assert (
+        load(f"imagenet256:guided,{size}").to_dict() == load(f"imagenet256_guided:{size}").to_dict()
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("digits:meanflw", "configs/digits.py:meanflw: expected one of dagger, linear, floor, "),
+        ("photos:linear,XL", "configs/photos.py:XL: expected one of dagger, linear, floor, "),
+        (
+            "imagenet256:M",
+            "configs/imagenet256.py:M: expected one of XL, L, B, S, dagger, linear, ",
+        ),
+        ("imagenet256:XL,B", "configs/imagenet256.py:XL,B: expected one size of XL, L, B, S"),
+        (
+            "cifar10:dagger,linear",
+            "configs/cifar10.py:dagger,linear: expected dagger or linear, as each sets "
+            "config.curriculum.interval",
+        ),
+        ("digits:alpha_flow,jvp,flow", "configs/digits.py:jvp: expected one of dagger, linear"),
+        ("digits:alpha_flow,flow", "expected alpha_flow or flow, as each sets config.curriculum.s"),
+        ("cifar10_flow:linear", "configs/cifar10_flow.py:linear: expected no variant"),
+        ("cifar10_meanflow:jvp", "configs/cifar10_meanflow.py:jvp: expected one of scratch, finet"),
+        ("imagenet256_guided:M", "configs/imagenet256_guided.py:M: expected one of XL, L, B, S"),
+    ],
+)
+def test_an_unknown_or_contradictory_name_is_one_line_that_lists_the_known(name, message):
+    with pytest.raises(DmfError, match=message) as error:
+        load(name)
+    assert "\n" not in str(error.value)
+
+
+def test_the_papers_curriculum_on_cifar():
+    _, stages = checked("cifar10")
+    assert [s.kind for s in stages] == ["all_pairs", *["discrete"] * 8, "jvp"]
+    assert {s.steps for s in stages} == {9600} and stages[8].rho == 1 / 256
+    _, flow = checked("cifar10_flow")
+    assert [(s.kind, s.steps) for s in flow] == [("flow", 96_000)]
+    _, baseline = checked("cifar10_meanflow:scratch")
+    assert [(s.kind, s.steps) for s in baseline] == [("jvp", 192_000)]
+
+
+def test_the_papers_curriculum_on_imagenet():
+    _, stages = checked("imagenet256")
+    assert [s.kind for s in stages] == ["all_pairs", *["discrete"] * 4, "jvp"]
+    assert stages[-1].last == 48 * 1251 and stages[4].rho == 1 / 16
+
+
+def test_alpha_flow_goes_from_all_pairs_to_its_least_alpha_in_the_shares_of_its_schedule():
+    parsed, stages = checked("cifar10:alpha_flow")
+    ramp = [s for s in stages if s.kind == "discrete"]
+    steps = sum(s.steps for s in ramp)
+    assert stages[0].steps == stages[-1].steps == round(0.288 * 96_000)
+    assert steps == pytest.approx(0.424 * 96_000, abs=1)
+    last = ramp[-1].rho * ramp[-1].fall ** (ramp[-1].steps - 1)
+    assert last == pytest.approx(0.005, rel=1e-9) and 0.5 < ramp[0].rho < 0.53
+    assert (parsed.loss.product_rule, parsed.loss.residual_scale, parsed.loss.p) == (0, "unit", 1)
