@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from dmf import pretrained, state
+from dmf import train as trainer
 from dmf.config import parse
 from dmf.errors import DmfError
 from dmf.method import curriculum
@@ -120,6 +121,21 @@ def test_the_whole_run_compiles_one_program_per_kind(tmp_path):
             "discrete": 1,
             "jvp": 1,
         }
+
+
+def test_a_run_without_a_judge_trains_alike_without_pictures_and_scores(finished, tmp_path):
+    workdir, _ = finished
+    assert trainer.train(parse(TINY), tmp_path) == []
+    for a, b in zip(
+        leaves(tmp_path / "checkpoints" / "12"), leaves(workdir / "checkpoints" / "12"), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+    assert (tmp_path / "metrics.jsonl").read_text() == (workdir / "metrics.jsonl").read_text()
+    assert not list(tmp_path.glob("*.png")) and not (tmp_path / "samples").exists()
+    best = '{"step": 6, "main": 1.0}'
+    (tmp_path / "best.json").write_text(best)  # as a start with a judge has left it
+    trainer.train(parse(TINY), tmp_path)
+    assert (tmp_path / "best.json").read_text() == best
 
 
 def stopped_after(n, values, workdir):
