@@ -1,4 +1,4 @@
-"""Whole runs: stages, resume after a kill bit for bit, hand-over, one-call loading, stop on a bad number."""
+"""Whole runs: stages, exact resume after a kill, hand-over, loading, the stop at a bad number."""
 
 import json
 import os
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from dmf import pretrained, state
+from dmf import train as trainer
 from dmf.config import parse
 from dmf.errors import DmfError
 from dmf.method import curriculum
@@ -106,7 +107,7 @@ def test_the_same_command_on_a_finished_run_changes_no_file_but_the_closing_pict
 
 
 def test_the_whole_run_compiles_one_program_per_kind(tmp_path):
-    # Two discrete stages and, before the curriculum, pretraining: three programs and one, whatever a switch resets.
+    # Three kinds of stages, one of them twice, and pretraining: four programs with any switch.
     for name, switch in (
         ("keep", {}),
         ("reset", dict(switch_optimizer="reset", switch_ema="reset")),
@@ -120,6 +121,21 @@ def test_the_whole_run_compiles_one_program_per_kind(tmp_path):
             "discrete": 1,
             "jvp": 1,
         }
+
+
+def test_a_run_without_a_judge_trains_alike_without_pictures_and_scores(finished, tmp_path):
+    workdir, _ = finished
+    assert trainer.train(parse(TINY), tmp_path) == []
+    for a, b in zip(
+        leaves(tmp_path / "checkpoints" / "12"), leaves(workdir / "checkpoints" / "12"), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+    assert (tmp_path / "metrics.jsonl").read_text() == (workdir / "metrics.jsonl").read_text()
+    assert not list(tmp_path.glob("*.png")) and not (tmp_path / "samples").exists()
+    best = '{"step": 6, "main": 1.0}'
+    (tmp_path / "best.json").write_text(best)  # as a start with a judge has left it
+    trainer.train(parse(TINY), tmp_path)
+    assert (tmp_path / "best.json").read_text() == best
 
 
 def stopped_after(n, values, workdir):
@@ -142,7 +158,7 @@ def stopped_after(n, values, workdir):
 
 
 def test_resume_in_every_phase_ends_in_the_same_bits(finished, tmp_path):
-    # A run stopped by an error after each number of steps, then resumed: boundaries, hand-over and mid-stage included.
+    # An error stops the run, and it resumes: at boundaries, at the hand-over and inside stages.
     workdir, _ = finished
     expected = leaves(workdir / "checkpoints" / "12")
     for n in (3, 4, 5, 8, 11):
@@ -211,14 +227,13 @@ def test_after_pretraining_the_run_goes_on_from_the_averaged_flow_model(finished
     ):
         np.testing.assert_array_equal(a, b)
     assert int(now.opt_state[1].count) == 0 and len(now.ema) == 2
-    assert not np.array_equal(
-        jax.tree.leaves(ema)[0], jax.tree.leaves(now.params)[0]
-    )  # step 4 is not step 12
+    # Step 4 is not step 12.
+    assert not np.array_equal(jax.tree.leaves(ema)[0], jax.tree.leaves(now.params)[0])
 
 
 def test_a_run_from_a_flow_checkpoint_starts_as_the_run_that_pretrained_it(finished, tmp_path):
-    # The hand-over inside one run and the loading of its flow checkpoint by another command are the same start; the weights
-    # part only by the random numbers, which go by the step number.
+    # The hand-over inside a run and another run from its flow checkpoint start alike. Only the
+    # random numbers differ, because they depend on the step number.
     workdir, _ = finished
     config = parse(
         merged(TINY, init=str(workdir / "checkpoints" / "4"), curriculum=dict(pretrain_length=0.0))
@@ -391,5 +406,8 @@ assert not any(name.split(".")[0] in ("tensorflow", "tensorboard", "clu") for na
 
 
 def test_importing_what_a_run_needs_imports_no_tensorflow():
-    code = "import sys, dmf.train; assert not {'tensorflow', 'tensorboard', 'clu', 'torch'} & set(sys.modules), sys.modules.keys()"
+    code = (
+        "import sys, dmf.train\n"
+        "assert not {'tensorflow', 'tensorboard', 'clu', 'torch'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENV, check=True, timeout=120)

@@ -26,6 +26,7 @@ from dmf.errors import DmfError
 from dmf.evaluation import protocols, reference, sampling
 from dmf.evaluation.features import Extractor
 from dmf.evaluation.judge import Judge, Setting, accumulate
+from dmf.evaluation.protocols import Protocol
 from dmf.evaluation.reference import Reference
 from dmf.evaluation.results import Progress, Results, free_name, sha256
 from dmf.evaluation.totals import Totals
@@ -61,48 +62,52 @@ def score_checkpoint(
     judge = Judge(setting, mesh)
     folder, stored = pretrained.open_folder(path)
     config = _config(path, stored, sampler, seed)
-    sampling.check_images(tuple(stored["image_shape"]), vae)
-    decode = sampling.make_decoder(vae, tuple(stored["image_shape"]), mesh, stored.get("data"))
+    shape = tuple(stored["image_shape"])
+    sampling.check_images(shape, vae)
+    decode = sampling.make_decoder(vae, shape, mesh, stored.get("data"))
     judge.announce()
-    labels = sampling.labels_by(
-        judge.protocol, config, None if pretrained.is_converted(stored) else config.data
-    )
-    named = (judge.protocol.name, folder.name, config.run.sampler, f"seed{config.seed}")
-    beside = sampling.home(folder, stored)
-    if paths.is_bucket(beside):  # unfinished sums are mapped and locked files, on a disk
-        beside = Path()
+    converted = pretrained.is_converted(stored)
+    labels = sampling.labels_by(judge.protocol, config, None if converted else config.data)
     results = Results(
-        Path(out) if out else beside / f"scores_{free_name('_'.join(map(str, named)))}.json",
-        {
-            "checkpoint": {
-                "folder": folder.name,
-                "manifest_sha256": sha256(folder / checkpoint.MANIFEST),
-            },
-            "autoencoder": sha256(pretrained.open_folder(vae)[0] / checkpoint.MANIFEST)
-            if vae
-            else "none",
-            "sampler": config.run.sampler,
-            "seed": config.seed,
-            "compute_dtype": config.compute_dtype,
-            "guidance": _guidance(config, pretrained.is_converted(stored)),
-            **judge.identity(),
-        },
+        Path(out) if out else _beside(folder, stored, config, judge),
+        {**_identity(folder, config, vae, converted), **judge.identity()},
     )
     draw: sampling.Sampler | None = None
     for ema in emas:
         network, params = pretrained.load_folder(folder, stored, ema)
-        draw = draw or sampling.Sampler(network, config, tuple(stored["image_shape"]), labels, mesh)
+        draw = draw or sampling.Sampler(network, config, shape, labels, mesh)
         half_life = config.ema.evaluate if ema is None else ema
         for n in steps:
-            row = {
-                "ema_halflife_images": half_life,
-                "steps": n,
-                "nfe": n * sampling.evaluations(config.run.sampler),
-            }
-            results.add(
-                row, judge, partial(_samples, draw, params, n, decode, judge.protocol.rounding)
-            )
+            nfe = n * sampling.evaluations(config.run.sampler)
+            row = {"ema_halflife_images": half_life, "steps": n, "nfe": nfe}
+            images = partial(_samples, draw, params, n, decode, judge.protocol.rounding)
+            results.add(row, judge, images)
     return results.finish()
+
+
+def _beside(folder: Path, stored: dict[str, Any], config: Config, judge: Judge) -> Path:
+    """The usual file of scores, beside the checkpoint."""
+    named = (judge.protocol.name, folder.name, config.run.sampler, f"seed{config.seed}")
+    beside = sampling.home(folder, stored)
+    if paths.is_bucket(beside):  # unfinished sums are mapped and locked files, on a disk
+        beside = Path()
+    return beside / f"scores_{free_name('_'.join(map(str, named)))}.json"
+
+
+def _identity(folder: Path, config: Config, vae: str, converted: bool) -> dict[str, Any]:
+    """What the samples of a checkpoint depend on, as plain values."""
+    decoder = pretrained.open_folder(vae)[0] / checkpoint.MANIFEST if vae else None
+    return {
+        "checkpoint": {
+            "folder": folder.name,
+            "manifest_sha256": sha256(folder / checkpoint.MANIFEST),
+        },
+        "autoencoder": sha256(decoder) if decoder else "none",
+        "sampler": config.run.sampler,
+        "seed": config.seed,
+        "compute_dtype": config.compute_dtype,
+        "guidance": _guidance(config, converted),
+    }
 
 
 def self_check(setting: Setting) -> None:
@@ -153,14 +158,7 @@ def make_reference(
     path = Path(out)
     found = sources.open_images(source, data_dir, split)
     count = _count(setting, found, source)
-    if path.suffix != ".npz" or path.is_dir():
-        raise DmfError(f"--out={out}: expected a file name ending in .npz")
-    if protocol.reference_count not in (0, count):
-        raise DmfError(
-            f"{source}: {count:,} images, expected the {protocol.reference_count:,} of protocol "
-            f"{protocol.name} ({protocol.reference}); for others, write a protocol with another "
-            "reference_count"
-        )
+    _check_reference(protocol, source, count, out)
     extract = Extractor(protocol, setting.features, sharding.make_mesh())
     print(f"protocol  {protocols.describe(protocol)}\n{extract.self_check()}", flush=True)
     metrics = tuple(m for m in ("fid", "sfid") if m == "fid" or m in protocol.metrics)
@@ -178,21 +176,39 @@ def make_reference(
     totals = Totals(replace(protocol, metrics=metrics), count, progress.folder({}), keep)
     totals.restore()
     accumulate(totals, _reader(found, size), extract, "reference")
-    crop = {"crop": f"{size}: {sources.CROP_RULE}"} if size else {}
-    made_from = json.dumps({**found.about, **crop}, sort_keys=True)
-    about: dict[str, str | int] = {
-        **{key: extract.about[key] for key in ("space", "resize", "scaling", "network_sha256")},
-        **{
-            "dataset": str(found.about["name"]),
-            "split": str(found.about["split"]),
-            "count": count,
-            "made_from": made_from,
-        },
-    }
+    about = _about(found, count, size, extract)
     reference.write(path, totals.reference(about))
     progress.end()
     print(f"reference {path}, {count:,} images")
     return reference.read(path, protocol.space)
+
+
+def _check_reference(protocol: Protocol, source: str, count: int, out: str) -> None:
+    """Raises DmfError where no reference of so many images can be written to `out`."""
+    path = Path(out)
+    if path.suffix != ".npz" or path.is_dir():
+        raise DmfError(f"--out={out}: expected a file name ending in .npz")
+    if protocol.reference_count not in (0, count):
+        raise DmfError(
+            f"{source}: {count:,} images, expected the {protocol.reference_count:,} of protocol "
+            f"{protocol.name} ({protocol.reference}); for others, write a protocol with another "
+            "reference_count"
+        )
+
+
+def _about(
+    found: sources.ImageSource, count: int, size: int, extract: Extractor
+) -> dict[str, str | int]:
+    """What a reference records of the way it was made."""
+    crop = {"crop": f"{size}: {sources.CROP_RULE}"} if size else {}
+    kept = ("space", "resize", "scaling", "network_sha256")
+    return {
+        **{key: extract.about[key] for key in kept},
+        "dataset": str(found.about["name"]),
+        "split": str(found.about["split"]),
+        "count": count,
+        "made_from": json.dumps({**found.about, **crop}, sort_keys=True),
+    }
 
 
 def _config(path: str | Path, stored: dict[str, Any], sampler: str, seed: int | None) -> Config:

@@ -101,7 +101,8 @@ class Scoreboard:
 
     def rows(self) -> list[Row]:
         """What scores.jsonl holds, with the names that kinds of stages have today."""
-        return [row | {"kind": FORMER.get(row["kind"], row["kind"])} for row in self._rows.read()]
+        former = {name: {"kind": now} for name, now in FORMER.items()}
+        return [row | former.get(row.get("kind", ""), {}) for row in self._rows.read()]
 
     def resume(self, step: int) -> None:
         """Forgets what was written after `step`."""

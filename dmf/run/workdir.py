@@ -114,15 +114,7 @@ def claim(
         with paths.writing(f"--workdir={workdir}"):
             paths.make(workdir)
             if fresh:
-                for old in (ORIGIN, CHANGES, *forget):
-                    (workdir / old).unlink(missing_ok=True)
-                for file, values in (
-                    (workdir / ORIGIN, origin),
-                    (workdir / DATA, about),
-                    (path, mine),
-                ):
-                    if values is not None:
-                        _write(file, values)
+                _begin(workdir, {ORIGIN: origin, DATA: about, CONFIG: mine}, forget)
         theirs = _stored(workdir)
         seen = json.loads((workdir / DATA).read_text()) if (workdir / DATA).is_file() else about
     except OSError as error:
@@ -134,7 +126,20 @@ def claim(
         raise DmfError(
             f"{path} is not the JSON of a config: {error}; expected what dmf wrote there"
         ) from error
-    changed = changes(theirs, mine) + differences(seen, about, "data")
+    _refuse(workdir, changes(theirs, mine) + differences(seen, about, "data"), allow_change)
+
+
+def _begin(workdir: Path, files: dict[str, Any], forget: Iterable[str]) -> None:
+    """Writes the files of a fresh run, and deletes those of a run before. None: no file."""
+    for old in (ORIGIN, CHANGES, *forget):
+        (workdir / old).unlink(missing_ok=True)
+    for name, values in files.items():
+        if values is not None:
+            _write(workdir / name, values)
+
+
+def _refuse(workdir: Path, changed: list[str], allow_change: bool) -> None:
+    """Raises DmfError where a run may not go on with these changes."""
     fixed = [f"{d} ({reason})" for d in changed for reason in [_why_fixed(d)] if reason]
     if fixed and allow_change:
         raise DmfError(

@@ -64,7 +64,7 @@ def written(folder, name="own.json", **fields):
 
 @pytest.fixture(scope="session")
 def inception(tmp_path_factory):
-    """A converted Inception network with random weights, and a protocol of one's own that takes any."""
+    """A converted Inception network with random weights, and a protocol that takes any weights."""
     from dmf import pretrained
     from dmf.networks.frozen.inception import InceptionConfig, build_inception
 

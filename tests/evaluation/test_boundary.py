@@ -44,7 +44,7 @@ def test_a_run_scores_itself_by_a_protocol_and_keeps_its_best_checkpoint(place, 
 
 
 def test_scores_of_other_settings_are_no_rivals_for_the_best(place, tmp_path):
-    """A resumed run with more samples starts its own race, and a run without scores has no best."""
+    """A run without scores has no best; one resumed with more samples compares its own only."""
     kinds = dict(stages=2, kinds=("all_pairs", "all_pairs"), length=4.0, pretrain_length=0.0)
     run = dict(
         protocol=written(tmp_path, metrics=["fid"]),
@@ -68,7 +68,7 @@ def test_scores_of_other_settings_are_no_rivals_for_the_best(place, tmp_path):
 
 
 def test_the_label_rule_is_the_protocols_in_training_as_in_scoring(place, tmp_path):
-    """Random labels, labels in turn and labels of the data: the score in training is that of the checkpoint."""
+    """With every rule for labels, the score in training is the checkpoint's score."""
     kinds = dict(stages=1, kinds=("all_pairs",), length=2.0, pretrain_length=0.0)
     found = {}
     for rule in protocols.LABELS:

@@ -22,7 +22,7 @@ from tests.evaluation.conftest import written
 def test_a_result_is_written_before_its_sums_go_and_never_outside_its_folder(
     place, setting, tmp_path, monkeypatch
 ):
-    """The source's name may be anything; nothing but the folder of the sums is ever removed."""
+    """The source may have any name; only the folder of the sums is ever removed."""
     home = tmp_path / "home"
     (home / "inner").mkdir(parents=True)
     for i, image in enumerate(np.load(place / "digits.npz")["arr_0"][:30]):
@@ -116,7 +116,8 @@ def one_line(error):
 def test_missing_weights_say_where_to_get_them(place):
     with pytest.raises(
         DmfError,
-        match=r"no feature network is given .*pt_inception-2015-12-05-6726825d.pth.*--kind=fid_inception",
+        match=r"no feature network is given .*pt_inception-2015-12-05-6726825d.pth.*"
+        "--kind=fid_inception",
     ) as e:
         Judge(Setting("cifar10", "", str(place / "ref.npz")), sharding.make_mesh())
     assert one_line(e)
@@ -175,7 +176,8 @@ def test_the_self_check_passes_here_and_fails_where_rounding_is_coarse(inception
     extract._params = rounded
     with pytest.raises(
         DmfError,
-        match="the features of a fixed batch .*random.pth.* from the known ones, expected at most 1e-05",
+        match="the features of a fixed batch .*random.pth.* from the known ones, "
+        "expected at most 1e-05",
     ):
         extract.self_check()
     os.remove(Path(inception["folder"]) / features.KNOWN)
@@ -198,7 +200,7 @@ def test_bad_images_are_one_line_each(place, setting, tmp_path, monkeypatch):
     only_fid = Setting(written(tmp_path, metrics=["fid"]), "", setting.reference)
     monkeypatch.setattr(scoring, "PART", 2)
     monkeypatch.setattr(judge, "PART", 2)
-    monkeypatch.setattr(totals, "PART", 2)  # the odd one is alone in its part
+    monkeypatch.setattr(totals, "PART", 2)  # the last image is alone in its part
     with pytest.raises(DmfError, match=r"image 2 is \(9, 9, 3\), image 0 is \(8, 8, 3\)"):
         scoring.score_images(str(mixed), only_fid, out)
     with pytest.raises(DmfError, match="--count=500: expected at most the 200 images"):

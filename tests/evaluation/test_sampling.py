@@ -1,4 +1,4 @@
-"""Samples and scores: the same noise for every model and number of steps, and no trace of how they were computed."""
+"""Samples and scores: one noise for all models and steps, whatever computed them."""
 
 import json
 
@@ -117,7 +117,7 @@ def test_scores_of_digits_are_compared_with_their_like_alone(tmp_path, monkeypat
     rows = [
         {"scored_by": by, "fd_hidden": 9.0 - n, "n_samples": 32.0} for n, by in enumerate(scored_by)
     ]
-    rows += [{"fd_hidden": 3.0, "n_samples": n} for n in (32.0, 16.0)]  # before they said so
+    rows += [{"fd_hidden": 3.0, "n_samples": n} for n in (32.0, 16.0)]  # rows of older versions
     text = "".join(json.dumps({"step": n, "nfe": 1, **row}) + "\n" for n, row in enumerate(rows))
     (tmp_path / "scores.jsonl").write_text(text)
     assert mine.history() == same.history() == [(0, 9.0), (6, 3.0)]

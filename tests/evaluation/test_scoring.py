@@ -78,7 +78,7 @@ def test_several_emas_and_steps_in_one_run_and_no_row_twice(place, setting, tmp_
     assert keys == [(0, 1, 1), (50, 1, 1), (0, 2, 2), (800, 1, 1), (800, 2, 2)]
     assert (
         len({row["fid"] for row in again[:3]}) == 3
-    )  # (the two averages are still one after so few steps)
+    )  # after so few steps the two averages are still equal
     stored = json.loads(Path(out).read_text())
     assert (
         stored["rows"] == again
@@ -99,7 +99,7 @@ def test_several_emas_and_steps_in_one_run_and_no_row_twice(place, setting, tmp_
 
 
 def test_the_scores_are_those_of_the_images_as_bytes(place, setting, tmp_path):
-    """The whole path against its parts: samples drawn, rounded and compared by hand."""
+    """The whole path, compared with its parts: samples drawn, rounded and scored by hand."""
     from dmf import pretrained
     from dmf.evaluation import sampling
 
@@ -155,7 +155,7 @@ def test_interrupted_sums_go_on_to_identical_scores(tmp_path, monkeypatch, shuff
     )
     folder = tmp_path / "sums"
     folder.mkdir()
-    for i, part in enumerate(parts):  # a new process, as it were, for every part
+    for i, part in enumerate(parts):  # for every part as a new process would
         now = Totals(protocol, 100, folder)
         now.restore()
         assert now.done == 16 * i
@@ -191,7 +191,8 @@ judge.SAVE_SECONDS = 0.0
 import time
 draw = sampling.Sampler.__call__
 sampling.Sampler.__call__ = lambda *a, **k: time.sleep(0.05) or draw(*a, **k)
-scoring.score_checkpoint(sys.argv[1], judge.Setting(sys.argv[2], "", sys.argv[3]), [1, 2], out=sys.argv[4])
+setting = judge.Setting(sys.argv[2], "", sys.argv[3])
+scoring.score_checkpoint(sys.argv[1], setting, [1, 2], out=sys.argv[4])
 """
 
 

@@ -1,4 +1,4 @@
-"""A program is compiled in a thread, and is the one that the call finds."""
+"""A program that is compiled ahead, in a thread: the later call finds it."""
 
 import shutil
 import subprocess
@@ -62,7 +62,7 @@ def test_what_cannot_be_compiled_is_told_by_the_call_alone(capfd):
 
 def test_a_run_and_a_resumed_run_compile_each_program_once(tmp_path):
     config = merged(TINY, run=dict(checkpoint_every_steps=1, keep_checkpoints=20))
-    for first in (0, 5):  # the second start is in the midst of a stage
+    for first in (0, 5):  # the second start is inside a stage
         run = runs.open_run(parse(config), tmp_path)
         with Heard() as names:
             runs.loop(run)

@@ -76,7 +76,7 @@ def test_a_score_is_held_against_the_best_since_the_last_stage_of_flow_matching(
     watching = Guard(tmp_path / "guard.json", tmp_path, CONFIG, fresh=True)
 
     def said(*scores):
-        return watching.score_alarm(scores, "fid", LADDER)  # trajectory to step 10
+        return watching.score_alarm(scores, "fid", LADDER)  # all_pairs to step 10
 
     assert said() == said((10, 30.0), (20, 2.0), (30, 8.0)) == ""
     assert said((10, 30.0), (20, 2.0), (30, 8.1)) == "fid = 8.1, above 4 x the best, 2"
@@ -197,23 +197,23 @@ def test_it_goes_back_to_the_newest_checkpoint_before_values_were_half_way_to_th
         (31, 50.0),
         (32, 10.0),
         (33, 1.0),
-    ]  # a score that was merely not as good yet is no sign of trouble
+    ]  # a score that is not as good yet is no alarm
     falling = [(n, 500.0 / n**2) for n in range(30, 38)] + [(38, math.nan)]
     assert back(Diverged(38, "x"), falling) == back(Diverged(38, "x"), steep) == 32
     assert (
         back(Diverged(38, "x"), [], kept={10, 34, 60}) == 34
-    )  # never before what a change of the config has kept
-    assert back(Diverged(34, "x"), [], kept={10, 20, 34}) == 32  # nor to the step that has failed
+    )  # not before a checkpoint that a change of the config has kept
+    assert back(Diverged(34, "x"), [], kept={10, 20, 34}) == 32  # not to the step that has failed
     assert back(Diverged(30, "x"), [], probes=[], stages=LADDER[:3]) == 20
     assert (
         back(Diverged(38, "x"), [], scheduled=lambda step: step != 32) == 30
-    )  # nor to one that was saved by the way
-    (tmp_path / "32" / "weights").write_text("2")  # a damaged one is nothing to go back to
+    )  # not to a checkpoint that was not scheduled
+    (tmp_path / "32" / "weights").write_text("2")  # damaged: it cannot go back there
     (tmp_path / "30" / "manifest.json").unlink()
     assert back(Diverged(38, "x"), []) == 20
     for n in (20, 10):
         (tmp_path / str(n) / "weights").unlink()
-    assert back(Diverged(38, "x"), []) == 0  # weights that were drawn are drawn again
+    assert back(Diverged(38, "x"), []) == 0  # fresh weights are drawn again
     given = Guard(tmp_path / "given.json", tmp_path, CONFIG, fresh=True, drawn=False)
     with pytest.raises(
         DmfError,

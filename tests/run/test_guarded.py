@@ -19,7 +19,8 @@ from tests.test_train import leaves
 from tests.tiny import TINY, merged
 
 CALM = {"residual_border": 1.0, "residual_median": 2.0, "change_ulps": 100.0}
-# Pretraining of 4 steps, then 2 steps each: trajectory, d = 1/2, d = 1/4, jvp. No checkpoints but at stage boundaries.
+# Pretraining of 4 steps, then 2 steps each: all_pairs, d = 1/2, d = 1/4, jvp.
+# There are checkpoints at stage boundaries only.
 GUARDED = merged(
     TINY, guard=dict(every_steps=1, rows=8, action="jvp"), run=dict(checkpoint_every_steps=100)
 )
@@ -27,7 +28,7 @@ GUARDED = merged(
 
 @pytest.fixture
 def diverges(monkeypatch):
-    """Makes the probe say once that d = 1/4 fails: at the second look, the first being the reference."""
+    """Makes the second probe at d = 1/4 an alarm; the first one is the reference."""
     seen = []
 
     def probe(self, kind, params, rho):
@@ -62,13 +63,15 @@ def test_a_run_hands_over_to_jvp_and_says_so(tmp_path, diverges, capsys):
         "jvp"
     ] * 4
     assert [r["step"] for r in logged] == list(range(1, 13))
-    line = "guard     stage 2 (discrete), step 10: residual_median = 9, above 3 x the stage's first, 2; "
-    line += "back to step 8, the discrete stages left are jvp stages now"
+    line = (
+        "guard     stage 2 (discrete), step 10: residual_median = 9, above 3 x the stage's first, "
+    )
+    line += "2; back to step 8, the discrete stages left are jvp stages now"
     assert capsys.readouterr().out.count(line) == 2  # when it happens, and below the closing table
     plain = merged(TINY, curriculum=dict(stages=4, kinds=("all_pairs", "discrete", "jvp", "jvp")))
     train(parse(plain), tmp_path / "plain")
     for a, b in zip(state_of(tmp_path), state_of(tmp_path / "plain"), strict=True):
-        np.testing.assert_array_equal(a, b)  # what it did before leaves no trace in the weights
+        np.testing.assert_array_equal(a, b)  # the way back leaves no trace in the weights
 
 
 @pytest.mark.parametrize("action", ["halve", "floor", "rate"])
@@ -83,14 +86,14 @@ def test_each_way_on_reaches_the_end(tmp_path, diverges, action):
     assert len(rows) == 1 and len(state_of(tmp_path)) > 0
 
 
-# Four steps a stage, d = 1/4 from step 12 to 16; it goes back to step 13, beyond which are the checkpoints 14 and 15.
+# Four steps a stage, d = 1/4 from step 12 to 16. It goes back to step 13, and deletes 14 and 15.
 LONGER = merged(
     GUARDED, curriculum=dict(length=16.0), run=dict(checkpoint_every_steps=1, keep_checkpoints=3)
 )
 
 
 def climbs(monkeypatch, *residuals):
-    """Makes the probes of d = 1/4 say these medians one after the other, and then the last of them again."""
+    """Makes the probes at d = 1/4 give these medians in turn, and then the last one again."""
     left = list(residuals)
 
     def probe(self, kind, params, rho):
@@ -103,7 +106,7 @@ def climbs(monkeypatch, *residuals):
 
 
 def end_of(workdir):
-    """What two runs that are the same run end with."""
+    """What a run ends with: its logs, and the bytes of its last state."""
     logs = [(workdir / name).read_text() for name in ("metrics.jsonl", "watch.jsonl", guard.FILE)]
     return logs, [leaf.tobytes() for leaf in leaves(workdir / "checkpoints" / "20")]
 
@@ -111,11 +114,11 @@ def end_of(workdir):
 @pytest.mark.parametrize(
     "where, name, call, after",
     [
-        (Guard, "_write", 1, True),  # the intervention is written down, and no more
+        (Guard, "_write", 1, True),  # the intervention is written, and nothing is deleted
         (guard.paths, "remove_tree", 1, False),  # one checkpoint has lost its manifest
         (guard.paths, "remove_tree", 1, True),
         (guard.paths, "remove_tree", 2, False),
-        (Guard, "_write", 2, False),  # all is deleted, which is not noted yet
+        (Guard, "_write", 2, False),  # everything is deleted, but that is not written yet
         (Guard, "_write", 2, True),
     ],
 )
@@ -143,7 +146,7 @@ def test_a_kill_in_an_intervention_changes_nothing(tmp_path, monkeypatch, where,
 
 
 class AskedAfter(Stop):
-    """A request to stop in the midst of the run's so-manieth step."""
+    """A request to stop that comes inside a step: the run's step with this number."""
 
     def __init__(self, steps):
         super().__init__()
@@ -172,7 +175,10 @@ def test_a_run_that_was_asked_to_stop_goes_back_no_less_far(tmp_path, monkeypatc
     train(values, tmp_path / "again", stop=AskedAfter(asked))
     train(values, tmp_path / "again")
     (row,) = json.loads((tmp_path / "again" / guard.FILE).read_text())
-    assert (row["step"], row["back_to"]) == (15, 12)  # and not to the one that was saved on request
+    assert (row["step"], row["back_to"]) == (
+        15,
+        12,
+    )  # not to the checkpoint that the request has made
 
 
 def test_a_run_that_is_asked_to_stop_while_the_guard_goes_back_starts_nothing_more(
@@ -204,16 +210,12 @@ def test_stop_leaves_the_last_good_state_and_a_report_again_and_again(tmp_path, 
     for _ in range(2):
         with pytest.raises(
             DmfError,
-            match=r"the guard has stopped this run: stage 2 \(discrete\), step 10: residual_median = 9",
+            match=r"the guard has stopped this run: stage 2 \(discrete\), step 10: residual_median",
         ):
             train(stopping, tmp_path)
         assert max(int(p.name) for p in (tmp_path / "checkpoints").glob("[0-9]*")) == 8
-    assert (
-        capsys.readouterr().out.count(
-            "guard     stage 2 (discrete), step 10: residual_median = 9, above"
-        )
-        == 2
-    )  # the report
+    told = "guard     stage 2 (discrete), step 10: residual_median = 9, above"
+    assert capsys.readouterr().out.count(told) == 2  # in the report of each start
     assert not (tmp_path / guard.FILE).with_suffix(".json.tmp").exists()
     with pytest.raises(DmfError, match="config.guard.action: stop -> off"):
         train(parse(merged(GUARDED, guard=dict(action="off"))), tmp_path)
@@ -227,9 +229,8 @@ def test_a_stop_is_taken_back_by_other_rules_alone(tmp_path, diverges):
         train(parse(stopping), tmp_path)
     with pytest.raises(DmfError, match="the guard has stopped"):
         train(parse(merged(stopping, curriculum=dict(q=3.0))), tmp_path, allow_change=True)
-    with pytest.raises(
-        DmfError, match="the guard has stopped"
-    ):  # which has changed nothing; nor do other probes
+    # That change was refused. Other probes change nothing either.
+    with pytest.raises(DmfError, match="the guard has stopped"):
         train(parse(merged(stopping, guard=dict(rows=16, every_steps=2))), tmp_path)
     train(
         parse(merged(stopping, curriculum=dict(q=3.0), guard=dict(factor=100.0))),
@@ -315,9 +316,8 @@ def test_pretraining_from_fresh_weights_can_go_back_to_them(tmp_path, monkeypatc
     assert not (tmp_path / "checkpoints" / "0").exists()  # they are drawn again
 
 
-@pytest.mark.parametrize(
-    "writes", [1, 2]
-)  # of guard.json: the intervention, and that all beyond step 0 is deleted
+# guard.json is written twice: with the intervention, and when all beyond step 0 is deleted.
+@pytest.mark.parametrize("writes", [1, 2])
 def test_a_kill_on_the_way_back_to_fresh_weights_changes_nothing(tmp_path, monkeypatch, writes):
     calls, real = [], Guard._write
 

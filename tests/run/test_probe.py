@@ -1,4 +1,4 @@
-"""The probe: closed-form numbers, the gradients it says it compares, and a run that it leaves as it was."""
+"""The probe: closed-form numbers, the gradients it compares, and a run that it does not change."""
 
 import json
 
@@ -62,7 +62,7 @@ def test_one_device_and_eight_see_the_same(kind):
     assert found[0].keys() == found[1].keys() and ("change_ulps" in found[0]) == (
         kind == "discrete"
     )
-    # The pairs of the law rows are laid out by device; all else is the same rows in the same order.
+    # Devices decide where the pairs of the law rows lie. All other rows are the same.
     for name in set(found[0]) - {"gradient_ratio", "gradient_cosine"}:
         assert found[0][name] == pytest.approx(found[1][name], rel=2e-4, abs=1e-6), name
 
@@ -136,7 +136,7 @@ def test_a_run_ends_in_the_same_weights_with_a_probe_and_without(tmp_path):
         8,
         10,
         12,
-    }  # of pretraining and of four stages; besides them every third step, and the first of a stage
+    }  # of pretraining and of four stages
     assert [row["step"] for row in rows] == sorted(ends | {3, 6, 9, 12} | {1, 5, 7, 9, 11})
     assert [row["kind"] for row in rows][-4:] == ["discrete", "discrete", "jvp", "jvp"]
     logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("with", "without")]

@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, cut off or not finished: they are named, and an older one is taken."""
+"""Checkpoints that are damaged, cut off or not finished are named; an older one is taken."""
 
 import resource
 import shutil
@@ -17,7 +17,7 @@ from tests.tiny import Setup
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """A work directory with checkpoints of steps 6 and 9, of different states, and the former's state."""
+    """A work directory with checkpoints of steps 6 and 9, and the state of step 6."""
     folder = tmp_path_factory.mktemp("two")
     setup = Setup()
     saved = store(folder)
@@ -69,7 +69,7 @@ def test_fifty_damages_of_a_checkpoint_are_named_and_none_is_loaded(two, tmp_pat
 
 
 def test_every_bit_and_every_length_of_a_manifest_counts(two, tmp_path):
-    # It holds no checksum of itself: whatever still parses must not be what was written, spaces and the last line end included.
+    # It holds no checksum of itself. So every change must be seen, also of spaces and line ends.
     shutil.copytree(two[0] / "checkpoints" / "9", tmp_path / "9")
     path = tmp_path / "9" / checkpoint.MANIFEST
     whole = path.read_bytes()
@@ -84,7 +84,7 @@ def test_every_bit_and_every_length_of_a_manifest_counts(two, tmp_path):
     lines = whole.decode().splitlines()
     others.append(
         whole.replace(lines[1].encode(), lines[5].encode())
-    )  # one file listed twice, another not
+    )  # one file is listed twice, another is missing
     for other in others:
         path.write_bytes(other)
         with pytest.raises(DmfError, match="checkpoint .*expected"):
@@ -94,7 +94,7 @@ def test_every_bit_and_every_length_of_a_manifest_counts(two, tmp_path):
 def test_the_last_good_checkpoint_outlives_damaged_and_unfinished_newer_ones(
     two, tmp_path, monkeypatch
 ):
-    # Step 6 is all that is good. A kill between the save of step 7 and its manifest must not leave nothing.
+    # Only step 6 is good. A kill between the save of step 7 and its manifest must leave it there.
     shutil.copytree(two[0], tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints"
     shutil.copytree(folder / "9", folder / "12")
@@ -123,7 +123,7 @@ def test_the_last_good_checkpoint_outlives_damaged_and_unfinished_newer_ones(
 
 
 def come_to_rest(folder):
-    """Returns when nothing has come, gone or grown in a folder for a second."""
+    """Returns when the files of a folder have not changed for a second."""
     seen, since = None, time.monotonic()
     while time.monotonic() - since < 1.0:
         found = {path: path.stat().st_size for path in folder.rglob("*") if path.exists()}
@@ -147,14 +147,13 @@ def test_a_disk_that_fills_up_inside_a_save_loses_no_older_checkpoint(two, tmp_p
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     saved.close()
-    come_to_rest(
-        tmp_path / "run"
-    )  # the writers of the save that failed, who would end with their process
+    # The writers of the failed save are still at work; in a run they end with the process.
+    come_to_rest(tmp_path / "run")
     again = store(tmp_path / "run")
     found = again.restore_latest(two[1])
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(newest), strict=True):
         np.testing.assert_array_equal(a, b)
-    again.save(12, newest)  # and when there is room again, the save goes through
+    again.save(12, newest)  # with room again, the save succeeds
     assert again.complete() == [12, 9]
     again.close()
     for step in (6, 9):
@@ -176,7 +175,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_show_in_it(
     expected = jax.tree.map(np.array, state)
     saved = store(tmp_path)
     saved.save(3, state, wait=False)
-    for n in range(1, 5):  # steps donate what is being written
+    for n in range(1, 5):  # a step donates the state that is being written
         state, _ = program(state, setup.batch(n), setup.scalars(n, "all_pairs"))
     jax.block_until_ready(state)
     assert not saved.complete()  # it does not exist yet

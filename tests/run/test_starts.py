@@ -93,7 +93,7 @@ def test_a_change_is_shown_refused_and_with_the_flag_taken_and_noted(finished, t
         12,
         18,
         20,
-    ]  # those of before, 9 and a boundary among them, and the newest two
+    ]  # the checkpoints from before the change, and the newest two
     assert (
         rows(run, "metrics.jsonl")[:12] == rows(finished, "metrics.jsonl")
         and len(rows(run, "metrics.jsonl")) == 20

@@ -78,7 +78,7 @@ def test_one_process_leaves_at_once_or_at_the_next_gate(ends):
 
 
 def pair(gates, unsaved):
-    """Two processes that have passed so many gates, and of which those named hold something unsaved."""
+    """Two processes that have passed so many gates; those named hold something unsaved."""
     notes, stops = Notes(), [sigterm.Stop(), sigterm.Stop()]
     for i, (stop, count) in enumerate(zip(stops, gates, strict=True)):
         assert not any(stop.here() for _ in range(count))
@@ -89,7 +89,7 @@ def pair(gates, unsaved):
 
 
 def look(stops):
-    """All look for notes, often enough; returns those that have ended."""
+    """All processes look for notes until nothing changes; returns those that have ended."""
     ended = []
     for i in (1, 0, 1, 0, 1):
         try:
@@ -126,7 +126,7 @@ SIGNALLED = merged(
 
 
 class Life:
-    """One start of a training command in a process of its own."""
+    """One start of a training command as a process."""
 
     def __init__(self, folder, name, *flags, **environment):
         config = folder / "config.py"
@@ -196,7 +196,7 @@ def test_sigterm_in_each_phase_ends_well_and_the_run_ends_in_the_same_bits(tmp_p
     assert status == 0 and said.splitlines()[-1].startswith(
         "stopped, nothing was unsaved; the same command goes on"
     ), said
-    # While the first program is compiled, which does not wait for the compiler.
+    # While the first program is compiled: the end does not wait for the compiler.
     life = Life(tmp_path, "run", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "cold"))
     life.wait_until(lambda: "fresh weights" in life.said.read_text())
     time.sleep(0.2)
@@ -223,7 +223,7 @@ def test_sigterm_in_each_phase_ends_well_and_the_run_ends_in_the_same_bits(tmp_p
     status, logged, _, said = life.end()
     saved = newest(life.workdir)
     assert status == 0 and max(logged, 40) <= saved < 60, said
-    # While a boundary is pictured, which would take minutes.
+    # While a boundary is pictured. These pictures would take minutes.
     life = Life(
         tmp_path, "run", "--config.run.sample_rows=60", "--config.run.score_steps=(100000,)"
     )
@@ -251,9 +251,9 @@ sigterm.ONE_S = 0.2
 stop = sigterm.listen()
 stop.unsaved()
 print("ready", flush=True)
-threading.Event().wait(1e6)  # in no step that ends
+threading.Event().wait(1e6)  # a step that never ends
 """
-    # Of SIGINT, Python's own handler tells the main thread at the same time: either ends the process.
+    # Python's own handler tells the main thread of SIGINT too: either way the process ends.
     for second, statuses in (
         (signal.SIGTERM, {128 + signal.SIGTERM}),
         (signal.SIGINT, {128 + signal.SIGINT, -signal.SIGINT}),
@@ -273,7 +273,10 @@ threading.Event().wait(1e6)  # in no step that ends
 
 
 def test_other_modes_end_by_sigterm_as_ever(tmp_path):
-    code = "import sys; sys.argv = ['main.py', '--mode=score']; import runpy; runpy.run_path('main.py', run_name='__main__')"
+    code = (
+        "import sys; sys.argv = ['main.py', '--mode=score']; "
+        "import runpy; runpy.run_path('main.py', run_name='__main__')"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", f"import signal; {code}"], cwd=ROOT, stderr=subprocess.PIPE
     )
@@ -292,7 +295,7 @@ def test_two_processes_stop_at_the_same_step_and_go_on_in_the_same_bits(tmp_path
     assert (
         f"stopped after step {newest(run)} of 100, which is saved" in said and 3 <= newest(run) < 50
     )
-    # In a boundary's pictures, which would take minutes, both end at once; again only one is told.
+    # While a boundary is pictured, both end at once. Again only one of them is told.
     group = Group(
         tmp_path,
         run,

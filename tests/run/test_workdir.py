@@ -1,4 +1,4 @@
-"""A work directory: one run at a time, what a fresh start forgets, a disk that is full, and changes that are refused."""
+"""A work directory: one run at a time, what a fresh start forgets, full disks, refused changes."""
 
 import json
 import re
@@ -40,7 +40,8 @@ def test_a_second_run_in_the_same_directory_is_refused_on_all_of_its_processes(t
 
 def test_a_directory_is_free_again_after_a_kill_an_error_and_an_end(tmp_path):
     code = "import sys, time, pathlib\nfrom dmf.run import workdir\n"
-    code += "with workdir.held(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(1e6)"
+    code += "with workdir.held(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n"
+    code += "    time.sleep(1e6)"
     other = subprocess.Popen(
         [sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
@@ -51,14 +52,14 @@ def test_a_directory_is_free_again_after_a_kill_an_error_and_an_end(tmp_path):
     other.communicate()
     with pytest.raises(
         DmfError, match="no such file"
-    ) as kept:  # a notebook keeps what the error has passed through
+    ) as kept:  # a notebook keeps the frames of an error
         runs.train(parse(merged(QUICK, init="nowhere")), tmp_path)
     first = runs.train(parse(QUICK), tmp_path)
     assert runs.train(parse(QUICK), tmp_path) == first and kept.tb
 
 
 def test_a_run_that_starts_afresh_forgets_the_scores_of_the_one_before(tmp_path):
-    # Its checkpoints were moved away, and its start may have been scored: step 0, like that of a run from other weights.
+    # The checkpoints of the run before were moved away. Its start, step 0, may have been scored.
     row = '{"step": 0, "stage": "init", "kind": "given"}\n'
     (tmp_path / scoreboard.FILE).write_text(row)
     run = runs.open_run(parse(QUICK), tmp_path)
@@ -71,6 +72,19 @@ def test_a_run_that_starts_afresh_forgets_the_scores_of_the_one_before(tmp_path)
     runs.begin(run)
     run.close()
     assert [found["step"] for found in run.scoreboard.rows()] == [0]
+
+
+def test_what_older_versions_wrote_is_read_by_the_names_of_today(tmp_path):
+    config = parse(QUICK)
+    workdir.claim(tmp_path, config, None, {}, fresh=True)
+    stored = (tmp_path / workdir.CONFIG).read_text()
+    assert stored.count('"all_pairs"') == 2
+    (tmp_path / workdir.CONFIG).write_text(stored.replace('"all_pairs"', '"trajectory"'))
+    workdir.claim(tmp_path, config, None, {}, fresh=False)
+    JsonLines(tmp_path / scoreboard.FILE).write({"step": 6, "kind": "trajectory"})
+    assert board(tmp_path).rows() == [{"step": 6, "kind": "all_pairs"}]
+    row = dict(stage="stage 0", kind="trajectory", step=6, reason="", back_to=0, action="rate")
+    assert guard.describe(row).startswith("stage 0 (all_pairs), step 6")
 
 
 @contextmanager
@@ -111,9 +125,12 @@ def test_a_disk_that_is_full_while_a_run_writes_is_one_line_that_names_the_file(
     }.items():
         with full_disk(), pytest.raises(DmfError) as caught:
             write()
-        expected = rf"{tmp_path}/\S*{name} cannot be written: File too large; expected a writable directory with room"
+        expected = (
+            rf"{tmp_path}/\S*{name} cannot be written: File too large; "
+            "expected a writable directory with room"
+        )
         assert re.fullmatch(expected, str(caught.value))
-    scores._note_best()  # and when there is room again
+    scores._note_best()  # with room again
     assert json.loads((run / checkpoint.BEST).read_text())["step"] == 6 and lines.read() == [
         {"step": 1}
     ]
@@ -141,20 +158,23 @@ def test_a_probe_of_more_images_than_are_held_out_names_its_field_and_their_numb
         match=r"config.guard.rows = 64 takes 64 images on 8 .*: expected at most the 3\d held-out",
     ):
         runs.open_run(parse(values), tmp_path)
-    values = merged(values, guard=dict(rows=17))  # no more than 24 on eight devices
+    values = merged(values, guard=dict(rows=17))  # 24 images on eight devices
     runs.open_run(parse(values), tmp_path).close()
 
 
 @pytest.mark.parametrize("old", ["dagger", "floor", "adaptive"])
 @pytest.mark.parametrize("new", ["dagger", "linear", "adaptive"])
 def test_another_interval_is_taken_but_not_to_or_from_adaptive(tmp_path, old, new):
-    """The table of the adaptive one is a part of the state on disk, which could not be read without it."""
+    """The state on disk has a table for the adaptive interval, and none for the others."""
     first, second = (parse(merged(QUICK, curriculum=dict(interval=name))) for name in (old, new))
     workdir.claim(tmp_path, first, None, {}, fresh=True)
     if old == new or "adaptive" not in (old, new):
         workdir.claim(tmp_path, second, None, {}, fresh=False, allow_change=True)
         return
-    shown = rf"--allow_change does not go as far as config.curriculum.interval: {old} -> {new} \(.* a table of intervals"
+    shown = (
+        rf"--allow_change does not go as far as config.curriculum.interval: {old} -> {new} \(.* a "
+    )
+    shown += "table of intervals"
     with pytest.raises(DmfError, match=shown):
         workdir.claim(tmp_path, second, None, {}, fresh=False, allow_change=True)
 
