@@ -32,6 +32,7 @@ import numpy as np
 from dmf.errors import DmfError
 from dmf.logging import Count
 from dmf.storage import atomic
+from dmf.storage.digest import sha256
 
 FORMAT = 1
 PLAN, METADATA, LABELS = "plan.json", "metadata.json", "labels.npy"
@@ -157,12 +158,6 @@ def check_size(path: Path, size: int) -> None:
         raise DmfError(
             f"{path} {what}: expected {size:,} bytes; the encoding's command makes it again"
         )
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_sum(path: Path, size: int, digest: str) -> None:

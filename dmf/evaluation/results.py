@@ -17,6 +17,7 @@ from dmf.config import differences
 from dmf.errors import DmfError
 from dmf.evaluation.judge import Judge, accumulate
 from dmf.storage import paths
+from dmf.storage.digest import sha256 as sha256
 
 
 class Results:
@@ -154,11 +155,6 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def _digest(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a small file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def free_name(text: str) -> str:
