@@ -67,12 +67,12 @@ class Reference:
 def read(path: str | Path, space: str = "inception", images: bool = True) -> Reference:
     """Reference statistics in any public format, which the content tells.
 
-    .npz     ours
-    .npz     guided-diffusion: mu, sigma, mu_s, sigma_s and arr_0, or arr_0 alone
-    .npz     EDM, pytorch-fid and clean-fid: mu, sigma
-    .npz     MeanFlow: ref_mu, ref_sigma
-    .npz     dgm-eval: reps, and clean-fid: feats; both are features
-    .pkl     EDM2
+    - .npz, ours
+    - .npz of guided-diffusion: mu, sigma, mu_s, sigma_s and arr_0, or arr_0 alone
+    - .npz of EDM, pytorch-fid and clean-fid: mu, sigma
+    - .npz of MeanFlow: ref_mu, ref_sigma
+    - .npz of dgm-eval: reps, and of clean-fid: feats; both are features
+    - .pkl of EDM2
 
     space: "inception" or "dinov2", the part of an EDM2 file that is read.
     images: False leaves arr_0 unread, which can take gigabytes.

@@ -54,10 +54,10 @@ class _Kept:
 class Checkpoints:
     """The checkpoints of one run. Stage boundaries are kept for good, and the newest good ones.
 
-    keep: how many of the newest are kept.
-    besides: gives further steps to keep at the moment, such as the step of the best score so far.
-    scheduled: whether a save is due after a step. A save that is not due, because a run was asked
-        to stop, replaces no other.
+    - keep: how many of the newest are kept.
+    - besides: gives more steps to keep at the moment, such as the step of the best score.
+    - scheduled: whether a save is due after a step. A save that is not due, because a run was
+      asked to stop, replaces no other.
     """
 
     def __init__(

@@ -1,7 +1,11 @@
 """Weight files as a tree of tensors, read lazily; nothing that a file contains is executed.
 
-Its content tells a file's format: safetensors; torch.save, as zip archive or older stream; a pickle
-of a network, as of EDM and ECT; a Flax msgpack checkpoint. Opening reads no tensor.
+Its content tells the format of a file:
+- safetensors
+- torch.save, as zip archive or older stream
+- a pickle of a network, such as those of EDM and ECT
+- a Flax msgpack checkpoint
+Opening reads no tensor.
 """
 
 from __future__ import annotations
