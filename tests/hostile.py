@@ -1,4 +1,4 @@
-"""What tests of weight files build by hand: pickles, archives and streams, good and hostile ones."""
+"""Pickles, archives and streams that tests build by hand, good and hostile ones."""
 
 import io
 import pickle
@@ -12,7 +12,7 @@ from dmf.storage.readers import read, torchfile
 
 
 def refuses(path):
-    """The one sentence with which a file is refused, at the latest when its tensors are read."""
+    """The line with which a file is refused, at the latest when its tensors are read."""
     with pytest.raises(DmfError) as caught:
         for tensor in read.flatten(read.open_file(path).tree).values():
             tensor.read()

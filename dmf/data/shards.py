@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import resource
@@ -44,6 +43,7 @@ from dmf.data.metadata import (  # noqa: F401 - some are here for `dmf.convert.e
 from dmf.errors import DmfError
 from dmf.logging import Count
 from dmf.storage import atomic
+from dmf.storage.digest import sha256
 
 VERIFIERS = 4  # threads: hashing frees the interpreter's lock
 READERS = 8  # threads: a batch's records lie in many shards, and storage answers them at once
@@ -70,12 +70,6 @@ def check_size(path: Path, size: int) -> None:
         raise DmfError(
             f"{path} {what}: expected {size:,} bytes; the encoding's command makes it again"
         )
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_sum(path: Path, size: int, digest: str) -> None:

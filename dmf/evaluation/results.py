@@ -153,11 +153,6 @@ def _digest(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a small file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def free_name(text: str) -> str:
     """A file name made of any text."""
     name = os.path.basename(text.rstrip("/"))

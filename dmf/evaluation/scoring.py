@@ -28,10 +28,11 @@ from dmf.evaluation.features import Extractor
 from dmf.evaluation.judge import Judge, Setting, accumulate
 from dmf.evaluation.protocols import Protocol
 from dmf.evaluation.reference import Reference
-from dmf.evaluation.results import Progress, Results, free_name, sha256
+from dmf.evaluation.results import Progress, Results, free_name
 from dmf.evaluation.totals import Totals
 from dmf.method.objectives import kind_of
 from dmf.storage import checkpoint, paths
+from dmf.storage.digest import sha256
 
 READERS = 8  # threads that decode image files
 

@@ -1,7 +1,9 @@
-"""Files and folders that are there whole or not at all: made beside their place under a hidden name, and renamed at the end.
+"""Files and folders that are there whole or not at all.
 
-The hidden name ends in the host and the number of the process, as not every file system has locks: another process writes
-elsewhere, and what dead ones of this machine left can be told from what is at work. A bucket needs none of it: `dmf.storage.paths`.
+They are made beside their place under a hidden name, and renamed at the end. The hidden name ends
+in the host and the number of the process, as not every file system has locks. So another process
+writes elsewhere, and leftovers of dead processes of this machine can be told from work in progress.
+A bucket replaces objects whole by itself: see `dmf.storage.paths`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-PATIENCE = 50  # looks, a tenth of a second apart, for what a thread still writes into a folder that is to go
+PATIENCE = 50  # tries, 0.1 s apart, to remove a folder into which a thread still writes
 
 
 def partial(place: Path) -> Path:
@@ -25,9 +27,10 @@ def partial(place: Path) -> Path:
 
 @contextmanager
 def made(place: Path) -> Iterator[Path]:
-    """A path to make a file or a folder at, which becomes `place` if the block ends well and is removed if it does not.
+    """A path at which to make a file or a folder. It becomes `place` if the block ends well.
 
-    What dead processes of this machine left of the same place is removed too. Raises OSError where the disk does not do.
+    Otherwise it is removed. Leftovers of dead processes of this machine, for the same place, are
+    removed too. Raises OSError where the disk fails.
     """
     try:
         clear(place.parent, place.name)
@@ -38,10 +41,11 @@ def made(place: Path) -> Iterator[Path]:
 
 
 def clear(folder: Path, name: str = "") -> None:
-    """Removes what this process, and dead ones of this machine, left unfinished in a folder. Raises OSError.
+    """Removes unfinished work of this process, and of dead ones of this machine, from a folder.
 
-    name: of one place in it, "" for all. Orbax's own temporary folders beside ours go with them; its threads may still write
-    for a moment.
+    name: of one place in it, "" for all.
+    Orbax's own temporary folders beside ours are removed too. Its threads may write for a moment
+    longer. Raises OSError.
     """
     of = re.escape(name) if name else ".+"
     known = re.compile(
@@ -69,11 +73,11 @@ def _remove(place: Path) -> None:
 
 
 def _alive(process: int) -> bool:
-    """Whether a process of this number is at work, ours or somebody else's."""
+    """Whether there is a process of this number."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except OSError:  # somebody else's
+    except OSError:  # it belongs to another user
         return True
     return True

@@ -1,17 +1,19 @@
 """Checkpoints: the training state on disk, through Orbax.
 
-A checkpoint is a step folder with four items, `params`, `ema`, `opt_state` and `step`, a fifth, `intervals`, if the curriculum
-keeps a table, and metadata that hold the run's
-whole config; so weights can be read without building the optimiser, and a folder explains itself. Orbax writes into a
-temporary folder and renames it; the manifest, with size and SHA-256 of every file, comes last. A folder without its manifest
-is an unfinished save, one that does not match it is damaged: neither is ever loaded.
+A checkpoint is a step folder with four items: `params`, `ema`, `opt_state` and `step`. A curriculum
+that keeps a table adds a fifth, `intervals`. Its metadata hold the whole config of the run, so
+weights can be read without the optimiser. Orbax writes into a temporary folder and renames it. The
+manifest, with size and SHA-256 of every file, comes last. A folder without its manifest is an
+unfinished save, and one that does not match it is damaged. Neither is ever loaded.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +27,7 @@ from dmf import processes
 from dmf.errors import DmfError, short
 from dmf.storage import atomic, paths
 from dmf.storage.manifest import MANIFEST, verify, write_manifest
+from dmf.storage.readers.tree import Inert, Tensor
 
 if TYPE_CHECKING:
     from dmf.state import TrainState
@@ -32,11 +35,10 @@ if TYPE_CHECKING:
 ITEMS = ("params", "ema", "opt_state", "step")
 OPTIONAL = ("intervals",)  # not every run has one
 FOLDER = "checkpoints"
-SLICE = (
-    2**22
-)  # bytes of the slices that devices write of an array they all hold; of a smaller one the first writes all
+SLICE = 2**22  # bytes: of larger arrays that all devices hold, each device writes a slice
 NEWEST = 200  # complete checkpoints that are tried, one after the other
 BEST = "best.json"  # in a work directory: the step of the best score so far
+STEP = "_CHECKPOINT_METADATA"  # in a folder of Orbax that holds one tree or several
 log = logging.getLogger(__name__)
 
 
@@ -52,10 +54,12 @@ class _Kept:
 
 
 class Checkpoints:
-    """The checkpoints of one run: stage boundaries are kept for good, and besides the newest few good ones.
+    """The checkpoints of one run. Stage boundaries are kept for good, and the newest good ones.
 
-    besides: gives further steps that are worth keeping at the moment, such as that of the best score so far. scheduled:
-    whether a save is due after a step; one that is not, of a run that was asked to stop, takes no other's place.
+    - keep: how many of the newest are kept.
+    - besides: gives more steps to keep at the moment, such as the step of the best score.
+    - scheduled: whether a save is due after a step. A save that is not due, because a run was
+      asked to stop, replaces no other.
     """
 
     def __init__(
@@ -68,13 +72,8 @@ class Checkpoints:
         scheduled: Callable[[int], bool] = lambda step: True,
     ):
         self.directory = workdir / FOLDER
-        self._metadata, self._besides, self._keep, self._boundaries = (
-            metadata,
-            besides,
-            keep,
-            frozenset(boundaries),
-        )
-        self._scheduled = scheduled
+        self._metadata, self._besides, self._scheduled = metadata, besides, scheduled
+        self._keep, self._boundaries = keep, frozenset(boundaries)
         self._kept: frozenset[int] = frozenset()
         self._damaged: set[int] = set()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -89,7 +88,8 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, wait: bool = True) -> None:
         """Writes the state after `step` steps and returns when it is safe on disk.
 
-        Without `wait` it returns when the state has been copied, and steps may go on; `wait` tells when the rest is done.
+        Without `wait` it returns once the state is copied, and steps may go on. The method `wait`
+        then tells when the save is done.
         """
         self.wait()
         items = _items(state)
@@ -120,19 +120,16 @@ class Checkpoints:
     def _one_sentence(self, step: int) -> Iterator[None]:
         try:
             yield
-        except paths.failures(
-            self.directory
-        ) as error:  # a full disk is the one or the other, by who notices it
-            raise DmfError(
-                f"checkpoint of step {step} could not be written to {self.directory}: {short(error)}; checkpoints of other "
-                "steps are untouched; expected a writable directory with enough room"
-            ) from error
+        except paths.failures(self.directory) as error:
+            what = f"checkpoint of step {step} could not be written to {self.directory}"
+            rest = "checkpoints of other steps are untouched; expected a writable directory with"
+            raise DmfError(f"{what}: {short(error)}; {rest} enough room") from error
 
     def restore_latest(self, state: TrainState) -> TrainState | None:
         """The newest readable state, placed like `state`; None where no save was ever completed.
 
-        A damaged newest folder is named and the one before it taken. Raises DmfError if there are complete saves and none of
-        them can be read: a fresh start would then bury them.
+        A damaged newest folder is named, and the one before it is taken. Raises DmfError if there
+        are complete saves and none can be read, as a fresh start would overwrite them.
         """
         steps = json.loads(processes.first_says(json.dumps(self._complete()[:NEWEST])))
         target = {name: _abstract(item) for name, item in _items(state).items()}
@@ -148,10 +145,9 @@ class Checkpoints:
                 log.warning("%s; it is skipped", error)
                 self._damaged.add(step)
         if steps:
-            raise DmfError(
-                f"{self.directory}: none of the checkpoints of steps {steps} can be read; expected at least one intact "
-                "step folder, or none to start afresh"
-            )
+            what = f"{self.directory}: none of the checkpoints of steps {steps} can be read"
+            wanted = "at least one intact step folder, or none to start afresh"
+            raise DmfError(f"{what}; expected {wanted}")
         return None
 
     def _complete(self) -> list[int]:
@@ -179,10 +175,10 @@ class Checkpoints:
         ]
 
     def _worth_keeping(self, step: int) -> list[int]:
-        """Besides the boundaries: `step`, which is about to be saved, the newest good ones, and what the run asks for.
+        """The step about to be saved, the newest good ones, and the steps that the run asks for.
 
-        One that is damaged or has no manifest does not count: with only such ones left, a kill before the manifest of `step`
-        would leave nothing.
+        A damaged one, or one without manifest, does not count. If only such ones were left, a kill
+        before the manifest of `step` would leave nothing to load.
         """
         if not processes.is_first():
             return []
@@ -191,7 +187,7 @@ class Checkpoints:
         return [step, *good[:1], *scheduled[: self._keep - self._scheduled(step)], *self._besides()]
 
     def close(self) -> None:
-        """Ends a save that is being written; where one has failed, the error that closes the run is the one to be told."""
+        """Ends a save that is being written. A failed save is logged: the run reports its error."""
         for end in (self.wait, self._thread.shutdown, self._checkpointer.close):
             try:
                 end()
@@ -200,14 +196,14 @@ class Checkpoints:
 
 
 def _saving() -> ocp.Context:
-    """How arrays are written: a slice costs a compiled program for each shape and device, many times what it saves if small."""
+    """How arrays are written. Small slices cost more, in compiled programs, than they save."""
     context = ocp.Context()
     context.array.saving.min_slice_bytes_for_replica_parallel = SLICE
     return context
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-    """What is kept of a state, by name; an optional part without arrays is left out."""
+    """The parts of a state that are saved, by name. An optional part without arrays is left out."""
     optional = {name: getattr(state, name) for name in OPTIONAL}
     return {name: getattr(state, name) for name in ITEMS} | {
         k: x for k, x in optional.items() if jax.tree.leaves(x)
@@ -217,34 +213,30 @@ def _items(state: TrainState) -> dict[str, Any]:
 def _load(folder: Path, target: dict[str, Any]) -> dict[str, Any]:
     try:
         return ocp.load_checkpointables(paths.absolute(folder), target)
-    except (
-        Exception
-    ) as error:  # storage, metadata and structure errors have no common base in Orbax
-        raise DmfError(
-            f"checkpoint {folder} cannot be read: {short(error)}; expected the items {', '.join(target)}"
-        ) from error
+    except Exception as error:  # the errors of Orbax have no common base
+        what = f"checkpoint {folder} cannot be read: {short(error)}"
+        raise DmfError(f"{what}; expected the items {', '.join(target)}") from error
 
 
 def find(path: str | Path) -> Path:
-    """The step folder meant by `path`: itself, or the newest complete one of a work directory or of its checkpoints folder.
+    """The step folder that `path` means.
 
-    WORKDIR/best is the one with the best score.
+    It is `path` itself, or the newest complete one in a work directory or its checkpoints folder.
+    WORKDIR/best means the one with the best score.
     """
     path = paths.reach(paths.at(path))
     if path.name == "best" and not path.exists():
         path = path.parent / FOLDER / str(_best_step(path.parent))
     if not path.exists():
-        raise DmfError(
-            f"checkpoint {path}: no such file or directory; expected a work directory or one of its step folders"
-        )
+        what = f"checkpoint {path}: no such file or directory"
+        raise DmfError(f"{what}; expected a work directory or one of its step folders")
     if (path / "params").is_dir():
         return path
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
     steps = [p for p in folder.glob("*") if p.name.isdigit() and (p / MANIFEST).is_file()]
     if not steps:
-        raise DmfError(
-            f"checkpoint {path}: expected a step folder with an item 'params', or a work directory that holds one"
-        )
+        what = "a step folder with an item 'params', or a work directory that holds one"
+        raise DmfError(f"checkpoint {path}: expected {what}")
     return max(steps, key=lambda p: int(p.name))
 
 
@@ -252,26 +244,24 @@ def _best_step(workdir: Path) -> int:
     try:
         return int(json.loads((workdir / BEST).read_text())["step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DmfError(
-            f"{workdir / BEST}: no best checkpoint is known; expected a run that has been scored"
-        ) from error
+        what = f"{workdir / BEST}: no best checkpoint is known"
+        raise DmfError(f"{what}; expected a run that has been scored") from error
 
 
 def metadata(folder: Path) -> dict[str, Any]:
-    """What was written beside the weights: the run's config and image shape. Verifies the folder first."""
+    """The run's config and image shape, from beside the weights. Verifies the folder first."""
     verify(folder)
     found = ocp.metadata(paths.absolute(folder)).custom_metadata
     if not isinstance(found, dict) or not {"config", "network"} & set(found):
-        raise DmfError(
-            f"checkpoint {folder}: no config in its metadata; expected a checkpoint that dmf has written"
-        )
+        what = f"checkpoint {folder}: no config in its metadata"
+        raise DmfError(f"{what}; expected a checkpoint that dmf has written")
     if "config" in found:
         found = {**found, "config": without_kernel(found["config"])}
     return found
 
 
 def without_kernel(config: dict[str, Any]) -> dict[str, Any]:
-    """A stored config without the attention kernel that older versions kept with the network: it is no part of the weights."""
+    """A stored config without network.attention, which older versions kept with the weights."""
     network = config.get("network") if isinstance(config, dict) else None
     if not isinstance(network, dict) or "attention" not in network:
         return config
@@ -279,39 +269,35 @@ def without_kernel(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_free(folder: Path) -> Path:
-    """The place that `save_weights` may make of `folder`, links followed: new or an empty directory, in one that is writable.
+    """The place, links followed, at which `save_weights` may make `folder`.
 
-    Raises DmfError otherwise; Orbax itself would wait for minutes where it cannot write.
+    It is new or an empty directory, in a writable one. Raises DmfError otherwise. Orbax itself
+    would wait for minutes where it cannot write.
     """
     try:
         place = folder.resolve()
         if place.is_file() or place.is_dir() and any(place.iterdir()):
-            what = "a file" if place.is_file() else "not empty"
-            raise DmfError(
-                f"{folder} is there already and {what}: expected a new directory; nothing is overwritten"
-            )
-        atomic.clear(
-            place.parent, place.name
-        )  # a process in a container may have the number of one that was killed
+            what = f"{folder} is there already and {'a file' if place.is_file() else 'not empty'}"
+            raise DmfError(f"{what}: expected a new directory; nothing is overwritten")
+        # In a container, this process may have the number of one that was killed.
+        atomic.clear(place.parent, place.name)
         partial = atomic.partial(place)
         partial.mkdir()
         partial.rmdir()
     except (OSError, RuntimeError, ValueError) as error:
-        raise DmfError(
-            f"{folder} cannot be made: {short(error)}; expected a new directory in a writable one"
-        ) from error
+        what = f"{folder} cannot be made: {short(error)}"
+        raise DmfError(f"{what}; expected a new directory in a writable one") from error
     return place
 
 
 def save_weights(
     folder: Path, params: Any, metadata: dict[str, Any], files: dict[str, str]
 ) -> None:
-    """Writes weights alone as a step folder, with `files` (name -> text) beside them; whole or not at all."""
+    """Writes weights alone as a step folder, with `files`, {name: text}. Whole or not at all."""
     place, level = check_free(folder), logging.root.manager.disable
     try:
-        logging.disable(
-            logging.CRITICAL
-        )  # its threads print a traceback each; the error itself arrives here
+        # Each of its threads would print a traceback. The error itself arrives here.
+        logging.disable(logging.CRITICAL)
         with atomic.made(place) as partial:
             ocp.save_checkpointables(partial, {"params": params}, custom_metadata=metadata)
             for name, text in files.items():
@@ -320,18 +306,17 @@ def save_weights(
             if place.exists():
                 place.rmdir()
     except (OSError, ValueError) as error:
-        raise DmfError(
-            f"{folder} could not be written: {short(error)}; expected a writable directory with room"
-        ) from error
+        what = f"{folder} could not be written: {short(error)}"
+        raise DmfError(f"{what}; expected a writable directory with room") from error
     finally:
         logging.disable(level)
 
 
 def read_params(folder: Path, ema: int | None, like: Any) -> Any:
-    """Weights of one checkpoint, placed and checked like the abstract tree `like` (shape, dtype, sharding per leaf).
+    """Weights of one checkpoint, placed like the abstract tree `like`: shape, dtype and sharding.
 
-    ema: which of its EMAs, None for the raw weights. Raises DmfError naming the first leaf that does not
-    fit. `metadata` has verified the folder.
+    ema: which of its EMAs, None for the raw weights.
+    Raises DmfError that names the first leaf that does not fit. `metadata` verifies the folder.
     """
     item = "params" if ema is None else "ema"
     items = ocp.checkpointables_metadata(paths.absolute(folder)).metadata
@@ -344,23 +329,40 @@ def read_params(folder: Path, ema: int | None, like: Any) -> Any:
     return _load(folder, {item: [_with_sharding(tree, like) for tree in stored]})[item][ema]
 
 
-def foreign(folder: Path, name: str) -> Any:
-    """Shapes and dtypes of somebody else's Orbax checkpoint, as nested dicts and lists; for `read_leaf`. Reads no values.
+def read_foreign(path: Path) -> Any:
+    """The tree of somebody else's Orbax directory, as nested dicts. None where `path` is none.
 
-    name: that of the tree in the folder, "AUTO" where it holds no other.
+    Leaves are lazy `Tensor`s, numbers and texts. A list, which only optimisers have, is inert.
+    Raises DmfError where it cannot be read.
     """
-    try:
-        return ocp.metadata(folder.absolute(), name).metadata
-    except Exception as error:  # as in `_load`
-        raise DmfError(
-            f"{folder} cannot be read: {short(error)}; expected an Orbax checkpoint of one tree"
-        ) from error
+    for folder in (path.absolute(), path.absolute() / "default"):  # the latter of a manager's step
+        if not os.path.isfile(folder / "_METADATA"):
+            continue
+        inner = not os.path.isfile(folder / STEP) and os.path.isfile(folder.parent / STEP)
+        where = (folder.parent, folder.name) if inner else (folder, "AUTO")
+        try:
+            tree = ocp.metadata(*where).metadata
+        except Exception as error:  # as in `_load`
+            what = f"{where[0]} cannot be read: {short(error)}"
+            raise DmfError(f"{what}; expected an Orbax checkpoint of one tree") from error
+        return _foreign_tree(where, tree, ())
+    return None
+
+
+def _foreign_tree(where: tuple[Path, str], node: Any, keys: tuple[str, ...]) -> Any:
+    if isinstance(node, Mapping):
+        inner = {name: below for name, below in node.items() if below is not None}
+        return {name: _foreign_tree(where, x, (*keys, name)) for name, x in inner.items()}
+    if not hasattr(node, "shape") or not hasattr(node, "dtype"):
+        return node if isinstance(node, int | float | str) else Inert(type(node).__name__, {})
+    shape, dtype = tuple(node.shape), np.dtype(node.dtype)
+    return Tensor(shape, dtype, functools.partial(read_leaf, *where, keys, shape, dtype))
 
 
 def read_leaf(
     folder: Path, name: str, path: Sequence[str], shape: tuple[int, ...], dtype: Any
 ) -> Any:
-    """The values of one leaf of a foreign checkpoint, below the keys `path`, as a NumPy array; nothing else is read."""
+    """The values of one leaf of a tree, below the keys `path`. Nothing else is read."""
     target: Any = np.zeros(shape, dtype)
     for key in reversed(path):
         target = {key: target}
@@ -370,9 +372,8 @@ def read_leaf(
         with context:
             return jax.tree.leaves(ocp.load(folder.absolute(), target, checkpointable_name=name))[0]
     except Exception as error:  # as in `_load`
-        raise DmfError(
-            f"{folder}: {'.'.join(path)} cannot be read: {short(error)}; expected an undamaged Orbax checkpoint"
-        ) from error
+        what = f"{folder}: {'.'.join(path)} cannot be read: {short(error)}"
+        raise DmfError(f"{what}; expected an undamaged Orbax checkpoint") from error
 
 
 def _check_like(stored: Any, like: Any, folder: Path) -> None:
@@ -381,15 +382,13 @@ def _check_like(stored: Any, like: Any, folder: Path) -> None:
     for name in [*wanted, *found]:
         if name not in found or name not in wanted:
             which = "lacks" if name not in found else "has an unexpected"
-            raise DmfError(
-                f"checkpoint {folder} {which} weight {name}: expected the {len(wanted)} weights of config.network"
-            )
+            what = f"checkpoint {folder} {which} weight {name}"
+            raise DmfError(f"{what}: expected the {len(wanted)} weights of config.network")
     for name, w in wanted.items():
         f = found[name]
         if tuple(f.shape) != tuple(w.shape) or f.dtype != w.dtype:
-            raise DmfError(
-                f"checkpoint {folder}: weight {name} is {f.dtype}{list(f.shape)}, expected {w.dtype}{list(w.shape)}"
-            )
+            what = f"weight {name} is {f.dtype}{list(f.shape)}"
+            raise DmfError(f"checkpoint {folder}: {what}, expected {w.dtype}{list(w.shape)}")
 
 
 def _with_sharding(stored: Any, like: Any) -> Any:

@@ -1,36 +1,38 @@
-"""The manifest of a checkpoint's folder: what was written, by which a damage shows.
+"""The manifest of a checkpoint's folder: size and SHA-256 of every file.
 
-Size and SHA-256 of every file. It is written last and whole, so a folder without it is an unfinished save. It holds no checksum
-of itself: it has to be, byte for byte, what is written here of the files that it names.
+It is written last and whole, so a folder without it is an unfinished save. It holds no checksum of
+itself. Instead its bytes must be exactly what this file writes for the files that it names.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from dmf.errors import DmfError, short
 from dmf.storage import paths
+from dmf.storage.digest import sha256
 
 MANIFEST = "manifest.json"
 
 
 def write_manifest(folder: Path) -> None:
-    """Completes a step folder: relative path, size and SHA-256 of every file, written whole or not at all."""
+    """Completes a step folder with the path, size and SHA-256 of every file in it."""
     paths.write(folder / MANIFEST, _as_text(_contents(folder)), ".json.tmp")
 
 
 def verify(folder: Path) -> None:
-    """Raises DmfError naming the first file of a step folder that is missing, cut short or altered, the manifest included."""
+    """Raises DmfError that names the first missing, cut or altered file of a step folder.
+
+    The manifest is checked too.
+    """
     try:
         text = (folder / MANIFEST).read_text()
         expected = json.loads(text)
     except (OSError, ValueError) as error:
-        raise DmfError(
-            f"checkpoint {folder}: no readable {MANIFEST}; expected a folder that was saved to its end"
-        ) from error
+        what = f"checkpoint {folder}: no readable {MANIFEST}"
+        raise DmfError(f"{what}; expected a folder that was saved to its end") from error
     if not isinstance(expected, dict) or not expected or text != _as_text(expected):
         raise DmfError(
             f"checkpoint {folder}: {MANIFEST} is altered; expected it as dmf has written it"
@@ -43,14 +45,11 @@ def verify(folder: Path) -> None:
         ) from error
     for name, listed in expected.items():
         if name not in found:
-            raise DmfError(
-                f"checkpoint {folder}: file {name} is missing; expected it with size and SHA-256 {listed}"
-            )
+            what = f"checkpoint {folder}: file {name} is missing"
+            raise DmfError(f"{what}; expected it with size and SHA-256 {listed}")
         if found[name] != listed:
-            raise DmfError(
-                f"checkpoint {folder}: file {name} has {found[name][0]} bytes and another checksum; expected size and SHA-256 "
-                f"{listed}"
-            )
+            what = f"file {name} has {found[name][0]} bytes and another checksum"
+            raise DmfError(f"checkpoint {folder}: {what}; expected size and SHA-256 {listed}")
 
 
 def _as_text(contents: Any) -> str:
@@ -62,13 +61,7 @@ def _contents(folder: Path) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {}
     for path in files:
         try:
-            with path.open("rb") as file:
-                found[path.relative_to(folder).as_posix()] = [
-                    paths.size(path),
-                    hashlib.file_digest(file, "sha256").hexdigest(),
-                ]
-        except OSError as error:
-            raise OSError(
-                error.errno, error.strerror or str(error), str(path)
-            ) from error  # reading tells no name
+            found[path.relative_to(folder).as_posix()] = [paths.size(path), sha256(path)]
+        except OSError as error:  # it may not name the file
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     return found

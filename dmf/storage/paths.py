@@ -1,8 +1,9 @@
-"""Where a run is kept: a local directory, or gs://BUCKET/FOLDER in Google Cloud Storage. What the two do not share is here.
+"""Where a run is kept: a local directory, or gs://BUCKET/FOLDER in Google Cloud Storage.
 
-A bucket knows objects alone: a folder is there as long as an object's name begins with it, nothing is appended to or renamed,
-and an object is replaced as a whole or not at all. `at` gives what both are used through, a pathlib.Path or for a bucket the
-epath.Path of etils, which is called in the same way. Orbax, JAX's cache of programs and TensorBoard take gs:// themselves.
+A bucket knows objects alone. A folder is there as long as the name of an object begins with it.
+Nothing is appended to or renamed, and an object is replaced as a whole or not at all. Both kinds of
+place are used in the same way: `at` gives a pathlib.Path, or an epath.Path of etils for a bucket.
+Orbax, JAX's cache of programs and TensorBoard take gs:// themselves.
 """
 
 from __future__ import annotations
@@ -21,15 +22,13 @@ from dmf.errors import DmfError, short
 
 SCHEME = "gs://"
 PACKAGES = "requirements-gcs.txt"
-NAMED = re.compile(
-    r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE
-)  # of gs:// a pathlib.Path has left one slash
+NAMED = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # pathlib leaves one slash of gs://
 
 
 def at(path: str | os.PathLike[str]) -> Path:
-    """The place that a text names; for a bucket an epath.Path, which offers of a Path what is used of it here.
+    """The place that a text names. For a bucket it is an epath.Path, which is used like a Path.
 
-    Raises DmfError where the packages that serve a bucket are missing, and for any other kind of address.
+    Raises DmfError for other kinds of address, and where the packages for a bucket are missing.
     """
     text = os.fspath(path)
     if not NAMED.match(text):
@@ -48,26 +47,27 @@ def is_bucket(path: str | os.PathLike[str]) -> bool:
 
 
 def local(path: str | os.PathLike[str], why: str) -> Path:
-    """A path that has to be local, for the reason given; raises DmfError for another one."""
+    """A local path; raises DmfError, with the reason `why`, for another one."""
     if NAMED.match(os.fspath(path)):
         raise DmfError(f"{os.fspath(path)}: expected a local path, {why}")
     return Path(path)
 
 
 def absolute(path: Path) -> Path:
-    """Path.absolute, which of an epath.Path would put the present directory before gs://."""
+    """Path.absolute, which would put the present directory before gs://."""
     return path if is_bucket(path) else path.absolute()
 
 
 def reach(path: Path) -> Path:
-    """The path itself; raises DmfError where it is in a bucket that cannot be read: no such bucket, no right to, no network."""
+    """The path itself; raises DmfError where its bucket cannot be read."""
     if is_bucket(path):
         try:
             path.exists()
         except Exception as error:  # what a cloud's client raises has no common base
             raise DmfError(
-                f"{path} cannot be reached: {short(error)}; expected a bucket that is there and credentials that may read and "
-                "write it (gcloud auth application-default login, or the machine's own)"
+                f"{path} cannot be reached: {short(error)}; expected a bucket that exists and "
+                "credentials that may read and write it "
+                "(gcloud auth application-default login, or the machine's own)"
             ) from error
     return path
 
@@ -81,7 +81,7 @@ def make(folder: Path) -> None:
 def write(path: Path, content: str | bytes, partial: str) -> None:
     """Writes a file whole or not at all. Raises OSError.
 
-    partial: the suffix of an unfinished one, in the place of the file's own; in a bucket there is none.
+    partial: the suffix of the unfinished file. In a bucket there is no unfinished file.
     """
     data = content.encode() if isinstance(content, str) else content
     if is_bucket(path):
@@ -94,7 +94,7 @@ def write(path: Path, content: str | bytes, partial: str) -> None:
 
 
 def append(path: Path, text: str) -> None:
-    """Adds text to a file, which need not be there. In a bucket the whole of it is written again. Raises OSError."""
+    """Adds text to a file, or makes it. In a bucket it is written again whole. Raises OSError."""
     if not is_bucket(path):
         with path.open("a") as file:
             file.write(text)
@@ -113,9 +113,8 @@ def files(folder: Path) -> list[Path]:
         return sorted(p for p in folder.rglob("*") if p.is_file())
     tree: Any = folder  # a Path has walk only since Python 3.12
     found = [(os.fspath(root), name) for root, _, names in tree.walk() for name in names if name]
-    return sorted(
-        at(SCHEME + root.removeprefix(SCHEME)) / name for root, name in found
-    )  # epath may leave out gs://
+    # epath may leave out gs://
+    return sorted(at(SCHEME + root.removeprefix(SCHEME)) / name for root, name in found)
 
 
 def size(path: Path) -> int:
@@ -131,26 +130,27 @@ def remove_tree(folder: Path) -> None:
         return
     with _told(folder):
         tree: Any = folder
-        tree.rmtree(missing_ok=True)  # the last object gone, there is no folder any more
+        tree.rmtree(missing_ok=True)  # a folder ends with its last object
 
 
 @contextmanager
 def writing(what: Path | str) -> Iterator[None]:
-    """What a disk or a bucket refuses in the block, as a DmfError of one sentence that names the file, or the flag, `what`."""
+    """Turns an OSError of the block into a DmfError that names the file, or flag, `what`."""
     try:
         yield
     except OSError as error:
-        raise DmfError(
-            f"{what} cannot be written: {error.strerror or short(error)}; expected a writable directory with room"
-        ) from error
+        why = f"{what} cannot be written: {error.strerror or short(error)}"
+        raise DmfError(f"{why}; expected a writable directory with room") from error
 
 
 @contextmanager
 def alone(path: Path, refusal: str) -> Iterator[None]:
-    """Keeps other processes out of such a block of the same path: a folder, or a file, which is made for it and stays.
+    """Keeps other processes out of such a block of the same path.
 
-    A process that ends lets go of it, by SIGKILL too. A bucket has no locks, nor has every file system: there all enter. Raises
-    DmfError with the sentence `refusal` where another process is inside, OSError where the path cannot be opened.
+    path: a folder, or a file, which is made if it is missing, and stays.
+    The end of a process, by SIGKILL too, ends its lock. Where a bucket or a file system has no
+    locks, all enter. Raises DmfError with the sentence `refusal` where another process is inside,
+    OSError where the path cannot be opened.
     """
     if is_bucket(path):
         yield
@@ -169,18 +169,18 @@ def alone(path: Path, refusal: str) -> Iterator[None]:
 
 
 def failures(path: Path) -> tuple[type[Exception], ...]:
-    """What may be raised by who writes there: a cloud's clients have no common base."""
+    """What writing there may raise. The errors of a cloud's clients have no common base."""
     return (Exception,) if is_bucket(path) else (OSError, ValueError)
 
 
 def _serve(text: str) -> None:
-    """Makes gcsfs what epath asks, rather than TensorFlow, which is large and here for event files alone."""
+    """Makes epath use gcsfs. It would use TensorFlow, which is large and often not installed."""
     if os.environ.setdefault("EPATH_USE_TF", "false").lower() not in ("false", "no", "f", "0"):
         return  # the user's own choice
     try:
         import fsspec
 
-        # Orbax writes arrays without telling gcsfs, and other processes write too: what it has listed once may be no more.
+        # Orbax and other processes write past gcsfs, so that its stored listings may be old.
         fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
         fsspec.get_filesystem_class("gcs")
     except ImportError as error:
@@ -191,7 +191,7 @@ def _serve(text: str) -> None:
 
 @contextmanager
 def _told(path: Path) -> Iterator[None]:
-    """What a cloud's client raises, as the OSError that a disk would."""
+    """Turns any error of a cloud's client into an OSError, as a disk raises it."""
     try:
         yield
     except Exception as error:  # they have no common base

@@ -221,7 +221,7 @@ def test_deep_metadata_of_ours_is_none():
 
 
 def test_shared_lists_do_not_grow_without_end(tmp_path, monkeypatch):
-    """Thirty lists, each twice the one before: a billion names from a few hundred bytes."""
+    """Thirty lists, each twice the one before it: a billion names in a few hundred bytes."""
     monkeypatch.setattr(tree, "MAX_VISITS", 10_000)
     (tmp_path / "x").write_bytes(
         pickled(b"](]\x94", *(b"]\x94(h%ch%ce" % (i, i) for i in range(30)), b"e")
@@ -257,7 +257,7 @@ def test_a_file_cut_off_anywhere_is_refused(tmp_path, pytestconfig, rng, name):
 
 @pytest.mark.parametrize("name", ["read_zip", "read_legacy", "read_edm", "safetensors", "flax"])
 def test_a_file_with_a_wrong_byte_reads_or_is_refused(tmp_path, pytestconfig, rng, name):
-    """No byte leads to an exception of another sort, to a call, or to memory that the file does not have."""
+    """No byte leads to another exception, to a call, or to more memory than the file has."""
     data = samples(pytestconfig.rootpath / "tests" / "golden")[name]
     for place, value in zip(
         rng.integers(0, len(data), 300), rng.integers(0, 256, 300), strict=True

@@ -12,7 +12,7 @@ from tests.hostile import name_of, nested, pickled, refuses, stream, text, zippe
 
 
 class Touch:
-    """Pickles as a call that would leave a file behind, were it made."""
+    """Its pickle is a call that leaves a file behind, if somebody makes the call."""
 
     def __init__(self, function, *args):
         self.call = function, args

@@ -41,7 +41,7 @@ FAR += (
     + struct.pack("<I", len(GOOD) - OFFSET + 32)
     + GOOD[-6:]
 )
-TABLE = b"PK\1\2\x14\x03\x14\0\0\0\0\0"  # begins an entry of the table of contents: versions, flags, method
+TABLE = b"PK\1\2\x14\x03\x14\0\0\0\0\0"  # an entry of the table: versions, flags, method
 ZIPS = {
     "compressed": (
         zipped(tensor_program(), zipfile.ZIP_DEFLATED, data_0=VALUES),

@@ -1,4 +1,4 @@
-"""What is made beside its place and renamed: whole, or not there, whatever killed processes left."""
+"""Files and folders are there whole or not at all, whatever killed processes left."""
 
 import os
 import socket
@@ -11,7 +11,7 @@ from dmf.storage import atomic, checkpoint
 
 
 def left(folder, name, process, host=None):
-    """What a process would leave of a place, a folder with a file in it."""
+    """A folder with a file in it, as a killed process leaves it."""
     path = folder / f".{name}.partial-{host or socket.gethostname()}-{process}"
     path.mkdir()
     (path / "half").write_text("data")

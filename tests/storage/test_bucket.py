@@ -1,4 +1,4 @@
-"""A run in a bucket: the same code, the same bits, and nothing that no bucket can do (`tests.bucket`)."""
+"""A run in a bucket gives the same bits and asks nothing that a bucket cannot do."""
 
 import io
 import json
@@ -54,7 +54,7 @@ def local(tmp_path_factory):
 
 
 def killed_at(step, monkeypatch):
-    """A run dies as it is about to save this step, and what it had in hand is gone."""
+    """A run dies just before it saves this step, and loses what it had in memory."""
 
     class Killed(Exception):
         pass
@@ -183,7 +183,8 @@ def test_a_damaged_or_unfinished_checkpoint_in_a_bucket_is_passed_over(bucket, r
 def test_another_config_is_refused_in_a_bucket_as_in_a_folder(remote):
     with pytest.raises(
         DmfError,
-        match=r"--workdir=gs://things/runs/tiny holds a run with another config: config.seed: 0 -> 1",
+        match=r"--workdir=gs://things/runs/tiny holds a run with another config: "
+        r"config.seed: 0 -> 1",
     ):
         runs.train(parse(merged(SCORED, seed=1)), HERE)
 
@@ -245,12 +246,14 @@ def test_an_unreachable_or_read_only_bucket_and_other_addresses_are_one_sentence
         patch.setattr(bucket, "read_only", True)
         with pytest.raises(
             DmfError,
-            match=r"--workdir=gs://things/new cannot be written: \w+Error: .*(no right to delete|Forbidden).*; expected a",
+            match=r"--workdir=gs://things/new cannot be written: \w+Error: "
+            r".*(no right to delete|Forbidden).*; expected a",
         ):
             runs.train(parse(TINY), "gs://things/new")
         with pytest.raises(
             DmfError,
-            match=r"gs://things/runs/tiny/samples\S+png cannot be written: .*no right to write.*; exp",
+            match=r"gs://things/runs/tiny/samples\S+png cannot be written: "
+            r".*no right to write.*; exp",
         ):
             sampling.write_samples(f"{HERE}/best", [1], 4)
     with pytest.raises(DmfError, match=r"no such file or directory; expected a work directory"):
@@ -276,7 +279,8 @@ def test_without_its_packages_a_bucket_is_one_sentence(bucket, monkeypatch):
     monkeypatch.setattr("fsspec.get_filesystem_class", missing)
     with pytest.raises(
         DmfError,
-        match=r"gs://a/b: the packages for gs:// are missing; expected pip install -r requirements-gcs",
+        match=r"gs://a/b: the packages for gs:// are missing; "
+        r"expected pip install -r requirements-gcs",
     ):
         paths.at("gs://a/b")
     assert paths.at("a/b").name == "b"
@@ -301,7 +305,8 @@ def test_going_back_deletes_what_is_beyond_and_a_failed_save_is_one_sentence(buc
     monkeypatch.setattr(bucket, "read_only", True)
     with pytest.raises(
         DmfError,
-        match=r"checkpoint of step 9 could not be written to gs://things/back/checkpoints: .*; expected",
+        match=r"checkpoint of step 9 could not be written to gs://things/back/checkpoints: "
+        r".*; expected",
     ):
         saved.save(9, Setup().state())
     saved.close()

@@ -115,7 +115,8 @@ def test_weights_of_another_shape_or_type_are_refused_by_name(saved):
     )
     with pytest.raises(
         DmfError,
-        match=r"weight \['x_embedder'\]\['proj'\]\['kernel'\] is float32\[4, 4, 1, 32\], expected float32\[3, 5\]",
+        match=r"weight \['x_embedder'\]\['proj'\]\['kernel'\] is float32\[4, 4, 1, 32\], "
+        r"expected float32\[3, 5\]",
     ):
         checkpoint.read_params(folder, None, like)
     like["x_embedder"]["proj"]["kernel"] = jax.ShapeDtypeStruct(
@@ -194,8 +195,8 @@ def test_event_files_that_cannot_be_written_are_told_once_and_do_without(
         board.close()
         (said,) = caplog.messages
         assert (
-            said
-            == f"{tmp_path}/tensorboard: RuntimeError: the disk is full; no more event files are written"
+            said == f"{tmp_path}/tensorboard: RuntimeError: the disk is full; "
+            "no more event files are written"
         )
 
 

@@ -47,7 +47,7 @@ NETWORK = {
 
 
 def module(name, **members):
-    """A module under a name that a pickle speaks of."""
+    """A module with the name that a pickle holds."""
     made = types.ModuleType(name)
     for key, value in members.items():
         value.__module__, value.__qualname__ = name, key
@@ -56,7 +56,7 @@ def module(name, **members):
 
 
 def edm_network(torch):
-    """A module that pickles as those of EDM do: a call of _reconstruct_persistent_obj with its source and its fields."""
+    """A module whose pickle, as in EDM, is a call with its source and its fields."""
 
     def reconstruct(meta):
         raise AssertionError("a reader must not call this")
@@ -108,7 +108,7 @@ def edm_network(torch):
 
 
 def write_golden(folder):
-    """What tests/golden holds: write_golden(Path("tests/golden")) with torch 2.13 made read_{zip,legacy,edm}.pt."""
+    """Writes read_{zip,legacy,edm}.pt; torch 2.13 made those of tests/golden with it."""
     import torch
 
     numbers = {
@@ -384,41 +384,6 @@ def test_orbax_directories_of_a_manager_and_lists_in_them(tmp_path):
             and weights.tree["layers"] == read.Inert("list", {})
         )
         same(weights.tree["params"]["w"], F32)
-
-
-def leaf(value=0.0):
-    return read.Tensor((), np.dtype(np.float32), lambda: np.float32(value))
-
-
-def test_flatten_names_positions_by_numbers_and_drops_the_rest():
-    a, b = leaf(), leaf()
-    nested = {"x": {0: a, "y": {"z": b}}, "n": 3, "m": read.Inert("M", {"w": a}), "l": [None, b]}
-    assert list(read.flatten(nested)) == ["x.0", "x.y.z", "l.1"]
-    assert read.flatten(nested["x"], "net")["net.y.z"] is b
-    with pytest.raises(DmfError, match="'x.y' is used twice"):
-        read.flatten({"x.y": a, "x": {"y": b}})
-
-
-def test_prefixes_go_only_where_every_name_has_them():
-    a = leaf()
-    assert list(read.strip_prefix({"module._orig_mod.w": a, "module._orig_mod.module.v": a})) == [
-        "w",
-        "module.v",
-    ]
-    assert list(read.strip_prefix({"_orig_mod.module.w": a})) == ["w"]
-    assert list(read.strip_prefix({"module.w": a, "n_averaged": a})) == ["module.w", "n_averaged"]
-    assert list(read.strip_prefix({"module.": a})) == ["module."] and read.strip_prefix({}) == {}
-
-
-def test_what_is_no_module_is_named():
-    empty = {"_parameters": {}, "_buffers": {}, "_modules": {"a": None}}
-    assert read.module_tensors(read.Inert("M", empty)) == {}
-    number = {**empty, "_buffers": {"a": leaf()}, "_non_persistent_buffers_set": 5}
-    assert list(read.module_tensors(read.Inert("M", number))) == ["a"]
-    with pytest.raises(
-        DmfError, match="module 'b.' is a 'Adam': expected a pickled torch.nn.Module"
-    ):
-        read.module_tensors(read.Inert("M", {**empty, "_modules": {"b": read.Inert("Adam", {})}}))
 
 
 def test_sha256(tmp_path):

@@ -1,34 +1,33 @@
 """Weight files as a tree of tensors, read lazily; nothing that a file contains is executed.
 
-Its content tells a file's format: safetensors; torch.save, as zip archive or older stream; a pickle
-of a network, as of EDM and ECT; a Flax msgpack checkpoint. Opening reads no tensor.
+Its content tells the format of a file:
+- safetensors
+- torch.save, as zip archive or older stream
+- a pickle of a network, such as those of EDM and ECT
+- a Flax msgpack checkpoint
+Opening reads no tensor.
 """
 
 from __future__ import annotations
 
-import functools
 import json
-import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from dmf.storage import checkpoint
-from dmf.storage.digest import sha256 as sha256
+from dmf.storage import checkpoint, digest
 from dmf.storage.readers import flaxfile, torchfile
 from dmf.storage.readers.span import Span, short, whole
-from dmf.storage.readers.tree import DTYPES, Inert, Tensor, pairs, tensor
+from dmf.storage.readers.tree import DTYPES, Tensor, pairs, tensor
+from dmf.storage.readers.tree import Inert as Inert
 from dmf.storage.readers.tree import flatten as flatten
 from dmf.storage.readers.tree import module_tensors as module_tensors
 from dmf.storage.readers.tree import strip_prefix as strip_prefix
 
-ORBAX = "_METADATA"  # in the folder of one tree of Orbax's
-STEP = "_CHECKPOINT_METADATA"  # in the folder that Orbax reads, which holds one tree or several
+sha256 = digest.of_weights
 SAFETENSORS = {
     code: DTYPES[name]
     for code, name in pairs("""BOOL:bool U8:uint8 I8:int8 U16:uint16 I16:int16 U32:uint32 I32:int32
@@ -67,12 +66,8 @@ class Weights:
 
 def open_file(path: str | Path) -> Weights:
     """The weight file, or Orbax directory, at `path`. Raises DmfError for any other or damaged."""
-    for folder in (Path(path).absolute(), Path(path).absolute() / "default"):
-        # "default" lies within the step of a CheckpointManager
-        if os.path.isfile(folder / ORBAX):
-            apart = not os.path.isfile(folder / STEP) and os.path.isfile(folder.parent / STEP)
-            where = (folder.parent, folder.name) if apart else (folder, "AUTO")
-            return Weights(Path(path), "orbax", _read_orbax(where, checkpoint.foreign(*where)))
+    if (tree := checkpoint.read_foreign(Path(path))) is not None:
+        return Weights(Path(path), "orbax", tree)
     span, place = whole(path), Path(path)
     with span.opened() as stream:
         head = stream.read(512)
@@ -88,20 +83,6 @@ def open_file(path: str | Path) -> Weights:
     if 0x81 <= head[0] <= 0x8F or head[0] in (0xDE, 0xDF):
         return Weights(place, "flax msgpack", flaxfile.read_msgpack(span))
     raise span.error(f"begins with {head[:8].hex(' ')}", EXPECTED)
-
-
-def _read_orbax(where: tuple[Path, str], node: Any, keys: tuple[str, ...] = ()) -> Any:
-    """The tree of an Orbax directory. A list, which only optimisers have, is inert."""
-    if isinstance(node, Mapping):
-        return {
-            name: _read_orbax(where, below, (*keys, name))
-            for name, below in node.items()
-            if below is not None
-        }
-    if not hasattr(node, "shape") or not hasattr(node, "dtype"):
-        return node if isinstance(node, int | float | str) else Inert(type(node).__name__, {})
-    shape, dtype = tuple(node.shape), np.dtype(node.dtype)
-    return Tensor(shape, dtype, functools.partial(checkpoint.read_leaf, *where, keys, shape, dtype))
 
 
 def _read_safetensors(span: Span) -> tuple[dict[str, Tensor], dict[str, str]]:

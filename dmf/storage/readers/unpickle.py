@@ -1,10 +1,11 @@
 """Pickles of weights, read by the standard library's Unpickler with a closed table of names.
 
-No name in a file is imported, built or called. `find_class` gives a label, `_made` says what a call
-of the label stands for, and `tree_of` makes a tree of it all. Anything else is refused in one line.
+No name in a file is imported, built or called. A name becomes a label: see `find_class`. `_made`
+says what a call of the label stands for. `tree_of` makes a tree of it all. Anything else is refused
+in one line.
 
-The Unpickler in C takes the memory that a memo index announces, and hashes any key. The one in
-Python lets a subclass choose its opcodes, so that both are bounded.
+pickle._Unpickler is the standard library's Unpickler in Python. The one in C takes the memory that
+a memo index announces, and hashes any key. In Python a subclass can bound both.
 """
 
 from __future__ import annotations
@@ -257,18 +258,18 @@ def _dtype(made: Made) -> np.dtype | None:
     return None
 
 
-def tree_of(value: Any, span: Span) -> Any:
-    """The tree of what a pickle describes: see `dmf.storage.readers.read.Weights`."""
-    return _tree(value, span, {}, 0)
+def tree_of(value: Any, span: Span, done: dict[int, Any] | None = None, depth: int = 0) -> Any:
+    """The tree of what a pickle describes: see `dmf.storage.readers.read.Weights`.
 
-
-def _tree(value: Any, span: Span, done: dict[int, Any], depth: int) -> Any:
+    done: the trees that were made already, by the id of the object.
+    """
+    done = {} if done is None else done
     if id(value) in done:
         return done[id(value)]
     if depth > MAX_DEPTH:
         what = f"its pickle nests objects over {MAX_DEPTH} deep or within themselves"
         raise span.error(what, "a plain tree")
-    below = functools.partial(_tree, span=span, done=done, depth=depth + 1)
+    below = functools.partial(tree_of, span=span, done=done, depth=depth + 1)
     made = value
     match value:
         case Global() | Storage() | Span():
