@@ -194,14 +194,14 @@ def test_the_curriculum_starts_from_a_converted_flow_model(kind, config, given, 
         jax.random.normal(jax.random.key(0), (4, 8, 8, 1)),
         np.linspace(0.1, 1, 4, dtype=np.float32),
     )
-    given = Condition(augment=np.ones((4, 6), np.float32))
+    condition = Condition(augment=np.ones((4, 6), np.float32))
     if config.kind == "dit":
-        given = Condition(label=np.arange(4, dtype=np.int32))
-    v = jax.jit(network.apply)(flow, z, t, t, condition=given)
+        condition = Condition(label=np.arange(4, dtype=np.int32))
+    v = jax.jit(network.apply)(flow, z, t, t, condition=condition)
     assert np.std(v) > 0.01
     for r in (t, 0.3 * t, 0 * t):
         np.testing.assert_array_equal(
-            jax.jit(run.network.apply)(start.params, z, r, t, condition=given), v
+            jax.jit(run.network.apply)(start.params, z, r, t, condition=condition), v
         )
     runs.train(parse(values), tmp_path / "run")
     tensors = export(tmp_path / "run", tmp_path / "u.safetensors")  # in the layout it came in

@@ -381,7 +381,7 @@ SIT_ERRORS = [
     ({}, {"heads": 0}, "--set=heads is 0; expected an integer of at least 1"),
     ({}, {"heads": "four"}, "--set=heads is 'four'; expected an integer"),
     ({}, {"resolution": 32}, "--set=resolution=32: expected 16: pos_embed has 64 rows"),
-    ({}, {"width": 96}, "--set=width=96: expected one of heads, resolution"),
+    ({}, {"width": 96}, "--set=width=96: expected heads or resolution for kind sit"),
     (
         {"blocks.1.mlp.fc1.weight": (300, 96)},
         {},
@@ -421,7 +421,7 @@ def test_errors_of_sit_name_the_tensor_or_the_field(changes, given, message):
             r"proj.kernel has shape \[16, 48\]: expected 4 axes",
         ),
         ({}, {"heads": None}, "width 48 with depth 2 .*--set=heads=N"),
-        ({}, {"depth": 2}, "--set=depth=2: expected one of heads, resolution"),
+        ({}, {"depth": 2}, "--set=depth=2: expected heads or resolution for kind meanflow_dit"),
         (
             {"net.h_embedder.mlp.layers_2._flax_linear.bias": None},
             {},
