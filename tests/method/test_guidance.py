@@ -20,7 +20,7 @@ from dmf.method.flow import Condition, Rows, RowSplit
 from dmf.method.guidance import GuidanceConfig, guided_velocity
 from dmf.networks import Network
 from tests import runs
-from tests.test_config import load
+from tests.test_configs import load
 from tests.test_step import largest_difference
 from tests.test_train import leaves, stopped_after
 from tests.tiny import TINY, Setup, merged
