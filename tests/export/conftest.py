@@ -2,8 +2,7 @@
 
 import pytest
 
-from dmf.export import folder
-from tests.export.exports import STEPS, saved
+from tests.export.exports import STEPS, saved, to_folder
 from tests.tiny import TINY, UNET
 
 
@@ -18,5 +17,5 @@ def models(checkpoints, tmp_path_factory):
     """Model folders with samplers of 1, 2 and 4 steps."""
     place = tmp_path_factory.mktemp("models")
     for name, path in checkpoints.items():
-        folder.export(path, place / name, steps=STEPS)
+        to_folder(path, place / name, steps=STEPS)
     return place

@@ -1,6 +1,7 @@
 """Checkpoints of random weights, and a scored run, for the tests of exports."""
 
 import json
+from functools import partial
 
 import jax
 import jax.export
@@ -9,8 +10,8 @@ import numpy as np
 from dmf import pretrained, sharding
 from dmf.config import parse, to_dict
 from dmf.evaluation.sampling import Sampler
-from dmf.export import model
-from dmf.storage import checkpoint
+from dmf.export import folder, model, onnx
+from dmf.storage import checkpoint, digest
 from tests.tiny import TINY, Setup, merged
 
 STEPS = (1, 2, 4)
@@ -59,7 +60,7 @@ def scored(tmp_path, **run):
     ]
     (home / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (home / "best.json").write_text(json.dumps(rows[2]))
-    manifest = model.sha256((home / "checkpoints" / "7" / checkpoint.MANIFEST).read_bytes())
+    manifest = digest.sha256(home / "checkpoints" / "7" / checkpoint.MANIFEST)
     protocol = {
         "name": "mine",
         "space": "pixels",
@@ -79,3 +80,13 @@ def scored(tmp_path, **run):
         ]
         (home / f"scores_{name}.json").write_text(json.dumps(found))
     return home
+
+
+def to_folder(path, out, steps=(1,), upload=""):
+    """The model folder of a checkpoint; returns its config.json."""
+    return folder.export(partial(model.open_model, path), out, steps=steps, upload=upload)
+
+
+def to_onnx(path, out, steps=1):
+    """The ONNX file of a checkpoint; returns its metadata."""
+    return onnx.export(partial(model.open_model, path), out, steps=steps)

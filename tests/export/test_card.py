@@ -11,8 +11,8 @@ import jax.export
 import numpy as np
 
 from dmf import pretrained
-from dmf.export import card, folder, model
-from tests.export.exports import SHAPE, saved, scored
+from dmf.export import card, model
+from tests.export.exports import SHAPE, saved, scored, to_folder
 from tests.tiny import TINY
 
 FRESH = """
@@ -74,7 +74,7 @@ def test_the_card_has_the_scores_of_these_weights_and_no_others(tmp_path):
         and [row["fid"] for row in found[1]["rows"]] == [40.5]
         and "mine: pixels" in found[1]["protocol"]
     )
-    folder.export(home, tmp_path / "model")
+    to_folder(home, tmp_path / "model")
     text = (tmp_path / "model" / "README.md").read_text()
     assert (
         "| steps | nfe | fd |" in text
@@ -108,7 +108,7 @@ def test_what_is_not_known_of_a_checkpoint_is_not_called_none(tmp_path):
         "samplers": [{"file": "f", "steps": 1, "nfe": 1, "platforms": []}],
         "scores": [],
     }
-    text = card.text("m", {**model.about(opened), **made})
+    text = card.text("m", {**opened.about(), **made})
     assert (
         "Trained with dmf on digits." in text
         and "scale unknown, shift 0; the scale was not recorded" in text
@@ -123,7 +123,7 @@ def test_latents_come_with_the_rule_that_makes_images_of_them(checkpoints, tmp_p
         "vae": {"file": "vae.pt", "copy": "", "sha256": "cd" * 32},
     }
     opened = model.open_model(saved(TINY, tmp_path / "latent", data=about))
-    found = model.about(opened)
+    found = opened.about()
     assert (
         found["latent"]["scale"] == 0.25
         and found["latent"]["shift"] == 0
@@ -139,4 +139,4 @@ def test_latents_come_with_the_rule_that_makes_images_of_them(checkpoints, tmp_p
     assert (
         "image = decode(x / scale + shift), scale 0.25, shift 0" in text and "images =" not in text
     )
-    assert model.about(model.open_model(checkpoints["dit"]))["latent"] is None
+    assert model.open_model(checkpoints["dit"]).about()["latent"] is None

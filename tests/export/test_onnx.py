@@ -13,7 +13,7 @@ from dmf import pretrained
 from dmf.config import parse, to_dict
 from dmf.errors import DmfError
 from dmf.export import command, onnx
-from tests.export.exports import LABELS, own, saved
+from tests.export.exports import LABELS, own, saved, to_onnx
 from tests.tiny import TINY, merged
 
 
@@ -53,7 +53,7 @@ def test_what_the_packages_of_onnx_refuse_is_one_sentence(checkpoints, tmp_path,
         DmfError,
         match="x.onnx: .* cannot do this network .NotImplementedError: no rule for this.; expected",
     ):
-        onnx.export(checkpoints["dit"], tmp_path / "x.onnx")
+        to_onnx(checkpoints["dit"], tmp_path / "x.onnx")
     assert not list(tmp_path.iterdir())
 
 
@@ -62,7 +62,7 @@ def test_an_onnx_file_of_a_run_in_half_precision_computes_in_float32(tmp_path):
     pytest.importorskip("jax2onnx", reason="requirements-onnx.txt is not installed")
     config = to_dict(parse(merged(TINY, compute_dtype="bfloat16", ema=dict(evaluate=0.0))))
     saved(TINY, tmp_path / "half", config=config, source=None, data={"name": "digits"})
-    about = onnx.export(tmp_path / "half", tmp_path / "x.onnx")
+    about = to_onnx(tmp_path / "half", tmp_path / "x.onnx")
     assert (
         about["dtype"]["compute"] == "float32"
         and about["check"]["relative_l2"] <= about["check"]["limit"] == 1e-5
