@@ -65,8 +65,7 @@ def export(opener: Callable[[], Model], out: str | Path, *, steps: int = 1) -> d
             f"{target}: {bytes_of_weights:,} bytes of weights; "
             f"expected at most {LARGEST:,}, all that ONNX has room for"
         )
-    model = replace(model, config=replace(model.config, compute_dtype="float32"))
-    model = replace(model, network=networks.build(model.config.network, model.shape))
+    model = _in_float32(model)
     with _at_work(target):
         content = _convert(jax2onnx, onnx, model, steps)
     with place.made_whole(target) as partial:
@@ -88,6 +87,11 @@ def export(opener: Callable[[], Model], out: str | Path, *, steps: int = 1) -> d
         f"exported  {target}: ONNX, opset {about['opset']}, {steps} step(s); onnxruntime is {off}"
     )
     return about
+
+
+def _in_float32(model: Model) -> Model:
+    config = replace(model.config, compute_dtype="float32")
+    return replace(model, config=config, network=networks.build(config.network, model.shape))
 
 
 def _extra() -> tuple[Any, Any, Any]:
