@@ -16,17 +16,9 @@ from jax.sharding import Mesh
 from dmf import networks, sharding
 from dmf.config import parse, to_dict
 from dmf.errors import DmfError
-from dmf.fields import section
-from dmf.networks.frozen import dinov2, inception, vae
+from dmf.networks.every import OTHERS, build, network_config
 from dmf.optim import EMAConfig
 from dmf.storage import checkpoint
-
-# Networks other than u(z, r, t): kind -> (config class, how one is built).
-OTHERS: dict[str, tuple[type, Any]] = {
-    "vae": (vae.VAEConfig, vae.build_vae),
-    "inception": (inception.InceptionConfig, inception.build_inception),
-    "dinov2": (dinov2.DinoConfig, dinov2.build_dinov2),
-}
 
 
 def load(path: str | Path, ema: float | None = None) -> tuple[Any, Any]:
@@ -77,29 +69,19 @@ def is_converted(stored: dict[str, Any]) -> bool:
     return "config" not in stored or not stored["config"]["data"]["name"]
 
 
+def which(stored: dict[str, Any], ema: float | None) -> str:
+    """Which of a checkpoint's weights `load` takes, in words."""
+    if is_converted(stored):
+        return f"converted from copy {stored['source']['source']['copy']!r}"
+    halflife = stored["config"]["ema"]["evaluate"] if ema is None else ema
+    return f"average with a half-life of {halflife:g} images" if halflife else "raw"
+
+
 def described(stored: dict[str, Any]) -> tuple[Any, tuple[int, ...]]:
     """(network config, image shape) from a checkpoint's metadata."""
     if "config" in stored:
         return parse(stored["config"]).network, tuple(stored["image_shape"])
     return network_config(stored["network"]), tuple(stored["image_shape"])
-
-
-def network_config(values: dict[str, Any]) -> Any:
-    """The config of any network, from its fields as plain values.
-
-    Raises DmfError for an unknown kind or field.
-    """
-    kind = values.get("kind")
-    if kind in OTHERS:
-        return section(OTHERS[kind][0], values, "network")
-    return parse({"network": values}).network
-
-
-def build(config: Any, image_shape: tuple[int, ...]) -> Any:
-    """The network of a config, u(z, r, t) or one of OTHERS, in float32."""
-    if config.kind in OTHERS:
-        return OTHERS[config.kind][1](config)
-    return networks.build(config, image_shape)
 
 
 def metadata(config: Any, image_shape: tuple[int, ...], source: dict[str, Any]) -> dict[str, Any]:

@@ -76,9 +76,8 @@ def align(
         )
     new_config = dataclasses.replace(config, **FORM)
     key, label = jax.random.key(seed), _labels(config, 1)
-    start = UNet(new_config, None).init(
-        jax.random.fold_in(key, 0), None, *jnp.zeros((2, 1)), label, None
-    )["params"]
+    given, first = Condition(augment=label), jax.random.fold_in(key, 0)
+    start = UNet(new_config, None).init(first, None, *jnp.zeros((2, 1)), given, None)["params"]
     interval = jnp.zeros_like(start.pop("interval")["kernel"])
     if config.augment_dim:  # no label reaches the features of t - r, as in the old embedding
         kernel = start["map_augment"]["kernel"]

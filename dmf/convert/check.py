@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dmf.convert.kind import Arrays, Kind, Shape, Tensors
+from dmf.convert.kind import Kind, NamedArrays, Shape, Tensors
 from dmf.convert.rules import relative_l2
 from dmf.errors import DmfError
 
@@ -20,7 +20,7 @@ from dmf.errors import DmfError
 BOUND = 2e-5
 
 # What to compare with: "auto" for PyTorch if it is installed, "none", or (name, stored arrays).
-Wanted = str | tuple[str, Arrays]
+Wanted = str | tuple[str, NamedArrays]
 
 
 def wanted(check: str) -> Wanted:
@@ -66,7 +66,7 @@ def run(
         import torch
 
         arrays, against = kind.probe(config, shape), f"PyTorch {torch.__version__}"
-        theirs: Arrays = kind.torch_outputs(_FromFile(tensors), arrays)
+        theirs: NamedArrays = kind.torch_outputs(_FromFile(tensors), arrays)
     else:
         against, arrays = check[0], dict(check[1])
         theirs = arrays

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from dmf.convert.kind import Kind, Shape
 from dmf.convert.kinds import KINDS, kind_of
 from dmf.errors import DmfError
 from dmf.evaluation import features
+from dmf.logging import Count
 from dmf.storage import checkpoint
 from dmf.storage.readers import read
 
@@ -93,7 +93,7 @@ def _converted(
     if align_steps:
         align.check(config, align_steps)
     network = pretrained.build(config, shape)
-    rules, progress = kind.rules(config, shape, tensors), _progress(kind.name)
+    rules, progress = kind.rules(config, shape, tensors), _progress(kind.name, "bytes")
     params, rows = audit.convert(rules, tensors, network, kind.name, progress)
     print(audit.table(rows), flush=True)
     report: dict[str, Any] = {
@@ -111,7 +111,9 @@ def _converted(
         said = ", ".join(f"{k} = {v}" for k, v in given.items())
         print(f"given     {said}: only stored outputs would tell it wrong")
     if align_steps:
-        config, params, found = align.align(config, params, align_steps, 0, _progress("align"))
+        config, params, found = align.align(
+            config, params, align_steps, 0, _progress("align", "steps")
+        )
         _say_alignment(found)
         note = "it came after the checks, and replaced the leaves of the embedding"
         report["alignment"] = {**found, "note": note}
@@ -139,16 +141,16 @@ def _say_alignment(found: Mapping[str, float]) -> None:
         )
 
 
-def _progress(name: str) -> Callable[[int, int], None]:
-    """A progress line: rewritten on a terminal, printed once at the end elsewhere."""
-    started = time.monotonic()
+def _progress(name: str, unit: str) -> Callable[[int, int], None]:
+    """progress(done, total) as a line of `logging.Count`."""
+    lines: dict[int, Count] = {}
+    last = 0
 
     def show(done: int, total: int) -> None:
-        if sys.stdout.isatty() or done == total:
-            share, seconds = done / max(total, 1), time.monotonic() - started
-            bar = "#" * int(30 * share)
-            text = f"\r{name:<10}[{bar:<30}] {share:4.0%}  {seconds:.0f} s"
-            print(text, end="\n" if done == total else "", flush=True)
+        nonlocal last
+        if done > last:  # a tensor that the file lacks has no bytes
+            lines.setdefault(total, Count(name, total, unit)).show(done)
+        last = done
 
     return show
 

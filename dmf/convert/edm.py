@@ -121,10 +121,9 @@ def _outputs(network: Any, params: Any, arrays: Mapping[str, np.ndarray]) -> dic
     z = x / (1 + sigma).reshape(rows)
     out = {"D": nchw(z - t.reshape(rows) * network.apply(params, z, t, t))}
     if "augment_labels" in arrays:
-        label = jnp.asarray(arrays["augment_labels"])
-        out["D_aug"] = nchw(
-            z - t.reshape(rows) * network.apply(params, z, t, t, condition=Condition(augment=label))
-        )
+        label = Condition(augment=jnp.asarray(arrays["augment_labels"]))
+        v = network.apply(params, z, t, t, condition=label)
+        out["D_aug"] = nchw(z - t.reshape(rows) * v)
     return out
 
 

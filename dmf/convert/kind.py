@@ -14,7 +14,7 @@ from dmf.errors import DmfError
 from dmf.storage.readers.tree import Tensor
 
 Tensors = Mapping[str, Tensor]
-Arrays = Mapping[str, np.ndarray]
+NamedArrays = Mapping[str, np.ndarray]
 Shape = tuple[int, ...]
 
 
@@ -38,9 +38,9 @@ class Kind(NamedTuple):
     # (config, image shape, the file's tensors or None on export) -> key map.
     rules: Callable[[Any, Shape, Tensors | None], list[Rule]]
     # (network, params, arrays) -> our outputs, as far as these inputs allow.
-    outputs: Callable[[Any, Any, Arrays], dict[str, np.ndarray]]
+    outputs: Callable[[Any, Any, NamedArrays], dict[str, np.ndarray]]
     # (torch tensors, arrays) -> the same names from PyTorch, written on the source's names.
-    torch_outputs: Callable[[Mapping[str, Any], Arrays], dict[str, np.ndarray]]
+    torch_outputs: Callable[[Mapping[str, Any], NamedArrays], dict[str, np.ndarray]]
     # (config, image shape) -> small random inputs for both.
     probe: Callable[[Any, Shape], dict[str, np.ndarray]]
 

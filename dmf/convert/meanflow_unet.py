@@ -86,18 +86,14 @@ def _outputs(network: Any, params: Any, arrays: Mapping[str, np.ndarray]) -> dic
     out = {"u_noaug": nchw(network.apply(params, z, r, t))}
     if "aug_cond" not in arrays:
         return out
-    label = jnp.asarray(arrays["aug_cond"])
+    label = Condition(augment=jnp.asarray(arrays["aug_cond"]))
+
+    def labelled(z: jax.Array, t: jax.Array) -> jax.Array:
+        return network.apply(params, z, r, t, condition=label)
+
     if "v" not in arrays:
-        return {
-            **out,
-            "u_aug": nchw(network.apply(params, z, r, t, condition=Condition(augment=label))),
-        }
-    tangents = nhwc(arrays["v"]), jnp.ones_like(t)
-    u, dudt = jax.jvp(
-        lambda z, t: network.apply(params, z, r, t, condition=Condition(augment=label)),
-        (z, t),
-        tangents,
-    )
+        return {**out, "u_aug": nchw(labelled(z, t))}
+    u, dudt = jax.jvp(labelled, (z, t), (nhwc(arrays["v"]), jnp.ones_like(t)))
     return {**out, "u_aug": nchw(u), "dudt_aug": nchw(dudt)}
 
 

@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from dmf import pretrained
 from dmf.convert.kind import Kind, Shape, Tensors, pick_copy
 from dmf.convert.leaves import flat
 from dmf.convert.rules import Rule, mirrored
 from dmf.errors import DmfError
+from dmf.networks import every
 from dmf.storage.readers.tree import Tensor, flatten
 
 METADATA = "dmf"  # its key: JSON with network, image_shape, conventions, licence
@@ -76,11 +76,11 @@ def _describe(tensors: Tensors, given: Mapping[str, Any]) -> tuple[Any, Shape]:
         raise DmfError(
             "its metadata names no network and image shape: expected a file that dmf has exported"
         )
-    return pretrained.network_config(values), tuple(shape)
+    return every.network_config(values), tuple(shape)
 
 
 def _rules(config: Any, image_shape: Shape, tensors: Tensors | None) -> list[Rule]:
-    network = pretrained.build(config, image_shape)
+    network = every.build(config, image_shape)
     shapes = flat(jax.eval_shape(network.init, jax.random.key(0)))
     return [mirrored(leaf, x.ndim) for leaf, x in shapes.items()]
 

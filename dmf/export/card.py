@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dmf import pretrained
-from dmf.evaluation import sampling
-from dmf.export.model import Model, sha256
-from dmf.storage import checkpoint
+from dmf.method.samplers import SAMPLERS
+from dmf.storage import checkpoint, digest
+
+if TYPE_CHECKING:
+    from dmf.export.model import Model
 
 HIDDEN = ("step", "stage", "kind", "scored_by", "ema_halflife_images")
 CARD = """---
@@ -123,9 +124,9 @@ def scores(model: Model) -> list[dict[str, Any]]:
 
 def _of_training(model: Model) -> Iterator[dict[str, Any]]:
     """The scores that the run has taken at this step."""
-    config, home = model.config, sampling.home(model.folder, model.stored)
+    config, home = model.config, model.home()
     settings = (config.ema.evaluate, config.run.sampler)
-    if pretrained.is_converted(model.stored) or (_halflife(model), model.sampler) != settings:
+    if model.converted() or (_halflife(model), model.sampler) != settings:
         return
 
     def here(row: Mapping[str, Any]) -> bool:
@@ -143,9 +144,9 @@ def _of_training(model: Model) -> Iterator[dict[str, Any]]:
 
 def _of_commands(model: Model) -> Iterator[dict[str, Any]]:
     """The scores that `--mode=score` has stored for this checkpoint."""
-    home = sampling.home(model.folder, model.stored)
-    manifest = sha256((model.folder / checkpoint.MANIFEST).read_bytes())
-    for stored in (row for file in sorted(home.glob("scores_*.json")) for row in _lines(file)):
+    manifest = digest.sha256(model.folder / checkpoint.MANIFEST)
+    files = sorted(model.home().glob("scores_*.json"))
+    for stored in (row for file in files for row in _lines(file)):
         of = stored.get("checkpoint")
         same = isinstance(of, dict) and of.get("manifest_sha256") == manifest
         if not same or stored.get("sampler") != model.sampler:
@@ -166,7 +167,7 @@ def _counted(row: Mapping[str, Any], name: str) -> dict[str, Any]:
     name: of the sampler.
     """
     steps = row["nfe"]
-    return {"steps": steps, **row, "nfe": steps * sampling.evaluations(name)}
+    return {"steps": steps, **row, "nfe": steps * SAMPLERS[name].evaluations}
 
 
 def _lines(file: Any) -> Iterator[dict[str, Any]]:

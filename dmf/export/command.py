@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from dmf.errors import DmfError
 from dmf.export import folder, onnx, weights
+from dmf.export.model import open_model
+from dmf.export.tensorfile import FORMATS
 
 # What --out is -> the flags that are read.
 READS = {
@@ -20,12 +23,12 @@ def form(out: str) -> str:
     """A key of READS, by the ending of `out`. Raises DmfError for an unknown ending."""
     suffix = Path(out).suffix
     forms = {
-        **dict.fromkeys(weights.FORMATS, "weights"),
+        **dict.fromkeys(FORMATS, "weights"),
         ".onnx": "an ONNX file",
         "": "a model folder",
     }
     if suffix not in forms:
-        endings = ", ".join(weights.FORMATS)
+        endings = ", ".join(FORMATS)
         raise DmfError(
             f"--out={out}: expected a file name ending in {endings} or .onnx, "
             "or a model folder's name, without a dot"
@@ -44,14 +47,15 @@ def export(
     upload: str = "",
 ) -> None:
     """Writes `out` from the checkpoint `path`; see the function of its form. Raises DmfError."""
+    opener = partial(open_model, path, ema, sampler)
     if form(out) == "weights":
         weights.export(path, out, kind=kind, ema=ema)
     elif form(out) == "a model folder":
-        folder.export(path, out, steps=steps, ema=ema, name=sampler, upload=upload)
+        folder.export(opener, out, steps=steps, upload=upload)
     elif len(steps) > 1:
         raise DmfError(
             f"--steps={','.join(map(str, steps))} with {out}: "
             "expected one number of steps for an ONNX file"
         )
     else:
-        onnx.export(path, out, steps=steps[0], ema=ema, name=sampler)
+        onnx.export(opener, out, steps=steps[0])

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.numpy
 
-from dmf.convert.native import NATIVE
 from dmf.errors import DmfError, short
-from dmf.export import card, model, place, sampler, weights
+from dmf.export import card, place, sampler, tensorfile
+from dmf.storage import digest
+
+if TYPE_CHECKING:
+    from dmf.export.model import Model
 
 FORMAT = 1  # of config.json
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -28,20 +31,17 @@ HUB = (
 
 
 def export(
-    path: str | Path,
+    opener: Callable[[], Model],
     out: str | Path,
     *,
     steps: Sequence[int] = (1,),
-    ema: float | None = None,
-    name: str = "",
     upload: str = "",
 ) -> dict[str, Any]:
     """Makes the model folder `out` of a checkpoint; returns its config.json.
 
-    - path, ema: the checkpoint and its average, as for `pretrained.load`.
+    - opener: opens the checkpoint, after the checks that need no work.
     - out: the folder to make.
     - steps: the numbers of steps; each gets an artifact.
-    - name: of the sampler; "" takes the run's sampler.
     - upload: NAME/REPO of the Hugging Face Hub, where the folder goes too; "" for nowhere.
 
     Raises DmfError for any bad input. The folder is then not there, unless only the upload failed.
@@ -49,13 +49,12 @@ def export(
     target = Path(out)
     hub = _hub(upload) if upload else None
     place.check_free(target)
-    opened = model.open_model(path, ema, name)
+    model = opener()
     with place.made_whole(target) as half:
         half.mkdir()
-        about = weights.describe(opened.stored, NATIVE.name, [], ema)
-        weights.write(half / WEIGHTS, opened.tensors(), about)
-        made = {"format": FORMAT, "weights": WEIGHTS, "samplers": _artifacts(opened, half, steps)}
-        stored = {**made, **model.about(opened), "scores": card.scores(opened)}
+        tensorfile.write(half / WEIGHTS, model.tensors(), model.metadata())
+        made = {"format": FORMAT, "weights": WEIGHTS, "samplers": _artifacts(model, half, steps)}
+        stored = {**made, **model.about(), "scores": card.scores(model)}
         (half / CONFIG).write_text(json.dumps(stored, indent=1) + "\n")
         (half / CARD).write_text(card.text(target.name, stored))
     files = [WEIGHTS, *(row["file"] for row in stored["samplers"]), CONFIG, CARD]
@@ -65,33 +64,31 @@ def export(
     return stored
 
 
-def _artifacts(opened: model.Model, half: Path, steps: Sequence[int]) -> list[dict[str, Any]]:
+def _artifacts(model: Model, half: Path, steps: Sequence[int]) -> list[dict[str, Any]]:
     """Writes the samplers into the folder, each compared with the checkpoint's own.
 
     The comparison reads the weights of the folder.
     """
     tensors = safetensors.numpy.load_file(half / WEIGHTS)
-    return [_artifact(opened, half, tensors, n) for n in sorted(set(steps))]
+    return [_artifact(model, half, tensors, n) for n in sorted(set(steps))]
 
 
-def _artifact(
-    opened: model.Model, half: Path, tensors: sampler.Weights, steps: int
-) -> dict[str, Any]:
+def _artifact(model: Model, half: Path, tensors: sampler.Weights, steps: int) -> dict[str, Any]:
     file = half / f"sampler_{steps}.jaxexport"
-    file.write_bytes(sampler.artifact(opened, steps, tensors))
+    file.write_bytes(sampler.artifact(model, steps, tensors))
     content = file.read_bytes()
     run, convention = sampler.call(content)
-    found = sampler.check(opened, steps, partial(run, tensors), file.name)
+    found = sampler.check(model, steps, partial(run, tensors), file.name)
     off = f"{found['relative_l2']:.1e} (relative L2) off"
     print(f"          {file.name}: {len(content):,} bytes, {off}")
     return {
         "file": file.name,
         "steps": steps,
-        "nfe": sampler.evaluations(opened, steps),
+        "nfe": sampler.evaluations(model, steps),
         "signature": "(weights, e, labels) -> images",
         "platforms": list(sampler.PLATFORMS),
         "calling_convention_version": convention,
-        "sha256": model.sha256(content),
+        "sha256": digest.sha256(file),
         "check": found,
     }
 

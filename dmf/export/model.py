@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +18,8 @@ from dmf.convert.native import NATIVE
 from dmf.convert.rules import Rule
 from dmf.data import latents
 from dmf.errors import DmfError
-from dmf.storage import checkpoint
+from dmf.export import tensorfile
+from dmf.storage import checkpoint, digest
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,51 @@ class Model:
         leaves = {name: np.asarray(x) for name, x in flat(self.params).items()}
         return audit.write(self.rules(), leaves)
 
+    def metadata(self) -> dict[str, Any]:
+        """The metadata of the file of weights."""
+        licence = (self.stored.get("source") or {}).get("licence", "your own")
+        words = pretrained.which(self.stored, self.ema)
+        config, shape = pretrained.described(self.stored)
+        return tensorfile.describe(config, shape, NATIVE, licence, words, [])
+
+    def converted(self) -> bool:
+        """Whether the weights were converted, and not trained here."""
+        return pretrained.is_converted(self.stored)
+
+    def home(self) -> Path:
+        """Where files about the checkpoint are: its work directory, or beside it."""
+        return self.folder.parent if self.converted() else self.folder.parent.parent
+
+    def about(self) -> dict[str, Any]:
+        """What a user of the sampler has to know, as plain JSON."""
+        config, classes = self.config, self.config.num_classes
+        shape = ", ".join(map(str, self.shape))
+        rule = "(B,) int32, not read: the model has no classes"
+        if classes:
+            rule = f"(B,) int32 in 0 .. {classes - 1}, or {classes} for no class; "
+            rule += "others are not checked"
+        return {
+            "conventions": NATIVE.conventions,
+            "noise": f"e: (B, {shape}) float32, standard normal, drawn by the caller",
+            "images": _images(self),
+            "labels": {"classes": classes, "null": classes or None, "rule": rule},
+            "latent": _latent(self),
+            "sampler": self.sampler,
+            "dtype": {
+                "weights": "float32",
+                "compute": config.compute_dtype,
+                "images": "float32",
+                "matmul_precision": "highest",
+            },
+            "ema": pretrained.which(self.stored, self.ema),
+            "image_shape": list(self.shape),
+            "network": self.stored["config"]["network"],
+            "origin": _origin(self),
+            "versions": {
+                name: version(name) for name in ("jax", "jaxlib", "flax", "numpy", "safetensors")
+            },
+        }
+
 
 def open_model(path: str | Path, ema: float | None = None, sampler: str = "") -> Model:
     """The checkpoint to export; path and ema as for `pretrained.load`.
@@ -62,51 +107,6 @@ def open_model(path: str | Path, ema: float | None = None, sampler: str = "") ->
     params = jax.device_get(params)  # one device is enough for an export
     shape, name = tuple(stored["image_shape"]), sampler or config.run.sampler
     return Model(folder, stored, config, shape, network, params, ema, name)
-
-
-def which(stored: dict[str, Any], ema: float | None) -> str:
-    """Which of a checkpoint's weights are exported, in words."""
-    if pretrained.is_converted(stored):
-        return f"converted from copy {stored['source']['source']['copy']!r}"
-    halflife = stored["config"]["ema"]["evaluate"] if ema is None else ema
-    return f"average with a half-life of {halflife:g} images" if halflife else "raw"
-
-
-def about(model: Model) -> dict[str, Any]:
-    """What a user of the sampler has to know, as plain JSON."""
-    config, classes = model.config, model.config.num_classes
-    shape = ", ".join(map(str, model.shape))
-    rule = "(B,) int32, not read: the model has no classes"
-    if classes:
-        rule = (
-            f"(B,) int32 in 0 .. {classes - 1}, or {classes} for no class; others are not checked"
-        )
-    return {
-        "conventions": NATIVE.conventions,
-        "noise": f"e: (B, {shape}) float32, standard normal, drawn by the caller",
-        "images": _images(model),
-        "labels": {"classes": classes, "null": classes or None, "rule": rule},
-        "latent": _latent(model),
-        "sampler": model.sampler,
-        "dtype": {
-            "weights": "float32",
-            "compute": config.compute_dtype,
-            "images": "float32",
-            "matmul_precision": "highest",
-        },
-        "ema": which(model.stored, model.ema),
-        "image_shape": list(model.shape),
-        "network": model.stored["config"]["network"],
-        "origin": _origin(model),
-        "versions": {
-            name: version(name) for name in ("jax", "jaxlib", "flax", "numpy", "safetensors")
-        },
-    }
-
-
-def sha256(content: bytes) -> str:
-    """The digest of a file's content, for the metadata."""
-    return hashlib.sha256(content).hexdigest()
 
 
 def _images(model: Model) -> str:
@@ -141,12 +141,11 @@ def _origin(model: Model) -> dict[str, Any]:
     source, converted, trained = model.stored.get("source") or {}, None, None
     if source:
         converted = {"kind": source["kind"], **source["source"], "licence": source["licence"]}
-    if not pretrained.is_converted(model.stored):
+    if not model.converted():
         step = int(model.folder.name) if model.folder.name.isdigit() else None
         trained = {"step": step, "data": model.config.data.name}
-    manifest = (model.folder / checkpoint.MANIFEST).read_bytes()
     return {
         "trained": trained,
         "converted_from": converted,
-        "checkpoint_manifest_sha256": sha256(manifest),
+        "checkpoint_manifest_sha256": digest.sha256(model.folder / checkpoint.MANIFEST),
     }

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,9 @@ import numpy as np
 from dmf import networks
 from dmf.errors import DmfError, short
 from dmf.export import place, sampler
-from dmf.export.model import Model, open_model
-from dmf.export.model import about as told
+
+if TYPE_CHECKING:
+    from dmf.export.model import Model
 
 METADATA = "dmf"  # key of the file's metadata: JSON, as in a model folder's config.json
 LARGEST = 2**31 - 2**20  # bytes of a protocol buffer, less some for the graph
@@ -37,12 +38,10 @@ MISSING = (
 )
 
 
-def export(
-    path: str | Path, out: str | Path, *, steps: int = 1, ema: float | None = None, name: str = ""
-) -> dict[str, Any]:
+def export(opener: Callable[[], Model], out: str | Path, *, steps: int = 1) -> dict[str, Any]:
     """Writes the sampler of a checkpoint as the file `out`; returns its metadata.
 
-    name: of the sampler; "" takes the run's sampler.
+    opener: opens the checkpoint, after the checks that need no work.
 
     Raises DmfError, and then leaves no file behind, where
 
@@ -54,7 +53,7 @@ def export(
     target = Path(out)
     jax2onnx, onnx, runtime = _extra()
     place.check_free(target)
-    model = open_model(path, ema, name)
+    model = opener()
     if model.sampler != "few_step":
         raise DmfError(
             f"sampler = {model.sampler!r}: "
@@ -66,8 +65,7 @@ def export(
             f"{target}: {bytes_of_weights:,} bytes of weights; "
             f"expected at most {LARGEST:,}, all that ONNX has room for"
         )
-    model = replace(model, config=replace(model.config, compute_dtype="float32"))
-    model = replace(model, network=networks.build(model.config.network, model.shape))
+    model = _in_float32(model)
     with _at_work(target):
         content = _convert(jax2onnx, onnx, model, steps)
     with place.made_whole(target) as partial:
@@ -75,7 +73,7 @@ def export(
         with _at_work(target):
             run = _session(runtime, partial)
         about = {
-            **told(model),
+            **model.about(),
             "steps": steps,
             "nfe": sampler.evaluations(model, steps),
             "opset": content.opset_import[0].version,
@@ -89,6 +87,11 @@ def export(
         f"exported  {target}: ONNX, opset {about['opset']}, {steps} step(s); onnxruntime is {off}"
     )
     return about
+
+
+def _in_float32(model: Model) -> Model:
+    config = replace(model.config, compute_dtype="float32")
+    return replace(model, config=config, network=networks.build(config.network, model.shape))
 
 
 def _extra() -> tuple[Any, Any, Any]:

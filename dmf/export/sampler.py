@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.export
@@ -26,9 +26,10 @@ import numpy as np
 from dmf.convert.leaves import nested
 from dmf.convert.rules import relative_l2
 from dmf.errors import DmfError
-from dmf.evaluation import sampling
-from dmf.export.model import Model
 from dmf.method.samplers import SAMPLERS
+
+if TYPE_CHECKING:
+    from dmf.export.model import Model
 
 Weights = Mapping[str, Any]
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -120,4 +121,4 @@ def check(model: Model, steps: int, found: Callable[[Any, Any], Any], what: str)
 
 def evaluations(model: Model, steps: int) -> int:
     """Evaluations of the network per sample."""
-    return steps * sampling.evaluations(model.sampler)
+    return steps * SAMPLERS[model.sampler].evaluations

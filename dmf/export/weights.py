@@ -11,22 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 
 from dmf import networks, pretrained
 from dmf.convert import audit, native
 from dmf.convert.kinds import KINDS, kind_of
 from dmf.convert.leaves import flat, leaf_shapes
 from dmf.errors import DmfError
-from dmf.export.model import which
-from dmf.storage import atomic
-from dmf.storage.readers import read
-
-FORMATS = (".safetensors", ".pt")
-INTERVAL = (
-    "{} are no part of the source's layout: they are fed h = t - r, with t = 1 noise, "
-    "and the network then gives the average velocity u(z, r, t) in the source's time and sign"
-)
+from dmf.export import tensorfile
+from dmf.export.tensorfile import FORMATS
 
 
 def export(
@@ -48,26 +40,13 @@ def export(
     config, shape = pretrained.described(stored)
     kind = kind_of(kind or _origin(stored, config)).name
     tensors, interval = _tensors(kind, config, shape, pretrained.load_folder(folder, stored, ema))
-    write(target, tensors, describe(stored, kind, interval, ema))
+    licence = (stored.get("source") or {}).get("licence", "your own")
+    words = pretrained.which(stored, ema)
+    about = tensorfile.describe(config, shape, KINDS[kind], licence, words, interval)
+    tensorfile.write(target, tensors, about)
     count = sum(x.size for x in tensors.values())
     print(f"exported  {target}: {len(tensors)} tensors, {count:,} values, layout {kind}")
     return tensors
-
-
-def describe(
-    stored: dict[str, Any], kind: str, interval: list[str], ema: float | None
-) -> dict[str, Any]:
-    """The metadata of a file of weights. interval: tensors that the source's layout lacks."""
-    config, shape = pretrained.described(stored)
-    return {
-        "network": dataclasses.asdict(config),
-        "image_shape": list(shape),
-        "kind": kind,
-        "conventions": KINDS[kind].conventions,
-        "interval": INTERVAL.format(", ".join(interval)) if interval else "",
-        "licence": (stored.get("source") or {}).get("licence", "your own"),
-        "weights": which(stored, ema),
-    }
 
 
 def _origin(stored: dict[str, Any], config: Any) -> str:
@@ -109,45 +88,3 @@ def _check_target(target: Path) -> None:
         )
     if target.exists():
         raise DmfError(f"{target} is there already: expected a new file; nothing is overwritten")
-
-
-def write(target: Path, tensors: dict[str, np.ndarray], about: dict[str, Any]) -> None:
-    """Writes the file beside its place, reads it back, and moves it there.
-
-    about: for its metadata. Raises DmfError.
-    """
-    metadata = {native.METADATA: json.dumps(about), "format": "pt"}
-    try:
-        with atomic.made(target) as partial:
-            if target.suffix == ".pt":
-                _write_torch(partial, tensors)
-            else:
-                safetensors.numpy.save_file(tensors, partial, metadata)
-            _check_written(target, partial, tensors)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        raise DmfError(
-            f"{target} could not be written: {error}; expected a writable directory with room"
-        ) from error
-
-
-def _check_written(target: Path, partial: Path, tensors: dict[str, np.ndarray]) -> None:
-    found = read.flatten(read.open_file(partial).tree)
-    if set(found) != set(tensors):
-        raise DmfError(
-            f"{target}: other tensors were read back than written; expected a working disk"
-        )
-    for name, x in tensors.items():
-        if not np.array_equal(found[name].read(), x):
-            raise DmfError(
-                f"{target}: tensor {name} was read back with other values; expected a working disk"
-            )
-
-
-def _write_torch(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    try:
-        import torch
-    except ImportError as error:
-        raise DmfError(
-            "a .pt file needs PyTorch, which is not installed; expected --out=FILE.safetensors"
-        ) from error
-    torch.save({name: torch.from_numpy(np.array(x)) for name, x in tensors.items()}, path)
