@@ -119,7 +119,7 @@ REFERENCE = flags.DEFINE_string(
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,
-    "One process of a TPU pod, of Slurm or Open MPI; else see JAX_COORDINATOR_ADDRESS in docs/scaling.md (train).",
+    "One process of a TPU pod, of Slurm or Open MPI; else see JAX_COORDINATOR_ADDRESS in README (train).",
 )
 ALLOW_CHANGE = flags.DEFINE_bool(
     "allow_change",
