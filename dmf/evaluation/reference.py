@@ -82,7 +82,8 @@ def read(path: str | Path, space: str = "inception", images: bool = True) -> Ref
     if not place.is_file():
         what = "is no regular file" if place.exists() else "no such file"
         raise bad(path, f"{what}; expected reference statistics, an .npz or .pkl")
-    from dmf.storage.readers.read import LOOKS, sha256
+    from dmf.storage.digest import sha256
+    from dmf.storage.readers.read import LOOKS
 
     try:
         with open(place, "rb") as stream:

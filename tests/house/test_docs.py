@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib.util
+import itertools
 import json
 import re
 import statistics
@@ -126,22 +127,40 @@ def test_what_the_paper_leaves_open_is_marked_and_what_it_states_is_not():
         assert f"| `{name}` |" in text
 
 
+def texts(node, names):
+    """All texts that an expression may give; what an f-string fills in is `names` of it, or \\0."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return [node.value]
+    if isinstance(node, ast.IfExp):
+        return texts(node.body, names) + texts(node.orelse, names)
+    if not isinstance(node, ast.JoinedStr):
+        return []
+    parts = []
+    for part in node.values:
+        name = getattr(getattr(part, "value", None), "id", "")
+        parts.append(
+            names.get(name, ["\0"]) if not isinstance(part, ast.Constant) else [part.value]
+        )
+    return ["".join(found) for found in itertools.islice(itertools.product(*parts), 64)]
+
+
 @cache
 def messages():
-    """Every text of the source; what an f-string fills in becomes one character, \\0."""
+    """Every text of the source, put together where a function builds one from named pieces."""
     found = []
     for path in [ROOT / "main.py", *(ROOT / "dmf").rglob("*.py")]:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.JoinedStr):
-                found.append(
-                    "".join(
-                        str(part.value) if isinstance(part, ast.Constant) else "\0"
-                        for part in node.values
-                    )
-                )
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
-    return found
+        tree = ast.parse(path.read_text())
+        functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+        for scope in (tree, *functions):
+            names = {}
+            for node in tree.body if scope is tree else ast.walk(scope):
+                if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                    made = texts(node.value, names)
+                    if made:
+                        names.setdefault(node.targets[0].id, []).extend(made)
+            for node in ast.walk(scope):
+                found += texts(node, names)
+    return list(dict.fromkeys(found))
 
 
 def quoted():

@@ -1,8 +1,8 @@
 """The English of this repository, measured: short sentences and lines for a tired reader.
 
-A sentence ends at . ! ? : or ; before a capital letter, at an empty line, and before a list item or
-a line such as "name: what it is". Inline code and an address count as one word. Code blocks, tables
-and indented formulas do not count.
+A sentence ends at . ! ? : or ; before a capital letter, and at an empty line. It ends before a list
+item and before a line that explains a name, as "name: text" or "name   text". Inline code and an
+address count as one word. Code blocks, tables and indented formulas do not count.
 """
 
 import ast
@@ -25,7 +25,7 @@ SOURCES = [
     *sorted((ROOT / "launch").rglob("*.py")),
 ]
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
-ITEM = r"[-*|#>]\s|\d+\.\s|[\w., ]+: "  # the beginning of a list item, or of an argument
+ITEM = r"[-*|#>]\s|\d+\.\s|[\w., ]+: |[\w.,]+ {2,}"  # a list item, or a name that is explained
 END = re.compile(rf"(?<=[.!?:;])\s+(?=[A-Z`\"(*])|\n\s*\n|\n\s*(?={ITEM})")
 
 
@@ -135,3 +135,4 @@ def test_the_count_finds_what_it_should():
     assert [len(words) for words in sentences("One two three. `A b` is four words.")] == [3, 4]
     assert len(sentences("First of three words:\n- the second of them\n1. and the third")) == 3
     assert len(sentences("x, y: the images in a batch\nz: what is at t")) == 2
+    assert len(sentences("depth    of all the blocks\nwidth    of one block")) == 2
