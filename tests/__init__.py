@@ -1,12 +1,15 @@
-"""Tests; how programs are compiled in them and in the processes they start."""
+"""Tests, and how they and the processes they start compile programs."""
 
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 
-# Programs here are small and run a few times: most of the time would go into making them fast.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+# Programs here are small and run a few times, so most of the time would go into optimising them.
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_use_fusion_emitters=false"
+)
 
 
 def devices(count: int) -> str:

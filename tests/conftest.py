@@ -1,4 +1,4 @@
-"""Shared test set-up: eight fake devices, programs compiled once, float64 where an oracle needs it."""
+"""Set-up of all tests: eight fake devices, one cache of programs, float64 where it is needed."""
 
 import atexit
 import gc
@@ -10,29 +10,25 @@ import tempfile
 from tests import GOLDEN, devices
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Eight fake devices for the tests of sharding; everything that does not ask for a mesh stays on the first one.
+# The tests of sharding need eight devices. Without a mesh, a test stays on the first one.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {devices(8)}"
-# Tests build the same small programs again and again, in this process and in those they start: compile each once.
+# Tests build the same small programs again and again, so each is compiled once. pytest reads this
+# file before it starts its workers, so they and all their processes share this one folder.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="dmf-test-programs-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 import numpy as np
 import pytest
 
-# A shell lets what it starts in the background ignore interrupts, and so would all that the tests start.
+# A shell makes its background processes ignore interrupts, and the tests' processes would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-gc.set_threshold(
-    100_000, 50
-)  # as in main.py; a fifth of the time went into looking through what jax keeps
-LONGEST = (
-    "test_survive",
-    "test_processes",
-    "test_train",
-    "test_guard",
-)  # these start processes of their own
+# As in dmf/main.py: a fifth of the time went into looking through what jax keeps.
+gc.set_threshold(100_000, 50)
+# These start processes.
+LONGEST = ("test_survive", "test_processes", "test_notebooks", "test_train", "test_guard")
 
 
 def pytest_collection_modifyitems(items):

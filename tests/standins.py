@@ -1,7 +1,8 @@
-"""Stand-ins for gcloud, srun and the like that note what they are called with, and a copy of the launch scripts to call them.
+"""Stand-ins for gcloud, srun and other tools, and a copy of the launch scripts that call them.
 
-The stand-in gcloud plays a cloud of one TPU with two workers: each is a folder, and what is sent to it by ssh is run there by a
-shell, in the way the Google Cloud SDK 528 passes --command on (cut at blanks, joined again by ssh).
+A stand-in notes its arguments. The stand-in gcloud plays a cloud of one TPU with two workers.
+Each worker is a folder, and a shell in it runs what ssh is given. --command passes as in the
+Google Cloud SDK 528: it is cut at blanks, and ssh joins the words again.
 """
 
 import json
@@ -17,7 +18,7 @@ from tests import ROOT
 # Arguments that a shell would take apart, were they not quoted.
 HARD = ["--config.data.data_dir=two  words", "it's", '"$HOME" `id` \\ * ~ ;&|<>(){}', ""]
 
-# What every stand-in does: a line of calls.jsonl, then what the first of the rules says that its line contains.
+# Every stand-in writes a line of calls.jsonl. Then it does what the first matching rule says.
 RECORD = """#!{python} -IS
 import json, os, shutil, subprocess, sys, time
 here = {here!r}
@@ -41,7 +42,8 @@ verb, name = words[2:4], words[4]
 if verb[1] == "create":
     os.makedirs(cloud + "0"), os.makedirs(cloud + "1")
 elif not os.path.isdir(cloud):
-    sys.exit("ERROR: (gcloud.compute.tpus." + ".".join(verb) + ") NOT_FOUND: Resource was not found")
+    what = "gcloud.compute.tpus." + ".".join(verb)
+    sys.exit("ERROR: (" + what + ") NOT_FOUND: Resource was not found")
 elif verb[1] == "delete":
     shutil.rmtree(cloud)
 elif verb[1] == "describe":
@@ -54,12 +56,15 @@ elif verb[1] == "ssh":
     worst = 0
     for worker in "01":
         place = dict(os.environ, HOME=cloud + worker)
-        out = open(options["output-directory"] + "/" + worker + ".log", "w") if "output-directory" in options else None
-        command = " ".join(options["command"].split(" "))
-        worst = max(worst, subprocess.run(["sh", "-c", command], cwd=cloud + worker, env=place, stdout=out).returncode)
+        logs = options.get("output-directory")
+        out = open(logs + "/" + worker + ".log", "w") if logs else None
+        command = ["sh", "-c", " ".join(options["command"].split(" "))]
+        done = subprocess.run(command, cwd=cloud + worker, env=place, stdout=out)
+        worst = max(worst, done.returncode)
     sys.exit(worst)
 """
-# Python on a worker: makes an environment of nothing but itself; as the program it does what program.json says.
+# Python on a worker. It makes an environment that holds only itself. As main.py it does what
+# program.json says.
 PYTHON = """
 import signal
 
@@ -69,7 +74,8 @@ if words[:2] == ["-m", "venv"]:
 if words[:1] != ["main.py"]:
     sys.exit()
 def leave(*_):
-    os.write(1, b"stopped after step 3 of 9, which is saved; the same command goes on from there" + b"\\n")
+    said = b"stopped after step 3 of 9, which is saved; the same command goes on from there"
+    os.write(1, said + b"\\n")
     os._exit(0)
 signal.signal(signal.SIGTERM, leave)
 open(here + "/number", "w").write(str(os.getpid()))
@@ -86,7 +92,7 @@ sys.exit(what.get("status", 0))
 
 
 class Bench:
-    """A copy of the scripts in a repository of its own, and stand-ins in front of everything else that could be called."""
+    """A copy of the scripts in a new repository, and stand-ins for all that they could call."""
 
     def __init__(self, folder):
         self.root, self.bin = folder / "repo", folder / "bin"
@@ -99,6 +105,7 @@ class Bench:
         for name in (
             "requirements.txt",
             "requirements-gcs.txt",
+            "requirements-tensorflow.txt",
             "requirements-parity.txt",
             "requirements.lock",
             ".gitignore",
@@ -130,7 +137,7 @@ class Bench:
         path.chmod(0o755)
 
     def rules(self, *rules):
-        """Of the stand-ins: when their line contains `when`, at most so many times, they print and exit so."""
+        """Sets what the stand-ins do when their line contains `when`, at most `times` times."""
         text = json.dumps([{"times": 1000, **rule} for rule in rules])
         (self.bin / "rules.json").write_text(text)
 

@@ -1,11 +1,13 @@
-"""The evaluator beside torch-fidelity: the same PNG files, the same weights; scores and throughput side by side.
+"""Compares our scores with torch-fidelity's, on the same PNG files and weights, and the speed.
 
     pip install -r requirements-parity.txt
-    python launch/tables/against_torch_fidelity.py --count=5000 --work=runs/fidelity --out=docs/against_torch_fidelity.json
+    python launch/tables/against_torch_fidelity.py --count=5000 --work=runs/fidelity \\
+        --out=docs/against_torch_fidelity.json
 
-Images are 32 x 32 crops of scikit-learn's two photographs, weights are random (or --weights=FILE, the published ones): this
-compares two programs, not images. torch-fidelity resizes as TensorFlow 1 does, so the protocol here is that of EDM with
-weights of any kind. Throughput: blocks of images through both extractors in turns, batch 64, float32, medians.
+This compares two programs, not images. Images are 32 x 32 crops of scikit-learn's two
+photographs. Weights are random, or the published ones with --weights=FILE. torch-fidelity
+resizes as TensorFlow 1 does, so the protocol is EDM's with weights of any kind.
+Throughput: blocks of images go through both extractors in turns, batch 64, float32, medians.
 """
 
 import argparse
@@ -37,7 +39,7 @@ BATCH, ROUNDS = 64, 7
 
 
 def torchvision_operators():
-    """A torchvision wheel beside another build of torch lacks two operators that only detection needs."""
+    """Defines two operators that some builds of torchvision lack; only detection needs them."""
     try:
         import torchvision  # noqa: F401
     except RuntimeError:
@@ -49,7 +51,7 @@ def torchvision_operators():
 
 
 def write_images(folder, photo, count, seed):
-    """`count` random crops of a photograph as PNG files, shrunk by 1 to 4 and mirrored at random."""
+    """Writes `count` random crops of a photograph, shrunk by 1 to 4 and mirrored at random."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     for i in range(count):
@@ -81,7 +83,7 @@ def write_weights(path):
 
 
 def throughput(extract, theirs, images):
-    """Images per second of both, a block in turns: (ours, theirs, median of the ratios of the rounds)."""
+    """Images per second in turns: (ours, theirs, median of the rounds' ratios)."""
     ours_s, theirs_s = [], []
     as_torch = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
     for n in range(ROUNDS + 1):  # the first one compiles
@@ -145,7 +147,8 @@ def main():
     block = np.stack([np.asarray(Image.open(p)) for p in sorted((work / "fake").iterdir())[:BATCH]])
     ours_per_s, theirs_per_s, ratio = throughput(extract, theirs, block)
     print(
-        f"throughput: ours {ours_per_s:.2f} images/s, torch-fidelity {theirs_per_s:.2f}; ratio {ratio:.3f}",
+        f"throughput: ours {ours_per_s:.2f} images/s, torch-fidelity {theirs_per_s:.2f}; "
+        f"ratio {ratio:.3f}",
         flush=True,
     )
 
@@ -185,7 +188,8 @@ def main():
             rows[name]["ours"] / rows[name]["torch_fidelity"] - 1
         )
         print(
-            f"{name}: ours {rows[name]['ours']:.9g}, torch-fidelity {rows[name]['torch_fidelity']:.9g}, ",
+            f"{name}: ours {rows[name]['ours']:.9g}, "
+            f"torch-fidelity {rows[name]['torch_fidelity']:.9g}, ",
             end="",
         )
         print(f"relative difference {rows[name]['relative_difference']:.2e}")

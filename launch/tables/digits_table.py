@@ -1,10 +1,11 @@
-"""The README's digits table: the flow model, three ways to one step from it, several seeds; about ten minutes a seed.
+"""The digits table: a flow model and three ways to one step from it, for several seeds.
 
-    python launch/tables/digits_table.py                      runs what is missing below runs/table, prints the table
+    python launch/tables/digits_table.py          runs what is missing in runs/table, prints
     python launch/tables/digits_table.py --out=docs/digits_table.json --seeds=0,1,2
 
-Each seed pretrains one flow model; the dagger curriculum, the linear curriculum and JVP MeanFlow then start from that same
-checkpoint with the same number of steps. Runs resume, so the command may be stopped and started again.
+Each seed pretrains one flow model. The dagger curriculum, the linear curriculum and JVP MeanFlow
+start from that checkpoint and take the same number of steps. A seed takes about ten minutes.
+Runs resume, so the command may be stopped and started again.
 """
 
 from __future__ import annotations

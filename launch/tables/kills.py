@@ -1,11 +1,15 @@
-"""Kills a short run by SIGKILL again and again, starts the same command each time, and compares its end bit for bit.
+"""Kills a short run again and again by SIGKILL, resumes it, and compares its end bit for bit.
 
     python launch/tables/kills.py --kills=100 --out=docs/kills.json
 
-A third of the kills comes at a random time after the start, a third at a random time after a random number of further steps, a
-third inside a save: as soon as one is seen to begin, plus a random part of what a save takes. The weights, the averages, the
-optimiser's state, metrics.jsonl and scores.jsonl have to be those of a run that nobody touched. Prints which phases the kills
-hit, by what the run had written.
+There are three kinds of kills, equally many of each:
+
+    at a random time after the start
+    at a random time after a random number of further steps
+    inside a save, at a random part of its duration
+
+A run that nobody killed must end with the same weights, averages, optimiser's state,
+metrics.jsonl and scores.jsonl. The command prints which phases the kills hit.
 """
 
 from __future__ import annotations
@@ -119,7 +123,10 @@ class Life:
 
 
 def wait_and_kill(life: Life, how: str, start_s: float, rng: random.Random) -> str | None:
-    """Kills a life at its time, and returns what that interrupted; None where it has ended before. start_s: of a start."""
+    """Kills a life at its time. Returns the interrupted phase, None if the life had ended.
+
+    start_s: seconds that a start takes.
+    """
     target = life.steps() + rng.randint(1, 12)
     until = {"start": lambda: True, "steps": lambda: life.steps() >= target, "save": life.saving}[
         how
@@ -132,7 +139,10 @@ def wait_and_kill(life: Life, how: str, start_s: float, rng: random.Random) -> s
 
 
 def survive(folder: Path, kills: int, seed: int, total: int) -> dict[str, Any]:
-    """The whole trial in `folder`: kills by phase, starts, and the names of what differs from a run that nobody touched."""
+    """Runs the whole trial in `folder`.
+
+    Returns kills by phase, starts, and the names of what differs from a run without kills.
+    """
     rng, phases, starts = random.Random(seed), Counter[str](), 0
     finished(folder / "plain", total)
     began = time.monotonic()
@@ -150,7 +160,8 @@ def survive(folder: Path, kills: int, seed: int, total: int) -> dict[str, Any]:
         phases[phase] += 1
         if sum(phases.values()) % 10 == 0:
             print(
-                f"{sum(phases.values())} kills, step {life.steps()} of {total}, {time.monotonic() - began:.0f} s",
+                f"{sum(phases.values())} kills, step {life.steps()} of {total}, "
+                f"{time.monotonic() - began:.0f} s",
                 flush=True,
             )
     finished(killed, total)
@@ -177,7 +188,7 @@ def check(life: Life) -> None:
 
 
 def compare(a: Path, b: Path, total: int) -> list[str]:
-    """The names of what differs between the ends of two runs: arrays of the last checkpoint, and the logs."""
+    """The names of the logs, and of arrays of the last checkpoint, that differ between two runs."""
     import jax
     import numpy as np
     from orbax.checkpoint import v1 as ocp

@@ -1,9 +1,10 @@
-"""The tables of docs/memory.md: bytes of a run's state, counted, and what a step holds besides it by remat policy, compiled.
+"""The tables of docs/memory.md: bytes of a run's state, and of a step by remat policy.
 
-    python launch/tables/memory_table.py                              compiles for this machine's device, prints; about three minutes
-    python launch/tables/memory_table.py --out=docs/memory.json       and stores the numbers
+    python launch/tables/memory_table.py                              prints; about three minutes
+    python launch/tables/memory_table.py --out=docs/memory.json       stores the numbers as well
 
-Nothing is allocated and no data are read: shapes are counted, programs are compiled and not run.
+Shapes are counted, and programs are compiled for this machine's device but not run.
+Nothing is allocated and no data are read.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ from dmf.config import Config, parse
 from dmf.measure import cost, tpu_plan
 
 STATES = ("digits", "cifar10", "imagenet256")
-# What is compiled -> config, kinds, what differs: four blocks as in docs/benchmark_dit_cpu.json; 16 rows are two microbatches.
+# Program -> (config, kinds, changed fields).
+# Four blocks as in docs/benchmark_dit_cpu.json; 16 rows are two microbatches.
 PROGRAMS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "digits": ("digits", ("discrete", "jvp"), {}),
     "sit": ("imagenet256:S", ("discrete",), {"batch_size": 16, "depth": 4}),
 }
-# Without a scan XLA's CPU compiler merges what is computed again with what was, so that nothing is saved there.
+# Without a scan, XLA's CPU compiler merges the repeated computation with the first one.
+# Remat then saves nothing.
 POLICIES: dict[str, dict[str, Any]] = {
     "none": {},
     "blocks": {"remat": "blocks"},
@@ -45,7 +48,7 @@ POLICIES: dict[str, dict[str, Any]] = {
 
 
 def config_of(name: str, **changes: Any) -> Config:
-    """A config of configs/, as NAME or NAME:VARIANT, with fields changed; depth is the network's."""
+    """A config of configs/ (NAME or NAME:VARIANT) with fields changed; depth: the network's."""
     file, _, variant = name.partition(":")
     made = importlib.import_module(f"configs.{file}").get_config(*([variant] if variant else []))
     found = parse(made)
@@ -81,7 +84,7 @@ def state_of(config: Config) -> dict[str, Any]:
 
 
 def temporary(config: Config, kind: str) -> int:
-    """Bytes that a step of this kind holds besides state and batch on the first device here, as compiled."""
+    """Temporary bytes of a compiled step on the first device: all but state and batch."""
     shape, optimizer = tpu_plan.DATA[config.data.name][0], optim.build(config.optimizer)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     params = jax.eval_shape(networks.build(config.network, shape).init, jax.random.key(0))
@@ -123,9 +126,8 @@ def policy_table(programs: dict[str, dict[str, dict[str, int]]]) -> str:
     lines = [f"| program | step | {' | '.join(POLICIES)} |", "|---|---|" + "---|" * len(POLICIES)]
     for name, kinds in programs.items():
         for kind, of in kinds.items():
-            lines.append(
-                f"| {name} | {kind} | {' | '.join(f'{of[policy] / 1e6:,.1f}' for policy in POLICIES)} |"
-            )
+            cells = " | ".join(f"{of[policy] / 1e6:,.1f}" for policy in POLICIES)
+            lines.append(f"| {name} | {kind} | {cells} |")
     return "\n".join(lines)
 
 

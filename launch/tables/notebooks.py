@@ -1,10 +1,11 @@
-"""Runs the notebooks from top to bottom, each in a kernel of its own, and keeps their pictures.
+"""Runs each notebook from top to bottom in a new kernel, and keeps its pictures.
 
-    python launch/tables/notebooks.py --out=runs/notebooks               all of them, at full length
+    python launch/tables/notebooks.py --out=runs/notebooks               all, at full length
     python launch/tables/notebooks.py --out=runs/notebooks sample        one of them
-    python launch/tables/notebooks.py --out=runs/notebooks --short       few steps: whether they run, and no more
+    python launch/tables/notebooks.py --out=runs/notebooks --short       few steps, as a check
 
-Needs requirements-dev.txt. Prints what each took; a cell that fails is named with its error, and the status is 1.
+Needs requirements-dev.txt. Prints the seconds of each. If a cell fails, it prints the cell's
+error and the status is 1.
 """
 
 from __future__ import annotations
@@ -19,9 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "notebooks"
-SHORT = re.compile(
-    r"(length(?:, config\.curriculum\.length)? ?= ?)([\d.]+)(, [\d.]+)?"
-)  # the lengths that a notebook sets
+# The lengths that a notebook sets.
+SHORT = re.compile(r"(length(?:, config\.curriculum\.length)? ?= ?)([\d.]+)(, [\d.]+)?")
 
 
 def shortened(source: str) -> str:
@@ -35,9 +35,10 @@ def shortened(source: str) -> str:
 
 
 def run(path: Path, out: Path, short: bool, limit_s: int = 900) -> list[Path]:
-    """Runs a notebook and returns its pictures, written below `out`. Raises nbclient's CellExecutionError.
+    """Runs a notebook and returns its pictures, written to `out`.
 
-    short: train for a hundredth of the steps, in a work directory of its own: that of the full length is of another config.
+    short: train for a hundredth of the steps, in another work directory than at full length.
+    Raises nbclient's CellExecutionError.
     """
     import nbformat
     from nbclient import NotebookClient
@@ -84,10 +85,9 @@ def main() -> int:
         began = time.monotonic()
         try:
             pictures = run(FOLDER / f"{name}.ipynb", flags.out, flags.short)
-            print(
-                f"{name:<12} {time.monotonic() - began:5.0f} s, {len(pictures)} pictures in {flags.out}",
-                flush=True,
-            )
+            seconds = time.monotonic() - began
+            said = f"{name:<12} {seconds:5.0f} s, {len(pictures)} pictures in {flags.out}"
+            print(said, flush=True)
         except CellExecutionError as error:
             failed = True
             print(f"{name:<12} failed:\n{error}", file=sys.stderr, flush=True)

@@ -1,11 +1,13 @@
-"""Seconds from the start of a run's process to its first step, without compiled programs on disk and with them.
+"""Seconds from a run's start to its first step, with and without compiled programs on disk.
 
-    python launch/tables/start_times.py --out=docs/start_times.json                          configs/cifar10.py, 4 mock images a batch
-    python launch/tables/start_times.py --firsts=1 --later=3 -- --config=configs/digits.py   another run's flags
+    python launch/tables/start_times.py --out=docs/start_times.json
+    python launch/tables/start_times.py --firsts=1 --later=3 -- --config=configs/digits.py
 
-First starts have an empty folder of compiled programs, later ones that of the first start before them; every start is a process
-of its own in a work directory of its own, and is killed as soon as it has said when its first step began and how long it took.
-A step's own time depends on the batch and no cache helps it, so the ratio is that of the times to its beginning.
+Without flags behind --, the run is configs/cifar10.py with 4 mock images a batch.
+A first start has an empty folder of compiled programs. A later start has the folder of the first
+start before it. Every start is a new process in a new work directory. It is killed once it has
+said when its first step began and how long that took. No cache makes the step itself shorter, so
+the ratio compares the times to its beginning.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ SAID = re.compile(r"^first step begun after ([\d.]+) s, .* it took ([\d.]+) s$",
 
 
 def start(flags: list[str], programs: Path) -> tuple[float, float]:
-    """Seconds to the beginning and to the end of the first step of one process. Ends the program where it fails before."""
+    """Seconds to the start and end of a first step. Ends the program if the run fails before."""
     with tempfile.TemporaryDirectory(prefix="dmf-start-") as folder:
         said = Path(folder) / "said.txt"
         with said.open("w") as out:
@@ -64,10 +66,8 @@ def measure(flags: list[str], firsts: int, later: int) -> dict[str, list[tuple[f
             for kind in ("first", *["later"] * count):
                 found[kind].append(start(flags, Path(folder)))
                 begun, done = found[kind][-1]
-                print(
-                    f"  {kind:<6} first step begun after {begun:>6.1f} s, done after {done:>6.1f} s",
-                    flush=True,
-                )
+                said = f"first step begun after {begun:>6.1f} s, done after {done:>6.1f} s"
+                print(f"  {kind:<6} {said}", flush=True)
     return found
 
 
@@ -96,7 +96,8 @@ def main() -> None:
     given = parser.parse_args()
     if not 1 <= given.firsts <= given.later:
         parser.error(
-            f"--firsts={given.firsts} --later={given.later}: expected 1 or more, and no fewer later ones"
+            f"--firsts={given.firsts} --later={given.later}: "
+            "expected 1 or more, and no fewer later ones"
         )
     found = measure(given.flags, given.firsts, given.later)
     numbers = summary(found)
@@ -106,7 +107,8 @@ def main() -> None:
             f"{kind:<6} median of {len(times)}: begun after {begun:.1f} s, done after {done:.1f} s"
         )
     print(
-        f"ratio  {numbers['ratio_begun']:.2f} x to the beginning of the first step, {numbers['ratio_done']:.2f} x to its end"
+        f"ratio  {numbers['ratio_begun']:.2f} x to the beginning of the first step, "
+        f"{numbers['ratio_done']:.2f} x to its end"
     )
     if given.out:
         command = shlex.join(["python", "launch/tables/start_times.py", *sys.argv[1:]])
