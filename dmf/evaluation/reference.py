@@ -82,7 +82,7 @@ def read(path: str | Path, space: str = "inception", images: bool = True) -> Ref
     if not place.is_file():
         what = "is no regular file" if place.exists() else "no such file"
         raise bad(path, f"{what}; expected reference statistics, an .npz or .pkl")
-    from dmf.storage.digest import sha256
+    from dmf.storage.digest import of_weights
     from dmf.storage.readers.read import LOOKS
 
     try:
@@ -104,7 +104,7 @@ def read(path: str | Path, space: str = "inception", images: bool = True) -> Ref
         **dict.fromkeys(RECORD, UNKNOWN),
         **found.about,
         "file": place.name,
-        "sha256": sha256(place),
+        "sha256": of_weights(place),
     }
     return Reference(found.moments, found.features, found.images, about)
 
