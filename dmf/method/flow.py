@@ -49,7 +49,7 @@ class TimeLaw:
     r_neq_t_fraction: float = limited(0.25, 0, 1)
 
 
-# The three official laws. The share is always that of r < t rows. ImageNet officially counts its
+# The three official laws. The share counts r < t rows. ImageNet officially counts its
 # r = t rows, .75, and CIFAR its r < t rows, .75.
 TIME_LAWS = {
     "cifar_v0": TimeLaw("sorted", -2.0, 2.0, -2.0, 2.0, 0.75),

@@ -208,7 +208,8 @@ def test_no_gradient_flows_through_the_frozen_evaluation(float64):
     expected = jnp.concatenate([g.ravel() for g in jax.tree.leaves(jax.grad(loss)(params))])
     assert distance(whole, expected) < 1e-14
 
-    only_next = lambda p, rows: p * jnp.where(rows.t < 0.5, 1.0, 0.0)[:, None] * jnp.ones((1, 8))  # noqa: E731
+    late_only = lambda t: jnp.where(t < 0.5, 1.0, 0.0)[:, None]  # noqa: E731
+    only_next = lambda p, rows: p * late_only(rows.t) * jnp.ones((1, 8))  # noqa: E731
     late = rows._replace(
         t=jnp.full(32, 0.51), r=jnp.zeros(32)
     )  # u' sits below .5, u above: p acts through u' alone
@@ -222,8 +223,8 @@ def test_no_gradient_flows_through_the_frozen_evaluation(float64):
 def test_the_target_itself_passes_no_gradient(scale):
     u, u_next, v = jax.random.normal(jax.random.key(6), (3, 4, 2))
     w = jnp.array([0.1, 0.3, 0.5, 1.0])
-    e = lambda u_next, v: (objectives.discrete_residual(u, u_next, v, w, scale) ** 2).sum()  # noqa: E731
-    for g in jax.grad(e, (0, 1))(u_next, v):
+    residual = lambda *target: objectives.discrete_residual(u, *target, w, scale)  # noqa: E731
+    for g in jax.grad(lambda *target: (residual(*target) ** 2).sum(), (0, 1))(u_next, v):
         np.testing.assert_array_equal(g, 0.0)
 
 
