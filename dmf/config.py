@@ -109,7 +109,7 @@ class RunConfig:
     score_steps: tuple[int, ...] = limited((1, 2, 4, 32), 1, INF, empty=False)
     # also score, and save, every so many steps; 0 = at stage boundaries only
     score_every_steps: int = limited(0, 0, INF)
-    # of dmf.metrics.protocols, or a .json; "" = the data set's own score, if it has one
+    # of dmf.evaluation.protocols, or a .json; "" = the data set's own score, if it has one
     protocol: str = ""
     features: str = ""  # converted feature network of the protocol
     reference: str = ""  # the protocol's reference statistics

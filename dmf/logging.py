@@ -1,4 +1,4 @@
-"""What a run says while it goes: JSON lines always, TensorBoard where it is installed, one progress line on the terminal."""
+"""What a run says while it goes: JSON lines, TensorBoard where installed, a progress line."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ log = logging.getLogger(__name__)
 
 
 class JsonLines:
-    """A file of JSON objects, one per line, each with the step it belongs to; flushed at every line."""
+    """A file of JSON objects, one per line, each with its step; flushed at every line."""
 
     def __init__(self, path: Path, writes: bool = True):
-        self.path, self._writes = path, writes  # of several processes one writes
+        """writes: False for a process that only reads the file."""
+        self.path, self._writes = path, writes
 
     def resume(self, step: int) -> None:
-        """Drops what a killed run wrote beyond the step it resumes from, and a line it left half-written."""
+        """Drops rows beyond the step that a run resumes from, and a line that a kill has cut."""
         kept = [row for row in self.read() if row["step"] <= step]
         if self._writes and self.path.exists():
             with paths.writing(self.path):
@@ -39,7 +40,7 @@ class JsonLines:
                 paths.append(self.path, json.dumps(row) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """All complete rows; a last line that was cut by a kill is ignored."""
+        """All complete rows; a last line that a kill has cut is ignored."""
         rows = []
         for line in self.path.read_text().splitlines() if self.path.exists() else []:
             try:
@@ -50,9 +51,9 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Scalars as event files through clu; silently nothing where tensorflow or tensorboard is not installed.
+    """Scalars as event files through clu; nothing where tensorflow or tensorboard is missing.
 
-    A run has its own files and does without these: what keeps them from being written is told once, as a warning.
+    A run does not need these files. An error in writing them is told once, as a warning.
     """
 
     def __init__(self, directory: Path, wanted: bool):
@@ -63,13 +64,11 @@ class TensorBoard:
         self._writer: Any = None
 
     def open(self) -> None:
-        """Imports tensorflow, which takes seconds that should not delay the first step; the first `write` does it as well."""
+        """Imports tensorflow, unless a `write` has done so. It takes seconds: not before a step."""
         with self._optional():
             if self._wanted and self._writer is None:
-                os.environ |= {
-                    "TF_CPP_MIN_LOG_LEVEL": "2",
-                    "TF_ENABLE_ONEDNN_OPTS": "0",
-                }  # no notices: it only writes files
+                # No notices: tensorflow only writes files here.
+                os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "2", "TF_ENABLE_ONEDNN_OPTS": "0"}
                 from clu import metric_writers
 
                 self._writer = metric_writers.SummaryWriter(str(self._directory))
@@ -93,13 +92,16 @@ class TensorBoard:
     def _optional(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # those of tensorflow have no common base
+        except Exception as error:  # errors of tensorflow have no common base
             self._wanted, self._writer = False, None
             log.warning("%s: %s; no more event files are written", self._directory, short(error))
 
 
 class Progress:
-    """One line with stage, step, loss, rate and time left: rewritten on a terminal, every ten seconds elsewhere."""
+    """One line with stage, step, loss, rate and time left.
+
+    A terminal shows it rewritten; elsewhere it comes every ten seconds.
+    """
 
     def __init__(self, total: int, start: int):
         self._total, self._count, self._mark = total, start, time.monotonic()
@@ -107,7 +109,7 @@ class Progress:
         self._rate = 0.0
 
     def show(self, step: int, stage: str, loss: float) -> None:
-        """Called at the logged steps; the rate is that since the last call."""
+        """Called at the logged steps. The rate counts the steps since the last call."""
         now = time.monotonic()
         if step > self._count:
             rate = (step - self._count) / max(now - self._mark, 1e-9)
@@ -128,12 +130,15 @@ class Progress:
             print()
 
     def restart(self, step: int) -> None:
-        """Time spent since the last `show` was not training: leave it out of the rate."""
+        """The time since the last `show` was no training: the rate leaves it out."""
         self._count, self._mark = step, time.monotonic()
 
 
 class Count:
-    """One line with how many of many are done, the rate and the time left: rewritten on a terminal, else every ten seconds."""
+    """One line with how many are done, the rate and the time left.
+
+    A terminal shows it rewritten; elsewhere it comes every ten seconds.
+    """
 
     def __init__(self, name: str, total: int, unit: str, start: int = 0):
         self._name, self._total, self._unit, self._start = name, total, unit, start

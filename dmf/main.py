@@ -94,7 +94,7 @@ class Command:
 
 def _train() -> Callable[[], Any]:
     config, stop = _config(), STOP or sigterm.listen()
-    name = _config_file().rpartition("/")[2].replace(".py", "").replace(":", "_")
+    name = _config_file().rpartition("/")[2].replace(".py", "").replace(":", "_").replace(",", "_")
     return partial(_start, config, WORKDIR.value or f"runs/{name}", stop)
 
 
@@ -107,11 +107,12 @@ def _start(config: Config, workdir: str, stop: sigterm.Stop) -> None:
         stop.share(processes.Board())
     if not processes.is_first():  # one process speaks for all; errors still go to stderr
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    from dmf.evaluation.boundary import RunJudge
     from dmf.run.workdir import keep_programs
     from dmf.train import train
 
     keep_programs(paths.at(workdir))
-    train(config, workdir, STARTED, ALLOW_CHANGE.value, stop)
+    train(config, workdir, STARTED, ALLOW_CHANGE.value, stop, RunJudge)
 
 
 def _sample() -> Callable[[], Any]:

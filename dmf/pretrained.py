@@ -1,6 +1,6 @@
-"""Weights from a checkpoint directory: `load`, the one call behind sampling, scoring, starting a run, and notebooks.
+"""Weights from a checkpoint directory: `load`, for sampling, scoring and notebooks.
 
-A directory is a run's (several steps, raw weights and EMAs) or a converted one (one set of weights).
+A directory holds a run (several steps, each with raw weights and averages) or converted weights.
 """
 
 from __future__ import annotations
@@ -14,30 +14,34 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dmf import networks, sharding
-from dmf.config import Config, differences, parse, to_dict
+from dmf.config import parse, to_dict
 from dmf.errors import DmfError
 from dmf.fields import section
 from dmf.networks.frozen import dinov2, inception, vae
 from dmf.optim import EMAConfig
 from dmf.storage import checkpoint
 
-# Networks that are no u(z, r, t): kind -> (config class, how one is built).
+# Networks other than u(z, r, t): kind -> (config class, how one is built).
 OTHERS: dict[str, tuple[type, Any]] = {
     "vae": (vae.VAEConfig, vae.build_vae),
     "inception": (inception.InceptionConfig, inception.build_inception),
     "dinov2": (dinov2.DinoConfig, dinov2.build_dinov2),
 }
-# Fields of a network's config that leave the meaning of its weights alone.
-FREE = ("dropout", "interval_init")
 
 
 def load(path: str | Path, ema: float | None = None) -> tuple[Any, Any]:
     """(network, params) of a checkpoint, ready to be called.
 
-    network.apply(params, z, r, t, label=...) is u, or the velocity v of a flow model; an autoencoder has encode and decode,
-    the Inception network apply (see `dmf.networks`). path: a work directory, one of its step folders, or a converted
-    directory. ema: half-life in images of the average to take, 0 for the raw weights, None for the one the run evaluates.
-    Weights are replicated over all devices. Raises DmfError where the folder is missing or damaged.
+    network.apply(params, z, r, t, label=...) is u(z, r, t), or the velocity v of a flow model.
+    An autoencoder has encode and decode, the Inception network apply (`dmf.networks.frozen`).
+    The weights are replicated over all devices.
+
+    Args:
+        path: a work directory, one of its step folders, or a converted directory.
+        ema: half-life in images of the average to take, 0 for the raw weights, None for the
+            average that the run evaluates.
+
+    Raises DmfError where the folder is missing or damaged.
     """
     folder, stored = open_folder(path)
     return load_folder(folder, stored, ema)
@@ -63,13 +67,13 @@ def load_folder(folder: Path, stored: dict[str, Any], ema: float | None = None) 
 
 
 def open_folder(path: str | Path) -> tuple[Path, dict[str, Any]]:
-    """(step folder, what was written beside the weights) of a checkpoint; verified."""
+    """(step folder, what was written beside the weights) of a checkpoint, which is verified."""
     folder = checkpoint.find(path)
     return folder, checkpoint.metadata(folder)
 
 
 def is_converted(stored: dict[str, Any]) -> bool:
-    """Whether a checkpoint holds converted weights, rather than those of a run."""
+    """Whether a checkpoint holds converted weights, and not a run's."""
     return "config" not in stored or not stored["config"]["data"]["name"]
 
 
@@ -81,7 +85,10 @@ def described(stored: dict[str, Any]) -> tuple[Any, tuple[int, ...]]:
 
 
 def network_config(values: dict[str, Any]) -> Any:
-    """The config of any network, from its fields as plain values. Raises DmfError for an unknown kind or field."""
+    """The config of any network, from its fields as plain values.
+
+    Raises DmfError for an unknown kind or field.
+    """
     kind = values.get("kind")
     if kind in OTHERS:
         return section(OTHERS[kind][0], values, "network")
@@ -96,7 +103,10 @@ def build(config: Any, image_shape: tuple[int, ...]) -> Any:
 
 
 def metadata(config: Any, image_shape: tuple[int, ...], source: dict[str, Any]) -> dict[str, Any]:
-    """What is written beside converted weights: for a u(z, r, t) a whole config, so that it is read like a run's."""
+    """What is written beside converted weights.
+
+    For a u(z, r, t) it is a whole config, so that the weights are read like a run's.
+    """
     stored = {"image_shape": list(image_shape), "source": source}
     if config.kind in OTHERS:
         return {"network": dataclasses.asdict(config), **stored}
@@ -104,37 +114,6 @@ def metadata(config: Any, image_shape: tuple[int, ...], source: dict[str, Any]) 
         {"network": dataclasses.asdict(config), "data": {"name": ""}, "ema": {"evaluate": 0.0}}
     )
     return {"config": to_dict(run), **stored}
-
-
-def find_init(
-    config: Config, image_shape: tuple[int, ...]
-) -> tuple[Path, int | None, dict[str, Any] | None]:
-    """The flow model that config.init names: (step folder, the average it was evaluated with, where it was converted from).
-
-    For `checkpoint.read_params`. Raises DmfError where its network or its images are not the config's: many differences would
-    not show in the shapes of the weights.
-    """
-    folder, stored = open_folder(config.init)
-    if "config" not in stored:
-        raise DmfError(
-            f"config.init = {config.init}: holds a {stored['network']['kind']}; expected a flow model"
-        )
-    theirs = parse(stored["config"])
-    old, new = dataclasses.asdict(theirs.network), dataclasses.asdict(config.network)
-    for free in FREE:
-        if free in old:
-            old[free] = new.get(free)
-    changed = differences(old, new, "config.network")
-    if changed:
-        raise DmfError(
-            f"config.init = {config.init}: its network differs: {'; '.join(changed)}; expected the same network"
-        )
-    if tuple(stored["image_shape"]) != image_shape:
-        raise DmfError(
-            f"config.init = {config.init}: its images are {tuple(stored['image_shape'])}; expected {image_shape}, as in "
-            f"{config.data.name}"
-        )
-    return folder, theirs.ema.index(), stored.get("source")
 
 
 def abstract_params(network: Any, mesh: Mesh) -> Any:

@@ -1,7 +1,8 @@
 """Several processes as one run: how they find each other, and how they agree.
 
-Every process runs the same program on its own devices. What one process alone does (it writes files, it may fail at it) is made
-known to all of them here, so that they go on together or stop together: a process that stops alone leaves the others waiting.
+Every process runs the same program on its own devices. One of them alone writes files, and may
+fail at it. The others hear of it here, so that all go on or all stop. A process that stops alone
+would leave the others waiting.
 """
 
 from __future__ import annotations
@@ -20,18 +21,20 @@ from jax.experimental import multihost_utils
 
 from dmf.errors import DmfError
 
-USUAL = 4096  # bytes that processes exchange at once; a longer message takes a second time
-HEADER = 8  # of these bytes tell the message's own number of them
-PATIENCE_S = 5.0  # until a file that another process has written must be seen
-HEARTBEAT_S = 30  # of silence after which a process is given up, and with it the run
+USUAL = 4096  # bytes that processes exchange at once; a longer message takes a second exchange
+HEADER = 8  # bytes of a message that tell its length
+PATIENCE_S = 5.0  # how long a file of another process may take to be seen
+HEARTBEAT_S = 30  # a process that is silent for so long ends the run
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
 def start(detect: bool = False) -> None:
-    """Joins the other processes of the run, before jax is used for anything else; without any, does nothing.
+    """Joins the other processes of the run; without any it does nothing.
 
-    By the three environment variables of `VARIABLES` (HOST:PORT of process 0, number of processes, own number from 0), or
-    with `detect` by what TPU pods, Slurm and Open MPI tell by themselves. Raises DmfError where that fails.
+    It must come before jax is used for anything else. The environment variables of `VARIABLES`
+    tell the HOST:PORT of process 0, the number of processes, and the own number from 0.
+
+    detect: TPU pods, Slurm and Open MPI tell these by themselves. Raises DmfError where that fails.
     """
     given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
     if not given and not detect:
@@ -39,14 +42,15 @@ def start(detect: bool = False) -> None:
     if given and len(given) < len(VARIABLES) and not detect:
         missing = ", ".join(name for name in VARIABLES if name not in given)
         raise DmfError(
-            f"{', '.join(given)} without {missing}: expected all of them, or --distributed to detect the others"
+            f"{', '.join(given)} without {missing}: expected all of them, or --distributed to "
+            "detect the others"
         )
     count, mine = (_number(name, given.get(name)) for name in VARIABLES[1:])
     if count is not None and mine is not None and mine >= count:
         raise DmfError(
             f"JAX_PROCESS_ID = {mine}: expected a number below JAX_NUM_PROCESSES = {count}"
         )
-    # With it, SIGTERM would be caught for somebody to ask about between two steps; `dmf.run.sigterm` hears it at any time.
+    # jax's own service would hear SIGTERM between two steps only; `dmf.run.sigterm` always does.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -55,8 +59,8 @@ def start(detect: bool = False) -> None:
     except (RuntimeError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise DmfError(
-            f"the processes of the run cannot find each other: {reason}; expected {', '.join(VARIABLES)}, or with "
-            "--distributed a TPU pod, Slurm or Open MPI"
+            f"the processes of the run cannot find each other: {reason}; expected "
+            f"{', '.join(VARIABLES)}, or with --distributed a TPU pod, Slurm or Open MPI"
         ) from error
 
 
@@ -71,22 +75,21 @@ def is_first() -> bool:
 
 
 def all_say(text: str) -> list[str]:
-    """What each process gives, in their order, known to all."""
+    """The texts of all processes, in their order, on each of them."""
     if jax.process_count() == 1:
         return [text]
     encoded = text.encode(errors="replace")
     mine = len(encoded).to_bytes(HEADER, "big") + encoded
     found = _gathered(mine, USUAL)
     ends = [HEADER + int.from_bytes(row[:HEADER], "big") for row in found]
-    if max(ends) > USUAL:  # which all of them know by now
-        found = _gathered(
-            mine, 2 ** (max(ends) - 1).bit_length()
-        )  # few sizes, as each is a program
+    if max(ends) > USUAL:  # all processes know it by now
+        # Powers of two: each size is another program.
+        found = _gathered(mine, 2 ** (max(ends) - 1).bit_length())
     return [row[HEADER:end].decode() for row, end in zip(found, ends, strict=True)]
 
 
 def _gathered(mine: bytes, size: int) -> list[bytes]:
-    """The first `size` bytes that each process gives, filled up with zeros."""
+    """The first `size` bytes of each process, filled up with zeros."""
     row = np.frombuffer(mine[:size].ljust(size, b"\0"), np.uint8)
     return [
         bytes(found)
@@ -95,15 +98,15 @@ def _gathered(mine: bytes, size: int) -> list[bytes]:
 
 
 def first_says(text: str) -> str:
-    """What the first process gives, known to all."""
+    """The text of the first process, on all of them."""
     return all_say(text)[0]
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """All processes leave the block together: with an error if any of them met one there.
+    """All processes leave the block together, all with an error if one of them met one.
 
-    For what each does by itself: a block in which they wait for each other would not be left by all.
+    Inside the block no process may wait for another: a process that failed would not come.
     """
     mine: Exception | None = None
     try:
@@ -127,17 +130,17 @@ def same(what: str, text: str) -> None:
     for i, digest in enumerate(digests):
         if digest != digests[0]:
             raise DmfError(
-                f"process {i} of {len(digests)} has another {what} than process 0: expected the same on all"
+                f"process {i} of {len(digests)} has another {what} than process 0: expected the "
+                "same on all"
             )
 
 
 def check_shared(folder: Path) -> None:
-    """Raises DmfError, on all processes, where one of them does not see in `folder` what process 0 writes there."""
+    """Raises DmfError, on all processes, where `folder` is not the same folder for all."""
     if jax.process_count() == 1:
         return
-    path = (
-        folder / f".shared-{first_says(os.urandom(8).hex())}"
-    )  # a name that no network file system has looked for before
+    # A new name: a network file system remembers names that it has not found.
+    path = folder / f".shared-{first_says(os.urandom(8).hex())}"
     with together():
         if is_first():
             path.touch()
@@ -146,8 +149,9 @@ def check_shared(folder: Path) -> None:
         while not path.exists():
             if waited > PATIENCE_S:
                 raise DmfError(
-                    f"process {jax.process_index()} of {jax.process_count()}: --workdir={folder} does not show what process 0 "
-                    "wrote there; expected one directory that all processes share"
+                    f"process {jax.process_index()} of {jax.process_count()}: "
+                    f"--workdir={folder} does not show what process 0 wrote there; expected one "
+                    "directory that all processes share"
                 )
             time.sleep(0.1)
             waited += 0.1
@@ -156,9 +160,10 @@ def check_shared(folder: Path) -> None:
 
 
 class Board:
-    """Short notes that the processes of a run leave for each other, kept by the first one; any thread may read and write them.
+    """Short notes that the processes of a run leave for each other; any thread may use them.
 
-    count, mine: the number of processes, and this one's own. Once the first process is gone nothing is written or found.
+    count: the number of processes. mine: this process's own number. The first process keeps the
+    notes: once it is gone, nothing is written or found.
     """
 
     def __init__(self) -> None:

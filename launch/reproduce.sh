@@ -1,5 +1,5 @@
 #!/bin/sh
-# Every number and picture of the README, with the command that makes it.
+# Every number and picture of README.md and docs/, with the command that makes it.
 #
 #   launch/reproduce.sh --list    all of them
 #   launch/reproduce.sh NAME      make the environment and run the commands of that name
@@ -8,22 +8,22 @@ set -eu
 cd "$(dirname "$0")/.."
 . launch/shell.sh
 
-# name | what of the README | where it is stored | time | what else it needs: parity = requirements-parity.txt, tpu = jax[tpu] | command
+# name | which page, and what | where it is stored | time | what else it needs: parity = requirements-parity.txt, tpu = jax[tpu] | command
 # A name may have several commands, which are run in this order.
 entries() {
     cat <<'END'
 demo | scores and pictures of the digits demo | docs/digits.png | 4 minutes on 2 cores | | python main.py --config=configs/digits.py --workdir=runs/digits
 demo | | docs/digits.png | | | cp runs/digits/samples.png docs/digits.png
 tests | that all checks pass, in under 20 minutes | | 20 minutes on 2 cores | | ./launch/test.sh
-digits_table | What it reaches on digits: the table | docs/digits_table.json | | | python launch/tables/digits_table.py --seeds=0,1,2 --out=docs/digits_table.json
-torch_fidelity | Scores: the differences to torch-fidelity, and the speed | docs/against_torch_fidelity.json | | parity | python launch/tables/against_torch_fidelity.py --count=5000
-benchmark_digits | What a step costs: the digits' transformer | docs/benchmark_digits_cpu.json | | | python main.py --mode=benchmark --config=configs/digits.py --out=docs/benchmark_digits_cpu.json
-benchmark_dit | What a step costs: four blocks of SiT-S/2 | docs/benchmark_dit_cpu.json | | | python main.py --mode=benchmark --config=configs/imagenet256.py:S --config.data.mock --config.batch_size=8 --config.network.depth=4 --out=docs/benchmark_dit_cpu.json
-pytorch | What a step costs: PyTorch's time by ours | docs/against_pytorch.json | | parity | python launch/tables/against_pytorch.py --depth=4 --dit_batch=8 --channels=32 --blocks=1 --size=16 --unet_batch=8 --rounds=5 --out=docs/against_pytorch.json
-kills | What a run survives: the same bits after kills | docs/kills.json | 10 minutes on 2 cores | | python launch/tables/kills.py --kills=100 --out=docs/kills.json
-start_times | From one device to a pod: first and later starts | docs/start_times.json | 5 minutes on 2 cores | | python launch/tables/start_times.py --out=docs/start_times.json
-memory | What a run needs: docs/memory.md | docs/memory.json | | | python launch/tables/memory_table.py --out=docs/memory.json
-tpu_plan | What fits on which TPU: SiT-XL/2 | docs/tpu_plan.json | | tpu | python main.py --mode=plan --out=docs/tpu_plan.json --topology=v5e-16,v4-32 --config=configs/imagenet256.py --config.compute_dtype=bfloat16 --config.scan_blocks --config.remat=blocks --config.mesh.fsdp=0
+digits_table | docs/results.md: the table | docs/digits_table.json | | | python launch/tables/digits_table.py --seeds=0,1,2 --out=docs/digits_table.json
+torch_fidelity | docs/scores.md: the differences to torch-fidelity, and the speed | docs/against_torch_fidelity.json | | parity | python launch/tables/against_torch_fidelity.py --count=5000
+benchmark_digits | docs/performance.md: the digits' transformer | docs/benchmark_digits_cpu.json | | | python main.py --mode=benchmark --config=configs/digits.py --out=docs/benchmark_digits_cpu.json
+benchmark_dit | docs/performance.md: four blocks of SiT-S/2 | docs/benchmark_dit_cpu.json | | | python main.py --mode=benchmark --config=configs/imagenet256.py:S --config.data.mock --config.batch_size=8 --config.network.depth=4 --out=docs/benchmark_dit_cpu.json
+pytorch | docs/performance.md: PyTorch's time by ours | docs/against_pytorch.json | | parity | python launch/tables/against_pytorch.py --depth=4 --dit_batch=8 --channels=32 --blocks=1 --size=16 --unet_batch=8 --rounds=5 --out=docs/against_pytorch.json
+kills | docs/runs.md: the same bits after kills | docs/kills.json | 10 minutes on 2 cores | | python launch/tables/kills.py --kills=100 --out=docs/kills.json
+start_times | docs/performance.md: first and later starts | docs/start_times.json | 5 minutes on 2 cores | | python launch/tables/start_times.py --out=docs/start_times.json
+memory | docs/memory.md: what a run needs | docs/memory.json | | | python launch/tables/memory_table.py --out=docs/memory.json
+tpu_plan | docs/scaling.md: SiT-XL/2 | docs/tpu_plan.json | | tpu | python main.py --mode=plan --out=docs/tpu_plan.json --topology=v5e-16,v4-32 --config=configs/imagenet256.py --config.compute_dtype=bfloat16 --config.scan_blocks --config.remat=blocks --config.mesh.fsdp=0
 tpu_plan | the same, a copy of the state on each device | docs/tpu_plan.json | | tpu | python main.py --mode=plan --out=docs/tpu_plan.json --topology=v5e-16,v4-32 --config=configs/imagenet256.py --config.compute_dtype=bfloat16 --config.scan_blocks --config.remat=blocks
 tpu_plan | the CIFAR U-Net | docs/tpu_plan.json | 2 to 4 minutes a row on 2 cores | tpu | JAX_EXEC_TIME_OPTIMIZATION_EFFORT=-1 python main.py --mode=plan --out=docs/tpu_plan.json --topology=v5e-16,v4-32 --config=configs/cifar10.py --config.compute_dtype=bfloat16
 tpu_plan | the same, its state split | docs/tpu_plan.json | | tpu | JAX_EXEC_TIME_OPTIMIZATION_EFFORT=-1 python main.py --mode=plan --out=docs/tpu_plan.json --topology=v5e-16,v4-32 --config=configs/cifar10.py --config.compute_dtype=bfloat16 --config.mesh.replica=1 --config.mesh.fsdp=0

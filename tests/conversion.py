@@ -1,4 +1,4 @@
-"""What the tests of converters share: weights redrawn from a recipe, converted by the driver's own code."""
+"""What the tests of converters share: weights from a recipe, converted as by the command."""
 
 import functools
 import importlib.util
@@ -11,7 +11,7 @@ import pytest
 
 from dmf import pretrained
 from dmf.convert import audit
-from dmf.storage.readers.read import Tensor
+from dmf.storage.readers.tree import Tensor
 
 needs_torch = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None,
@@ -20,7 +20,10 @@ needs_torch = pytest.mark.skipif(
 
 
 def recipe_weights(data):
-    """A reference network's weights, torch names and layouts, redrawn from the arrays recipe/* and fixed/*."""
+    """Weights of a reference network, under torch names and in torch layouts.
+
+    They are drawn again from the arrays recipe/*, or taken from fixed/*.
+    """
     weights = {}
     for name, shape, scale, offset, sums in zip(
         *(data[f"recipe/{field}"] for field in ("keys", "shapes", "scale", "offset", "sums")),
@@ -40,7 +43,7 @@ def recipe_weights(data):
 
 
 def tensors_of(arrays):
-    """Arrays as the lazy tensors a file would give."""
+    """Arrays as the lazy tensors of a file."""
     return {
         name: Tensor(x.shape, x.dtype, functools.partial(np.ascontiguousarray, x))
         for name, x in arrays.items()
@@ -59,7 +62,7 @@ def key_list(path):
 
 
 def hollow(shapes):
-    """Tensors of full size that hold one zero each: for checks of names and shapes alone."""
+    """Tensors of full size that hold one zero each, for checks of names and shapes."""
     return {
         name: Tensor(
             shape, np.dtype(np.float32), functools.partial(np.broadcast_to, np.float32(0), shape)
@@ -69,7 +72,7 @@ def hollow(shapes):
 
 
 def convert_arrays(kind, arrays, given=None, which=""):
-    """(config, image shape, network, params) of a kind from a tree of arrays, through the driver's audit."""
+    """(config, image shape, network, params) of a kind from a tree of arrays, audited."""
     tree = jax.tree.map(lambda x: tensors_of({"": x})[""], arrays)
     tensors, _ = kind.select(tree, which)
     config, shape = kind.describe(tensors, given or {})
@@ -87,7 +90,7 @@ def export_arrays(kind, config, shape, network, params):
 
 
 def check_names(kind, shapes, given=None):
-    """Holds the key map of a full-size network against a list of names and shapes; returns (config, image shape)."""
+    """Compares a full-size key map with names and shapes; returns (config, image shape)."""
     tensors, _ = kind.select(hollow(shapes), "")
     config, shape = kind.describe(tensors, given or {})
     network = pretrained.build(config, shape)
@@ -96,7 +99,7 @@ def check_names(kind, shapes, given=None):
 
 
 def small_noise(params, scale=0.1, seed=0):
-    """Parameters with noise on every leaf, so that no branch is dead."""
+    """Parameters with noise on every leaf, which makes every branch count."""
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(seed)
     return jax.tree.unflatten(

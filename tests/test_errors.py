@@ -30,11 +30,11 @@ def run(*flags):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A work directory with a real, tiny checkpoint."""
-    from dmf import train
     from dmf.config import parse
+    from tests import runs
 
     workdir = tmp_path_factory.mktemp("trained")
-    train.train(parse(TINY), workdir)
+    runs.train(parse(TINY), workdir)
     return workdir
 
 

@@ -1,6 +1,5 @@
 """Two real processes on one machine as one run: they train, are killed, and go on as one, as two, or not at all, together."""
 
-import json
 import os
 import signal
 import socket
@@ -14,9 +13,9 @@ import pytest
 
 from dmf.config import parse
 from dmf.storage import checkpoint
-from dmf.train import train
 from tests import ROOT
 from tests import devices as flags_of
+from tests.runs import rows, train
 from tests.tiny import TINY, Setup, merged
 
 STEPS = 12
@@ -96,10 +95,6 @@ class Group:
         """Kills all once that step is logged."""
         self.wait_for_step(workdir, step)
         self.kill()
-
-
-def rows(workdir, name):
-    return [json.loads(line) for line in (workdir / name).read_text().splitlines()]
 
 
 def final(workdir):

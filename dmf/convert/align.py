@@ -1,12 +1,16 @@
-"""A new embedding for a U-Net that was pretrained with another form of time: Re-MeanFlow's alignment (arXiv 2511.23342).
+"""A new embedding for a pretrained U-Net with another form of time.
 
-In a network of ln(sigma), of 999 t or of high random frequencies, du/dt is as steep as the embedding. MeanFlow's form takes
-raw t. Its layers are regressed on the vector that the old ones give,
+It is the alignment of Re-MeanFlow (arXiv 2511.23342).
+In a network of ln(sigma), of 999 t or of high random frequencies, du/dt is as steep as the
+embedding. MeanFlow's form takes raw t. Its layers are fitted to the output of the old ones,
 
     min E_t |emb_new(t, t) - emb_old(t, t)|^2,   t ~ U(0, 1)
 
-and the rest of the network stays as it is. `interval` stays zero, so that u ignores r exactly, as the flow does. Where the old
-embedding is capped, sigma = t / (1 - t) outside [0.002, 80], the new one learns the cap: t = 1 is where a single step starts.
+The rest of the network stays as it is.
+The layer `interval` stays zero, so u ignores r exactly, as the flow does.
+
+The old embedding may be capped: sigma = t / (1 - t) stays within [0.002, 80].
+The new one learns the cap too, for a single step starts there, at t = 1.
 """
 
 from __future__ import annotations
@@ -51,17 +55,24 @@ def align(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[UNetConfig, Params, Report]:
-    """Replaces the embedding of a flow by one of MeanFlow's form; every other leaf is kept, bit for bit.
+    """Replaces the embedding of a flow by one of MeanFlow's form; all other leaves stay.
 
-    Adam at 1e-3 on batches of 1024 times, half of them with a standard normal augmentation label where there are labels.
-    progress(done, total) counts steps. Deterministic in `seed`. The report holds relative L2 errors of the embedding over an
-    even grid of t (mean, max and at t = 1, before and after) and of u on random inputs (relative_change_of_u).
-    Raises DmfError where nothing is to be aligned, or r has been learnt already.
+    Adam runs at 1e-3 on batches of 1024 times.
+    Where the network takes an augmentation label, half of a batch has a standard normal one.
+    The result depends on `seed` alone. progress(done, total) counts steps.
+
+    The report holds relative L2 errors:
+
+    - of the embedding, before and after: mean and max over an even grid of t, and at t = 1;
+    - of u on random inputs: relative_change_of_u.
+
+    Raises DmfError where nothing can be aligned, or the network has learnt r already.
     """
     check(config, steps)
     if np.any(params["interval"]["kernel"]):
         raise DmfError(
-            "the network has learnt to see r (its interval layer is not zero): expected a flow, which sees t alone"
+            "the network has learnt to see r (its interval layer is not zero): "
+            "expected a flow, which sees t alone"
         )
     new_config = dataclasses.replace(config, **FORM)
     key, label = jax.random.key(seed), _labels(config, 1)
@@ -69,19 +80,12 @@ def align(
         jax.random.fold_in(key, 0), None, *jnp.zeros((2, 1)), label, None
     )["params"]
     interval = jnp.zeros_like(start.pop("interval")["kernel"])
-    if config.augment_dim:  # labels reach the features of t - r no more than they did: interval would pass on random ones
+    if config.augment_dim:  # no label reaches the features of t - r, as in the old embedding
         kernel = start["map_augment"]["kernel"]
         start["map_augment"]["kernel"] = kernel.at[:, new_config.noise_width :].set(0.0)
     with jax.default_matmul_precision("highest"):
-        fitted = _regress(
-            config,
-            new_config,
-            params,
-            (start, interval),
-            steps,
-            jax.random.fold_in(key, 1),
-            progress,
-        )
+        draws = jax.random.fold_in(key, 1)
+        fitted = _regress(config, new_config, params, (start, interval), steps, draws, progress)
         found = _with_interval(fitted, interval)
         before = _errors(config, params, new_config, _with_interval(start, interval))
         after = _errors(config, params, new_config, found)
@@ -94,10 +98,11 @@ def align(
 
 
 def check(config: Any, steps: int) -> None:
-    """Raises DmfError where a network of this config has nothing that could be aligned."""
+    """Raises DmfError where a network of this config cannot be aligned."""
     if not isinstance(config, UNetConfig):
         raise DmfError(
-            f"network.kind is {config.kind!r}: expected 'unet', the only network whose embedding can be aligned"
+            f"network.kind is {config.kind!r}: "
+            "expected 'unet', the only network whose embedding can be aligned"
         )
     if all(getattr(config, field) == value for field, value in FORM.items()):
         form = ", ".join(f"{field} {value!r}" for field, value in FORM.items())
@@ -118,10 +123,8 @@ def _with_interval(layers: Params, interval: jax.Array) -> Params:
 
 def _embed(config: UNetConfig, params: Params, t: jax.Array, label: jax.Array | None) -> jax.Array:
     """The network's embedding (B, 4 * channels) of an empty interval at t (B,)."""
-    emb: jax.Array = UNet(config, None).apply(
-        {"params": params}, None, t, t, Condition(augment=label), None
-    )  # type: ignore[assignment]
-    return emb
+    network: Any = UNet(config, None)
+    return network.apply({"params": params}, None, t, t, Condition(augment=label), None)
 
 
 def _regress(
@@ -133,8 +136,11 @@ def _regress(
     key: jax.Array,
     progress: Callable[[int, int], None] | None,
 ) -> Params:
-    """The layers after `steps` steps of Adam; step i draws with fold_in(key, i)."""
-    adam = optax.adam(1e-3, b2=0.99)  # the second moment as in Re-MeanFlow's code
+    """The layers after `steps` steps of Adam; step i draws with fold_in(key, i).
+
+    start: the new layers and the interval layer of zeros.
+    """
+    adam = optax.adam(1e-3, b2=0.99)  # b2 as in Re-MeanFlow's code
     layers, interval = start
     old = {name: params[name] for name in OLD if name in params}
 
@@ -142,10 +148,8 @@ def _regress(
         t, label = _draw(config.augment_dim, key)
 
         def loss(layers: Params) -> jax.Array:
-            error = _embed(new_config, _with_interval(layers, interval), t, label) - _embed(
-                config, old, t, label
-            )
-            return jnp.mean(error**2)
+            found = _embed(new_config, _with_interval(layers, interval), t, label)
+            return jnp.mean((found - _embed(config, old, t, label)) ** 2)
 
         layers, state = carry
         updates, state = adam.update(jax.grad(loss)(layers), state)
@@ -172,20 +176,21 @@ def _draw(augment_dim: int, key: jax.Array) -> tuple[jax.Array, jax.Array | None
     t = jax.random.uniform(of_time, (BATCH,))
     if not augment_dim:
         return t, None
-    return t, jax.random.bernoulli(of_row, 0.5, (BATCH, 1)) * jax.random.normal(
-        of_label, (BATCH, augment_dim)
-    )
+    drawn = jax.random.normal(of_label, (BATCH, augment_dim))
+    return t, jax.random.bernoulli(of_row, 0.5, (BATCH, 1)) * drawn
 
 
 def _errors(
     config: UNetConfig, params: Params, new_config: UNetConfig, new: Params
 ) -> dict[str, float]:
-    """|emb_new - emb_old| / |emb_old| without a label: mean and max over the grid of t, and the value at t = 1."""
+    """|emb_new - emb_old| / |emb_old| without a label.
+
+    The values are the mean and the maximum over the grid of t, and the error at t = 1.
+    """
     t, label = jnp.linspace(0.0, 1.0, GRID), _labels(config, GRID)
     old = _embed(config, params, t, label)
-    error = jnp.linalg.norm(_embed(new_config, new, t, label) - old, axis=1) / jnp.linalg.norm(
-        old, axis=1
-    )
+    change = jnp.linalg.norm(_embed(new_config, new, t, label) - old, axis=1)
+    error = change / jnp.linalg.norm(old, axis=1)
     return {"mean": float(error.mean()), "max": float(error.max()), "at_1": float(error[-1])}
 
 
@@ -200,7 +205,7 @@ def _change_of_u(config: UNetConfig, params: Params, new_config: UNetConfig, new
 
 
 def _image_shape(params: Params) -> tuple[int, int, int]:
-    """The shape of the images, which the network's first convolution has in its name and its kernel."""
+    """The shape of the images, from the name and the kernel of the first convolution."""
     name = next(name for name in params["enc"] if re.fullmatch(r"(\d+)x\1_conv", name))
     size = int(name.partition("x")[0])
     return size, size, params["enc"][name]["kernel"].shape[2]

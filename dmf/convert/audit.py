@@ -1,7 +1,7 @@
-"""The audit of a conversion: every tensor used once, every leaf filled once, shapes and dtypes as expected, and a report.
+"""The audit of a conversion: each tensor is used once, each leaf is filled once, and a report.
 
-Names and shapes are checked before a byte of values is read; values are then read tensor by tensor, so that memory holds the
-leaves and one tensor.
+Names, shapes and dtypes are checked before any value is read.
+Values are then read rule by rule, so memory holds the leaves and one rule's tensors.
 """
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmf.convert.rules import FLOATS, Rule
+from dmf.convert.leaves import flat, leaf_shapes, nested
+from dmf.convert.rules import Rule
 from dmf.errors import DmfError
-from dmf.storage.readers.read import Tensor
+from dmf.storage.readers.tree import Tensor
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 Shapes = Mapping[str, tuple[int, ...]]
+Row = dict[str, Any]
 
 
 def convert(
@@ -28,16 +32,18 @@ def convert(
     network: Any,
     kind: str,
     progress: Callable[[int, int], None],
-) -> tuple[Any, list[dict[str, Any]]]:
-    """(parameters, the report's rows) of a network from the tensors of a file, checked before and while they are read."""
+) -> tuple[Any, list[Row]]:
+    """Parameters of a network from a file's tensors, and the rows of the report.
+
+    progress(done, total) counts bytes of tensors. Raises DmfError.
+    """
     shapes = leaf_shapes(network)
     check(rules, tensors, shapes, kind)
     leaves: dict[str, Any] = {}
 
     def fresh(names: Sequence[str]) -> Mapping[str, np.ndarray]:
-        draw = jax.jit(
-            lambda key: {name: flat(network.init(key))[name] for name in names}
-        )  # computes these leaves alone
+        # The program that jit makes computes these leaves alone.
+        draw = jax.jit(lambda key: {name: flat(network.init(key))[name] for name in names})
         return jax.device_get(draw(jax.random.key(0))) if names else {}
 
     def put(leaf: str, values: np.ndarray) -> None:
@@ -47,50 +53,26 @@ def convert(
     return nested(leaves), rows
 
 
-def flat(tree: Any) -> dict[str, Any]:
-    """Nested dicts -> {'a/b/c': leaf}."""
-    return {
-        "/".join(k.key for k in path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
-def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """{'a/b/c': leaf} -> nested dicts; inverts `flat`."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *rooms, name = path.split("/")
-        node = tree
-        for room in rooms:
-            node = node.setdefault(room, {})
-        node[name] = leaf
-    return tree
-
-
-def leaf_shapes(network: Any) -> dict[str, tuple[int, ...]]:
-    """Shape of every leaf of the network's parameters, by path; nothing is allocated."""
-    return {
-        path: tuple(x.shape)
-        for path, x in flat(jax.eval_shape(network.init, jax.random.key(0))).items()
-    }
-
-
 def check(rules: Sequence[Rule], tensors: Mapping[str, Tensor], leaves: Shapes, kind: str) -> None:
-    """Holds a key map against the names, shapes and dtypes of a file and of a network. Raises DmfError naming the first."""
+    """Compares a key map with the names, shapes and dtypes of a file and of a network.
+
+    Raises DmfError that names the first tensor or leaf that does not fit.
+    """
     _once("leaf", [leaf for rule in rules for leaf in rule.leaves], leaves, kind)
     known = [name for rule in rules for name in rule.tensors]
     for name in tensors:
         if name not in known:
             raise DmfError(
-                f"tensor {name} {list(tensors[name].shape)} has no place in this network: expected the {len(known)} tensors "
-                f"of kind {kind}"
+                f"tensor {name} {list(tensors[name].shape)} has no place in this network: "
+                f"expected the {len(known)} tensors of kind {kind}"
             )
     _once("tensor", known, known, kind)
     for rule in rules:
         absent = [name for name in rule.tensors if name not in tensors]
         if absent and not (rule.missing and len(absent) == len(rule.tensors)):
             raise DmfError(
-                f"tensor {absent[0]} is missing: expected it in weights of kind {kind}, as there are {len(tensors)} others"
+                f"tensor {absent[0]} is missing: expected it in weights of kind {kind}, "
+                f"as there are {len(tensors)} others"
             )
         if not absent:
             _check_tensors(rule, tensors, leaves)
@@ -100,8 +82,9 @@ def _once(what: str, names: Sequence[str], wanted: Any, kind: str) -> None:
     twice = [name for name, count in Counter(names).items() if count > 1]
     lost = sorted(set(wanted) - set(names)) + sorted(set(names) - set(wanted))
     if twice or lost:
+        how = "twice" if twice else "by the network or the key map alone"
         raise DmfError(
-            f"{what} {(twice or lost)[0]} is named {'twice' if twice else 'by the network or the key map alone'}: "
+            f"{what} {(twice or lost)[0]} is named {how}: "
             f"expected this network to be one of kind {kind}"
         )
 
@@ -127,11 +110,14 @@ def read(
     fresh: Callable[[Sequence[str]], Mapping[str, np.ndarray]],
     put: Callable[[str, np.ndarray], None],
     progress: Callable[[int, int], None],
-) -> list[dict[str, Any]]:
-    """Converts rule by rule, handing each leaf as C-contiguous float32 to `put(leaf, values)`; returns the report's rows.
+) -> list[Row]:
+    """Converts rule by rule and returns the rows of the report.
 
-    fresh(names) -> the network's own initial values, for leaves that a file may lack and that must not start at zero.
-    progress(done, total) in bytes of the file's tensors. Raises DmfError for a value that is not finite.
+    - fresh(names) gives initial values of leaves that the file lacks and that must not be zero.
+    - put(leaf, values) takes each leaf as C-contiguous float32.
+    - progress(done, total) counts bytes of tensors.
+
+    Raises DmfError for a value that is not finite.
     """
     total = sum(_bytes(tensors[name]) for rule in rules for name in rule.tensors if name in tensors)
     done, rows = 0, []
@@ -147,9 +133,7 @@ def read(
             ]
         for leaf, x in zip(rule.leaves, values, strict=True):
             put(leaf, np.asarray(x, np.float32, order="C"))
-        if (
-            present or rule.leaves
-        ):  # the rule of a tensor that may be absent, and is, has nothing to report
+        if present or rule.leaves:  # else a constant that the file lacks: nothing to report
             rows.append(_row(rule, tensors, present))
         done += sum(_bytes(tensors[name]) for name in rule.tensors if name in tensors)
         progress(done, total)
@@ -157,10 +141,11 @@ def read(
 
 
 def write(rules: Sequence[Rule], leaves: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Leaves -> C-contiguous tensors by name. Empties `leaves` on the way.
+    """Leaves -> C-contiguous tensors by name; it empties `leaves` to free memory.
 
-    Rules that share a reason why a file may lack them are one branch; a branch whose leaves meant to start at zero are still
-    zero has no say in the output, and is left out.
+    Rules with the same `missing` are one branch of the network.
+    A branch is left out while all of its leaves with fill "zero" are zero:
+    the output then does not depend on it.
     """
     used = {
         rule.missing
@@ -173,14 +158,13 @@ def write(rules: Sequence[Rule], leaves: dict[str, np.ndarray]) -> dict[str, np.
         if rule.missing and rule.leaves and rule.missing not in used:
             continue
         for name, x in zip(rule.tensors, rule.backward(*values), strict=True):
-            out[name] = np.asarray(
-                x, x.dtype if np.issubdtype(x.dtype, np.integer) else np.float32, order="C"
-            )
+            dtype = x.dtype if np.issubdtype(x.dtype, np.integer) else np.float32
+            out[name] = np.asarray(x, dtype, order="C")
     return out
 
 
-def exceptions(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The report's rows that are no plain copies, each with its reason."""
+def exceptions(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """The rows that are no plain copies, each with its reason."""
     return [
         {"names": row["tensors"] or row["leaves"], "reason": row["note"]}
         for row in rows
@@ -189,7 +173,7 @@ def exceptions(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The report for a terminal: tensors, leaves and values per part of the network, then the exceptions with their reasons."""
+    """The report for a terminal: counts for each part of the network, then the exceptions."""
     parts: dict[str, list[int]] = {}
     for row in rows:
         name = (row["leaves"] or row["tensors"])[0]
@@ -209,19 +193,19 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _row(rule: Rule, tensors: Mapping[str, Tensor], present: bool) -> dict[str, Any]:
+def _row(rule: Rule, tensors: Mapping[str, Tensor], present: bool) -> Row:
     used = [name for name in rule.tensors if present]
-    kinds = sorted({tensors[name].dtype.name for name in used})
+    dtypes = sorted({tensors[name].dtype.name for name in used})
     note = rule.note
     if rule.tensors and not present:
         note = f"not in the file: {rule.missing}"
-    elif rule.leaves and kinds != ["float32"]:
-        note = f"{note}{'; ' if note else ''}cast from {', '.join(kinds)} to float32"
+    elif rule.leaves and dtypes != ["float32"]:
+        note = f"{note}{'; ' if note else ''}cast from {', '.join(dtypes)} to float32"
     return {
         "tensors": used,
         "leaves": list(rule.leaves),
         "shapes": [list(tensors[name].shape) for name in used],
-        "dtypes": kinds,
+        "dtypes": dtypes,
         "values": sum(int(np.prod(tensors[name].shape)) for name in used),
         "note": note,
     }
@@ -229,13 +213,14 @@ def _row(rule: Rule, tensors: Mapping[str, Tensor], present: bool) -> dict[str, 
 
 def _finite(name: str, tensor: Tensor) -> np.ndarray:
     found = tensor.read()
-    if (
-        found.dtype.name in FLOATS
-        and not np.isfinite(found.astype(np.float32) if found.dtype.itemsize < 4 else found).all()
-    ):
-        count = int(found.size - np.isfinite(found.astype(np.float64)).sum())
+    if found.dtype.name not in FLOATS:
+        return found
+    wide = found.astype(np.float32) if found.dtype.itemsize < 4 else found
+    if not np.isfinite(wide).all():
+        count = int(found.size - np.isfinite(wide).sum())
         raise DmfError(
-            f"tensor {name}: {count} of its {found.size} values are not finite; expected weights of a working network"
+            f"tensor {name}: {count} of its {found.size} values are not finite; "
+            "expected weights of a working network"
         )
     return found
 

@@ -1,4 +1,7 @@
-"""The FID's Inception weights: pt_inception-2015-12-05-6726825d.pth of pytorch-fid, which torch-fidelity hosts as well."""
+"""The FID's Inception weights: pt_inception-2015-12-05-6726825d.pth of pytorch-fid.
+
+torch-fidelity hosts the same file.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from dmf.convert.rules import (
-    Arrays,
-    Kind,
-    Rule,
-    conv_layer,
-    linear_layer,
-    norm_layer,
-    plain,
-    tensor_of,
-)
+from dmf.convert.kind import Kind, Shape, Tensors, check_given, nhwc, pick_copy, tensor_of
+from dmf.convert.leaves import leaf_shapes
+from dmf.convert.rules import Rule, conv_layer, linear_layer, norm_layer, plain, unread
 from dmf.errors import DmfError
 from dmf.networks.frozen.inception import (
     SIZE,
@@ -27,15 +22,16 @@ from dmf.networks.frozen.inception import (
     InceptionConfig,
     build_inception,
 )
-from dmf.storage.readers.read import Tensor, flatten, strip_prefix
+from dmf.storage.readers.tree import Tensor, flatten, strip_prefix
 
 NAME = "fid_inception"
 COPY = "weights"
 NOT_FID = (
-    "with AuxLogits tensors or 1000 classes this is torchvision's ImageNet classifier, whose features give no FID: expected "
-    "the port of the TensorFlow graph, pt_inception-2015-12-05-6726825d.pth"
+    "with AuxLogits tensors or 1000 classes this is torchvision's ImageNet classifier, "
+    "whose features give no FID: expected the port of the TensorFlow graph, "
+    "pt_inception-2015-12-05-6726825d.pth"
 )
-# Branches of a block in the order in which their channels are joined; each block has some of them.
+# Branches of a block in the order in which their channels are joined; each block has some.
 BRANCHES = (
     "branch1x1",
     "branch5x5",
@@ -48,20 +44,11 @@ BRANCHES = (
 
 
 def _select(tree: Any, which: str) -> tuple[dict[str, Tensor], str]:
-    if which not in ("", COPY):
-        raise DmfError(
-            f"copy {which!r} of the weights is unknown: expected {COPY!r}, the only one of kind {NAME}"
-        )
-    return strip_prefix(flatten(tree, "")), COPY
+    return strip_prefix(flatten(tree, "")), pick_copy(which, [COPY])
 
 
-def _describe(
-    tensors: Mapping[str, Tensor], given: Mapping[str, Any]
-) -> tuple[InceptionConfig, tuple[int, ...]]:
-    for field in given:
-        raise DmfError(
-            f"{field} is no field of kind {NAME} that can be given: expected none, all of it is fixed"
-        )
+def _describe(tensors: Tensors, given: Mapping[str, Any]) -> tuple[InceptionConfig, Shape]:
+    check_given(given, [], NAME)
     tensor_of(tensors, "Conv2d_1a_3x3.conv.weight", NAME)
     classes = tensor_of(tensors, "fc.weight", NAME).shape[0]
     if classes == 1000 or any(name.startswith("AuxLogits.") for name in tensors):
@@ -70,15 +57,10 @@ def _describe(
 
 
 def _counter(norm: str) -> Rule:
-    """The norm's count of training batches: nothing that is applied depends on it."""
-
-    def forward(found: np.ndarray) -> Arrays:
-        return ()
-
+    """The norm's count of training batches; no output depends on it."""
     note = "a counter of training batches, ignored: the running statistics are final; 0 on export"
-    return Rule(
-        (f"{norm}.num_batches_tracked",), (), forward, lambda: (np.zeros((), np.int64),), note, note
-    )
+    zero = np.zeros((), np.int64)
+    return unread(f"{norm}.num_batches_tracked", lambda: zero, note, note)
 
 
 def _unit(name: str) -> list[Rule]:
@@ -93,12 +75,10 @@ def _unit(name: str) -> list[Rule]:
     ]
 
 
-def _rules(
-    config: InceptionConfig, image_shape: tuple[int, ...], tensors: Mapping[str, Tensor] | None
-) -> list[Rule]:
-    shapes = jax.eval_shape(build_inception(config).init, jax.random.key(0))
-    paths = [[part.key for part in path] for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
-    units = [".".join(path[:-2]) for path in paths if path[-2:] == ["conv", "kernel"]]
+def _rules(config: InceptionConfig, image_shape: Shape, tensors: Tensors | None) -> list[Rule]:
+    end = "/conv/kernel"
+    leaves = leaf_shapes(build_inception(config))
+    units = [leaf.removesuffix(end).replace("/", ".") for leaf in leaves if leaf.endswith(end)]
     return [*(rule for unit in units for rule in _unit(unit)), *linear_layer("fc", "fc")]
 
 
@@ -107,7 +87,7 @@ def _outputs(
 ) -> dict[str, np.ndarray]:
     if "x" not in arrays:
         return {}
-    features = jax.jit(network.apply)(params, jnp.asarray(arrays["x"].transpose(0, 2, 3, 1)))
+    features = jax.jit(network.apply)(params, nhwc(arrays["x"]))
     return {name: np.asarray(value) for name, value in features._asdict().items()}
 
 
@@ -117,71 +97,77 @@ def _torch_outputs(
     import torch
     from torch.nn import functional
 
-    tensors = {name: value.float() for name, value in tensors.items()}
-
-    def unit(x: Any, name: str, stride: int = 1, padded: bool = True) -> Any:
-        weight = tensors[f"{name}.conv.weight"]
-        x = functional.conv2d(
-            x, weight, stride=stride, padding=[n // 2 for n in weight.shape[2:]] if padded else 0
-        )
-        mean, var, scale, bias = (
-            tensors[f"{name}.bn.{leaf}"]
-            for leaf in ("running_mean", "running_var", "weight", "bias")
-        )
-        return functional.relu(functional.batch_norm(x, mean, var, scale, bias, eps=1e-3))
-
-    def branch(x: Any, name: str, halving: bool) -> Any:
-        """The units name_1, name_2, ... or the only one, `name`; the last one may halve, or be a pair 'a' and 'b'."""
-        steps = [f"{name}_{k}" for k in range(1, 9) if f"{name}_{k}.conv.weight" in tensors]
-        split = [
-            f"{name}_{len(steps) + 1}{side}"
-            for side in "ab"
-            if f"{name}_{len(steps) + 1}{side}.conv.weight" in tensors
-        ]
-        for step in steps or [name]:
-            last = halving and step == (steps or [name])[-1]
-            x = unit(x, step, stride=2 if last else 1, padded=not last)
-        return torch.cat([unit(x, side) for side in split], 1) if split else x
-
-    def block(x: Any, name: str) -> Any:
-        halving = f"{name}.branch_pool.conv.weight" not in tensors
-        stems = [f"{name}.{stem}" for stem in BRANCHES]
-        stems = [
-            stem
-            for stem in stems
-            if f"{stem}.conv.weight" in tensors or f"{stem}_1.conv.weight" in tensors
-        ]
-        if halving:
-            pool = functional.max_pool2d(x, 3, 2)
-        elif name == "Mixed_7c":
-            pool = unit(functional.max_pool2d(x, 3, 1, 1), f"{name}.branch_pool")
-        else:
-            pool = unit(
-                functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False), f"{name}.branch_pool"
-            )
-        return torch.cat([*(branch(x, stem, halving) for stem in stems), pool], 1)
-
+    net = _Torch({name: value.float() for name, value in tensors.items()})
     with torch.no_grad():
-        x = unit(torch.from_numpy(arrays["x"]), "Conv2d_1a_3x3", stride=2, padded=False)
-        x = unit(unit(x, "Conv2d_2a_3x3", padded=False), "Conv2d_2b_3x3")
-        x = unit(functional.max_pool2d(x, 3, 2), "Conv2d_3b_1x1")
-        x = functional.max_pool2d(unit(x, "Conv2d_4a_3x3", padded=False), 3, 2)
+        x = net.unit(torch.from_numpy(arrays["x"]), "Conv2d_1a_3x3", stride=2, padded=False)
+        x = net.unit(net.unit(x, "Conv2d_2a_3x3", padded=False), "Conv2d_2b_3x3")
+        x = net.unit(functional.max_pool2d(x, 3, 2), "Conv2d_3b_1x1")
+        x = functional.max_pool2d(net.unit(x, "Conv2d_4a_3x3", padded=False), 3, 2)
         for name in sorted({key.split(".")[0] for key in tensors if key.startswith("Mixed_")}):
-            x = block(x, name)
+            x = net.block(x, name)
             if name == "Mixed_6d":
                 spatial = x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
         pool = x.mean((2, 3))
-        logits = pool @ tensors["fc.weight"].T
-        found = {
-            "pool": pool,
-            "spatial": spatial,
-            "logits": logits,
-            "biased_logits": logits + tensors["fc.bias"],
-        }
+        logits = pool @ net.tensors["fc.weight"].T
+        biased = logits + net.tensors["fc.bias"]
+    found = {"pool": pool, "spatial": spatial, "logits": logits, "biased_logits": biased}
     return {name: value.numpy() for name, value in found.items()}
 
 
-def _probe(config: InceptionConfig, image_shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+class _Torch:
+    """The parts of the network in PyTorch on the source's names, which show its structure."""
+
+    def __init__(self, tensors: Mapping[str, Any]) -> None:
+        from torch.nn import functional
+
+        self.f, self.tensors = functional, tensors
+
+    def has(self, unit: str) -> bool:
+        return f"{unit}.conv.weight" in self.tensors
+
+    def unit(self, x: Any, name: str, stride: int = 1, padded: bool = True) -> Any:
+        """A convolution, its batch norm and a relu."""
+        weight = self.tensors[f"{name}.conv.weight"]
+        padding = [n // 2 for n in weight.shape[2:]] if padded else 0
+        x = self.f.conv2d(x, weight, stride=stride, padding=padding)
+        leaves = ("running_mean", "running_var", "weight", "bias")
+        norm = [self.tensors[f"{name}.bn.{leaf}"] for leaf in leaves]
+        return self.f.relu(self.f.batch_norm(x, *norm, eps=1e-3))
+
+    def branch(self, x: Any, name: str, halving: bool) -> Any:
+        """The units name_1, name_2, ..., or the only unit, `name`.
+
+        The last step may halve the resolution, or be a pair of units "a" and "b".
+        """
+        steps = [f"{name}_{k}" for k in range(1, 9) if self.has(f"{name}_{k}")]
+        pair = [f"{name}_{len(steps) + 1}{side}" for side in "ab"]
+        split = [unit for unit in pair if self.has(unit)]
+        for step in steps or [name]:
+            last = halving and step == (steps or [name])[-1]
+            x = self.unit(x, step, stride=2 if last else 1, padded=not last)
+        return self.joined([self.unit(x, side) for side in split]) if split else x
+
+    def block(self, x: Any, name: str) -> Any:
+        halving = not self.has(f"{name}.branch_pool")
+        stems = [f"{name}.{stem}" for stem in BRANCHES]
+        stems = [stem for stem in stems if self.has(stem) or self.has(f"{stem}_1")]
+        if halving:
+            pool = self.f.max_pool2d(x, 3, 2)
+        elif name == "Mixed_7c":
+            pool = self.unit(self.f.max_pool2d(x, 3, 1, 1), f"{name}.branch_pool")
+        else:
+            mean = self.f.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+            pool = self.unit(mean, f"{name}.branch_pool")
+        return self.joined([*(self.branch(x, stem, halving) for stem in stems), pool])
+
+    def joined(self, parts: list[Any]) -> Any:
+        """The channels of all parts."""
+        import torch
+
+        return torch.cat(parts, 1)
+
+
+def _probe(config: InceptionConfig, image_shape: Shape) -> dict[str, np.ndarray]:
     x = np.random.default_rng(0).uniform(-1, 1, (1, image_shape[2], *image_shape[:2]))
     return {"x": x.astype(np.float32)}
 
@@ -191,8 +177,9 @@ FID_INCEPTION = Kind(
     network="inception",
     licence="published by pytorch-fid (Apache-2.0), a port of TensorFlow's inception-2015-12-05",
     conventions=(
-        "no time; x RGB, channels first, 299 x 299, in about [-1, 1]: (byte - 128) / 128 or 2 byte / 255 - 1 before it; "
-        "logits without the bias, spatial = the first 7 channels of Mixed_6d by (row, column, channel)"
+        "no time; x RGB, channels first, 299 x 299, in about [-1, 1]: "
+        "(byte - 128) / 128 or 2 byte / 255 - 1 before it; logits without the bias, "
+        "spatial = the first 7 channels of Mixed_6d by (row, column, channel)"
     ),
     copies=(COPY,),
     select=_select,

@@ -1,7 +1,7 @@
-"""Our own weights under PyTorch names: what `dmf.export` writes when no other layout is asked for, and reads back bit for bit.
+"""Our own weights under PyTorch names: what an export writes by default, and reads back exactly.
 
-Any network of ours: 'a/b/kernel' is the tensor 'a.b.weight' in PyTorch's layout, conventions as everywhere in this
-code (t = 1 noise, v = e - x). The network's config travels in the file's metadata.
+It fits any network of ours: the leaf a/b/kernel is the tensor a.b.weight in PyTorch's layout.
+It has the conventions of this code. The metadata of the file hold the network's config.
 """
 
 from __future__ import annotations
@@ -14,34 +14,37 @@ import jax
 import numpy as np
 
 from dmf import pretrained
-from dmf.convert.rules import Kind, Rule, conv, linear, plain
+from dmf.convert.kind import Kind, Shape, Tensors, pick_copy
+from dmf.convert.leaves import flat
+from dmf.convert.rules import Rule, mirrored
 from dmf.errors import DmfError
-from dmf.storage.readers.read import Tensor, Weights, flatten
+from dmf.storage.readers.tree import Tensor, flatten
 
-METADATA = (
-    "dmf"  # key of a safetensors file's metadata: JSON with network, image_shape, conventions
+METADATA = "dmf"  # its key: JSON with network, image_shape, conventions, licence
+COPY = "weights"
+CONVENTIONS = (
+    "t = 1 noise, t = 0 data, z = (1 - t) x + t e, v = e - x; "
+    "u(z, r, t) sees r through h = t - r; x = e - u(e, 0, 1)"
 )
-CONVENTIONS = "t = 1 noise, t = 0 data, z = (1 - t) x + t e, v = e - x; u(z, r, t) sees r through h = t - r; x = e - u(e, 0, 1)"
 
 
-def described(weights: Weights) -> dict[str, Any]:
-    """{"network", "image_shape"} as JSON text where the file is one of our exports, else nothing."""
+def described(weights: Any) -> dict[str, Any]:
+    """{"network", "image_shape"} as JSON text, from an export's metadata; {} for another file.
+
+    weights: an opened file with `metadata`, as is the argument of `licence`.
+    """
     found = _about(weights)
-    if not {"network", "image_shape"} <= set(found):
-        return {}
-    return {
-        "network": json.dumps(found["network"]),
-        "image_shape": json.dumps(found["image_shape"]),
-    }
+    names = ("network", "image_shape")
+    return {name: json.dumps(found[name]) for name in names} if {*names} <= set(found) else {}
 
 
-def licence(weights: Weights) -> str:
+def licence(weights: Any) -> str:
     """The licence note that an export carries on."""
     found = _about(weights).get("licence", "")
     return found if isinstance(found, str) and found else NATIVE.licence
 
 
-def _about(weights: Weights) -> dict[str, Any]:
+def _about(weights: Any) -> dict[str, Any]:
     try:
         found = json.loads(weights.metadata[METADATA])
     except (KeyError, TypeError, ValueError, RecursionError):
@@ -50,17 +53,14 @@ def _about(weights: Weights) -> dict[str, Any]:
 
 
 def _select(tree: Any, which: str) -> tuple[dict[str, Tensor], str]:
-    if which not in ("", "weights"):
-        raise DmfError(f"copy = {which!r}: expected none, an export holds one copy")
-    return flatten(tree), "weights"
+    return flatten(tree), pick_copy(which, [COPY])
 
 
-def _describe(
-    tensors: Mapping[str, Tensor], given: Mapping[str, Any]
-) -> tuple[Any, tuple[int, ...]]:
+def _describe(tensors: Tensors, given: Mapping[str, Any]) -> tuple[Any, Shape]:
     if set(given) != {"network", "image_shape"}:
         raise DmfError(
-            f"no metadata under {METADATA!r}: expected a .safetensors file that dmf has exported, and no --set"
+            f"no metadata under {METADATA!r}: "
+            "expected a .safetensors file that dmf has exported, and no --set"
         )
     try:
         values, shape = json.loads(given["network"]), json.loads(given["image_shape"])
@@ -79,24 +79,10 @@ def _describe(
     return pretrained.network_config(values), tuple(shape)
 
 
-def _rules(
-    config: Any, image_shape: tuple[int, ...], tensors: Mapping[str, Tensor] | None
-) -> list[Rule]:
+def _rules(config: Any, image_shape: Shape, tensors: Tensors | None) -> list[Rule]:
     network = pretrained.build(config, image_shape)
-    shapes = jax.eval_shape(network.init, jax.random.key(0))
-    return [
-        _rule("/".join(k.key for k in path), x.ndim)
-        for path, x in jax.tree_util.tree_leaves_with_path(shapes)
-    ]
-
-
-def _rule(leaf: str, ndim: int) -> Rule:
-    room, _, name = leaf.rpartition("/")
-    torch_name = {"kernel": "weight", "scale": "weight", "embedding": "weight"}.get(name, name)
-    layouts = {("kernel", 2): linear, ("kernel", 4): conv}
-    return layouts.get((name, ndim), plain)(
-        ".".join(filter(None, (room.replace("/", "."), torch_name))), leaf
-    )
+    shapes = flat(jax.eval_shape(network.init, jax.random.key(0)))
+    return [mirrored(leaf, x.ndim) for leaf, x in shapes.items()]
 
 
 def _nothing(*_: Any) -> dict[str, np.ndarray]:
@@ -108,11 +94,11 @@ NATIVE = Kind(
     network="",
     licence="that of the weights it was made from",
     conventions=CONVENTIONS,
-    copies=("weights",),
+    copies=(COPY,),
     select=_select,
     describe=_describe,
     rules=_rules,
     outputs=_nothing,
     torch_outputs=_nothing,
-    probe=lambda config, image_shape: {},
+    probe=_nothing,
 )

@@ -1,8 +1,12 @@
-"""Checkpoints of Rectified Flow on CIFAR-10: Score SDE's NCSN++ code, configured as DDPM++ (arXiv 2209.03003).
+"""Checkpoints of Rectified Flow on CIFAR-10 (arXiv 2209.03003): Score SDE's DDPM++.
 
-The file is {optimizer, model, ema, step}. `model` is one flat list of modules, all_modules.N, in the order in which the network
-runs; `ema` holds no names, only a list of tensors in the order of the model's parameters. A score network (VP, sub-VP) of the
-same code has the same names and shapes: a file does not tell that it is a flow.
+The file is {optimizer, model, ema, step}:
+
+- `model` is one flat list of modules, all_modules.N, in the order in which the network runs;
+- `ema` is a list of tensors without names, in the order of the model's parameters.
+
+A score network (VP, sub-VP) of the same code has the same names and shapes.
+So a file does not show that it holds a flow.
 """
 
 from __future__ import annotations
@@ -15,13 +19,23 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from dmf.convert.kind import (
+    Kind,
+    Shape,
+    Tensors,
+    axes,
+    check_given,
+    expect,
+    nchw,
+    nhwc,
+    number,
+    pick_copy,
+)
 from dmf.convert.rules import (
     Arrays,
-    Kind,
     Rule,
     constant,
     conv_layer,
-    expect,
     linear,
     linear_layer,
     negated,
@@ -29,17 +43,15 @@ from dmf.convert.rules import (
     optional,
     plain,
     reversed_layer,
-    tensor_of,
 )
 from dmf.errors import DmfError
 from dmf.networks import UNetConfig, layers
-from dmf.storage.readers.read import Tensor, flatten, strip_prefix
+from dmf.storage.readers.tree import Tensor, flatten, strip_prefix
 
 NAME = "rectified_flow"
 TIME_SCALE = 999.0
 SIGMAS = "sigmas"  # the model's one buffer; everything else is a parameter
-GIVEN = ("image_size", "dropout")
-DEFAULTS = {"image_size": 32, "dropout": 0.15}  # CIFAR-10; the rate the flow was trained with
+GIVEN = {"image_size": 32, "dropout": 0.15}  # as the flow of CIFAR-10 was trained
 FIELDS: dict[str, Any] = {
     "kind": "unet",
     "resample": "box",
@@ -56,72 +68,60 @@ Plan = list[tuple[str, str]]  # (sort of module, our room) of all_modules.0, 1, 
 
 
 def _select(tree: Any, which: str) -> tuple[dict[str, Tensor], str]:
-    if which not in ("", *RECTIFIED_FLOW.copies):
-        raise DmfError(
-            f"copy {which!r} of the weights is unknown: expected one of {', '.join(RECTIFIED_FLOW.copies)}"
-        )
     whole = isinstance(tree, Mapping) and isinstance(tree.get("model"), Mapping)
     model = strip_prefix(flatten(tree["model"] if whole else tree, ""))
     averaged = tree.get("ema") if whole else None
-    if averaged is None and which != "ema":
-        return model, "model"
-    if which == "model":
-        return model, which
-    shadows = flatten(averaged or {}, "")
-    found = [
-        shadows[f"shadow_params.{i}"]
-        for i in range(len(shadows))
-        if f"shadow_params.{i}" in shadows
-    ]
+    copy = pick_copy(which, ["model"] if averaged is None else ["ema", "model"])
+    return (model if copy == "model" else _average(model, averaged)), copy
+
+
+def _average(model: dict[str, Tensor], averaged: Any) -> dict[str, Tensor]:
+    """The model with its averaged parameters, matched by their order. Raises DmfError."""
+    shadows = flatten(averaged, "")
+    keys = [f"shadow_params.{i}" for i in range(len(shadows))]
+    found = [shadows[key] for key in keys if key in shadows]
     names = [name for name in model if name != SIGMAS]
     if len(found) != len(names):
         raise DmfError(
-            f"ema.shadow_params holds {len(found)} tensors: expected {len(names)}, as the model has parameters"
+            f"ema.shadow_params holds {len(found)} tensors: "
+            f"expected {len(names)}, one for each parameter of the model"
         )
     for i, (name, tensor) in enumerate(zip(names, found, strict=True)):
         if tuple(tensor.shape) != tuple(model[name].shape):
             raise DmfError(
-                f"ema.shadow_params[{i}] has shape {list(tensor.shape)}: expected {list(model[name].shape)}, that of {name}"
+                f"ema.shadow_params[{i}] has shape {list(tensor.shape)}: "
+                f"expected {list(model[name].shape)}, the shape of {name}"
             )
-    return {**model, **dict(zip(names, found, strict=True))}, "ema"
+    return {**model, **dict(zip(names, found, strict=True))}
 
 
-def _describe(
-    tensors: Mapping[str, Tensor], given: Mapping[str, Any]
-) -> tuple[UNetConfig, tuple[int, ...]]:
-    for field in given:
-        if field not in GIVEN:
-            raise DmfError(
-                f"{field} is no field of kind {NAME} that can be given: expected one of {', '.join(GIVEN)}"
-            )
-    size, dropout = ({**DEFAULTS, **given}[field] for field in GIVEN)
+def _describe(tensors: Tensors, given: Mapping[str, Any]) -> tuple[UNetConfig, Shape]:
+    check_given(given, list(GIVEN), NAME)
+    size, dropout = ({**GIVEN, **given}[field] for field in GIVEN)
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise DmfError(f"image_size is {size!r}: expected the side of the images in pixels")
-    if isinstance(dropout, bool) or not isinstance(dropout, int | float):
-        raise DmfError(f"dropout is {dropout!r}: expected a number")
-    channels = _axes(tensors, "all_modules.0.weight", 2)[1]
-    image_channels = _axes(tensors, "all_modules.2.weight", 4)[1]
-    convolutions = [re.fullmatch(r"all_modules\.(\d+)\.Conv_0\.weight", name) for name in tensors]
-    numbers = sorted(int(found[1]) for found in convolutions if found)
-    into = [_axes(tensors, f"all_modules.{n}.GroupNorm_0.weight", 1)[0] for n in numbers]
-    out = [_axes(tensors, f"all_modules.{n}.Conv_0.weight", 4)[0] for n in numbers]
-    # A block that changes no width has a 1 x 1 convolution beside it only where it resamples; once down, once up.
+    channels = axes(tensors, "all_modules.0.weight", 2, NAME)[1]
+    image_channels = axes(tensors, "all_modules.2.weight", 4, NAME)[1]
+    numbers, into, out = _blocks(tensors)
+    # Where a block keeps its width, only a resampling one has a 1 x 1 convolution beside it.
+    # Between two levels there are two such blocks: one on the way down, one on the way up.
     resampling = sum(
         a == b and f"all_modules.{n}.Conv_2.weight" in tensors
         for n, a, b in zip(numbers, into, out, strict=True)
     )
     levels = resampling // 2 + 1
-    # Every level has n blocks on the way down and n + 1 on the way up; two are in the middle.
+    # A level has n blocks on the way down and n + 1 on the way up. The middle has two.
     blocks, rest = divmod(len(numbers) - resampling - 2 - levels, 2 * levels)
     if rest or resampling % 2 or blocks < 1:
         raise DmfError(
-            f"{len(numbers)} residual blocks, {resampling} of them resampling: expected a U-Net of kind {NAME}"
+            f"{len(numbers)} residual blocks, {resampling} of them resampling: "
+            f"expected a U-Net of kind {NAME}"
         )
     firsts = [level * (blocks + 1) for level in range(levels)]
-    mults = [out[i] / channels for i in firsts]
-    if any(mult % 1 for mult in mults):
+    if any(out[i] % channels for i in firsts):
         raise DmfError(
-            f"levels of {', '.join(str(out[i]) for i in firsts)} channels: expected multiples of {channels}"
+            f"levels of {', '.join(str(out[i]) for i in firsts)} channels: "
+            f"expected multiples of {channels}"
         )
     attended = [
         level
@@ -130,26 +130,26 @@ def _describe(
     ]
     config = UNetConfig(
         channels=channels,
-        channel_mult=tuple(int(mult) for mult in mults),
+        channel_mult=tuple(out[i] // channels for i in firsts),
         blocks=blocks,
         attention_resolutions=tuple(size >> level for level in attended),
-        dropout=dropout,
+        dropout=number("dropout", dropout),
         **{field: value for field, value in FIELDS.items() if field != "kind"},
     )
     return config, (size, size, image_channels)
 
 
-def _axes(tensors: Mapping[str, Tensor], name: str, count: int) -> tuple[int, ...]:
-    shape = tuple(tensor_of(tensors, name, NAME).shape)
-    if len(shape) != count or not all(shape):
-        raise DmfError(
-            f"tensor {name} has shape {list(shape)}: expected {count} axes in weights of kind {NAME}"
-        )
-    return shape
+def _blocks(tensors: Tensors) -> tuple[list[int], list[int], list[int]]:
+    """The numbers of the residual blocks in their order, and their channels in and out."""
+    convolutions = [re.fullmatch(r"all_modules\.(\d+)\.Conv_0\.weight", name) for name in tensors]
+    numbers = sorted(int(found[1]) for found in convolutions if found)
+    into = [axes(tensors, f"all_modules.{n}.GroupNorm_0.weight", 1, NAME)[0] for n in numbers]
+    out = [axes(tensors, f"all_modules.{n}.Conv_0.weight", 4, NAME)[0] for n in numbers]
+    return numbers, into, out
 
 
 def _plan(config: UNetConfig, size: int) -> Plan:
-    """What the module of each number is, and where it stands in our network."""
+    """The sort of every module by its number, and its room in our network."""
     levels = list(enumerate(config.channel_mult))
     tags = [f"{size >> level}x{size >> level}" for level, _ in levels]
     attended = [size >> level in config.attention_resolutions for level, _ in levels]
@@ -177,22 +177,16 @@ def _plan(config: UNetConfig, size: int) -> Plan:
     return [*plan, ("norm", f"dec/{tags[0]}_aux_norm"), ("negated", f"dec/{tags[0]}_aux_conv")]
 
 
-def _rules(
-    config: UNetConfig, image_shape: tuple[int, ...], tensors: Mapping[str, Tensor] | None
-) -> list[Rule]:
+def _rules(config: UNetConfig, image_shape: Shape, tensors: Tensors | None) -> list[Rule]:
     expect(config, NAME, FIELDS)
     plan = enumerate(_plan(config, image_shape[0]))
     found = [rule for n, (sort, room) in plan for rule in MODULES[sort](f"all_modules.{n}", room)]
-    unused = constant(
-        SIGMAS,
-        _sigmas,
-        "exp of 1000 even steps from ln 50 to ln 0.01, which a flow does not use",
-        atol=1e-5,
-    )
+    note = "exp of 1000 even steps from ln 50 to ln 0.01, which a flow does not use"
+    interval = linear("interval.weight", "interval/kernel")
     return [
         *found,
-        *optional([linear("interval.weight", "interval/kernel")], "a flow has one time"),
-        unused,
+        *optional([interval], "a flow has one time"),
+        constant(SIGMAS, _sigmas, note, atol=1e-5),
     ]
 
 
@@ -233,25 +227,19 @@ def _attention(module: str, room: str) -> list[Rule]:
         return np.split(x[0, 0], 3, axis=-1)
 
     qkv = [tuple(f"{module}.NIN_{i}.{leaf}" for i in range(3)) for leaf in ("W", "b")]
+    proj = (f"{module}.NIN_3.W",), (f"{room}/proj/kernel",)
     return [
         *norm_layer(f"{module}.GroupNorm_0", f"{room}/norm2"),
         Rule(qkv[0], (f"{room}/qkv/kernel",), joined, kernels, packed),
         Rule(qkv[1], (f"{room}/qkv/bias",), joined, lambda x: np.split(x, 3), packed),
-        Rule(
-            (f"{module}.NIN_3.W",),
-            (f"{room}/proj/kernel",),
-            lambda w: (w[None, None],),
-            lambda k: (k[0, 0],),
-        ),
+        Rule(*proj, lambda w: (w[None, None],), lambda k: (k[0, 0],)),
         plain(f"{module}.NIN_3.b", f"{room}/proj/bias"),
     ]
 
 
 def _negated(module: str, room: str) -> list[Rule]:
-    return [
-        negated(rule, "negated: the source's velocity is data - noise")
-        for rule in conv_layer(module, room)
-    ]
+    note = "negated: the source's velocity is data - noise"
+    return [negated(rule, note) for rule in conv_layer(module, room)]
 
 
 MODULES = {
@@ -269,12 +257,12 @@ MODULES = {
 def _outputs(network: Any, params: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     if not {"x", "t"} <= set(arrays):
         return {}
-    z, t = jnp.asarray(arrays["x"]).transpose(0, 2, 3, 1), 1 - jnp.asarray(arrays["t"])
-    return {"v": -np.asarray(network.apply(params, z, t, t)).transpose(0, 3, 1, 2)}
+    z, t = nhwc(arrays["x"]), 1 - jnp.asarray(arrays["t"])
+    return {"v": nchw(-np.asarray(network.apply(params, z, t, t)))}
 
 
-def _probe(config: UNetConfig, image_shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-    # With these times 1 - t is exact: 999 would make 1e-8 of t visible.
+def _probe(config: UNetConfig, image_shape: Shape) -> dict[str, np.ndarray]:
+    # 1 - t is exact for these times. The factor 999 would make an error of 1e-8 in t visible.
     size, _, channels = image_shape
     x = np.random.default_rng(0).standard_normal((3, channels, size, size)).astype(np.float32)
     return {"x": x, "t": np.array([1 / 1024, 0.375, 1023 / 1024], np.float32)}
@@ -283,26 +271,20 @@ def _probe(config: UNetConfig, image_shape: tuple[int, ...]) -> dict[str, np.nda
 def _torch_outputs(
     tensors: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Runs the modules one after the other; what each is, and where skips are taken, is read off names and widths."""
+    """v(x, t) by PyTorch, which runs the modules in their order.
+
+    Names and widths show the sort of each module, and where a skip is taken.
+    """
     import torch
     from torch.nn import functional as F
 
     like = tensors["all_modules.2.weight"]
     x, t = (torch.as_tensor(arrays[name]).to(like.dtype) for name in ("x", "t"))
-    half = tensors["all_modules.0.weight"].shape[1] // 2
-    angle = (
-        TIME_SCALE
-        * t[:, None]
-        * torch.exp(-math.log(10000) / (half - 1) * torch.arange(half, dtype=like.dtype))
-    )
-    emb = _torch_linear(tensors, "all_modules.0", torch.cat([angle.sin(), angle.cos()], 1))
-    if "interval.weight" in tensors:  # sin 0, cos 0: the interval of a velocity is empty
-        emb = emb + tensors["interval.weight"][:, half:].sum(1)
-    emb = F.silu(_torch_linear(tensors, "all_modules.1", F.silu(emb)))
+    emb = _torch_embedding(tensors, t)
     count = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("all_modules."))
     blocks = [n for n in range(3, count) if f"all_modules.{n}.Conv_0.weight" in tensors]
     widths = {n: tensors[f"all_modules.{n}.Conv_0.weight"].shape[:2] for n in blocks}
-    # The first block that takes more channels than the one before it gives takes the first skip.
+    # The way up starts at the first block that takes more channels than the last one gave.
     up = next(b for a, b in zip(blocks, blocks[1:], strict=False) if widths[b][1] != widths[a][0])
     h = F.conv2d(x, like, tensors["all_modules.2.bias"], padding=1)
     skips = [h]
@@ -319,6 +301,19 @@ def _torch_outputs(
     return {"v": _torch_conv(tensors, f"all_modules.{count - 1}", h).numpy()}
 
 
+def _torch_embedding(tensors: Mapping[str, Any], t: Any) -> Any:
+    import torch
+    from torch.nn import functional as F
+
+    half = tensors["all_modules.0.weight"].shape[1] // 2
+    steps = torch.arange(half, dtype=t.dtype)
+    angle = TIME_SCALE * t[:, None] * torch.exp(-math.log(10000) / (half - 1) * steps)
+    emb = _torch_linear(tensors, "all_modules.0", torch.cat([angle.sin(), angle.cos()], 1))
+    if "interval.weight" in tensors:  # sin 0, cos 0: a velocity has an empty interval
+        emb = emb + tensors["interval.weight"][:, half:].sum(1)
+    return F.silu(_torch_linear(tensors, "all_modules.1", F.silu(emb)))
+
+
 def _torch_linear(tensors: Mapping[str, Any], name: str, x: Any) -> Any:
     return x @ tensors[f"{name}.weight"].T + tensors[f"{name}.bias"]
 
@@ -333,29 +328,25 @@ def _torch_conv(tensors: Mapping[str, Any], name: str, x: Any) -> Any:
 def _torch_norm(tensors: Mapping[str, Any], name: str, x: Any) -> Any:
     from torch.nn import functional as F
 
-    return F.group_norm(
-        x, min(x.shape[1] // 4, 32), tensors[f"{name}.weight"], tensors[f"{name}.bias"], 1e-6
-    )
+    weight, bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
+    return F.group_norm(x, min(x.shape[1] // 4, 32), weight, bias, 1e-6)
 
 
 def _torch_block(tensors: Mapping[str, Any], name: str, x: Any, emb: Any, up: bool) -> Any:
     from torch.nn import functional as F
 
+    def resampled(a: Any) -> Any:
+        return F.interpolate(a, scale_factor=2.0) if up else F.avg_pool2d(a, 2)
+
     y = F.silu(_torch_norm(tensors, f"{name}.GroupNorm_0", x))
     if f"{name}.Conv_2.weight" in tensors:
         if tensors[f"{name}.Conv_2.weight"].shape[0] == x.shape[1]:
-            x, y = (
-                (F.interpolate(a, scale_factor=2.0) if up else F.avg_pool2d(a, 2)) for a in (x, y)
-            )
+            x, y = resampled(x), resampled(y)
         x = _torch_conv(tensors, f"{name}.Conv_2", x)
-    y = (
-        _torch_conv(tensors, f"{name}.Conv_0", y)
-        + _torch_linear(tensors, f"{name}.Dense_0", emb)[:, :, None, None]
-    )
-    y = _torch_conv(
-        tensors, f"{name}.Conv_1", F.silu(_torch_norm(tensors, f"{name}.GroupNorm_1", y))
-    )
-    return (x + y) / math.sqrt(2)
+    shift = _torch_linear(tensors, f"{name}.Dense_0", emb)[:, :, None, None]
+    y = _torch_conv(tensors, f"{name}.Conv_0", y) + shift
+    y = F.silu(_torch_norm(tensors, f"{name}.GroupNorm_1", y))
+    return (x + _torch_conv(tensors, f"{name}.Conv_1", y)) / math.sqrt(2)
 
 
 def _torch_attention(tensors: Mapping[str, Any], name: str, x: Any) -> Any:
@@ -372,8 +363,11 @@ RECTIFIED_FLOW = Kind(
     name=NAME,
     network="unet",
     licence="none stated by its authors",
-    conventions="source: t = 0 noise, t = 1 data, v = data - noise, the network sees 999 t; folded into the first layer of the "
-    "embedding (time) and the last convolution (sign); the factor 999 is the network's time_scale",
+    conventions=(
+        "source: t = 0 noise, t = 1 data, v = data - noise, the network sees 999 t; "
+        "time is folded into the first layer of the embedding, the sign into the last "
+        "convolution; the factor 999 is the network's time_scale"
+    ),
     copies=("ema", "model"),
     select=_select,
     describe=_describe,

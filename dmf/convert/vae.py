@@ -1,4 +1,7 @@
-"""Checkpoints of Stable Diffusion's autoencoder: diffusers' names, the older attention names, and the original LDM names."""
+"""Checkpoints of Stable Diffusion's autoencoder, in three spellings.
+
+They are diffusers' names, its older names of the attention, and the original names of LDM.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +11,29 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from dmf.convert.rules import Kind, Rule, conv_layer, linear_layer, norm_layer, tensor_of
+from dmf.convert.kind import (
+    Kind,
+    Shape,
+    Tensors,
+    axes,
+    check_given,
+    nchw,
+    nhwc,
+    pick_copy,
+)
+from dmf.convert.rules import Rule, conv_layer, linear_layer, norm_layer, unread
 from dmf.errors import DmfError
 from dmf.networks.frozen.vae import PARTS, VAE, VAEConfig, sample_latent
 from dmf.networks.layers import check_choice, check_positive
-from dmf.storage.readers.read import Tensor, flatten, strip_prefix
+from dmf.storage.readers.tree import Tensor, flatten, strip_prefix
 
 NAME = "sd_vae"
 INSIDE = "first_stage_model."  # where a whole Stable Diffusion checkpoint keeps its autoencoder
-# What an autoencoder's training leaves in its file beside the weights.
+# Tensors of an autoencoder's training, beside the weights.
 TRAINING = re.compile(r"loss\.|model_ema\.(decay|num_updates)$")
-# Other spellings -> diffusers' present one, each line applied to what the lines above have made of a name.
+# Other spellings -> diffusers' present names. Each line applies to the result of those above.
 SPELLINGS = (
     (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
     (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
@@ -46,10 +58,9 @@ def _spelling(names: Mapping[str, Any]) -> dict[str, str]:
     last = max(levels, default=0)
 
     def renamed(name: str) -> str:
-        # LDM counts the decoder's levels from the finest, diffusers from the coarsest
-        new = re.sub(
-            r"^(decoder\.up\.)(\d+)", lambda found: f"{found[1]}{last - int(found[2])}", name
-        )
+        # LDM counts the decoder's levels from the finest, diffusers from the coarsest.
+        level = r"^(decoder\.up\.)(\d+)"
+        new = re.sub(level, lambda found: f"{found[1]}{last - int(found[2])}", name)
         for pattern, replacement in SPELLINGS:
             new = re.sub(pattern, replacement, new)
         return new
@@ -58,60 +69,38 @@ def _spelling(names: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _select(tree: Any, which: str) -> tuple[dict[str, Tensor], str]:
-    if which not in ("", *SD_VAE.copies):
-        raise DmfError(
-            f"copy {which!r} of the weights is unknown: expected {SD_VAE.copies[0]!r}, the only one of kind {NAME}"
-        )
+    copy = pick_copy(which, SD_VAE.copies)
     inner = tree.get("state_dict", tree) if isinstance(tree, dict) else tree
     tensors = strip_prefix(flatten(inner))
-    inside = {
-        name.removeprefix(INSIDE): x for name, x in tensors.items() if name.startswith(INSIDE)
-    }
+    inside = {n.removeprefix(INSIDE): x for n, x in tensors.items() if n.startswith(INSIDE)}
     found = {name: x for name, x in (inside or tensors).items() if not TRAINING.match(name)}
     new: dict[str, Tensor] = {}
     for name, renamed in _spelling(found).items():
         if renamed in new:
             raise DmfError(
-                f"tensor {renamed} is there twice, in two spellings, one of them {name}: expected one autoencoder"
+                f"tensor {renamed} is there twice, in two spellings, one of them {name}: "
+                "expected one autoencoder"
             )
         new[renamed] = found[name]
-    return new, SD_VAE.copies[0]
+    return new, copy
 
 
-def _conv_shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
-    shape = tuple(tensor_of(tensors, name, NAME).shape)
-    if len(shape) != 4:
-        raise DmfError(
-            f"tensor {name} has shape {list(shape)}: expected the four axes of a convolution"
-        )
-    return shape
+def _count(tensors: Tensors, pattern: str) -> int:
+    """One more than the largest number that `pattern` finds in the names."""
+    found = (re.match(pattern, name) for name in tensors)
+    return 1 + max((int(match[1]) for match in found if match), default=-1)
 
 
-def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:
-    """How long the list is whose indices `pattern` finds in the names."""
-    return 1 + max(
-        (int(found[1]) for name in tensors if (found := re.match(pattern, name))), default=-1
-    )
-
-
-def _describe(
-    tensors: Mapping[str, Tensor], given: Mapping[str, Any]
-) -> tuple[VAEConfig, tuple[int, ...]]:
-    """The configuration; the shape is (), for an autoencoder takes images of many sizes."""
-    for field in given:
-        if field not in GIVEN:
-            raise DmfError(
-                f"{field} is no field of kind {NAME} that can be given: expected one of {', '.join(GIVEN)}"
-            )
+def _describe(tensors: Tensors, given: Mapping[str, Any]) -> tuple[VAEConfig, Shape]:
+    """The config. The shape is (), for an autoencoder takes images of many sizes."""
+    check_given(given, GIVEN, NAME)
     levels = max(1, _count(tensors, r"decoder\.up_blocks\.(\d+)\."))
+    convs = [f"decoder.up_blocks.{i}.resnets.0.conv1.weight" for i in reversed(range(levels))]
     config = VAEConfig(
-        channels=tuple(
-            _conv_shape(tensors, f"decoder.up_blocks.{i}.resnets.0.conv1.weight")[0]
-            for i in reversed(range(levels))
-        ),
+        channels=tuple(axes(tensors, conv, 4, NAME)[0] for conv in convs),
         blocks=_count(tensors, r"decoder\.up_blocks\.0\.resnets\.(\d+)\.") - 1,
-        latent_channels=_conv_shape(tensors, "post_quant_conv.weight")[1],
-        image_channels=_conv_shape(tensors, "decoder.conv_out.weight")[0],
+        latent_channels=axes(tensors, "post_quant_conv.weight", 4, NAME)[1],
+        image_channels=axes(tensors, "decoder.conv_out.weight", 4, NAME)[0],
         part="both" if "encoder.conv_in.weight" in tensors else "decoder",
     )
     if config.part == "decoder" and given.get("part") == "both":
@@ -124,8 +113,8 @@ def _describe(
     odd = [width for width in config.channels if width % config.groups]
     if odd:
         raise DmfError(
-            f"groups is {config.groups}, but a level has {odd[0]} channels: give groups, a divisor of all of "
-            f"{', '.join(map(str, config.channels))}, for no file tells how many groups its norms have"
+            f"groups is {config.groups}, but a level has {odd[0]} channels: expected --set=groups=N"
+            f", a divisor of all of {', '.join(map(str, config.channels))}; no file shows it"
         )
     return config, ()
 
@@ -142,23 +131,18 @@ def _norm(module: str) -> list[Rule]:
     return norm_layer(module, _room(module))
 
 
-def _projection(module: str, tensors: Mapping[str, Tensor] | None) -> list[Rule]:
+def _projection(module: str, tensors: Tensors | None) -> list[Rule]:
     """A linear layer of the attention, which LDM files hold as a 1x1 convolution."""
     weight, bias = linear_layer(module, _room(module))
     name = weight.tensors[0]
     if tensors is None or name not in tensors or len(tensors[name].shape) != 4:
         return [weight, bias]
-    note = "a linear layer, in the file as a 1x1 convolution"
-    return [
-        Rule(
-            weight.tensors,
-            weight.leaves,
-            lambda x: (x[:, :, 0, 0].T,),
-            lambda x: (x.T[:, :, None, None],),
-            note,
-        ),
-        bias,
-    ]
+    window = weight._replace(
+        forward=lambda x: (x[:, :, 0, 0].T,),
+        backward=lambda x: (x.T[:, :, None, None],),
+        note="a linear layer, in the file as a 1x1 convolution",
+    )
+    return [window, bias]
 
 
 def _resnet(module: str, shortcut: bool) -> list[Rule]:
@@ -171,7 +155,7 @@ def _resnet(module: str, shortcut: bool) -> list[Rule]:
     return [*rules, *(_conv(f"{module}.conv_shortcut") if shortcut else [])]
 
 
-def _middle(module: str, tensors: Mapping[str, Tensor] | None) -> list[Rule]:
+def _middle(module: str, tensors: Tensors | None) -> list[Rule]:
     attention = f"{module}.attentions.0"
     rules = [
         *_resnet(f"{module}.resnets.0", False),
@@ -183,31 +167,24 @@ def _middle(module: str, tensors: Mapping[str, Tensor] | None) -> list[Rule]:
     return rules
 
 
-def _tower(
-    side: str, widths: tuple[int, ...], blocks: int, way: str, tensors: Mapping[str, Tensor] | None
-) -> list[Rule]:
-    """Encoder or decoder, its levels in the order of computation."""
+def _tower(side: str, widths: Shape, blocks: int, way: str, tensors: Tensors | None) -> list[Rule]:
+    """Encoder or decoder, with its levels in the order of computation."""
     rules = [*_conv(f"{side}.conv_in"), *_middle(f"{side}.mid_block", tensors)]
     for i, width in enumerate(widths):
         level = f"{side}.{way}_blocks.{i}"
         for j in range(blocks):
-            rules += _resnet(
-                f"{level}.resnets.{j}", shortcut=j == 0 and widths[max(i - 1, 0)] != width
-            )
+            wider = j == 0 and widths[max(i - 1, 0)] != width
+            rules += _resnet(f"{level}.resnets.{j}", shortcut=wider)
         if i < len(widths) - 1:
             rules += _conv(f"{level}.{way}samplers.0.conv")
     return [*rules, *_norm(f"{side}.conv_norm_out"), *_conv(f"{side}.conv_out")]
 
 
-def _left_out(name: str, shape: tuple[int, ...]) -> Rule:
-    return Rule(
-        (name,), (), lambda x: (), lambda: (np.broadcast_to(np.float32(0), shape),), LEFT_OUT
-    )
+def _left_out(name: str, shape: Shape) -> Rule:
+    return unread(name, lambda: np.broadcast_to(np.float32(0), shape), LEFT_OUT)
 
 
-def _rules(
-    config: VAEConfig, shape: tuple[int, ...], tensors: Mapping[str, Tensor] | None
-) -> list[Rule]:
+def _rules(config: VAEConfig, shape: Shape, tensors: Tensors | None) -> list[Rule]:
     rules = [
         *_conv("post_quant_conv"),
         *_tower("decoder", config.channels[::-1], config.blocks + 1, "up", tensors),
@@ -218,36 +195,33 @@ def _rules(
             *_conv("quant_conv"),
             *rules,
         ]
-    encoder = [name for name in tensors or () if name.startswith(("encoder.", "quant_conv."))]
-    return [*rules, *(_left_out(name, tuple((tensors or {})[name].shape)) for name in encoder)]
-
-
-def _nhwc(x: np.ndarray) -> Any:
-    return jnp.asarray(x.transpose(0, 2, 3, 1))
-
-
-def _nchw(x: Any) -> np.ndarray:
-    return np.asarray(x).transpose(0, 3, 1, 2)
+    found = tensors or {}
+    encoder = [name for name in found if name.startswith(("encoder.", "quant_conv."))]
+    return [*rules, *(_left_out(name, tuple(found[name].shape)) for name in encoder)]
 
 
 def _outputs(network: VAE, params: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """x -> enc_mean, enc_logvar (clamped), moments (both, as channels); with noise, sample_scaled. Unscaled z -> dec."""
+    """The outputs that the inputs allow.
+
+    - x: enc_mean, enc_logvar (clamped) and moments, both as channels;
+    - x and noise: sample_scaled;
+    - unscaled z: dec.
+    """
     found: dict[str, np.ndarray] = {}
     if "x" in arrays:
-        mean, logvar = jax.jit(network.encode)(params, _nhwc(arrays["x"]))
-        found = {"enc_mean": _nchw(mean), "enc_logvar": _nchw(logvar)}
+        mean, logvar = jax.jit(network.encode)(params, nhwc(arrays["x"]))
+        found = {"enc_mean": nchw(mean), "enc_logvar": nchw(logvar)}
         found["moments"] = np.concatenate((found["enc_mean"], found["enc_logvar"]), axis=1)
         if "noise" in arrays:
-            found["sample_scaled"] = _nchw(
-                sample_latent(mean, logvar, _nhwc(arrays["noise"]), network.scale)
-            )
+            sample = sample_latent(mean, logvar, nhwc(arrays["noise"]), network.scale)
+            found["sample_scaled"] = nchw(sample)
     if "z" in arrays:
-        found["dec"] = _nchw(jax.jit(network.decode)(params, _nhwc(arrays["z"])))
+        found["dec"] = nchw(jax.jit(network.decode)(params, nhwc(arrays["z"])))
     return found
 
 
-def _probe(config: VAEConfig, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """Oblong images, so that no exchange of the axes passes; groups and scale tell PyTorch what no tensor does."""
+def _probe(config: VAEConfig, shape: Shape) -> dict[str, np.ndarray]:
+    """Oblong images, to show exchanged axes; groups and scale, which no tensor shows."""
     rng, (height, width) = np.random.default_rng(0), (4, 6)
     latent = (2, config.latent_channels, height, width)
     found = {
@@ -257,15 +231,13 @@ def _probe(config: VAEConfig, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
     }
     if config.part == "both":
         image = (2, config.image_channels, config.factor * height, config.factor * width)
-        found |= {
-            "x": rng.uniform(-1, 1, image).astype(np.float32),
-            "noise": rng.standard_normal(latent, np.float32),
-        }
+        found["x"] = rng.uniform(-1, 1, image).astype(np.float32)
+        found["noise"] = rng.standard_normal(latent, np.float32)
     return found
 
 
 class _Torch:
-    """PyTorch's functions on the tensors of a state dict, by the name of the module they belong to."""
+    """PyTorch's functions on a state dict; each takes the name of its module."""
 
     def __init__(self, tensors: Mapping[str, Any], groups: int) -> None:
         import torch
@@ -295,9 +267,8 @@ class _Torch:
             weight, bias = self.of(f"{module}.{name}")
             return self.f.linear(y, weight.flatten(1), bias)
 
-        y = self.f.scaled_dot_product_attention(
-            *(linear(tokens, name) for name in ("to_q", "to_k", "to_v"))
-        )
+        qkv = (linear(tokens, name) for name in ("to_q", "to_k", "to_v"))
+        y = self.f.scaled_dot_product_attention(*qkv)
         return x + linear(y, "to_out.0").transpose(1, 2).reshape(x.shape)
 
     def middle(self, x: Any, module: str) -> Any:
@@ -305,18 +276,16 @@ class _Torch:
         return self.resnet(x, f"{module}.resnets.1")
 
     def level(self, x: Any, module: str) -> Any:
-        """The residual blocks that are there, then the change of resolution that is there."""
+        """The residual blocks of a level, then its change of resolution, if any."""
         j = 0
         while f"{module}.resnets.{j}.conv1.weight" in self.tensors:
             x, j = self.resnet(x, f"{module}.resnets.{j}"), j + 1
-        if f"{module}.downsamplers.0.conv.weight" in self.tensors:
-            return self.conv(self.f.pad(x, (0, 1, 0, 1)), f"{module}.downsamplers.0.conv", stride=2)
-        if f"{module}.upsamplers.0.conv.weight" in self.tensors:
-            return self.conv(
-                self.f.interpolate(x, scale_factor=2, mode="nearest"),
-                f"{module}.upsamplers.0.conv",
-                padding=1,
-            )
+        down, up = f"{module}.downsamplers.0.conv", f"{module}.upsamplers.0.conv"
+        if f"{down}.weight" in self.tensors:
+            return self.conv(self.f.pad(x, (0, 1, 0, 1)), down, stride=2)
+        if f"{up}.weight" in self.tensors:
+            x = self.f.interpolate(x, scale_factor=2, mode="nearest")
+            return self.conv(x, up, padding=1)
         return x
 
     def levels(self, x: Any, module: str) -> Any:
@@ -326,26 +295,26 @@ class _Torch:
         return x
 
     def last(self, x: Any, side: str) -> Any:
-        return self.conv(
-            self.f.silu(self.norm(x, f"{side}.conv_norm_out")), f"{side}.conv_out", padding=1
-        )
+        x = self.f.silu(self.norm(x, f"{side}.conv_norm_out"))
+        return self.conv(x, f"{side}.conv_out", padding=1)
 
     def encode(self, x: Any) -> Any:
         x = self.levels(self.conv(x, "encoder.conv_in", padding=1), "encoder.down_blocks")
         return self.conv(self.last(self.middle(x, "encoder.mid_block"), "encoder"), "quant_conv")
 
     def decode(self, z: Any) -> Any:
-        x = self.middle(
-            self.conv(self.conv(z, "post_quant_conv"), "decoder.conv_in", padding=1),
-            "decoder.mid_block",
-        )
+        x = self.conv(self.conv(z, "post_quant_conv"), "decoder.conv_in", padding=1)
+        x = self.middle(x, "decoder.mid_block")
         return self.last(self.levels(x, "decoder.up_blocks"), "decoder")
 
 
 def _torch_outputs(
     tensors: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """The outputs of `_outputs`; groups and scale are among the arrays where they are not 32 and 0.18215."""
+    """The outputs of `_outputs`.
+
+    The arrays hold groups and scale, unless they are 32 and 0.18215.
+    """
     import torch
 
     net = _Torch(tensors, int(arrays.get("groups", 32)))
@@ -354,11 +323,8 @@ def _torch_outputs(
         if "x" in arrays:
             mean, logvar = net.encode(torch.tensor(arrays["x"])).chunk(2, dim=1)
             logvar = logvar.clamp(-30, 20)
-            found = {
-                "enc_mean": mean,
-                "enc_logvar": logvar,
-                "moments": torch.cat((mean, logvar), dim=1),
-            }
+            moments = torch.cat((mean, logvar), dim=1)
+            found = {"enc_mean": mean, "enc_logvar": logvar, "moments": moments}
             if "noise" in arrays:
                 drawn = mean + torch.exp(logvar / 2) * torch.tensor(arrays["noise"])
                 found["sample_scaled"] = float(arrays.get("scale", 0.18215)) * drawn
@@ -370,10 +336,15 @@ def _torch_outputs(
 SD_VAE = Kind(
     name=NAME,
     network="vae",
-    licence="stabilityai/sd-vae-ft-ema and -ft-mse: MIT; inside a Stable Diffusion 1.x checkpoint: CreativeML Open RAIL-M",
+    licence=(
+        "stabilityai/sd-vae-ft-ema and -ft-mse: MIT; "
+        "inside a Stable Diffusion 1.x checkpoint: CreativeML Open RAIL-M"
+    ),
     conventions=(
-        "images in [-1, 1]; the decoder takes unscaled latents; scaled = scale * unscaled, where scale is 0.18215 unless given "
-        "(SDXL's is 0.13025); 32 groups in every norm unless given; older spellings are reported in diffusers' present one"
+        "images in [-1, 1]; the decoder takes unscaled latents; scaled = scale * unscaled, "
+        "where scale is 0.18215 unless given (SDXL's is 0.13025); "
+        "32 groups in every norm unless given; "
+        "older spellings are reported in diffusers' present one"
     ),
     copies=("weights",),
     select=_select,

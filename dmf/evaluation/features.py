@@ -1,7 +1,8 @@
 """Feature spaces: what a protocol's images become before they are compared.
 
-Every space sits behind one call, bytes in, named features out; adding one is a row in `SPACES`. Images are handed to the
-devices in pieces of a fixed number of rows per device, so that the features are the same bits on one device and on many.
+Every space is one call: bytes in, named features out. A new space is a row in `SPACES`.
+Each device gets a fixed number of images at a time.
+The features are then the same bits on one device and on many.
 """
 
 from __future__ import annotations
@@ -17,15 +18,14 @@ from jax.sharding import Mesh
 
 from dmf import pretrained, sharding
 from dmf.errors import DmfError
+from dmf.evaluation.protocols import Protocol
 from dmf.metrics import resize as resizing
-from dmf.metrics.protocols import Protocol
 
-KNOWN = "known_features.json"  # beside converted weights: the features of `known_batch`, as found when they were converted
-CPU_BOUND, BOUND = (
-    1e-5,
-    2e-3,
-)  # relative L2 of the self-check: on CPU, and on accelerators with products in full float32
-ROWS_PER_DEVICE = {"cpu": 8}  # of a piece; a small one stays in the caches of a CPU
+# A file beside converted weights: the features of `known_batch`, found at the conversion.
+KNOWN = "known_features.json"
+# Relative L2 error that the self-check allows; accelerators have products in full float32.
+CPU_BOUND, BOUND = 1e-5, 2e-3
+ROWS_PER_DEVICE = {"cpu": 8}  # images at a time; so few stay in the caches of a CPU
 ROWS_PER_ACCELERATOR = 64
 OUTPUTS = {
     "fid": "pool",
@@ -34,14 +34,10 @@ OUTPUTS = {
     "sfid": "spatial",
     "is": "logits",
 }
-NAMES = {
-    "resized images": "resize",
-    "features": "network_file",
-}  # what a check is of -> what `about` calls it
-IMAGENET_MEAN, IMAGENET_STD = (
-    np.array([0.485, 0.456, 0.406], np.float32),
-    np.array([0.229, 0.224, 0.225], np.float32),
-)
+# What the self-check compares -> its key in `Extractor.about`.
+NAMES = {"resized images": "resize", "features": "network_file"}
+IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 Images = np.ndarray
 SCALINGS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -52,9 +48,14 @@ SCALINGS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Space(NamedTuple):
-    """One feature space. kind: of the converted network, "" for none. size: of the images it takes, 0 for any.
+    """One feature space.
 
-    outputs(network, params, x) -> named features (B, D) float32 of x (B, size, size, 3), resized and scaled.
+    kind: the kind of its converted network, "" for none.
+
+    size: the side of the images it takes, 0 for any.
+
+    outputs(network, params, x): named features (B, D) float32.
+    Its x is (B, size, size, 3), resized and scaled.
     """
 
     kind: str
@@ -75,12 +76,14 @@ SPACES = {
 
 
 class Extractor:
-    """Features of images as one protocol wants them. Raises DmfError where the weights are missing or not the protocol's.
+    """Computes the features of images that one protocol needs.
 
-    about: what a result or a reference says of it (space, resize, scaling, network_file, network_sha256).
+    about: what a result or a reference says of the features.
+    Its keys are space, resize, scaling, network_file and network_sha256.
     """
 
     def __init__(self, protocol: Protocol, folder: str, mesh: Mesh):
+        """folder: of the converted network. Raises DmfError for missing or other weights."""
         self._protocol, self._mesh, self.space = protocol, mesh, SPACES[protocol.space]
         self._network: Any = None
         self._params: Any = {}
@@ -111,15 +114,16 @@ class Extractor:
         return {name: found[name] for name in self.names}
 
     def __call__(self, images: Images) -> dict[str, np.ndarray]:
-        """Features of images (N, H, W, 1 or 3) uint8: "pool" (N, D) and what else the protocol's scores need, float32."""
-        if (
-            images.dtype != np.uint8
-            or images.ndim != 4
-            or images.shape[-1] not in (1, 3)
-            or not len(images)
-        ):
+        """Features (N, D) float32 of images (N, H, W, 1 or 3) uint8, by name.
+
+        "pool" is always there; the others are those that the protocol's scores need.
+        Raises DmfError for other images.
+        """
+        fits = images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] in (1, 3)
+        if not fits or not len(images):
             raise DmfError(
-                f"images to score are {images.dtype} of shape {images.shape}: expected uint8 (N, H, W, 3), grey or colour; "
+                f"images to score are {images.dtype} of shape {images.shape}: "
+                "expected uint8 (N, H, W, 3), grey or colour; "
                 "latents need an autoencoder"
             )
         parts = []
@@ -131,7 +135,7 @@ class Extractor:
         return {name: np.concatenate([part[name] for part in parts]) for name in self.names}
 
     def dims(self) -> dict[str, int]:
-        """Width of each output; none in a space whose width is that of the images."""
+        """The width of each output. Empty for pixels, whose width is the image's."""
         if not self.space.size:
             return {}
         found = jax.eval_shape(
@@ -140,10 +144,11 @@ class Extractor:
         return {name: x.shape[1] for name, x in found.items()}
 
     def self_check(self) -> str:
-        """One line on how far this device is from known answers; raises DmfError where it is too far to score anything.
+        """Compares this device with known answers, and returns one line about it.
 
-        The protocol's resize of a fixed image is held against float64 products on the host, and the network's features of a
-        fixed batch against those written down when the weights were converted.
+        The protocol's resize of a fixed image is compared with float64 products on the host.
+        The network's features of a fixed batch are compared with those stored at the conversion.
+        Raises DmfError where a difference is too large to score anything.
         """
         if not self.space.size:
             return "self-check: the space of pixels has nothing to check"
@@ -158,13 +163,15 @@ class Extractor:
         for what, error in errors.items():
             if not error <= bound:
                 raise DmfError(
-                    f"self-check: the {what} of a fixed batch ({self.about[NAMES[what]]}) are {error:.2e} (relative L2) from "
-                    f"the known ones, expected at most {bound:.0e}: this device, its settings or the program cannot be trusted"
+                    f"self-check: the {what} of a fixed batch ({self.about[NAMES[what]]}) are "
+                    f"{error:.2e} (relative L2) from the known ones, expected at most {bound:.0e}: "
+                    "this device, its settings or the program cannot be trusted"
                 )
         text = ", ".join(f"{what} {error:.1e}" for what, error in errors.items())
         return f"self-check passed: relative L2 to known answers: {text} (bound {bound:.0e})"
 
     def _resized(self) -> tuple[np.ndarray, np.ndarray]:
+        """The resized fixed image: by this device, and by float64 products."""
         image = _fixed_bytes(64)[:1]
         method, size = self._protocol.resize, self.space.size
         ours = jax.jit(lambda x: resizing.resize(x, size, method))(image.astype(np.float32))
@@ -174,26 +181,27 @@ class Extractor:
 
 
 def known_batch(size: int) -> np.ndarray:
-    """A fixed batch (2, size, size, 3) float32 in [-1, 1], of integer arithmetic alone: the same on every machine."""
+    """A fixed batch (2, size, size, 3) float32 in [-1, 1]: the same bits on every machine."""
     return (_fixed_bytes(size).astype(np.float32) - 128) / 128
 
 
 def known_features(network: Any, params: Any, kind: str) -> str | None:
-    """JSON for the file `KNOWN` beside converted weights, computed on the host's CPU; None where `kind` has no space."""
-    spaces = [space for space in SPACES.values() if space.kind == kind]
-    if not spaces:
+    """JSON for the file `KNOWN` beside converted weights, computed on the host's CPU.
+
+    None where no space has networks of this kind.
+    """
+    space = next((space for space in SPACES.values() if space.kind == kind), None)
+    if space is None:
         return None
+    apply = jax.jit(lambda p, x: space.outputs(network, p, x)["pool"])
     with jax.default_device(_host()):
-        found = jax.jit(lambda p, x: spaces[0].outputs(network, p, x)["pool"])(
-            params, known_batch(spaces[0].size)
-        )
-    return (
-        json.dumps({"pool": [[float(f"{v:.9g}") for v in row] for row in np.asarray(found)]}) + "\n"
-    )
+        found = np.asarray(apply(params, known_batch(space.size)))
+    rows = [[float(f"{value:.9g}") for value in row] for row in found]
+    return json.dumps({"pool": rows}) + "\n"
 
 
 def _host() -> jax.Device | None:
-    """The host's CPU, or None, JAX's default, where JAX was told to leave it alone."""
+    """The host's CPU, or None (JAX's default device) where JAX may not use it."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:
@@ -201,56 +209,61 @@ def _host() -> jax.Device | None:
 
 
 def _fixed_bytes(size: int) -> np.ndarray:
-    """(2, size, size, 3) uint8: noise from a multiplicative hash, and a smooth ramp that wraps around."""
+    """(2, size, size, 3) uint8: noise of a multiplicative hash, and a ramp that wraps around.
+
+    It takes integer arithmetic only.
+    """
     i = np.arange(size * size * 3, dtype=np.uint64)
     noise = (i * np.uint64(2654435761) % np.uint64(2**32) >> np.uint64(24)).reshape(size, size, 3)
     y, x, c = np.indices((size, size, 3))
-    return np.stack(
-        [
-            noise.astype(np.uint8),
-            ((3 * y + 2 * x + 40 * c) * 256 // (5 * size) % 256).astype(np.uint8),
-        ]
-    )
+    ramp = (3 * y + 2 * x + 40 * c) * 256 // (5 * size) % 256
+    return np.stack([noise.astype(np.uint8), ramp.astype(np.uint8)])
 
 
 def _open(
     protocol: Protocol, kind: str, folder: str
 ) -> tuple[Any, Any, np.ndarray, dict[str, Any]]:
-    """(network, params, known features, source) of the converted weights in `folder`, which must be the protocol's."""
+    """(network, params, known features, source) of the converted weights in a folder.
+
+    Raises DmfError where they are missing, or not the protocol's.
+    """
     if not folder:
         raise DmfError(
-            f"no feature network is given (--features, config.run.features): expected the directory of {how_to_get(protocol)}"
+            "no feature network is given (--features, config.run.features): "
+            f"expected the directory of {how_to_get(protocol)}"
         )
     try:
         found, stored = pretrained.open_folder(folder)
     except DmfError as error:
         raise DmfError(
-            f"--features={folder}: {error}. It is to be the directory of {how_to_get(protocol)}"
+            f"--features={folder}: {error}. Expected the directory of {how_to_get(protocol)}"
         ) from error
     config, _ = pretrained.described(stored)
     if config.kind != kind:
         raise DmfError(
-            f"--features={folder}: holds a {config.kind}; expected the directory of {how_to_get(protocol)}"
+            f"--features={folder}: holds a {config.kind}; "
+            f"expected the directory of {how_to_get(protocol)}"
         )
     source = stored.get("source", {}).get("source", {})
     digest, wanted = source.get("sha256", ""), protocol.weights_sha256
     if not digest.startswith(wanted):
         raise DmfError(
-            f"--features={folder}: made from {source.get('file')} with SHA-256 {digest[:8]}...; protocol {protocol.name} "
-            f"expects {wanted}..., {how_to_get(protocol)}. For other weights write a protocol of your own, with an empty "
-            "weights_sha256"
+            f"--features={folder}: made from {source.get('file')} with SHA-256 {digest[:8]}...; "
+            f"protocol {protocol.name} expects {wanted}..., {how_to_get(protocol)}. "
+            "For other weights write your own protocol, with an empty weights_sha256"
         )
     try:
         known = np.asarray(json.loads((found / KNOWN).read_text())["pool"], np.float32)
     except (OSError, ValueError, KeyError) as error:
         raise DmfError(
-            f"--features={folder}: no readable {KNOWN} beside the weights; expected them converted anew"
+            f"--features={folder}: no readable {KNOWN} beside the weights; "
+            "expected weights that this version has converted"
         ) from error
     return *pretrained.load_folder(found, stored), known, source
 
 
 def how_to_get(protocol: Protocol) -> str:
-    """What a user without the weights has to do."""
+    """What a user without the weights does to get them."""
     kind = "fid_inception" if protocol.space == "inception" else protocol.space
     command = f"python main.py --mode=convert --kind={kind} --source=FILE --out=DIR"
     return f"converted weights: get {protocol.weights}, then run {command}"

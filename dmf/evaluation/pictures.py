@@ -17,13 +17,17 @@ from dmf.storage import paths
 GAP = 2  # pixels between samples
 CAPTION = 14  # pixels above a grid
 BACKGROUND = 40
-PARTIAL = ".tmp.png"  # of a file's name until it is whole
+PARTIAL = ".tmp.png"  # suffix of an unfinished file
 
 
 def grid(samples: np.ndarray, columns: int, enlarge: int) -> Image.Image:
-    """(N, H, W, C) in [-1, 1] -> one image, `columns` to a row, each pixel drawn `enlarge` times.
+    """One image of samples (N, H, W, C) in [-1, 1].
 
-    Of latents, with more than three channels, the first three are shown: blurred colours, but enough to see a divergence.
+    columns: samples in a row of the grid.
+
+    enlarge: how often each pixel is drawn, in both directions.
+
+    Latents show their first three channels: enough to see that a run diverges.
     """
     pixels = np.clip(np.round((samples + 1) * 127.5), 0, 255).astype(np.uint8)
     pixels = np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels[..., :3]
@@ -37,7 +41,7 @@ def grid(samples: np.ndarray, columns: int, enlarge: int) -> Image.Image:
 
 
 def panels(path: Path, named: Mapping[str, np.ndarray], columns: int) -> None:
-    """Grids side by side, each under its caption, written to `path` (whole or not at all)."""
+    """Writes grids side by side, each under its caption. The file is whole or absent."""
     size = next(iter(named.values())).shape[1]
     sheets = {name: grid(x, columns, max(1, 32 // size)) for name, x in named.items()}
     width = sum(s.width for s in sheets.values()) + 4 * GAP * (len(sheets) - 1)
@@ -53,7 +57,7 @@ def panels(path: Path, named: Mapping[str, np.ndarray], columns: int) -> None:
 
 
 def stack(path: Path, parts: Sequence[Path]) -> None:
-    """Pictures below each other, written to `path`; of no pictures none."""
+    """Writes pictures below each other; without pictures it writes nothing."""
     if not parts:
         return
     images = [Image.open(io.BytesIO(p.read_bytes())) for p in parts]
@@ -74,10 +78,12 @@ def curves(
     stages: Sequence[Stage],
     score: str,
 ) -> None:
-    """Squared residuals of both kinds of rows, the interval and the score over the steps, stages marked."""
-    from matplotlib.figure import (
-        Figure,  # and not pyplot, which would change how a notebook shows its own pictures
-    )
+    """Draws residuals, the interval and the score over the steps, with stages marked.
+
+    The residuals are mean squares, of rows with r = t and of rows with r < t.
+    """
+    # Not pyplot: it would change how a notebook shows its own pictures.
+    from matplotlib.figure import Figure
 
     fig = Figure(figsize=(9, 6 if scores else 3.5))
     axes = fig.subplots(2 if scores else 1, 1, sharex=True, squeeze=False)
@@ -92,27 +98,16 @@ def curves(
     if scores:
         for nfe in sorted({s["nfe"] for s in scores}):
             rows = [(s["step"], s[score]) for s in scores if s["nfe"] == nfe]
-            axes[1, 0].semilogy(
-                *zip(*rows, strict=True),
-                marker="o",
-                ms=4,
-                lw=1,
-                label=f"{nfe} step{'s' * (nfe > 1)}",
-            )
+            label = f"{nfe} step{'s' * (nfe > 1)}"
+            axes[1, 0].semilogy(*zip(*rows, strict=True), marker="o", ms=4, lw=1, label=label)
         axes[1, 0].set_ylabel(score)
         axes[1, 0].legend(loc="upper right", fontsize=8)
     for ax in axes[:, 0]:
         for s in stages:
             ax.axvline(s.first, color="0.8", lw=0.8, zorder=0)
+    at = {"transform": top.get_xaxis_transform(), "fontsize": 6, "rotation": 20}
     for s in stages:
-        top.text(
-            s.first,
-            1.02,
-            f"{s.name} {s.kind}",
-            transform=top.get_xaxis_transform(),
-            fontsize=6,
-            rotation=20,
-        )
+        top.text(s.first, 1.02, f"{s.name} {s.kind}", **at)
     axes[-1, 0].set_xlabel("step")
     written = io.BytesIO()
     fig.savefig(written, dpi=110, bbox_inches="tight")
@@ -120,10 +115,7 @@ def curves(
 
 
 def _interval(axis: Any, metrics: Sequence[Mapping[str, Any]]) -> None:
-    """The interval d of the discrete steps, the mean one if it is adaptive, on an axis of its own.
-
-    Steps of other kinds may lie between.
-    """
+    """Draws the interval d of the discrete steps on its own axis; the mean, if it is adaptive."""
     d = [
         m.get("interval", m["rho"]) if kind_of(m["kind"]).steps_back else float("nan")
         for m in metrics

@@ -1,10 +1,10 @@
-"""Samples and scores of a checkpoint or of a running model, at several numbers of steps from the same noise."""
+"""Samples and scores of weights, at several numbers of steps from the same noise."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from dmf.config import Config, parse
 from dmf.data import Source, latents
 from dmf.errors import DmfError, short
 from dmf.evaluation import pictures
+from dmf.evaluation.protocols import Protocol
 from dmf.method.samplers import SAMPLERS
 from dmf.metrics.labelled import DigitsScorer, PhotosScorer
 from dmf.networks.frozen.vae import unscaled
@@ -27,15 +28,16 @@ from dmf.storage import paths
 ROWS_PER_DEVICE = 128  # of samples drawn at once
 DECODED_PER_DEVICE = 8  # of latents decoded at once
 Score = Callable[[np.ndarray, np.ndarray], dict[str, float]]
-# Data set -> (what scores its samples, the score a curve shows). A set without an entry is only pictured.
+# Data set -> (what scores its samples, its main score). A set without an entry is only pictured.
 SCORERS = {"digits": (DigitsScorer, "fd_hidden"), "photos": (PhotosScorer, "fd_hidden")}
 
 
 class Sampler:
-    """Draws samples from weights: same seed, same noise and labels, whatever the weights or the number of steps.
+    """Draws samples from weights. The seed alone decides the noise and the labels.
 
-    Each sample has its own random key, and each device takes the same number of rows at a time: the number of devices does
-    not show in a sample, nor, but for rounding, how many are drawn at once.
+    They are the same for all weights and numbers of steps. Each sample has its own random key, and
+    each device takes the same number of rows at a time. So the number of devices changes no bit of
+    a sample. How many samples are drawn at once changes them by rounding only.
     """
 
     def __init__(
@@ -46,15 +48,15 @@ class Sampler:
         labels: np.ndarray,
         mesh: Mesh,
     ):
+        """labels: (N,) int32, of the samples in their order, repeated as often as needed."""
         self._mesh, self._labels, self._seed = mesh, labels, np.uint32(config.seed)
 
         def draw(
             whole: tuple[Any, jax.Array, jax.Array], rows: tuple[jax.Array, jax.Array]
         ) -> jax.Array:
             (params, steps, seed), (row, label) = whole, rows
-            key = jax.random.fold_in(
-                jax.random.key(seed), 2**31 - 1
-            )  # no training step has this number
+            # No training step has this number.
+            key = jax.random.fold_in(jax.random.key(seed), 2**31 - 1)
             keys = jax.vmap(partial(jax.random.fold_in, key))(row)
             e = jax.vmap(lambda k: jax.random.normal(k, image_shape))(keys)
             classes = label if config.num_classes else None
@@ -67,11 +69,14 @@ class Sampler:
         self._draw = sharding.per_device(mesh, jax.default_matmul_precision("highest")(draw))
 
     def labels(self, count: int) -> np.ndarray:
-        """(count,) int32: the given labels in their order, so that classes come as often as in the data."""
+        """(count,) int32: the given labels in their order, each as often as there."""
         return np.resize(self._labels, count)
 
     def __call__(self, params: Any, count: int, steps: int, first: int = 0) -> np.ndarray:
-        """(count, H, W, C) float32: samples first .. first + count - 1 after `steps` steps of the config's sampler."""
+        """Samples first .. first + count - 1, (count, H, W, C) float32.
+
+        steps: of the config's sampler.
+        """
         per_device, parts = min(ROWS_PER_DEVICE, count), []
         for piece in sharding.in_pieces(self._mesh, count, per_device):
             row = np.arange(first + piece.start, first + piece.stop, dtype=np.int32)
@@ -88,7 +93,7 @@ def evaluations(sampler: str) -> int:
 
 
 def make_scorer(config: data.DataConfig, train: Source) -> tuple[Any, str] | None:
-    """(scorer, name of its main score) of a data set, or None where samples can only be pictured."""
+    """(scorer, name of its main score) of a data set; None where samples are only pictured."""
     if config.name not in SCORERS:
         return None
     scorer, main = SCORERS[config.name]
@@ -103,8 +108,8 @@ def score(
     return [{"nfe": n, **scorer(sampler(params, count, n), sampler.labels(count))} for n in steps]
 
 
-def format_scores(rows: Sequence[dict[str, Any]], floor: dict[str, float]) -> str:
-    """Scores as a printed table, one row per number of steps; below them what real images score."""
+def format_scores(rows: Sequence[dict[str, Any]], floor: Mapping[str, float]) -> str:
+    """Scores as a printed table, one row per number of steps. floor: what real images score."""
     hidden = ("nfe", "n_samples", "step", "stage", "kind", "scored_by")
     wide = {k: max(len(k), 8) + 2 for k in rows[0] if k not in hidden}
     lines = [f"{'steps':>6}" + "".join(f"{k:>{width}}" for k, width in wide.items())]
@@ -117,6 +122,38 @@ def format_scores(rows: Sequence[dict[str, Any]], floor: dict[str, float]) -> st
     return "\n".join(lines)
 
 
+def labels_by(
+    protocol: Protocol, config: Config, found: data.DataConfig | np.ndarray | None
+) -> np.ndarray:
+    """Labels of the samples in their order, (N,) int32, by the protocol's rule.
+
+    found: labels of the training data, or the config of these data; None where there are none.
+    """
+    classes, rule = config.num_classes, protocol.labels
+    if not classes:
+        return np.zeros(1, np.int32)
+    if rule == "balanced":
+        return np.arange(classes, dtype=np.int32)
+    if rule == "uniform":
+        random = np.random.RandomState(config.seed)
+        return random.randint(0, classes, protocol.count).astype(np.int32)
+    if found is None:
+        raise DmfError(
+            f"protocol {protocol.name} takes its labels from the training data, and a converted "
+            "checkpoint has none: expected a protocol with labels = 'uniform' or 'balanced'"
+        )
+    return found if isinstance(found, np.ndarray) else data.load(found, "train").labels
+
+
+def check_images(shape: tuple[int, ...], vae: str) -> None:
+    """Raises DmfError where samples are latents and no autoencoder can make images of them."""
+    if shape[-1] not in (1, 3) and not vae:
+        raise DmfError(
+            f"samples of shape {shape} are latents, and no autoencoder is given (--vae, "
+            "config.run.vae): expected one, in the directory of its conversion"
+        )
+
+
 def write_samples(
     path: str | Path,
     steps: Sequence[int],
@@ -126,42 +163,45 @@ def write_samples(
     ema: float | None = None,
     vae: str = "",
 ) -> Path:
-    """Draws `count` samples of a checkpoint at each number of steps, from the same noise, into one PNG.
+    """Draws `count` samples of a checkpoint at each number of steps, from one noise, into one PNG.
 
-    sampler: a key of SAMPLERS, "" for the run's own. out: the file; by default in the work directory, or beside a converted
-    one. ema: as for `pretrained.load`. vae: directory of the converted autoencoder that makes images of latents.
+    Args:
+        path, ema: as for `pretrained.load`.
+        sampler: a key of SAMPLERS, "" for the run's own.
+        out: the file, "" for one in the work directory or beside a converted checkpoint.
+        vae: directory of the converted autoencoder that makes images of latents.
+
+    Raises DmfError on bad input, or where the file cannot be written.
     """
     folder, stored = pretrained.open_folder(path)
     network, params, config = _load(path, folder, stored, sampler, ema)
     mesh, shape = sharding.make_mesh(), tuple(stored["image_shape"])
     decode = make_decoder(vae, shape, mesh, stored.get("data"))
-    in_turn = (
-        pretrained.is_converted(stored) or config.data.name == latents.NAME
-    )  # no data, or too large
+    # Converted weights have no data at hand, and latents are too large to read for their labels.
+    in_turn = pretrained.is_converted(stored) or config.data.name == latents.NAME
     if not config.num_classes or in_turn:
         labels = np.arange(max(config.num_classes, 1), dtype=np.int32)
     else:
         labels = data.load(config.data, "train").labels
     draw = Sampler(network, config, shape, labels, mesh)
     side = math.isqrt(count - 1) + 1
-    target = paths.at(
-        out
-        or home(folder, stored) / f"samples_{config.run.sampler}_{'_'.join(map(str, steps))}.png"
-    )
+    name = f"samples_{config.run.sampler}_{'_'.join(map(str, steps))}.png"
+    target = paths.at(out or home(folder, stored) / name)
     grids = {f"{n} step{'s' * (n > 1)}": decode(draw(params, count, n)) for n in steps}
     try:
         pictures.panels(target, grids, side)
     except OSError as error:
         why = error.strerror or short(error)
         raise DmfError(
-            f"{target} cannot be written: {why}; expected a writable place with room, such as one by --out"
+            f"{target} cannot be written: {why}; expected a writable place with room, such as one "
+            "by --out"
         ) from error
     print(f"samples   {target}")
     return target
 
 
 def home(folder: Path, stored: dict[str, Any]) -> Path:
-    """Where files about a checkpoint go: the work directory, or beside a converted directory."""
+    """Where files about a checkpoint go: its work directory, or beside converted weights."""
     return folder.parent if pretrained.is_converted(stored) else folder.parent.parent
 
 
@@ -173,18 +213,24 @@ def write_scores(
     out: str = "",
     ema: float | None = None,
 ) -> list[dict[str, float]]:
-    """Scores a checkpoint at each number of steps, prints the table and writes it as JSON where `out` is given."""
+    """Scores a checkpoint at each number of steps and prints the table; returns its rows.
+
+    count: of samples, 0 for the run's own number. sampler, ema: as for `write_samples`.
+    out: the JSON file, "" for none. Raises DmfError on bad input.
+    """
     folder, stored = pretrained.open_folder(path)
     network, params, config = _load(path, folder, stored, sampler, ema)
     if pretrained.is_converted(stored):
         raise DmfError(
-            f"checkpoint {path} holds converted weights, without data to score against: expected a run's"
+            f"checkpoint {path} holds converted weights, without data to score against: expected "
+            "a run's"
         )
     train = data.load(config.data, "train")
     found = make_scorer(config.data, train)
     if found is None:
         raise DmfError(
-            f"config.data.name = {config.data.name!r} has no score: expected one of {', '.join(SCORERS)}"
+            f"config.data.name = {config.data.name!r} has no score: expected one of "
+            f"{', '.join(SCORERS)}"
         )
     draw = Sampler(
         network, config, tuple(stored["image_shape"]), train.labels, sharding.make_mesh()
@@ -202,7 +248,8 @@ def _load(
     """Network, weights and config of a checkpoint, with another sampler where one is given."""
     if "config" not in stored:
         raise DmfError(
-            f"checkpoint {path} holds a {stored['network']['kind']}: expected a flow model or a generator"
+            f"checkpoint {path} holds a {stored['network']['kind']}: expected a flow model or a "
+            "generator"
         )
     network, params = pretrained.load_folder(folder, stored, ema)
     config = parse(stored["config"])
@@ -214,10 +261,13 @@ def _load(
 def make_decoder(
     path: str, image_shape: tuple[int, ...], mesh: Mesh, trained_on: dict[str, Any] | None = None
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """What makes images (N, H, W, C) of samples: nothing, or the converted autoencoder in `path` where they are latents.
+    """A function that makes images (N, H, W, C) of samples, which may be latents.
 
-    trained_on: `data.identity` of the latents that the samples imitate, where it is known. Raises DmfError where the
-    autoencoder is not one of theirs.
+    Args:
+        path: directory of the converted autoencoder, "" for samples that are images.
+        trained_on: `data.identity` of the model's training latents, where it is known.
+
+    Raises DmfError where the autoencoder does not fit them.
     """
     if not path:
         return lambda x: x
@@ -225,21 +275,22 @@ def make_decoder(
     config, _ = pretrained.described(stored)
     if config.kind != "vae" or config.latent_channels != image_shape[-1]:
         raise DmfError(
-            f"--vae={path}: holds a {config.kind}; expected an autoencoder of {image_shape[-1]}-channel latents"
+            f"--vae={path}: holds a {config.kind}; expected an autoencoder of "
+            f"{image_shape[-1]}-channel latents"
         )
     network, params = pretrained.load_folder(folder, stored)
-    theirs, mine = (
-        (trained_on or {}).get("vae", {}).get("sha256"),
-        stored.get("source", {}).get("source", {}).get("sha256"),
-    )
+    theirs = (trained_on or {}).get("vae", {}).get("sha256")
+    mine = stored.get("source", {}).get("source", {}).get("sha256")
     scale = (trained_on or {}).get("scale", network.scale)
     if scale != network.scale:
         raise DmfError(
-            f"--vae={path}: its latents are scaled by {network.scale}; expected {scale}, as in training"
+            f"--vae={path}: its latents are scaled by {network.scale}; expected {scale}, as in "
+            "training"
         )
     if theirs and theirs != mine:
         print(
-            f"warning: the autoencoder {path} comes from another file than the one that made the training latents"
+            f"warning: the autoencoder {path} comes from another file than the training latents' "
+            "autoencoder"
         )
 
     def decode(params: Any, z: jax.Array) -> jax.Array:

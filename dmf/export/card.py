@@ -1,4 +1,4 @@
-"""The card of a model folder: what the model is, how it is loaded without this code, how it was scored, and whose it is."""
+"""The card of a model folder: the model, how to load it, its scores, origin and licence."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from dmf import pretrained
 from dmf.evaluation import sampling
-from dmf.export.sampler import Model, sha256
+from dmf.export.model import Model, sha256
 from dmf.storage import checkpoint
 
 HIDDEN = ("step", "stage", "kind", "scored_by", "ema_halflife_images")
@@ -20,8 +20,8 @@ tags: [jax, image-generation, flow-matching, meanflow]
 
 # {name}
 
-{what}: noise e to {things} of shape {shape}, by the average velocity u(z, r, t) of a flow, in one or a few steps.
-Everything below is also in `config.json`, for programs.
+{what}. It turns noise e into {things} of shape {shape}, in one or a few steps,
+by the average velocity u(z, r, t) of a flow. `config.json` has all of this card for programs.
 
 ## Load it
 
@@ -35,9 +35,13 @@ With `pip install "jax>={jax}" flatbuffers numpy safetensors`, in this folder:
 |---|---|---|---|
 {samplers}
 
-The batch size is free. A `.jaxexport` file is a program for XLA, without weights, made with jax {jax}; jax promises to read it
-for six months. Load none that you do not trust. `model.safetensors` has the weights by the names and in the layouts of PyTorch;
-with `config.json` they outlive the programs, and the code that made them reads them: `--mode=convert --kind=dmf`.
+The batch size is free. A `.jaxexport` file is a program for XLA, without weights.
+It was made with jax {jax}, and jax promises to read it for six months.
+Load no program that you do not trust.
+
+`model.safetensors` holds the weights, with the names and layouts of PyTorch.
+With `config.json` they outlive the programs.
+The code that made them also reads them: `--mode=convert --kind=dmf`.
 
 ## Conventions
 
@@ -56,7 +60,8 @@ with `config.json` they outlive the programs, and the code that made them reads 
 
 {origin}
 
-Licence: **to be filled in by whoever shares this folder**, here and at the top of this file (`license`, `license_name`).
+Licence: **to be filled in by whoever shares this folder**, here and at the top of this file
+(`license`, `license_name`).
 {licence}"""
 CODE = """import jax, jax.export
 import numpy as np
@@ -73,106 +78,103 @@ BYTES = "\nimages = np.clip(np.round(127.5 * (x + 1)), 0, 255).astype(np.uint8)"
 
 def text(name: str, about: Mapping[str, Any]) -> str:
     """The card in Markdown. name: the model's. about: the folder's config.json."""
-    latent, labels, shape = (
-        about["latent"],
-        about["labels"],
-        ", ".join(map(str, about["image_shape"])),
-    )
+    latent, labels = about["latent"], about["labels"]
+    shape = ", ".join(map(str, about["image_shape"]))
     rows = [
         f"| `{r['file']}` | {r['steps']} | {r['nfe']} | {', '.join(r['platforms'])} |"
         for r in about["samplers"]
     ]
-    classes = (
-        f"np.arange(8, dtype=np.int32) % {labels['classes']}"
-        if labels["classes"]
-        else "np.zeros(8, np.int32)  # not read"
-    )
+    what = f"A generator with {labels['classes'] or 'no'} classes"
+    unscored = "This checkpoint has not been scored with these settings."
     return CARD.format(
         name=name,
-        what=f"A generator with {labels['classes']} classes"
-        if labels["classes"]
-        else "A generator without classes",
+        what=what,
         things="latents" if latent else "images",
         shape=f"({shape})",
-        code=CODE.format(
-            weights=about["weights"],
-            file=about["samplers"][0]["file"],
-            shape=shape,
-            labels=classes,
-            bytes="" if latent else BYTES,
-        ),
+        code=_code(about, shape),
         samplers="\n".join(rows),
         jax=about["versions"]["jax"],
         latents=_latents(latent),
         labels=labels["rule"],
         compute=about["dtype"]["compute"],
-        scores="\n\n".join(_table(found) for found in about["scores"])
-        or "This checkpoint has not been scored with these settings.",
+        scores="\n\n".join(_table(found) for found in about["scores"]) or unscored,
         origin=_origin(about["origin"]),
         licence=_licence(about["origin"]["converted_from"]),
         **{key: about[key] for key in ("conventions", "noise", "images", "sampler", "ema")},
     )
 
 
+def _code(about: Mapping[str, Any], shape: str) -> str:
+    classes = about["labels"]["classes"]
+    labels = f"np.arange(8, dtype=np.int32) % {classes}"
+    return CODE.format(
+        weights=about["weights"],
+        file=about["samplers"][0]["file"],
+        shape=shape,
+        labels=labels if classes else "np.zeros(8, np.int32)  # not read",
+        bytes="" if about["latent"] else BYTES,
+    )
+
+
 def scores(model: Model) -> list[dict[str, Any]]:
-    """[{"protocol", "rows", "best"}] of what was scored with these weights and this sampler, as the work directory has it."""
+    """The stored scores of these weights with this sampler: [{"protocol", "rows", "best"}]."""
+    return [*_of_training(model), *_of_commands(model)]
+
+
+def _of_training(model: Model) -> Iterator[dict[str, Any]]:
+    """The scores that the run has taken at this step."""
     config, home = model.config, sampling.home(model.folder, model.stored)
-    halflife = config.ema.evaluate if model.ema is None else model.ema
-    found = []
-    if not pretrained.is_converted(model.stored) and (halflife, model.sampler) == (
-        config.ema.evaluate,
-        config.run.sampler,
-    ):
-        rows = [
-            row
-            for row in _lines(home / "scores.jsonl")
-            if str(row.get("step")) == model.folder.name and "nfe" in row
-        ]
-        rows = [_counted(row, model.sampler) for row in rows]
-        best = any(
-            str(row.get("step")) == model.folder.name for row in _lines(home / checkpoint.BEST)
-        )
-        protocol = (
-            config.run.protocol or f"the score of the data set {config.data.name} (`dmf.metrics`)"
-        )
-        found += (
-            [{"protocol": f"{protocol}, during training", "rows": rows, "best": best}]
-            if rows
-            else []
-        )
+    settings = (config.ema.evaluate, config.run.sampler)
+    if pretrained.is_converted(model.stored) or (_halflife(model), model.sampler) != settings:
+        return
+
+    def here(row: Mapping[str, Any]) -> bool:
+        return str(row.get("step")) == model.folder.name
+
+    found = [row for row in _lines(home / "scores.jsonl") if here(row) and "nfe" in row]
+    if found:
+        unnamed = f"the score of the data set {config.data.name} (`dmf.metrics`)"
+        yield {
+            "protocol": f"{config.run.protocol or unnamed}, during training",
+            "rows": [_counted(row, model.sampler) for row in found],
+            "best": any(here(row) for row in _lines(home / checkpoint.BEST)),
+        }
+
+
+def _of_commands(model: Model) -> Iterator[dict[str, Any]]:
+    """The scores that `--mode=score` has stored for this checkpoint."""
+    home = sampling.home(model.folder, model.stored)
     manifest = sha256((model.folder / checkpoint.MANIFEST).read_bytes())
-    for file in sorted(home.glob("scores_*.json")):
-        for stored in _lines(file):
-            of = stored.get("checkpoint")
-            same = (
-                isinstance(of, dict)
-                and of.get("manifest_sha256") == manifest
-                and stored.get("sampler") == model.sampler
-            )
-            rows = [
-                row
-                for row in stored.get("rows", [])
-                if same and row.get("ema_halflife_images") == halflife
-            ]
-            found += [{"protocol": _protocol(stored), "rows": rows, "best": False}] if rows else []
-    return found
+    for stored in (row for file in sorted(home.glob("scores_*.json")) for row in _lines(file)):
+        of = stored.get("checkpoint")
+        same = isinstance(of, dict) and of.get("manifest_sha256") == manifest
+        if not same or stored.get("sampler") != model.sampler:
+            continue
+        rows = stored.get("rows", [])
+        rows = [row for row in rows if row.get("ema_halflife_images") == _halflife(model)]
+        if rows:
+            yield {"protocol": _protocol(stored), "rows": rows, "best": False}
+
+
+def _halflife(model: Model) -> float:
+    return model.config.ema.evaluate if model.ema is None else model.ema
 
 
 def _counted(row: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A row of scores.jsonl, whose `nfe` is the number of steps, with steps and evaluations of the sampler of this name."""
+    """A row of scores.jsonl, where `nfe` is the number of steps, with steps and evaluations.
+
+    name: of the sampler.
+    """
     steps = row["nfe"]
     return {"steps": steps, **row, "nfe": steps * sampling.evaluations(name)}
 
 
 def _lines(file: Any) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a file that holds one, or one per line; nothing where it is not there or no such file."""
+    """The JSON objects of a .json or .jsonl file; none if it is not there or is damaged."""
     try:
         content = file.read_text()
-        values = (
-            [json.loads(content)]
-            if file.suffix == ".json"
-            else [json.loads(line) for line in content.splitlines()]
-        )
+        texts = [content] if file.suffix == ".json" else content.splitlines()
+        values = [json.loads(text) for text in texts]
     except (OSError, ValueError):
         return
     yield from (value for value in values if isinstance(value, dict))
@@ -187,31 +189,22 @@ def _protocol(stored: Mapping[str, Any]) -> str:
 def _table(found: Mapping[str, Any]) -> str:
     rows: Sequence[Mapping[str, Any]] = found["rows"]
     keys = [key for key in rows[0] if key not in HIDDEN]
-    lines = [
-        keys,
-        ["---"] * len(keys),
-        *(
-            [
-                f"{row[k]:.6g}" if isinstance(row.get(k), float) else f"{row.get(k, '-')}"
-                for k in keys
-            ]
-            for row in rows
-        ),
-    ]
+    lines = [keys, ["---"] * len(keys), *([_cell(row, key) for key in keys] for row in rows)]
     best = " The best checkpoint of its run." if found["best"] else ""
-    return "\n".join(
-        [f"By {found['protocol']}.{best}", "", *(f"| {' | '.join(line)} |" for line in lines)]
-    )
+    table = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([f"By {found['protocol']}.{best}", "", *table])
+
+
+def _cell(row: Mapping[str, Any], key: str) -> str:
+    value = row.get(key, "-")
+    return f"{value:.6g}" if isinstance(value, float) else f"{value}"
 
 
 def _latents(latent: Mapping[str, Any] | None) -> str:
     if latent is None:
         return "none, the samples are images"
-    decoder = (
-        f" ({latent['decoder_file']}, SHA-256 {latent['decoder_sha256']})"
-        if latent["decoder_sha256"]
-        else ""
-    )
+    file = f" ({latent['decoder_file']}, SHA-256 {latent['decoder_sha256']})"
+    decoder = file if latent["decoder_sha256"] else ""
     note = f"; {latent['note']}" if latent["note"] else ""
     numbers = f"scale {latent['scale'] or 'unknown'}, shift {latent['shift']:g}"
     return f"{latent['rule']}, {numbers}{note}. Decoder: {latent['decoder']}{decoder}"
@@ -221,14 +214,14 @@ def _origin(origin: Mapping[str, Any]) -> str:
     trained, source = origin["trained"], origin["converted_from"]
     lines = []
     if trained:
-        after = (
-            f"; the weights after {trained['step']} steps" if trained["step"] is not None else ""
-        )
+        step = trained["step"]
+        after = "" if step is None else f"; the weights after {step} steps"
         lines.append(f"Trained with dmf on {trained['data']}{after}.")
     if source:
         start = "It started from" if trained else "Converted from"
         lines.append(
-            f"{start} `{source['file']}` (kind {source['kind']}, copy {source['copy']}, SHA-256 {source['sha256']})."
+            f"{start} `{source['file']}` (kind {source['kind']}, copy {source['copy']}, "
+            f"SHA-256 {source['sha256']})."
         )
     return " ".join(lines)
 

@@ -1,4 +1,4 @@
-"""What `main.py --mode=export` writes, by the name of --out: a file of weights, an ONNX file, or a model folder."""
+"""`main.py --mode=export`: --out names a file of weights, an ONNX file, or a model folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ READS = {
 
 
 def form(out: str) -> str:
-    """A key of READS. Raises DmfError for an ending that is none of theirs."""
+    """A key of READS, by the ending of `out`. Raises DmfError for an unknown ending."""
     suffix = Path(out).suffix
     forms = {
         **dict.fromkeys(weights.FORMATS, "weights"),
@@ -27,7 +27,8 @@ def form(out: str) -> str:
     if suffix not in forms:
         endings = ", ".join(weights.FORMATS)
         raise DmfError(
-            f"--out={out}: expected a file name ending in {endings} or .onnx, or a model folder's, without a dot"
+            f"--out={out}: expected a file name ending in {endings} or .onnx, "
+            "or a model folder's name, without a dot"
         )
     return forms[suffix]
 
@@ -49,7 +50,8 @@ def export(
         folder.export(path, out, steps=steps, ema=ema, name=sampler, upload=upload)
     elif len(steps) > 1:
         raise DmfError(
-            f"--steps={','.join(map(str, steps))} with {out}: expected one number of steps for an ONNX file"
+            f"--steps={','.join(map(str, steps))} with {out}: "
+            "expected one number of steps for an ONNX file"
         )
     else:
         onnx.export(path, out, steps=steps[0], ema=ema, name=sampler)

@@ -1,4 +1,4 @@
-"""Where what leaves is written: at a new place, whole or not at all."""
+"""Where an export is written: at a new place, whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dmf.storage import atomic
 
 
 def check_free(target: Path) -> None:
-    """Raises DmfError where `target` is there already, or its directory is not."""
+    """Raises DmfError if `target` is there already, or its directory is not."""
     if not target.parent.is_dir():
         raise DmfError(f"{target}: expected a place in a directory that exists")
     if os.path.lexists(target):
@@ -21,7 +21,7 @@ def check_free(target: Path) -> None:
 
 @contextmanager
 def made_whole(target: Path) -> Iterator[Path]:
-    """`atomic.made` of a target that is not there yet. Raises DmfError."""
+    """`atomic.made` for a target that is not there yet. Raises DmfError."""
     check_free(target)
     try:
         with atomic.made(target) as partial:

@@ -1,8 +1,8 @@
-"""What a program costs, counted: XLA's FLOPs, bytes and memory of a compiled step, the model's own FLOPs, a device's peak.
+"""What a program costs: FLOPs, bytes and memory of a compiled step, and a device's peak.
 
-XLA counts the body of a loop once, whatever the number of rounds, and a kernel it does not know (cuDNN's, Pallas') as
-nothing. The model FLOPs of a step are therefore counted apart from how it is computed: forward passes per row
-(`curriculum.passes`) times the FLOPs of one forward pass of the plain network.
+XLA counts the body of a loop once. It counts a kernel that it does not know (cuDNN, Pallas) as 0.
+The model FLOPs of a step therefore do not come from its program.
+They are forward passes per row times the FLOPs of one forward pass of the plain network.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from dmf import networks
 from dmf.config import Config
 
-# Part of jax's device_kind -> bfloat16 FLOP/s of one such device without sparsity, as its maker states it; the first that fits.
+# Part of jax's device_kind -> bfloat16 FLOP/s of one such device, without sparsity, by its maker.
+# The first entry that fits counts.
 PEAK_FLOPS = {
     "TPU v4 lite": 138e12,
     "TPU v4": 275e12,
@@ -35,9 +36,11 @@ PEAK_FLOPS = {
 
 @dataclass(frozen=True)
 class Counts:
-    """XLA's counts of one compiled program, on one device; None where the backend does not tell.
+    """XLA's counts of one compiled program, on one device; None where the backend gives none.
 
-    arguments_bytes: state, batch and numbers given to it; temporary_bytes: the most it holds besides them at one time.
+    arguments_bytes: of the state, the batch and the numbers it is given.
+
+    temporary_bytes: the most that it holds besides these at one time.
     """
 
     flops: float | None
@@ -47,7 +50,7 @@ class Counts:
 
     @property
     def memory_bytes(self) -> int | None:
-        """Arguments and temporary together: the peak of a step whose results take the place of its arguments."""
+        """The peak of a step whose results replace its arguments: arguments and temporaries."""
         if self.arguments_bytes is None or self.temporary_bytes is None:
             return None
         return self.arguments_bytes + self.temporary_bytes
@@ -65,37 +68,46 @@ def counts(compiled: jax.stages.Compiled) -> Counts:
 
 
 def forward_flops(config: Config, image_shape: tuple[int, ...]) -> float | None:
-    """FLOPs of one forward pass of the plain network over a batch: no loop, no remat, XLA attention; counted, not run."""
+    """FLOPs of one forward pass of the plain network over a batch.
+
+    It has no loop, no remat and XLA attention. The pass is counted, not run.
+    """
     network = networks.build(config.network, image_shape, jnp.dtype(config.compute_dtype))
     params = jax.eval_shape(network.init, jax.random.key(0))
     z = jax.ShapeDtypeStruct((config.batch_size, *image_shape), jnp.float32)
     time = jax.ShapeDtypeStruct((config.batch_size,), jnp.float32)
-    # Lowered, not compiled: what a backend makes of a convolution or a softmax is its own affair.
+    # Lowered, not compiled: backends would change convolutions and softmax.
     found = jax.jit(network.apply).lower(params, z, time, time).cost_analysis()
     return (found or {}).get("flops")
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """The bfloat16 FLOP/s that the maker states for one device; None for one not in `PEAK_FLOPS`, and for a slice (MIG)."""
+    """The bfloat16 FLOP/s of one device by its maker.
+
+    None for a device that is not in `PEAK_FLOPS`, and for a slice of one (MIG).
+    """
     if "MIG" in device_kind:
         return None
     return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
 
 
 def batch_shapes(config: Config, image_shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
-    """What a step is given of the data: x (B, H, W, C), label (B,), and of encoded images std, shaped as x."""
+    """Shapes of a step's batch: x (B, H, W, C) and label (B,).
+
+    Encoded images have std too, with the shape of x.
+    """
     x = jax.ShapeDtypeStruct((config.batch_size, *image_shape), jnp.float32)
     shapes = {"x": x, "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)}
     return shapes | ({"std": x} if config.data.name.endswith("_latents") else {})
 
 
 def device_memory(name: str) -> int | None:
-    """A figure of the first device's own memory statistics, in bytes; None on a device that keeps none, such as a CPU."""
+    """A figure of the first device's memory statistics, in bytes; None where it has none (CPU)."""
     return (jax.local_devices()[0].memory_stats() or {}).get(name)
 
 
 class Compilations:
-    """Counts the programs that XLA compiles, or takes from the cache on disk, between `with` and its end."""
+    """Counts the programs that XLA compiles or reads from its cache inside a `with` block."""
 
     def __init__(self) -> None:
         self.count = 0

@@ -1,7 +1,8 @@
-"""What a compiled program moves between devices, read from XLA's text of it, with loops counted as often as they run.
+"""What a compiled program moves, read from XLA's text of it. Loops count as often as they run.
 
-XLA's own cost analysis counts the body of a loop once, and says nothing of collectives. The text is XLA's dump of the optimised
-module (`compiled.as_text()`): one instruction per line, computations in braces, `ENTRY` before the one that runs.
+XLA's own cost analysis counts the body of a loop once, and has no collectives.
+The text is XLA's dump of the optimised module, `compiled.as_text()`.
+It has one instruction per line and computations in braces. `ENTRY` marks the computation that runs.
 """
 
 from __future__ import annotations
@@ -12,33 +13,27 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
-BITS = {
-    "pred": 8,
-    "c64": 64,
-    "c128": 128,
-}  # of the types whose name does not say them; token and opaque have none
+# Bits of the types whose name does not tell them; token and opaque have none.
+BITS = {"pred": 8, "c64": 64, "c128": 128}
 HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 LINE = re.compile(r"^\s+(ROOT )?%([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
 SHAPE = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\](?:\{([^}]*)\})?")
-# Instructions that move nothing themselves: names for what is there already, or for what other instructions do.
+# Instructions that move nothing: they name values, or run other instructions.
 STILL = {
-    "parameter",
-    "constant",
-    "tuple",
-    "get-tuple-element",
-    "bitcast",
-    "while",
-    "conditional",
-    "call",
-    "after-all",
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota"),
+    *("while", "conditional", "call", "async-start", "async-update", "after-all"),
+    *("partition-id", "replica-id", "opt-barrier"),
 }
 STILL_TARGETS = {"ConcatBitcast", "AllocateBuffer", "AssumeGatherIndicesInBound"}
-STILL |= {"partition-id", "replica-id", "opt-barrier", "async-start", "async-update", "iota"}
+SLICES = ("dynamic-slice", "slice", "gather")
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line: `name = result opcode(operands), attributes`, of which `rest` is all that follows the opening bracket."""
+    """One line: `name = result opcode(operands), attributes`.
+
+    rest: everything after the opening bracket.
+    """
 
     name: str
     result: str
@@ -47,18 +42,21 @@ class Instruction:
 
     @property
     def operands(self) -> list[str]:
-        """Names of the operands."""
+        """The names of the operands."""
         return re.findall(r"%([\w.-]+)", self.rest[: _closing(self.rest)])
 
     def attribute(self, name: str) -> str | None:
-        """The computation or number that an attribute names, None where there is none."""
+        """The computation or number of an attribute, or None without the attribute."""
         found = re.search(rf"\b{name}=%?([\w.-]+)", self.rest)
         return found.group(1) if found else None
 
 
 @dataclass(frozen=True)
 class Module:
-    """A program: its computations by name, each with its instructions by name, and the one that runs."""
+    """A program: its computations with their instructions, by name.
+
+    entry: the name of the computation that runs.
+    """
 
     computations: dict[str, dict[str, Instruction]]
     entry: str
@@ -66,14 +64,14 @@ class Module:
 
 @dataclass
 class Moved:
-    """Collectives of one kind in one run of the program: how many, and the bytes that each device sends."""
+    """Collectives of one kind in one run: how many, and the bytes that each device sends."""
 
     count: int = 0
     bytes: float = 0.0
 
 
 def parse(text: str) -> Module:
-    """XLA's text of a module -> its computations. Lines that are no instruction are passed over."""
+    """The module that XLA's text describes. Lines without an instruction are skipped."""
     computations: dict[str, dict[str, Instruction]] = {}
     entry, current = "", {}
     for line in text.splitlines():
@@ -90,7 +88,7 @@ def parse(text: str) -> Module:
 
 
 def size(shape: str) -> int:
-    """Bytes of a shape such as bf16[8,128]{1,0} or of a tuple of them, without what its layout pads."""
+    """Bytes of a shape such as bf16[8,128]{1,0}, or of a tuple of shapes, without padding."""
     return sum(
         _bytes(kind, [int(d) for d in dims.split(",") if d])
         for kind, dims, _ in SHAPE.findall(shape)
@@ -98,9 +96,11 @@ def size(shape: str) -> int:
 
 
 def occupied(shape: str, main_memory: bool = True) -> int:
-    """Bytes that a shape, or a tuple of them, takes: f32[64,64]{1,0:T(8,128)} is padded to tiles of 8 x 128.
+    """Bytes of a shape, or of a tuple of shapes, with its padding.
 
-    main_memory: only of what lies there; a layout with S(1) is in the memory on the chip.
+    f32[64,64]{1,0:T(8,128)} is padded to tiles of 8 x 128.
+
+    main_memory: leave out the memory on the chip, where layouts have S(1).
     """
     total = 0
     for kind, dims, layout in SHAPE.findall(shape):
@@ -110,9 +110,8 @@ def occupied(shape: str, main_memory: bool = True) -> int:
         order, _, tiles = layout.partition(":")
         minor_first = [lengths[int(axis)] for axis in order.split(",") if axis] or lengths[::-1]
         tile = re.match(r"T\(([\d,]+)\)", tiles)
-        for position, step in enumerate(
-            reversed([int(n) for n in tile.group(1).split(",")] if tile else [])
-        ):
+        steps = [int(n) for n in tile.group(1).split(",")] if tile else []
+        for position, step in enumerate(reversed(steps)):
             minor_first += [1] * (position >= len(minor_first))
             minor_first[position] = -(-minor_first[position] // step) * step
         total += _bytes(kind, minor_first)
@@ -125,9 +124,10 @@ def _bytes(kind: str, lengths: list[int]) -> int:
 
 
 def trips(module: Module, loop: Instruction, where: dict[str, Instruction]) -> int | None:
-    """How often the body of a `while` runs, None where the text does not say.
+    """How often the body of a `while` runs, or None where the text does not tell.
 
-    XLA notes it, or the condition compares a counter with the loop's only whole-number constant, as `jax.lax.scan` makes it.
+    Some loops have a note by XLA.
+    In others, such as those of `jax.lax.scan`, the condition compares a counter with a constant.
     """
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)
     if known:
@@ -142,51 +142,49 @@ def trips(module: Module, loop: Instruction, where: dict[str, Instruction]) -> i
 
 
 def _compared(module: Module, condition: dict[str, Instruction]) -> list[list[Instruction]]:
-    """What a loop's condition compares by <, of each such comparison; in a fusion a parameter is what the fusion is given."""
+    """The operands of every comparison by < in a loop's condition.
+
+    A parameter of a fusion is replaced by the value that the fusion is given.
+    """
+
+    def outside(outer: Instruction, x: Instruction) -> Instruction:
+        number = re.match(r"\d+", x.rest) if x.opcode == "parameter" else None
+        return condition[outer.operands[int(number[0])]] if number else x
+
     found = []
     for outer in condition.values():
-        inside = (
-            module.computations.get(outer.attribute("calls") or "", {})
-            if outer.opcode == "fusion"
-            else {}
-        )
+        inside = _inside(module, outer)
         for i in inside.values() or (outer,):
             if i.opcode == "compare" and "direction=LT" in i.rest:
                 given = [x for x in map((inside or condition).get, i.operands) if x]
-                numbers = [
-                    re.match(r"\d+", x.rest) if inside and x.opcode == "parameter" else None
-                    for x in given
-                ]
-                found.append(
-                    [
-                        condition[outer.operands[int(n[0])]] if n else x
-                        for x, n in zip(given, numbers, strict=True)
-                    ]
-                )
+                found.append([outside(outer, x) for x in given] if inside else given)
     return found
+
+
+def _inside(module: Module, instruction: Instruction) -> dict[str, Instruction]:
+    """The instructions of a fusion; none of anything else."""
+    called = instruction.attribute("calls") if instruction.opcode == "fusion" else None
+    return module.computations.get(called or "", {})
 
 
 def walk(
     module: Module, name: str | None = None, times: int = 1
 ) -> Iterator[tuple[dict[str, Instruction], Instruction, int]]:
-    """(computation, instruction, how often it runs) of all that runs by itself; what a fusion holds is not looked into.
+    """(computation, instruction, how often it runs) of everything outside fusions.
 
-    Both branches of a conditional are counted, a loop of unknown length once, and a computation that the text lacks not at all.
+    All branches of a conditional count. A loop of unknown length counts once.
+    A computation that the text lacks does not count.
     """
     where = module.computations[module.entry] if name is None else module.computations.get(name, {})
     for instruction in where.values():
         yield where, instruction, times
         if instruction.opcode == "while":
             count = trips(module, instruction, where)
-            yield from walk(
-                module, instruction.attribute("body") or "", times * (1 if count is None else count)
-            )
+            rounds = times * (1 if count is None else count)
+            yield from walk(module, instruction.attribute("body") or "", rounds)
         elif instruction.opcode in ("call", "async-start"):
-            yield from walk(
-                module,
-                instruction.attribute("to_apply") or instruction.attribute("calls") or "",
-                times,
-            )
+            called = instruction.attribute("to_apply") or instruction.attribute("calls")
+            yield from walk(module, called or "", times)
         elif instruction.opcode == "conditional":
             for branch in re.findall(r"%([\w.-]+)", re.sub(r"^.*?\), ", "", instruction.rest)):
                 if branch in module.computations:
@@ -194,23 +192,23 @@ def walk(
 
 
 def collectives(module: Module, devices: int) -> dict[str, Moved]:
-    """Kind -> count and bytes of the collectives of one run, by ring: n devices of a group send
+    """Kind -> count and bytes of the collectives of one run, as a ring sends them.
 
-        all-reduce 2 (n-1)/n x,   reduce-scatter (n-1)/n x,   all-to-all (n-1)/n x,   all-gather (n-1) x,   permute x
+    A device that puts in x bytes, in a group of n, sends:
 
-    each, where x is what a device puts in. A TPU's reduce-scatter is a fusion of an all-reduce with a slice, and an all-gather
-    that runs beside other work stands in several fusions of one chain: it is counted once.
+        all-reduce                  2 (n-1)/n x
+        reduce-scatter, all-to-all  (n-1)/n x
+        all-gather                  (n-1) x
+        collective-permute          x
+
+    On a TPU a reduce-scatter is a fusion of an all-reduce with a slice.
+    An all-gather beside other work stands in several fusions of one chain, and is counted once.
     """
     moved: dict[str, Moved] = {}
     chains = set()
     for where, instruction, times in walk(module):
-        fused = (
-            module.computations.get(instruction.attribute("calls") or "", {})
-            if instruction.opcode == "fusion"
-            else {}
-        )
-        inside = fused or {instruction.name: instruction}
-        for found in inside.values():
+        fused = _inside(module, instruction)
+        for found in fused.values() or (instruction,):
             kind = found.opcode.removesuffix("-start")
             if kind not in KINDS:
                 continue
@@ -220,75 +218,68 @@ def collectives(module: Module, devices: int) -> dict[str, Moved]:
                 if mark in chains:
                     continue
                 chains.add(mark)
-            if kind == "all-reduce" and (instruction.attribute("calls") or "").startswith(
-                "all-reduce-scatter"
-            ):
+            called = instruction.attribute("calls") or ""
+            if kind == "all-reduce" and called.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"
             given = sum(size((fused or where)[name].result) for name in found.operands)
-            n = group(found.rest, devices)
-            share = {
-                "all-reduce": 2 * (n - 1) / n,
-                "all-gather": n - 1.0,
-                "collective-permute": 1.0,
-            }.get(kind, (n - 1) / n)
             total = moved.setdefault(kind, Moved())
             total.count += times
-            total.bytes += times * given * share
+            total.bytes += times * given * _share(kind, group(found.rest, devices))
     return dict(sorted(moved.items()))
 
 
-def traffic(module: Module, main_memory: bool = True) -> int:
-    """Bytes that one run reads and writes: of each instruction that runs, what it is given and what it makes,
-    in the layout it has.
+def _share(kind: str, n: int) -> float:
+    """Bytes that a device sends, over the bytes that it puts in, in a group of n."""
+    whole = {"all-reduce": 2 * (n - 1) / n, "all-gather": n - 1.0, "collective-permute": 1.0}
+    return whole.get(kind, (n - 1) / n)
 
-    Of an array that a fusion only slices, the slices count, and of one that it only updates in place, the update; what passes
-    between the parts of a fusion is free. main_memory: leave out what lies in the memory on the chip.
+
+def traffic(module: Module, main_memory: bool = True) -> int:
+    """Bytes that one run reads and writes: operands and results of every instruction that runs.
+
+    Layouts count with their padding. Nothing counts between the parts of a fusion.
+    Where a fusion only slices an array, the slices count.
+    Where it only updates an array in place, the update counts.
+
+    main_memory: leave out the memory on the chip.
     """
-    return sum(
-        times * _moved(module, where, found, main_memory) for where, found, times in walk(module)
-    )
+    return sum(times * _moved(module, where, i, main_memory) for where, i, times in walk(module))
 
 
 def _moved(
     module: Module, where: dict[str, Instruction], found: Instruction, main_memory: bool
 ) -> int:
+    """Bytes that one instruction reads and writes."""
     target = re.search(r'custom_call_target="(\w+)"', found.rest)
-    if (
-        found.opcode in STILL
-        or found.opcode.endswith("-done")
-        or (target and target.group(1) in STILL_TARGETS)
-    ):
+    still = found.opcode in STILL or found.opcode.endswith("-done")
+    if still or (target and target.group(1) in STILL_TARGETS):
         return 0
-    given = [
-        occupied(where[name].result, main_memory) if name in where else 0 for name in found.operands
-    ]
+    operands = [where.get(name) for name in found.operands]
+    given = [0 if x is None else occupied(x.result, main_memory) for x in operands]
     made = occupied(found.result, main_memory)
-    if found.opcode.endswith(
-        "-start"
-    ):  # makes a tuple of its operands, what it makes of them, and flags
+    if found.opcode.endswith("-start"):  # its result is a tuple: operands, results, flags
         made -= sum(given)
-        whole = sum(occupied(where[name].result, False) for name in found.operands if name in where)
+        whole = sum(occupied(x.result, False) for x in operands if x is not None)
         given = [min(sum(given), occupied(found.result, False) - whole)]
-    elif found.opcode in ("dynamic-slice", "slice", "gather"):
+    elif found.opcode in SLICES:
         given = [min(given[0], made)]
     elif found.opcode == "dynamic-update-slice":
         made = given[1]
         given = given[1:2]
     elif found.opcode == "fusion":
-        inside = module.computations.get(found.attribute("calls") or "", {})
-        uses = [_used(module, inside, number) for number in range(len(given))]
-        parts = [int(min(part, whole)) for (part, _), whole in zip(uses, given, strict=True)]
-        made -= sum(
-            whole - part
-            for (_, updated), part, whole in zip(uses, parts, given, strict=True)
-            if updated
-        )
-        given = parts
+        inside = _inside(module, found)
+        for number, whole in enumerate(given):
+            part, updated = _used(module, inside, number)
+            given[number] = int(min(part, whole))
+            made -= (whole - given[number]) * updated
     return sum(given) + max(made, 0)
 
 
 def _used(module: Module, inside: dict[str, Instruction], number: int) -> tuple[float, bool]:
-    """(bytes that a fusion uses of its parameter, inf for all of them; whether it updates a part of it in place)."""
+    """(bytes that a fusion uses of a parameter, whether it updates a part of it in place).
+
+    The bytes are inf where it uses all of them.
+    """
     names: set[str] = set()
     part, updated = 0.0, False
     for found in inside.values():
@@ -300,14 +291,12 @@ def _used(module: Module, inside: dict[str, Instruction], number: int) -> tuple[
             continue
         if found.opcode == "bitcast":
             names.add(found.name)
-        elif found.opcode in ("dynamic-slice", "slice", "gather") and not names.intersection(
-            operands[1:]
-        ):
+        elif found.opcode in SLICES and not names.intersection(operands[1:]):
             part += occupied(found.result, False)
         elif found.opcode == "dynamic-update-slice" and not names.intersection(operands[1:]):
             part, updated = part + occupied(inside[operands[1]].result, False), True
-        elif found.opcode == "fusion":  # one within the other
-            within = module.computations.get(found.attribute("calls") or "", {})
+        elif found.opcode == "fusion":  # a fusion inside the fusion
+            within = _inside(module, found)
             for position, name in enumerate(operands):
                 if name in names:
                     inner, changed = _used(module, within, position)
@@ -318,7 +307,10 @@ def _used(module: Module, inside: dict[str, Instruction], number: int) -> tuple[
 
 
 def group(attributes: str, devices: int) -> int:
-    """Devices in each group of a collective, from any of the three ways XLA writes replica_groups; all where it names none."""
+    """How many devices are in a group of a collective; all of them where it names no groups.
+
+    XLA writes replica_groups in three ways.
+    """
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
     if listed:
         return len(listed.group(1).split(","))
@@ -333,7 +325,7 @@ def group(attributes: str, devices: int) -> int:
 
 
 def _closing(text: str) -> int:
-    """Where the bracket closes that was opened before `text`."""
+    """Where the bracket closes that opened just before the text."""
     depth = 1
     for position, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
@@ -348,7 +340,7 @@ def _constant(instruction: Instruction) -> int | None:
 
 
 def _start(loop: Instruction, where: dict[str, Instruction], counter: Instruction) -> int:
-    """The counter's first value: 0 but where the loop is given another constant."""
+    """The counter's first value: 0, or another constant that the loop is given."""
     given = where.get(loop.operands[0])
     if given is None or given.opcode != "tuple":
         return 0

@@ -1,1 +1,1 @@
-"""How good samples are: Frechet distance, precision and recall, and the declared score of digits and photos."""
+"""How good samples are: arrays in, numbers out. Nothing here reads a file."""

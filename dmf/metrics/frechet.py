@@ -1,6 +1,7 @@
-"""Frechet distance between two sets of features, each summarised by its mean and covariance.
+"""Frechet distance between two sets of features, each given by its mean and covariance.
 
-With Inception features this is the FID. All of it is float64: float32 means alone move the sixth digit.
+With Inception features this is the FID.
+Everything is float64. With float32 means the sixth digit would already change.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _ROWS_PER_CHUNK = 4096  # bounds the float64 copy of the features: 64 MiB at D =
 
 
 class Moments(NamedTuple):
-    """Number of rows `n`, `mean` (D,) and unbiased covariance `cov` (D, D) of a feature set, float64."""
+    """Number of rows `n`, `mean` (D,) and unbiased covariance `cov` (D, D) of features, float64."""
 
     n: int
     mean: np.ndarray
@@ -25,7 +26,7 @@ class Moments(NamedTuple):
 
 
 def check_features(features: np.ndarray, name: str, min_rows: int) -> None:
-    """Refuses anything that is not a finite (N, D) array with at least `min_rows` rows (raises DmfError)."""
+    """Raises DmfError unless features are a finite (N, D) array of at least `min_rows` rows."""
     if features.ndim != 2:
         raise DmfError(f"{name} must have shape (N, D), got {features.shape}")
     if features.shape[0] < min_rows:
@@ -38,9 +39,10 @@ def check_features(features: np.ndarray, name: str, min_rows: int) -> None:
 def moments(features: np.ndarray) -> Moments:
     """Mean and unbiased covariance of features (N, D), computed in two passes in float64.
 
-    mean = 1/N sum_i f_i,   cov = 1/(N-1) sum_i (f_i - mean)(f_i - mean)^T
+        mean = 1/N sum_i f_i
+        cov = 1/(N-1) sum_i (f_i - mean)(f_i - mean)^T
 
-    Raises DmfError if `features` is not two-dimensional, has fewer than 2 rows, or has non-finite values.
+    Raises DmfError for another number of dimensions, fewer than 2 rows, and non-finite values.
     """
     features = np.asarray(features)
     check_features(features, "features", min_rows=2)
@@ -54,12 +56,16 @@ def moments(features: np.ndarray) -> Moments:
 
 
 class MomentSums:
-    """Mean and covariance of features that arrive in parts, accumulated in one pass in float64.
+    """Mean and covariance of features that arrive in parts, summed in one pass in float64.
 
-    s = sum_i (f_i - p),   S = sum_i (f_i - p) (f_i - p)^T,   mean = p + s/N,   cov = (S - s s^T/N) / (N - 1)
+        s = sum_i (f_i - p)
+        S = sum_i (f_i - p) (f_i - p)^T
+        mean = p + s/N
+        cov = (S - s s^T/N) / (N - 1)
 
-    The pivot p is the mean of the first part, so that features far from zero do not cancel. The result depends
-    on the order and the sizes of the parts by rounding alone, and not at all on a stop between two parts.
+    The pivot p is the mean of the first part: features far from zero then keep their digits.
+    Order and sizes of the parts change the result by rounding only.
+    A stop between two parts does not change it.
     """
 
     def __init__(self) -> None:
@@ -67,7 +73,10 @@ class MomentSums:
         self._pivot, self._sum, self._outer = np.zeros(0), np.zeros(0), np.zeros((0, 0))
 
     def add(self, features: np.ndarray) -> None:
-        """Takes the next part (n, D). Raises DmfError on no rows, non-finite values or another D than before."""
+        """Takes the next part (n, D).
+
+        Raises DmfError for a part without rows, non-finite values, or a new D.
+        """
         features = np.asarray(features)
         check_features(features, "features", min_rows=1)
         dim = features.shape[1]
@@ -76,7 +85,8 @@ class MomentSums:
             self._sum, self._outer = np.zeros(dim), np.zeros((dim, dim))
         elif dim != len(self._pivot):
             raise DmfError(
-                f"features have {dim} dimensions, expected {len(self._pivot)} as in the parts before"
+                f"features have {dim} dimensions, expected {len(self._pivot)} as in the parts "
+                "before"
             )
         for start in range(0, len(features), _ROWS_PER_CHUNK):
             shifted = features[start : start + _ROWS_PER_CHUNK] - self._pivot
@@ -85,7 +95,7 @@ class MomentSums:
         self._count += len(features)
 
     def moments(self) -> Moments:
-        """Moments of all rows so far; raises DmfError if they are fewer than 2."""
+        """Moments of all rows so far. Raises DmfError for fewer than 2 rows."""
         if self._count < 2:
             raise DmfError(
                 f"the sums hold {self._count} rows, at least 2 are needed for a covariance"
@@ -95,7 +105,7 @@ class MomentSums:
         return Moments(self._count, self._pivot + shift, scatter / (self._count - 1))
 
     def state(self) -> dict[str, np.ndarray]:
-        """Copies of count (), pivot (D,), sum (D,) and outer (D, D), from which `from_state` continues."""
+        """Copies of count (), pivot (D,), sum (D,) and outer (D, D), for `from_state`."""
         arrays = {"pivot": self._pivot, "sum": self._sum, "outer": self._outer}
         return {"count": np.asarray(self._count, np.int64)} | {
             name: x.copy() for name, x in arrays.items()
@@ -103,12 +113,16 @@ class MomentSums:
 
     @classmethod
     def from_state(cls, state: Mapping[str, np.ndarray]) -> MomentSums:
-        """Sums that go on bit for bit where `state` was taken; raises DmfError if its arrays do not fit together."""
+        """Sums that continue from a state, bit for bit.
+
+        Raises DmfError where the shapes of its arrays do not fit together.
+        """
         shapes = {name: np.shape(x) for name, x in state.items()}
         dims = shapes.get("pivot", ())
         if shapes != {"count": (), "pivot": dims, "sum": dims, "outer": dims * 2} or len(dims) != 1:
             raise DmfError(
-                f"the state of moment sums has arrays {shapes}, expected count (), pivot, sum (D,), outer (D, D)"
+                f"the state of moment sums has arrays {shapes}, expected count (), pivot, sum "
+                "(D,), outer (D, D)"
             )
         sums = cls()
         sums._count = int(state["count"])
@@ -121,24 +135,31 @@ class MomentSums:
 def frechet_distance(a: Moments, b: Moments) -> float:
     """Squared Frechet (2-Wasserstein) distance between the Gaussians with moments `a` and `b`.
 
-    d = |mu_a - mu_b|^2 + tr A + tr B - 2 tr((A^1/2 B A^1/2)^1/2)
+        d = |mu_a - mu_b|^2 + tr A + tr B - 2 tr((A^1/2 B A^1/2)^1/2)
 
-    The last trace is the sum of the singular values of A^1/2 B^1/2: the same number, which keeps full
-    precision when a covariance is singular (fewer rows than dimensions). Small sets score too high although
-    their covariances are unbiased: compare only scores of equal sample counts.
-    Heusel et al. 2017 (arXiv 1706.08500), equation 6. Raises DmfError on unequal dimensions.
+    The last trace is computed as the sum of the singular values of A^1/2 B^1/2.
+    It is the same number, and stays precise for a singular covariance (fewer rows than dimensions).
+
+    Small sets score too high, although their covariances are unbiased.
+    Compare only scores of equal sample counts.
+
+    Heusel et al. 2017 (arXiv 1706.08500), equation 6. Raises DmfError for unequal dimensions.
     """
     if a.mean.shape != b.mean.shape:
         dims = f"{a.mean.size} and {b.mean.size}"
         raise DmfError(f"the two feature sets have {dims} dimensions, expected equal numbers")
     cross = linalg.svdvals(_factor(a.cov).T @ _factor(b.cov)).sum()
     distance = np.sum((a.mean - b.mean) ** 2) + np.trace(a.cov) + np.trace(b.cov) - 2.0 * cross
-    return max(float(distance), 0.0)  # equal moments leave rounding of either sign
+    return max(float(distance), 0.0)  # rounding makes it negative for some equal moments
 
 
 def _factor(cov: np.ndarray) -> np.ndarray:
-    """F (D, rank) with F F^T = cov; A^1/2 B^1/2 and F_A^T F_B have the same nonzero singular values."""
+    """F (D, rank) with F F^T = cov.
+
+    A^1/2 B^1/2 and F_A^T F_B have the same nonzero singular values.
+    """
     values, vectors = linalg.eigh(cov)
-    # Null directions leave eigh as +-1e-16 relative; their square roots (1e-8) would leak into the distance.
+    # eigh gives null directions relative values of +-1e-16.
+    # Their square roots, 1e-8, would show in the distance.
     keep = values > values[-1] * len(values) * np.finfo(np.float64).eps
     return vectors[:, keep] * np.sqrt(values[keep])

@@ -1,4 +1,4 @@
-"""Inception score of logits that arrive in parts, over splits of a sample count known beforehand."""
+"""Inception score of logits that arrive in parts; the number of samples is known beforehand."""
 
 from __future__ import annotations
 
@@ -14,16 +14,20 @@ _STATE = ("seen", "split_of_row", "probability", "log_probability")
 
 
 class InceptionScore:
-    """One-pass inception score of `count` samples: mean and standard deviation over `splits` parts of them.
+    """Inception score of `count` samples: mean and standard deviation over `splits` parts.
 
-    IS_k = exp(1/n_k sum_i sum_c p_ic log(p_ic / q_kc)),   p_i = softmax(logits_i),   q_k = 1/n_k sum_i p_i
+        p_i = softmax(logits_i)
+        q_k = 1/n_k sum_i p_i
+        IS_k = exp(1/n_k sum_i sum_c p_ic log(p_ic / q_kc))
 
-    i runs over split k, positions [k N/splits, (k + 1) N/splits) rounded down. The position of a row is its place in
-    the file, or order[row], a permutation: the score of a set depends on it in the third digit, so a protocol
-    names it. ADM takes the file's order, N = 50,000 and 10 splits; torch-fidelity's default is
-    order = np.argsort(np.random.RandomState(2020).permutation(N)).
-    Salimans et al. 2016 (arXiv 1606.03498), section 4. Raises DmfError if a split would be empty or `order`
-    is not a permutation of 0..count-1.
+    i runs over split k: positions [k N/splits, (k + 1) N/splits), rounded down.
+    The position of a row is its place in the file, or order[row], a permutation.
+    The score depends on the order in its third digit, so a protocol names it.
+    ADM takes the file's order, N = 50,000 and 10 splits.
+    torch-fidelity's default is np.argsort(np.random.RandomState(2020).permutation(N)).
+
+    Salimans et al. 2016 (arXiv 1606.03498), section 4.
+    Raises DmfError where a split would be empty, or `order` is no permutation of 0..count-1.
     """
 
     def __init__(self, count: int, splits: int = 10, order: np.ndarray | None = None) -> None:
@@ -42,8 +46,10 @@ class InceptionScore:
         self._probability, self._log_probability = np.zeros((splits, 0)), np.zeros(splits)
 
     def add(self, logits: np.ndarray) -> None:
-        """Takes the next rows of logits (n, C), in the order of the file; raises DmfError on non-finite values,
-        another C than before, or more rows than were announced."""
+        """Takes the next rows of logits (n, C), in the order of the file.
+
+        Raises DmfError for non-finite values, a new C, or more rows than announced.
+        """
         logits = np.asarray(logits)
         check_features(logits, "logits", min_rows=1)
         rows, classes = logits.shape
@@ -51,11 +57,13 @@ class InceptionScore:
             self._probability = np.zeros((len(self._log_probability), classes))
         elif classes != self._probability.shape[1]:
             raise DmfError(
-                f"logits have {classes} classes, expected {self._probability.shape[1]} as in the parts before"
+                f"logits have {classes} classes, expected {self._probability.shape[1]} as in the "
+                "parts before"
             )
         if self._seen + rows > len(self._split_of_row):
             raise DmfError(
-                f"{self._seen + rows} rows of logits were given, expected {len(self._split_of_row)} in all"
+                f"{self._seen + rows} rows of logits were given, expected "
+                f"{len(self._split_of_row)} in all"
             )
         log_p = log_softmax(logits.astype(np.float64), axis=1)
         p = np.exp(log_p)
@@ -67,7 +75,10 @@ class InceptionScore:
         self._seen += rows
 
     def result(self) -> tuple[float, float]:
-        """Mean and standard deviation (of the splits, ddof = 0); raises DmfError until all rows were given."""
+        """Mean and standard deviation of the splits (ddof = 0).
+
+        Raises DmfError until all rows were given.
+        """
         if self._seen != len(self._split_of_row):
             raise DmfError(
                 f"{self._seen} rows of logits were given, expected {len(self._split_of_row)} in all"
@@ -78,27 +89,22 @@ class InceptionScore:
         return float(scores.mean()), float(scores.std())
 
     def state(self) -> dict[str, np.ndarray]:
-        """Copies of everything that `from_state` continues from: rows seen, the split of each row, and the sums."""
-        values = (
-            np.asarray(self._seen),
-            self._split_of_row,
-            self._probability,
-            self._log_probability,
-        )
+        """Copies of the rows seen, the split of each row, and the sums, for `from_state`."""
+        sums = self._probability, self._log_probability
+        values = (np.asarray(self._seen), self._split_of_row, *sums)
         return {name: value.copy() for name, value in zip(_STATE, values, strict=True)}
 
     @classmethod
     def from_state(cls, state: Mapping[str, np.ndarray]) -> InceptionScore:
-        """A score that goes on bit for bit where `state` was taken; raises DmfError if arrays are missing."""
+        """A score that continues from a state, bit for bit. Raises DmfError for missing arrays."""
         if set(state) != set(_STATE):
             raise DmfError(
-                f"the state of an inception score has arrays {sorted(state)}, expected {sorted(_STATE)}"
+                f"the state of an inception score has arrays {sorted(state)}, expected "
+                f"{sorted(_STATE)}"
             )
         score = cls(len(state["split_of_row"]), len(state["log_probability"]))
         score._seen = int(state["seen"])
         score._split_of_row = np.array(state["split_of_row"])
-        score._probability, score._log_probability = (
-            np.array(state["probability"]),
-            np.array(state["log_probability"]),
-        )
+        score._probability = np.array(state["probability"])
+        score._log_probability = np.array(state["log_probability"])
         return score

@@ -1,7 +1,8 @@
-"""The declared score of the small labelled sets, digits and photos: fixed rules, no tuning, the same numbers in every run.
+"""The score of the small labelled sets, digits and photos. Its rules are fixed.
 
-All of it depends on the sample count M (a Frechet distance falls with it, recall rises): compare only scores
-of equal M. `n_samples` is part of the score for that reason.
+Nothing is tuned, and every run gives the same numbers.
+All scores depend on the sample count M: with M a Frechet distance falls, and recall rises.
+Compare only scores of equal M. Therefore `n_samples` stands beside every score.
 """
 
 from __future__ import annotations
@@ -16,43 +17,55 @@ from dmf.errors import DmfError, NotFinite
 from dmf.metrics.frechet import frechet_distance, moments
 from dmf.metrics.precision_recall import nearest_distances, precision_recall
 
-_SEED = 0  # part of the declared score: initial weights, batch order, the halves and the subset in `floor`
+_SEED = 0  # of initial weights, batch order, and the halves and the subset in `floor`
 _NEIGHBOURS = 3
 _RANGE_SLACK = 1e-3
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What the score of one set fixes: the form of an image, and how many numbers its space "pixels" has."""
+    """What the score of one data set fixes.
+
+    components: the space "pixels" has so many principal components of the training images.
+        With 0 it has the pixel values themselves.
+    """
 
     image_shape: tuple[int, int, int]
-    components: int = (
-        0  # principal components of the training images, the first ones; 0 = the values themselves
-    )
+    components: int = 0
 
 
 class LabelledScorer:
-    """Scores class-conditional samples (M, H, W, C) in [-1, 1] against real images of the same form.
+    """Scores class-conditional samples (M, H, W, C) in [-1, 1] against real images.
 
-    Feature spaces: "pixels", the raw values or their first principal components, and "hidden", the 64 ReLU activations
-    max(x W + b, 0) of a small classifier of the raw values; all fitted on the training images alone.
+    There are two feature spaces, both fitted on the training images only.
+    "pixels" is the pixel values or their first principal components.
+    "hidden" is the 64 ReLU activations max(x W + b, 0) of a small classifier of pixel values.
 
-    `floor` holds what real data scores, to read a score against key by key (from smaller sets than usual M):
-      fd_hidden, fd_pixels                  between two fixed halves of all real images
-      fd_hidden_heldout, fd_pixels_heldout  between training and held-out images: the score of perfect memory
-      accuracy, precision, recall           of the held-out images, scored as samples
-      nn_ratio                              of one half of the held-out images against the other half and as
-                                            large a part of the training images as keeps the two sizes' ratio
-    `classifier_accuracy` is the share of held-out images that the feature classifier gets right.
+    floor: what real data scores, under the same keys as a score.
+        Its sets are smaller than the usual M.
 
-    Raises DmfError if images are not finite (N, H, W, C) arrays in [-1, 1] or labels are not N integers.
+        fd_hidden, fd_pixels
+            between two fixed halves of all real images
+        fd_hidden_heldout, fd_pixels_heldout
+            between training and held-out images: the score of perfect memory
+        accuracy, precision, recall
+            of the held-out images, scored as samples
+        nn_ratio
+            of one half of the held-out images
+            against the other half and a part of the training images, in their sizes' ratio
+
+    classifier_accuracy: the share of held-out images that the feature classifier gets right.
+
+    scored_by: of a run; scores with equal values may be compared.
+
+    Raises DmfError unless images are finite (N, H, W, C) in [-1, 1], with N integers as labels.
     """
 
     floor: dict[str, float]
     classifier_accuracy: float
-    scored_by: str = ""  # of a run: scores with equal ones may be compared
+    scored_by: str = ""
 
-    # One BLAS thread: equal numbers for every core count, and small products only lose time to more threads.
+    # One BLAS thread gives equal numbers on any number of cores, and is faster for small products.
     @threadpool_limits.wrap(limits=1, user_api="blas")
     def __init__(
         self,
@@ -62,7 +75,7 @@ class LabelledScorer:
         heldout_images: np.ndarray,
         heldout_labels: np.ndarray,
     ) -> None:
-        # Imported here: they take a second that runs on other data need not wait for.
+        # Imported here: runs on other data need not wait for them, which takes a second.
         from sklearn.neural_network import MLPClassifier
         from sklearn.svm import SVC
 
@@ -71,8 +84,8 @@ class LabelledScorer:
         self._heldout = _real_pixels(heldout_images, "heldout_images", rules)
         train_labels = _labels(train_labels, "train_labels", len(self._train))
         heldout_labels = _labels(heldout_labels, "heldout_labels", len(self._heldout))
-        # Adam and not L-BFGS, whose line searches amplify the rounding of another processor to about 1 % of
-        # the distances; Adam keeps it below 1e-10, and stops by its tolerance long before max_iter.
+        # The line searches of L-BFGS turn another processor's rounding into 1 % of the distances.
+        # Adam keeps it below 1e-10, and stops by its tolerance long before max_iter.
         classifier = MLPClassifier((64,), alpha=0.3, tol=1e-4, max_iter=2000, random_state=_SEED)
         classifier.fit(self._train, train_labels)
         self._weight, self._bias = classifier.coefs_[0], classifier.intercepts_[0]
@@ -92,18 +105,20 @@ class LabelledScorer:
 
     @threadpool_limits.wrap(limits=1, user_api="blas")
     def __call__(self, samples: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """Score of `samples` (M, H, W, C) generated for `labels` (M,); samples are first clipped to [-1, 1].
+        """Score of `samples` (M, H, W, C) generated for `labels` (M,), clipped to [-1, 1] first.
 
-        fd_hidden, fd_pixels                  Frechet distance to the training images
-        fd_hidden_heldout, fd_pixels_heldout  the same to the held-out images
-        accuracy                              share that an RBF SVM of the space "pixels" gives its label
-        precision, recall                     k-NN precision and recall, k = 3, hidden space, training images
-        nn_train, nn_heldout                  median L2 distance in raw values to the nearest image of the set
-        nn_ratio                              nn_train / nn_heldout (inf if nn_heldout is 0);
-                                              well below floor["nn_ratio"] means memorised
-        n_samples                             M
+            fd_hidden, fd_pixels                  Frechet distance to the training images
+            fd_hidden_heldout, fd_pixels_heldout  the same to the held-out images
+            accuracy                              share whose label an RBF SVM of "pixels" finds
+            precision, recall                     k-NN, k = 3, "hidden", training images
+            nn_train, nn_heldout                  median L2 distance of pixel values
+                                                  to the nearest image of the set
+            nn_ratio                              nn_train / nn_heldout, inf if nn_heldout is 0;
+                                                  well below floor["nn_ratio"] means memorised
+            n_samples                             M
 
-        Raises DmfError on non-finite samples, fewer than 4 samples, wrong shapes, or non-integer labels.
+        Raises DmfError for non-finite samples, fewer than 4 samples, wrong shapes, and labels
+        that are no integers.
         """
         pixels = np.clip(_pixels(samples, "samples", self._rules), -1.0, 1.0)
         labels = _labels(labels, "labels", len(pixels))
@@ -119,7 +134,10 @@ class LabelledScorer:
         }
 
     def hidden(self, pixels: np.ndarray) -> np.ndarray:
-        """Hidden activations (N, 64) of the feature classifier for raw values x (N, H W C): max(x W + b, 0)."""
+        """Hidden activations (N, 64) of the feature classifier, of pixels x (N, H W C).
+
+        max(x W + b, 0)
+        """
         return np.maximum(pixels @ self._weight + self._bias, 0.0)
 
     def _reduced(self, pixels: np.ndarray) -> np.ndarray:
@@ -139,21 +157,15 @@ class LabelledScorer:
 
     def _real_data_scores(self, heldout_labels: np.ndarray) -> dict[str, float]:
         rng = np.random.RandomState(_SEED)  # its stream is frozen across NumPy versions
-        first, second = np.array_split(
-            rng.permutation(np.concatenate([self._train, self._heldout])), 2
-        )
+        halves = np.array_split(rng.permutation(np.concatenate([self._train, self._heldout])), 2)
         probe, rest = np.array_split(rng.permutation(self._heldout), 2)
-        part = rng.permutation(self._train)[
-            : round(len(self._train) * len(rest) / len(self._heldout))
-        ]
+        size = round(len(self._train) * len(rest) / len(self._heldout))
+        part = rng.permutation(self._train)[:size]
+        hidden, reduced = ([moments(of(x)) for x in halves] for of in (self.hidden, self._reduced))
         refs = self._references
         return {
-            "fd_hidden": frechet_distance(
-                moments(self.hidden(first)), moments(self.hidden(second))
-            ),
-            "fd_pixels": frechet_distance(
-                moments(self._reduced(first)), moments(self._reduced(second))
-            ),
+            "fd_hidden": frechet_distance(*hidden),
+            "fd_pixels": frechet_distance(*reduced),
             "fd_hidden_heldout": frechet_distance(refs["fd_hidden"], refs["fd_hidden_heldout"]),
             "fd_pixels_heldout": frechet_distance(refs["fd_pixels"], refs["fd_pixels_heldout"]),
             **self._fidelity(self._heldout, heldout_labels),
@@ -162,7 +174,8 @@ class LabelledScorer:
 
 
 DigitsScorer = partial(LabelledScorer, Rules((8, 8, 1)))
-# 768 values are too many for the covariance of 828 held-out crops; 64 components have 98 % of the variance.
+# 768 values are too many for the covariance of 828 held-out crops.
+# 64 components have 98 % of the variance.
 PhotosScorer = partial(LabelledScorer, Rules((16, 16, 3), components=64))
 
 
@@ -172,11 +185,11 @@ def _principal(pixels: np.ndarray, components: int) -> np.ndarray:
 
 
 def _memorisation(pixels: np.ndarray, train: np.ndarray, heldout: np.ndarray) -> dict[str, float]:
-    """Median distances to the nearest image of each set, whole sets.
+    """Median distances to the nearest image of each set.
 
-    The larger set is nearer by its size alone. Cutting it to the size of the smaller would remove that bias,
-    and the signal with it, since a copy of a dropped image no longer shows: the training images themselves
-    score 0 here and would score about .85. The bias stays, and floor["nn_ratio"] has the same.
+    The larger set is nearer by its size alone. floor["nn_ratio"] has the same bias.
+    Equal sizes would remove the bias, and the signal too: a copy of a dropped image would not show.
+    The training images score 0 here. With equal sizes they would score about 0.85.
     """
     nn_train = float(np.median(nearest_distances(pixels, train)))
     nn_heldout = float(np.median(nearest_distances(pixels, heldout)))
@@ -189,7 +202,8 @@ def _pixels(images: np.ndarray, name: str, rules: Rules) -> np.ndarray:
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[1:] != rules.image_shape:
         raise DmfError(
-            f"{name} must have shape (N, {', '.join(map(str, rules.image_shape))}), got {images.shape}"
+            f"{name} must have shape (N, {', '.join(map(str, rules.image_shape))}), got "
+            f"{images.shape}"
         )
     rows = images.reshape(len(images), -1).astype(np.float64)
     bad = len(rows) - int(np.isfinite(rows).all(axis=1).sum())

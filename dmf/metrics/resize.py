@@ -1,7 +1,9 @@
-"""The resizes in front of the feature networks, each equal to the library routine that it is named after.
+"""The resizes in front of the feature networks. Each equals the library routine in its name.
 
-Scores of one sample set differ between these by several per cent, so a protocol names one of them.
-All are separable: y[i, j] = sum_hw A[i, h] B[j, w] x[h, w], with A and B built in NumPy when a program is traced.
+Scores of one sample set differ between them by several per cent, so a protocol names one.
+All are separable. NumPy builds the weights A and B while a program is traced.
+
+    y[i, j] = sum_hw A[i, h] B[j, w] x[h, w]
 """
 
 from __future__ import annotations
@@ -16,16 +18,24 @@ from dmf.errors import DmfError
 
 
 def resize(x: jax.Array, size: int, method: str) -> jax.Array:
-    """Images x (B, H, W, C), float32 in 0..255, resized to (B, size, size, C) float32 by a method of RESIZES.
+    """Images x (B, H, W, C), float32 in 0..255, resized to (B, size, size, C) float32.
 
-    tf1_bilinear        TensorFlow 1, torch-fidelity: at i H/size, no half pixel, no antialiasing
-    bilinear            pytorch-fid, clean-fid legacy_pytorch: at (i + 1/2) H/size - 1/2, no antialiasing
-    bilinear_antialias  torchmetrics: a triangle as wide as the larger of an input and an output pixel
-    bicubic_antialias   torch's interpolate: the same with Keys' cubic (a = -1/2), which leaves 0..255 at edges
-    bicubic_clean       clean-fid: Pillow's BICUBIC of float32 channels, the same cubic clipped to 0..255
+    method: a key of `RESIZES`.
 
-    Images of that size already are returned as they are. Parmar et al. 2022 (arXiv 2104.11222) compare the methods.
-    Raises DmfError if the method is unknown, `size` is not positive, or x is not a float32 array of rank 4.
+        tf1_bilinear        TensorFlow 1, torch-fidelity
+                            at i H/size: no half pixel, no antialiasing
+        bilinear            pytorch-fid, clean-fid legacy_pytorch
+                            at (i + 1/2) H/size - 1/2, no antialiasing
+        bilinear_antialias  torchmetrics
+                            a triangle as wide as the larger of an input and an output pixel
+        bicubic_antialias   torch's interpolate
+                            the same with Keys' cubic (a = -1/2), which leaves 0..255 at edges
+        bicubic_clean       clean-fid: Pillow's BICUBIC of float32 channels
+                            the same cubic, clipped to 0..255
+
+    Images that have this size are returned unchanged.
+    Parmar et al. 2022 (arXiv 2104.11222) compare the methods.
+    Raises DmfError for an unknown method, a size below 1, and x that is not float32 of rank 4.
     """
     if method not in RESIZES:
         raise DmfError(f"unknown resize {method!r}, expected one of {', '.join(RESIZES)}")
@@ -33,7 +43,8 @@ def resize(x: jax.Array, size: int, method: str) -> jax.Array:
         raise DmfError(f"the size of resized images must be at least 1, got {size}")
     if x.ndim != 4 or x.dtype != jnp.float32 or 0 in x.shape[1:3]:
         raise DmfError(
-            f"images to resize must be float32 of shape (B, H, W, C), got {x.dtype} of shape {x.shape}"
+            f"images to resize must be float32 of shape (B, H, W, C), got {x.dtype} of shape "
+            f"{x.shape}"
         )
     if x.shape[1:3] == (size, size):
         return x
@@ -44,10 +55,10 @@ def resize(x: jax.Array, size: int, method: str) -> jax.Array:
 
 
 def _along(x: jax.Array, weights: np.ndarray, axis: int) -> jax.Array:
-    """y[i] = sum_k w[i, k] x[first[i] + k] along an axis: the nonzero band of the weights (n_out, n_in) alone.
+    """y[i] = sum_k w[i, k] x[first[i] + k] along an axis, over the nonzero weights only.
 
-    Gathers and not a product with the whole matrix: that is three to ten times slower on a CPU from 256 pixels
-    on, and accelerators round the factors of products unless they are told not to.
+    weights: (n_out, n_in). A product with the whole matrix would be 3 to 10 times slower on a CPU,
+    from 256 pixels on. Accelerators would also round its factors.
     """
     used = weights != 0.0
     first, last = used.argmax(axis=1), weights.shape[1] - 1 - used[:, ::-1].argmax(axis=1)
@@ -62,7 +73,10 @@ def _along(x: jax.Array, weights: np.ndarray, axis: int) -> jax.Array:
 
 
 def _two_taps(source: np.ndarray, n_in: int) -> np.ndarray:
-    """Weights (n_out, n_in) of linear interpolation at the positions `source` (n_out,), float32, not negative."""
+    """Weights (n_out, n_in) of linear interpolation at positions `source` (n_out,).
+
+    The positions are float32 and not negative.
+    """
     low = np.minimum(source.astype(np.int64), n_in - 1)
     share = np.clip(source - low.astype(np.float32), 0.0, 1.0).astype(np.float64)
     weights = np.zeros((len(source), n_in))
@@ -73,7 +87,8 @@ def _two_taps(source: np.ndarray, n_in: int) -> np.ndarray:
 
 
 def _tf1_bilinear(n_in: int, n_out: int) -> np.ndarray:
-    # float32 positions are part of the method: an ulp at position 500 is 1e-2 between a black and a white pixel.
+    # float32 positions belong to the method: between a black and a white pixel, the last digit
+    # of position 500 changes the value by 1e-2.
     return _two_taps(np.arange(n_out, dtype=np.float32) * np.float32(n_in / n_out), n_in)
 
 
@@ -102,9 +117,13 @@ def _window(
     radius: float,
     dtype: type[np.floating],
 ) -> np.ndarray:
-    """Weights (n_out, n_in) of a kernel that is widened when shrinking, rounded to `dtype` where its library does so.
+    """Weights (n_out, n_in) of a kernel that widens where the image shrinks.
 
-    A[i, j] = k((j + 1/2 - c_i) / f) / sum_j k(..),   c_i = (i + 1/2) n_in/n_out,   f = max(n_in/n_out, 1)
+        A[i, j] = k((j + 1/2 - c_i) / f) / sum_j k(..)
+        c_i = (i + 1/2) n_in/n_out
+        f = max(n_in/n_out, 1)
+
+    dtype: values are rounded to it at the places where the library does so.
     """
     scale = dtype(n_in) / dtype(n_out)
     widening = max(scale, dtype(1.0))
@@ -116,9 +135,8 @@ def _window(
         high = min(int(np.float64(centre + support) + 0.5), n_in)
         offset = np.arange(low, high).astype(dtype) - centre
         values = kernel(((offset.astype(np.float64) + 0.5) * shrink).astype(dtype))
-        weights[row, low:high] = (
-            values / np.cumsum(values)[-1]
-        )  # a sum in this order: `sum` pairs terms up
+        # cumsum adds in order; sum would add pairs.
+        weights[row, low:high] = values / np.cumsum(values)[-1]
     return weights
 
 
@@ -127,7 +145,10 @@ def _triangle(x: np.ndarray) -> np.ndarray:
 
 
 def _keys_cubic(x: np.ndarray) -> np.ndarray:
-    """Cubic convolution with a = -1/2, by Horner's rule with fused products. Keys 1981, equation 15."""
+    """Cubic convolution with a = -1/2, by Horner's rule and fused products.
+
+    Keys 1981, equation 15.
+    """
     x = np.abs(x)
     inner = _fused(_fused(1.5, x, -2.5) * x, x, 1.0)
     outer = _fused(_fused(_fused(-0.5, x, 2.5), x, -4.0), x, 2.0)
@@ -135,7 +156,7 @@ def _keys_cubic(x: np.ndarray) -> np.ndarray:
 
 
 def _fused(a: np.ndarray | float, x: np.ndarray, b: float) -> np.ndarray:
-    """a x + b, rounded once to x's type, as by the fused multiply-add that torch compiles to."""
+    """a x + b, rounded once to x's type, like the fused multiply-add in torch's programs."""
     return (np.multiply(a, x, dtype=np.float64) + b).astype(x.dtype)
 
 

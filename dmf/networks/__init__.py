@@ -49,6 +49,8 @@ KINDS: dict[str, tuple[type, Callable[..., Any]]] = {
     "mlp": (MLPConfig, make_mlp),
     "adm": (ADMConfig, make_adm),
 }
+# Fields of a network's config that do not change what its weights mean.
+FREE = ("dropout", "interval_init")
 
 
 def is_interval_path(path: tuple[str, ...]) -> bool:

@@ -1,19 +1,23 @@
-"""The guard: notices a run that diverges, goes back to where it was healthy and goes on in the way that the config names.
+"""The guard: it notices a run that diverges, goes back to a healthy step, and goes on otherwise.
 
-Discrete MeanFlow has a ceiling: with d too small its residual is rounding and noise, and a one-step FID of 14.5 became 294
-(arXiv 2604.08837). Whether a run has met it is seen in the probes of `dmf.run.probe` and in its scores:
+Discrete MeanFlow has a ceiling. With d too small its residual is rounding and noise: a one-step
+FID of 14.5 became 294 (arXiv 2604.08837). The probes of `dmf.run.probe` and the scores show it.
+Each of these is an alarm:
 
-    a value that is not finite                  of a step, a probe or a score
-    residual_border, residual_median            more than `factor` times that of the first probe of the stage, or of the part of
-                                                it that an intervention has left
-    change_ulps                                 below `ulps`, in a discrete stage: u and u' are one number to the compute dtype
-    the main score at the first number of steps more than `factor` times the best since the last stage of plain flow matching,
-                                                which takes a generator of one step apart
+    a value that is not finite           of a step, a probe or a score
+    residual_border, residual_median     more than `factor` times the first probe's of the stage
+    change_ulps                          below `ulps` in a discrete stage: u and u' are then equal
+                                         to the compute dtype
+    the main score                       more than `factor` times the best one to compare with
 
-A residual that grows by less than `factor` in each of several stages is seen by the scores alone.
+A stage that an intervention has cut counts as two stages. The main score is taken at the first
+number of sampling steps. The best one is looked for since the last stage of plain flow matching,
+which takes the one-step generator apart. Only the scores show a residual that grows by less than
+`factor` in each of several stages.
 
-An intervention is a row of guard.json. Stages are a function of the config and of these rows, and what is on disk beyond the
-step to go back to is deleted; so it is one more start of the run, and one that was killed in the midst of it does the rest.
+An intervention is a row of guard.json. The stages are a function of the config and of these rows.
+What is on disk beyond the step to go back to is deleted. So an intervention is one more start of
+the run, and a start that was killed meanwhile is simply done again.
 """
 
 from __future__ import annotations
@@ -31,15 +35,13 @@ from typing import Any
 from dmf.config import GuardConfig
 from dmf.errors import DmfError, short
 from dmf.method.curriculum import Stage, rho_at, stage_at
-from dmf.method.objectives import KINDS, LAST
+from dmf.method.objectives import FORMER, KINDS, LAST
 from dmf.storage import paths
 from dmf.storage.manifest import MANIFEST, verify
 
 FILE = "guard.json"
-WORSE = (
-    "residual_border",
-    "residual_median",
-)  # a mean over pairs is that of the few that end near t = 1
+# Not the mean over pairs: the few rows that end near t = 1 decide it.
+WORSE = ("residual_border", "residual_median")
 DONE = {
     "stop": "where the run ends",
     LAST: "the discrete stages left are jvp stages now",
@@ -50,7 +52,7 @@ DONE = {
 
 
 class Diverged(DmfError):
-    """Training is no longer that of a healthy run: after `step` steps, for `reason`."""
+    """The run is no longer healthy: after `step` steps, for `reason`. text: the whole message."""
 
     def __init__(self, step: int, reason: str, text: str = ""):
         super().__init__(text or f"step {step}: {reason}")
@@ -60,9 +62,9 @@ class Diverged(DmfError):
 def alarm(
     probe: Mapping[str, Any], start: Mapping[str, Any], config: GuardConfig, factor: float = 0.0
 ) -> str:
-    """Why a probe of a stage is not that of a healthy run, "" where it is. start: the stage's first probe.
+    """Why a probe is an alarm, "" where it is none.
 
-    factor: another one than the config's.
+    start: the stage's first probe. factor: takes the place of the config's, unless it is 0.
     """
     factor = factor or config.factor
     for name, value in probe.items():
@@ -70,21 +72,29 @@ def alarm(
             return f"{name} = {value}, expected a finite value"
     for name in WORSE:
         if probe[name] > factor * start[name]:
-            return f"{name} = {probe[name]:.4g}, above {factor:g} x the stage's first, {start[name]:.4g}"
-    if "change_ulps" in probe and probe["change_ulps"] < config.ulps:
-        return f"|u - u'| / |u| = {probe['change_ulps']:.3g} ulps of the compute dtype, below {config.ulps:g}"
+            first = f"{factor:g} x the stage's first, {start[name]:.4g}"
+            return f"{name} = {probe[name]:.4g}, above {first}"
+    ulps = probe.get("change_ulps", math.inf)
+    if ulps < config.ulps:
+        return f"|u - u'| / |u| = {ulps:.3g} ulps of the compute dtype, below {config.ulps:g}"
     return ""
 
 
 def remedy(action: str, failing: Stage) -> str:
-    """What can be done about this stage: where no finite difference is to blame, or d is 1 already, the rate is lowered."""
+    """The action that can help this stage.
+
+    It is "rate" where no finite difference is to blame, or where d is 1 already.
+    """
     if action in (LAST, "halve", "floor") and not KINDS[failing.kind].steps_back:
         return "rate"
     return "rate" if action in ("halve", "floor") and failing.rho >= 1 else action
 
 
 def applied(stages: tuple[Stage, ...], row: Mapping[str, Any]) -> tuple[Stage, ...]:
-    """The stages after one intervention: from row["back_to"] on as row["action"] says, which begins a part of a stage there."""
+    """The stages after one intervention, a row of guard.json.
+
+    From row["back_to"] on they are changed by row["action"]. A stage is cut in two parts there.
+    """
     back, action, failing = row["back_to"], row["action"], stage_at(stages, row["step"] - 1)
     done = [replace(s, steps=min(s.last, back) - s.first) for s in stages if s.first < back]
     good = _good_rho(stages, failing, back)
@@ -98,7 +108,11 @@ def _rest(stage: Stage, back: int) -> Stage:
 
 
 def _good_rho(stages: tuple[Stage, ...], failing: Stage, back: int) -> float:
-    """The rho that was still good: of the step to go back to in a smooth schedule, else the next larger one before, or 1."""
+    """The rho that was still good.
+
+    In a smooth schedule it is the rho of the step to go back to. Otherwise it is the next larger
+    rho of the stages before, or 1.
+    """
     if failing.fall != 1:
         return rho_at(failing, max(failing.first, back))
     before = [s.rho for s in stages if s.first < failing.first and KINDS[s.kind].steps_back]
@@ -106,6 +120,7 @@ def _good_rho(stages: tuple[Stage, ...], failing: Stage, back: int) -> float:
 
 
 def _changed(stage: Stage, action: str, good: float) -> Stage:
+    """A stage, or its part, after the action. good: the rho that was still good."""
     if action == "rate":
         return replace(stage, rate=stage.rate / 2)
     if not KINDS[stage.kind].steps_back:
@@ -122,18 +137,23 @@ def _changed(stage: Stage, action: str, good: float) -> Stage:
 def check_finite(
     step: int, stage: Stage, values: Mapping[str, float], leaves: Callable[[], Sequence[str]]
 ) -> None:
-    """Raises Diverged where a metric of the step that led to `step` is not finite. leaves: gives the names of all weights."""
+    """Raises Diverged where a metric of the step that led to `step` is not finite.
+
+    leaves: gives the names of all weights, in the order that values["nonfinite_leaf"] counts in.
+    """
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     if bad:
         leaf = int(values["nonfinite_leaf"])
         where = f", first in the gradient of {leaves()[leaf]}" if leaf >= 0 else ""
         reason = f"{bad[0]} = {values[bad[0]]}{where}"
-        text = f"step {step} ({stage.name}, {stage.kind}): {reason}; expected finite values. That state is not saved"
-        raise Diverged(step, reason, text)
+        where = f"step {step} ({stage.name}, {stage.kind})"
+        raise Diverged(
+            step, reason, f"{where}: {reason}; expected finite values. That state is not saved"
+        )
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The interventions on disk. Raises DmfError where the file is none of them."""
+    """The interventions on disk, none without a file. Raises DmfError where it holds others."""
     try:
         rows = json.loads(path.read_text())
         if not isinstance(rows, list) or not all(
@@ -150,7 +170,10 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def begins_again(path: Path) -> bool:
-    """Whether the last intervention went back to the fresh weights of step 0: these are drawn again, and on disk nowhere."""
+    """Whether the last intervention went back to the fresh weights of step 0.
+
+    These are not on disk: the run draws them again.
+    """
     rows = read(path)
     return bool(rows) and rows[-1]["back_to"] == 0
 
@@ -161,9 +184,10 @@ class Guard:
     def __init__(
         self, path: Path, checkpoints: Path, config: GuardConfig, fresh: bool, drawn: bool = True
     ):
-        """path: the file of the interventions; checkpoints: the folder of the step folders; fresh: there is no run yet.
+        """path: the file of the interventions. checkpoints: the folder of the step folders.
 
-        drawn: the run starts from fresh weights, so that it may begin again without a checkpoint of step 0.
+        fresh: there is no run yet. drawn: the run starts from fresh weights, so that it can go back
+        to step 0 without a checkpoint. Raises DmfError where the file cannot be read.
         """
         self._path, self._folder, self._config, self._drawn = path, checkpoints, config, drawn
         self.rows: list[dict[str, Any]] = [] if fresh else read(path)
@@ -174,40 +198,41 @@ class Guard:
         return functools.reduce(applied, self.rows, stages)
 
     def told(self) -> str:
-        """The interventions, as all processes of a run have to see them."""
+        """The interventions as text, which must be the same on all processes."""
         return json.dumps([row | {"settled": True} for row in self.rows])
 
     def settle(self) -> None:
-        """Does the rest of the last intervention: what is beyond the step to go back to is deleted."""
+        """Does the rest of the last intervention: deletes what is beyond the step to go back to."""
         if not self.rows or self.rows[-1]["settled"]:
             return
         for folder in self._folder.glob("[0-9]*"):
             if folder.name.isdecimal() and int(folder.name) > self.rows[-1]["back_to"]:
                 try:
-                    (folder / MANIFEST).unlink(
-                        missing_ok=True
-                    )  # first: from now on it is not a checkpoint
+                    # The manifest goes first: without it this is no checkpoint any more.
+                    (folder / MANIFEST).unlink(missing_ok=True)
                     paths.remove_tree(folder)
                 except OSError as error:
                     raise DmfError(
-                        f"{folder} cannot be deleted: {error.strerror}; expected to, to go back"
+                        f"{folder} cannot be deleted: {error.strerror}; the guard goes back and "
+                        "expected to delete it"
                     ) from error
         self.rows[-1]["settled"] = True
         self._write()
 
     def stopped(self, step: int) -> str:
-        """Why a run that starts from this step may not go on, "" where it may: it was stopped there by these very rules."""
+        """Why a run that starts from this step may not go on, "" where it may.
+
+        It may not where the same rules have stopped it there before.
+        """
         last = self.rows[-1] if self.rows else None
-        if (
-            not last
-            or last["action"] != "stop"
-            or step > last["back_to"]
-            or _rules(last["rules"]) != _rules(asdict(self._config))
-        ):
+        if not last or last["action"] != "stop" or step > last["back_to"]:
+            return ""
+        if _rules(last["rules"]) != _rules(asdict(self._config)):
             return ""
         return (
-            f"the guard has stopped this run: {describe(last)}; expected --allow_change with another config.guard, such as "
-            f"action = 'jvp' or a limit above {self._config.limit}, or another curriculum in another directory"
+            f"the guard has stopped this run: {describe(last)}; expected --allow_change with "
+            f"another config.guard, such as action = 'jvp' or a limit above {self._config.limit}, "
+            "or another curriculum in another directory"
         )
 
     def probe_alarm(self, probes: Sequence[Mapping[str, Any]], stage: Stage) -> str:
@@ -218,7 +243,10 @@ class Guard:
     def score_alarm(
         self, scores: Sequence[tuple[int, float]], name: str, stages: tuple[Stage, ...]
     ) -> str:
-        """What is wrong with the last of the run's scores, (step, value), "" if nothing is. Lower is better."""
+        """What is wrong with the last of the run's scores, "" if nothing is.
+
+        scores: (step, value), lower is better. name: of the score.
+        """
         if not scores or _is_fine(scores, stages, self._config.factor):
             return ""
         best = _best(_comparable(scores, stages))
@@ -233,39 +261,40 @@ class Guard:
         kept: Collection[int],
         scheduled: Callable[[int], bool],
     ) -> None:
-        """Decides what to do, and writes it down; `settle` of the next start does it. found.step: above 0.
+        """Decides what to do and writes it down; `settle` of the next start does it.
 
-        kept: steps of checkpoints that are kept for good, which is as far as it goes back. scheduled: whether a checkpoint
-        is due after a step; a run that was asked to stop has others, and goes back no less far than one that was not.
+        A run that was asked to stop has checkpoints that are not scheduled. It does not go back
+        to them, so that it goes on as it would have without the stop.
+
+        Args:
+            found: with a step above 0.
+            probes, scores: of the whole run.
+            kept: steps of checkpoints that are kept for good; it goes back no further than these.
+            scheduled: whether a checkpoint is due after a step.
         """
         failing = stage_at(stages, found.step - 1)
         calm = self._calm_until(found, failing, stages, probes, scores)
-        until = min(
-            max([calm, *(n for n in kept if n < found.step)]), found.step - 1
-        )  # what has failed fails again
+        until = max([calm, *(n for n in kept if n < found.step)])
+        until = min(until, found.step - 1)  # the state that has failed would fail again
         back = self._newest_good(until, lambda n: n in kept or scheduled(n))
         if back == 0:
             self._check_start(found)
         action = remedy(self._next(), failing)
-        what = {
+        row = {
             "step": found.step,
             "stage": failing.name,
             "kind": failing.kind,
             "reason": found.reason,
+            "back_to": back,
+            "action": action,
+            "rules": asdict(self._config),
+            "settled": False,
         }
-        self.rows.append(
-            {
-                **what,
-                "back_to": back,
-                "action": action,
-                "rules": asdict(self._config),
-                "settled": False,
-            }
-        )
+        self.rows.append(row)
         self._write()
 
     def _check_start(self, found: Diverged) -> None:
-        """Raises DmfError where there is no way back to step 0: then no later checkpoint may be deleted."""
+        """Raises DmfError where there is no way back to step 0, so that nothing is deleted."""
         start = self._folder / "0"
         try:
             if start.exists() or not self._drawn:
@@ -274,7 +303,7 @@ class Guard:
             raise DmfError(f"{found}; the guard would go back to step 0, but {error}") from error
 
     def _newest_good(self, until: int, wanted: Callable[[int], bool]) -> int:
-        """The newest wanted step up to `until` whose checkpoint can be read, 0 where there is none."""
+        """The newest wanted step up to `until` with a readable checkpoint, 0 without any."""
         steps = [
             int(p.name)
             for p in self._folder.glob("[0-9]*")
@@ -294,19 +323,22 @@ class Guard:
         probes: Sequence[Mapping[str, Any]],
         scores: Sequence[tuple[int, float]],
     ) -> int:
-        """The last step by which no value was worse than half way, as a ratio, to the alarm; at least the stage's start."""
+        """The last step up to which the run was calm; at least the start of the failing stage.
+
+        Calm: no value was above the square root of `factor`, half way to the alarm as a ratio.
+        """
         half, seen = math.sqrt(self._config.factor), _of_stage(probes, failing)
         calm = list(itertools.takewhile(lambda p: not alarm(p, seen[0], self._config, half), seen))
         until = calm[-1]["step"] if calm else failing.first
+        # Each score is compared with the best one up to it.
         fine = [
             (step, _is_fine(scores[: i + 1], stages, half)) for i, (step, _) in enumerate(scores)
-        ]  # the best by then
+        ]
         within = [(step, good) for step, good in fine if failing.first <= step <= found.step]
         bad = [step for step, good in within if not good and step > failing.first]
         if bad:
-            until = min(
-                until, max((step for step, _ in within if step < bad[0]), default=failing.first)
-            )
+            before = max((step for step, _ in within if step < bad[0]), default=failing.first)
+            until = min(until, before)
         return until
 
     def _next(self) -> str:
@@ -321,17 +353,18 @@ class Guard:
 
 def describe(row: Mapping[str, Any]) -> str:
     """One intervention as a line."""
-    where = f"{row['stage']} ({row['kind']}), step {row['step']}"
+    kind = FORMER.get(row["kind"], row["kind"])
+    where = f"{row['stage']} ({kind}), step {row['step']}"
     return f"{where}: {row['reason']}; back to step {row['back_to']}, {DONE[row['action']]}"
 
 
 def _rules(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """What a stop follows from: how often a run is probed, and on how many images, may change at any time."""
+    """The fields of a GuardConfig that a stop follows from; those of the probe may change."""
     return {name: value for name, value in stored.items() if name not in ("every_steps", "rows")}
 
 
 def _of_stage(probes: Sequence[Mapping[str, Any]], stage: Stage) -> list[Mapping[str, Any]]:
-    """The stage's probes of the same images as the last of them."""
+    """The stage's probes on the same images as its last probe."""
     seen = [
         p for p in probes if p["stage"] == stage.index and stage.first < p["step"] <= stage.last
     ]
@@ -341,7 +374,7 @@ def _of_stage(probes: Sequence[Mapping[str, Any]], stage: Stage) -> list[Mapping
 
 
 def _is_fine(scores: Sequence[tuple[int, float]], stages: tuple[Stage, ...], factor: float) -> bool:
-    """Whether the last score is finite and at most so many times the best that it can be held against."""
+    """Whether the last score is finite and at most `factor` times the best one to compare with."""
     value = scores[-1][1]
     return math.isfinite(value) and value <= factor * _best(_comparable(scores, stages))
 
@@ -349,7 +382,10 @@ def _is_fine(scores: Sequence[tuple[int, float]], stages: tuple[Stage, ...], fac
 def _comparable(
     scores: Sequence[tuple[int, float]], stages: tuple[Stage, ...]
 ) -> list[tuple[int, float]]:
-    """The scores from the end on of the last stage of plain flow matching; within such a stage the last score alone."""
+    """The scores since the end of the last stage of plain flow matching.
+
+    Within such a stage it is the last score alone.
+    """
     step = scores[-1][0]
     ends = [min(s.last, step) for s in stages if KINDS[s.kind].flow_matching and s.first < step]
     return [score for score in scores if score[0] >= max(ends, default=0)]

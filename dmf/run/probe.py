@@ -1,17 +1,24 @@
-"""What a run watches of itself: a probe of the weights on the same held-out images, noise and times, every so many steps.
+"""The probe: what a run measures of its weights, on the same held-out images, noise and times.
 
-Nothing here changes a weight. Two sets of rows are drawn once per run: `even` ones, whose interval t - r is spread evenly over
-`EDGES`, and `law` ones, with the times and the share of r < t of training. At a probe, without dropout or dropped labels:
+It changes no weight. Two sets of rows are drawn once per run. The `even` rows have intervals t - r
+that are spread evenly over `EDGES`. The `law` rows have the times and the share of r < t of
+training. Dropout and dropped labels are off. A probe gives:
 
-    residual_border     mean e^2 per pixel of rows with r = t: flow matching on images that were not trained on
-    residual_0 ..       the same of r < t rows by their interval; e in its "unit" scale, so that stages can be compared.
-                        residual_pairs: of all of them, residual_median: of the median row
-    change              mean |u - u'| / |u| (of a jvp stage |(t - r) du/dt| / |u|); change_ulps: by the compute dtype's epsilon
-    ratio_0 ..          E<e, u - v> / E|e|^2 of discrete stages by interval: that by which `dmf.method.intervals` would multiply rho
-    consistency         how far one jump over (r, t) and two over its halves end apart, by the length of the first
-    gradient_ratio      norm of the loss's gradient of the r < t rows by that of the r = t rows; gradient_cosine between both
+    residual_border   mean e^2 per pixel of rows with r = t: flow matching on unseen images
+    residual_0 ..     the same of rows with r < t, by interval; e is in its "unit" scale, so that
+                      stages can be compared
+    residual_pairs    the mean over all rows with r < t; residual_median: of the median row
+    change            mean |u - u'| / |u|; of a jvp stage |(t - r) du/dt| / |u|
+    change_ulps       change by the compute dtype's epsilon, of discrete stages
+    ratio_0 ..        E<e, u - v> / E|e|^2 of discrete stages by interval: the factor by which
+                      `dmf.method.intervals` would multiply rho
+    consistency       how far apart one jump over (r, t) and two over its halves end, by the
+                      length of the one jump; it needs no v
+    gradient_ratio    norm of the gradient of the r < t rows by the norm of the r = t rows'
+    gradient_cosine   cosine between the two gradients
 
-The velocity of a single row is noisy, and residuals with it: they are compared with themselves only. Consistency has no v.
+The velocity of a single row is noisy, and so are residuals. They are compared only with
+themselves.
 """
 
 from __future__ import annotations
@@ -34,15 +41,19 @@ from dmf.method.flow import Condition, Rows, RowSplit, expand
 from dmf.method.objectives import KINDS
 
 Array = jax.Array
-EDGES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the intervals t - r that are told apart
-KEY = 2**31 - 2  # no training step has this number, nor do samples
+EDGES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the intervals t - r that a probe tells apart
+KEY = 2**31 - 2  # neither a training step nor samples have this number
 
 
 def jump_error(net: Callable[[Rows], Array], rows: Rows) -> Array:
-    """|(t - r) u - (t - s) u_1 - (s - r) u_2| / |(t - r) u| of each row, s = (r + t) / 2; 0 for every true average velocity.
+    """How far apart one jump and two half jumps end; 0 for every true average velocity.
 
-    u_1 = u(z, s, t), u_2 = u(z - (t - s) u_1, r, s): the additivity of SplitMeanFlow, arXiv 2507.16884, along the network's own
-    path, so that no velocity of a row comes in. rows: r < t. Returns (B,).
+        |(t - r) u - (t - s) u_1 - (s - r) u_2| / |(t - r) u|
+        s = (r + t) / 2,  u_1 = u(z, s, t),  u_2 = u(z - (t - s) u_1, r, s)
+
+    This is the additivity of SplitMeanFlow,
+    arXiv 2507.16884, along the network's own path, so the velocity of a row is not needed.
+    rows: with r < t. Returns (B,).
     """
     s = (rows.r + rows.t) / 2
     half = expand(rows.t - s, rows.z)
@@ -52,24 +63,27 @@ def jump_error(net: Callable[[Rows], Array], rows: Rows) -> Array:
     return _norms(whole - first - second) / jnp.maximum(_norms(whole), objectives.TINY)
 
 
-class Watch:
-    """The probe of a run. Its rows are drawn and its programs compiled at their first use, one program per kind of stage."""
+class Probe:
+    """The probe of a run. Rows are drawn at first use; each kind of stage has one program."""
 
     def __init__(self, config: Config, train: data.Source, mesh: Mesh, place: Any):
-        """train: of whose data set held-out images are taken, and training images where it has none; `source` tells which.
+        """train: the training data, whose held-out images are probed.
 
-        place: where the parameters live, from `sharding.placed`. Raises DmfError where there are too few images.
+        A data set without held-out images is probed on training images; `source` tells which.
+        place: where the parameters live, from `sharding.placed`.
+        Raises DmfError where there are too few images.
         """
         dataset, self.source = data.held_out_or(train, config.data)
         self._config, self._mesh, self._place = config, mesh, place
         self._shape = dataset.image_shape
-        per_device = max(
-            -(-config.guard.rows // mesh.devices.size), 2
-        )  # one row of either kind at least
+        per_device = max(-(-config.guard.rows // mesh.devices.size), 2)  # a row of either kind
         count = per_device * mesh.devices.size
         if len(dataset) < count:
-            what = f"config.guard.rows = {config.guard.rows} takes {count} images on {mesh.devices.size} device(s)"
-            raise DmfError(f"{what}: expected at most the {len(dataset)} {self.source} ones")
+            raise DmfError(
+                f"config.guard.rows = {config.guard.rows} takes {count} images on "
+                f"{mesh.devices.size} device(s): expected at most the {len(dataset)} "
+                f"{self.source} ones"
+            )
         self._images = data.batch(
             dataset, config.seed, 0, count, rows=sharding.local_rows(mesh, count)
         )
@@ -85,7 +99,7 @@ class Watch:
 
     @cached_property
     def drawn(self) -> tuple[Rows, Rows]:
-        """(even rows, law rows)."""
+        """(even rows, law rows), which all probes of the run share."""
         draw = jax.jit(
             partial(_draw, config=self._config, split=self._split),
             out_shardings=sharding.rows(self._mesh),
@@ -93,7 +107,7 @@ class Watch:
         return draw(sharding.put_rows(self._mesh, self._images))
 
     def __call__(self, kind: str, params: Any, rho: float) -> dict[str, float]:
-        """The probe's numbers for the stage of this kind and interval. params: the weights that are trained."""
+        """The numbers of a stage of this kind at this rho. params: the weights that are trained."""
         if kind not in self._programs:
             self._programs[kind] = self._compile(kind)
         found = self._programs[kind](params, *self.drawn, np.float32(rho))
@@ -111,7 +125,7 @@ class Watch:
 
 
 def _draw(batch: dict[str, Array], *, config: Config, split: RowSplit) -> tuple[Rows, Rows]:
-    """(even rows, law rows): the same images and noise at intervals that fill EDGES evenly, and at the times of training."""
+    """(even rows, law rows): the same images and noise at two sets of times."""
     keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), KEY), 4)
     x, label = batch["x"], batch["label"] if config.num_classes else None
     e = jax.random.normal(keys[0], x.shape)
@@ -171,7 +185,7 @@ def _probe(
 
 
 def _gradients(params: Any, law: Rows, rho: Array, *, mesh: Mesh, **how: Any) -> dict[str, Array]:
-    """Norm ratio and cosine of the loss's gradients of both kinds of rows, each the mean of its kind."""
+    """Norm ratio and cosine of two gradients: the mean loss of r < t rows, and of r = t rows."""
 
     def loss(params: Any, law: Rows, rho: Array, part: str) -> tuple[Array, None]:
         _, found = step.stage_residuals(params, law, rho, train=False, **how)
@@ -194,7 +208,7 @@ def _gradients(params: Any, law: Rows, rho: Array, *, mesh: Mesh, **how: Any) ->
 
 
 def _plain(config: Config) -> Config:
-    """The config without what a probe cannot have: the averages of an adaptive interval, and the averaged weights."""
+    """The config without what a probe lacks: the table of an adaptive interval, and the EMAs."""
     rules = config.curriculum
     interval = "dagger" if rules.interval == "adaptive" else rules.interval
     return replace(
@@ -205,7 +219,7 @@ def _plain(config: Config) -> Config:
 
 
 def _by_interval(count: int) -> list[slice]:
-    """The even rows of each interval between two EDGES: they are drawn in its order."""
+    """The even rows of each interval between two EDGES, which they are drawn in the order of."""
     return [
         slice(round(a * count), round(b * count)) for a, b in zip(EDGES, EDGES[1:], strict=False)
     ]

@@ -1,28 +1,67 @@
-"""The model scored and pictured where a run asks for it, and what those scores say: the best checkpoint, the closing table."""
+"""The scores of a run: at which steps it is pictured and scored, its scores.jsonl, its best one.
+
+A judge pictures and scores the weights. main.py hands one in, so that the trainer needs neither
+samplers nor feature networks.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from jax.sharding import Mesh
 
 from dmf import data, networks, processes
 from dmf.config import Config
-from dmf.evaluation import pictures, sampling, scoring
 from dmf.logging import JsonLines, TensorBoard
 from dmf.method import curriculum
 from dmf.method.curriculum import Stage
+from dmf.method.objectives import FORMER
 from dmf.storage import checkpoint, paths
 
 FILE = "scores.jsonl"
+CURVES, SAMPLES = "curves.png", "samples.png"
+Row = dict[str, Any]
+
+
+class Judge(Protocol):
+    """What pictures and scores weights. All processes of a run call it alike."""
+
+    main: str  # the score that tells the best checkpoint, lower is better; "" for pictures alone
+    scored_by: str  # scores are compared with rows of the same scored_by only
+    floor: Mapping[str, float]  # what two halves of the real data score, by name of the score
+
+    def picture(self, path: Path, params: Any, steps: Mapping[str, int]) -> None:
+        """Draws a grid of samples per caption, at so many sampling steps, into the file."""
+
+    def score(self, params: Any, steps: Sequence[int]) -> list[Row]:
+        """One row of scores per number of sampling steps, with "nfe" and "n_samples"."""
+
+    def table(self, rows: Sequence[Row]) -> str:
+        """Rows of scores as a printed table."""
+
+    def curves(
+        self, path: Path, metrics: list[Row], scores: list[Row], stages: tuple[Stage, ...]
+    ) -> None:
+        """Draws rows of metrics.jsonl and of scores.jsonl over the steps into the file."""
+
+    def stack(self, path: Path, pictures: Sequence[Path]) -> None:
+        """Puts pictures below each other into the file."""
+
+
+# Makes the judge of a run: (config, training data, network, mesh) -> judge.
+OpenJudge = Callable[[Config, data.Source, networks.Network, Mesh], Judge]
 
 
 @dataclass(frozen=True)
 class Boundary:
-    """A step at which the model is scored and pictured: the start of a run from `init`, the end of a stage, or in between."""
+    """A step at which the model is pictured and scored.
+
+    It is the start of a run from `init`, the end of a stage, or a step in between.
+    """
 
     step: int
     name: str
@@ -32,7 +71,7 @@ class Boundary:
 
 
 def boundaries(stages: tuple[Stage, ...], from_init: bool, every: int) -> dict[int, Boundary]:
-    """The boundaries of a run by their step. every: also within the stages, every so many steps; 0 = not."""
+    """The boundaries of a run by their step. every: also every so many steps; 0 = not."""
     start = [Boundary(0, "init", "given", True)] if from_init else []
     between = range(every, stages[-1].last, every) if every else ()
     within = [(n, curriculum.stage_at(stages, n - 1)) for n in between]
@@ -42,35 +81,27 @@ def boundaries(stages: tuple[Stage, ...], from_init: bool, every: int) -> dict[i
 
 
 class Scoreboard:
-    """Scores and pictures of a run's boundaries, and its scores.jsonl, best.json and samples."""
+    """The boundaries of a run, and its scores.jsonl, best.json and pictures."""
 
     def __init__(
         self,
         config: Config,
         workdir: Path,
         stages: tuple[Stage, ...],
-        dataset: data.Source,
-        network: networks.Network,
-        mesh: Mesh,
+        judge: Judge | None,
         tensorboard: TensorBoard,
     ):
+        """judge: None for a run without pictures and scores."""
         self._config, self._workdir, self._tensorboard = config, workdir, tensorboard
         self.boundaries = boundaries(stages, bool(config.init), config.run.score_every_steps)
         self._rows = JsonLines(workdir / FILE, processes.is_first())
-        labels = scoring.labels_of_run(config, dataset)
-        self._sampler = sampling.Sampler(network, config, dataset.image_shape, labels, mesh)
-        self._score: Any = None
-        self.main = ""  # name of the score by which the best checkpoint is told
-        if scorer := scoring.make_scorer(config, dataset, mesh):
-            self._score, self.main = scorer
-        self._scored_by = self._score.scored_by if self._score else ""
-        self._decode = sampling.make_decoder(
-            config.run.vae, dataset.image_shape, mesh, data.identity(dataset)
-        )
+        self._judge = judge
+        self.main = judge.main if judge else ""
+        self._scored_by = judge.scored_by if judge else ""
 
-    def rows(self) -> list[dict[str, Any]]:
-        """What scores.jsonl holds."""
-        return self._rows.read()
+    def rows(self) -> list[Row]:
+        """What scores.jsonl holds, with the names that kinds of stages have today."""
+        return [row | {"kind": FORMER.get(row["kind"], row["kind"])} for row in self._rows.read()]
 
     def resume(self, step: int) -> None:
         """Forgets what was written after `step`."""
@@ -78,36 +109,28 @@ class Scoreboard:
         self._note_best()
 
     def is_done(self, boundary: Boundary) -> bool:
-        """Whether an earlier run has scored and pictured this boundary to its end."""
-        found = int(
-            processes.first_says(str(sum(row["step"] == boundary.step for row in self.rows())))
-        )
-        return found == (len(self._steps(boundary)) if self._score else 1)
+        """Whether nothing is left to do: an earlier start has pictured and scored it to its end."""
+        found = sum(row["step"] == boundary.step for row in self.rows())
+        found = int(processes.first_says(str(found)))
+        return self._judge is None or found == (len(self._steps(boundary)) if self.main else 1)
 
     def add(self, boundary: Boundary, params: Any) -> None:
         """Pictures and scores the weights; what a kill left half done is done again."""
+        if self._judge is None:
+            return
         self._rows.resume(boundary.step - 1)
-        side, steps = self._config.run.sample_rows, self._steps(boundary)
-        draw = {
-            f"{boundary.name}: {n} step{'s' * (n > 1)}": self._sampler(params, side * side, n)
-            for n in steps
-        }
-        grids = {name: self._decode(x) for name, x in draw.items()}
-        if processes.is_first():
-            with paths.writing(self._picture(boundary)):
-                pictures.panels(self._picture(boundary), grids, side)
-        rows: list[dict[str, Any]] = [{}]
-        if self._score:
-            rows = sampling.score(
-                self._sampler, self._score, params, self._config.run.score_samples, steps
-            )
+        steps = self._steps(boundary)
+        captions = {f"{boundary.name}: {n} step{'s' * (n > 1)}": n for n in steps}
+        self._judge.picture(self._picture(boundary), params, captions)
+        rows: list[Row] = [{}]
+        if self.main:
+            rows = self._judge.score(params, steps)
             print(f"after {boundary.name} ({boundary.kind}), step {boundary.step}")
-            print(sampling.format_scores(rows, self._score.floor), flush=True)
+            print(self._judge.table(rows), flush=True)
         by = {"scored_by": self._scored_by} if self._scored_by else {}
         for row in rows:
-            self._rows.write(
-                {"step": boundary.step, "stage": boundary.name, "kind": boundary.kind, **by, **row}
-            )
+            about = {"step": boundary.step, "stage": boundary.name, "kind": boundary.kind}
+            self._rows.write({**about, **by, **row})
             scalars = {f"score/{row['nfe']}_steps/{k}": v for k, v in row.items() if k != "nfe"}
             self._tensorboard.write(boundary.step, scalars)
         self._note_best()
@@ -121,26 +144,35 @@ class Scoreboard:
         best = self._best()
         return best["step"] if best else None
 
-    def show(self, metrics: list[dict[str, Any]], stages: tuple[Stage, ...]) -> None:
-        """The closing pictures and tables, from what the run wrote down. metrics: the rows of metrics.jsonl."""
-        shown = [row for row in self.rows() if self._score and "nfe" in row and self.main in row]
-        full = [self._picture(b) for b in self.boundaries.values() if b.full]
-        with paths.writing(curves := self._workdir / "curves.png"):
-            pictures.curves(curves, metrics, shown, stages, self.main)
-        with paths.writing(samples := self._workdir / "samples.png"):
-            pictures.stack(
-                samples, [p for p in full if p.exists()]
-            )  # a changed config may have had others
+    def show(self, metrics: list[Row], stages: tuple[Stage, ...]) -> None:
+        """The closing pictures and tables, from what the run wrote down.
+
+        metrics: the rows of metrics.jsonl.
+        """
+        shown = [row for row in self.rows() if self.main and "nfe" in row and self.main in row]
+        if self._judge:
+            self._judge.curves(self._workdir / CURVES, metrics, shown, stages)
+            full = [self._picture(b) for b in self.boundaries.values() if b.full]
+            # A config that was changed may have had other boundaries.
+            self._judge.stack(self._workdir / SAMPLES, [p for p in full if p.exists()])
         rules, times = self._config.curriculum, self._config.times
         print(curriculum.table(stages, rules, times.r_neq_t_fraction))
-        if self._score and shown:
-            self._print_scores(shown, self._score.floor)
+        if self._judge and shown:
+            self._print_scores(self._judge, shown)
+
+    def show_places(self) -> None:
+        """Prints where the closing pictures are."""
+        if self._judge:
+            print(f"samples   {self._workdir / SAMPLES}\ncurves    {self._workdir / CURVES}")
 
     def _steps(self, boundary: Boundary) -> tuple[int, ...]:
         return self._config.run.score_steps if boundary.full else self._config.run.score_steps[:1]
 
-    def _best(self) -> dict[str, Any] | None:
-        """The row with the lowest main score at the first of the numbers of sampling steps, the earliest of equals."""
+    def _best(self) -> Row | None:
+        """The row with the lowest main score, the earliest of equals."""
+        if self._judge is None:  # what an earlier start with a judge has found
+            best = self._workdir / checkpoint.BEST
+            return json.loads(best.read_text()) if best.is_file() else None
         folder = self._workdir / checkpoint.FOLDER
         rows = [
             row
@@ -149,7 +181,8 @@ class Scoreboard:
         ]
         return min(rows, key=lambda row: row[self.main], default=None)
 
-    def _main_rows(self) -> list[dict[str, Any]]:
+    def _main_rows(self) -> list[Row]:
+        """Rows at the first of the numbers of sampling steps, scored as this run scores."""
         nfe = self._config.run.score_steps[0]
         return [
             row
@@ -157,18 +190,16 @@ class Scoreboard:
             if row.get("nfe") == nfe and self.main in row and self._is_like(row)
         ]
 
-    def _is_like(self, row: dict[str, Any]) -> bool:
+    def _is_like(self, row: Row) -> bool:
         """Whether a row was scored as this run does: settings may change on resume."""
-        by = row.get(
-            "scored_by"
-        )  # older rows of digits and photos say nothing but the number of samples
-        return (
-            by == self._scored_by if by else row.get("n_samples") == self._config.run.score_samples
-        )
+        if by := row.get("scored_by"):
+            return by == self._scored_by
+        # Older rows of digits and photos tell the number of samples only.
+        return row.get("n_samples") == self._config.run.score_samples
 
     def _note_best(self) -> None:
         """Writes best.json, for whoever looks for that checkpoint."""
-        if not processes.is_first():
+        if self._judge is None or not processes.is_first():
             return
         best, path = self._best(), self._workdir / checkpoint.BEST
         with paths.writing(path):
@@ -178,14 +209,15 @@ class Scoreboard:
                 paths.write(path, json.dumps(best) + "\n", ".json.tmp")
 
     def _picture(self, boundary: Boundary) -> Path:
-        return (
-            self._workdir / "samples" / f"{boundary.step:08}_{boundary.name.replace(' ', '_')}.png"
-        )
+        name = f"{boundary.step:08}_{boundary.name.replace(' ', '_')}.png"
+        return self._workdir / "samples" / name
 
-    def _print_scores(self, scores: list[dict[str, Any]], floor: dict[str, float]) -> None:
+    def _print_scores(self, judge: Judge, scores: list[Row]) -> None:
         first, main = self._config.run.score_steps[0], self.main
+        floor = judge.floor
         print(
-            f"\n{main} by stage, {first} step(s), {scores[0]['n_samples']:.0f} samples; lower is better"
+            f"\n{main} by stage, {first} step(s), {scores[0]['n_samples']:.0f} samples; "
+            "lower is better"
             + (f"; two halves of the real data: {floor[main]:.3f}" if main in floor else "")
         )
         for row in scores:
@@ -194,4 +226,4 @@ class Scoreboard:
         for b in self.boundaries.values():
             rows = [r for r in scores if r["step"] == b.step]
             if b.full and rows:
-                print(f"\n{b.name}\n{sampling.format_scores(rows, floor)}")
+                print(f"\n{b.name}\n{judge.table(rows)}")

@@ -1,13 +1,19 @@
-"""SIGTERM: the run is asked to stop, and leaves nothing undone: at most one step is lost, and the same command goes on.
+"""SIGTERM asks the run to stop: at most one step is lost, and the same command goes on.
 
-A thread of its own hears the signal, as the main one may be inside a compilation for minutes. What it does about it goes by
-what the main thread has in hand: where all that is worth keeping is on disk (before the first step, while a stage's program is
-compiled, while a boundary is scored and pictured), it ends the process at once. Otherwise the main thread sees the request at
-the next gate, a place between two steps, saves and leaves by itself. A second signal ends the process without more ado.
+A separate thread hears the signal, because the main thread may compile for minutes. There are two
+cases:
 
-Several processes leave together. One that is asked to stop tells the others, which look every `POLL_S` seconds; each then says
-once whether it holds anything unsaved and which gate it comes to next, and waits there. If none holds anything, all end at
-once; otherwise all go on to the last of these gates. A step costs nothing more for this than a lock that is free.
+- Everything worth keeping is on disk: before the first step, while a program is compiled, while a
+  boundary is pictured and scored. Then the thread ends the process at once.
+- A step is not saved. Then the main thread sees the request at its next gate, a place between two
+  steps. It saves and leaves.
+
+A second signal ends the process at once, whatever it does.
+
+Several processes leave together. The process that was asked tells the others, which look every
+`POLL_S` seconds. Each says once whether it holds anything unsaved, and which gate comes next, and
+waits there. If nobody holds anything, all end at once. Otherwise all go on to the last of these
+gates. For a step this costs one free lock.
 """
 
 from __future__ import annotations
@@ -21,15 +27,11 @@ import time
 from typing import Protocol
 
 POLL_S = 0.5  # between two looks whether another process was asked to stop
-ANSWER_S = 0.02  # between two looks for the others' answers, once it was
-LAST_S = (
-    10.0  # how long the first process, which the others need until they have left, waits for them
-)
-GONE_S = 0.3  # from their last word to their end
-ONE_S = (
-    1.0  # signals within this time are one request: some senders address a process and its group
-)
-LATE = 0  # stands for SIGTERM, when Python's own handler tells of it
+ANSWER_S = 0.02  # between two looks for the others' answers, once one was asked
+LAST_S = 10.0  # how long the first process waits for the others, who need it until they have left
+GONE_S = 0.3  # from their last note to their end
+ONE_S = 1.0  # signals within this time are one request: some go to a process and to its group
+LATE = 0  # stands for SIGTERM when Python's own handler tells of it
 AGAIN = "the same command goes on from what is on disk"
 
 
@@ -47,7 +49,10 @@ class Board(Protocol):
 
 
 class Stop:
-    """A request to stop, and what the main thread has in hand when it comes. Without `listen`, nobody ever asks."""
+    """A request to stop, and whether the main thread holds anything unsaved when it comes.
+
+    Without `listen` nobody asks.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -62,7 +67,10 @@ class Stop:
             self._board = board
 
     def here(self) -> bool:
-        """A gate: whether the run ends here. Called by the main thread, at the same places in every process."""
+        """A gate: whether the run ends here.
+
+        Called by the main thread, at the same places in every process.
+        """
         with self._changed:
             self._gate += 1
             if not self._asked:
@@ -81,11 +89,14 @@ class Stop:
             self._unsaved = False
 
     def ask(self) -> None:
-        """Asks the run to stop: ends the process at once where nothing would be lost, else lets `here` say so."""
+        """Asks the run to stop.
+
+        It ends the process at once where nothing would be lost. Otherwise `here` tells the run.
+        """
         with self._changed:
             if self._asked:
                 return
-            self._asked = True  # from now on the main thread passes no gate without leave
+            self._asked = True  # from now on the main thread waits at each gate until told
             board, gate, unsaved = self._board, self._gate + 1, self._unsaved
             if board is None:
                 if not unsaved:
@@ -95,7 +106,10 @@ class Stop:
             board.post(f"gate/{board.mine}", f"{gate} {unsaved:d}")
 
     def look(self) -> None:
-        """Hears of the other processes' requests, and once all have answered knows what to do. Called every now and then."""
+        """Looks for requests of other processes, and decides once all have answered.
+
+        Called again and again.
+        """
         board = self._board
         if board is None or self._last is not None:
             return
@@ -111,20 +125,19 @@ class Stop:
             self._changed.notify_all()
 
     def hurried(self) -> bool:
-        """Whether others wait for an answer of this process, or it for theirs."""
+        """Whether processes wait for each other's answers."""
         return self._asked and self._last is None
 
 
 def listen() -> Stop:
-    """Hears SIGTERM from now on, in a thread of its own. Called once, by the main thread."""
+    """Hears SIGTERM from now on, in a separate thread. Called once, by the main thread."""
     stop = Stop()
     heard, wake = os.pipe()
     os.set_blocking(wake, False)
-    # The number of a signal that comes is written there at once, whatever the main thread does; Python's own handlers wait.
+    # The system writes the number of a signal here at once. Python's own handlers wait for the
+    # main thread; one is needed in case somebody else sets another wakeup file.
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-    signal.signal(
-        signal.SIGTERM, lambda *_: os.write(wake, bytes([LATE]))
-    )  # should somebody else have set another place
+    signal.signal(signal.SIGTERM, lambda *_: os.write(wake, bytes([LATE])))
     threading.Thread(target=_watch, args=(stop, heard), name="stopping", daemon=True).start()
     return stop
 
@@ -148,7 +161,7 @@ def _watch(stop: Stop, heard: int) -> None:
 
 
 def _end_together(board: Board) -> None:
-    """Ends this process, the first one after the others, who could not end in peace without it."""
+    """Ends this process. The first one ends last: the others cannot end well without it."""
     board.post(f"left/{board.mine}", "1")
     end = time.monotonic() + LAST_S
     while board.mine == 0 and len(board.posted("left")) < board.count and time.monotonic() < end:
@@ -158,7 +171,7 @@ def _end_together(board: Board) -> None:
 
 
 def _end(line: str, status: int = 0) -> None:
-    """Ends the process from any thread: an ordinary exit would wait for the main one."""
+    """Ends the process from any thread. An ordinary exit would wait for the main thread."""
     print(line, flush=True)
     sys.stderr.flush()
     os._exit(status)

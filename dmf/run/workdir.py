@@ -1,7 +1,7 @@
-"""What a work directory says of its run: the config, the data and the origin of the weights that its checkpoints belong to.
+"""What a work directory says of its run: config, data, and the origin of its first weights.
 
-starts.jsonl has a line per start: when, from which step, by which command, with which code, libraries and devices;
-changes.jsonl one per change of the config by --allow_change, with the config before it.
+starts.jsonl has a line per start: time, step, command, code, libraries and devices.
+changes.jsonl has a line per change of the config by --allow_change, with the config before it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
@@ -24,7 +24,6 @@ import jax
 from dmf import processes
 from dmf.config import Config, differences, parse, to_dict
 from dmf.errors import DmfError, short
-from dmf.run import guard, scoreboard
 from dmf.storage import checkpoint, paths
 
 CONFIG, ORIGIN, DATA = "config.json", "origin.json", "data.json"
@@ -32,8 +31,7 @@ STARTS, CHANGES = "starts.jsonl", "changes.jsonl"
 LOCK = ".lock"
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 SOURCE = Path(__file__).parents[2]  # the checkout
-# Logging and probes may change, and data and the flow model may have moved; a resumed run reads the latter no more. How the
-# step is computed changes its values by rounding alone, and the devices may be others.
+# These may change. Data and flow model may have moved, and a resumed run reads no flow model.
 FREE = (
     "config.run.",
     "config.data.data_dir:",
@@ -41,8 +39,10 @@ FREE = (
     "config.guard.every_steps:",
     "config.guard.rows:",
 )
+# How a step is computed: it changes values by rounding only, and the devices may be others.
 COMPUTED = ("config.mesh.", "config.attention.", "config.remat:", "config.scan_blocks:")
-# What no flag lets through, and why; of `SWITCHES`, only turning them on or off; of `INTERVAL`, only to or from adaptive.
+# What no flag lets through, and why. Of SWITCHES only turning them on or off is refused,
+# of INTERVAL only a change to or from adaptive.
 OPTIMIZER = "the optimiser's state on disk has other parts"
 FIXED = {
     "config.network.": "the weights on disk are those of this network",
@@ -52,7 +52,8 @@ FIXED = {
     "config.ema.halflife_images:": "the averages on disk have these half-lives",
     "config.optimizer.clip_norm:": OPTIMIZER,
     "config.optimizer.weight_decay:": OPTIMIZER,
-    "config.curriculum.interval:": "the state on disk has a table of intervals for adaptive, and none for any other",
+    "config.curriculum.interval:": "the state on disk has a table of intervals for adaptive, "
+    "and none for any other",
     "data.": "the weights have seen these data",
 }
 SWITCHES = ("config.optimizer.clip_norm", "config.optimizer.weight_decay")
@@ -61,9 +62,10 @@ INTERVAL = "config.curriculum.interval"
 
 @contextmanager
 def held(workdir: Path) -> Iterator[None]:
-    """Makes the work directory, and keeps other runs out of it until the block is left; a bucket has no lock (`dmf.storage.paths`).
+    """Makes the work directory, and keeps other runs out of it until the block is left.
 
-    Raises DmfError, on all processes of this run, where the process of another one holds it or it cannot be written.
+    A bucket has no lock (`dmf.storage.paths`). Raises DmfError, on all processes of this run, where
+    another run holds the directory or it cannot be written.
     """
     new = processes.is_first() and not workdir.exists()
     with ExitStack() as lock:
@@ -71,12 +73,15 @@ def held(workdir: Path) -> Iterator[None]:
             if processes.is_first():
                 with paths.writing(f"--workdir={workdir}"):
                     paths.make(workdir)
-                    taken = f"--workdir={workdir} is in use by another process; expected one at a time, or another directory"
+                    taken = (
+                        f"--workdir={workdir} is in use by another process; expected one at a "
+                        "time, or another directory"
+                    )
                     lock.enter_context(paths.alone(workdir / LOCK, taken))
         try:
             yield
         except BaseException:
-            # A run that was refused leaves nothing behind; in a bucket it has made nothing, no folder either.
+            # A refused run leaves nothing behind. In a bucket it has not even made a folder.
             if new and not paths.is_bucket(workdir) and os.listdir(workdir) == [LOCK]:
                 (workdir / LOCK).unlink()
                 workdir.rmdir()
@@ -90,19 +95,26 @@ def claim(
     about: dict[str, Any],
     fresh: bool,
     allow_change: bool = False,
+    forget: Iterable[str] = (),
 ) -> None:
-    """Makes the work directory and ties it to config and data; one that holds another run's checkpoints is refused.
+    """Makes the work directory and ties it to config and data.
 
-    origin: where the weights of config.init came from, if they were converted; about: `data.identity` of the data; fresh: the
-    directory holds no run yet. allow_change: another config is taken, unless the state on disk is none of it; it is
-    `note_change` that makes it the directory's. Raises DmfError.
+    Args:
+        origin: where the weights of config.init came from, if they were converted.
+        about: `data.identity` of the data.
+        fresh: the directory holds no run yet.
+        allow_change: takes another config, unless the state on disk does not fit it. The config
+            becomes the directory's by `note_change`.
+        forget: files of a run before that a fresh run must not find.
+
+    Raises DmfError where the directory holds another run's checkpoints.
     """
     path, mine = workdir / CONFIG, to_dict(config)
     try:
         with paths.writing(f"--workdir={workdir}"):
             paths.make(workdir)
             if fresh:
-                for old in (ORIGIN, CHANGES, guard.FILE, scoreboard.FILE):
+                for old in (ORIGIN, CHANGES, *forget):
                     (workdir / old).unlink(missing_ok=True)
                 for file, values in (
                     (workdir / ORIGIN, origin),
@@ -115,7 +127,8 @@ def claim(
         seen = json.loads((workdir / DATA).read_text()) if (workdir / DATA).is_file() else about
     except OSError as error:
         raise DmfError(
-            f"{path} cannot be read: {short(error)}; expected what dmf wrote there, beside the checkpoints"
+            f"{path} cannot be read: {short(error)}; expected what dmf wrote there, beside the "
+            "checkpoints"
         ) from error
     except ValueError as error:
         raise DmfError(
@@ -125,22 +138,24 @@ def claim(
     fixed = [f"{d} ({reason})" for d in changed for reason in [_why_fixed(d)] if reason]
     if fixed and allow_change:
         raise DmfError(
-            f"--allow_change does not go as far as {'; '.join(fixed)}; expected another directory for such a run"
+            f"--allow_change does not go as far as {'; '.join(fixed)}; expected another directory "
+            "for such a run"
         )
     if changed and not allow_change:
         raise DmfError(
-            f"--workdir={workdir} holds a run with another config: {'; '.join(changed)}; expected the same config, or "
-            f"another directory{'' if fixed else ', or --allow_change to go on with this one from here'}"
+            f"--workdir={workdir} holds a run with another config: {'; '.join(changed)}; expected "
+            "the same config, or another directory"
+            + ("" if fixed else ", or --allow_change to go on with this one from here")
         )
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What differs between two configs and would change a run that goes on with the other, as `config.differences` says it."""
+    """The differences of two configs that change a run; in the words of `config.differences`."""
     return [d for d in differences(old, new) if not d.startswith((*FREE, *COMPUTED))]
 
 
 def _why_fixed(difference: str) -> str:
-    """Why no run can go on with this difference, "" where it can."""
+    """Why no run can go on with this difference, "" where one can."""
     name, _, values = difference.partition(": ")
     both = values.split(" -> ")
     if (
@@ -154,9 +169,10 @@ def _why_fixed(difference: str) -> str:
 
 
 def note_change(workdir: Path, step: int, config: Config) -> None:
-    """Makes `config` the directory's, where it is another one; changes.jsonl tells what it was before, and prints it.
+    """Makes `config` the directory's, where it is another one; notes and prints the change.
 
-    step: the last that was taken with the config before. What is on disk by then is kept for good, see `kept_by_changes`.
+    step: the last step that was taken with the config before. The checkpoints that are on disk by
+    then are kept for good (`kept_by_changes`).
     """
     theirs, mine = _stored(workdir), to_dict(config)
     changed = changes(theirs, mine)
@@ -172,12 +188,15 @@ def note_change(workdir: Path, step: int, config: Config) -> None:
         {"utc": utc(), "step": step, "changed": changed, "kept": kept, "before": theirs},
     )
     with paths.writing(workdir / CONFIG):
-        _write(workdir / CONFIG, mine)  # last: until then the change is refused or made again
+        _write(workdir / CONFIG, mine)  # last: a start before it refuses or makes the change again
     print(f"changed   after step {step}: {'; '.join(changed)}", flush=True)
 
 
 def kept_by_changes(workdir: Path) -> set[int]:
-    """Steps of the checkpoints that were there when the config was changed: boundaries of before, and the way back."""
+    """Steps of the checkpoints that were there when the config was changed.
+
+    They hold the boundaries from before, and the way back.
+    """
     path = workdir / CHANGES
     return (
         {n for line in path.read_text().splitlines() for n in _kept(line)}
@@ -189,7 +208,7 @@ def kept_by_changes(workdir: Path) -> set[int]:
 def _kept(line: str) -> list[int]:
     try:
         return json.loads(line)["kept"]
-    except ValueError:  # torn by a kill, and written again
+    except ValueError:  # a line that a kill has cut; it was written again
         return []
 
 
@@ -203,7 +222,7 @@ def _write(path: Path, values: Any) -> None:
 
 
 def origin(workdir: Path) -> dict[str, Any] | None:
-    """What was written beside the weights the run started from, where they were converted."""
+    """What was written beside the weights that the run started from, if they were converted."""
     path = workdir / ORIGIN
     try:
         return json.loads(path.read_text()) if path.is_file() else None
@@ -214,15 +233,16 @@ def origin(workdir: Path) -> dict[str, Any] | None:
 
 
 def keep_programs(workdir: Path) -> None:
-    """Compiled programs stay in the work directory, so that a run that is started again need not compile them again."""
+    """Keeps compiled programs in the work directory, for the next start of the run."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # which names another place
         jax.config.update("jax_compilation_cache_dir", str(paths.absolute(workdir) / "programs"))
-        # Else the folder's path is a part of each program's key, and a directory that was moved compiles all anew.
+        # Without it the folder's path is part of each program's key, so a moved directory would
+        # compile everything again.
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 def note_start(workdir: Path, step: int, config: Config) -> None:
-    """Appends a line to starts.jsonl. step: the one that the run starts from. No environment variable is written."""
+    """Appends a line to starts.jsonl; it holds no environment variable. step: where it starts."""
     devices = jax.devices()
     kinds = [device.device_kind for device in devices]
     row = {
@@ -242,7 +262,7 @@ def note_start(workdir: Path, step: int, config: Config) -> None:
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
-    """Adds a line of JSON to a file, on a line of its own even where a kill or a full disk has cut the last one."""
+    """Adds a line of JSON to a file, also where a kill or a full disk has cut the last line."""
     torn = path.is_file() and not path.read_bytes().endswith(b"\n")
     with paths.writing(path):
         paths.append(path, "\n" * torn + json.dumps(row) + "\n")
@@ -254,7 +274,10 @@ def utc() -> str:
 
 
 def revision(source: Path) -> dict[str, Any]:
-    """The commit of the code in `source`, and whether files differ from it; "unknown" where no git repository begins there."""
+    """The commit of the code in `source`, and whether files differ from it.
+
+    It is "unknown" where `source` is not in a git repository, or the repository is another one's.
+    """
     options: dict[str, Any] = dict(
         cwd=source, capture_output=True, text=True, check=True, timeout=20
     )

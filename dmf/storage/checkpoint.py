@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -23,9 +23,11 @@ from orbax.checkpoint import v1 as ocp
 
 from dmf import processes
 from dmf.errors import DmfError, short
-from dmf.state import TrainState
 from dmf.storage import atomic, paths
 from dmf.storage.manifest import MANIFEST, verify, write_manifest
+
+if TYPE_CHECKING:
+    from dmf.state import TrainState
 
 ITEMS = ("params", "ema", "opt_state", "step")
 OPTIONAL = ("intervals",)  # not every run has one
@@ -141,7 +143,7 @@ class Checkpoints:
                     if processes.is_first():
                         verify(folder)
                 with processes.together():
-                    return TrainState(**_load(folder, target))
+                    return type(state)(**_load(folder, target))
             except DmfError as error:
                 log.warning("%s; it is skipped", error)
                 self._damaged.add(step)

@@ -28,10 +28,9 @@ from dmf import sharding
 from dmf.convert import audit
 from dmf.convert.command import convert
 from dmf.convert.inception import FID_INCEPTION
-from dmf.evaluation import scoring
+from dmf.evaluation import protocols, scoring
 from dmf.evaluation.features import Extractor
 from dmf.evaluation.judge import Setting
-from dmf.metrics import protocols
 from dmf.networks.frozen.inception import InceptionConfig, build_inception
 
 BATCH, ROUNDS = 64, 7

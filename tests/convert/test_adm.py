@@ -1,4 +1,4 @@
-"""TorchCFM's ADM U-Net: parity with the source's own module, its names, the way back, and what is refused."""
+"""TorchCFM's ADM U-Net: equal to the source's module, names, the way back, refused files."""
 
 import jax
 import numpy as np
@@ -29,7 +29,10 @@ FOLDED = "time_embed.0.weight"
 
 @pytest.fixture(scope="module")
 def tiny():
-    """TorchCFM 1.0.4's UNetModelWrapper at 16 pixels, run by PyTorch: (weights, data, config, image shape, network, params)."""
+    """(weights, data, config, image shape, network, params) of a small network.
+
+    The data are outputs of TorchCFM 1.0.4's UNetModelWrapper at 16 pixels, in PyTorch.
+    """
     data = np.load(GOLDEN / "torchcfm_tiny_io.npz")
     weights = recipe_weights(data)
     return weights, data, *convert_arrays(TORCHCFM, weights, TINY)
@@ -53,14 +56,17 @@ def test_the_network_equals_torchcfm(tiny):
 
 
 def test_the_network_equals_torchcfm_in_float64(tiny):
-    """Far below what another epsilon of the norms would do: 1e-6 in place of 1e-5 is an error of 7e-6."""
+    """The bound is far below the effect of another epsilon in the norms.
+
+    An epsilon of 1e-6 for 1e-5 is an error of 7e-6.
+    """
     _, data, _, _, network, params = tiny
     with jax.enable_x64(True):
         params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
         v = TORCHCFM.outputs(network, params, {k: data[k].astype(np.float64) for k in ("x", "t")})[
             "v"
         ]
-    # The folded layer was rounded to float32, and the source's frequencies are float32: 6e-8 each.
+    # Two roundings to float32, 6e-8 each: the folded layer, and the source's frequencies.
     assert relative_l2(v, data["v_f64"]) <= 2e-7
 
 
@@ -81,20 +87,19 @@ def test_the_check_against_pytorch_equals_torchcfm(tiny):
 
 
 def test_our_velocity_is_theirs_with_time_and_sign_reversed(tiny):
-    """v(z, t) = -v_source(z, 1 - t), and with the new branch as it starts, for every r."""
+    """v(z, t) = -v_source(z, 1 - t); for every r, as the new branch starts silent."""
     _, data, _, _, network, params = tiny
     z, t = data["x"].transpose(0, 2, 3, 1), 1 - data["t"]
     u = jax.jit(network.apply)
     at_t = u(params, z, t, t)
     assert relative_l2(at_t, -data["v"].transpose(0, 2, 3, 1)) <= PARITY
     assert np.array_equal(u(params, z, 0 * t, t), at_t)
-    assert (
-        np.std(params["interval"]["time_embed_0"]["kernel"]) > 0.05
-    )  # alive: a zero here would stay for ever
+    # With zeros here the branch could never learn.
+    assert np.std(params["interval"]["time_embed_0"]["kernel"]) > 0.05
 
 
 def test_every_name_of_the_released_file_has_its_place():
-    """The state dict of UNetModelWrapper as TorchCFM's train_cifar10.py builds it: 304 tensors, 35,746,307 values."""
+    """The state dict of TorchCFM's train_cifar10.py: 304 tensors, 35,746,307 values."""
     names = key_list(GOLDEN / "keys_torchcfm.txt")
     assert sum(int(np.prod(shape)) for shape in names.values()) == 35_746_307 and len(names) == 304
     assert check_names(TORCHCFM, names) == (ADMConfig(), (32, 32, 3))
@@ -103,7 +108,10 @@ def test_every_name_of_the_released_file_has_its_place():
 
 
 def test_the_way_back_is_exact(tiny):
-    """Copies bit for bit; the folded layer to round-off. The interval branch is exported once it matters."""
+    """Copies come back exactly, the folded layer to round-off.
+
+    The interval branch is exported once it is trained.
+    """
     weights, _, config, shape, network, params = tiny
     back = export_arrays(TORCHCFM, config, shape, network, params)
     assert set(back) == set(weights)
@@ -146,11 +154,11 @@ def test_copies_are_taken_by_name():
         assert taken == name and tensors[FOLDED] is want[FOLDED] and set(tensors) == set(names)
     assert TORCHCFM.select(without(tree, "ema_model"), "")[1] == "net_model"
     assert TORCHCFM.select(raw, "")[1] == "flat"
-    with pytest.raises(DmfError, match=r"copy = 'ema': expected 'ema_model' or 'net_model'"):
-        TORCHCFM.select(tree, "ema")
     with pytest.raises(
-        DmfError, match=r"copy = 'ema_model': expected none, as this file holds one copy"
+        DmfError, match="--copy=ema is not in this file: expected ema_model or net_model"
     ):
+        TORCHCFM.select(tree, "ema")
+    with pytest.raises(DmfError, match="--copy=ema_model is not in this file: expected flat"):
         TORCHCFM.select(raw, "ema_model")
 
 
@@ -192,7 +200,7 @@ def renamed(names, old, new):
         (
             lambda n: n,
             {"heads": 4},
-            r"heads is no field .* expected one of head_channels, resolution, dropout",
+            "--set=heads=4: expected head_channels or resolution or dropout for kind torchcfm",
         ),
         (
             lambda n: n,

@@ -1,4 +1,4 @@
-"""Conversion end to end: file -> checkpoint -> training, samples, and back to a file; and everything that can be wrong."""
+"""Conversion end to end: file -> checkpoint -> training, samples, and back to a file."""
 
 import dataclasses
 import json
@@ -14,20 +14,21 @@ import pytest
 import safetensors.numpy
 
 from configs import cifar10_from
-from dmf import main, pretrained, train
+from dmf import main, pretrained
 from dmf.config import parse
 from dmf.convert import audit
 from dmf.convert.command import KINDS, REPORT, convert
-from dmf.convert.dit import SIT
+from dmf.convert.edm import EDM
+from dmf.convert.meanflow_unet import MEANFLOW_UNET
 from dmf.convert.rules import constant, linear, plain
-from dmf.convert.unet import EDM, MEANFLOW_UNET
+from dmf.convert.sit import SIT
 from dmf.errors import DmfError
 from dmf.evaluation import sampling
 from dmf.export.weights import export
 from dmf.networks import Condition, DiTConfig, UNetConfig
 from dmf.storage import atomic, checkpoint
 from dmf.storage.readers import read
-from tests import GOLDEN, ROOT, devices
+from tests import GOLDEN, ROOT, devices, runs
 from tests.conversion import export_arrays, needs_torch, recipe_weights, small_noise
 from tests.tiny import TINY, UNET, merged
 
@@ -131,7 +132,7 @@ def test_a_trained_interval_branch_survives_the_round_trip(sit, tmp_path, copied
             a, b, atol=0 if copied == "dmf" or "t_embedder/mlp_0" not in name else 2e-7, rtol=0
         )
     licence = json.loads((tmp_path / "again" / REPORT).read_text())["licence"]
-    assert licence == SIT.licence  # the weights' authors are the same, whatever the layout
+    assert licence == SIT.licence  # the authors are the same in any layout
     assert len(tensors) == (42 + 4 if copied == "sit" else len(audit.flat(params)))
 
 
@@ -174,7 +175,10 @@ TINY_UNET = UNetConfig(
     ids=["sit", "meanflow_unet"],
 )
 def test_the_curriculum_starts_from_a_converted_flow_model(kind, config, given, base, tmp_path):
-    """Step 0 is the flow model bit for bit, whatever r; every kind of stage then trains; the result goes back to PyTorch."""
+    """Step 0 is the flow model bit for bit, for any r; all kinds of stages train.
+
+    The result goes back to PyTorch.
+    """
     random_flow(kind, config, (8, 8, 1), tmp_path / "flow.safetensors")
     convert(kind.name, tmp_path / "flow.safetensors", tmp_path / "flow", given=given, check="none")
     network, flow = pretrained.load(tmp_path / "flow")
@@ -183,8 +187,8 @@ def test_the_curriculum_starts_from_a_converted_flow_model(kind, config, given, 
         init=str(tmp_path / "flow"),
         curriculum=dict(stages=3, length=6.0, pretrain_length=0.0),
     )
-    run = train.Run(parse(values), tmp_path / "run")
-    start = run._start()
+    run = runs.open_run(parse(values), tmp_path / "run")
+    start = runs.begin(run)
     run.close()
     z, t = (
         jax.random.normal(jax.random.key(0), (4, 8, 8, 1)),
@@ -199,7 +203,7 @@ def test_the_curriculum_starts_from_a_converted_flow_model(kind, config, given, 
         np.testing.assert_array_equal(
             jax.jit(run.network.apply)(start.params, z, r, t, condition=given), v
         )
-    train.train(parse(values), tmp_path / "run")
+    runs.train(parse(values), tmp_path / "run")
     tensors = export(tmp_path / "run", tmp_path / "u.safetensors")  # in the layout it came in
     assert any(name.startswith(("h_embedder", "map_layer0")) for name in tensors)
     convert(kind.name, tmp_path / "u.safetensors", tmp_path / "u", given=given, check="none")
@@ -219,10 +223,9 @@ def test_starting_from_another_network_or_other_images_is_refused_and_leaves_no_
         DmfError,
         match=r"its network differs: config.network.depth: 3 -> 1; .*expected the same network",
     ):
-        train.train(parse(values), tmp_path / "run")
-    random_flow(
-        SIT, TINY_DIT, (16, 16, 1), tmp_path / "large.safetensors"
-    )  # not told by the shape of any leaf
+        runs.train(parse(values), tmp_path / "run")
+    # No leaf shows the size of the images.
+    random_flow(SIT, TINY_DIT, (16, 16, 1), tmp_path / "large.safetensors")
     convert(
         "sit", tmp_path / "large.safetensors", tmp_path / "large", given={"heads": 2}, check="none"
     )
@@ -230,15 +233,14 @@ def test_starting_from_another_network_or_other_images_is_refused_and_leaves_no_
     with pytest.raises(
         DmfError, match=r"its images are \(16, 16, 1\); expected \(8, 8, 1\), as in digits"
     ):
-        train.train(parse(values), tmp_path / "run")
+        runs.train(parse(values), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_without_init_claims_no_origin(tmp_path):
-    (tmp_path / "origin.json").write_text(
-        '{"kind": "sit"}'
-    )  # of a start that never got to its first checkpoint
-    run = train.Run(parse(TINY), tmp_path)
+    # From a start that ended before its first checkpoint.
+    (tmp_path / "origin.json").write_text('{"kind": "sit"}')
+    run = runs.open_run(parse(TINY), tmp_path)
     run.close()
     assert not (tmp_path / "origin.json").exists()
 
@@ -249,7 +251,10 @@ def test_a_converted_directory_has_no_average(sit, tmp_path):
 
 
 def test_what_a_converted_directory_may_be_called(sit, tmp_path, monkeypatch):
-    """A relative name, one with a slash at its end, a link; not a file, a name that is too long, a place without a parent."""
+    """It may be a relative name, end in a slash, or be a link.
+
+    It may not be a file, have too long a name, or lie in a folder that is not there.
+    """
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".a.partial_notes").mkdir()  # somebody else's
     (tmp_path / "link").symlink_to(tmp_path / "place")
@@ -330,8 +335,12 @@ BROKEN = {
     "not a number": "tensor blocks.1.mlp.fc1.bias: 384 of its 384 values are not finite",
     "other constants": "tensor pos_embed: other values than this network computes",
     "cut check": "cut.npz cannot be read (BadZipFile): expected an .npz of plain arrays",
-    "check of another kind": "--check: found the arrays pixels; expected inputs of kind sit, such as x, t, h, y",
-    "check of another shape": "forward check of out against shape.npz: shape (1, 4, 16, 16), expected (4, 4, 16, 16)",
+    "check of another kind": (
+        "--check: found the arrays pixels; expected inputs of kind sit, such as x, t, h, y"
+    ),
+    "check of another shape": (
+        "forward check of out against shape.npz: shape (1, 4, 16, 16), expected (4, 4, 16, 16)"
+    ),
     "wrong weights": "forward check of out against sit_tiny_io.npz: relative L2",
     "no such copy": "copy",
     "unknown field": "colour",
@@ -417,10 +426,8 @@ def test_what_a_killed_conversion_left_is_cleared(sit, tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "half").write_text("data")
     convert("sit", sit[0], tmp_path / "out", given=SIT_GIVEN, check="none")
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        f"{theirs}-{os.getppid()}",
-        "out",
-    ]  # that one is still at work
+    # The parent process is still at work.
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"{theirs}-{os.getppid()}", "out"]
     pretrained.load(tmp_path / "out")
 
 
@@ -444,7 +451,7 @@ def test_the_command_line_knows_the_kinds():
 
 
 def test_a_leaf_or_a_tensor_twice_is_an_error(weights):
-    """The audit itself: a key map that names a thing twice, or not at all, never converts."""
+    """A key map that names a thing twice, or not at all, never converts."""
     tensor = read.Tensor((2, 3), np.dtype(np.float32), lambda: np.ones((2, 3), np.float32))
     leaves = {"a/kernel": (3, 2), "b/kernel": (3, 2)}
     good = [linear("a.weight", "a/kernel"), linear("b.weight", "b/kernel")]
@@ -490,7 +497,7 @@ def test_half_precision_is_lifted_and_said(sit, weights, tmp_path):
 
 
 def test_an_orbax_directory_of_a_flax_trainer_is_read_leaf_by_leaf(tmp_path):
-    """What flax.training.checkpoints writes today for a MeanFlow train state; the average is taken, the optimiser unread."""
+    """flax.training.checkpoints writes a MeanFlow train state; it takes the average alone."""
     import optax
     from flax.training import checkpoints, train_state
 
@@ -532,7 +539,7 @@ TINY_EDM = UNetConfig(
 
 
 def test_an_aligned_network_leaves_in_our_own_layout_and_its_source_is_told_as_it_was(tmp_path):
-    """The source's layout would be read with the source's embedding, which the network no longer has."""
+    """In the source's layout it would be read with the embedding that it no longer has."""
     random_flow(EDM, TINY_EDM, (8, 8, 3), tmp_path / "edm.safetensors")
     plain = convert("edm", tmp_path / "edm.safetensors", tmp_path / "plain", check="none")
     assert plain["network"]["sigma_data"] == 0.75  # no weight shows it, so an export carries it
@@ -567,8 +574,10 @@ def test_a_config_takes_the_network_of_a_converted_directory(tmp_path):
     convert("edm", tmp_path / "edm.safetensors", tmp_path / "edm", check="none", align_steps=10)
     values = cifar10_from.get_config(str(tmp_path / "edm")).to_dict()
     assert values["data"]["augment"] == 0 and values["curriculum"]["stages"] == 10
-    run = train.Run(parse(merged(values, data=dict(mock=True), batch_size=32)), tmp_path / "run")
-    start = run._start()
+    run = runs.open_run(
+        parse(merged(values, data=dict(mock=True), batch_size=32)), tmp_path / "run"
+    )
+    start = runs.begin(run)
     run.close()
     stored = checkpoint.metadata(tmp_path / "run" / "checkpoints" / "0")
     assert stored["config"]["network"]["precond"] == "edm" and stored["source"]["kind"] == "edm"

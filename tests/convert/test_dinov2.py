@@ -1,4 +1,4 @@
-"""DINOv2: parity with timm's blocks and the released resampling of positions, the key map, and what is refused."""
+"""DINOv2: equal to timm's blocks and the released resampling, key map, refused files."""
 
 import functools
 
@@ -27,15 +27,17 @@ from tests.conversion import (
 )
 
 TINY = DinoConfig(depth=3, width=80, heads=5)
-# Relative L2 to timm 1.0.31 run in float64, its table of positions resampled by PyTorch as DINOv2's program asks for it.
-# (transformers 5.23's blocks are 6e-16 away from timm's; its own resampling, without the offset, is 0.07 away.)
+# Relative L2 to timm 1.0.31 in float64. PyTorch has resampled the positions as DINOv2 does.
+# The blocks of transformers 5.23 are 6e-16 away from timm's. Its resampling has no offset
+# and is 0.07 away.
 BOUND = 1e-6
-TORCH_BOUND = 2e-6  # PyTorch in float32, timm's own: 6e-7, most of it from positions of samples rounded to float32
+# PyTorch in float32. timm itself has 6e-7, mostly from positions of samples in float32.
+TORCH_BOUND = 2e-6
 
 
 @functools.cache
 def reference():
-    """(weights under DINOv2's names, x as NCHW, features of timm, 3 channels of the resampled table); read only."""
+    """(weights, x as NCHW, features of timm, 3 channels of the resampled table); read only."""
     data = np.load(GOLDEN / "dinov2_tiny_io.npz")
     draw = np.random.RandomState(int(data["recipe/seed"]))
     coarse, fine = draw.standard_normal((2, 3, 16, 16)), draw.standard_normal((2, 3, 224, 224))
@@ -78,7 +80,7 @@ def shapes(depth, width):
 
 
 def test_the_network_equals_timm():
-    """Two images, so that a batch mixed up would show; 5 heads of 16, so that heads and their sizes cannot be swapped."""
+    """Two images show a batch that is mixed up; 5 heads of 16 show heads and sizes swapped."""
     _, x, want, _ = reference()
     config, shape, network, params = converted()
     assert config == TINY and shape == (224, 224, 3)
@@ -93,9 +95,8 @@ def test_the_check_against_pytorch_equals_timm(half, low, high):
     import torch
 
     weights, x, want, _ = reference()
-    tensors = {
-        name: torch.from_numpy(weights[name]) for name in sorted(weights)
-    }  # as safetensors would order them
+    # The order of a safetensors file.
+    tensors = {name: torch.from_numpy(weights[name]) for name in sorted(weights)}
     tensors = {name: value.half() for name, value in tensors.items()} if half else tensors
     got = DINOV2.torch_outputs(tensors, {"x": x, "heads": np.array(5)})["features"]
     assert got.dtype == np.float32 and low <= relative_l2(got, want) <= high
@@ -129,7 +130,7 @@ def test_any_table_is_resampled_as_pytorch_does(source, target):
 
 
 def test_a_table_of_16_rows_is_taken_as_it_is():
-    """timm's file for 224 pixels: its positions are resampled already, and there is no mask_token."""
+    """timm's file for 224 pixels has resampled positions and no mask_token."""
     weights, x, want, _ = reference()
     table, rows = weights["pos_embed"][0].astype(np.float64), resampling(37, 16)
     places = np.einsum("ip,jq,pqc->ijc", rows, rows, table[1:].reshape(37, 37, 80)).reshape(256, 80)
@@ -167,7 +168,10 @@ def test_a_round_trip_is_bit_equal():
 
 
 def test_a_file_becomes_a_checkpoint_and_a_file_again(tmp_path):
-    """By the commands: held against stored outputs, loaded, exported; the report says why mask_token is left out."""
+    """By the commands: compared with stored outputs, loaded, exported.
+
+    The report says why mask_token is left out.
+    """
     weights, x, want, _ = reference()
     safetensors.numpy.save_file(weights, tmp_path / "dino.safetensors")
     np.savez(tmp_path / "io.npz", x=x, features=want)
@@ -192,7 +196,10 @@ def test_a_file_becomes_a_checkpoint_and_a_file_again(tmp_path):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float64])
 def test_every_product_is_in_full_float32(dtype, float64):
-    """Whatever the default precision and the image's dtype: 6 in a block, 2 for the positions, and the patches."""
+    """For any default precision and dtype of the image.
+
+    There are 6 products in a block, 2 for the positions, and 1 for the patches.
+    """
     network = build_dinov2(TINY)
     params = jax.eval_shape(network.init, jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
@@ -263,7 +270,7 @@ WRONG = {
     "with a head": (with_(head__weight=(1000, 384)), r"head\.weight \[1000, 384\] has no place"),
     "of no released size": (
         shapes(11, 384),
-        "width 384 with depth 11 is none of the released sizes.*expected --set=heads=N",
+        "width 384 with depth 11 is none of the named sizes.*expected --set=heads=N",
     ),
 }
 
@@ -276,11 +283,11 @@ def test_a_file_is_refused(which):
 
 
 GIVEN = {
-    "patch": ({"patch": 14}, "--set=patch=14: expected heads, the only field"),
+    "patch": ({"patch": 14}, "--set=patch=14: expected heads for kind dinov2"),
     "no number": ({"heads": "many"}, "--set=heads is 'many'; expected an integer"),
     "not the released one": (
         {"heads": 12},
-        "--set=heads=12: expected 6, as in the released size of width 384 and depth 12",
+        "--set=heads=12: expected 6, as in the named size of width 384 and depth 12",
     ),
 }
 
@@ -290,7 +297,7 @@ def test_what_is_given_is_checked(which):
     given, message = GIVEN[which]
     with pytest.raises(DmfError, match=message):
         DINOV2.describe(hollow(shapes(12, 384)), given)
-    with pytest.raises(DmfError, match="copy 'ema'"):
+    with pytest.raises(DmfError, match="--copy=ema is not in this file: expected weights"):
         DINOV2.select({}, "ema")
 
 

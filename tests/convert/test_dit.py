@@ -1,4 +1,4 @@
-"""SiT and MeanFlow transformers: outputs of independent implementations, key lists, the fold and its inverse, errors."""
+"""SiT and MeanFlow transformers: equal to other implementations, the fold and its inverse."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmf.convert.dit import MEANFLOW_DIT, SIT
+from dmf.convert.meanflow_dit import MEANFLOW_DIT
 from dmf.convert.rules import relative_l2
+from dmf.convert.sit import SIT
 from dmf.errors import DmfError
 from dmf.networks import DIT_SIZES, DiTConfig
 from dmf.networks.layers import frequencies
@@ -46,13 +47,13 @@ def torch_outputs(kind, weights, arrays):
 
 
 def with_interval(weights):
-    """SiT's weights with an interval embedder of the same size as the time embedder, and other values."""
+    """SiT's weights with an interval embedder: the time embedder's shapes, other values."""
     return weights | {name: 0.5 * weights[name.replace("h_", "t_")][::-1].copy() for name in SILENT}
 
 
 @pytest.mark.parametrize("kind", [SIT, MEANFLOW_DIT], ids=lambda kind: kind.name)
 def test_converted_network_equals_the_reference(kind):
-    """Stored outputs of SiT at SiT's time and sign, and of MeanFlow's network at intervals from 0 to 1."""
+    """Outputs of SiT at its time and sign, and of MeanFlow's network at intervals from 0 to 1."""
     _, io = reference(kind)
     _, _, network, params = converted(kind)
     ((name, ours),) = kind.outputs(network, params, io).items()
@@ -85,7 +86,7 @@ def test_forward_check_on_the_probe(kind):
 
 @needs_torch
 def test_sit_with_an_interval_embedder_and_without_sigma_table_or_labels():
-    """What our own exports may hold: h_embedder, velocity rows alone, no position table, no label table."""
+    """Our exports may hold h_embedder and velocity rows alone, and lack both tables."""
     weights, _ = reference(SIT)
     weights = with_interval(
         {k: x for k, x in weights.items() if k != "pos_embed" and not k.startswith("y_")}
@@ -108,7 +109,7 @@ def test_sit_with_an_interval_embedder_and_without_sigma_table_or_labels():
 
 
 def test_converted_sit_is_a_flow_model_with_a_living_interval_branch():
-    """u(z, r, t) has the same bits for every r; a gradient step wakes the branch, in both of its layers."""
+    """u(z, r, t) has the same bits for every r; a gradient step wakes both layers of the branch."""
     _, io = reference(SIT)
     _, _, network, params = converted(SIT)
     z, y, t = (
@@ -147,7 +148,10 @@ def test_converted_sit_is_a_flow_model_with_a_living_interval_branch():
 
 
 def test_time_is_reversed_exactly():
-    """In float64, the folded first layer on features of t is the file's on features of 1 - t; folding twice undoes it."""
+    """In float64: folded layer on features of t = the file's layer on features of 1 - t.
+
+    Folding twice gives the file's layer back.
+    """
     config, shape, _, _ = converted(SIT)
     (rule,) = (
         r for r in SIT.rules(config, shape, None) if r.tensors == ("t_embedder.mlp.0.weight",)
@@ -170,7 +174,7 @@ def test_time_is_reversed_exactly():
 
 
 def test_copies_of_a_training_checkpoint():
-    """EMA by default; a bare state dict is one copy; prefixes of wrappers go."""
+    """The EMA is the default; a bare state dict is one copy; prefixes of wrappers go."""
     weights, _ = reference(SIT)
     ema = conversion.tensors_of(weights)
     model = conversion.tensors_of({f"module.{name}": x + 1 for name, x in weights.items()})
@@ -199,7 +203,7 @@ def test_copies_of_a_training_checkpoint():
 
 
 def test_each_copy_gives_its_own_outputs():
-    """The reference's outputs with the weights that are no average, redrawn from another seed."""
+    """Outputs of the reference for both copies; the raw weights come from another seed."""
     weights, io = reference(SIT)
     with (
         np.load(GOLDEN / "sit_tiny_io.npz") as data,
@@ -246,7 +250,10 @@ def test_copies_of_a_flax_train_state():
 
 
 def test_sit_comes_back_from_an_export():
-    """The same names; copies bit for bit, folded layers to 1e-6, the variance half as zeros; nothing of a silent branch."""
+    """The same names come back, and no tensor of a silent branch.
+
+    Copies are exact, folded layers within 1e-6, and the variance half is zero.
+    """
     weights, _ = reference(SIT)
     back = conversion.export_arrays(SIT, *converted(SIT))
     assert back.keys() == weights.keys()
@@ -279,7 +286,7 @@ def test_meanflow_comes_back_bit_for_bit():
 
 
 def halved(shapes):
-    """The key list of B/2 at the width of S/2: every axis that grows with the width is halved."""
+    """The key list of B/2 at the width of S/2: halves every axis that grows with the width."""
     return {
         name: tuple(n // 2 if n % 768 == 0 else n for n in shape) for name, shape in shapes.items()
     }
@@ -323,7 +330,7 @@ def test_image_size_is_read_off_the_position_table(resolution):
 
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
 def test_half_precision_file_keeps_its_weights_and_its_rounded_position_table_passes(dtype):
-    """But no table of another layout."""
+    """A table of another layout does not pass."""
     weights = {name: x.astype(dtype) for name, x in reference(SIT)[0].items()}
     config, shape, network, params = conversion.convert_arrays(SIT, weights, {"heads": 4})
     assert np.array_equal(

@@ -1,4 +1,4 @@
-"""The FID's Inception network: parity with pytorch-fid's own, the key map, and what is refused."""
+"""The FID's Inception network: equal to pytorch-fid's, key map, refused files."""
 
 import functools
 
@@ -23,7 +23,8 @@ from tests.conversion import (
     tensors_of,
 )
 
-# Relative L2 to pytorch-fid 0.3.0 run in float64; run in float32, pytorch-fid itself is 2.3e-7 (pool) to 4.2e-7 away.
+# Relative L2 to pytorch-fid 0.3.0 in float64.
+# In float32 pytorch-fid itself is 2.3e-7 (pool) to 4.2e-7 away.
 OUTPUTS = {"pool": 1e-6, "spatial": 2e-6, "logits": 2e-6, "biased_logits": 2e-6}
 
 
@@ -56,7 +57,7 @@ def shapes():
 
 
 def test_the_network_equals_pytorch_fid():
-    """Pool, spatial and logits from the same weights; two images, so that a batch mixed up would show."""
+    """Pool, spatial and logits from the same weights; two images show a batch mixed up."""
     _, x, want = reference()
     _, shape, network, params = converted()
     assert shape == (299, 299, 3)
@@ -77,9 +78,8 @@ def test_the_check_against_pytorch_equals_pytorch_fid():
     import torch
 
     weights, x, want = reference()
-    shuffled = {
-        name: torch.from_numpy(weights[name]) for name in sorted(weights)
-    }  # as safetensors would order them
+    # The order of a safetensors file.
+    shuffled = {name: torch.from_numpy(weights[name]) for name in sorted(weights)}
     got = FID_INCEPTION.torch_outputs(shuffled, {"x": x})
     for name, bound in OUTPUTS.items():
         assert relative_l2(got[name], want[name]) <= bound, name
@@ -98,7 +98,7 @@ def test_the_check_takes_files_of_half_precision():
 
 
 def test_every_tensor_and_every_leaf_is_used_once():
-    """With the counters of batches and without, as both files exist; 23,885,392 values become leaves."""
+    """With counters of batches and without, for both files exist; 23,885,392 values."""
     full = shapes()
     config, _ = check_names(FID_INCEPTION, full)
     assert config == InceptionConfig()
@@ -167,7 +167,7 @@ def test_features_are_float32_of_the_published_sizes():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float64])
 def test_every_product_is_in_full_float32(dtype, float64):
-    """Whatever the default precision and the image's dtype: 94 convolutions and the classifier, all "highest"."""
+    """94 convolutions and the classifier, for any default precision and dtype of the image."""
     network = build_inception(InceptionConfig())
     params = jax.eval_shape(network.init, jax.random.key(0))
     x = jax.ShapeDtypeStruct((1, 299, 299, 3), dtype)
@@ -212,7 +212,8 @@ WRONG = {
     ),
     "with kernels transposed": (
         lambda: shapes() | {"Mixed_6b.branch7x7_2.conv.weight": (128, 128, 7, 1)},
-        r"Mixed_6b\.branch7x7_2\.conv\.weight has shape \[128, 128, 7, 1\]: expected \[128, 128, 1, 7\]",
+        r"Mixed_6b\.branch7x7_2\.conv\.weight has shape \[128, 128, 7, 1\]: "
+        r"expected \[128, 128, 1, 7\]",
     ),
 }
 
@@ -225,9 +226,9 @@ def test_a_file_is_refused(which):
 
 
 def test_nothing_can_be_given():
-    with pytest.raises(DmfError, match="heads is no field of kind fid_inception"):
+    with pytest.raises(DmfError, match="--set=heads=4: expected no field for kind fid_inception"):
         FID_INCEPTION.describe(hollow(shapes()), {"heads": 4})
-    with pytest.raises(DmfError, match="copy 'ema'"):
+    with pytest.raises(DmfError, match="--copy=ema is not in this file: expected weights"):
         FID_INCEPTION.select({}, "ema")
 
 

@@ -1,4 +1,4 @@
-"""EDM's U-Nets and MeanFlow's: parity of converted networks, full-size key lists, the way back, and what is refused."""
+"""EDM's and MeanFlow's U-Nets: equal to the references, full-size key lists, the way back."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dmf.convert.edm import EDM
+from dmf.convert.meanflow_unet import MEANFLOW_UNET
 from dmf.convert.rules import relative_l2
-from dmf.convert.unet import EDM, MEANFLOW_UNET
 from dmf.errors import DmfError
 from dmf.networks import Condition, UNetConfig, build
 from dmf.storage.readers.read import Inert
@@ -42,7 +43,7 @@ def stored(case):
 
 @functools.cache
 def fast(config, shape):
-    """The network compiled without LLVM's optimisations: it runs for milliseconds and compiles for seconds."""
+    """The network compiled without LLVM's optimisations to save seconds."""
     network = build(config, shape)
     return network._replace(
         apply=jax.jit(network.apply, compiler_options={"xla_backend_optimization_level": 0})
@@ -73,7 +74,7 @@ def single_time():
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_converted_network_equals_the_reference(case):
-    """u with and without label and du/dt of MeanFlow; EDM's D = z - t v, with and without label."""
+    """MeanFlow: u with and without label, and du/dt. EDM: D = z - t v, with and without label."""
     kind, data, _ = stored(case)
     _, _, network, params = converted(case)
     got = kind.outputs(network, params, data)
@@ -97,19 +98,23 @@ def test_the_pytorch_network_equals_the_reference(case):
 
 
 def test_edm_network_inside_its_wrapper():
-    """F(x, c_noise) is our U-Net without the wrapper, at the t whose ln(sigma) / 4 is c_noise."""
+    """F(x, c_noise) is our U-Net without the wrapper, at the t with ln(sigma) / 4 = c_noise."""
     _, data, _ = stored("edm")
     config, shape, _, params = converted("edm")
     sigma = np.exp(4 * data["c_noise"].astype(np.float64))
     t = (sigma / (1 + sigma)).astype(np.float32)
     network = fast(dataclasses.replace(config, precond="none"), shape)
     got = network.apply(params, data["F_in"].transpose(0, 2, 3, 1), t, t)
-    # Rounding t, which Fourier features of frequencies up to 40 enlarge: 6e-8 / 4 t (1 - t) * 2 pi * 40.
+    # Fourier features of frequencies up to 40 enlarge the rounding of t:
+    # 6e-8 / 4 t (1 - t) * 2 pi * 40.
     assert relative_l2(np.asarray(got).transpose(0, 3, 1, 2), data["F_raw"]) <= 2e-5
 
 
 def test_edm_velocity_is_the_reference_denoiser_and_regular():
-    """(z - D) / t of the stored D where t does not enlarge its rounding; finite, with its JVP, at and near both ends."""
+    """v = (z - D) / t of the stored D, where t does not enlarge the rounding of D.
+
+    v and its JVP are finite at and near both ends.
+    """
     _, data, _ = stored("edm")
     _, _, network, params = converted("edm")
     sigma = data["sigma"][:, None, None, None].astype(np.float64)
@@ -130,7 +135,10 @@ def test_edm_velocity_is_the_reference_denoiser_and_regular():
 
 @pytest.mark.parametrize("case", ["single_time", "edm"])
 def test_a_network_of_one_time_ignores_r(case):
-    """u(z, r, t) = v(z, t) bit for bit, with and without label; a flow model is MeanFlow's network with [W_t | 0]."""
+    """u(z, r, t) = v(z, t) bit for bit, with and without label.
+
+    A flow model is MeanFlow's network with the first layer [W_t | 0].
+    """
     if case == "edm":
         _, data, _ = stored("edm")
         (_, _, network, params), z, label = converted("edm"), data["x"], data["augment_labels"]
@@ -199,7 +207,8 @@ VP = UNetConfig(
     precond="edm",
     sigma_data=0.7,
 )
-VE = UNetConfig(  # three resolutions: the residual encoder's second image is the first one's sum
+# At three resolutions, the second image of the residual encoder is made from the first sum.
+VE = UNetConfig(
     channels=8,
     channel_mult=(1, 2, 2),
     blocks=1,
@@ -229,7 +238,10 @@ def drawn(config, shape, silent=()):
 @pytest.mark.parametrize("trained", [False, True], ids=["denoiser", "trained interval"])
 @pytest.mark.parametrize("form", [VP, VE], ids=["vp", "ve"])
 def test_edm_equals_pytorch_there_and_back(form, trained):
-    """Exported, run by PyTorch, and read again: DDPM++ with sigma_data = 0.7, NCSN++; trained with an interval too."""
+    """Exported, run by PyTorch, and read again: DDPM++ with sigma_data = 0.7, and NCSN++.
+
+    So are networks that were trained with an interval.
+    """
     network, params = drawn(form, (16, 16, 3), () if trained else ("interval",))
     if not trained:
         params["map_augment"]["kernel"][:, form.noise_width :] = 0
@@ -247,7 +259,7 @@ def test_edm_equals_pytorch_there_and_back(form, trained):
 
 @needs_torch
 def test_probes_are_read_by_both():
-    """What the driver does by itself: the same names from both, the Fourier features being told t exactly."""
+    """As in the command: both give the same names. t is exact, which Fourier features need."""
     for case in CASES:
         kind, _, weights = stored(case)
         config, shape, network, params = converted(case)
@@ -288,7 +300,10 @@ FULL = {
 
 @pytest.mark.parametrize("name", FULL)
 def test_every_tensor_of_the_published_networks_has_its_place(name):
-    """Full size, by names and shapes; the counts are the published ones, of everything but filters and frequencies."""
+    """Full size, by names and shapes, with the published counts of parameters.
+
+    These leave out filters and frequencies.
+    """
     kind, config, count = FULL[name]
     shapes = key_list(GOLDEN / f"keys_{name}.txt")
     assert check_names(kind, shapes) == (config, (32, 32, 3))
@@ -309,7 +324,7 @@ def test_the_best_copy_is_taken_by_default():
     for which, copy, value in (("", "net_ema1", 2), ("net", "net", 0), ("net_ema", "net_ema", 1)):
         tensors, taken = MEANFLOW_UNET.select(tree, which)
         assert taken == copy and list(tensors) == ["w"] and tensors["w"].read() == value
-    with pytest.raises(DmfError, match="copy 'net_ema2'.*expected one of net_ema1, net_ema, net"):
+    with pytest.raises(DmfError, match="--copy=net_ema2 .*expected net_ema1 or net_ema or net"):
         MEANFLOW_UNET.select(tree, "net_ema2")
     bare = tensors_of({"net_ema2.w": np.float32([1])})
     assert MEANFLOW_UNET.select(bare, "")[1] == "net_ema2"
@@ -343,14 +358,14 @@ def test_pickles_and_state_dicts_of_edm():
             DmfError, match=f"the network is a {name}: expected EDMPrecond or ECMPrecond"
         ):
             EDM.select({"ema": pickled(name)}, "")
-    with pytest.raises(DmfError, match="copy 'net'.*expected one of ema"):
+    with pytest.raises(DmfError, match="--copy=net is not in this file: expected ema"):
         EDM.select({"ema": pickled("EDMPrecond")}, "net")
     with pytest.raises(DmfError, match="sigma_data of the network is 'half': expected a number"):
         EDM.select({"ema": pickled("EDMPrecond", sigma_data="half")}, "")
 
 
 def test_sigma_data_is_the_pickles_own():
-    """The wrapper's attribute sets the field, and can be overruled; either way no tensor is left over."""
+    """The wrapper's attribute sets the field unless it is given; no tensor is left over."""
     _, _, weights = stored("edm")
     inner = tensors_of({name.removeprefix("model."): x for name, x in weights.items()})
     held = Inert(
@@ -434,14 +449,14 @@ KEY = "model.enc.8x8_down.conv0.resample_filter"
             "meanflow",
             {},
             {"heads": 4},
-            "heads is no field of kind meanflow_unet that can be given: expected one of dropout",
+            "--set=heads=4: expected dropout for kind meanflow_unet",
         ),
         ("meanflow", {}, {"dropout": "low"}, "dropout is 'low': expected a number"),
         (
             "edm",
             {},
             {"sigma": 0.5},
-            "sigma is no field of kind edm.*expected one of dropout, sigma_data",
+            "--set=sigma=0.5: expected dropout or sigma_data for kind edm",
         ),
         (
             "edm",

@@ -1,4 +1,4 @@
-"""Stable Diffusion's autoencoder: parity with diffusers, three spellings of a checkpoint, parts, scales, errors."""
+"""Stable Diffusion's autoencoder: equal to diffusers, three spellings, parts, scales, errors."""
 
 import functools
 import math
@@ -44,7 +44,7 @@ def converted():
 
 
 def fast(function):
-    """Jit without LLVM's optimisations: these programs run for milliseconds and compile for seconds."""
+    """Jit without LLVM's optimisations, which cost seconds and save milliseconds."""
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -86,7 +86,8 @@ def ldm(name, levels=4):
                 f"{side}.down.{i}.block.{j}.{layer.replace('conv_shortcut', 'nin_shortcut')}.{last}"
             )
         case ["up_blocks", i, "resnets", j, layer]:
-            return f"{side}.up.{levels - 1 - int(i)}.block.{j}.{layer.replace('conv_shortcut', 'nin_shortcut')}.{last}"
+            layer = layer.replace("conv_shortcut", "nin_shortcut")
+            return f"{side}.up.{levels - 1 - int(i)}.block.{j}.{layer}.{last}"
         case ["down_blocks", i, "downsamplers", "0", "conv"]:
             return f"{side}.down.{i}.downsample.conv.{last}"
         case ["up_blocks", i, "upsamplers", "0", "conv"]:
@@ -167,8 +168,9 @@ def test_every_tensor_of_the_released_files_has_its_place():
 
 
 def test_known_names_of_the_original_checkpoints():
+    shortcut = "encoder.down_blocks.2.resnets.0.conv_shortcut.weight"
     known = {
-        "encoder.down.2.block.0.nin_shortcut.weight": "encoder.down_blocks.2.resnets.0.conv_shortcut.weight",
+        "encoder.down.2.block.0.nin_shortcut.weight": shortcut,
         "encoder.down.0.downsample.conv.bias": "encoder.down_blocks.0.downsamplers.0.conv.bias",
         "encoder.mid.attn_1.proj_out.weight": "encoder.mid_block.attentions.0.to_out.0.weight",
         "decoder.mid.block_2.norm1.weight": "decoder.mid_block.resnets.1.norm1.weight",
@@ -299,7 +301,7 @@ def test_bfloat16_computes_coarsely_and_answers_in_float32(rng):
     z = rng.standard_normal((1, 2, 3, 4)).astype(np.float32)
     ours, theirs = fast(coarse.decode)(params, z), fast(exact.decode)(params, z)
     assert ours.dtype == np.float32
-    # 2^-9 is bfloat16's rounding; some tens of layers add theirs
+    # bfloat16 rounds by 2^-9 in each of some tens of layers.
     assert 2**-9 < relative_l2(ours, theirs) < 16 * 2**-9
     moments = jax.eval_shape(coarse.encode, params, jnp.zeros((1, 4, 4, 3)))
     assert [x.dtype for x in moments] == [np.float32, np.float32]
@@ -319,9 +321,9 @@ def test_float64_passes_through(float64):
     ("change", "given", "message"),
     [
         (None, {}, "no tensor decoder.up_blocks.0.resnets.0.conv1.weight .* kind sd_vae"),
-        ({}, {}, "groups is 32, but a level has 16 channels: give groups"),
+        ({}, {}, "groups is 32, but a level has 16 channels: expected --set=groups=N"),
         ({}, {"groups": 0}, "groups is 0"),
-        ({}, {"heads": 4}, "heads is no field .* expected one of groups, scale, part"),
+        ({}, {"heads": 4}, "--set=heads=4: expected groups or scale or part for"),
         ({}, {"groups": 8, "part": "encoder"}, "part is 'encoder'"),
         ({}, {"groups": 8, "scale": 0.0}, "scale is 0.0"),
         (
@@ -333,7 +335,7 @@ def test_float64_passes_through(float64):
         (
             {"decoder.conv_out.weight": (3,)},
             {"groups": 8},
-            "decoder.conv_out.weight has shape .* four axes",
+            "decoder.conv_out.weight has shape .* expected 4 axes",
         ),
         (
             {"encoder.mid_block.attentions.0.to_q.weight": (32, 32, 3, 3)},
@@ -363,7 +365,7 @@ def test_a_decoder_file_cannot_be_both():
     shapes = {name: x.shape for name, x in decoder_weights().items()}
     with pytest.raises(DmfError, match="no encoder among the tensors"):
         check_names(SD_VAE, shapes, {"groups": 8, "part": "both"})
-    with pytest.raises(DmfError, match="copy 'ema'"):
+    with pytest.raises(DmfError, match="--copy=ema is not in this file: expected weights"):
         SD_VAE.select({}, "ema")
 
 

@@ -23,7 +23,7 @@ import pytest
 import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordReader
 
-from dmf import data, pretrained, sharding, step, train
+from dmf import data, pretrained, sharding, step
 from dmf.config import parse
 from dmf.convert import encode
 from dmf.convert.command import convert
@@ -34,7 +34,7 @@ from dmf.errors import DmfError
 from dmf.networks.frozen.vae import VAEConfig
 from dmf.storage import checkpoint
 from dmf.storage.readers.read import sha256
-from tests import ROOT
+from tests import ROOT, runs
 from tests.conversion import export_arrays, small_noise
 from tests.data.test_data import PARTITIONS, WITHOUT_TENSORFLOW, numbered, reassembled
 from tests.data.test_images import COUNTS, TinyFaces, encoded, pixels
@@ -890,7 +890,7 @@ def test_a_training_step_is_taken_from_encoded_images(
     mesh = sharding.make_mesh(devices=jax.devices()[:1])  # one device compiles faster
     monkeypatch.setattr(sharding, "make_mesh", lambda *_: mesh)
     where = {"name": "imagenet256_latents", "data_dir": str(whole), "flip": True}
-    run = train.Run(
+    run = runs.open_run(
         parse(
             merged(
                 TINY,
@@ -904,7 +904,7 @@ def test_a_training_step_is_taken_from_encoded_images(
     )
     batch = sharding.put_rows(mesh, data.batch(run.dataset, 0, 0, 16))
     scalars = step.step_scalars(0, run.stages[0], run.stages, run.config)
-    before = run._start()
+    before = runs.begin(run)
     start = jax.tree.leaves(jax.device_get(before.params))
     now, metrics = run.steps[run.stages[0].kind](before, batch, scalars)
     run.close()

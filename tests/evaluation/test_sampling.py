@@ -9,6 +9,7 @@ import pytest
 from dmf import sharding
 from dmf.data import DataConfig, load
 from dmf.evaluation import sampling
+from dmf.evaluation.boundary import RunJudge
 from dmf.evaluation.sampling import Sampler
 from dmf.logging import TensorBoard
 from dmf.run.scoreboard import Scoreboard
@@ -93,8 +94,8 @@ class Scorer:
 def board(folder, **changes):
     """The scoreboard of a run on digits that is scored by `Scorer`."""
     setup = Setup(merged(merged(TINY, run=dict(score_samples=32)), **changes))
-    where = folder, setup.stages, load(DataConfig(), "train"), setup.network, setup.mesh
-    return Scoreboard(setup.config, *where, TensorBoard(folder, False))
+    judge = RunJudge(setup.config, load(DataConfig(), "train"), setup.network, setup.mesh)
+    return Scoreboard(setup.config, folder, setup.stages, judge, TensorBoard(folder, False))
 
 
 def test_scores_of_digits_are_compared_with_their_like_alone(tmp_path, monkeypatch):
@@ -111,8 +112,8 @@ def test_scores_of_digits_are_compared_with_their_like_alone(tmp_path, monkeypat
         )
     ]
     same = board(tmp_path, run=dict(log_every_steps=7))
-    scored_by = [b._score.scored_by for b in (mine, *others)]
-    assert len(set(scored_by)) == 6 and same._score.scored_by == scored_by[0]
+    scored_by = [b._scored_by for b in (mine, *others)]
+    assert len(set(scored_by)) == 6 and same._scored_by == scored_by[0]
     rows = [
         {"scored_by": by, "fd_hidden": 9.0 - n, "n_samples": 32.0} for n, by in enumerate(scored_by)
     ]

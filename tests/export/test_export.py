@@ -1,4 +1,4 @@
-"""Samplers that leave: equal to the checkpoint's own, loadable without this code, whole or not there at all."""
+"""Exported samplers: equal to the checkpoint's, loadable without this code, whole or absent."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from dmf import pretrained, sharding
 from dmf.config import parse, to_dict
 from dmf.errors import DmfError
 from dmf.evaluation.sampling import Sampler
-from dmf.export import card, command, folder, onnx, place, sampler
+from dmf.export import card, command, folder, model, onnx, place, sampler
 from dmf.storage import checkpoint
 from tests import ROOT
 from tests.tiny import TINY, UNET, Setup, merged
@@ -35,7 +35,7 @@ SOURCE = {
 
 
 def saved(base, path, **metadata):
-    """A checkpoint of random weights, none of them at a zero start, as it comes from a conversion."""
+    """A checkpoint as from a conversion, of random weights; no leaf is zero."""
     setup = Setup(base)
     params = setup.state().params
     assert all(np.asarray(x).any() for x in jax.tree.leaves(params))
@@ -60,7 +60,7 @@ def models(checkpoints, tmp_path_factory):
 
 
 def own(path, labels, count, steps):
-    """(noise, what the checkpoint's own sampler makes of it) of so many samples."""
+    """(noise, the samples of the checkpoint's own sampler from it)."""
     config = parse(checkpoint.metadata(path)["config"])
     network, params = pretrained.load(path)
     draw = Sampler(network, config, SHAPE, labels, sharding.make_mesh(devices=jax.devices()[:1]))
@@ -120,7 +120,7 @@ def test_the_metadata_say_what_a_user_has_to_know(models):
     )
     for row in found["samplers"]:
         content = (models / "dit" / row["file"]).read_bytes()
-        assert row["sha256"] == sampler.sha256(content) and row["check"]["relative_l2"] <= 1e-5
+        assert row["sha256"] == model.sha256(content) and row["check"]["relative_l2"] <= 1e-5
         assert (
             row["calling_convention_version"]
             == jax.export.deserialize(bytearray(content)).calling_convention_version
@@ -151,9 +151,10 @@ class Only:
     def __init__(self, finder):
         self.finder = finder
     def find_spec(self, name, path=None, target=None):
-        if name.startswith("_") or name.split(".")[0] in sys.stdlib_module_names | {needed}:  # _ is Python's own
+        # Names that start with _ are Python's own.
+        if name.startswith("_") or name.split(".")[0] in sys.stdlib_module_names | {needed}:
             return self.finder.find_spec(name, path, target)
-sys.meta_path[:] = map(Only, sys.meta_path)  # all else is not installed
+sys.meta_path[:] = map(Only, sys.meta_path)  # as if nothing else were installed
 {code}
 np.save(sys.argv[1], x)
 assert images.shape == x.shape and images.dtype == np.uint8
@@ -203,7 +204,7 @@ def test_the_weights_of_a_folder_come_back_bit_for_bit(checkpoints, models, tmp_
 
 
 def scored(tmp_path, **run):
-    """A run's work directory as far as the card reads it: step 7 of two, scored twice."""
+    """A work directory, as far as the card reads it: step 7 of two, scored twice."""
     home = tmp_path / "run"
     (home / "checkpoints").mkdir(parents=True)
     config = to_dict(parse(merged(TINY, ema=dict(evaluate=0.0), run=run)))
@@ -215,7 +216,7 @@ def scored(tmp_path, **run):
     ]
     (home / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (home / "best.json").write_text(json.dumps(rows[2]))
-    manifest = sampler.sha256((home / "checkpoints" / "7" / checkpoint.MANIFEST).read_bytes())
+    manifest = model.sha256((home / "checkpoints" / "7" / checkpoint.MANIFEST).read_bytes())
     protocol = {
         "name": "mine",
         "space": "pixels",
@@ -239,7 +240,7 @@ def scored(tmp_path, **run):
 
 def test_the_card_has_the_scores_of_these_weights_and_no_others(tmp_path):
     home = scored(tmp_path)
-    found = card.scores(sampler.open_model(home))
+    found = card.scores(model.open_model(home))
     assert [row["fd"] for row in found[0]["rows"]] == [7.125, 7.25] and found[0]["best"]
     assert (
         len(found) == 2
@@ -255,12 +256,12 @@ def test_the_card_has_the_scores_of_these_weights_and_no_others(tmp_path):
         and "500 samples against the rest, seed 5" in text
     )
     assert "best checkpoint" in text and "after 7 steps" in text and "90.5" not in text
-    assert card.scores(sampler.open_model(home, sampler="euler")) == []
+    assert card.scores(model.open_model(home, sampler="euler")) == []
 
 
 def test_the_cards_scores_of_training_count_heuns_evaluations(tmp_path):
     (found,) = card.scores(
-        sampler.open_model(scored(tmp_path, sampler="heun"))
+        model.open_model(scored(tmp_path, sampler="heun"))
     )  # scores.jsonl has the steps alone, as "nfe"
     assert [(row["steps"], row["nfe"]) for row in found["rows"]] == [(1, 2), (2, 4)]
 
@@ -269,18 +270,18 @@ def test_a_file_of_scores_of_somebody_elses_is_passed_over(tmp_path):
     home = scored(tmp_path)
     for name, content in {"c": {"checkpoint": "x"}, "d": [1], "e": {"checkpoint": None}}.items():
         (home / f"scores_{name}.json").write_text(json.dumps(content))
-    assert len(card.scores(sampler.open_model(home))) == 2
+    assert len(card.scores(model.open_model(home))) == 2
 
 
 def test_what_is_not_known_of_a_checkpoint_is_not_called_none(tmp_path):
     (scored(tmp_path) / "checkpoints" / "7").rename(tmp_path / "final")
-    model = dataclasses.replace(sampler.open_model(tmp_path / "final"), shape=(8, 8, 4))
+    opened = dataclasses.replace(model.open_model(tmp_path / "final"), shape=(8, 8, 4))
     made = {
         "weights": "w",
         "samplers": [{"file": "f", "steps": 1, "nfe": 1, "platforms": []}],
         "scores": [],
     }
-    text = card.text("m", {**sampler.about(model), **made})
+    text = card.text("m", {**model.about(opened), **made})
     assert (
         "Trained with dmf on digits." in text
         and "scale unknown, shift 0; the scale was not recorded" in text
@@ -294,8 +295,8 @@ def test_latents_come_with_the_rule_that_makes_images_of_them(checkpoints, tmp_p
         "scale": 0.25,
         "vae": {"file": "vae.pt", "copy": "", "sha256": "cd" * 32},
     }
-    model = sampler.open_model(saved(TINY, tmp_path / "latent", data=about))
-    found = sampler.about(model)
+    opened = model.open_model(saved(TINY, tmp_path / "latent", data=about))
+    found = model.about(opened)
     assert (
         found["latent"]["scale"] == 0.25
         and found["latent"]["shift"] == 0
@@ -311,7 +312,7 @@ def test_latents_come_with_the_rule_that_makes_images_of_them(checkpoints, tmp_p
     assert (
         "image = decode(x / scale + shift), scale 0.25, shift 0" in text and "images =" not in text
     )
-    assert sampler.about(sampler.open_model(checkpoints["dit"]))["latent"] is None
+    assert model.about(model.open_model(checkpoints["dit"]))["latent"] is None
 
 
 def test_another_sampler_is_refused_and_leaves_nothing(checkpoints, tmp_path, monkeypatch):
@@ -321,7 +322,7 @@ def test_another_sampler_is_refused_and_leaves_nothing(checkpoints, tmp_path, mo
     )
     with pytest.raises(
         DmfError,
-        match=r"sampler_1.jaxexport differs from the checkpoint's sampler by .*: expected a relative",
+        match="sampler_1.jaxexport differs from the checkpoint's sampler by .*: expected a rel",
     ):
         folder.export(checkpoints["dit"], tmp_path / "model")
     assert not list(tmp_path.iterdir())
@@ -337,7 +338,7 @@ def test_an_interrupted_export_leaves_nothing(checkpoints, tmp_path, monkeypatch
     monkeypatch.setattr(sampler, "artifact", lambda *_: b"program")
     monkeypatch.setattr(sampler, "call", lambda _: (print, 0))
     monkeypatch.setattr(sampler, "check", lambda *_: {"relative_l2": 0})
-    monkeypatch.setattr(sampler, where, interrupted)
+    monkeypatch.setattr({"artifact": sampler, "about": model}[where], where, interrupted)
     with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else DmfError):
         folder.export(checkpoints["dit"], tmp_path / "model")
     assert not list(tmp_path.iterdir())
@@ -365,7 +366,7 @@ def test_what_a_killed_export_left_goes_with_the_next_and_what_is_at_work_stays(
 
 
 class Hub:
-    """A stand-in for huggingface_hub that notes what it is asked for."""
+    """A stand-in for huggingface_hub that notes the calls."""
 
     def __init__(self, error=None):
         self.calls, self.error = [], error
@@ -446,7 +447,7 @@ def test_what_the_packages_of_onnx_refuse_is_one_sentence(checkpoints, tmp_path,
     )
     with pytest.raises(
         DmfError,
-        match="x.onnx: .* cannot do this network .NotImplementedError: no rule for this.; expected a",
+        match="x.onnx: .* cannot do this network .NotImplementedError: no rule for this.; expected",
     ):
         onnx.export(checkpoints["dit"], tmp_path / "x.onnx")
     assert not list(tmp_path.iterdir())

@@ -645,9 +645,9 @@ def test_another_program_that_runs_on_the_node_is_left_alone(bench):
     )
 
 
-def test_the_commands_of_the_readme_are_understood(bench):
-    block = (ROOT / "README.md").read_text().partition("### Start it there")[2].split("```")[1]
-    lines = [line for row in block.splitlines() for line in row.replace("; ", "\n").splitlines()]
+def test_the_commands_of_the_page_are_understood(bench):
+    block = (ROOT / "docs" / "launch.md").read_text().split("```")[1]
+    lines = block.replace("\\\n", " ").splitlines()
     there = {
         word.split("=")[0]: word.split("=")[1] for word in shlex.split(lines[1], comments=True)[1:]
     }

@@ -383,7 +383,8 @@ def test_every_stored_number_and_picture_has_its_command():
         for line in lines
         if line.startswith("    $ ")
     ]
-    readme = (ROOT / "README.md").read_text()
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    readme = "\n".join(page.read_text() for page in pages)
     stored = {f"docs/{p.name}" for p in (ROOT / "docs").iterdir() if p.suffix in (".json", ".png")}
     named = set(re.findall(r"docs/\w+\.(?:json|png)", readme))
     assert len(stored) >= 7 and stored | named <= set(re.findall(r"docs/\w+\.(?:json|png)", listed))
@@ -405,7 +406,7 @@ def test_every_stored_number_and_picture_has_its_command():
         "python main.py --mode=benchmark --config=configs/digits.py --out",
     ):
         (command,) = [c for c in commands if c.startswith(start)]
-        assert f"`{command}`" in readme
+        assert f"`{command}`" in readme, command
 
 
 def test_a_name_of_the_list_runs_its_commands_in_order_and_ends_at_one_that_fails(ready):

@@ -1,4 +1,4 @@
-"""Compiled work of a step against the forward passes the mathematics needs; times are for the benchmark command."""
+"""The compiled work of a step, and the forward passes it needs. The benchmark measures times."""
 
 import json
 
@@ -10,14 +10,14 @@ import pytest
 from dmf import sharding, step
 from dmf.config import parse
 from dmf.errors import DmfError
-from dmf.measure import benchmark, cost, tpu_plan
+from dmf.measure import benchmark, cost, programs, tpu_plan
 from dmf.measure.cost import Compilations, Counts
 from tests.tiny import TINY, UNET, Setup, merged
 
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
-    """The file of a benchmark of a tiny DiT, whose rows are what it returns."""
+    """The file that a benchmark of a tiny DiT writes; its rows are those that it returns."""
     out = tmp_path_factory.mktemp("benchmark") / "out.json"
     values = merged(TINY, network=dict(depth=1, width=128), batch_size=64)
     found = benchmark.benchmark(parse(values), str(out), rounds=2)
@@ -37,7 +37,8 @@ def rows(stored):
 def test_only_rows_that_need_it_pay_for_the_second_evaluation(rows, kind, fraction):
     row = rows[kind, fraction]
     assert row["limit"] == 1 + fraction / 3
-    # Attention and normalisation backwards cost a little less than two forwards, a JVP a little more than one.
+    # Backwards, attention and normalisation cost a little less than two forward passes.
+    # A JVP costs a little more than one.
     assert row["flops_ratio"] == pytest.approx(row["limit"], rel=0.05)
     if kind == "discrete":
         assert row["bytes_ratio"] < 1.05 * row["limit"]
@@ -55,14 +56,14 @@ def counts_on_one_device(values, cases):
         lowered = setup.step(kind).lower(
             jax.eval_shape(setup.state), setup.batch(0), setup.scalars(0, kind)
         )
-        # LLVM's part, which the counts do not see, takes most of the time.
+        # The counts do not need LLVM's part, which takes most of the time.
         quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
         found.append(cost.counts(lowered.compile(compiler_options=quick)))
     return found
 
 
 def test_the_finite_difference_takes_no_more_memory_than_flow_matching():
-    """In a network as small as this, what flow matching saves by freezing the interval branch is near 2 %."""
+    """Flow matching freezes the interval branch. In so small a network this saves about 2 %."""
     values = merged(TINY, network=dict(depth=4, width=64), batch_size=64)
     cases = (("flow", 0.25), ("all_pairs", 0.25), ("discrete", 0.25), ("discrete", 0.75))
     flow, trajectory, *discrete = (
@@ -88,7 +89,7 @@ def test_compilations_are_counted_one_by_one():
         double.lower(jnp.ones(3)).compile()
         before = seen.count
         double(jnp.ones(3))
-        assert seen.count == before  # the program at hand
+        assert seen.count == before  # the same program
         double(jnp.ones(4, jnp.int32))
         assert seen.count > before
         before = seen.count
@@ -97,7 +98,10 @@ def test_compilations_are_counted_one_by_one():
 
 
 def test_model_flops_are_those_of_the_matrices(stored):
-    """Of a DiT by hand: 2 per weight of a block and token, 4 per pair of tokens and channel; the rest is small."""
+    """FLOPs of a DiT, by hand.
+
+    There are 2 per weight of a block and token, and 4 per pair of tokens and channel.
+    """
     config = parse(merged(TINY, network=dict(depth=8, width=256, heads=4, patch=1), batch_size=2))
     tokens, width = 64, 256
     block = tokens * (2 * 12 * width**2 + 4 * tokens * width) + 2 * 6 * width**2
@@ -138,9 +142,9 @@ def test_the_table_has_every_case_and_a_time_for_each(stored, rows):
     )
     text = benchmark.format_rows(stored["programs"])
     assert len({len(line) for line in text.splitlines()}) == 1 and len(text.splitlines()[0]) <= 160
-    assert "MFU" not in text  # no peak is known of a CPU
+    assert "MFU" not in text  # a CPU has no known peak
     per_ms = {key: row["step_ms"] for key, row in rows.items()}
-    # 4 steps of flow, 2 + 4 + 2 of the curriculum at its own 75 %
+    # 4 steps of flow, then 2 + 4 + 2 of the curriculum with its 75 %
     expected = 6 * per_ms["flow", 0.0] + 4 * per_ms["discrete", 0.75] + 2 * per_ms["jvp", 0.75]
     assert stored["total"]["steps"] == 12
     assert stored["total"]["hours"] == pytest.approx(expected / 3.6e6)
@@ -166,7 +170,10 @@ def test_utilisation_is_the_models_flops_by_time_devices_and_peak(monkeypatch):
 
 
 class StandIn:
-    """In place of a jitted step: compiles at no cost, hands the state on; given an error, raises it when compiled or run."""
+    """Replaces a jitted step: compiles at once, and returns its state.
+
+    Given an error, it raises it when it is compiled or run.
+    """
 
     def __init__(self, error="", when="compile"):
         self.error, self.when = error, when
@@ -211,7 +218,7 @@ def test_a_case_without_room_is_a_row_of_dashes_and_the_others_survive(monkeypat
         for line in capsys.readouterr().out.splitlines()
         if line.split()[:2] == ["jvp", "0.75"]
     ]
-    # The limit is the mathematics'; XLA's counts are known of what was compiled.
+    # The limit needs no program. XLA's counts are known where the program was compiled.
     assert line[2:5] == ["-"] * 3 and line[5] == "1.250" and line[6:8] == ["-"] * 2
     assert (set(line[6:]) == {"-"}) == (when == "compile")
 
@@ -239,7 +246,10 @@ def test_a_batch_of_which_a_quarter_is_no_whole_number_of_rows_is_refused_with_o
 ):
     monkeypatch.setattr(benchmark, "compile_cases", None)  # not reached
     sizes = dict(batch_size=batch_size, microbatches=microbatches, times=dict(r_neq_t_fraction=0.5))
-    said = rf"config.batch_size = {batch_size}: the case \w+ with .*8 devices.*expected a multiple of \d+, such as {would_do}$"
+    said = (
+        rf"config.batch_size = {batch_size}: the case \w+ with .*8 devices.*"
+        rf"expected a multiple of \d+, such as {would_do}$"
+    )
     with pytest.raises(DmfError, match=said):
         benchmark.benchmark(parse(merged(TINY, **sizes)))
 
@@ -248,7 +258,7 @@ def test_batches_of_latents_have_std_in_benchmark_and_plan(monkeypatch):
     config = parse(merged(TINY, data=dict(name="imagenet256_latents", mock=True)))
     shapes = cost.batch_shapes(config, (32, 32, 4))
     assert shapes["std"] == shapes["x"] and shapes["x"].shape == (32, 32, 32, 4)
-    made = benchmark._random_batch(config, (32, 32, 4), 10)
+    made = programs.random_batch(config, (32, 32, 4), 10)
     assert {key: (x.shape, x.dtype) for key, x in made.items()} == {
         key: (s.shape, s.dtype) for key, s in shapes.items()
     }
@@ -269,7 +279,7 @@ def test_the_note_names_the_kinds_whose_attention_the_counts_leave_out():
     kinds = ["flow", "discrete", "discrete", "guided_jvp"]
     loops, fused = benchmark._uncounted(about, kinds)
     assert loops.endswith("once: they are of one chunk of attention's keys (discrete, guided_jvp)")
-    assert fused.endswith("as nothing (flow: cudnn)")
+    assert fused.endswith("as 0 (flow: cudnn)")
     assert benchmark._uncounted(about | {"attention": dict.fromkeys(kernels, "xla")}, kinds) == []
     both = about | {
         "attention": dict.fromkeys(kernels, "flash"),

@@ -1,4 +1,4 @@
-"""Plans for TPUs: names, what is read from XLA's text, the rule of what fits, and rows that are not compiled twice."""
+"""Plans for TPUs: names, XLA's text, the rule of what fits, rows that are not compiled twice."""
 
 import importlib.util
 import json
@@ -16,80 +16,14 @@ from dmf import data, sharding
 from dmf.config import parse
 from dmf.data import DataConfig
 from dmf.errors import DmfError
-from dmf.measure import hlo, tpu_plan
-from tests import ROOT
+from dmf.measure import hlo, topologies, tpu_plan
+from tests import GOLDEN, ROOT
 from tests.tiny import TINY, merged
 
-# Written in XLA's words for a TPU: a loop of 28 rounds that gathers a weight beside other work (one chain in three fusions) and
-# scatters a gradient's sum, between a sum over groups of four, a gather that is started apart, and a permutation.
-TEXT = """\
-HloModule jit_step, is_scheduled=true
-
-%add.1 (x.1: f32[], y.1: f32[]) -> f32[] {
-  %x.1 = f32[]{:T(128)} parameter(0)
-  %y.1 = f32[]{:T(128)} parameter(1)
-  ROOT %sum.1 = f32[]{:T(128)} add(%x.1, %y.1)
-}
-
-%start.1 (p.1: bf16[8,128]) -> (bf16[8,128], bf16[64,128], u32[]) {
-  %p.1 = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
-  %all-gather.1 = bf16[64,128]{1,0:T(8,128)(2,1)} all-gather(%p.1), channel_id=4, replica_groups=[1,8]<=[8], \
-dimensions={0}, use_global_device_ids=true, frontend_attributes={chain_id="0"}
-  ROOT %custom-call.1 = (bf16[8,128]{1,0}, bf16[64,128]{1,0}, u32[]{:S(2)}) custom-call(%all-gather.1), \
-custom_call_target="AsyncCollectiveStart"
-}
-
-%async_collective_fusion.1 (p.2: bf16[8,128], p.3: bf16[64,128]) -> bf16[64,128] {
-  %p.2 = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
-  %p.3 = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(1)
-  %all-gather.2 = bf16[64,128]{1,0:T(8,128)(2,1)} all-gather(%p.2), channel_id=4, replica_groups=[1,8]<=[8], \
-dimensions={0}, use_global_device_ids=true, frontend_attributes={chain_id="0"}
-  ROOT %add.5 = bf16[64,128]{1,0:T(8,128)(2,1)} add(%p.3, %all-gather.2)
-}
-
-%all-reduce-scatter.1 (input.1: f32[64,128]) -> f32[8,128] {
-  %input.1 = f32[64,128]{1,0:T(8,128)} parameter(0)
-  %all-reduce.2 = f32[64,128]{1,0:T(8,128)} all-reduce(%input.1), channel_id=5, replica_groups=mesh['a'=2,'b'=4] {'a','b'}, \
-use_global_device_ids=true, to_apply=%add.1
-  %zero.1 = u32[] constant(0)
-  ROOT %dynamic-slice.1 = f32[8,128]{1,0:T(8,128)} dynamic-slice(%all-reduce.2, %zero.1, %zero.1), dynamic_slice_sizes={8,128}
-}
-
-%body.1 (arg.1: (s32[], bf16[8,128], f32[64,128])) -> (s32[], bf16[8,128], f32[64,128]) {
-  %arg.1 = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}, f32[64,128]{1,0:T(8,128)}) parameter(0)
-  %i.1 = s32[]{:T(128)} get-tuple-element(%arg.1), index=0
-  %w.1 = bf16[8,128]{1,0:T(8,128)(2,1)} get-tuple-element(%arg.1), index=1
-  %g.1 = f32[64,128]{1,0:T(8,128)} get-tuple-element(%arg.1), index=2
-  %async-collective-start = (bf16[8,128]{1,0}, bf16[64,128]{1,0}, u32[]{:S(2)}) fusion(%w.1), kind=kCustom, calls=%start.1
-  %h.1 = bf16[64,128]{1,0:T(8,128)(2,1)} get-tuple-element(%async-collective-start), index=1
-  %fusion.2 = bf16[64,128]{1,0:T(8,128)(2,1)} fusion(%w.1, %h.1), kind=kOutput, calls=%async_collective_fusion.1
-  %fusion.3 = f32[8,128]{1,0:T(8,128)} fusion(%g.1), kind=kCustom, calls=%all-reduce-scatter.1
-  %one.1 = s32[]{:T(128)} constant(1)
-  %next.1 = s32[]{:T(128)} add(%i.1, %one.1)
-  ROOT %tuple.1 = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}, f32[64,128]{1,0:T(8,128)}) tuple(%next.1, %w.1, %g.1)
-}
-
-%cond.1 (arg.2: (s32[], bf16[8,128], f32[64,128])) -> pred[] {
-  %arg.2 = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}, f32[64,128]{1,0:T(8,128)}) parameter(0)
-  %i.2 = s32[]{:T(128)} get-tuple-element(%arg.2), index=0
-  %bound.1 = s32[]{:T(128)} constant(28)
-  ROOT %lt.1 = pred[]{:T(512)} compare(%i.2, %bound.1), direction=LT
-}
-
-ENTRY %main.1_spmd (param.0: bf16[8,128], param.1: f32[64,128]) -> f32[64,128] {
-  %param.0 = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
-  %param.1 = f32[64,128]{1,0:T(8,128)} parameter(1)
-  %start.2 = s32[]{:T(128)} constant(0)
-  %copy.1 = s32[]{:T(128)} copy(%start.2)
-  %tuple.2 = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}, f32[64,128]{1,0:T(8,128)}) tuple(%copy.1, %param.0, %param.1)
-  %while.1 = (s32[]{:T(128)}, bf16[8,128]{1,0}, f32[64,128]{1,0}) while(%tuple.2), condition=%cond.1, body=%body.1
-  %all-gather-start.3 = (bf16[8,128]{1,0}, bf16[64,128]{1,0}) all-gather-start(%param.0), replica_groups={{0,1,2,3,4,5,6,7}}, \
-dimensions={0}
-  %all-gather-done.3 = bf16[64,128]{1,0:T(8,128)(2,1)} all-gather-done(%all-gather-start.3)
-  %collective-permute.1 = bf16[8,128]{1,0:T(8,128)(2,1)} collective-permute(%param.0), source_target_pairs={{0,1},{1,0}}
-  ROOT %all-reduce.9 = f32[64,128]{1,0:T(8,128)} all-reduce(%param.1), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add.1
-}
-"""
+# XLA's words for a TPU, shortened by hand. A loop of 28 rounds gathers a weight beside other work,
+# as one chain in three fusions, and scatters the sum of a gradient.
+# Around it are a sum over groups of four, a gather with start and end apart, and a permutation.
+TEXT = (GOLDEN / "tpu_step.hlo").read_text()
 FUSED = """\
 %less.1 (x.8: s32[], y.8: s32[]) -> pred[] {
   %x.8 = s32[]{:T(128)} parameter(0)
@@ -154,11 +88,11 @@ def test_a_loop_whose_body_the_text_lacks_ends(lost):
 
 
 def test_collectives_of_a_program_that_was_really_compiled(rng):
-    # XLA's own text, of the backend at hand: five rounds of a sum over eight devices of 3 x 4 float32.
+    # XLA's text for this machine: five rounds of a sum over eight devices, 3 x 4 float32.
     mesh = sharding.make_mesh()
 
     def five(x):
-        # Without the square the sum would not depend on the round, and be taken out of the loop.
+        # Without the square, XLA would take the sum out of the loop: no round would change it.
         return jax.lax.scan(
             lambda c, _: (jax.lax.psum(c, mesh.axis_names) ** 2, None), x, None, length=5
         )[0]
@@ -225,7 +159,7 @@ ENTRY"""
         "calls=%sliced\n  ROOT %fusion.2", "calls=%outer\n  ROOT %fusion.2"
     )
     assert "calls=%outer" in within and hlo.traffic(hlo.parse(within)) == 5 * piece
-    # The slice and the sum; the update read, and read again and written where it goes.
+    # The slice and the sum. The update is read, read again, and written.
     assert hlo.traffic(hlo.parse(text)) == 2 * piece + 3 * piece
     assert hlo.traffic(hlo.parse(text), main_memory=False) == 5 * piece + piece + 2 * 4
 
@@ -244,7 +178,7 @@ ENTRY"""
     ],
 )
 def test_cloud_names_count_cores_up_to_v5p_and_chips_from_v5e(given, found):
-    assert tpu_plan.libtpu_name(given) == found
+    assert topologies.libtpu_name(given) == found
 
 
 @pytest.mark.parametrize(
@@ -253,12 +187,13 @@ def test_cloud_names_count_cores_up_to_v5p_and_chips_from_v5e(given, found):
 )
 def test_an_unknown_topology_is_refused_with_those_that_are_known(name):
     with pytest.raises(DmfError, match=r"--topology=.*expected"):
-        tpu_plan.libtpu_name(name)
+        topologies.libtpu_name(name)
 
 
 def test_what_the_compiler_says_of_too_much_memory():
     temporaries = (
-        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (57.30G) exceeds "
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (57.30G) exceeds "
         "available HBM (15.75G)."
     )
     assert tpu_plan.verdict(temporaries) == {
@@ -266,7 +201,10 @@ def test_what_the_compiler_says_of_too_much_memory():
         "total_bytes": round(57.3 * 2**30),
         "hbm_bytes": round(15.75 * 2**30),
     }
-    used = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 35.76G of 15.75G hbm. Exceeded hbm capacity by 20.01G."
+    used = (
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. "
+        "Used 35.76G of 15.75G hbm. Exceeded hbm capacity by 20.01G."
+    )
     assert tpu_plan.verdict(used) == {
         "fits": False,
         "total_bytes": round(35.76 * 2**30),
@@ -281,7 +219,7 @@ def test_what_the_compiler_says_of_too_much_memory():
 
 
 def stand_in(temporary):
-    """What jax gives of a compiled program, with figures of our own."""
+    """A stand-in for a compiled program, with invented figures."""
     memory = SimpleNamespace(
         argument_size_in_bytes=2**29,
         output_size_in_bytes=2**29 + 2**10,
@@ -300,15 +238,14 @@ def test_a_program_fits_up_to_the_last_byte_of_what_the_compiler_may_use():
     room = 2**30 - 2**29 - 2**20 - 2**10
     full, over = (tpu_plan.measure(stand_in(n), 8, 1.0) for n in (room, room + 1))
     assert full["total_bytes"] == full["hbm_bytes"] == 2**30 and full["fits"] and not over["fits"]
-    assert full["xla_bytes"] is None and full["loops"] == [
-        28
-    ]  # XLA counts the loop's bytes once: no figure
+    # XLA counts the loop's bytes once, so there is no figure.
+    assert full["xla_bytes"] is None and full["loops"] == [28]
     assert full["collectives"]["reduce-scatter"]["count"] == 28
 
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """The kinds that are compiled, on the fake devices of this machine instead of a TPU's."""
+    """The kinds that are compiled. Fake devices of this machine replace those of a TPU."""
     seen = []
 
     def compile_(config, mesh, stage, shape, hbm_gib):
@@ -317,9 +254,9 @@ def compiled(monkeypatch):
             "compile_s": 1.0
         }
 
-    monkeypatch.setattr(tpu_plan, "_prepare", lambda: None)
-    monkeypatch.setattr(tpu_plan, "_libtpu_version", lambda: "0.0")
-    monkeypatch.setattr(tpu_plan, "_devices", lambda given, target: jax.devices())
+    monkeypatch.setattr(topologies, "prepare", lambda: None)
+    monkeypatch.setattr(topologies, "libtpu_version", lambda: "0.0")
+    monkeypatch.setattr(topologies, "devices", lambda given, target: jax.devices())
     monkeypatch.setattr(tpu_plan, "_compile", compile_)
     return seen
 
@@ -358,6 +295,20 @@ def test_rows_are_on_disk_as_soon_as_they_are_known(compiled, tmp_path, monkeypa
     assert compiled == ["flow", "all_pairs", "discrete", "jvp"]
 
 
+def test_stored_rows_are_found_by_the_names_and_fields_of_today():
+    rows = tpu_plan.read(str(ROOT / "docs" / "tpu_plan.json"))
+    assert {row["kind"] for row in rows} == {"all_pairs", "discrete", "jvp"}
+    for name in ("cifar10", "imagenet256"):
+        path = ROOT / "configs" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        found = {row["program"] for row in rows if row["config"] == f"configs/{name}.py"}
+        assert found == {tpu_plan._digest(parse(module.get_config()))}
+    other = merged(TINY, optimizer=dict(b2=0.9))
+    assert tpu_plan._digest(parse(other)) != tpu_plan._digest(parse(TINY))
+
+
 def test_model_flops_are_the_passes_of_the_stage_times_the_plain_forward_pass(compiled):
     flow, trajectory, discrete, jvp = (
         row["model_flops"] for row in tpu_plan.plan(parse(TINY), ["v5e-8"])
@@ -380,7 +331,7 @@ def test_the_figures_are_explained_and_a_loop_of_unknown_length_is_marked(compil
         True,
         False,
         False,
-    ] and " trajectory* " in lines[2]
+    ] and " all_pairs* " in lines[2]
     assert (
         len({line.index("all-gather") for line in lines[1:]}) == 1
     )  # the columns stay where they are
@@ -465,7 +416,7 @@ def test_a_batch_that_does_not_divide_is_refused(compiled):
 
 def test_every_topology_is_looked_at_before_the_first_compilation(compiled, monkeypatch):
     monkeypatch.setattr(
-        tpu_plan, "_devices", lambda given, target: jax.devices()[: 8 if given == "v5e-8" else 5]
+        topologies, "devices", lambda given, target: jax.devices()[: 8 if given == "v5e-8" else 5]
     )
     with pytest.raises(
         DmfError, match="config.batch_size = 32: expected a multiple of the 5 devices"
@@ -493,12 +444,12 @@ def test_shapes_and_classes_are_those_of_the_data():
 
 @NEEDS_LIBTPU
 def test_a_tiny_step_really_compiles_for_four_chips(tmp_path):
-    # In a process of its own: libtpu reads its environment when it is loaded, and this process has eight fake devices.
+    # In a new process: this one has fake devices, and libtpu reads its environment when it loads.
     values = merged(
         TINY, curriculum=dict(stages=1, kinds=("discrete",), pretrain_length=0.0), mesh=dict(fsdp=2)
     )
-    code = "import sys, json; from dmf import config; from dmf.measure import tpu_plan as plan; c = config.parse(json.loads(sys.argv[1])); "
-    code += "plan.plan(c, ['v5e-4'], sys.argv[2])"
+    code = "import sys, json; from dmf.config import parse; from dmf.measure import tpu_plan; "
+    code += "tpu_plan.plan(parse(json.loads(sys.argv[1])), ['v5e-4'], sys.argv[2])"
     out = tmp_path / "plan.json"
     given = [sys.executable, "-c", code, json.dumps(values), str(out)]
     done = subprocess.run(given, cwd=ROOT, capture_output=True, text=True, timeout=600)

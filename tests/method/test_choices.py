@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from configs import imagenet256
-from dmf import sharding, state, step, train
+from dmf import sharding, state, step
 from dmf.config import check, parse
 from dmf.errors import DmfError
 from dmf.evaluation import pictures
@@ -26,7 +26,7 @@ from dmf.method.intervals import dagger, linear
 from dmf.method.objectives import GUIDED, KINDS, LossConfig
 from dmf.method.velocity import along_own
 from dmf.networks import Network
-from tests import ROOT
+from tests import ROOT, runs
 from tests.test_train import leaves, stopped_after
 from tests.tiny import TINY, Setup, merged, residuals
 
@@ -38,7 +38,7 @@ def resumed_ends_as_uninterrupted(values, tmp_path, stops):
 
     All runs end in the same bits.
     """
-    train.train(parse(values), tmp_path / "whole")
+    runs.train(parse(values), tmp_path / "whole")
     last = max(
         int(p.name) for p in (tmp_path / "whole" / "checkpoints").iterdir() if p.name.isdigit()
     )
@@ -46,7 +46,7 @@ def resumed_ends_as_uninterrupted(values, tmp_path, stops):
 
     for n in stops:
         stopped_after(n, values, tmp_path / str(n))
-        train.train(parse(values), tmp_path / str(n))
+        runs.train(parse(values), tmp_path / str(n))
         for a, b in zip(
             leaves(tmp_path / str(n) / "checkpoints" / str(last)), expected, strict=True
         ):

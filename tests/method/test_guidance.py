@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmf import config, pretrained, step, train
+from dmf import config, pretrained, step
 from dmf.config import parse
 from dmf.errors import DmfError
 from dmf.measure import benchmark
@@ -19,9 +19,10 @@ from dmf.method.curriculum import CurriculumConfig, build_stages, passes, table
 from dmf.method.flow import Condition, Rows, RowSplit
 from dmf.method.guidance import GuidanceConfig, guided_velocity
 from dmf.networks import Network
-from tests.test_config import load
+from tests import runs
+from tests.test_configs import load
 from tests.test_step import largest_difference
-from tests.test_train import leaves
+from tests.test_train import leaves, stopped_after
 from tests.tiny import TINY, Setup, merged
 
 NULL, RHO = 10, 0.25
@@ -282,9 +283,8 @@ def test_the_compiled_work_is_what_the_table_says(monkeypatch):
 def finished(tmp_path_factory):
     """A finished run with a guided stage at its end: its directory, and the programs it compiled."""
     workdir = tmp_path_factory.mktemp("guided")
-    run = train.Run(parse(RUN), workdir)
-    run.loop()
-    run.finish()
+    run = runs.open_run(parse(RUN), workdir)
+    runs.loop(run)
     run.close()
     return workdir, {kind: program._cache_size() for kind, program in run.steps.items()}
 
@@ -292,29 +292,15 @@ def finished(tmp_path_factory):
 def test_a_run_goes_into_its_guided_stage_and_compiles_it_once(finished):
     workdir, programs = finished
     assert programs == {"all_pairs": 1, "discrete": 1, "jvp": 1, "guided_jvp": 1}
-    run = train.Run(parse(RUN), workdir)
+    run = runs.open_run(parse(RUN), workdir)
     logged = [(m["step"], m["kind"]) for m in run.metrics.read()]
     run.close()
     assert logged[-3:] == [(6, "jvp"), (7, "guided_jvp"), (8, "guided_jvp")]
 
 
 def test_a_run_stopped_in_its_guided_stage_ends_in_the_same_bits(finished, tmp_path):
-    class Stop(Exception):
-        pass
-
-    run = train.Run(parse(RUN), tmp_path)
-    real = run._report
-
-    def stop_after(pending, progress):
-        real(pending, progress)
-        if pending is not None and pending[0] == 7:
-            raise Stop
-
-    run._report = stop_after
-    with pytest.raises(Stop):
-        run.loop()
-    run.close()
-    train.train(parse(RUN), tmp_path)
+    stopped_after(7, RUN, tmp_path)
+    runs.train(parse(RUN), tmp_path)
     for a, b in zip(
         leaves(tmp_path / "checkpoints" / "8"),
         leaves(finished[0] / "checkpoints" / "8"),
@@ -327,7 +313,7 @@ def test_a_run_stopped_in_its_guided_stage_ends_in_the_same_bits(finished, tmp_p
 def test_a_guided_stage_of_its_own_starts_from_a_finished_curriculum(finished, tmp_path):
     alone = dict(stages=1, kinds=("guided_jvp",), length=2.0, pretrain_length=0.0)
     values = merged(TINY, init=str(finished[0]), guidance=STRENGTH, curriculum=alone)
-    train.train(parse(values), tmp_path)
+    runs.train(parse(values), tmp_path)
     before, start, end = (
         pretrained.load(f)[1] for f in (finished[0], tmp_path / "checkpoints" / "0", tmp_path)
     )

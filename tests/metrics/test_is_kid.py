@@ -1,4 +1,4 @@
-"""Facts about the inception score and the kernel distance: closed forms, stored values of torch-fidelity, and itself."""
+"""Inception score and kernel distance: closed forms, and values of torch-fidelity."""
 
 import importlib
 import importlib.util
@@ -14,7 +14,7 @@ from tests.metrics.test_metrics import feature_pair
 
 # splits, seed of torch-fidelity's shuffle or None for the order of the file
 IS_CASES = ((10, None), (1, None), (7, None), (10, 2020), (7, 3))
-# rows of the two sets, then the arguments after them; 1000 of 1000 rows is one value whatever the number of subsets
+# Rows of the two sets, then the arguments. 1000 of 1000 rows give one value for any subset.
 KID_CASES = {
     "whole": (1000, 1000, dict(subsets=3, subset_size=1000)),
     "subsets": (1000, 1000, dict(subsets=100, subset_size=100)),
@@ -29,10 +29,11 @@ DECLARED = []  # operators live as long as the object that declared them
 
 @pytest.fixture(scope="module")
 def torch_fidelity():
-    """Imports a module of torch-fidelity, on machines too whose torchvision has no compiled operators."""
+    """Imports a module of torch-fidelity, also where torchvision has no compiled operators."""
     if any(importlib.util.find_spec(name) is None for name in ("torch", "torch_fidelity")):
         pytest.skip(
-            "torch-fidelity is not installed: nothing to compare with (its stored values are still checked)"
+            "torch-fidelity is not installed: "
+            "nothing to compare with (its stored values are still checked)"
         )
     import torch
 
@@ -195,7 +196,8 @@ def test_kernel_distance_is_torch_fidelitys_stored_one(golden, features, case):
             got, stored[f"kid/{case}"], rtol=1e-9, atol=1e-14
         )  # of its float64
         if case == "whole":
-            # Not 1e-9: torch-fidelity sums a million kernel values around 6 in float32, and processors differ by 1e-5.
+            # Not 1e-9: torch-fidelity sums a million kernel values around 6 in float32.
+            # Processors differ there by 1e-5.
             assert got[0] == pytest.approx(float(stored["kid/whole_float32"]), rel=3e-5)
 
 

@@ -1,4 +1,4 @@
-"""Facts about the metrics: closed forms, independent implementations, what real digits and noise score."""
+"""The metrics: closed forms, independent implementations, scores of real digits and noise."""
 
 from __future__ import annotations
 
@@ -54,7 +54,10 @@ def feature_pair(dim: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarra
 
 
 def frechet_from_rows(a: np.ndarray, b: np.ndarray) -> float:
-    """The distance from the rows, without any covariance: tr (..)^1/2 is the nuclear norm of A_c B_c^T."""
+    """The distance from the rows, without a covariance.
+
+    tr (..)^1/2 is the nuclear norm of A_c B_c^T.
+    """
     a, b = a.astype(np.float64), b.astype(np.float64)
     a_centred, b_centred = a - a.mean(axis=0), b - b.mean(axis=0)
     scale = np.sqrt((len(a) - 1) * (len(b) - 1))
@@ -86,7 +89,7 @@ def test_frechet_is_exact_on_singular_covariances(golden: dict[str, np.ndarray])
     )  # 50-digit arithmetic
     assert ours == pytest.approx(frechet_from_rows(a, b), rel=1e-12)
     for name in INDEPENDENT:
-        # Not 1e-9: they take square roots of eigenvalues that are zero up to rounding, and are 2e-8 off.
+        # Not 1e-9: they are 2e-8 off, by square roots of eigenvalues that are zero up to rounding.
         assert ours == pytest.approx(float(golden[f"d64_n50/{name}"]), rel=3e-8), name
 
 
@@ -166,7 +169,8 @@ def test_dropping_half_of_the_modes_halves_recall_alone() -> None:
     modes = np.repeat(np.eye(8) * 50.0, 40, axis=0)
     real = modes + rng.uniform(-1, 1, modes.shape)
     kept = modes[:160]
-    # Pulled a tenth of the way to their mode: inside the balls of the real points, which lie inside theirs.
+    # Each point moves a tenth of the way to its mode.
+    # Fake and real points stay inside each other's balls.
     fake = kept + 0.9 * (real[:160] - kept)
     assert precision_recall(real, fake) == (1.0, 0.5)
     assert precision_recall(fake, real) == (0.5, 1.0)
@@ -265,7 +269,7 @@ def noise_samples(count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def digits_report() -> dict[str, object]:
-    """Everything a fresh scorer says, for comparison within and across processes."""
+    """All results of a new scorer, to compare in one process and between processes."""
     scorer = DigitsScorer(*digits_split())
     score = scorer(*noise_samples(300))
     return {
@@ -310,7 +314,7 @@ def test_near_copies_of_training_digits_fall_well_below_the_reference_ratio(
 ) -> None:
     copies = split[0] + 0.1 * np.random.RandomState(13).randn(*split[0].shape)
     assert scorer(copies, split[1])["nn_ratio"] < 0.5 * scorer.floor["nn_ratio"]
-    # The training set is three times as large, so unseen real digits are nearer to it, but only a little.
+    # The training set is three times as large, so unseen digits are a little nearer to it.
     assert 0.75 < scorer.floor["nn_ratio"] < 1.0
 
 
@@ -340,7 +344,7 @@ def test_hidden_features_are_the_classifiers_own(scorer: DigitsScorer, split: Sp
         guess = np.argmin(((features[:, None] - means) ** 2).sum(axis=2), axis=1)
         return float((guess == split[3]).mean())
 
-    # Trained features gather each class around its mean; pixels, or a random projection of them, do not.
+    # Trained features gather each class around its mean. Pixels, and random projections, do not.
     assert nearest_mean_accuracy(scorer.hidden(train_rows), hidden) > 0.95
     assert nearest_mean_accuracy(train_rows, rows) < 0.93
 

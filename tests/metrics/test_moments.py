@@ -1,4 +1,4 @@
-"""Facts about moments accumulated in parts, and the Frechet distance of 2048 dimensions by its recipe."""
+"""Moments that are summed in parts, and the Frechet distance in 2048 dimensions."""
 
 import io
 
@@ -10,8 +10,8 @@ from dmf.errors import DmfError
 from dmf.metrics.frechet import Moments, MomentSums, frechet_distance, moments
 from tests.metrics.test_metrics import feature_pair
 
-# Of feature_pair(2048, 3000, seed=12): sums of the two means, traces of the two covariances, and what public
-# implementations say of the distance. torch-fidelity's is left out: its means are float32 and it is 2e-8 off.
+# Of feature_pair(2048, 3000, seed=12): sums of both means, traces of both covariances, and the
+# distance by public implementations. torch-fidelity is left out: with float32 means it is 2e-8 off.
 D2048_CHECKSUM = (1040.866923698257, 1052.3990833546186, 168.61237329595866, 213.04855391735785)
 D2048_DISTANCE = {
     "float64 eigenvalues": 44.546741824553806,
@@ -24,7 +24,7 @@ D2048_DISTANCE = {
 
 
 def in_parts(features: np.ndarray, sizes: tuple[int, ...]) -> MomentSums:
-    """Sums of the features in parts of these sizes, the last part being what is left."""
+    """Sums of the features in parts of these sizes. The last part is the rest."""
     sums = MomentSums()
     for part in np.split(features, np.cumsum(sizes)):
         sums.add(part)
@@ -32,7 +32,7 @@ def in_parts(features: np.ndarray, sizes: tuple[int, ...]) -> MomentSums:
 
 
 def assert_equal_moments(got: Moments, expected: Moments, rtol: float) -> None:
-    """Every entry of the covariance relative to the two variances it belongs to, the mean to itself."""
+    """Compares means relatively, and each covariance relative to its two variances."""
     assert got.n == expected.n and got.mean.dtype == got.cov.dtype == np.float64
     np.testing.assert_allclose(got.mean, expected.mean, rtol=rtol, atol=0)
     sd = np.sqrt(np.diag(expected.cov))

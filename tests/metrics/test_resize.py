@@ -1,4 +1,4 @@
-"""Each resize is the library routine it is named after, on stored outputs and, where they are installed, on the libraries."""
+"""Each resize equals its library routine, on stored outputs and with the installed library."""
 
 import functools
 import importlib.util
@@ -11,7 +11,9 @@ import pytest
 from dmf.errors import DmfError
 from dmf.metrics.resize import RESIZES, resize
 
-BOUND = 1e-4  # of 0..255, the issue's; an ulp at 255 is 1.5e-5 and bicubic sums of 15 x 15 terms make up to six of them
+# Allowed error, of values in 0..255. The last digit of 255 is worth 1.5e-5.
+# Bicubic sums of 15 x 15 terms are up to six times that off.
+BOUND = 1e-4
 CASES = (
     (32, 32, 299),
     (256, 256, 299),
@@ -31,12 +33,13 @@ MORE = (
 )
 needs_libraries = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("torch", "torch_fidelity", "cleanfid")),
-    reason="torch, torch-fidelity and clean-fid are not installed: nothing to compare with (stored outputs are still checked)",
+    reason="torch, torch-fidelity and clean-fid are not installed: nothing to compare with "
+    "(stored outputs are still checked)",
 )
 
 
 def picture(height: int, width: int) -> np.ndarray:
-    """(1, H, W, 3) float32: random bytes, a smooth pattern of bytes, a checkerboard of 0 and 255."""
+    """(1, H, W, 3) float32: random bytes, a smooth pattern, and a checkerboard of 0 and 255."""
     row, column = np.mgrid[:height, :width]
     noise = np.random.RandomState(height + width).randint(0, 256, (height, width))
     smooth = np.rint(127.5 + 127.5 * np.sin(0.07 * column + 0.11 * row))
@@ -48,7 +51,7 @@ def ours(x: np.ndarray, size: int, method: str) -> np.ndarray:
 
 
 def from_library(x: np.ndarray, size: int, method: str) -> np.ndarray:
-    """What the imitated library makes of x (B, H, W, 3). The arrays of resize_reference.npz are pixels of it."""
+    """x (B, H, W, 3) resized by the library. resize_reference.npz holds pixels of the results."""
     import torch
     from cleanfid.resize import make_resizer
 
@@ -56,7 +59,7 @@ def from_library(x: np.ndarray, size: int, method: str) -> np.ndarray:
         return np.stack([make_resizer("PIL", False, "bicubic", (size, size))(image) for image in x])
     pixels = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
     if method == "tf1_bilinear":
-        # By its file: the package itself would import torchvision, whose operators not every installation has.
+        # By its file: the package would import torchvision, which may lack its operators.
         folder = Path(str(importlib.util.find_spec("torch_fidelity").origin)).parent
         spec = importlib.util.spec_from_file_location(
             "interpolate", folder / "interpolate_compat_tensorflow.py"
@@ -102,7 +105,8 @@ def test_stored_outputs_of_the_libraries(golden, method, case):
 @pytest.mark.parametrize("method", RESIZES)
 @pytest.mark.parametrize("case", CASES + MORE, ids=str)
 def test_whole_images_of_the_libraries(method, case):
-    # torch's weights hold fused multiply-adds: on a processor without them torch itself is up to 1e-3 from these.
+    # torch computes weights with fused multiply-adds.
+    # On a processor without them torch is up to 1e-3 from these values.
     x = picture(*case[:2])
     np.testing.assert_allclose(
         ours(x, case[2], method), from_library(x, case[2], method), rtol=0, atol=BOUND
@@ -117,7 +121,8 @@ def test_weights_known_by_hand():
     assert np.array_equal(tf1(4, 2), [[1, 0, 0, 0], [0, 0, 1, 0]])
     assert np.array_equal(half_pixel(2, 4), [[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])
     assert np.array_equal(half_pixel(4, 2), [[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]])
-    # Triangle of half width 2 around 1 and 3, over pixel centres .5, 1.5, ..: 3/4, 3/4, 1/4, divided by their sum.
+    # Triangles of half width 2 around 1 and 3, at pixel centres .5, 1.5, ...
+    # They give 3/4, 3/4 and 1/4, divided by their sum.
     np.testing.assert_allclose(wide(4, 2), np.array([[3, 3, 1, 0], [0, 1, 3, 3]]) / 7, atol=1e-7)
     # Position 2.25 is 1.75, .75, .25, 1.25 from the four centres.
     np.testing.assert_allclose(

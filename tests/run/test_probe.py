@@ -13,7 +13,7 @@ from dmf.config import parse
 from dmf.method import weights
 from dmf.method.flow import Rows
 from dmf.run import probe
-from dmf.train import train
+from tests.runs import train
 from tests.tiny import TINY, Setup, merged
 
 A = 0.7  # of the field dz/dt = A z, whose average velocity is known
@@ -49,7 +49,7 @@ def made(devices=1, **changes):
     return (
         setup,
         now,
-        probe.Watch(setup.config, data.load(setup.config.data, "train"), setup.mesh, place),
+        probe.Probe(setup.config, data.load(setup.config.data, "train"), setup.mesh, place),
     )
 
 
@@ -57,8 +57,8 @@ def made(devices=1, **changes):
 def test_one_device_and_eight_see_the_same(kind):
     found = []
     for devices, mesh in ((1, {}), (8, dict(fsdp=8))):
-        _, now, probe = made(devices, mesh=mesh)
-        found.append(probe(kind, now.params, 0.25))
+        _, now, look = made(devices, mesh=mesh)
+        found.append(look(kind, now.params, 0.25))
     assert found[0].keys() == found[1].keys() and ("change_ulps" in found[0]) == (
         kind == "discrete"
     )
@@ -68,15 +68,15 @@ def test_one_device_and_eight_see_the_same(kind):
 
 
 def test_one_row_gone_astray_moves_the_mean_and_not_the_median():
-    setup, now, probe = made()
-    even, law = probe.drawn
+    setup, now, look = made()
+    even, law = look.drawn
     u = setup.network.apply(now.params, *even[:3], condition=even.condition)
     squares = np.mean(np.square(u - even.v), axis=(1, 2, 3))
-    found = probe("all_pairs", now.params, 1.0)
+    found = look("all_pairs", now.params, 1.0)
     assert found["residual_pairs"] == pytest.approx(squares.mean(), rel=1e-4)
     assert found["residual_median"] == pytest.approx(np.median(squares), rel=1e-4)
-    probe.drawn = even._replace(v=even.v.at[0].multiply(100.0)), law
-    moved = probe("all_pairs", now.params, 1.0)
+    look.drawn = even._replace(v=even.v.at[0].multiply(100.0)), law
+    moved = look("all_pairs", now.params, 1.0)
     assert (
         moved["residual_pairs"] > 100 * found["residual_pairs"]
         and moved["residual_median"] < 1.5 * found["residual_median"]
@@ -84,9 +84,9 @@ def test_one_row_gone_astray_moves_the_mean_and_not_the_median():
 
 
 def test_gradients_are_those_of_the_two_kinds_of_rows():
-    setup, now, probe = made()
-    found = probe("discrete", now.params, 0.25)
-    (_, law), split = probe.drawn, probe._split
+    setup, now, look = made()
+    found = look("discrete", now.params, 0.25)
+    (_, law), split = look.drawn, look._split
 
     def loss(params, part):
         how = dict(
@@ -109,16 +109,16 @@ def test_gradients_are_those_of_the_two_kinds_of_rows():
 
 
 def test_the_finer_the_interval_the_fewer_ulps_are_left_and_half_precision_leaves_fewer():
-    _, now, probe = made()
-    ulps = [probe("discrete", now.params, 2.0**-i)["change_ulps"] for i in (1, 5, 9)]
+    _, now, look = made()
+    ulps = [look("discrete", now.params, 2.0**-i)["change_ulps"] for i in (1, 5, 9)]
     assert ulps[0] > 8 * ulps[1] > 64 * ulps[2]
     _, now, half = made(compute_dtype="bfloat16")
     assert half("discrete", now.params, 2.0**-9)["change_ulps"] < 1
 
 
 def test_intervals_are_spread_evenly_and_times_are_valid():
-    _, _, probe = made()
-    even, _ = probe.drawn
+    _, _, look = made()
+    even, _ = look.drawn
     assert (np.histogram(even.t - even.r, probe.EDGES)[0] == 4).all()
     assert (even.r >= 0).all() and (even.t <= 1).all()
 

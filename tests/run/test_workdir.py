@@ -11,7 +11,6 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from dmf import train
 from dmf.config import parse
 from dmf.errors import DmfError
 from dmf.evaluation import sampling
@@ -19,14 +18,11 @@ from dmf.logging import JsonLines
 from dmf.run import guard, scoreboard, workdir
 from dmf.run.guard import Guard, GuardConfig
 from dmf.storage import checkpoint, paths
+from tests import runs
 from tests.evaluation.test_sampling import Scorer, board
+from tests.runs import QUICK
 from tests.test_processes import ROOT, Group
 from tests.tiny import TINY, merged
-
-# One program, two stages; scored by nothing.
-QUICK = merged(
-    TINY, curriculum=dict(stages=2, kinds=("all_pairs",) * 2, length=12.0, pretrain_length=0.0)
-)
 
 
 def test_a_second_run_in_the_same_directory_is_refused_on_all_of_its_processes(tmp_path):
@@ -43,38 +39,38 @@ def test_a_second_run_in_the_same_directory_is_refused_on_all_of_its_processes(t
 
 
 def test_a_directory_is_free_again_after_a_kill_an_error_and_an_end(tmp_path):
-    code = "import sys, time, pathlib\nfrom dmf import workdir\n"
+    code = "import sys, time, pathlib\nfrom dmf.run import workdir\n"
     code += "with workdir.held(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(1e6)"
     other = subprocess.Popen(
         [sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
     assert other.stdout.readline() == "held\n"
     with pytest.raises(DmfError, match="is in use by another process"):
-        train.train(parse(QUICK), tmp_path)
+        runs.train(parse(QUICK), tmp_path)
     other.send_signal(signal.SIGKILL)
     other.communicate()
     with pytest.raises(
         DmfError, match="no such file"
     ) as kept:  # a notebook keeps what the error has passed through
-        train.train(parse(merged(QUICK, init="nowhere")), tmp_path)
-    first = train.train(parse(QUICK), tmp_path)
-    assert train.train(parse(QUICK), tmp_path) == first and kept.tb
+        runs.train(parse(merged(QUICK, init="nowhere")), tmp_path)
+    first = runs.train(parse(QUICK), tmp_path)
+    assert runs.train(parse(QUICK), tmp_path) == first and kept.tb
 
 
 def test_a_run_that_starts_afresh_forgets_the_scores_of_the_one_before(tmp_path):
     # Its checkpoints were moved away, and its start may have been scored: step 0, like that of a run from other weights.
     row = '{"step": 0, "stage": "init", "kind": "given"}\n'
     (tmp_path / scoreboard.FILE).write_text(row)
-    run = train.Run(parse(QUICK), tmp_path)
-    now = run._start()
-    assert not run.scores.rows()
+    run = runs.open_run(parse(QUICK), tmp_path)
+    now = runs.begin(run)
+    assert not run.scoreboard.rows()
     run.checkpoints.save(0, now)
     run.close()
     (tmp_path / scoreboard.FILE).write_text(row + row.replace("0", "1"))
-    run = train.Run(parse(QUICK), tmp_path)  # the same run, killed after its start was scored
-    run._start()
+    run = runs.open_run(parse(QUICK), tmp_path)  # the same run, killed after its start was scored
+    runs.begin(run)
     run.close()
-    assert [found["step"] for found in run.scores.rows()] == [0]
+    assert [found["step"] for found in run.scoreboard.rows()] == [0]
 
 
 @contextmanager
@@ -104,7 +100,7 @@ def test_a_disk_that_is_full_while_a_run_writes_is_one_line_that_names_the_file(
         {"step": 6, "nfe": 1, "n_samples": 32.0, "fd_hidden": 1.0}
     )
     scores, unscored = board(run), board(empty)
-    unscored._sampler = lambda params, count, steps: np.zeros((count, 8, 8, 1), np.float32)
+    unscored._judge._sampler = lambda params, count, steps: np.zeros((count, 8, 8, 1), np.float32)
     (empty / "samples").mkdir(parents=True)
     for name, write in {
         "metrics.jsonl": lambda: lines.write({"step": 2}),
@@ -144,9 +140,9 @@ def test_a_probe_of_more_images_than_are_held_out_names_its_field_and_their_numb
         DmfError,
         match=r"config.guard.rows = 64 takes 64 images on 8 .*: expected at most the 3\d held-out",
     ):
-        train.Run(parse(values), tmp_path)
+        runs.open_run(parse(values), tmp_path)
     values = merged(values, guard=dict(rows=17))  # no more than 24 on eight devices
-    train.Run(parse(values), tmp_path).close()
+    runs.open_run(parse(values), tmp_path).close()
 
 
 @pytest.mark.parametrize("old", ["dagger", "floor", "adaptive"])

@@ -12,14 +12,15 @@ import pytest
 import safetensors
 from PIL import Image
 
-from dmf import pretrained, train
+from dmf import pretrained
 from dmf.config import parse
 from dmf.errors import DmfError
 from dmf.evaluation import sampling
-from dmf.export import card, sampler, weights
+from dmf.export import card, model, weights
 from dmf.logging import JsonLines
 from dmf.run import guard, workdir
 from dmf.storage import checkpoint, paths
+from tests import runs
 from tests.bucket import Bucket, Refused, serve
 from tests.test_train import leaves
 from tests.tiny import TINY, Setup, merged
@@ -49,7 +50,7 @@ def bucket(request):
 def local(tmp_path_factory):
     """A finished run in a directory, and its rows of scores."""
     folder = tmp_path_factory.mktemp("local")
-    return folder, train.train(parse(SCORED), folder)
+    return folder, runs.train(parse(SCORED), folder)
 
 
 def killed_at(step, monkeypatch):
@@ -68,7 +69,7 @@ def killed_at(step, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.Checkpoints, "save", stops)
         with pytest.raises(Killed):
-            train.train(parse(SCORED), HERE)
+            runs.train(parse(SCORED), HERE)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def remote(bucket, local):
     patch = pytest.MonkeyPatch()
     killed_at(6, patch)
     killed = {name: bucket.get(name) for name in bucket.under("things/runs/tiny/")}
-    return killed, train.train(parse(SCORED), HERE)
+    return killed, runs.train(parse(SCORED), HERE)
 
 
 def files(bucket, folder):
@@ -152,7 +153,7 @@ def test_what_a_bucket_holds_is_loaded_sampled_and_scored_like_a_folder(
             files.append((file.metadata(), {key: file.get_tensor(key) for key in file.keys()}))  # noqa: SIM118 - no mapping
     assert files[0][0] == files[1][0]
     jax.tree.map(np.testing.assert_array_equal, files[0][1], files[1][1])
-    mine, theirs = (card.scores(sampler.open_model(f"{place}/best")) for place in (HERE, folder))
+    mine, theirs = (card.scores(model.open_model(f"{place}/best")) for place in (HERE, folder))
     assert mine == theirs and [row["nfe"] for row in mine[0]["rows"]] == [1, 2] and mine[0]["best"]
     (row,) = sampling.write_scores(f"{HERE}/best", [1], 32)
     told = json.loads(bucket.get("things/runs/tiny/best.json"))
@@ -184,7 +185,7 @@ def test_another_config_is_refused_in_a_bucket_as_in_a_folder(remote):
         DmfError,
         match=r"--workdir=gs://things/runs/tiny holds a run with another config: config.seed: 0 -> 1",
     ):
-        train.train(parse(merged(SCORED, seed=1)), HERE)
+        runs.train(parse(merged(SCORED, seed=1)), HERE)
 
 
 @pytest.mark.parametrize("root", ["folder", "bucket"])
@@ -232,7 +233,7 @@ def test_an_unreachable_or_read_only_bucket_and_other_addresses_are_one_sentence
     with monkeypatch.context() as patch:
         patch.setattr(bucket, "closed", True)
         for use in (
-            lambda: train.train(parse(TINY), HERE),
+            lambda: runs.train(parse(TINY), HERE),
             lambda: pretrained.load(f"{HERE}/nowhere"),
         ):
             with pytest.raises(
@@ -246,7 +247,7 @@ def test_an_unreachable_or_read_only_bucket_and_other_addresses_are_one_sentence
             DmfError,
             match=r"--workdir=gs://things/new cannot be written: \w+Error: .*(no right to delete|Forbidden).*; expected a",
         ):
-            train.train(parse(TINY), "gs://things/new")
+            runs.train(parse(TINY), "gs://things/new")
         with pytest.raises(
             DmfError,
             match=r"gs://things/runs/tiny/samples\S+png cannot be written: .*no right to write.*; exp",

@@ -1,14 +1,18 @@
-"""DINOv2 (arXiv:2304.07193), a vision transformer: the feature network of FD-DINOv2 (arXiv:2306.04675, EDM2).
+"""DINOv2 (arXiv:2304.07193), a vision transformer: the feature network of FD-DINOv2.
 
-Published distances are of ViT-L/14's class token after the last norm, from the weights as released, at 224 x 224 pixels.
-Those were trained at 518 x 518: their table of positions has 37 x 37 rows where 224 pixels make 16 x 16 patches, and the
-released program resamples it in a way of its own (see `resampling`). Programs that resample it otherwise, with antialiasing
-or without the offset of 0.1, give other features. The table is a parameter as it was released, and is resampled in use.
+FD-DINOv2 is from arXiv:2306.04675 and EDM2. Published distances use the class token of ViT-L/14
+after the last norm, at 224 x 224 pixels, with the released weights.
 
-Input: 224 x 224 RGB, channels last, (byte / 255 - mean) / std with ImageNet's mean (0.485, 0.456, 0.406)
-and deviation (0.229, 0.224, 0.225). That and the resizing to 224 are up to the caller.
+The weights were trained at 518 x 518 pixels. Their table of positions has 37 x 37 rows.
+At 224 pixels there are only 16 x 16 patches.
+The table is therefore resampled in use, as in the released program; see `resampling`.
+Other ways, such as antialiasing or no offset, give other features.
 
-Parameter names follow the PyTorch file: '.' reads as '/', and a number that indexes a list is joined by '_', so
+Input: 224 x 224 RGB, channels last, (byte / 255 - mean) / std.
+ImageNet's mean is (0.485, 0.456, 0.406), and its std is (0.229, 0.224, 0.225).
+The caller resizes and normalises.
+
+Parameter names follow the PyTorch file, with '/' for '.'. A number that indexes a list follows '_':
 `blocks.3.attn.qkv.weight` is blocks_3/attn/qkv/kernel.
 """
 
@@ -30,8 +34,8 @@ from dmf.networks.dit import Attention, PatchEmbed
 SIZE = 224
 MLP_RATIO = 4
 NORM_EPS = 1e-6
-OFFSET = 0.1  # of a patch, which the released program adds to the size that it resamples to
-CUBIC = -0.75  # slope of the cubic kernel one sample away from its centre; antialiased resizers mostly have -0.5
+OFFSET = 0.1  # of a patch; the released program adds it to the target size
+CUBIC = -0.75  # slope of the cubic kernel at distance 1; antialiased resizers mostly have -0.5
 
 DINO_SIZES: dict[str, dict[str, int]] = {
     "S": {"depth": 12, "width": 384, "heads": 6},
@@ -58,10 +62,13 @@ class DinoConfig:
 class Dino(NamedTuple):
     """The network as two pure functions.
 
-    init(key) -> params: nested dict of float32 arrays. Random, of use in tests only: a distance needs the released weights.
-    apply(params, x) -> features (B, width): the class token after the last norm. x is (B, 224, 224, 3), normalised as this
-        module says. Always float32 with products in full float32 ("highest"), also where bfloat16 or TF32 would be faster.
-        Raises DmfError for another shape.
+    init(key) -> params: A nested dict of float32 arrays.
+    They are random, for tests only: a distance needs the released weights.
+
+    apply(params, x) -> features (B, width): The class token after the last norm.
+    x is (B, 224, 224, 3), normalised as this module says.
+    Products are full float32 ("highest"), also where bfloat16 or TF32 would be faster.
+    Raises DmfError for another shape.
     """
 
     init: Callable[[jax.Array], dict[str, Any]]
@@ -69,12 +76,14 @@ class Dino(NamedTuple):
 
 
 def resampling(source: int, target: int) -> np.ndarray:
-    """One axis of a table of `source` positions -> `target`, as a matrix (target, source), float64; rows sum to 1.
+    """The matrix (target, source) that resamples one axis of a table of positions, float64.
 
-    Row i is the cubic kernel, a = -0.75, at (i + 1/2) source / (target + 0.1) - 1/2, positions beyond the ends repeating the
-    last one; the identity where the sizes agree. That is PyTorch's bicubic interpolation, not antialiased, as DINOv2's
-    program calls it: with the factor (target + 0.1) / source instead of the size, so that all samples lie a little to the
-    left, those of 37 -> 16 by up to 0.22 of a position.
+    Row i is the cubic kernel, a = -0.75, at (i + 1/2) source / (target + 0.1) - 1/2.
+    Positions beyond the ends repeat the last one. Rows sum to 1. Equal sizes give the identity.
+
+    This is PyTorch's bicubic interpolation without antialiasing, as DINOv2's program calls it.
+    The program gives the factor (target + 0.1) / source instead of the size.
+    All samples then lie a little to the left; from 37 to 16, by up to 0.22 of a position.
     """
     if source == target:
         return np.eye(target)
@@ -109,10 +118,8 @@ class FeedForward(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map tokens (B, N, width) one by one."""
         width = x.shape[-1]
-        y = nn.gelu(
-            nn.Dense(MLP_RATIO * width, kernel_init=layers.xavier(), name="fc1")(x),
-            approximate=False,
-        )
+        y = nn.Dense(MLP_RATIO * width, kernel_init=layers.xavier(), name="fc1")(x)
+        y = nn.gelu(y, approximate=False)
         return nn.Dense(width, kernel_init=layers.xavier(), name="fc2")(y)
 
 
@@ -124,9 +131,8 @@ class DinoBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map tokens (B, N, width)."""
-        x = x + LayerScale(name="ls1")(
-            Attention(self.heads, attention.xla, None, name="attn")(_norm("norm1")(x))
-        )
+        attend = Attention(self.heads, attention.xla, None, name="attn")
+        x = x + LayerScale(name="ls1")(attend(_norm("norm1")(x)))
         return x + LayerScale(name="ls2")(FeedForward(name="mlp")(_norm("norm2")(x)))
 
 
@@ -143,12 +149,9 @@ class DinoNetwork(nn.Module):
         token = self.param("cls_token", normal, (1, 1, c.width), jnp.float32)
         table = self.param("pos_embed", normal, (1, 1 + c.grid**2, c.width), jnp.float32)
         rows = jnp.asarray(resampling(c.grid, SIZE // c.patch), jnp.float32)
-        places = jnp.einsum(
-            "ip,jq,pqc->ijc", rows, rows, table[0, 1:].reshape(c.grid, c.grid, c.width)
-        )
-        patches = PatchEmbed(c.patch, c.width, None, name="patch_embed")(x) + places.reshape(
-            -1, c.width
-        )
+        square = table[0, 1:].reshape(c.grid, c.grid, c.width)
+        places = jnp.einsum("ip,jq,pqc->ijc", rows, rows, square).reshape(-1, c.width)
+        patches = PatchEmbed(c.patch, c.width, None, name="patch_embed")(x) + places
         first = jnp.broadcast_to(token + table[:, :1], (len(x), 1, c.width))
         y = jnp.concatenate((first, patches), axis=1)
         for i in range(c.depth):
@@ -157,10 +160,11 @@ class DinoNetwork(nn.Module):
 
 
 def build_dinov2(config: DinoConfig) -> Dino:
-    """Build the network; raises DmfError for a config of another kind, or naming the field that cannot be."""
+    """Builds the network. Raises DmfError for a config of another kind, or a wrong field."""
     if not isinstance(config, DinoConfig) or config.kind != "dinov2":
         raise DmfError(
-            f"config.kind is {config.kind!r} in a {type(config).__name__}; expected 'dinov2', DinoConfig."
+            f"config.kind is {config.kind!r} in a {type(config).__name__}; "
+            "expected 'dinov2', DinoConfig."
         )
     for field in ("depth", "width", "heads", "patch", "grid"):
         layers.check_positive(f"config.{field}", getattr(config, field))
@@ -180,12 +184,10 @@ def build_dinov2(config: DinoConfig) -> Dino:
     def apply(params: dict[str, Any], x: jax.Array) -> jax.Array:
         if x.ndim != 4 or x.shape[1:] != shape:
             raise DmfError(
-                f"x has shape {x.shape}; expected (B, {', '.join(map(str, shape))}), resized and normalised."
+                f"x has shape {x.shape}; expected (B, {SIZE}, {SIZE}, 3), resized and normalised."
             )
-        with jax.default_matmul_precision(
-            "highest"
-        ):  # also of layers that set none, whatever the caller's default
-            features: jax.Array = module.apply({"params": params}, x.astype(jnp.float32))  # type: ignore[assignment]
+        with jax.default_matmul_precision("highest"):  # whatever the caller's default is
+            features: Any = module.apply({"params": params}, x.astype(jnp.float32))
         return features
 
     return Dino(init, apply)

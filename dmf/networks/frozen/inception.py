@@ -1,15 +1,23 @@
-"""The Inception-v3 network of the FID: the frozen TensorFlow graph of December 2015, as ported to PyTorch.
+"""The Inception-v3 network of the FID: TensorFlow's frozen graph of December 2015.
 
-It is not the classifier of the paper (arXiv:1512.00567) nor torchvision's. Average pools leave their padding out of the
-mean, the pool branch of the last block takes the maximum, and there are 1008 classes. Every published FID rests on these
-weights (pt_inception-2015-12-05-6726825d.pth) and on these habits; other Inceptions give other numbers.
+The weights come from its port to PyTorch.
 
-Input: 299 x 299 RGB, channels last. Two conventions of scaling are in use, and their statistics are not interchangeable:
-(b - 128) / 128 of bytes b in 0..255 (TTUR, ADM, torch-fidelity, StyleGAN) and 2 (b / 255) - 1 (pytorch-fid). They differ in
-the resizing to 299 as well. Both are up to the caller.
+It differs from the classifier of the paper (arXiv:1512.00567) and from torchvision's.
+Average pools leave their padding out of the mean.
+The pool branch of the last block takes the maximum. There are 1008 classes.
+Every published FID depends on these weights, pt_inception-2015-12-05-6726825d.pth.
+Other Inception networks give other numbers.
 
-Parameter names follow the PyTorch file, '.' read as '/': Mixed_6b/branch7x7_1/conv/kernel. Running means and variances are
-parameters like the others: the network is only ever applied, never trained.
+Input: 299 x 299 RGB, channels last. The caller resizes and scales it.
+There are two scalings of bytes b in 0..255, and their statistics cannot be mixed:
+
+    (b - 128) / 128   TTUR, ADM, torch-fidelity, StyleGAN
+    2 (b / 255) - 1   pytorch-fid
+
+Their programs also resize to 299 in different ways.
+
+Parameter names follow the PyTorch file, with '/' for '.': Mixed_6b/branch7x7_1/conv/kernel.
+Running means and variances are parameters too, as the network is never trained here.
 """
 
 from __future__ import annotations
@@ -37,20 +45,27 @@ Step = tuple[int, Window]  # channels out, kernel size
 
 @dataclass(frozen=True, kw_only=True)
 class InceptionConfig:
-    """The FID's Inception network (23,850,960 weights, 34,432 running statistics); nothing about it varies."""
+    """The FID's Inception network. It has one shape.
+
+    It has 23,850,960 weights and 34,432 running statistics.
+    """
 
     kind: str = "inception"
 
 
 class Features(NamedTuple):
-    """What the metrics are made of; all float32.
+    """The features that metrics use, all float32.
 
-    pool (B, 2048): global mean of the last block, the features of FID, KID, precision and recall.
-    spatial (B, 2023): the features of sFID (arXiv:2103.03841), `mixed_6/conv:0` of the TensorFlow graph: the 1x1 branch of
-        Mixed_6d after its ReLU, its first 7 of 192 channels at 17 x 17 positions, flattened in the order (row, column,
-        channel) in which the ADM reference statistics mu_s, sigma_s are stored.
-    logits (B, 1008): pool @ kernel, WITHOUT the bias: the Inception Score takes the softmax of these.
-    biased_logits (B, 1008): logits + bias, what a classifier would use.
+        pool           (B, 2048)  global mean of the last block
+                                  for FID, KID, precision and recall
+        spatial        (B, 2023)  for sFID (arXiv:2103.03841)
+        logits         (B, 1008)  pool @ kernel, WITHOUT the bias
+                                  the inception score takes their softmax
+        biased_logits  (B, 1008)  logits + bias, as a classifier has them
+
+    `spatial` is TensorFlow's `mixed_6/conv:0`: the 1x1 branch of Mixed_6d after its ReLU.
+    It has the first 7 of 192 channels at 17 x 17 positions, in the order (row, column, channel).
+    ADM's reference statistics mu_s and sigma_s have that order.
     """
 
     pool: jax.Array
@@ -62,9 +77,12 @@ class Features(NamedTuple):
 class Inception(NamedTuple):
     """The network as two pure functions.
 
-    init(key) -> params: nested dict of float32 arrays. Random, of use in tests only: a FID needs the published weights.
-    apply(params, x) -> Features: x is (B, 299, 299, 3), in about [-1, 1] as this module says. Always float32 with products
-        in full float32 ("highest"), also where bfloat16 or TF32 would be faster. Raises DmfError for another shape.
+    init(key) -> params: A nested dict of float32 arrays.
+    They are random, for tests only: a FID needs the published weights.
+
+    apply(params, x) -> Features: x is (B, 299, 299, 3), in about [-1, 1].
+    Products are full float32 ("highest"), also where bfloat16 or TF32 would be faster.
+    Raises DmfError for another shape.
     """
 
     init: Callable[[jax.Array], dict[str, Any]]
@@ -98,7 +116,8 @@ class Unit(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map x (B, H, W, C) to (B, H', W', width)."""
-        # XLA's fast convolution on CPU takes "SAME" alone, at stride 1: cutting the border off is 3 to 7 times faster.
+        # On CPU, XLA's fast convolution exists for "SAME" at stride 1 only.
+        # To use it and cut off the border is 3 to 7 times faster than "VALID".
         cut = self.padding == "VALID" and self.stride == 1
         conv = nn.Conv(
             self.width,
@@ -250,17 +269,18 @@ class InceptionNetwork(nn.Module):
             x = Block17(inner, name=f"Mixed_6{letter}")(x)
         spatial = x[..., :SPATIAL_CHANNELS]
         x = To8(name="Mixed_7a")(Block17(192, name="Mixed_6e")(x))
-        # A maximum in 7c: most likely a slip in the original graph, which its weights have learnt to live with.
+        # The maximum in 7c is probably a mistake, and the weights were trained with it.
         x = Block8(_max, name="Mixed_7c")(Block8(_mean, name="Mixed_7b")(x))
         pool = x.mean(axis=(1, 2))
         return Features(pool, spatial.reshape(len(spatial), -1), *Head(name="fc")(pool))
 
 
 def build_inception(config: InceptionConfig) -> Inception:
-    """Build the network; raises DmfError for a config of another kind."""
+    """Builds the network. Raises DmfError for a config of another kind."""
     if not isinstance(config, InceptionConfig) or config.kind != "inception":
         raise DmfError(
-            f"config.kind is {config.kind!r} in a {type(config).__name__}; expected 'inception', InceptionConfig."
+            f"config.kind is {config.kind!r} in a {type(config).__name__}; "
+            "expected 'inception', InceptionConfig."
         )
     module = InceptionNetwork()
     shape = (SIZE, SIZE, 3)
@@ -271,7 +291,7 @@ def build_inception(config: InceptionConfig) -> Inception:
     def apply(params: dict[str, Any], x: jax.Array) -> Features:
         if x.ndim != 4 or x.shape[1:] != shape:
             raise DmfError(
-                f"x has shape {x.shape}; expected (B, {', '.join(map(str, shape))}), resized and scaled."
+                f"x has shape {x.shape}; expected (B, {SIZE}, {SIZE}, 3), resized and scaled."
             )
         return Features(*module.apply({"params": params}, x.astype(jnp.float32)))
 

@@ -1,13 +1,18 @@
-"""Stable Diffusion's autoencoder (diffusers' `AutoencoderKL`; Rombach et al. 2022, arXiv 2112.10752): images <-> latents.
+"""Stable Diffusion's autoencoder, from images to latents and back.
 
-Two scales of a latent, told apart everywhere by name. *Unscaled* is what `encode` speaks of and `decode` takes. *Scaled* is
-unscaled times `VAEConfig.scale`, of about unit variance: what a flow on latents is trained on, and what it samples.
-`sample_latent` makes scaled latents of an encoding, `unscaled` brings them back before `decode`.
+It is diffusers' `AutoencoderKL` (Rombach et al. 2022, arXiv 2112.10752).
 
-Precision: every convolution and product follows `jax.default_matmul_precision` of its caller. Trace under "highest" for
-anything that is scored: an accelerator's default rounds the factors of a product to 8 or 11 bits, and images show it.
+A latent has two scales, and every name tells which. `encode` and `decode` use *unscaled* latents.
+A *scaled* latent is unscaled times `VAEConfig.scale`, and has about unit variance.
+Flows are trained on scaled latents, and their samples are scaled.
+The function `sample_latent` makes scaled latents of an encoding.
+The function `unscaled` brings them back for `decode`.
 
-Parameter names follow diffusers: '.' reads as '/', and a number that indexes a list is joined by '_', so
+Precision: All products follow the caller's `jax.default_matmul_precision`.
+Trace under "highest" where images are scored.
+By default an accelerator rounds factors to 8 or 11 bits, and images show it.
+
+Parameter names follow diffusers, with '/' for '.'. A number that indexes a list follows '_':
 `encoder.down_blocks.0.resnets.1.conv1.weight` is encoder/down_blocks_0/resnets_1/conv1/kernel.
 """
 
@@ -30,11 +35,15 @@ LOGVAR_RANGE = (-30.0, 20.0)
 
 @dataclass(frozen=True, kw_only=True)
 class VAEConfig:
-    """The autoencoder's shape; the defaults are Stable Diffusion's (83,653,863 parameters; the decoder part 49,490,199).
+    """The autoencoder's shape. The defaults are Stable Diffusion's.
 
-    `channels` has one entry per level, finest first, each level half as fine as the one before, so that an image shrinks by
-    `factor` = 2^(levels - 1); `blocks` counts the encoder's residual blocks per level (the decoder has one more); `groups`
-    are those of every GroupNorm; `scale` is what scaled latents are multiplied by; `part` "decoder" has no encoder.
+    These have 83,653,863 parameters, 49,490,199 of them in the decoder.
+
+        channels  one entry per level, finest first; a level is half as fine as the one before
+        blocks    residual blocks of the encoder per level; the decoder has one more
+        groups    of every GroupNorm
+        scale     scaled latent = scale * unscaled latent
+        part      "both", or "decoder" for no encoder
     """
 
     kind: str = "vae"
@@ -48,24 +57,26 @@ class VAEConfig:
 
     @property
     def factor(self) -> int:
-        """Side of an image over the side of its latent."""
+        """The side of an image over the side of its latent."""
         return 2 ** (len(self.channels) - 1)
 
 
 class VAE(NamedTuple):
     """An autoencoder as pure functions.
 
-    init(key) -> params: nested dict of float32 arrays.
+    init(key) -> params: A nested dict of float32 arrays.
 
-    encode(params, x) -> (mean, logvar), each (B, H / factor, W / factor, latent_channels), of the *unscaled* latent's normal
-    law; x is (B, H, W, image_channels) in [-1, 1], H and W multiples of `factor`; logvar is clamped to [-30, 20].
+    encode(params, x) -> (mean, logvar): The normal law of the *unscaled* latent.
+    Both are (B, H / factor, W / factor, latent_channels). `logvar` is clamped to [-30, 20].
+    `x` is (B, H, W, image_channels) in [-1, 1], with H and W multiples of `factor`.
 
-    decode(params, latent) -> image (B, factor h, factor w, image_channels), about [-1, 1] and not clamped, of an *unscaled*
-    latent (B, h, w, latent_channels).
+    decode(params, latent) -> image: `latent` is *unscaled*, (B, h, w, latent_channels).
+    The image is (B, factor h, factor w, image_channels), about [-1, 1] and not clamped.
 
     scale: scaled latent = scale * unscaled latent, for `sample_latent` and `unscaled`.
 
-    Results are float32 (float64 if params and inputs are). Wrong shapes, and encoding by a decoder alone, raise DmfError.
+    Results are float32, or float64 if params and inputs are.
+    Raises DmfError for wrong shapes, and for encoding without an encoder.
     """
 
     init: Callable[[jax.Array], dict[str, Any]]
@@ -75,9 +86,9 @@ class VAE(NamedTuple):
 
 
 def sample_latent(mean: jax.Array, logvar: jax.Array, noise: jax.Array, scale: float) -> jax.Array:
-    """A *scaled* latent drawn from an encoding, with `noise` standard normal and shaped as `mean` (zeros give the mode).
+    """A *scaled* latent drawn from an encoding: scale * (mean + exp(logvar / 2) * noise).
 
-    scale * (mean + exp(logvar / 2) * noise)
+    noise: Standard normal, with the shape of `mean`. Zeros give the mode.
     """
     return scale * (mean + jnp.exp(logvar / 2) * noise)
 
@@ -96,7 +107,10 @@ def _conv(width: int, size: int, dtype: jnp.dtype | None, name: str | None = Non
 
 
 class Resnet(nn.Module):
-    """Residual block: twice norm, SiLU, 3x3 convolution; a 1x1 convolution on the skip where the width changes."""
+    """Residual block: twice norm, SiLU and 3x3 convolution.
+
+    The skip has a 1x1 convolution where the width changes.
+    """
 
     width: int
     groups: int
@@ -150,7 +164,10 @@ class Middle(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves both sides by a 3x3 convolution of stride 2 that looks right and down: one row and column of zeros there."""
+    """Halves both sides by a 3x3 convolution of stride 2.
+
+    It is padded by one row and column of zeros, at the bottom and at the right.
+    """
 
     dtype: jnp.dtype | None
 
@@ -158,9 +175,8 @@ class Downsample(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map x (B, H, W, C) to (B, H / 2, W / 2, C)."""
         padding, init = ((0, 1), (0, 1)), layers.xavier()
-        return nn.Conv(
-            x.shape[-1], (3, 3), 2, padding, dtype=self.dtype, kernel_init=init, name="conv"
-        )(x)
+        shape = x.shape[-1], (3, 3), 2, padding
+        return nn.Conv(*shape, dtype=self.dtype, kernel_init=init, name="conv")(x)
 
 
 class Upsample(nn.Module):
@@ -175,7 +191,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, then a change of it or none."""
+    """The residual blocks of one resolution, then a change of resolution if there is one."""
 
     width: int
     blocks: int
@@ -194,7 +210,10 @@ class Level(nn.Module):
 
 
 def _last(x: jax.Array, width: int, groups: int) -> jax.Array:
-    """The last layers of encoder and decoder, float32 always: bfloat16 results would lie on a grid of spacing 2^-8."""
+    """The last layers of encoder and decoder, always float32.
+
+    bfloat16 would put results on a grid of spacing 2^-8.
+    """
     x = nn.silu(_norm(groups, None, "conv_norm_out")(layers.at_least_float32(x)))
     return _conv(width, 3, None, "conv_out")(x)
 
@@ -250,7 +269,7 @@ class Autoencoder(nn.Module):
         self.decoder = Decoder(self.config, self.dtype)
 
     def __call__(self, x: jax.Array, latent: jax.Array) -> Any:
-        """Everything there is, for the initialisation."""
+        """Runs all parts, for the initialisation."""
         return (self.encode(x) if self.config.part == "both" else None), self.decode(latent)
 
     def encode(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -264,16 +283,18 @@ class Autoencoder(nn.Module):
 
 
 def build_vae(config: VAEConfig, dtype: Any = jnp.float32) -> VAE:
-    """Build the autoencoder; it takes images of any size that is a multiple of `config.factor`.
+    """Builds the autoencoder. The sides of its images are multiples of `config.factor`.
 
-    `dtype` is the compute dtype, float32 or bfloat16. Parameters, norm statistics, softmax, the last layers and the results
-    are float32 in both cases; with float32, parameters and inputs in float64 give a computation in float64. Raises DmfError
-    naming the field that does not fit.
+    dtype: The compute dtype, float32 or bfloat16.
+    Parameters, norm statistics, softmax, the last layers and results are float32 in both cases.
+    With float32, parameters and inputs in float64 give a computation in float64.
+
+    Raises DmfError that names a wrong field.
     """
     _check(config)
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
         raise DmfError(f"dtype is {jnp.dtype(dtype).name}; expected float32 or bfloat16.")
-    # Linen reads None as "follow parameters and inputs", which lets float64 through.
+    # Linen follows parameters and inputs where dtype is None. This allows float64.
     module = Autoencoder(config, None if jnp.dtype(dtype) == jnp.float32 else jnp.bfloat16)
 
     def init(key: jax.Array) -> dict[str, Any]:
@@ -286,7 +307,8 @@ def build_vae(config: VAEConfig, dtype: Any = jnp.float32) -> VAE:
     def encode(params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         if config.part != "both":
             raise DmfError(
-                f"VAEConfig.part is {config.part!r}: there is no encoder; expected 'both' for encode."
+                f"VAEConfig.part is {config.part!r}: there is no encoder; "
+                "expected 'both' for encode."
             )
         _check_input("x", x, config.image_channels, config.factor)
         moments: Any = module.apply({"params": params}, x, method="encode")
@@ -310,7 +332,8 @@ def _check(config: VAEConfig) -> None:
         layers.check_positive("VAEConfig.channels", width)
         if width % config.groups:
             raise DmfError(
-                f"VAEConfig.channels has a level of {width}; expected a multiple of groups, {config.groups}."
+                f"VAEConfig.channels has a level of {width}; "
+                f"expected a multiple of groups, {config.groups}."
             )
     if not isinstance(config.scale, int | float) or not config.scale > 0:
         raise DmfError(f"VAEConfig.scale is {config.scale!r}; expected a number above 0.")

@@ -1,13 +1,12 @@
-"""Weight files as a tree of tensors, read lazily and without executing anything they contain.
+"""Weight files as a tree of tensors, read lazily; nothing that a file contains is executed.
 
-A file's format is told by its content: safetensors; torch.save, as zip archive or as the older stream; a pickle of a network
-as EDM and ECT store it; a Flax msgpack checkpoint. Opening reads names and shapes alone.
+Its content tells a file's format: safetensors; torch.save, as zip archive or older stream; a pickle
+of a network, as of EDM and ECT; a Flax msgpack checkpoint. Opening reads no tensor.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import os
 import re
@@ -17,58 +16,37 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from dmf.storage import checkpoint
+from dmf.storage.digest import sha256 as sha256
 from dmf.storage.readers import flaxfile, torchfile
-from dmf.storage.readers.span import DTYPES, File, Span, packed, refusal, short
-from dmf.storage.readers.tree import Inert, Tensor, flatten, module_tensors, strip_prefix
-
-__all__ = [
-    "Inert",
-    "Tensor",
-    "Weights",
-    "flatten",
-    "module_tensors",
-    "open_file",
-    "sha256",
-    "strip_prefix",
-]
+from dmf.storage.readers.span import Span, short, whole
+from dmf.storage.readers.tree import DTYPES, Inert, Tensor, pairs, tensor
+from dmf.storage.readers.tree import flatten as flatten
+from dmf.storage.readers.tree import module_tensors as module_tensors
+from dmf.storage.readers.tree import strip_prefix as strip_prefix
 
 ORBAX = "_METADATA"  # in the folder of one tree of Orbax's
 STEP = "_CHECKPOINT_METADATA"  # in the folder that Orbax reads, which holds one tree or several
-MAX_HEADER = 2**24  # bytes of JSON
 SAFETENSORS = {
-    **{
-        "BOOL": "bool",
-        "U8": "uint8",
-        "I8": "int8",
-        "U16": "uint16",
-        "I16": "int16",
-        "U32": "uint32",
-        "I32": "int32",
-    },
-    **{
-        "U64": "uint64",
-        "I64": "int64",
-        "F16": "float16",
-        "BF16": "bfloat16",
-        "F32": "float32",
-        "F64": "float64",
-    },
-    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"},
+    code: DTYPES[name]
+    for code, name in pairs("""BOOL:bool U8:uint8 I8:int8 U16:uint16 I16:int16 U32:uint32 I32:int32
+        U64:uint64 I64:int64 F16:float16 BF16:bfloat16 F32:float32 F64:float64
+        F8_E4M3:float8_e4m3fn F8_E5M2:float8_e5m2""")
 }
 LOOKS = (
     (rb"version https://git-lfs", "a git-lfs pointer, not the file itself (run `git lfs pull`)"),
     (rb"\s*<", "an HTML or XML page, such as a login, a notice of a download limit or an error"),
     (rb"\s*[{\[]", "a JSON text, such as the index of a model in several files"),
     (
-        rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf|Rar!",
+        rb"\x1f\x8b|BZh|\xfd7zX|\x28\xb5\x2f\xfd|7z\xbc\xaf|Rar!",
         "a compressed archive (unpack it first)",
     ),
     (rb"(?s).{257}ustar", "a tar archive (unpack it first)"),
     (rb"model_checkpoint_path:", "the text beside a TensorFlow checkpoint"),
 )
-EXPECTED = "safetensors, a PyTorch .pt, .pth, .bin or .ckpt, a pickled network, or a Flax msgpack checkpoint"
+EXPECTED = "safetensors, a file or a pickled network of PyTorch, or a Flax msgpack checkpoint"
 
 
 @dataclass(frozen=True)
@@ -76,8 +54,8 @@ class Weights:
     """A weight file.
 
     format: "safetensors", "torch zip", "torch legacy", "pickle", "flax msgpack" or "orbax".
-    tree: nested dicts with `Tensor` leaves, numbers, text, None, bytes, frozensets, and `Inert` for objects of foreign
-        classes; lists and tuples are dicts with the keys 0, 1, ... Opening does not read the tensors.
+    tree: nested dicts; a list or tuple is a dict with the keys 0, 1, ... Leaves are `Tensor`,
+        numbers, text, None, bytes, frozensets, and `Inert` for objects of classes not ours.
     metadata: the texts of a safetensors file's `__metadata__`; else empty.
     """
 
@@ -88,53 +66,32 @@ class Weights:
 
 
 def open_file(path: str | Path) -> Weights:
-    """The weight file at `path`, told by its content; raises DmfError, in one line, for whatever is none or is damaged.
-
-    An Orbax directory, as newer Flax trainers write it, is read like a file.
-    """
-    for folder in (
-        Path(path).absolute(),
-        Path(path).absolute() / "default",
-    ):  # the latter within a CheckpointManager's step
+    """The weight file, or Orbax directory, at `path`. Raises DmfError for any other or damaged."""
+    for folder in (Path(path).absolute(), Path(path).absolute() / "default"):
+        # "default" lies within the step of a CheckpointManager
         if os.path.isfile(folder / ORBAX):
             apart = not os.path.isfile(folder / STEP) and os.path.isfile(folder.parent / STEP)
             where = (folder.parent, folder.name) if apart else (folder, "AUTO")
             return Weights(Path(path), "orbax", _read_orbax(where, checkpoint.foreign(*where)))
-    file = File.at(path)
-    whole, place = file.whole(), Path(path)
-    with file.opened() as stream:
+    span, place = whole(path), Path(path)
+    with span.opened() as stream:
         head = stream.read(512)
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
-        return Weights(place, "torch zip", torchfile.read_zip(whole))
+        return Weights(place, "torch zip", torchfile.read_zip(span))
     if head[8:9] == b"{" and head[5:8] == b"\0\0\0":
-        return Weights(place, "safetensors", *_read_safetensors(whole))
+        return Weights(place, "safetensors", *_read_safetensors(span))
     looks = [text for pattern, text in LOOKS if re.match(pattern, head)]
     if looks:
-        raise whole.error(f"looks like {looks[0]}; expected {EXPECTED}")
+        raise span.error(f"looks like {looks[0]}", EXPECTED)
     if head[0] == 0x80:
-        return Weights(place, *torchfile.read_pickle(whole))
+        return Weights(place, *torchfile.read_pickle(span))
     if 0x81 <= head[0] <= 0x8F or head[0] in (0xDE, 0xDF):
-        return Weights(place, "flax msgpack", flaxfile.read_msgpack(whole))
-    raise whole.error(f"begins with {head[:8].hex(' ')}; expected {EXPECTED}")
-
-
-def sha256(path: str | Path) -> str:
-    """The file's SHA-256 in hexadecimal digits; of a directory, that of the names and digests of its files."""
-    try:
-        if Path(path).is_dir():
-            names = sorted(
-                p.relative_to(path).as_posix() for p in Path(path).rglob("*") if p.is_file()
-            )
-            lines = [f"{sha256(Path(path) / name)}  {name}\n" for name in names]
-            return hashlib.sha256("".join(lines).encode()).hexdigest()
-        with open(path, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise refusal(path, f"cannot be read ({short(error)}); expected a readable file") from error
+        return Weights(place, "flax msgpack", flaxfile.read_msgpack(span))
+    raise span.error(f"begins with {head[:8].hex(' ')}", EXPECTED)
 
 
 def _read_orbax(where: tuple[Path, str], node: Any, keys: tuple[str, ...] = ()) -> Any:
-    """The tree of an Orbax directory; of a list, which only optimisers have, its being there."""
+    """The tree of an Orbax directory. A list, which only optimisers have, is inert."""
     if isinstance(node, Mapping):
         return {
             name: _read_orbax(where, below, (*keys, name))
@@ -147,57 +104,21 @@ def _read_orbax(where: tuple[Path, str], node: Any, keys: tuple[str, ...] = ()) 
     return Tensor(shape, dtype, functools.partial(checkpoint.read_leaf, *where, keys, shape, dtype))
 
 
-def _read_safetensors(whole: Span) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata): a length, that many bytes of JSON, then the tensors side by side."""
-    with whole.cursor() as cursor:
-        if (size := cursor.number("<Q")) > MAX_HEADER:
-            raise whole.error(f"its header takes {size} bytes; expected at most {MAX_HEADER}")
-        try:
-            header = json.loads(cursor.text(size), object_pairs_hook=_unique)
-        except (ValueError, RecursionError) as error:
-            raise whole.error(
-                f"its header is no JSON ({short(error)}); expected that of a safetensors file"
-            ) from error
-        data = cursor.skip(cursor.left, "its data")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(
-        isinstance(text, str) for text in metadata.values()
-    ):
-        raise whole.error("its __metadata__ is no map of texts; expected a safetensors file")
-    return _tensors(data, header), metadata
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name is used twice")
-    return found
-
-
-def _tensors(data: Span, header: Mapping[str, Any]) -> dict[str, Tensor]:
-    found, ends = {}, []
+def _read_safetensors(span: Span) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata). The library checks the header; NumPy has not all its types of values."""
+    try:
+        safe_open(span.path, framework="numpy").__exit__(None, None, None)
+    except (SafetensorError, OSError, ValueError) as error:
+        why = short(str(error).removeprefix("Error while deserializing header: "))
+        raise span.error(f"is no whole safetensors file ({why})") from error
+    with span.opened() as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    metadata, found = header.pop("__metadata__", {}), {}
     for name, entry in header.items():
-        match entry:
-            case {
-                "dtype": str() as code,
-                "shape": list() as shape,
-                "data_offsets": [int() as start, int() as end],
-            } if code in SAFETENSORS:
-                found[name] = packed(
-                    data.part(start, end - start, name), DTYPES[SAFETENSORS[code]], shape
-                )
-                ends.append((start, end))
-            case _:
-                raise data.error(
-                    f"tensor {short(name)} in no known form; expected its dtype, shape and data_offsets"
-                )
-    end = 0
-    for start, stop in sorted(ends):
-        if start != end:
-            raise data.error(
-                f"a tensor starts at byte {start}, where {end} is expected: side by side, no gap, no overlap"
-            )
-        end = stop
-    if end != data.size:
-        raise data.error(f"its tensors take {end} of {data.size} bytes; expected all of them")
-    return found
+        start, end = entry["data_offsets"]
+        if (code := entry["dtype"]) not in SAFETENSORS:
+            raise span.error(f"{short(name)} is of type {code}", ", ".join(SAFETENSORS))
+        part = span.part(8 + size + start, end - start, name)
+        found[name] = tensor(part, SAFETENSORS[code], entry["shape"])
+    return found, metadata

@@ -1,26 +1,37 @@
-"""The tree that a weight file holds, and the ways to make a flat dictionary of tensors from it."""
+"""The tree that a weight file holds: its tensors, and flat dictionaries of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from dmf.errors import DmfError
+from dmf.storage.readers.span import Span, short
 
 MAX_VISITS = 1_000_000  # a few shared lists can stand for more names than memory holds
 MAX_NAME = 1000
-MAX_DEPTH = 100
-PREFIXES = (
-    "module.",
-    "_orig_mod.",
-)  # what DistributedDataParallel and torch.compile put before every name
+MAX_DIMS = 32
+MAX_REPEATED = 2**26  # values of a tensor that repeats some: it is larger than its file
+MAX_SIZE = 2**58  # of a shape: its bytes can be counted in 63 bits
+PREFIXES = ("module.", "_orig_mod.")  # added by DistributedDataParallel and torch.compile
+INTEGERS = [f"{sign}int{bits}" for sign in ("u", "") for bits in (8, 16, 32, 64)]
+PLAIN = ["bool", *INTEGERS, "float16", "float32", "float64"]
+NARROW = [ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2]
+DTYPES = {np.dtype(kind).name: np.dtype(kind) for kind in (*PLAIN, *NARROW)}
+
+
+def pairs(text: str) -> list[list[str]]:
+    """The pairs of a text such as "a:b c:d", for tables."""
+    return [pair.split(":") for pair in text.split()]
 
 
 class Tensor(NamedTuple):
-    """A tensor of a file: `read()` returns its values as a C-contiguous array, and reads only its own bytes."""
+    """A tensor of a file. `read()` reads its bytes alone and gives a C-contiguous array."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -29,85 +40,102 @@ class Tensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Inert:
-    """What a pickle says of an object of a foreign class: the class's name and the object's fields. Nothing was called."""
+    """What a pickle says of an object: the name of its class and its fields. Nothing was run."""
 
     class_name: str
     state: Any
 
 
-def flatten(tree: Any, prefix: str = "") -> dict[str, Tensor]:
-    """{dotted name: tensor} of a tree, in its order; positions are numbers; what is no tensor, `Inert` included, is dropped.
+def shape_of(span: Span, shape: Sequence[Any]) -> tuple[int, ...]:
+    """A shape that NumPy can have; DmfError for another one."""
+    sane = len(shape) <= MAX_DIMS and all(isinstance(n, int) and 0 <= n < MAX_SIZE for n in shape)
+    if not sane or math.prod(max(n, 1) for n in shape) >= MAX_SIZE:
+        raise span.error(f"shape {short(shape)}", f"up to {MAX_DIMS} sizes >= 0 of sane extent")
+    return tuple(shape)
 
-    prefix: put before every name, with a dot. Raises DmfError where two tensors get one name, or names have no end.
+
+def tensor(
+    span: Span, dtype: np.dtype, shape: Sequence[Any], strides: Any = None, offset: Any = 0
+) -> Tensor:
+    """A tensor over a span; DmfError where it is not all inside.
+
+    strides, offset: in values. Without strides it is row-major and fills the span exactly.
+    """
+    sizes, held = shape_of(span, shape), span.size // dtype.itemsize
+    steps = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))] if strides is None else strides
+    count, reach = math.prod(sizes), held + 1
+    fills = strides is not None or count * dtype.itemsize == span.size
+    sane = all(isinstance(n, int) and n >= 0 for n in (*steps, offset))
+    if sane and fills and len(steps) == len(sizes) and count <= max(held, MAX_REPEATED):
+        steps = [step if n > 1 else 0 for n, step in zip(sizes, steps, strict=True)]
+        reach = 1 + sum((n - 1) * step for n, step in zip(sizes, steps, strict=True))
+        reach = reach + offset if count else 0
+    if reach > held:
+        where = f"with strides {short(steps)} from value {short(offset)}"
+        what = f"{dtype} of shape {short(shape)} {where} (is the file cut off?)"
+        raise span.error(f"holds {span.size} bytes, {held} values", what)
+
+    def read() -> np.ndarray:
+        if not count:
+            return np.empty(sizes, dtype)
+        flat = span.array(dtype, offset, reach - offset)
+        apart = [step * dtype.itemsize for step in steps]
+        return np.asarray(np.lib.stride_tricks.as_strided(flat, sizes, apart), order="C")
+
+    return Tensor(sizes, dtype, read)
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Tensor]:
+    """{dotted name: tensor} of a tree, in its order. Positions are numbers; the rest is dropped.
+
+    prefix: put before every name, with a dot. Raises DmfError where two tensors get one name, or
+    names have no end.
     """
     found: dict[str, Tensor] = {}
     todo: list[tuple[str, Any]] = [(prefix, tree)]
     visits = 0
     while todo:
         name, node = todo.pop()
-        inner = node if isinstance(node, Mapping | list | tuple) else ()
+        listed = isinstance(node, list | tuple) and not isinstance(node, Tensor)
+        inner = node if isinstance(node, Mapping) else dict(enumerate(node)) if listed else {}
         visits += 1 + len(inner)
         if visits > MAX_VISITS or len(name) > MAX_NAME:
-            raise DmfError(
-                f"the tree under {name[:40]!r} has over {MAX_VISITS} entries or a name of over {MAX_NAME} letters: "
-                "expected the weights of a network"
-            )
+            limits = f"over {MAX_VISITS} entries, or a name of over {MAX_NAME} letters"
+            raise DmfError(f"the tree under {name[:40]!r} has {limits}: expected a network's")
         if isinstance(node, Tensor):
-            _add(found, name, node)
-        items = inner.items() if isinstance(inner, Mapping) else enumerate(inner)
-        todo.extend(
-            reversed([(f"{name}.{key}" if name else str(key), value) for key, value in items])
-        )
+            if name in found:
+                raise DmfError(f"tensor name {name!r} is used twice: expected one for each tensor")
+            found[name] = node
+        below = [(f"{name}.{key}" if name else str(key), value) for key, value in inner.items()]
+        todo.extend(reversed(below))
     return found
 
 
 def strip_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors without the leading 'module.' and '_orig_mod.' that all their names share."""
-    names = list(tensors)
-    while names and (
-        shared := [p for p in PREFIXES if all(n.startswith(p) and n != p for n in names)]
-    ):
-        names = [name.removeprefix(shared[0]) for name in names]
-    return dict(zip(names, tensors.values(), strict=True))
+    """The tensors without the 'module.' and '_orig_mod.' that begin every one of their names."""
+    for prefix in PREFIXES:
+        if tensors and all(name.startswith(prefix) and name != prefix for name in tensors):
+            return strip_prefix({k.removeprefix(prefix): x for k, x in tensors.items()})
+    return dict(tensors)
 
 
 def module_tensors(inert: Inert) -> dict[str, Tensor]:
-    """The state dict of a pickled torch.nn.Module: its parameters and persistent buffers, then those of its modules."""
-    found: dict[str, Tensor] = {}
-    for visits, (name, value) in enumerate(_walk(inert, "", 0)):
-        if isinstance(value, Tensor):
-            _add(found, name, value)
-        if visits > MAX_VISITS:
-            raise DmfError(
-                f"module {inert.class_name[:40]!r} has over {MAX_VISITS} entries: expected those of a network"
-            )
-    return found
+    """The state dict of a pickled torch.nn.Module, in PyTorch's order."""
+    return flatten(_module(inert, "", {}))
 
 
-def _walk(node: Any, prefix: str, depth: int) -> Iterator[tuple[str, Any]]:
-    state = node.state if isinstance(node, Inert) else None
-    fields = state if isinstance(state, dict) else {}
+def _module(node: Any, name: str, done: dict[int, Any]) -> Any:
+    """A tree of its parameters and persistent buffers, then its modules; of a shared one once."""
+    fields = node.state if isinstance(node, Inert) and isinstance(node.state, dict) else {}
     parts = [fields.get(key) for key in ("_parameters", "_buffers", "_modules")]
-    if max(depth - MAX_DEPTH, len(prefix) - MAX_NAME) > 0 or not all(
-        isinstance(part, dict) for part in parts
-    ):
+    if len(name) > MAX_NAME or not all(isinstance(part, dict) for part in parts):
         what = node.class_name if isinstance(node, Inert) else type(node).__name__
-        raise DmfError(
-            f"module {(prefix or 'itself')[:80]!r} is a {what[:80]!r}: expected a pickled torch.nn.Module"
-        )
-    parameters, buffers, modules = (dict(part or {}) for part in parts)
-    hidden = x if isinstance(x := fields.get("_non_persistent_buffers_set"), frozenset) else ()
-    yield from ((f"{prefix}{name}", value) for name, value in parameters.items())
-    yield from ((f"{prefix}{name}", value) for name, value in buffers.items() if name not in hidden)
-    for name, child in modules.items():
-        yield f"{prefix}{name}", None  # counted even where a module is empty
-        if child is not None:
-            yield from _walk(child, f"{prefix}{name}.", depth + 1)
-
-
-def _add(found: dict[str, Tensor], name: str, tensor: Tensor) -> None:
-    if name in found or len(name) > MAX_NAME:
-        raise DmfError(
-            f"tensor name {name[:80]!r} is used twice or too long: expected one short name for each tensor"
-        )
-    found[name] = tensor
+        where = f"module {(name or 'itself')[:80]!r}"
+        raise DmfError(f"{where} is a {what[:80]!r}: expected a pickled torch.nn.Module")
+    if id(node) not in done:
+        parameters, buffers, modules = (dict(part or {}) for part in parts)
+        hidden = x if isinstance(x := fields.get("_non_persistent_buffers_set"), frozenset) else ()
+        buffers = {key: value for key, value in buffers.items() if key not in hidden}
+        inner = {k: _module(x, f"{name}{k}.", done) for k, x in modules.items() if x is not None}
+        done[id(node)] = {**parameters, **buffers, **inner}
+    return done[id(node)]

@@ -1,263 +1,299 @@
-"""A reader of pickles that runs nothing: a pickle is taken as a description, and only what weight files need is understood.
+"""Pickles of weights, read by the standard library's Unpickler with a closed table of names.
 
-Python's own unpickler calls whatever a file names. This one has no way to call or import: a global is a label, a class of
-another library becomes an `Inert` with its fields, and byte strings and storages stay in the file until a tensor is read.
-What `dmf.storage.readers.pickled` does not list is refused by name.
+No name in a file is imported, built or called. `find_class` gives a label, `_made` says what a call
+of the label stands for, and `tree_of` makes a tree of it all. Anything else is refused in one line.
+
+The Unpickler in C takes the memory that a memo index announces, and hashes any key. The one in
+Python lets a subclass choose its opcodes, so that both are bounded.
 """
 
 from __future__ import annotations
 
 import functools
-import pickletools
-from collections.abc import Callable
-from typing import Any
+import pickle
+import re
+import struct
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from dmf.errors import DmfError
-from dmf.storage.readers.pickled import (
-    CALLS,
-    INERT,
-    LOAD_FROM_BYTES,
-    MODULE,
-    Global,
-    Made,
-    allowed,
-    key_of,
-    wrong,
-)
-from dmf.storage.readers.span import Cursor, Span
+from dmf.storage.readers.span import Span, Stream, short
+from dmf.storage.readers.tree import DTYPES, PLAIN, Inert, Tensor, pairs, tensor
 
-MAX_PROTOCOL = 5
-MAX_INT_BYTES = 1000
-OPCODES = {ord(op.code): op.name for op in pickletools.opcodes}
+STORAGES = {
+    f"torch.{name}Storage": DTYPES[dtype]
+    for name, dtype in pairs("""Float:float32 Double:float64 Half:float16 BFloat16:bfloat16
+        Long:int64 Int:int32 Short:int16 Char:int8 Byte:uint8 Bool:bool storage.Untyped:uint8""")
+}
+TYPES = {f"torch.{name}": dtype for name, dtype in DTYPES.items()}
+NUMPY_TYPES = {np.dtype(name).str[1:]: np.dtype(name) for name in PLAIN}  # "f4" and the like
+NAMED = {  # every name that a file may hold, by what a call of it makes
+    "tensor": "torch._utils._rebuild_tensor torch._utils._rebuild_tensor_v2 "
+    "torch._utils._rebuild_tensor_v3",
+    "parameter": "torch._utils._rebuild_parameter torch._utils._rebuild_parameter_with_state",
+    "tensor with notes": "torch._tensor._rebuild_from_type_v2",
+    "storage as bytes": "torch.storage._load_from_bytes",
+    "size": "torch.Size",
+    "persistent object": "torch_utils.persistence._reconstruct_persistent_obj",
+    "dictionary": "collections.OrderedDict collections.defaultdict collections.Counter",
+    "set": "builtins.set builtins.frozenset",
+    "byte string": "builtins.bytes builtins.bytearray",
+    "text as bytes": "_codecs.encode",
+    "method of getattr": "builtins.getattr",
+    "NumPy type": "numpy.dtype",
+    "NumPy array": "numpy.core.multiarray._reconstruct",
+    "NumPy number": "numpy.core.multiarray.scalar",
+    "call of a type": "numpy.ndarray torch.Tensor torch.nn.parameter.Parameter "
+    + " ".join(STORAGES | TYPES),
+    "object": """argparse.Namespace dnnlib.util.EasyDict torch.device
+        ml_collections.config_dict.config_dict.ConfigDict
+        ml_collections.config_dict.config_dict.FieldReference
+        ml_collections.config_dict.config_dict.FrozenConfigDict
+        pathlib.PosixPath pathlib.PurePosixPath pathlib.WindowsPath
+        pytorch_lightning.utilities.parsing.AttributeDict
+        pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint
+        lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint
+        torch.nn.parallel.data_parallel.DataParallel
+        builtins.bool builtins.dict builtins.float builtins.int builtins.list builtins.long
+        builtins.range builtins.str builtins.tuple builtins.xrange
+        numpy.core.numeric._frombuffer """
+    + " ".join(f"numpy.{name}" for name in PLAIN if name != "bool"),
+}
+KINDS = {name: kind for kind, names in NAMED.items() for name in names.split()}
+MODULE = re.compile(r"torch\.nn\.modules\.[a-z_]{1,100}\.[A-Z]\w{0,100}")  # "object" too
+RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg", "pathlib._local": "pathlib"}
+RENAMED |= {f"numpy._core.{name}": f"numpy.core.{name}" for name in ("multiarray", "numeric")}
+MAX_ARGUMENTS = 100
+MAX_DEPTH = 100
+OPCODES = """
+    PROTO MARK POP STOP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT SHORT_BINSTRING
+    BINSTRING SHORT_BINBYTES SHORT_BINUNICODE BINUNICODE BINUNICODE8 EMPTY_LIST EMPTY_DICT EMPTY_SET
+    EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 TUPLE APPEND APPENDS BINPUT LONG_BINPUT MEMOIZE BINGET
+    LONG_BINGET GLOBAL STACK_GLOBAL BINPERSID"""
+CODES = [getattr(pickle, name)[0] for name in OPCODES.split()]
+LIBRARY: dict[int, Any] = pickle._Unpickler.dispatch  # type: ignore[assignment]
+# What the opcodes of a damaged pickle raise: a wrong index, key, type, value or end.
+BROKEN = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, EOFError)
 
 
-class Machine:
-    """Reads one pickle at the cursor.
+class _Opcodes(dict[int, Any]):
+    def __missing__(self, code: int) -> None:
+        raise pickle.UnpicklingError(f"opcode {code:#x}, which weights do not need")
 
-    storage: makes a `Storage` of a persistent id. nested: makes one of the bytes of a stream within the pickle.
+
+class Global(str):
+    """The name of a class or function, which is never looked up."""
+
+
+class Storage(NamedTuple):
+    """A torch storage. Where its bytes lie may be found after the pickle that speaks of it."""
+
+    span: Span
+    dtype: np.dtype
+
+
+@dataclass(eq=False)
+class Made:
+    """An object of a class that is not ours, as far as the pickle has described it."""
+
+    label: str
+    args: tuple[Any, ...]
+    state: Any = None
+    items: dict[Any, Any] = field(default_factory=dict)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.items[key] = value
+
+
+class Unpickler(pickle._Unpickler):
+    """Reads one pickle from the stream. `load` gives raw objects, `tree_of` makes a tree of them.
+
+    storage: makes a `Storage` of a key, type and count; nested: of a storage as bytes.
     """
 
-    def __init__(
-        self,
-        cursor: Cursor,
-        storage: Callable[[Any], Any] | None,
-        nested: Callable[[Span], Any] | None,
-    ):
-        self.cursor, self.storage, self.nested = cursor, storage, nested
-        self.stack: list[Any] = []
-        self.marks: list[list[Any]] = []
-        self.memo: dict[int, Any] = {}
+    stack: list[Any]  # these four are of the standard library's
+    metastack: list[list[Any]]
+    append: Any
+    read: Any
 
-    def run(self) -> Any:
-        """The object, raw: `tree_of` makes a tree of it."""
-        while (name := OPCODES.get(self.cursor.take(1)[0], "of no known sort")) != "STOP":
-            if name not in ACTIONS:
-                raise self.error(
-                    f"opcode {name} in its pickle; expected a pickle as PyTorch writes it"
-                )
-            ACTIONS[name](self)
-        if len(self.stack) != 1 or self.marks:
-            raise self.error("its pickle ends with objects left over; expected exactly one object")
-        return self.stack.pop()
+    def __init__(self, stream: Stream, storage: Any = None, nested: Any = None) -> None:
+        super().__init__(stream, encoding="utf-8")
+        self.stream, self.storage, self.nested = stream, storage, nested
 
-    def error(self, text: str) -> DmfError:
-        """A refusal that names the file."""
-        return self.cursor.span.error(text)
-
-    def push(self, value: Any) -> None:
-        """Puts a value on the stack."""
-        self.stack.append(value)
-
-    def pop(self) -> Any:
-        """Takes the top of the stack."""
-        if not self.stack:
-            raise self.error("its pickle takes more objects than it has; expected a whole pickle")
-        return self.stack.pop()
-
-    def top(self) -> Any:
-        """The top of the stack, left there."""
-        if not self.stack:
-            raise self.error(
-                "its pickle changes an object that it has not made; expected a whole pickle"
-            )
-        return self.stack[-1]
-
-    def since_mark(self) -> list[Any]:
-        """Takes everything above the last mark."""
-        if not self.marks:
-            raise self.error("its pickle lacks a mark; expected a whole pickle")
-        found, self.stack = self.stack, self.marks.pop()
+    def load(self) -> Any:
+        """The object; DmfError, in one line, for whatever is no pickle of weights."""
+        try:
+            found = super().load()
+        except (*BROKEN, pickle.UnpicklingError, struct.error) as error:
+            why = f"{type(error).__name__}: {short(error)}"
+            raise self.stream.span.error(f"its pickle cannot be read ({why})") from error
+        if self.stack or self.metastack:
+            raise self.stream.span.error("its pickle has objects left over", "one object")
         return found
 
+    def wrong(self, what: str, *found: Any) -> DmfError:
+        """The refusal of something in a form that nobody writes."""
+        what = f"a {what} with {short(found)} in its pickle"
+        return self.stream.span.error(what, "the form of PyTorch or NumPy")
 
-def _value(make: Callable[[Cursor], Any], m: Machine) -> None:
-    m.push(make(m.cursor))
+    def find_class(self, module: str, name: str) -> Global:
+        """The label of a name that files of weights need; others are refused."""
+        label = f"{RENAMED.get(module, module)}.{name}"
+        if "." not in name and (label in KINDS or MODULE.fullmatch(label)):
+            return Global(label)
+        what = f"its pickle asks for {short(label)}; refused, nothing of it was run"
+        plain = "tensors, numbers, text, lists and dictionaries (save the state_dict alone)"
+        raise self.stream.span.error(what, plain)
 
+    def persistent_load(self, pid: Any) -> Any:
+        """The storage, or the class of a module, that a persistent id names."""
+        match pid:
+            case ("module", Global() as label, *_):
+                return label
+            case ("storage", Global() as label, str() as key, _, int() as count, *view):
+                if self.storage and label in STORAGES and all(x is None for x in view):
+                    return self.storage(key, STORAGES[label], count)
+        raise self.wrong("persistent id", pid)
 
-def _mark(m: Machine) -> None:
-    m.marks.append(m.stack)
-    m.stack = []
+    def key(self, key: Any) -> Any:
+        """The key, if its hash costs little: a tuple's can take for ever."""
+        if isinstance(key, str | float | None) or isinstance(key, int) and abs(key) < 2**63:
+            return key
+        what = f"a key of type {type(key).__name__} in its pickle"
+        raise self.stream.span.error(what, "text or a number")
 
+    def _checked(self, code: bytes, keys: slice) -> None:
+        self.stack[keys] = [self.key(key) for key in self.stack[keys]]
+        LIBRARY[code[0]](self)
 
-def _protocol(m: Machine) -> None:
-    if (found := m.cursor.number("<B")) > MAX_PROTOCOL:
-        raise m.error(f"pickle protocol {found}; expected one up to {MAX_PROTOCOL}")
+    def _bytes(self, form: str) -> None:
+        size = struct.unpack(form, self.read(struct.calcsize(form)))[0]
+        self.append(self.stream.skip(size, "a byte string"))
 
+    def _build(self) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, Made):
+            target.state = state
+        elif not isinstance(target, dict):  # attributes of an OrderedDict are dropped
+            raise self.wrong("BUILD", target)
 
-def _integer(m: Machine, form: str) -> None:
-    size = m.cursor.number(form)
-    if not 0 <= size <= MAX_INT_BYTES:
-        raise m.error(f"an integer of {size} bytes in its pickle; expected at most {MAX_INT_BYTES}")
-    m.push(int.from_bytes(m.cursor.take(size), "little", signed=True))
+    def _call(self) -> None:
+        args, label = self.stack.pop(), self.stack.pop()
+        sane = isinstance(label, Global) and isinstance(args, tuple)
+        if not sane or len(args) > MAX_ARGUMENTS:
+            raise self.wrong("call", label, args)
+        self.append(_made(self, label, args))
 
-
-def _bytes(m: Machine, form: str) -> None:
-    m.push(m.cursor.skip(m.cursor.number(form), "a byte string in its pickle"))
-
-
-def _tuple(m: Machine, count: int) -> None:
-    m.push(tuple(reversed([m.pop() for _ in range(count)])))
-
-
-def _put(m: Machine, index: int) -> None:
-    m.memo[index] = m.top()
-
-
-def _get(m: Machine, index: int) -> None:
-    if index not in m.memo:
-        raise m.error(
-            f"object {index} in its pickle is used before it is made; expected a whole pickle"
-        )
-    m.push(m.memo[index])
-
-
-def _append(m: Machine, values: list[Any]) -> None:
-    if not isinstance(m.top(), list):
-        raise wrong(m.cursor, "an APPEND", m.top())
-    m.top().extend(values)
-
-
-def _set_items(m: Machine, flat: list[Any]) -> None:
-    target = m.top()
-    items = target.items if isinstance(target, Made) else target
-    if not isinstance(items, dict) or len(flat) % 2:
-        raise wrong(m.cursor, "a SETITEM", target)
-    items.update(
-        {key_of(m.cursor, key): value for key, value in zip(flat[::2], flat[1::2], strict=True)}
-    )
-
-
-def _add_items(m: Machine) -> None:
-    values = m.since_mark()
-    if not isinstance(m.top(), set):
-        raise wrong(m.cursor, "an ADDITEMS", m.top())
-    m.top().update(key_of(m.cursor, value) for value in values)
-
-
-def _stack_global(m: Machine) -> None:
-    name, module = m.pop(), m.pop()
-    if not isinstance(name, str) or not isinstance(module, str):
-        raise wrong(m.cursor, "a global", module, name)
-    m.push(allowed(m.cursor, module, name))
+    dispatch = _Opcodes((code, LIBRARY[code]) for code in CODES)
+    dispatch[pickle.FRAME[0]] = lambda self: self.read(8)  # its length; nothing is read ahead
+    dispatch[pickle.REDUCE[0]] = dispatch[pickle.NEWOBJ[0]] = _call
+    dispatch[pickle.BUILD[0]] = _build
+    dispatch[pickle.BINBYTES[0]] = lambda self: self._bytes("<I")
+    dispatch[pickle.BINBYTES8[0]] = lambda self: self._bytes("<Q")
+    dispatch[pickle.BYTEARRAY8[0]] = lambda self: self._bytes("<Q")
+    dispatch[pickle.SETITEM[0]] = lambda self: self._checked(pickle.SETITEM, slice(-2, -1))
+    dispatch[pickle.SETITEMS[0]] = lambda self: self._checked(pickle.SETITEMS, slice(0, None, 2))
+    dispatch[pickle.ADDITEMS[0]] = lambda self: self._checked(pickle.ADDITEMS, slice(None))
+    dispatch[pickle.FROZENSET[0]] = lambda self: self._checked(pickle.FROZENSET, slice(None))
 
 
-def _persistent(m: Machine) -> None:
-    found = m.pop()
-    if m.storage is None:
-        raise wrong(m.cursor, "a persistent id", found)
-    m.push(m.storage(found))
+def _made(m: Unpickler, label: Global, args: tuple[Any, ...]) -> Any:
+    """What a call stands for."""
+    match (KINDS.get(label, "object"), *args):
+        case ("tensor", Storage() as on, int() as at, tuple() as size, tuple() as steps, *more):
+            # requires_grad and hooks; then a type, where the storage has another, and marks
+            types = [TYPES[x] for x in more[2:3] if isinstance(x, Global) and x in TYPES]
+            if not any(more[2 + len(types) :]):
+                return tensor(on.span, [*types, on.dtype][0], size, steps, at)
+        case ("parameter", Tensor() as found, bool(), *_):
+            return found
+        case ("tensor with notes", Global() as inner, Global(), tuple() as of, _):
+            if KINDS.get(inner) in ("tensor", "parameter"):
+                return _made(m, inner, of[:MAX_ARGUMENTS])
+        case ("storage as bytes", Span() | bytes() as data) if m.nested is not None:
+            return m.nested(m.stream.span.of(data))
+        case ("size", tuple() as size):
+            return size
+        case ("persistent object", {"class_name": str() as name, "state": state}):
+            return Made("persistent", (name,), state)  # the code beside it goes no further
+        case ("dictionary",) | ("dictionary", Global()):
+            return {}
+        case ("dictionary", dict() as found):
+            return found
+        case ("dictionary", list() as listed):  # as Python 2 wrote it
+            m.stream.charge(len(listed))
+            return {m.key(key): value for key, value in listed}
+        case ("set", list() | tuple() as values):
+            m.stream.charge(len(values))
+            return {m.key(value) for value in values}
+        case ("byte string",):
+            return b""
+        case ("byte string", bytes() | Span() as data):
+            return data
+        case ("text as bytes", str() as text, "latin1"):
+            m.stream.charge(len(text) // 64)
+            return text.encode("latin1")
+        case ("method of getattr", Made("persistent"), str() as name):
+            return Made("method", (name,))
+        case ("NumPy type", str() as code, *_):
+            return Made("numpy.dtype", (code,))
+        case ("NumPy array", "numpy.ndarray", tuple(), bytes()):
+            return Made("numpy.ndarray", ())
+        case ("NumPy number", Made("numpy.dtype") as made, bytes() as data):
+            if (dtype := _dtype(made)) and len(data) == dtype.itemsize:
+                return np.frombuffer(data, dtype)[0].item()
+        case ("object", *_):
+            return Made(label, args)
+    raise m.wrong(KINDS[label], *args)
 
 
-def _reduce(m: Machine) -> None:
-    args, function = m.pop(), m.pop()
-    if not isinstance(function, Global) or not isinstance(args, tuple):
-        raise wrong(m.cursor, "a call", function, args)
-    if function.label == LOAD_FROM_BYTES:
-        m.push(_load_from_bytes(m, args))
-    elif function.label in CALLS:
-        m.push(CALLS[function.label](m.cursor, args))
-    elif function.label in INERT:
-        m.push(Made(function.label, args))
-    else:
-        raise wrong(m.cursor, f"a call of {function.label}", *args)
+def _dtype(made: Made) -> np.dtype | None:
+    """The type of plain little-endian numbers."""
+    match made.state:
+        case None | (_, "<" | "|", *_):
+            return NUMPY_TYPES.get(made.args[0])
+    return None
 
 
-def _load_from_bytes(m: Machine, args: tuple[Any, ...]) -> Any:
-    match args:
-        case (Span() as data,) if m.nested is not None:
-            return m.nested(data)
-        case (bytes() as data,) if m.nested is not None:
-            return m.nested(m.cursor.span.memory(data, "a storage in its pickle"))
-    raise wrong(m.cursor, "a storage as bytes", *args)
+def tree_of(value: Any, span: Span) -> Any:
+    """The tree of what a pickle describes: see `dmf.storage.readers.read.Weights`."""
+    return _tree(value, span, {}, 0)
 
 
-def _new(m: Machine) -> None:
-    args, cls = m.pop(), m.pop()
-    label = cls.label if isinstance(cls, Global) else ""
-    if not isinstance(args, tuple) or not (label in INERT or MODULE.fullmatch(label)):
-        raise wrong(m.cursor, f"a new object of {label or 'no class'}", cls, args)
-    m.push(Made(label, args))
+def _tree(value: Any, span: Span, done: dict[int, Any], depth: int) -> Any:
+    if id(value) in done:
+        return done[id(value)]
+    if depth > MAX_DEPTH:
+        what = f"its pickle nests objects over {MAX_DEPTH} deep or within themselves"
+        raise span.error(what, "a plain tree")
+    below = functools.partial(_tree, span=span, done=done, depth=depth + 1)
+    made = value
+    match value:
+        case Global() | Storage() | Span():
+            made = Inert(value if isinstance(value, Global) else type(value).__name__, {})
+        case dict():
+            made = {key: below(x) for key, x in value.items()}
+        case list() | tuple() if not isinstance(value, Tensor):
+            made = {i: below(x) for i, x in enumerate(value)}
+        case set():
+            made = frozenset(value)
+        case Made("numpy.ndarray"):
+            made = _array(value, span)
+        case Made("persistent", (name,)):
+            made = Inert(name, below(value.state))
+        case Made():  # whatever is made a tree must stay: `done` knows it by its id
+            kept = value.items or value.state or value.args or value.items
+            made = Inert(value.label, below(kept))
+    done[id(value)] = made
+    return made
 
 
-def _build(m: Machine) -> None:
-    state = m.pop()
-    if isinstance(m.top(), Made):
-        m.top().state = state
-    elif not isinstance(
-        m.top(), dict
-    ):  # an OrderedDict's attributes, such as a state_dict's _metadata, are dropped
-        raise wrong(m.cursor, "a BUILD", m.top())
-
-
-VALUES: dict[str, Callable[[Cursor], Any]] = {
-    "NONE": lambda c: None,
-    "NEWTRUE": lambda c: True,
-    "NEWFALSE": lambda c: False,
-    "BININT": lambda c: c.number("<i"),
-    "BININT1": lambda c: c.number("<B"),
-    "BININT2": lambda c: c.number("<H"),
-    "BINFLOAT": lambda c: c.number(">d"),
-    "SHORT_BINUNICODE": lambda c: c.text(c.number("<B")),
-    "BINUNICODE": lambda c: c.text(c.number("<I")),
-    "BINUNICODE8": lambda c: c.text(c.number("<Q")),
-    "SHORT_BINSTRING": lambda c: c.text(c.number("<B")),
-    "BINSTRING": lambda c: c.text(c.number("<i")),
-    "SHORT_BINBYTES": lambda c: c.take(c.number("<B")),
-    "EMPTY_LIST": lambda c: [],
-    "EMPTY_DICT": lambda c: {},
-    "EMPTY_SET": lambda c: set(),
-    "EMPTY_TUPLE": lambda c: (),
-}
-ACTIONS: dict[str, Callable[[Machine], None]] = {
-    **{name: functools.partial(_value, make) for name, make in VALUES.items()},
-    "POP": lambda m: m.pop(),  # of an object that was made a second time while it was being made
-    "PROTO": _protocol,
-    "FRAME": lambda m: m.cursor.number("<Q"),
-    "MARK": _mark,
-    "LONG1": lambda m: _integer(m, "<B"),
-    "LONG4": lambda m: _integer(m, "<i"),
-    "BINBYTES": lambda m: _bytes(m, "<I"),
-    "BINBYTES8": lambda m: _bytes(m, "<Q"),
-    "BYTEARRAY8": lambda m: _bytes(m, "<Q"),
-    "TUPLE1": lambda m: _tuple(m, 1),
-    "TUPLE2": lambda m: _tuple(m, 2),
-    "TUPLE3": lambda m: _tuple(m, 3),
-    "TUPLE": lambda m: m.push(tuple(m.since_mark())),
-    "FROZENSET": lambda m: m.push(frozenset(key_of(m.cursor, value) for value in m.since_mark())),
-    "APPEND": lambda m: _append(m, [m.pop()]),
-    "APPENDS": lambda m: _append(m, m.since_mark()),
-    "SETITEM": lambda m: _set_items(m, [m.pop(), m.pop()][::-1]),
-    "SETITEMS": lambda m: _set_items(m, m.since_mark()),
-    "ADDITEMS": _add_items,
-    "BINPUT": lambda m: _put(m, m.cursor.number("<B")),
-    "LONG_BINPUT": lambda m: _put(m, m.cursor.number("<I")),
-    "MEMOIZE": lambda m: _put(m, len(m.memo)),
-    "BINGET": lambda m: _get(m, m.cursor.number("<B")),
-    "LONG_BINGET": lambda m: _get(m, m.cursor.number("<I")),
-    "GLOBAL": lambda m: m.push(allowed(m.cursor, m.cursor.line(), m.cursor.line())),
-    "STACK_GLOBAL": _stack_global,
-    "BINPERSID": _persistent,
-    "REDUCE": _reduce,
-    "NEWOBJ": _new,
-    "BUILD": _build,
-}
+def _array(made: Made, span: Span) -> Any:
+    """A row-major array of plain numbers; others, which no network has, stay unread."""
+    match made.state:
+        case (_, tuple() as size, Made("numpy.dtype") as kind, False, bytes() | Span() as data):
+            if dtype := _dtype(kind):
+                return tensor(span.of(data), dtype, size)
+    return Inert(made.label, {})

@@ -1,7 +1,7 @@
-"""What a protocol needs to remember of its samples: moments, Inception Score and features, filled in one pass.
+"""Sums over the samples of a protocol: moments, inception score and features, in one pass.
 
-Rows come in the order of the samples and in parts of a fixed size, so that sums in float64 round the same way however the
-work was shared between devices or interrupted.
+Rows come in the order of the samples, in parts of a fixed size.
+Sums in float64 then round alike, whatever the devices and after every interruption.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from typing import Any, cast
 import numpy as np
 
 from dmf.errors import DmfError
+from dmf.evaluation.protocols import FILE_ORDER, Protocol
+from dmf.evaluation.reference import Reference
 from dmf.metrics.frechet import MomentSums, frechet_distance
 from dmf.metrics.inception_score import InceptionScore
 from dmf.metrics.kid import kernel_distance
 from dmf.metrics.precision_recall import precision_recall
-from dmf.metrics.protocols import FILE_ORDER, Protocol
-from dmf.metrics.reference import Reference
+from dmf.storage import atomic
 
 PART = 1024  # rows that are added at once
 MOMENTS = {"pool": "fid", "spatial": "sfid"}  # features -> the score their moments make
@@ -28,10 +29,15 @@ STATE, FEATURES = "totals.npz", "features.npy"
 
 
 class Totals:
-    """Sums over `count` samples of a protocol. folder: where they are kept between interruptions, or None.
+    """Sums over `count` samples of a protocol.
 
-    add(features of the next PART rows; the last part may be shorter) until `done` is `count`; then `scores`.
-    keep: rows whose features stay in memory or on disk, for KID, precision and recall; None for what the protocol needs.
+    Call `add` with the features of the next PART rows until `done` is `count`, then `scores`.
+    The last part may be shorter.
+
+    folder: where the sums survive an interruption, or None.
+
+    keep: rows whose features are stored for KID, precision and recall.
+    None stores those that the protocol needs.
     """
 
     def __init__(
@@ -57,11 +63,12 @@ class Totals:
         self.features: np.ndarray | None = None
 
     def add(self, found: dict[str, np.ndarray]) -> None:
-        """Takes in the features of the next rows."""
+        """Takes the features of the next rows. Raises DmfError for a wrong number of rows."""
         rows = len(found["pool"])
         if rows != min(PART, self.count - self.done):
             raise DmfError(
-                f"{rows} rows of features after {self.done} of {self.count}: expected the next {PART}, or the rest"
+                f"{rows} rows of features after {self.done} of {self.count}: "
+                f"expected the next {PART}, or the rest"
             )
         for name, sums in self._sums.items():
             sums.add(found[name])
@@ -75,7 +82,10 @@ class Totals:
         self.done += rows
 
     def scores(self, reference: Reference) -> dict[str, float]:
-        """The protocol's scores, of those that the reference serves. Raises DmfError before all rows are in."""
+        """The scores of the protocol that the reference serves.
+
+        Raises DmfError until all rows were given.
+        """
         if self.done != self.count:
             raise DmfError(f"scores of {self.done} samples: expected all {self.count}")
         found: dict[str, float] = {}
@@ -96,7 +106,7 @@ class Totals:
         return found | {"n_samples": float(self.count)}
 
     def reference(self, about: dict[str, str | int]) -> Reference:
-        """The same sums as a reference for others."""
+        """The same sums as a reference for other samples."""
         features = None if self.features is None else np.array(self.features)
         return Reference(
             {name: sums.moments() for name, sums in self._sums.items()}, features, None, about
@@ -116,45 +126,48 @@ class Totals:
         buffer = io.BytesIO()
         states |= {"done": np.asarray(self.done), "count": np.asarray(self.count)}
         np.savez(buffer, **cast(Any, states))
-        partial = self._folder / f"{STATE}.tmp"
         try:
-            with partial.open("wb") as file:
+            with atomic.made(self._folder / STATE) as partial, partial.open("wb") as file:
                 file.write(buffer.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
-            partial.replace(self._folder / STATE)
         except OSError as error:
             raise DmfError(
-                f"{self._folder}: sums cannot be written ({error.strerror}); expected a disk with room"
+                f"{self._folder}: sums cannot be written ({error.strerror}); "
+                "expected a disk with room"
             ) from error
 
     def restore(self) -> None:
-        """Goes on where the folder's last `save` was; does nothing where there is none."""
+        """Continues from the last `save` in the folder, if there is one.
+
+        Raises DmfError for files that do not fit.
+        """
         if self._folder is None or not (self._folder / STATE).is_file():
             return
         try:
-            with np.load(self._folder / STATE, allow_pickle=False) as stored:
-                states = {name: stored[name] for name in stored.files}
-            if int(states.pop("count")) != self.count:
-                raise ValueError("another number of samples")
-            self.done = int(states.pop("done"))
-            rooms: dict[str, dict[str, np.ndarray]] = {}
-            for name, value in states.items():
-                rooms.setdefault(name.split("/")[0], {})[name.split("/")[1]] = value
-            self._sums = {name: MomentSums.from_state(rooms[name]) for name in self._sums}
-            if self._is:
-                self._is = InceptionScore.from_state(rooms["is"])
-            if len(self._keep) and self.done:
-                self.features = self._open_features(0, "r+")
-                if len(self.features) != len(self._keep):
-                    raise ValueError(
-                        f"features of {len(self.features)} rows, not {len(self._keep)}"
-                    )
+            self._read(self._folder / STATE)
         except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
             raise DmfError(
-                f"{self._folder / STATE} cannot be gone on from ({type(error).__name__}: {error}); expected what an "
-                "interrupted evaluation wrote: delete that folder to start again"
+                f"{self._folder / STATE} cannot be continued ({type(error).__name__}: {error}); "
+                "expected the file of an interrupted evaluation: delete that folder to start again"
             ) from error
+
+    def _read(self, path: Path) -> None:
+        with np.load(path, allow_pickle=False) as stored:
+            states = {name: stored[name] for name in stored.files}
+        if int(states.pop("count")) != self.count:
+            raise ValueError("another number of samples")
+        self.done = int(states.pop("done"))
+        parts: dict[str, dict[str, np.ndarray]] = {}
+        for name, value in states.items():
+            parts.setdefault(name.split("/")[0], {})[name.split("/")[1]] = value
+        self._sums = {name: MomentSums.from_state(parts[name]) for name in self._sums}
+        if self._is:
+            self._is = InceptionScore.from_state(parts["is"])
+        if len(self._keep) and self.done:
+            self.features = self._open_features(0, "r+")
+            if len(self.features) != len(self._keep):
+                raise ValueError(f"features of {len(self.features)} rows, not {len(self._keep)}")
 
     def _open_features(self, width: int, mode: str) -> np.ndarray:
         if self._folder is None:
@@ -165,9 +178,8 @@ class Totals:
         shape = (len(self._keep), width)
         try:
             found = np.lib.format.open_memmap(place, mode="w+", dtype=np.float32, shape=shape)
-            with place.open(
-                "r+b"
-            ) as file:  # a hole in a file is found to have no room only when it is too late
+            # Takes the room now: a file with holes would find a full disk much later.
+            with place.open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, place.stat().st_size)
         except OSError as error:
             raise DmfError(

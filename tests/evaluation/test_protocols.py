@@ -1,4 +1,4 @@
-"""Protocols are data: every row is sound, every rule of rounding is the library's, every wrong file gives one line."""
+"""Protocols are data: rows are sound, rounding is the library's, a wrong file gives one line."""
 
 import dataclasses
 import hashlib
@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 
 from dmf.errors import DmfError
-from dmf.metrics import protocols
-from dmf.metrics.protocols import PROTOCOLS, ROUNDINGS, describe, load, to_bytes
+from dmf.evaluation import protocols
+from dmf.evaluation.protocols import PROTOCOLS, ROUNDINGS, describe, load, to_bytes
 from dmf.metrics.resize import RESIZES
 from tests.conversion import needs_torch
 
 
 def grid():
-    """Samples at, one float below and one above every edge between bytes and every byte, and evenly over [-1.1, 1.1]."""
+    """Samples all over [-1.1, 1.1], and at every byte and every edge between bytes.
+
+    Each comes with the float just below and the float just above.
+    """
     edges = np.concatenate([2 * np.arange(257) / 255 - 1, np.arange(256) / 127.5 - 1])
     x = np.concatenate([np.linspace(-1.1, 1.1, 200001), edges]).astype(np.float32)
     return np.concatenate([np.nextafter(x, np.float32(-9)), x, np.nextafter(x, np.float32(9))])
@@ -26,7 +29,7 @@ def rounded(x, rule):
 
 
 def with_torch(torch, x):
-    """The bytes of the public codes' own operations, one after the other."""
+    """The bytes that the public programs make, by their own operations in their own order."""
     x = torch.from_numpy(x)
     unit = torch.floor(torch.clamp(x * 0.5 + 0.5, min=0.0, max=1.0) * 255).to(torch.float32) / 255.0
     return {
@@ -160,8 +163,8 @@ BAD = [
     ({"base": "cifar10", "count": 5000.5}, r"\.count = 5000\.5: expected int"),
     ({"base": "cifar10", "count": True}, r"\.count = True: expected int"),
     ({"base": "cifar10", "count": "5000"}, r"\.count = '5000': expected int"),
-    ({"base": "cifar10", "count": 1}, r"\.count = 1: expected at least 2"),
-    ({"base": "cifar10", "neighbours": 0}, r"\.neighbours = 0: expected at least 1"),
+    ({"base": "cifar10", "count": 1}, r"\.count = 1: expected a number of at least 2"),
+    ({"base": "cifar10", "neighbours": 0}, r"\.neighbours = 0: expected a number of at least 1"),
     ({"base": "cifar10", "is_shuffle_seed": 2**32}, r"\.is_shuffle_seed = 4294967296: expected"),
     (
         {"base": "cifar10", "resize": "bicubic"},
@@ -192,7 +195,7 @@ BAD = [
         {"base": "cifar10", "weights_sha256": "6726825D"},
         r"\.weights_sha256 = '6726825D': expected up to 64 hex",
     ),
-    ({"base": "cifar10", "name": "edm"}, r"\.name = 'edm': expected a name of its own"),
+    ({"base": "cifar10", "name": "edm"}, r"\.name = 'edm': expected a new name"),
     ({"base": "cifar10", "name": "a\nb"}, r"\.name = 'a\\nb': expected letters"),
     ({"base": "cifar"}, r"base = 'cifar': expected one of cifar10, adm-imagenet256"),
     ({"base": ["cifar10"]}, r"base = \['cifar10'\]: expected one of"),
@@ -215,7 +218,8 @@ def test_a_wrong_file_gives_one_line_that_names_file_and_field(tmp_path, values,
 def test_a_wrong_name_gives_one_line(tmp_path):
     with pytest.raises(
         DmfError,
-        match=r"protocol 'cifar': no such protocol; did you mean cifar10\? Expected one of cifar10, adm",
+        match=r"protocol 'cifar': no such protocol; did you mean cifar10\? "
+        r"Expected one of cifar10, adm",
     ):
         load("cifar")
     with pytest.raises(

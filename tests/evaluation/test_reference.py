@@ -13,10 +13,19 @@ import numpy as np
 import pytest
 
 from dmf.errors import DmfError
-from dmf.metrics import reference as module
+from dmf.evaluation import reference as module
+from dmf.evaluation.protocols import PROTOCOLS
+from dmf.evaluation.reference import (
+    RECORD,
+    UNKNOWN,
+    Reference,
+    check,
+    read,
+    unknown,
+    unserved,
+    write,
+)
 from dmf.metrics.frechet import Moments, moments
-from dmf.metrics.protocols import PROTOCOLS
-from dmf.metrics.reference import RECORD, UNKNOWN, Reference, check, read, unknown, unserved, write
 
 D = 6
 

@@ -25,8 +25,8 @@ from typing import IO, Any
 import numpy as np
 
 from dmf.errors import DmfError
+from dmf.evaluation.protocols import Protocol
 from dmf.metrics.frechet import Moments, check_features, moments
-from dmf.metrics.protocols import Protocol
 from dmf.storage import atomic
 
 UNKNOWN = "unknown"

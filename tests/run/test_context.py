@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import monitoring
 
-from dmf import train
 from dmf.config import parse
-from dmf.run import ahead
+from dmf.run import context
 from dmf.storage.checkpoint import FOLDER
+from tests import runs
 from tests.test_train import ENV, ROOT
 from tests.tiny import TINY, merged
 
@@ -46,7 +46,7 @@ def test_a_call_finds_the_program_that_the_thread_has_made():
     arguments = {"x": jnp.ones(3)}, np.float32(2.0)
     state = jnp.ones(4)
     with Heard() as names:
-        ahead.compiling(function, jax.ShapeDtypeStruct((4,), jnp.float32), *arguments).join()
+        context.compiling(function, jax.ShapeDtypeStruct((4,), jnp.float32), *arguments).join()
         assert len(traced) == 1 and names.count("jit(twice_plus)") == 1
         np.testing.assert_array_equal(function(state, *arguments), np.full(4, 8.0))
     assert len(traced) == 1 and names.count("jit(twice_plus)") == 1
@@ -56,18 +56,18 @@ def test_what_cannot_be_compiled_is_told_by_the_call_alone(capfd):
     def broken(x):
         raise ValueError("no such thing")
 
-    ahead.compiling(jax.jit(broken), np.ones(3)).join()
+    context.compiling(jax.jit(broken), np.ones(3)).join()
     assert capfd.readouterr() == ("", "")
 
 
 def test_a_run_and_a_resumed_run_compile_each_program_once(tmp_path):
     config = merged(TINY, run=dict(checkpoint_every_steps=1, keep_checkpoints=20))
     for first in (0, 5):  # the second start is in the midst of a stage
-        run = train.Run(parse(config), tmp_path)
+        run = runs.open_run(parse(config), tmp_path)
         with Heard() as names:
-            run.loop()
+            runs.loop(run)
         run.close()
-        assert run.start == first
+        assert run.metrics.read()[-1]["step"] == run.total
         kinds = {stage.kind for stage in run.stages if stage.last > first}
         assert names.count("jit(train_step)") == len(kinds)
         for n in range(6, run.stages[-1].last + 1):
@@ -76,8 +76,8 @@ def test_a_run_and_a_resumed_run_compile_each_program_once(tmp_path):
 
 def test_an_error_meanwhile_ends_the_process_at_once():
     code = (
-        "import time, jax, main; from dmf import ahead\n"
-        "ahead.compiling(jax.jit(lambda x: time.sleep(600)), 1.0)\n"
+        "import time, jax, main; from dmf.run import context\n"
+        "context.compiling(jax.jit(lambda x: time.sleep(600)), 1.0)\n"
         "main._stop(2, 'error: the weights cannot be read')"
     )
     done = subprocess.run(
@@ -92,7 +92,7 @@ def test_an_error_meanwhile_ends_the_process_at_once():
 
 def test_a_work_directory_that_was_moved_keeps_its_programs(tmp_path):
     code = (
-        "import sys, jax, pathlib; from dmf import workdir\n"
+        "import sys, jax, pathlib; from dmf.run import workdir\n"
         "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)\n"
         "workdir.keep_programs(pathlib.Path(sys.argv[1]))\n"
         "jax.jit(lambda x: x * 3 + 1)(2.0)\n"

@@ -1,6 +1,6 @@
-"""EDM's SongUNet in PyTorch, from a state dict alone: what a conversion of `dmf.convert.unet` is held against.
+"""EDM's SongUNet in PyTorch, from a state dict alone; conversions are compared with it.
 
-The structure is read off the names. Arrays are those of the sources: NCHW, and float32 unless the weights are float64.
+The names show the structure. Arrays are NCHW, and have the dtype of the weights.
 """
 
 from __future__ import annotations
@@ -14,20 +14,15 @@ import numpy as np
 
 Weights = Mapping[str, Any]
 MODULE = r"(enc|dec)\.(\d+)x\d+_(conv|down|in|up|aux_residual|block|aux_norm|aux_conv)(\d*)\."
-RUN = (
-    "conv",
-    "in",
-    "down",
-    "up",
-    "aux_residual",
-    "block",
-    "aux_norm",
-    "aux_conv",
-)  # order within a resolution
+# The order within a resolution.
+RUN = ("conv", "in", "down", "up", "aux_residual", "block", "aux_norm", "aux_conv")
 
 
 def meanflow(tensors: Weights, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """u_noaug from z, t and r or h; with aug_cond also u_aug, and with v its derivative dudt_aug along (v, dr = 0, dt = 1)."""
+    """u_noaug from z, t and r or h.
+
+    With aug_cond it gives u_aug too, and with v also dudt_aug, along (v, dr = 0, dt = 1).
+    """
     import torch
 
     a = _inputs(tensors, arrays)
@@ -47,15 +42,20 @@ def meanflow(tensors: Weights, arrays: Mapping[str, np.ndarray]) -> dict[str, np
     if "v" not in a:
         return {**out, "u_aug": u(z, t, h, a["aug_cond"]).numpy()}
     tangents = a["v"], torch.ones_like(t), torch.ones_like(h)
-    # By two reverse passes: PyTorch's forward mode first compiles for seconds.
-    found = torch.autograd.functional.jvp(
-        lambda z, t, h: u(z, t, h, a["aug_cond"]), (z, t, h), tangents
-    )
+
+    def labelled(z: Any, t: Any, h: Any) -> Any:
+        return u(z, t, h, a["aug_cond"])
+
+    # This takes two reverse passes. PyTorch's forward mode would first compile for seconds.
+    found = torch.autograd.functional.jvp(labelled, (z, t, h), tangents)
     return {**out, "u_aug": found[0].numpy(), "dudt_aug": found[1].numpy()}
 
 
 def edm(tensors: Weights, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """D from x and sigma, D_aug with augment_labels too; F_raw, the network itself, from F_in and c_noise."""
+    """D from x and sigma, and D_aug with augment_labels too.
+
+    From F_in and c_noise it gives F_raw, the network without its wrapper.
+    """
     import torch
 
     a = _inputs(tensors, arrays)
@@ -68,7 +68,7 @@ def edm(tensors: Weights, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndar
             features = torch.cat([angle.sin(), angle.cos()], 1)
         else:
             features = _positional(c_noise, width)
-        if "interval.weight" in w:  # a denoiser's interval is empty
+        if "interval.weight" in w:  # a denoiser has an empty interval
             features = torch.cat([features, _positional(torch.zeros_like(c_noise), width)], 1)
         return _song_unet(w, x, _embedding(w, features, label), interleaved=True)
 
@@ -76,9 +76,8 @@ def edm(tensors: Weights, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndar
         data = a.get("sigma_data", 0.5)
         rows = sigma[:, None, None, None]
         total = data**2 + rows**2
-        return data**2 / total * x + rows * data / total.sqrt() * raw(
-            x / total.sqrt(), sigma.log() / 4, label
-        )
+        inner = raw(x / total.sqrt(), sigma.log() / 4, label)
+        return data**2 / total * x + rows * data / total.sqrt() * inner
 
     out = {}
     if {"x", "sigma"} <= set(a):
@@ -91,7 +90,7 @@ def edm(tensors: Weights, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndar
 
 
 def _inputs(tensors: Weights, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The arrays as tensors of the weights' dtype; the labels that a network does not take are left out."""
+    """The arrays as tensors of the weights' dtype, without labels that the network lacks."""
     import torch
 
     like = next(x for name, x in tensors.items() if name.endswith("map_layer0.weight"))
@@ -129,14 +128,17 @@ def _song_unet(w: Weights, x: Any, emb: Any, interleaved: bool) -> Any:
     import torch
     from torch.nn import functional as F
 
-    found = {m.groups() for name in w if (m := re.match(MODULE, name))}
-    sign = {"enc": -1, "dec": 1}  # towards lower resolutions, then towards higher ones
-    order = sorted(
-        found, key=lambda m: (sign[m[0]], sign[m[0]] * int(m[1]), RUN.index(m[2]), int(m[3] or 0))
-    )
+    matches = (re.match(MODULE, name) for name in w)
+    found: set[Any] = {match.groups() for match in matches if match}
+    sign = {"enc": -1, "dec": 1}  # to lower resolutions, then to higher ones
+
+    def place(found: tuple[str, str, str, str]) -> tuple[int, ...]:
+        part, size, sort, number = found
+        return sign[part], sign[part] * int(size), RUN.index(sort), int(number or 0)
+
     skips: list[Any] = []
     aux = x
-    for part, size, sort, number in order:
+    for part, size, sort, number in sorted(found, key=place):
         name = f"{part}.{size}x{size}_{sort}{number}"
         if sort == "aux_residual":
             x = skips[-1] = aux = (x + _shrunk(w, name, aux)) / math.sqrt(2)
@@ -156,9 +158,8 @@ def _song_unet(w: Weights, x: Any, emb: Any, interleaved: bool) -> Any:
 def _norm(w: Weights, name: str, x: Any) -> Any:
     from torch.nn import functional as F
 
-    return F.group_norm(
-        x, max(1, min(32, x.shape[1] // 4)), w[f"{name}.weight"], w[f"{name}.bias"], 1e-6
-    )
+    groups = max(1, min(32, x.shape[1] // 4))
+    return F.group_norm(x, groups, w[f"{name}.weight"], w[f"{name}.bias"], 1e-6)
 
 
 def _conv(w: Weights, name: str, x: Any) -> Any:
@@ -176,11 +177,9 @@ def _resampled(w: Weights, name: str, x: Any, sort: str) -> Any:
     window, channels = w[f"{name}.resample_filter"], x.shape[1]
     depthwise = {"groups": channels, "stride": 2, "padding": (window.shape[-1] - 1) // 2}
     kernel = window.expand(channels, 1, -1, -1)
-    return (
-        F.conv2d(x, kernel, **depthwise)
-        if sort == "down"
-        else F.conv_transpose2d(x, 4 * kernel, **depthwise)
-    )
+    if sort == "down":
+        return F.conv2d(x, kernel, **depthwise)
+    return F.conv_transpose2d(x, 4 * kernel, **depthwise)
 
 
 def _shrunk(w: Weights, name: str, x: Any) -> Any:
@@ -196,11 +195,8 @@ def _shrunk(w: Weights, name: str, x: Any) -> Any:
 def _block(w: Weights, name: str, x: Any, emb: Any, sort: str, interleaved: bool) -> Any:
     from torch.nn import functional as F
 
-    y = _conv(
-        w,
-        f"{name}.conv0",
-        _resampled(w, f"{name}.conv0", F.silu(_norm(w, f"{name}.norm0", x)), sort),
-    )
+    y = _resampled(w, f"{name}.conv0", F.silu(_norm(w, f"{name}.norm0", x)), sort)
+    y = _conv(w, f"{name}.conv0", y)
     y = y + F.linear(emb, w[f"{name}.affine.weight"], w[f"{name}.affine.bias"])[:, :, None, None]
     y = _conv(w, f"{name}.conv1", F.silu(_norm(w, f"{name}.norm1", y)))
     if f"{name}.skip.weight" in w:
@@ -208,14 +204,16 @@ def _block(w: Weights, name: str, x: Any, emb: Any, sort: str, interleaved: bool
     x = (x + y) / math.sqrt(2)
     if f"{name}.qkv.weight" not in w:
         return x
+    return (x + _attention(w, name, x, interleaved)) / math.sqrt(2)
+
+
+def _attention(w: Weights, name: str, x: Any, interleaved: bool) -> Any:
     batch, channels, *_ = x.shape
     qkv = _conv(w, f"{name}.qkv", _norm(w, f"{name}.norm2", x))
-    packed = (
-        qkv.reshape(batch, channels, 3, -1).transpose(1, 2)
-        if interleaved
-        else qkv.reshape(batch, 3, channels, -1)
-    )
+    if interleaved:
+        packed = qkv.reshape(batch, channels, 3, -1).transpose(1, 2)
+    else:
+        packed = qkv.reshape(batch, 3, channels, -1)
     q, k, v = packed.unbind(1)
     attention = (q.transpose(1, 2) @ k / math.sqrt(channels)).softmax(-1)
-    y = _conv(w, f"{name}.proj", (v @ attention.transpose(1, 2)).reshape(x.shape))
-    return (x + y) / math.sqrt(2)
+    return _conv(w, f"{name}.proj", (v @ attention.transpose(1, 2)).reshape(x.shape))

@@ -1,0 +1,94 @@
+"""Who may write into a folder of latents, and with which settings."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dmf.config import differences
+from dmf.data import shards
+from dmf.errors import DmfError
+from dmf.storage import paths
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, plan: dict[str, Any], parts: dict[Path, str]) -> Iterator[None]:
+    """Makes the folder, keeps other processes out of it, and ties it to the plan.
+
+    parts: shard -> identity of its images. Raises DmfError.
+    """
+    taken = f"{folder}: another process encodes into it; expected one at a time"
+    with contextlib.ExitStack() as held:
+        with shards.writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(paths.alone(folder, taken))
+        shards.clear(folder)
+        with shards.writing(folder):
+            _settle(folder / shards.PLAN, plan, parts)
+        yield
+
+
+def _settle(path: Path, plan: dict[str, Any], parts: dict[Path, str]) -> None:
+    """Writes the plan of a folder, or compares it with the one that is there.
+
+    A new plan may replace another where no finished work is lost. Raises DmfError.
+    """
+    folder = path.parent
+    if not path.exists():
+        if any(p for p in folder.iterdir() if not p.name.startswith(".")):
+            raise DmfError(
+                f"{folder} is not empty, and holds no {shards.PLAN}: "
+                "expected a new directory, or one that was begun"
+            )
+        shards.write_json(path, plan)
+        return
+    changed = _changes(path, plan)
+    if not changed:
+        return
+    text = "; ".join(d.removeprefix("plan.") for d in changed)
+    begun = shards.begun(folder)
+    if not begun and not (folder / shards.METADATA).exists():
+        for file in folder.glob("latents-*.array_record"):  # in place, but without a sidecar
+            shards.remove(file)
+        what = "was begun otherwise, with no shard finished: it begins anew"
+        print(f"note      {folder} {what} ({text})", flush=True)
+    else:
+        kept = [p for p in begun if p in parts and _is_of(p, parts[p])]
+        if not kept or any(not d.startswith("plan.source.sha256:") for d in changed):
+            raise DmfError(
+                f"{folder} was begun otherwise: {text}; "
+                f"expected the same command, or another directory{_advice(changed)}"
+            )
+        counts = f"{len(kept)} of {len(begun)} finished shards"
+        print(f"note      images were changed: {counts} are of unchanged ones", flush=True)
+    shards.write_json(path, plan)
+
+
+def _changes(path: Path, plan: dict[str, Any]) -> list[str]:
+    """What differs between the plan of a file and this one. Raises DmfError."""
+    try:
+        return differences(json.loads(path.read_text()), plan, "plan")
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise DmfError(
+            f"{path} cannot be read ({type(error).__name__}): expected what an encoding wrote there"
+        ) from error
+
+
+def _is_of(path: Path, identity: str) -> bool:
+    """Whether a finished shard is of the images with this identity."""
+    try:
+        return shards.read_sidecar(path).get("images") == identity
+    except DmfError:
+        return False
+
+
+def _advice(changed: list[str]) -> str:
+    if not any(d.startswith("plan.source.count:") for d in changed):
+        return ""
+    return (
+        "; an image that cannot be read is replaced under its name, not removed, "
+        "so that the others keep their numbers"
+    )

@@ -1,0 +1,136 @@
+"""What a kind of weight file is, and what the kinds share: names, copies, given fields, layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dmf.convert.rules import Rule
+from dmf.errors import DmfError
+from dmf.storage.readers.tree import Tensor
+
+Tensors = Mapping[str, Tensor]
+Arrays = Mapping[str, np.ndarray]
+Shape = tuple[int, ...]
+
+
+class Kind(NamedTuple):
+    """A kind of weight file, and how it is read.
+
+    The arrays of `outputs`, `torch_outputs` and `probe` have names.
+    They have the layout and scale of the source.
+    """
+
+    name: str
+    network: str  # the kind of network it makes; "" for any
+    licence: str  # note on the licence of the weights
+    conventions: str  # the source's time, sign and scale, and where ours are folded in
+    copies: tuple[str, ...]  # names of the copies that a file may hold, the default first
+    # (tree, copy) -> (flat tensors, the copy taken); copy "" is the default.
+    select: Callable[[Any, str], tuple[dict[str, Tensor], str]]
+    # (tensors, given) -> (network config, image shape), from names and shapes.
+    # `given` holds the fields that the user sets.
+    describe: Callable[[Tensors, Mapping[str, Any]], tuple[Any, Shape]]
+    # (config, image shape, the file's tensors or None on export) -> key map.
+    rules: Callable[[Any, Shape, Tensors | None], list[Rule]]
+    # (network, params, arrays) -> our outputs, as far as these inputs allow.
+    outputs: Callable[[Any, Any, Arrays], dict[str, np.ndarray]]
+    # (torch tensors, arrays) -> the same names from PyTorch, written on the source's names.
+    torch_outputs: Callable[[Mapping[str, Any], Arrays], dict[str, np.ndarray]]
+    # (config, image shape) -> small random inputs for both.
+    probe: Callable[[Any, Shape], dict[str, np.ndarray]]
+
+
+def tensor_of(tensors: Tensors, name: str, kind: str) -> Tensor:
+    """The tensor of that name. Raises DmfError where the file has none, so is of another kind."""
+    if name not in tensors:
+        some = ", ".join(list(tensors)[:3]) or "nothing"
+        raise DmfError(
+            f"no tensor {name} among {len(tensors)} (the first are {some}): "
+            f"expected the weights of kind {kind}"
+        )
+    return tensors[name]
+
+
+def axes(tensors: Tensors, name: str, count: int, kind: str) -> Shape:
+    """The shape of a tensor, which must have `count` axes, none empty. Raises DmfError."""
+    shape = tuple(tensor_of(tensors, name, kind).shape)
+    if len(shape) != count or not all(shape):
+        raise DmfError(
+            f"tensor {name} has shape {list(shape)}: "
+            f"expected {count} axes, none empty, in weights of kind {kind}"
+        )
+    return shape
+
+
+def pick_copy(which: str, held: Sequence[str]) -> str:
+    """The copy to take: `which`, or the first that the file holds. Raises DmfError."""
+    if which and which not in held:
+        raise DmfError(f"--copy={which} is not in this file: expected {' or '.join(held)}")
+    return which or held[0]
+
+
+def check_given(given: Mapping[str, Any], fields: Sequence[str], kind: str) -> None:
+    """Raises DmfError for a given field that is none of `fields`."""
+    for field, value in given.items():
+        if field not in fields:
+            raise DmfError(
+                f"--set={field}={value}: "
+                f"expected {' or '.join(fields) or 'no field'} for kind {kind}"
+            )
+
+
+def number(field: str, value: Any) -> float:
+    """The value of a given field as a float. Raises DmfError for what is no number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise DmfError(f"{field} is {value!r}: expected a number")
+    return float(value)
+
+
+def heads_of(sizes: Mapping[str, Mapping[str, int]], width: int, depth: int, given: Any) -> int:
+    """Attention heads of a transformer, which its weights do not show.
+
+    sizes: the named sizes. given: the number that the user sets, or None.
+    Raises DmfError where neither tells, or where both do and differ.
+    """
+    shape = (width, depth)
+    named = [s["heads"] for s in sizes.values() if (s["width"], s["depth"]) == shape]
+    if given is None and not named:
+        raise DmfError(
+            "the weights do not show the number of attention heads, and width "
+            f"{width} with depth {depth} is none of the named sizes ({', '.join(sizes)}): "
+            "expected --set=heads=N"
+        )
+    if given is not None and named and given != named[0]:
+        raise DmfError(
+            f"--set=heads={given}: expected {named[0]}, "
+            f"as in the named size of width {width} and depth {depth}"
+        )
+    return given or named[0]
+
+
+def expect(config: Any, kind: str, wanted: Mapping[str, Any]) -> None:
+    """Refuses a network that the source's program would compute in another way.
+
+    The names of a kind fit more networks than its program runs. Raises DmfError.
+    """
+    for field, value in wanted.items():
+        found = getattr(config, field, None)
+        if found != value:
+            raise DmfError(
+                f"network.{field} is {found!r}: expected {value!r}, as in weights of kind {kind}"
+            )
+
+
+def nhwc(x: Any) -> jax.Array:
+    """Images of PyTorch's layout in ours."""
+    return jnp.asarray(x).transpose(0, 2, 3, 1)
+
+
+def nchw(x: Any) -> np.ndarray:
+    """Images of our layout in PyTorch's."""
+    return np.asarray(x).transpose(0, 3, 1, 2)

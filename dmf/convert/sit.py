@@ -1,0 +1,218 @@
+"""SiT (PyTorch), which runs time the other way.
+
+For SiT t = 0 is noise, and it predicts data - noise: v(z, t) = -SiT(z, 1 - t).
+Both reversals are folded into the weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from dmf.convert import dit
+from dmf.convert.kind import Kind, Shape, Tensors, axes, expect, nchw, tensor_of
+from dmf.convert.rules import (
+    Rule,
+    constant,
+    conv_layer,
+    linear_layer,
+    optional,
+    reversed_layer,
+)
+from dmf.errors import DmfError
+from dmf.networks import layers
+from dmf.networks.dit import DiTConfig, position_embedding
+
+NAME = "sit"
+TABLE = "y_embedder.embedding_table.weight"
+LAST = "final_layer.linear"
+NO_INTERVAL = (
+    "a flow model sees no interval; the branch starts silent: "
+    "last layer zero, first layer as freshly initialised"
+)
+
+
+def _describe(tensors: Tensors, given: Mapping[str, Any]) -> tuple[DiTConfig, Shape]:
+    dit.check_fields(given, NAME)
+    width, channels, patch, _ = axes(tensors, "x_embedder.proj.weight", 4, NAME)
+    hidden, _ = axes(tensors, "blocks.0.mlp.fc1.weight", 2, NAME)
+    out, _ = axes(tensors, f"{LAST}.weight", 2, NAME)
+    for name in tensors:
+        if ".q_norm." in name or ".k_norm." in name:
+            raise DmfError(
+                f"tensor {name} normalises queries or keys: "
+                "expected attention without that, as in this network"
+            )
+    rows = patch**2 * channels
+    if out not in (rows, 2 * rows):
+        raise DmfError(
+            f"tensor {LAST}.weight has {out} rows: expected {rows} ({channels} channels in patches "
+            f"of {patch}x{patch}), or twice as many, with a variance half"
+        )
+    if any(name.startswith("h_embedder.") for name in tensors):
+        # A file with half of this branch must not pass for a file without the branch.
+        for name in (f"h_embedder.mlp.{i}.{leaf}" for i in (0, 2) for leaf in ("weight", "bias")):
+            tensor_of(tensors, name, NAME)
+    block, heads = r"blocks\.(\d+)\.", given.get("heads")
+    config = dit.config_of(tensors, patch, hidden, width, TABLE, block, heads)
+    resolution = _resolution(tensors, patch, given.get("resolution"))
+    return config, (resolution, resolution, channels)
+
+
+def _resolution(tensors: Tensors, patch: int, given: int | None) -> int:
+    """Side of the square image, from the rows of the position table. Raises DmfError."""
+    if "pos_embed" not in tensors:
+        if given is None:
+            raise DmfError(
+                "no tensor pos_embed to show the image size: "
+                "expected --set=resolution=N, 32 for 256x256 images"
+            )
+        return given
+    tokens = axes(tensors, "pos_embed", 3, NAME)[1]
+    resolution = math.isqrt(tokens) * patch
+    if math.isqrt(tokens) ** 2 != tokens:
+        raise DmfError(
+            f"tensor pos_embed has {tokens} rows: "
+            "expected a square number, one row per patch of a square image"
+        )
+    if given not in (None, resolution):
+        raise DmfError(
+            f"--set=resolution={given}: expected {resolution}: "
+            f"pos_embed has {tokens} rows, patches are {patch} wide"
+        )
+    return resolution
+
+
+def _rules(config: DiTConfig, shape: Shape, tensors: Tensors | None) -> list[Rule]:
+    expect(config, NAME, {"kind": "dit"})
+    velocity = config.patch**2 * shape[-1]
+    rows = tensors[f"{LAST}.weight"].shape[0] if tensors else 2 * velocity
+    note = "time reversed: the embedder of t becomes the embedder of 1 - t"
+    angles = functools.partial(layers.frequencies, endpoint=False)
+    copies = [
+        rule for name in dit.modules(config.depth) for rule in linear_layer(name, dit.room(name))
+    ]
+    return [
+        _positions(config, shape, tensors),
+        *conv_layer("x_embedder.proj", "x_embedder/proj"),
+        *reversed_layer("t_embedder.mlp.0", "t_embedder/mlp_0", angles, sin_first=False, note=note),
+        *optional(linear_layer("h_embedder.mlp.0", "interval/mlp_0"), NO_INTERVAL, fill="init"),
+        *optional(linear_layer("h_embedder.mlp.2", "interval/mlp_2"), NO_INTERVAL),
+        *dit.label_table(config, TABLE),
+        *copies,
+        *_last_layer(config.patch, shape[-1], rows != velocity),
+    ]
+
+
+def _positions(config: DiTConfig, shape: Shape, tensors: Tensors | None) -> Rule:
+    rows, columns = shape[0] // config.patch, shape[1] // config.patch
+    half = tensors and "pos_embed" in tensors and tensors["pos_embed"].dtype.itemsize == 2
+    # Half precision rounds a sine by up to 2^-9, float32 an angle of 64 radians by 4e-6.
+    # A table of another layout is wrong by 1.
+    atol = 2**-8 if half else 1e-5
+
+    def table() -> np.ndarray:
+        return position_embedding(rows, columns, config.width)[None].astype(np.float32)
+
+    note = f"the sine-cosine table of {rows}x{columns} patches, column first"
+    return constant("pos_embed", table, note, atol)
+
+
+def _last_layer(patch: int, channels: int, sigma: bool) -> list[Rule]:
+    """Keeps and negates the velocity; drops the half for a variance.
+
+    Rows are (patch row, patch column, channel).
+    The first `channels` rows of a position are the velocity. sigma: there are others.
+    """
+    positions = patch**2
+
+    def to_ours(x: np.ndarray) -> np.ndarray:
+        velocity = -x.reshape(positions, -1, *x.shape[1:])[:, :channels]
+        return velocity.reshape(positions * channels, *x.shape[1:])
+
+    def to_sit(x: np.ndarray) -> np.ndarray:
+        velocity = -x.reshape(positions, channels, *x.shape[1:])
+        parts = (velocity, np.zeros_like(velocity)) if sigma else (velocity,)
+        return np.concatenate(parts, axis=1).reshape(-1, *x.shape[1:])
+
+    note = "negated: data - noise becomes noise - data"
+    if sigma:
+        note += (
+            "; the half for a variance, which no sampler of a flow reads, "
+            "is dropped, and is zero in an export"
+        )
+    kernel = (f"{LAST}.weight",), ("final_layer/linear/kernel",)
+    bias = (f"{LAST}.bias",), ("final_layer/linear/bias",)
+    return [
+        Rule(*kernel, lambda x: (to_ours(x).T,), lambda x: (to_sit(x.T),), note),
+        Rule(*bias, lambda x: (to_ours(x),), lambda x: (to_sit(x),), note),
+    ]
+
+
+def _outputs(network: Any, params: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """out = -u(z, t - h, t), at our time t = 1 - SiT's time; h is 0 where it is not given."""
+    if not {"x", "t"} <= set(arrays):
+        return {}
+    t = 1 - np.asarray(arrays["t"], np.float32)
+    h = np.asarray(arrays.get("h", np.zeros_like(t)), np.float32)
+    z = np.transpose(arrays["x"], (0, 2, 3, 1))
+    return {"out": nchw(-dit.u(network, params, z, t - h, t, arrays.get("y")))}
+
+
+def _probe(config: DiTConfig, shape: Shape) -> dict[str, np.ndarray]:
+    ours = dit.probe(config, shape)
+    return ours | {"x": ours["x"].transpose(0, 3, 1, 2), "t": 1 - ours["t"]}
+
+
+def _torch_outputs(
+    tensors: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """SiT in PyTorch at SiT's time; its h_embedder, where there is one, sees h."""
+    import torch
+    from torch.nn import functional as F
+
+    def weight(name: str) -> Any:
+        return tensors[name].float()
+
+    def linear(module: str, x: Any) -> Any:
+        return F.linear(x, weight(f"{module}.weight"), weight(f"{module}.bias"))
+
+    kernel = weight("x_embedder.proj.weight")
+    x, t = torch.from_numpy(np.ascontiguousarray(arrays["x"])), torch.from_numpy(arrays["t"])
+    cond = dit.torch_embed(linear, "t_embedder", t)
+    if "h_embedder.mlp.0.weight" in tensors:
+        h = torch.from_numpy(arrays["h"]) if "h" in arrays else 0 * t
+        cond = cond + dit.torch_embed(linear, "h_embedder", h)
+    if TABLE in tensors:
+        cond = cond + weight(TABLE)[torch.from_numpy(arrays["y"])]
+    grid = F.conv2d(x, kernel, weight("x_embedder.proj.bias"), stride=kernel.shape[2:])
+    patches = grid.flatten(2).transpose(1, 2)
+    depth = sum(name.endswith(".attn.qkv.weight") for name in tensors)
+    tokens = dit.torch_blocks(linear, patches, cond, depth, int(arrays["heads"]))
+    out = dit.torch_image(tokens, kernel.shape[2])
+    return {"out": out[..., : x.shape[1]].permute(0, 3, 1, 2).numpy()}
+
+
+SIT = Kind(
+    name=NAME,
+    network="dit",
+    licence="SiT's repository is under the MIT licence; the weights were trained on ImageNet.",
+    conventions=(
+        "SiT: t = 0 is noise, velocity data - noise; v(z, t) = -SiT(z, 1 - t). "
+        "Folded into the first layer of the time embedder and into the last layer. "
+        "DiT's files have the same names and shapes but predict noise: no tensor shows it. "
+        "The label table's last row is taken for the null class: "
+        "a SiT trained without label dropout has none."
+    ),
+    copies=("ema", "model", "flat"),
+    select=lambda tree, which: dit.select(tree, which, {"ema": "ema", "model": "model"}),
+    describe=_describe,
+    rules=_rules,
+    outputs=_outputs,
+    torch_outputs=_torch_outputs,
+    probe=_probe,
+)

@@ -1,0 +1,152 @@
+"""A checkpoint opened for export: its network, its weights, and what a user has to know of them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dmf import networks, pretrained
+from dmf.config import Config, parse
+from dmf.convert import audit
+from dmf.convert.leaves import flat
+from dmf.convert.native import NATIVE
+from dmf.convert.rules import Rule
+from dmf.data import latents
+from dmf.errors import DmfError
+from dmf.storage import checkpoint
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint's network and weights, and what was written beside them."""
+
+    folder: Path
+    stored: dict[str, Any]
+    config: Config
+    shape: tuple[int, ...]
+    network: networks.Network
+    params: Any
+    ema: float | None  # as for `pretrained.load`
+    sampler: str
+
+    def rules(self) -> list[Rule]:
+        """The key map of the file of weights."""
+        return NATIVE.rules(self.config.network, self.shape, None)
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """The weights by the names of their file."""
+        leaves = {name: np.asarray(x) for name, x in flat(self.params).items()}
+        return audit.write(self.rules(), leaves)
+
+
+def open_model(path: str | Path, ema: float | None = None, sampler: str = "") -> Model:
+    """The checkpoint to export; path and ema as for `pretrained.load`.
+
+    sampler: a key of SAMPLERS; "" takes the run's sampler.
+    Raises DmfError where the checkpoint holds no u(z, r, t).
+    """
+    folder, stored = pretrained.open_folder(path)
+    if "config" not in stored:
+        raise DmfError(
+            f"checkpoint {path} holds a {stored['network']['kind']}: "
+            "expected a flow model or a generator"
+        )
+    config = parse(stored["config"])
+    network, params = pretrained.load_folder(folder, stored, ema)
+    params = jax.device_get(params)  # one device is enough for an export
+    shape, name = tuple(stored["image_shape"]), sampler or config.run.sampler
+    return Model(folder, stored, config, shape, network, params, ema, name)
+
+
+def which(stored: dict[str, Any], ema: float | None) -> str:
+    """Which of a checkpoint's weights are exported, in words."""
+    if pretrained.is_converted(stored):
+        return f"converted from copy {stored['source']['source']['copy']!r}"
+    halflife = stored["config"]["ema"]["evaluate"] if ema is None else ema
+    return f"average with a half-life of {halflife:g} images" if halflife else "raw"
+
+
+def about(model: Model) -> dict[str, Any]:
+    """What a user of the sampler has to know, as plain JSON."""
+    config, classes = model.config, model.config.num_classes
+    shape = ", ".join(map(str, model.shape))
+    rule = "(B,) int32, not read: the model has no classes"
+    if classes:
+        rule = (
+            f"(B,) int32 in 0 .. {classes - 1}, or {classes} for no class; others are not checked"
+        )
+    return {
+        "conventions": NATIVE.conventions,
+        "noise": f"e: (B, {shape}) float32, standard normal, drawn by the caller",
+        "images": _images(model),
+        "labels": {"classes": classes, "null": classes or None, "rule": rule},
+        "latent": _latent(model),
+        "sampler": model.sampler,
+        "dtype": {
+            "weights": "float32",
+            "compute": config.compute_dtype,
+            "images": "float32",
+            "matmul_precision": "highest",
+        },
+        "ema": which(model.stored, model.ema),
+        "image_shape": list(model.shape),
+        "network": model.stored["config"]["network"],
+        "origin": _origin(model),
+        "versions": {
+            name: version(name) for name in ("jax", "jaxlib", "flax", "numpy", "safetensors")
+        },
+    }
+
+
+def sha256(content: bytes) -> str:
+    """The digest of a file's content, for the metadata."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def _images(model: Model) -> str:
+    if _latent(model):
+        return "x: shaped as e, float32, scaled latents; not clipped"
+    return (
+        "x: shaped as e, float32, in about [-1, 1], not clipped; "
+        "bytes are clip(round(127.5 (x + 1)), 0, 255)"
+    )
+
+
+def _latent(model: Model) -> dict[str, Any] | None:
+    """How samples become images if they are latents; None if they are images."""
+    data = model.stored.get("data") or {}
+    if "scale" not in data and model.config.data.name != latents.NAME and model.shape[-1] in (1, 3):
+        return None
+    vae = data.get("vae") or {}
+    unknown = "the scale was not recorded; Stable Diffusion's first autoencoder has 0.18215"
+    return {
+        "scale": data.get("scale"),
+        "shift": 0.0,
+        "rule": "image = decode(x / scale + shift)",
+        "decoder": "not included: it is the caller's, the one that made the training latents",
+        "decoder_file": vae.get("file"),
+        "decoder_sha256": vae.get("sha256"),
+        "note": "" if "scale" in data else unknown,
+    }
+
+
+def _origin(model: Model) -> dict[str, Any]:
+    """Where the weights come from, without any path of the machine that made them."""
+    source, converted, trained = model.stored.get("source") or {}, None, None
+    if source:
+        converted = {"kind": source["kind"], **source["source"], "licence": source["licence"]}
+    if not pretrained.is_converted(model.stored):
+        step = int(model.folder.name) if model.folder.name.isdigit() else None
+        trained = {"step": step, "data": model.config.data.name}
+    manifest = (model.folder / checkpoint.MANIFEST).read_bytes()
+    return {
+        "trained": trained,
+        "converted_from": converted,
+        "checkpoint_manifest_sha256": sha256(manifest),
+    }
