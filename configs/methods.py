@@ -85,13 +85,22 @@ def central(config: ConfigDict) -> Fields:
 def alpha_flow(config: ConfigDict) -> Fields:
     """alpha-Flow (arXiv 2510.20771): from all pairs to the exact derivative by a shrinking alpha.
 
-    The paper's: c = 0 in the target, the same alpha for all times, p = 1 with a gradient that does
-    not shrink with alpha, v of the data as direction, and the least alpha, .005. The shares of its
-    B/2 schedule: with 1 - sigmoid(25 (x - 1/2)), alpha is 1 until x = .288 and 0 from x = .712.
+    The paper's:
 
-    Ours: the way down, geometric where theirs is that sigmoid; 8 discrete stages; and the start
-    from a flow model, where theirs is from scratch. Missing here: their clipped target.
-    A run of another length also needs config.curriculum.stage_lengths, which add up to it.
+    - c = 0 in the target, the same alpha for all times, and the least alpha, .005
+    - p = 1, with a gradient that does not shrink with alpha
+    - v of the data as direction
+    - the shares of its B/2 schedule: 1 - sigmoid(25 (x - 1/2)) is 1 until x = .288, to within the
+      least alpha, and 0 from x = .712
+
+    Ours:
+
+    - the way down is geometric; theirs is that sigmoid
+    - 8 discrete stages
+    - the start from a flow model; theirs is from scratch
+
+    Missing here: their clipped target. A run of another length also needs
+    config.curriculum.stage_lengths that add up to it.
     """
     discrete, edge = 8, 0.288
     shares = (edge, *((1 - 2 * edge) / discrete,) * discrete, edge)

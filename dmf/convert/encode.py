@@ -152,10 +152,11 @@ def _plan(
     """All that the values depend on, as plain JSON. Raises DmfError."""
     config, _ = pretrained.described(stored)
     if config.kind != "vae" or config.part != "both" or config.image_channels != 3:
-        what = f"the part {config.part!r} for {config.image_channels} channels"
+        what = f"a {config.kind}"
+        if config.kind == "vae":
+            what = f"the part {config.part!r} for {config.image_channels} channels"
         raise DmfError(
-            f"{vae_dir} holds {what if config.kind == 'vae' else f'a {config.kind}'}: "
-            "expected an autoencoder of RGB images with its encoder"
+            f"{vae_dir} holds {what}: expected an autoencoder of RGB images with its encoder"
         )
     if size % config.factor:
         raise DmfError(
