@@ -63,7 +63,7 @@ def test_a_file_of_something_else_and_a_second_process_are_refused(place, settin
 
 def test_a_reference_begun_by_another_protocol_is_not_gone_on_with(place, tmp_path, monkeypatch):
     source, out = str(place / "digits.npz"), str(tmp_path / "ref.npz")
-    for module in (judge, totals, scoring):
+    for module in (judge, totals):
         monkeypatch.setattr(module, "PART", 50)
     monkeypatch.setattr(judge, "SAVE_SECONDS", 0.0)
     name = written(tmp_path, reference_images=60)
