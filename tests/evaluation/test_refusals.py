@@ -198,7 +198,6 @@ def test_bad_images_are_one_line_each(place, setting, tmp_path, monkeypatch):
     for i, side in enumerate((8, 8, 9)):
         Image.new("RGB", (side, side)).save(mixed / f"{i}.png")
     only_fid = Setting(written(tmp_path, metrics=["fid"]), "", setting.reference)
-    monkeypatch.setattr(scoring, "PART", 2)
     monkeypatch.setattr(judge, "PART", 2)
     monkeypatch.setattr(totals, "PART", 2)  # the last image is alone in its part
     with pytest.raises(DmfError, match=r"image 2 is \(9, 9, 3\), image 0 is \(8, 8, 3\)"):
