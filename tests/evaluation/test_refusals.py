@@ -63,7 +63,7 @@ def test_a_file_of_something_else_and_a_second_process_are_refused(place, settin
 
 def test_a_reference_begun_by_another_protocol_is_not_gone_on_with(place, tmp_path, monkeypatch):
     source, out = str(place / "digits.npz"), str(tmp_path / "ref.npz")
-    for module in (judge, totals, scoring):
+    for module in (judge, totals):
         monkeypatch.setattr(module, "PART", 50)
     monkeypatch.setattr(judge, "SAVE_SECONDS", 0.0)
     name = written(tmp_path, reference_images=60)
@@ -198,7 +198,6 @@ def test_bad_images_are_one_line_each(place, setting, tmp_path, monkeypatch):
     for i, side in enumerate((8, 8, 9)):
         Image.new("RGB", (side, side)).save(mixed / f"{i}.png")
     only_fid = Setting(written(tmp_path, metrics=["fid"]), "", setting.reference)
-    monkeypatch.setattr(scoring, "PART", 2)
     monkeypatch.setattr(judge, "PART", 2)
     monkeypatch.setattr(totals, "PART", 2)  # the last image is alone in its part
     with pytest.raises(DmfError, match=r"image 2 is \(9, 9, 3\), image 0 is \(8, 8, 3\)"):
