@@ -140,13 +140,13 @@ class Stream:
         """The next `count` bytes."""
         if count > self.span.size - self.place:
             self.skip(count, "a pickle")
-        return self._counted(self._file.read(count))
+        self.charge(1 + count // PIECE)
+        self.place += count
+        return self._file.read(count)
 
     def readline(self) -> bytes:
         """The next line, with its end; of a long line the beginning."""
-        return self._counted(self._file.readline(min(MAX_LINE, self.span.size - self.place)))
-
-    def _counted(self, data: bytes) -> bytes:
-        self.charge(1 + len(data) // PIECE)
-        self.place += len(data)
-        return data
+        line: bytes = self._file.readline(min(MAX_LINE, self.span.size - self.place))
+        self.charge(1 + len(line) // PIECE)
+        self.place += len(line)
+        return line

@@ -17,7 +17,7 @@ from dmf.storage.readers.unpickle import Storage, Unpickler, tree_of
 
 MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a stream
 VERSION = 1001
-MAX_DIRECTORY = 2**22  # bytes of a zip archive's table of contents, which is read at once
+MAX_DIRECTORY = 2**24  # bytes of a zip archive's table of contents, which is read at once
 # What zipfile raises for damaged archives, and for sizes and flags that nobody writes.
 BROKEN = (zipfile.BadZipFile, zipfile.LargeZipFile, RuntimeError, ValueError, ArithmeticError)
 STATE_DICT = "a state_dict of torch.save (unpack an archive first)"

@@ -16,7 +16,7 @@ from dmf.storage.readers.span import Span, short
 MAX_VISITS = 1_000_000  # a few shared lists can stand for more names than memory holds
 MAX_NAME = 1000
 MAX_DIMS = 32
-MAX_REPEATED = 2**26  # values of a tensor that repeats some: it is larger than its file
+MAX_REPEATED = 2**26  # bytes of a tensor that repeats values: it is larger than its file
 MAX_SIZE = 2**58  # of a shape: its bytes can be counted in 63 bits
 PREFIXES = ("module.", "_orig_mod.")  # added by DistributedDataParallel and torch.compile
 INTEGERS = [f"{sign}int{bits}" for sign in ("u", "") for bits in (8, 16, 32, 64)]
@@ -66,7 +66,8 @@ def tensor(
     count, reach = math.prod(sizes), held + 1
     fills = strides is not None or count * dtype.itemsize == span.size
     sane = all(isinstance(n, int) and n >= 0 for n in (*steps, offset))
-    if sane and fills and len(steps) == len(sizes) and count <= max(held, MAX_REPEATED):
+    most = max(held, MAX_REPEATED // dtype.itemsize)
+    if sane and fills and len(steps) == len(sizes) and count <= most:
         steps = [step if n > 1 else 0 for n, step in zip(sizes, steps, strict=True)]
         reach = 1 + sum((n - 1) * step for n, step in zip(sizes, steps, strict=True))
         reach = reach + offset if count else 0
