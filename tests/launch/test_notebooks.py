@@ -37,7 +37,10 @@ def test_a_notebook_is_committed_without_outputs_and_opens_in_colab(name):
 
 
 def test_a_short_run_trains_for_a_hundredth_of_the_steps():
-    text = "config.curriculum.pretrain_length, config.curriculum.length = 1500.0, 1200.0\nf(length=3600.0, pretrain_length=2000.0)"
+    text = (
+        "config.curriculum.pretrain_length, config.curriculum.length = 1500.0, 1200.0\n"
+        "f(length=3600.0, pretrain_length=2000.0)"
+    )
     assert re.findall(r"[\d.]*\d", notebooks.shortened(text)) == ["15.0", "12.0", "36.0", "20.0"]
 
 
