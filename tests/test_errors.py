@@ -13,7 +13,7 @@ from dmf import main
 from dmf.errors import DmfError
 from dmf.run import sigterm
 from tests import ROOT, devices
-from tests.tiny import TINY, merged
+from tests.tiny import TINY
 
 DIGITS = "--config=configs/digits.py"
 
@@ -56,7 +56,7 @@ def trained(tmp_path_factory):
     from dmf.config import parse
 
     workdir = tmp_path_factory.mktemp("trained")
-    train.train(parse(merged(TINY, curriculum=dict(stages=2, length=2.0))), workdir)
+    train.train(parse(TINY), workdir)
     return workdir
 
 
