@@ -1,5 +1,5 @@
 #!/bin/sh
-# Every number and picture of README.md and docs/, with the command that makes it.
+# The command behind every number and picture of the README and of docs.
 #
 #   launch/reproduce.sh --list    all of them
 #   launch/reproduce.sh NAME      make the environment and run the commands of that name
@@ -8,8 +8,9 @@ set -eu
 cd "$(dirname "$0")/.."
 . launch/shell.sh
 
-# name | which page, and what | where it is stored | time | what else it needs: parity = requirements-parity.txt, tpu = jax[tpu] | command
-# A name may have several commands, which are run in this order.
+# name | what it shows | where it is stored | time | extra | command
+# The extra is parity (requirements-parity.txt) or tpu (jax[tpu]).
+# A name may have several commands; they run in this order.
 entries() {
     cat <<'END'
 demo | scores and pictures of the digits demo | docs/digits.png | 4 minutes on 2 cores | | python main.py --config=configs/digits.py --workdir=runs/digits
@@ -38,7 +39,10 @@ fields() {
 
 list() {
     entries | awk -F ' *[|] *' '
-        $1 != before { printf "%s%s\n    %s%s%s\n", (NR > 1 ? "\n" : ""), $1, $2, ($3 == "" ? "" : ": " $3), ($4 == "" ? "" : " (" $4 ")") }
+        $1 != before {
+            printf "%s%s\n    %s", (NR > 1 ? "\n" : ""), $1, $2
+            printf "%s%s\n", ($3 == "" ? "" : ": " $3), ($4 == "" ? "" : " (" $4 ")")
+        }
         { print "    $ " $6; before = $1 }'
 }
 
@@ -52,7 +56,8 @@ case $name in
     --list) list && exit ;;
     --help | -h) usage launch/reproduce.sh && exit ;;
 esac
-[ -n "$(fields "$name" 1)" ] || fail "$name: expected one of $(entries | awk '{ print $1 }' | uniq | tr '\n' ' ')or --list"
+names=$(entries | awk '{ print $1 }' | uniq | tr '\n' ' ')
+[ -n "$(fields "$name" 1)" ] || fail "$name: expected one of ${names}or --list"
 commands=$(mktemp)
 fields "$name" 6 >"$commands"
 trap 'rm -f "$commands"' EXIT

@@ -1,5 +1,5 @@
 # shellcheck shell=sh
-# Sourced by the other scripts: words that another shell reads back as they are, and errors of one line.
+# Sourced by the other scripts: quoting for another shell, and errors of one line.
 
 # The arguments as one line that a shell reads back word for word.
 quoted() {
@@ -7,7 +7,8 @@ quoted() {
     for quoted_word in "$@"; do
         case $quoted_word in
             '' | *[!A-Za-z0-9_./:=,@%+-]*)
-                quoted_word=$(printf '%sx' "$quoted_word" | sed "s/'/'\\\\''/g") # the x keeps a last newline
+                # The x keeps a last newline.
+                quoted_word=$(printf '%sx' "$quoted_word" | sed "s/'/'\\\\''/g")
                 quoted_word="'${quoted_word%x}'"
                 ;;
         esac

@@ -147,7 +147,8 @@ class Bench:
 
     def __call__(self, script, *words, **environment):
         """(exit status, standard output, standard error)"""
-        command = [self.root / "launch" / "cloud" / script, *words]
+        (path,) = (self.root / "launch").rglob(script)
+        command = [path, *words]
         done = subprocess.run(
             command,
             cwd=self.root,

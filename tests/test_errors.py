@@ -3,21 +3,25 @@
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 from absl import flags
+from absl.testing import flagsaver
 
 from dmf import main
+from dmf.errors import DmfError
+from dmf.run import sigterm
 from tests import ROOT, devices
 from tests.tiny import TINY
 
 DIGITS = "--config=configs/digits.py"
 
 
-def run(*flags):
-    """(exit status, standard error) of main.py."""
+def run(*words):
+    """(exit status, standard error) of main.py as a process."""
     done = subprocess.run(
-        [sys.executable, "main.py", *flags],
+        [sys.executable, "main.py", *words],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -25,6 +29,24 @@ def run(*flags):
         env={**os.environ, "XLA_FLAGS": devices(1)},
     )
     return done.returncode, done.stderr
+
+
+def refused(*words):
+    """The line that main.py prints for these words. It is said in this process: no start."""
+    argv = ["main.py", *words]
+    # ml_collections looks into sys.argv for the fields of the config.
+    with mock.patch.object(sys, "argv", argv), flagsaver.flagsaver():
+        with pytest.raises(DmfError) as error:
+            main.main(main._parse_flags(argv))
+        return str(error.value)
+
+
+@pytest.fixture(autouse=True)
+def in_checkout(monkeypatch):
+    """Runs in the folder of main.py, without a listener to SIGTERM; sys.path is restored."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(main, "STOP", sigterm.Stop())
+    monkeypatch.setattr(sys, "path", [*sys.path])
 
 
 @pytest.fixture(scope="module")
@@ -201,14 +223,33 @@ CASES = {
     ),
 }
 
+# Some from each place that refuses: absl, the config, the checkpoint, the data, and the devices.
+PROCESSES = (
+    "misspelt key in a file",
+    "wrong type",
+    "missing config file",
+    "no config",
+    "truncated checkpoint",
+    "kernel of another device",
+    "unprepared data",
+)
+
 
 @pytest.mark.parametrize("name", CASES)
 def test_wrong_input_gives_one_clear_line(name, trained, tmp_path):
     flags, message = CASES[name]
+    text = refused(*flags(trained, tmp_path))
+    assert message in text
+    assert len(text.splitlines()) == 1, text
+    assert not any(tmp_path.rglob("checkpoints/[0-9]*"))
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_a_process_prints_that_line_alone_and_exits_with_2(name, trained, tmp_path):
+    flags, message = CASES[name]
     status, text = run(*flags(trained, tmp_path))
-    assert status != 0 and message in text, text
-    assert "Traceback" not in text
-    assert len(text.strip().splitlines()) == 1, text
+    assert status == 2 and message in text, text
+    assert text.startswith("error: ") and len(text.strip().splitlines()) == 1, text
     assert not any(tmp_path.rglob("checkpoints/[0-9]*"))
 
 

@@ -1,13 +1,16 @@
 #!/bin/sh
-# The program on NVIDIA GPUs: all of this host's are one process; several hosts, one process each, are one run.
+# The program on NVIDIA GPUs. One process drives all GPUs of a host; several hosts make one run.
 #
 #   launch/cloud/gpu.sh FLAGS                                                      this host alone
-#   launch/cloud/gpu.sh --coordinator=HOST:PORT --processes=2 --process=0 FLAGS    on every host, with its own --process from 0
+#   launch/cloud/gpu.sh --coordinator=HOST:PORT --processes=2 --process=0 FLAGS    on every host
 #
-# FLAGS are main.py's. HOST is where process 0 runs, PORT a free one that the others reach. The three options are the environment
-# variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; those may be set instead. Also before FLAGS:
+# FLAGS are main.py's. HOST is where process 0 runs. PORT is a free port that the others reach.
+# Every host has another --process, counted from 0.
+# JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID may be set instead of the three.
+# Options, before FLAGS:
 #
-#   --cuda=12|13|none   the CUDA whose packages go into .venv (default: 13 where the driver is 580 or newer), none: leave it as it is
+#   --cuda=12|13|none   the CUDA whose packages go into .venv; none leaves .venv as it is
+#                       (default: 13 where the driver is 580 or newer, else 12)
 #   --install           make .venv, run nothing
 #   --dry-run           print the command, run nothing
 set -eu

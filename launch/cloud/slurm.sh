@@ -4,15 +4,21 @@
 #SBATCH --requeue
 #SBATCH --signal=TERM@300
 #SBATCH --open-mode=append
-# A training run under Slurm: one process per node, which takes all GPUs that the job has there. From the repository's root:
+# A training run under Slurm. Each node has one process, which takes all GPUs of the job there.
+# Call it from the repository's root:
 #
 #   sbatch --nodes=2 --gpus-per-node=8 --time=24:00:00 launch/cloud/slurm.sh [--dry-run] FLAGS
 #
-# FLAGS are main.py's, with a --workdir that all nodes see. Options of sbatch go before the script and win over the lines above.
-# 300 seconds before the time limit, and on a preemption with a time of grace, the program hears SIGTERM, saves and leaves with
-# status 0; a job that was stopped so before the end of its run is put into the queue again, where the same command goes on,
-# at most DMF_REQUEUES (100) times. A node that fails, or a preemption without grace, is requeued by Slurm itself. A program
-# that fails ends the job with its status. DMF_CUDA=12|13|none as --cuda of launch/cloud/gpu.sh; DMF_PORT is where process 0 listens.
+# FLAGS are main.py's, with a --workdir that all nodes see.
+# Options of sbatch go before the script and win over the lines above.
+#
+# Slurm sends SIGTERM 300 seconds before the time limit, and on a preemption with grace time.
+# The program then saves and leaves with status 0. If the run is not at its end, the job goes into
+# the queue again and the same command resumes, at most DMF_REQUEUES (100) times.
+# Slurm itself requeues after a failed node or a preemption without grace time.
+# A program that fails ends the job with its status.
+#
+# DMF_CUDA=12|13|none is --cuda of launch/cloud/gpu.sh. DMF_PORT is where process 0 listens.
 set -eu
 root=${SLURM_SUBMIT_DIR:-.}
 if [ ! -f "$root/launch/shell.sh" ]; then

@@ -1,29 +1,32 @@
 #!/bin/sh
 # One Cloud TPU and one training run on all its workers.
 #
-#   launch/cloud/tpu.sh watch  NODE MACHINE --workdir=gs://BUCKET/RUN -- FLAGS   create, setup and run as needed, until the run has ended
-#   launch/cloud/tpu.sh create NODE MACHINE                                      a TPU VM; with --queued waits in the queue for it
-#   launch/cloud/tpu.sh setup  NODE [--repo=URL [--ref=REF]]                     this commit, or another repository's, and its packages
-#   launch/cloud/tpu.sh run    NODE --workdir=gs://BUCKET/RUN -- FLAGS           python main.py FLAGS on all workers, detached
-#   launch/cloud/tpu.sh up     NODE MACHINE --workdir=... -- FLAGS               create, setup and run, once
-#   launch/cloud/tpu.sh status NODE                                              of the node and of the program on each worker
-#   launch/cloud/tpu.sh logs   NODE [--out=DIR]                                  the last lines of all workers, or all of them in DIR
-#   launch/cloud/tpu.sh stop   NODE                                              the program saves and leaves
+#   launch/cloud/tpu.sh watch  NODE MACHINE --workdir=gs://BUCKET/RUN -- FLAGS
+#                              create, setup and run as needed, until the run has ended
+#   launch/cloud/tpu.sh create NODE MACHINE           a TPU VM; with --queued wait in the queue
+#   launch/cloud/tpu.sh setup  NODE [--repo=URL [--ref=REF]]    this commit or another's, packages
+#   launch/cloud/tpu.sh run    NODE --workdir=gs://BUCKET/RUN -- FLAGS
+#                              start python main.py FLAGS on all workers, detached
+#   launch/cloud/tpu.sh up     NODE MACHINE --workdir=... -- FLAGS       create, setup and run, once
+#   launch/cloud/tpu.sh status NODE                   the node, and the program on each worker
+#   launch/cloud/tpu.sh logs   NODE [--out=DIR]       the last lines of all workers, or all in DIR
+#   launch/cloud/tpu.sh stop   NODE                   the program saves and leaves
 #   launch/cloud/tpu.sh delete NODE
 #
-# NODE is --name=NAME --project=PROJECT --zone=ZONE, and --queued where it was made so; MACHINE --accelerator=TYPE (v5litepod-16)
-# [--runtime=VERSION] [--queued] [--spot]. Each may be an environment variable: DMF_NAME, DMF_PROJECT, DMF_ZONE,
-# DMF_ACCELERATOR, DMF_RUNTIME, DMF_WORKDIR. FLAGS are main.py's. Further options:
+# NODE is --name=NAME --project=PROJECT --zone=ZONE, and --queued if it was made with --queued.
+# MACHINE is --accelerator=TYPE (v5litepod-16) [--runtime=VERSION] [--queued] [--spot].
+# Each may be an environment variable: DMF_NAME, DMF_PROJECT, DMF_ZONE, DMF_ACCELERATOR,
+# DMF_RUNTIME, DMF_WORKDIR. FLAGS are main.py's. Further options:
 #
 #   --dry-run              print every command as it would be typed, run none
-#   --delete-on-failure    delete the node where a step after its creation fails
-#   --delete-when-done     (watch) delete it once the run has ended
+#   --delete-on-failure    delete the node if a step after its creation fails
+#   --delete-when-done     (watch) delete the node when the run has ended
 #   --every=60             (watch, create --queued) seconds between two looks
-#   --retries=3            (watch) failures that are borne: crashes in all, and failed calls since it was last seen running; a
-#                          preemption is none of these
-#   --out=DIR              (watch) collect the workers' output there at every look, a folder per start
-#   --create-flag=FLAG     one more flag of gcloud's create, such as --service-account=...; may be repeated
-#   --ssh-flag=FLAG        one more flag of gcloud's ssh and scp, such as --internal-ip; may be repeated
+#   --retries=3            (watch) how many failures to bear: all crashes, and the failed calls
+#                          since the program was last seen; preemptions do not count
+#   --out=DIR              (watch) collect the workers' output at every look, a folder per start
+#   --create-flag=FLAG     a flag of gcloud's create, such as --service-account=...; repeatable
+#   --ssh-flag=FLAG        a flag of gcloud's ssh and scp, such as --internal-ip; repeatable
 set -u
 root=$(cd "$(dirname "$0")/../.." && pwd)
 . "$root/launch/shell.sh"
@@ -44,8 +47,8 @@ say() {
     if [ -n "$dry" ]; then printf '# %s\n' "$*" >&3; else printf '%s  %s\n' "$(date -u +%H:%M:%S)" "$*" >&2; fi
 }
 
-# A command, or in a dry run its text. What fails is told in one line. Nothing reads the terminal: in the background ssh would
-# be stopped for it, and the watch with it.
+# Runs a command, or prints it in a dry run. A failure is told in one line. Nothing reads the
+# terminal, because a read would stop ssh in the background, and the watch with it.
 call() {
     if [ -n "$dry" ]; then
         quoted "$@" >&3
@@ -134,7 +137,7 @@ await() {
     return 1
 }
 
-# The commit that is checked out here travels as a git bundle, so that every start notes its revision.
+# A git bundle carries the commit that is checked out here, so that every start notes its revision.
 setup() {
     say "setting up all workers of $name"
     if [ -n "$repo" ]; then
@@ -179,8 +182,8 @@ survey() {
     workers=$(on_workers 'if cd dmf 2>/dev/null; then ./launch/cloud/worker.sh status; else echo "worker $(uname -n): none"; fi') || return 1
     [ -z "$dry" ] || workers='worker 0: ended'
     words="|$(printf '%s\n' "$workers" | sed -n 's/^\(worker [^ ]*\): failed 2:.*/\1: refused/; s/^worker [^ ]*: \([a-z]*\).*/\1/p' | tr '\n' '|')"
-    # The first of these that some worker says. Where one runs and others do not, it will end soon too; where one fails in
-    # another way, the others' status 2 is but their word of it.
+    # $all is the first of these that some worker says. A worker that runs will end soon if others
+    # do not run. If one fails otherwise, the others' status 2 only follows from it.
     for all in running lost failed refused halted stopped none ended unknown; do
         case $words in *"|$all|"*) return ;; esac
     done

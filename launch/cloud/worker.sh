@@ -1,16 +1,28 @@
 #!/bin/sh
-# One host of a run: its packages, and one training program, detached from the terminal that starts it. launch/cloud/tpu.sh calls
-# this on every worker of a TPU; by hand it serves on any host.
+# One host of a run: its packages, and one training program, detached from the terminal.
+# launch/cloud/tpu.sh calls this on every worker of a TPU. By hand it serves on any host.
 #
-#   launch/cloud/worker.sh install [tpu|cuda12|cuda13]   .venv with the tested packages (tpu: those for gs:// too), and Python where it is too old
-#   launch/cloud/worker.sh start FLAGS                   python main.py FLAGS; the same again while it runs does nothing
-#   launch/cloud/worker.sh status                        worker HOST: none, running, ended, stopped, halted, lost or failed STATUS
-#   launch/cloud/worker.sh log [LINES]                   all that it has printed, or the last lines after the host's name
-#   launch/cloud/worker.sh stop [FLAGS]                  SIGTERM: it saves and leaves; with FLAGS only if it was started with these
+#   launch/cloud/worker.sh install [tpu|cuda12|cuda13]
+#                          make .venv with the tested packages, and Python where it is too old
+#                          (tpu: with the packages for gs://)
+#   launch/cloud/worker.sh start FLAGS
+#                          start python main.py FLAGS; the same again while it runs does nothing
+#   launch/cloud/worker.sh status
+#                          print worker HOST: none, running, ended, stopped, halted, lost or
+#                          failed STATUS
+#   launch/cloud/worker.sh log [LINES]
+#                          print all output, or the last lines after the host's name
+#   launch/cloud/worker.sh stop [FLAGS]
+#                          send SIGTERM: the program saves and leaves; with FLAGS only a program
+#                          that was started with them
 #
-# ended: it came to its end. stopped: a SIGTERM of somebody else (a preemption), or `stop FLAGS`, came before; the same start
-# goes on. halted: that was `stop`. lost: the host was started anew. The output of every start is kept: ~/dmf.run/log, log.1, log.2 and so on
-# (DMF_STATE names another folder).
+#   ended     the run came to its end
+#   stopped   somebody else sent SIGTERM (a preemption), or `stop FLAGS` did; the same start resumes
+#   halted    `stop` without FLAGS
+#   lost      the host was started anew
+#
+# ~/dmf.run keeps the output of every start: log, log.1, log.2 and so on.
+# DMF_STATE names another folder.
 set -eu
 cd "$(dirname "$0")/../.."
 . launch/shell.sh

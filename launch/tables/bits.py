@@ -6,10 +6,10 @@ r"""Do two commits train to the same bits?
 Each call runs the same short curricula, conversions and export through the main.py of a checkout.
 It writes one SHA-256 per result. With --against it names every result that differs and ends with 1.
 
-runs         every kind of stage, guided ones too; DiT and U-Net; digits and mock latents; two
-             devices; one run that loses its newest checkpoints and goes on from an older one
-hashed       parameters, averages, optimiser, table of intervals; scores without their seconds
-conversions  small files of tests/golden, with the weights that come out and one export
+Runs: every kind of stage, with and without guidance, on DiT and U-Net, digits and mock latents.
+Some runs have two devices. One loses its newest checkpoints and resumes from an older one.
+Hashed: parameters, averages, optimiser, table of intervals, and scores without their seconds.
+Conversions: small files of tests/golden, the weights that come out, and one export.
 
 Both checkouts need the same packages; they are run by the Python that runs this file.
 """

@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "notebooks"
 # The lengths that a notebook sets.
-SHORT = re.compile(r"(length(?:, config\.curriculum\.length)? ?= ?)([\d.]+)(, [\d.]+)?")
+SHORT = re.compile(r"(length(?:, config\.curriculum\.length)? ?= ?(?:\(\s*)?)([\d.]+)(,\s*[\d.]+)?")
 
 
 def shortened(source: str) -> str:

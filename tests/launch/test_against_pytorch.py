@@ -1,4 +1,4 @@
-"""The comparison with PyTorch times the same thing twice: same networks, same losses; where they differ it refuses."""
+"""The comparison with PyTorch times equal networks and losses, and refuses different ones."""
 
 import argparse
 import importlib.util
@@ -97,6 +97,7 @@ def test_a_step_of_pytorch_moves_weights_and_average(script):
     loss = run(torch.zeros(4, 4, 32, 32), "discrete", 0.25)
     assert np.isfinite(loss) and loss > 0
     moved = {key: (x - start[key]).abs().max().item() for key, x in model.state_dict().items()}
-    # Adam's first step is the rate in every direction; the average follows by a thousandth, or starts at the weights.
+    # Adam's first step has the size of the rate in every direction.
+    # The average follows by a thousandth, or starts at the weights.
     assert moved["blocks_0.mlp.fc2.weight"] == pytest.approx(script.RATE, rel=0.01)
     assert set(run.ema.module.state_dict()) == set(start)

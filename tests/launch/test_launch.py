@@ -21,7 +21,10 @@ PROGRAM = ["--workdir=gs://bucket/run", "--distributed", "--config=configs/cifar
 INSTALL = "git checkout -q --detach FETCH_HEAD && ./launch/cloud/worker.sh install tpu"
 SETUP = f"git init -q dmf && cd dmf && git fetch -q ../dmf.bundle HEAD && {INSTALL}"
 START = "cd dmf && ./launch/cloud/worker.sh start " + shlex.join(PROGRAM)
-STATUS = 'if cd dmf 2>/dev/null; then ./launch/cloud/worker.sh status; else echo "worker $(uname -n): none"; fi'
+STATUS = (
+    "if cd dmf 2>/dev/null; then ./launch/cloud/worker.sh status; "
+    'else echo "worker $(uname -n): none"; fi'
+)
 STOP = "cd dmf && ./launch/cloud/worker.sh stop"
 
 
@@ -107,7 +110,8 @@ VERBS = {
         ["run", *NODE, *RUN[:2], "--mode=train"],
         lambda bench: [
             ssh(
-                "cd dmf && ./launch/cloud/worker.sh start --workdir=gs://bucket/run --distributed --mode=train"
+                "cd dmf && ./launch/cloud/worker.sh start "
+                "--workdir=gs://bucket/run --distributed --mode=train"
             )
         ],
     ),
@@ -238,7 +242,8 @@ def test_the_environment_names_what_no_argument_does(bench):
         ),
         (
             ["create", *NODE],
-            "--accelerator is missing: expected it, such as --accelerator=v5litepod-16, or DMF_ACCELERATOR",
+            "--accelerator is missing: expected it, such as --accelerator=v5litepod-16, "
+            "or DMF_ACCELERATOR",
         ),
         (
             ["create", *NODE, "--accelerator=v9-8"],
@@ -246,7 +251,8 @@ def test_the_environment_names_what_no_argument_does(bench):
         ),
         (
             ["run", *NODE],
-            "--workdir is missing: expected it, such as --workdir=gs://my-bucket/run, or DMF_WORKDIR, with run",
+            "--workdir is missing: expected it, such as --workdir=gs://my-bucket/run, "
+            "or DMF_WORKDIR, with run",
         ),
         (
             ["run", *NODE, "--workdir=runs/x", "--", "a"],
@@ -305,8 +311,8 @@ def test_a_call_that_fails_is_reported_and_nothing_goes_on(bench, step, delete):
     assert (bench.bin / "cloud").exists() == (step != "create" and not delete)
     if (bench.bin / "cloud").exists():  # then it is said, with the command that deletes it
         assert (
-            "the TPU dmf exists in us-west4-a and costs money; delete it: launch/cloud/tpu.sh delete"
-            in errors[1]
+            "the TPU dmf exists in us-west4-a and costs money; "
+            "delete it: launch/cloud/tpu.sh delete" in errors[1]
         )
         words = shlex.split(errors[1].partition("delete it: ")[2])
         assert bench.tpu(*words[1:])[0] == 0 and not (bench.bin / "cloud").exists()
@@ -393,7 +399,8 @@ def test_a_preempted_node_is_made_again_and_the_same_command_goes_on(bench, queu
     )
     _, err = watch.communicate(timeout=60)
     assert watch.returncode == 0 and "error" not in err, err
-    # The same program with the same words on both workers, before and after: they have come through five shells unharmed.
+    # Both workers ran the same program with the same words, before and after.
+    # The words came through five shells unharmed.
     assert (
         bench.noted("programs.jsonl")
         == [[["--workdir=gs://bucket/run", "--distributed", RUN[2], *HARD], {}]] * 4

@@ -1,4 +1,4 @@
-"""The launch scripts of a single host, of hosts with GPUs and of Slurm; the commands behind the numbers of the README."""
+"""The launch scripts of one host, of hosts with GPUs and of Slurm; the README's commands."""
 
 import json
 import os
@@ -23,7 +23,8 @@ nodes = dict(o[2:].split("=", 1) for o in options).get("nodes", "1")
 shutil.copy("launch/cloud/slurm.sh", here + "/spooled")  # a job runs a copy, from another place
 there = dict(os.environ, SLURM_JOB_ID="123456", SLURM_SUBMIT_DIR=os.getcwd(), SLURM_NTASKS=nodes)
 there["SLURM_JOB_NODELIST"] = "gpu[1-" + nodes + "]"
-os.execve(here + "/spooled", ["slurm_script", *words[words.index("launch/cloud/slurm.sh") + 1 :]], there)
+behind = words[words.index("launch/cloud/slurm.sh") + 1 :]
+os.execve(here + "/spooled", ["slurm_script", *behind], there)
 """
 SRUN = """
 there = dict(os.environ)
@@ -119,7 +120,7 @@ def test_a_host_tells_a_crash_a_stop_and_a_restart_of_its_own_from_an_end(ready)
 
 
 def test_main_py_itself_asked_to_stop_counts_as_stopped(ready):
-    # Not the stand-in: what a run prints when it leaves before its end is what the scripts look for.
+    # This is main.py and no stand-in, because the scripts look for what it prints when it stops.
     (ready.root / ".venv" / "bin" / "python").unlink()
     (ready.root / ".venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     (ready.root / ".venv" / "bin" / "python").chmod(0o755)
@@ -169,7 +170,8 @@ def test_an_environment_that_could_not_be_made_is_made_again(ready):
         """
 if words[:2] == ["-m", "venv"]:
     os.makedirs(words[2] + "/bin", exist_ok=True)
-    os.path.lexists(words[2] + "/bin/python") or os.symlink(os.path.abspath(__file__), words[2] + "/bin/python")
+    python = words[2] + "/bin/python"
+    os.path.lexists(python) or os.symlink(os.path.abspath(__file__), python)
     sys.exit(1)
 """,
     )

@@ -37,8 +37,22 @@ def test_a_notebook_is_committed_without_outputs_and_opens_in_colab(name):
 
 
 def test_a_short_run_trains_for_a_hundredth_of_the_steps():
-    text = "config.curriculum.pretrain_length, config.curriculum.length = 1500.0, 1200.0\nf(length=3600.0, pretrain_length=2000.0)"
-    assert re.findall(r"[\d.]*\d", notebooks.shortened(text)) == ["15.0", "12.0", "36.0", "20.0"]
+    text = (
+        "config.curriculum.pretrain_length, config.curriculum.length = 1500.0, 1200.0\n"
+        "f(length=3600.0, pretrain_length=2000.0)"
+    )
+    numbers = ["15.0", "12.0", "36.0", "20.0"]
+    assert re.findall(r"[\d.]*\d", notebooks.shortened(text)) == numbers
+    # As ruff formats it.
+    text = text.replace("1500.0, 1200.0", "(\n    1500.0,\n    1200.0,\n)")
+    assert re.findall(r"[\d.]*\d", notebooks.shortened(text)) == numbers
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_cell_that_trains_is_shortened(name):
+    for code in cells(name, "code"):
+        if "    train(" in code:
+            assert not re.search(r"\d{3,}\.0", notebooks.shortened(code))
 
 
 def test_a_short_run_is_not_in_the_place_of_one_at_full_length(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The command that times starts: its sums by hand, what it starts with which programs, and a run that fails."""
+"""The command that times starts: sums by hand, the starts and their caches, a run that fails."""
 
 import importlib.util
 from pathlib import Path
@@ -8,7 +8,8 @@ import pytest
 from tests import ROOT
 
 LAUNCH = ROOT / "launch" / "tables"
-# Stands in for main.py: compiles "for 40 s" where the folder of programs is empty, and does not end by itself.
+# Stands in for main.py. It "compiles for 40 s" if the folder of programs is empty, and does not
+# end by itself.
 PRETENDED = """
 import os, pathlib, sys, time
 
@@ -20,7 +21,8 @@ with open(os.environ["CALLS"], "a") as calls:
     calls.write(f"{workdir}\\n")
 if "--bad" in sys.argv:
     sys.exit("error: bad: expected good")
-print(f"first step begun after {10.0 if known else 40.0} s, compilation included; it took 2.5 s", flush=True)
+begun = 10.0 if known else 40.0
+print(f"first step begun after {begun} s, compilation included; it took 2.5 s", flush=True)
 time.sleep(600)
 """
 

@@ -30,7 +30,7 @@ def scores(heldout, train=9.0):
 
 
 def record(*stages, two=0.1, train=9.0, failed="", seconds=10.0):
-    """A run with these held-out scores after its stages, the first of them that of the flow model."""
+    """A run with these held-out scores: the flow model's, then one after each stage."""
     named = [
         {
             "stage": "init" if i == 0 else f"stage {i - 1}",
@@ -164,7 +164,10 @@ def test_every_variant_is_a_config_and_no_two_are_the_same_run(study):
 
 
 def pretend(study, folder, monkeypatch, ends):
-    """Runs the study with a stand-in for main.py; ends: variant -> what it prints to stderr, with status 2."""
+    """Runs the study with a stand-in for main.py.
+
+    ends: variant -> what the stand-in prints to stderr, with status 2.
+    """
     script = folder / "pretend.py"
     script.write_text(
         "import json, pathlib, sys\n"
@@ -181,7 +184,8 @@ def pretend(study, folder, monkeypatch, ends):
         "(workdir / 'checkpoints').mkdir()\n"
         "with (workdir / 'scores.jsonl').open('w') as file:\n"
         "    for n in eval(flags['config.run.score_steps']):\n"
-        "        row = dict(step=step, stage='stage 0', kind='jvp', nfe=n, **dict.fromkeys(keys, 1.0))\n"
+        "        row = dict(step=step, stage='stage 0', kind='jvp', nfe=n)\n"
+        "        row.update(dict.fromkeys(keys, 1.0))\n"
         "        file.write(json.dumps(row) + '\\n')\n"
     )
     monkeypatch.setattr(study, "MAIN", str(script))
@@ -193,7 +197,8 @@ def test_finished_runs_are_skipped_and_those_that_end_on_values_are_results(
     study, tmp_path, monkeypatch
 ):
     ends = {
-        "linear": "error: step 7 (stage 1, discrete): loss = nan; expected finite values. That state is not saved"
+        "linear": "error: step 7 (stage 1, discrete): loss = nan; expected finite values. "
+        "That state is not saved"
     }
     calls = pretend(study, tmp_path, monkeypatch, ends)
     assert calls == sorted(["flow", "linear", "dagger", "scratch"] * 2)
