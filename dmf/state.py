@@ -1,4 +1,8 @@
-"""The training state and what happens to it at a stage switch."""
+"""The training state, its rates at each step, and what happens to it at a stage switch.
+
+Rates and decays are computed outside the jitted step and given to it as traced numbers. So a stage
+switch, a warm-up or an EMA ramp compiles nothing, and a resumed run needs no state of a schedule.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,8 @@ import jax.numpy as jnp
 import optax
 
 from dmf.method import intervals
-from dmf.method.curriculum import CurriculumConfig, Stage
-from dmf.optim import EMAConfig
+from dmf.method.curriculum import CurriculumConfig, Stage, extent, stage_at
+from dmf.optim import EMAConfig, OptimizerConfig
 
 Params = Any
 
@@ -83,3 +87,53 @@ def switch(
 def _copies(params: Params, ema: EMAConfig) -> tuple[Params, ...]:
     # Real copies: the step donates the whole state, and one buffer cannot be donated twice.
     return tuple(jax.tree.map(jnp.copy, params) for _ in ema.halflife_images)
+
+
+def learning_rate(
+    step: int, stages: tuple[Stage, ...], curriculum: CurriculumConfig, config: OptimizerConfig
+) -> float:
+    """The rate of a step (0-based): warm-up and decay of its phase, times its stage's factors.
+
+    A stage's factors are its own rate, its learning rate and the warm-up after its switch.
+    """
+    stage = stage_at(stages, step)
+    began, ended = extent(stages, stage.index)
+    if stage.index < 0:
+        first, last = began, ended
+        rate, warmup = config.pretrain_learning_rate, config.pretrain_warmup_steps
+        decay = config.pretrain_decay_fraction
+    else:
+        first, last = extent(stages, 0)[0], stages[-1].last
+        rate, warmup = config.learning_rate, config.warmup_steps
+        decay = config.decay_fraction
+    rate *= _ramp(step - first + 1, warmup)
+    if decay:
+        rate *= min(1.0, (last - step) / max(1.0, decay * (last - first)))
+    if stage.index > 0:
+        rate *= _ramp(step - began + 1, curriculum.switch_warmup_steps)
+    if stage.index >= 0 and curriculum.stage_learning_rates:
+        rate *= curriculum.stage_learning_rates[stage.index]
+    return rate * stage.rate
+
+
+def ema_decays(
+    step: int,
+    stages: tuple[Stage, ...],
+    curriculum: CurriculumConfig,
+    config: EMAConfig,
+    batch_size: int,
+) -> tuple[float, ...]:
+    """Decay of every EMA at a step: .5 ** (batch / half-life).
+
+    The half-life is bounded by the images seen since the last reset, see `EMAConfig`.
+    """
+    stage = stage_at(stages, step)
+    kept = stage.index > 0 and curriculum.switch_ema == "keep"
+    since, _ = extent(stages, 0 if kept else stage.index)
+    images = (step - since + 1) * batch_size
+    limit = config.rampup_ratio * images if config.rampup_ratio else float("inf")
+    return tuple(0.5 ** (batch_size / min(halflife, limit)) for halflife in config.halflife_images)
+
+
+def _ramp(count: int, steps: int) -> float:
+    return min(1.0, count / steps) if steps else 1.0

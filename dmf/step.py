@@ -22,7 +22,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from dmf import networks, optim, sharding
+from dmf import networks, sharding
 from dmf.config import Config
 from dmf.data import augment
 from dmf.errors import DmfError
@@ -32,7 +32,7 @@ from dmf.method.flow import Condition, Rows, RowSplit
 from dmf.method.guidance import guided_velocity
 from dmf.method.objectives import KINDS
 from dmf.networks import Execution, Network, attention
-from dmf.state import TrainState
+from dmf.state import TrainState, ema_decays, learning_rate
 
 Array = jax.Array
 Metrics = dict[str, Array]
@@ -60,8 +60,8 @@ class Scalars(NamedTuple):
 
 def step_scalars(step: int, stage: Stage, stages: tuple[Stage, ...], config: Config) -> Scalars:
     """The traced numbers of a step, all float32 except the seed."""
-    rate = optim.learning_rate(step, stages, config.curriculum, config.optimizer)
-    decays = optim.ema_decays(step, stages, config.curriculum, config.ema, config.batch_size)
+    rate = learning_rate(step, stages, config.curriculum, config.optimizer)
+    decays = ema_decays(step, stages, config.curriculum, config.ema, config.batch_size)
     return Scalars(
         np.float32(curriculum.rho_at(stage, step)),
         np.float32(rate),

@@ -1,8 +1,13 @@
-"""A bucket that is not there: Google Cloud Storage's own protocol on a local port, and what epath sees of the same objects.
+"""A pretended bucket: Google Cloud Storage's protocol on a local port, and epath's view of it.
 
-One dict of objects behind two doors. TensorStore, through which Orbax reads and writes arrays, uses its real driver for gs://,
-sent to the port by TENSORSTORE_GCS_HTTP_URL. epath uses its real backend for gs://, with `Files` in gcsfs's place, or gcsfs
-itself, sent to the port by STORAGE_EMULATOR_HOST. What a bucket cannot do, to append or to rename, raises `Refused`.
+One dict of objects has two doors:
+
+- TensorStore, through which Orbax reads and writes arrays, uses its real driver for gs://.
+  TENSORSTORE_GCS_HTTP_URL sends it to the port.
+- epath uses its real backend for gs://, with `Files` in the place of gcsfs. Or it uses gcsfs,
+  which STORAGE_EMULATOR_HOST sends to the port.
+
+What a bucket cannot do, to append or to rename, raises `Refused`.
 """
 
 import json
@@ -22,11 +27,13 @@ from orbax.checkpoint._src.path import gcs_utils
 
 
 def serve(bucket, patch, with_gcsfs):
-    """Puts a bucket behind gs://, by a pytest.MonkeyPatch. with_gcsfs: gcsfs sees it, through the port, and not `Files`."""
+    """Puts a bucket behind gs://, by a pytest.MonkeyPatch.
+
+    with_gcsfs: gcsfs reads it through the port; otherwise `Files` does.
+    """
     patch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://127.0.0.1:{bucket.port}")
-    patch.setenv(
-        "GCE_METADATA_ROOT", f"127.0.0.1:{bucket.port}"
-    )  # where nobody has credentials to give
+    # Nobody gives credentials there.
+    patch.setenv("GCE_METADATA_ROOT", f"127.0.0.1:{bucket.port}")
     patch.setenv("EPATH_USE_TF", "false")
     if with_gcsfs:
         patch.setenv(
@@ -53,7 +60,7 @@ class Refused(AssertionError):
 
 
 class Bucket:
-    """Objects by the name bucket/object, each with the number of its writing; `port` serves them."""
+    """Objects by the name bucket/object, with the number of each writing; `port` serves them."""
 
     def __init__(self):
         self.objects, self.generation, self.lock = {}, 0, threading.RLock()
@@ -250,13 +257,16 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(200, self.store.put(f"{bucket}/{name}", body))
 
     def _piece(self, bucket, query, body):
-        """An upload in pieces: it is begun, and the object is there when the last piece has come."""
+        """An upload in pieces; the object is there when the last piece has come."""
         if "upload_id" not in query:
             name = query.get("name") or json.loads(body)["name"]
             with self.store.lock:
                 self.store.begun.append([f"{bucket}/{name}", b""])
                 number = len(self.store.begun) - 1
-            where = f"http://127.0.0.1:{self.store.port}/upload/storage/v1/b/{bucket}/o?uploadType=resumable&upload_id={number}"
+            where = (
+                f"http://127.0.0.1:{self.store.port}/upload/storage/v1/b/{bucket}/o"
+                f"?uploadType=resumable&upload_id={number}"
+            )
             return self._answer(200, {}, Location=where)
         with self.store.lock:
             begun = self.store.begun[int(query["upload_id"])]
@@ -286,7 +296,8 @@ class _Handler(BaseHTTPRequestHandler):
             with self.store.lock:
                 status = self._delete(f"{found[1]}/{urllib.parse.unquote(found[2])}")
             parts.append(
-                f"--edge\r\nContent-Type: application/http\r\nContent-ID: <response-{i}>\r\n\r\nHTTP/1.1 {status} x\r\n\r\n"
+                f"--edge\r\nContent-Type: application/http\r\nContent-ID: <response-{i}>"
+                f"\r\n\r\nHTTP/1.1 {status} x\r\n\r\n"
             )
         self._answer(
             200,

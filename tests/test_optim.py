@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmf import optim, step
+from dmf import optim, state, step
 from dmf.errors import DmfError
 from dmf.method.curriculum import CurriculumConfig, build_stages
 from dmf.optim import EMAConfig, OptimizerConfig
@@ -24,7 +24,7 @@ ADAM = OptimizerConfig(
 
 
 def rate(step, curriculum=CURRICULUM, **changes):
-    return optim.learning_rate(step, STAGES, curriculum, dataclasses.replace(ADAM, **changes))
+    return state.learning_rate(step, STAGES, curriculum, dataclasses.replace(ADAM, **changes))
 
 
 def test_each_phase_has_its_own_rate_warm_up_and_decay():
@@ -51,7 +51,7 @@ def test_a_switch_may_warm_up_again_and_each_stage_has_its_factor():
 
 def test_half_life_is_a_half_life():
     config = EMAConfig((500.0, 5000.0), rampup_ratio=0.0)
-    decays = optim.ema_decays(50, STAGES, CURRICULUM, config, 10)
+    decays = state.ema_decays(50, STAGES, CURRICULUM, config, 10)
     assert decays[0] ** (500 / 10) == pytest.approx(0.5) and decays[1] ** (
         5000 / 10
     ) == pytest.approx(0.5)
@@ -59,22 +59,22 @@ def test_half_life_is_a_half_life():
 
 def test_official_decays_as_half_lives():
     defaults = EMAConfig(rampup_ratio=0.0)
-    assert optim.ema_decays(0, STAGES, CURRICULUM, defaults, 1024) == pytest.approx(
+    assert state.ema_decays(0, STAGES, CURRICULUM, defaults, 1024) == pytest.approx(
         (0.999, 0.9996, 0.9999, 0.99995), abs=2e-6
     )
 
 
 def test_a_young_average_is_short_and_a_reset_makes_it_young():
     config = EMAConfig((1000.0,), rampup_ratio=0.1)
-    keep = [optim.ema_decays(n, STAGES, CURRICULUM, config, 10)[0] for n in (0, 9, 99, 100, 299)]
+    keep = [state.ema_decays(n, STAGES, CURRICULUM, config, 10)[0] for n in (0, 9, 99, 100, 299)]
     assert keep[:2] == pytest.approx(
         [0.5 ** (10 / 1.0), 0.5 ** (10 / 10.0)]
     )  # 1 and 10 images: a tenth of those seen
     assert keep[3] == keep[0]  # the hand-over after pretraining starts afresh
     assert keep[4] == pytest.approx(0.5 ** (10 / 200))
     reset = dataclasses.replace(CURRICULUM, switch_ema="reset")
-    assert optim.ema_decays(200, STAGES, reset, config, 10)[0] == keep[0]
-    assert optim.ema_decays(200, STAGES, CURRICULUM, config, 10)[0] > keep[0]
+    assert state.ema_decays(200, STAGES, reset, config, 10)[0] == keep[0]
+    assert state.ema_decays(200, STAGES, CURRICULUM, config, 10)[0] > keep[0]
 
 
 def test_ema_update_is_the_weighted_mean_and_keeps_equal_weights_bit_for_bit():

@@ -29,7 +29,7 @@ from jax.sharding import Mesh
 
 from dmf import pretrained, sharding
 from dmf.config import differences
-from dmf.convert.encode_claim import claimed
+from dmf.convert.encode_claim import claimed, intact
 from dmf.convert.encode_read import Chunk, Decoded, chunks, decoded
 from dmf.data import images, shards
 from dmf.errors import DmfError
@@ -82,13 +82,13 @@ def encode(
     parts = [opened.part_sha256(i, min(i + shard_size, len(opened))) for i in firsts]
     files = [folder / shards.name(k, total) for k in range(total)]
     with claimed(folder, plan, dict(zip(files, parts, strict=True))):
-        intact = shards.intact(files, parts)
-        missing = [k for k in range(total) if not intact[k]]
+        whole = intact(files, parts)
+        missing = [k for k in range(total) if not whole[k]]
         what = f"{len(opened):,} images in {opened.num_classes or 'no'} classes"
         there = f"{total - len(missing)} of {total} shards are there"
         print(f"encode    {source} to {folder}: {what}, {there}", flush=True)
         if missing:
-            _note_other_versions([file for file, good in zip(files, intact, strict=True) if good])
+            _note_other_versions([file for file, good in zip(files, whole, strict=True) if good])
             shards.remove(folder / shards.METADATA)
             network, params = pretrained.load_folder(vae_folder, stored)
             _encode_shards(files, missing, plan, opened, network, params, parts)

@@ -1,17 +1,21 @@
-"""Who may write into a folder of latents, and with which settings."""
+"""Who may write into a folder of latents, with which settings, and which shards stand already."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from dmf.config import differences
 from dmf.data import shards
 from dmf.errors import DmfError
+from dmf.logging import Count
 from dmf.storage import paths
+
+VERIFIERS = 4  # threads: hashing frees the interpreter's lock
 
 
 @contextlib.contextmanager
@@ -92,3 +96,30 @@ def _advice(changed: list[str]) -> str:
         "; an image that cannot be read is replaced under its name, not removed, "
         "so that the others keep their numbers"
     )
+
+
+def intact(files: Sequence[Path], images: Sequence[str]) -> list[bool]:
+    """Which shards are complete, of the images with these identities, and unaltered.
+
+    Reads all of them. Prints its progress, and a line for each that is there but not intact.
+    """
+
+    def trouble(k: int) -> str:
+        try:
+            entry = shards.read_sidecar(files[k])
+            if entry.get("images") != images[k]:
+                return f"{files[k]} is of other images"
+            shards.check_sum(files[k], entry["bytes"], entry["sha256"])
+            return ""
+        except DmfError as error:
+            return str(error)
+
+    there = [k for k, file in enumerate(files) if shards.sidecar(file).exists()]
+    progress, found = Count("verify", len(there), "shards"), {}
+    with ThreadPoolExecutor(VERIFIERS, "verify") as pool:
+        for done, (k, why) in enumerate(zip(there, pool.map(trouble, there), strict=True), 1):
+            found[k] = why
+            progress.show(done)
+    for why in filter(None, found.values()):
+        print(f"again     {why}", flush=True)
+    return [found.get(k) == "" for k in range(len(files))]

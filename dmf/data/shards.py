@@ -21,7 +21,7 @@ import json
 import os
 import resource
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -41,11 +41,9 @@ from dmf.data.metadata import (  # noqa: F401 - some are here for `dmf.convert.e
     sealed,
 )
 from dmf.errors import DmfError
-from dmf.logging import Count
 from dmf.storage import atomic
-from dmf.storage.digest import sha256
+from dmf.storage.paths import sha256
 
-VERIFIERS = 4  # threads: hashing frees the interpreter's lock
 READERS = 8  # threads: a batch's records lie in many shards, and storage answers them at once
 # Plain bytes: zstd shrinks float32 latents by 7 %, reads them three times slower, and gives other
 # bytes in another version.
@@ -57,7 +55,8 @@ REFUSALS = tuple(
 )
 
 
-def _sidecar(path: Path) -> Path:
+def sidecar(path: Path) -> Path:
+    """The .json beside a shard."""
     return path.with_suffix(".json")
 
 
@@ -100,13 +99,13 @@ def read_sidecar(path: Path) -> dict[str, Any]:
     Raises DmfError if they are damaged.
     """
     try:
-        entry = json.loads(_sidecar(path).read_text())
+        entry = json.loads(sidecar(path).read_text())
         if entry.pop("seal") != seal_of(entry):
             raise ValueError("its bytes were altered")
         return entry
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DmfError(
-            f"{_sidecar(path)} cannot be read ({type(error).__name__}: {error}); the command makes "
+            f"{sidecar(path)} cannot be read ({type(error).__name__}: {error}); the command makes "
             "it again"
         ) from error
 
@@ -114,33 +113,6 @@ def read_sidecar(path: Path) -> dict[str, Any]:
 def begun(folder: Path) -> list[Path]:
     """The shards in a folder that have a .json beside them, in the order of their names."""
     return sorted(path.with_suffix(".array_record") for path in folder.glob("latents-*.json"))
-
-
-def intact(paths: Sequence[Path], images: Sequence[str]) -> list[bool]:
-    """Which shards are complete, of the images with these identities, and unaltered.
-
-    Reads all of them. Prints its progress, and a line for each that is there but not intact.
-    """
-
-    def trouble(k: int) -> str:
-        try:
-            entry = read_sidecar(paths[k])
-            if entry.get("images") != images[k]:
-                return f"{paths[k]} is of other images"
-            check_sum(paths[k], entry["bytes"], entry["sha256"])
-            return ""
-        except DmfError as error:
-            return str(error)
-
-    there = [k for k, path in enumerate(paths) if _sidecar(path).exists()]
-    progress, found = Count("verify", len(there), "shards"), {}
-    with ThreadPoolExecutor(VERIFIERS, "verify") as pool:
-        for done, (k, why) in enumerate(zip(there, pool.map(trouble, there), strict=True), 1):
-            found[k] = why
-            progress.show(done)
-    for why in filter(None, found.values()):
-        print(f"again     {why}", flush=True)
-    return [found.get(k) == "" for k in range(len(paths))]
 
 
 def write_shard(
@@ -177,7 +149,7 @@ def write_shard(
             partial.replace(path)
             _sync(path.parent)
         entry |= {"made_with": made_with, "images": images, "labels": labels}
-        write_json(_sidecar(path), sealed(entry), indent=None)
+        write_json(sidecar(path), sealed(entry), indent=None)
     finally:
         partial.unlink(missing_ok=True)
 

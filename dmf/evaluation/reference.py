@@ -40,7 +40,8 @@ CLEAN_FID_MODES = {
     "legacy_pytorch": ("bilinear", "unit"),
 }
 CLEAN_FID = re.compile(
-    rf"(.+)_({'|'.join(CLEAN_FID_MODES)})_(train|test|trainfull|val|custom)_(?:\d+|na)(?:_kid)?\.npz"
+    rf"(.+)_({'|'.join(CLEAN_FID_MODES)})_(train|test|trainfull|val|custom)"
+    r"_(?:\d+|na)(?:_kid)?\.npz"
 )
 
 ASYMMETRY = 1e-6  # relative to the largest entry: float32 sums leave 1e-7
@@ -82,7 +83,7 @@ def read(path: str | Path, space: str = "inception", images: bool = True) -> Ref
     if not place.is_file():
         what = "is no regular file" if place.exists() else "no such file"
         raise bad(path, f"{what}; expected reference statistics, an .npz or .pkl")
-    from dmf.storage.digest import of_weights
+    from dmf.storage.manifest import sha256_of_weights
     from dmf.storage.readers.read import LOOKS
 
     try:
@@ -104,7 +105,7 @@ def read(path: str | Path, space: str = "inception", images: bool = True) -> Ref
         **dict.fromkeys(RECORD, UNKNOWN),
         **found.about,
         "file": place.name,
-        "sha256": of_weights(place),
+        "sha256": sha256_of_weights(place),
     }
     return Reference(found.moments, found.features, found.images, about)
 

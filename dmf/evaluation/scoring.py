@@ -32,7 +32,7 @@ from dmf.evaluation.results import Progress, Results, free_name
 from dmf.evaluation.totals import Totals
 from dmf.method.objectives import kind_of
 from dmf.storage import checkpoint, paths
-from dmf.storage.digest import sha256
+from dmf.storage.paths import sha256
 
 READERS = 8  # threads that decode image files
 

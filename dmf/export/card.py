@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dmf.method.samplers import SAMPLERS
-from dmf.storage import checkpoint, digest
+from dmf.storage import checkpoint, paths
 
 if TYPE_CHECKING:
     from dmf.export.model import Model
@@ -144,7 +144,7 @@ def _of_training(model: Model) -> Iterator[dict[str, Any]]:
 
 def _of_commands(model: Model) -> Iterator[dict[str, Any]]:
     """The scores that `--mode=score` has stored for this checkpoint."""
-    manifest = digest.sha256(model.folder / checkpoint.MANIFEST)
+    manifest = paths.sha256(model.folder / checkpoint.MANIFEST)
     files = sorted(model.home().glob("scores_*.json"))
     for stored in (row for file in files for row in _lines(file)):
         of = stored.get("checkpoint")

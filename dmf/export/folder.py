@@ -16,7 +16,7 @@ import safetensors.numpy
 
 from dmf.errors import DmfError, short
 from dmf.export import card, place, sampler, tensorfile
-from dmf.storage import digest
+from dmf.storage import paths
 
 if TYPE_CHECKING:
     from dmf.export.model import Model
@@ -88,7 +88,7 @@ def _artifact(model: Model, half: Path, tensors: sampler.Weights, steps: int) ->
         "signature": "(weights, e, labels) -> images",
         "platforms": list(sampler.PLATFORMS),
         "calling_convention_version": convention,
-        "sha256": digest.sha256(file),
+        "sha256": paths.sha256(file),
         "check": found,
     }
 

@@ -19,7 +19,7 @@ from dmf.convert.rules import Rule
 from dmf.data import latents
 from dmf.errors import DmfError
 from dmf.export import tensorfile
-from dmf.storage import checkpoint, digest
+from dmf.storage import checkpoint, paths
 
 
 @dataclass(frozen=True)
@@ -147,5 +147,5 @@ def _origin(model: Model) -> dict[str, Any]:
     return {
         "trained": trained,
         "converted_from": converted,
-        "checkpoint_manifest_sha256": digest.sha256(model.folder / checkpoint.MANIFEST),
+        "checkpoint_manifest_sha256": paths.sha256(model.folder / checkpoint.MANIFEST),
     }

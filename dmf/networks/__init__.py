@@ -109,7 +109,8 @@ def build(
         def of(*size: int) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(size, jnp.float32)
 
-        condition = Condition(augment=of(1, augment_dim) if augment_dim else None)  # type: ignore[arg-type]
+        augment: Any = of(1, augment_dim) if augment_dim else None
+        condition = Condition(augment=augment)
         return plain.lazy_init(key, of(1, *shape), of(1), of(1), condition, None)["params"]
 
     def apply_with_sides(

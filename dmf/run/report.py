@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from dmf import optim, processes, sharding, state
+from dmf import processes, sharding, state
 from dmf.errors import DmfError, NotFinite
 from dmf.logging import Progress
 from dmf.method import curriculum
@@ -120,7 +120,7 @@ class Report:
         guard.check_finite(n, stage, values, self._leaves)
         values.pop("nonfinite_leaf")
         if n % config.run.log_every_steps == 0 or n == 1 or n == run.total:
-            rate = optim.learning_rate(n - 1, run.stages, config.curriculum, config.optimizer)
+            rate = state.learning_rate(n - 1, run.stages, config.curriculum, config.optimizer)
             values = {"rho": curriculum.rho_at(stage, n - 1), "learning_rate": rate, **values}
             run.metrics.write({"step": n, "stage": stage.index, "kind": stage.kind, **values})
             run.tensorboard.write(n, {"stage": stage.index, **values})

@@ -9,25 +9,21 @@ unfinished save, and one that does not match it is damaged. Neither is ever load
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
-import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from dmf import processes
 from dmf.errors import DmfError, short
 from dmf.storage import atomic, paths
 from dmf.storage.manifest import MANIFEST, verify, write_manifest
-from dmf.storage.readers.tree import Inert, Tensor
 
 if TYPE_CHECKING:
     from dmf.state import TrainState
@@ -38,7 +34,6 @@ FOLDER = "checkpoints"
 SLICE = 2**22  # bytes: of larger arrays that all devices hold, each device writes a slice
 NEWEST = 200  # complete checkpoints that are tried, one after the other
 BEST = "best.json"  # in a work directory: the step of the best score so far
-STEP = "_CHECKPOINT_METADATA"  # in a folder of Orbax that holds one tree or several
 log = logging.getLogger(__name__)
 
 
@@ -327,53 +322,6 @@ def read_params(folder: Path, ema: int | None, like: Any) -> Any:
     if ema is None:
         return _load(folder, {item: like})[item]
     return _load(folder, {item: [_with_sharding(tree, like) for tree in stored]})[item][ema]
-
-
-def read_foreign(path: Path) -> Any:
-    """The tree of somebody else's Orbax directory, as nested dicts. None where `path` is none.
-
-    Leaves are lazy `Tensor`s, numbers and texts. A list, which only optimisers have, is inert.
-    Raises DmfError where it cannot be read.
-    """
-    for folder in (path.absolute(), path.absolute() / "default"):  # the latter of a manager's step
-        if not os.path.isfile(folder / "_METADATA"):
-            continue
-        inner = not os.path.isfile(folder / STEP) and os.path.isfile(folder.parent / STEP)
-        where = (folder.parent, folder.name) if inner else (folder, "AUTO")
-        try:
-            tree = ocp.metadata(*where).metadata
-        except Exception as error:  # as in `_load`
-            what = f"{where[0]} cannot be read: {short(error)}"
-            raise DmfError(f"{what}; expected an Orbax checkpoint of one tree") from error
-        return _foreign_tree(where, tree, ())
-    return None
-
-
-def _foreign_tree(where: tuple[Path, str], node: Any, keys: tuple[str, ...]) -> Any:
-    if isinstance(node, Mapping):
-        inner = {name: below for name, below in node.items() if below is not None}
-        return {name: _foreign_tree(where, x, (*keys, name)) for name, x in inner.items()}
-    if not hasattr(node, "shape") or not hasattr(node, "dtype"):
-        return node if isinstance(node, int | float | str) else Inert(type(node).__name__, {})
-    shape, dtype = tuple(node.shape), np.dtype(node.dtype)
-    return Tensor(shape, dtype, functools.partial(read_leaf, *where, keys, shape, dtype))
-
-
-def read_leaf(
-    folder: Path, name: str, path: Sequence[str], shape: tuple[int, ...], dtype: Any
-) -> Any:
-    """The values of one leaf of a tree, below the keys `path`. Nothing else is read."""
-    target: Any = np.zeros(shape, dtype)
-    for key in reversed(path):
-        target = {key: target}
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
-    try:
-        with context:
-            return jax.tree.leaves(ocp.load(folder.absolute(), target, checkpointable_name=name))[0]
-    except Exception as error:  # as in `_load`
-        what = f"{folder}: {'.'.join(path)} cannot be read: {short(error)}"
-        raise DmfError(f"{what}; expected an undamaged Orbax checkpoint") from error
 
 
 def _check_like(stored: Any, like: Any, folder: Path) -> None:

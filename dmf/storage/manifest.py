@@ -2,17 +2,18 @@
 
 It is written last and whole, so a folder without it is an unfinished save. It holds no checksum of
 itself. Instead its bytes must be exactly what this file writes for the files that it names.
+The digests of all other files are made here too.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from dmf.errors import DmfError, short
 from dmf.storage import paths
-from dmf.storage.digest import sha256
 
 MANIFEST = "manifest.json"
 
@@ -61,7 +62,23 @@ def _contents(folder: Path) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {}
     for path in files:
         try:
-            found[path.relative_to(folder).as_posix()] = [paths.size(path), sha256(path)]
+            found[path.relative_to(folder).as_posix()] = [paths.size(path), paths.sha256(path)]
         except OSError as error:  # it may not name the file
             raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     return found
+
+
+def sha256_of_weights(path: str | Path) -> str:
+    """The SHA-256 of a local file; for a folder, of the names and digests of its files.
+
+    Raises DmfError where it cannot be read.
+    """
+    place = Path(path)
+    try:
+        if not place.is_dir():
+            return paths.sha256(place)
+        names = sorted(p.relative_to(place).as_posix() for p in place.rglob("*") if p.is_file())
+        lines = [f"{paths.sha256(place / name)}  {name}\n" for name in names]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+    except OSError as error:
+        raise DmfError(f"{path}: cannot be read ({error}); expected a readable file") from error

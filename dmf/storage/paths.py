@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import re
 import shutil
@@ -196,3 +197,9 @@ def _told(path: Path) -> Iterator[None]:
         yield
     except Exception as error:  # they have no common base
         raise OSError(errno.EIO, short(error), str(path)) from error
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, local or in a bucket, in hexadecimal digits. Raises OSError."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

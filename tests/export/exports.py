@@ -11,7 +11,7 @@ from dmf import pretrained, sharding
 from dmf.config import parse, to_dict
 from dmf.evaluation.sampling import Sampler
 from dmf.export import folder, model, onnx
-from dmf.storage import checkpoint, digest
+from dmf.storage import checkpoint, paths
 from tests.tiny import TINY, Setup, merged
 
 STEPS = (1, 2, 4)
@@ -60,7 +60,7 @@ def scored(tmp_path, **run):
     ]
     (home / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (home / "best.json").write_text(json.dumps(rows[2]))
-    manifest = digest.sha256(home / "checkpoints" / "7" / checkpoint.MANIFEST)
+    manifest = paths.sha256(home / "checkpoints" / "7" / checkpoint.MANIFEST)
     protocol = {
         "name": "mine",
         "space": "pixels",

@@ -41,7 +41,7 @@ LAYERS = (
 
 # Library -> the files that may import it; a folder stands for all below it.
 OWNERS = {
-    "orbax": {"dmf/storage/checkpoint.py"},
+    "orbax": {"dmf/storage/checkpoint.py", "dmf/storage/readers/orbaxfile.py"},
     "clu": {"dmf/logging.py"},
     "tensorboard": set(),
     "tensorflow": set(),

@@ -19,6 +19,7 @@ from dmf.method.flow import Rows, RowSplit
 from dmf.method.intervals import BINS, dagger, interval_rule, linear
 from dmf.method.objectives import LossConfig
 from dmf.storage import checkpoint
+from dmf.storage.readers import orbaxfile
 from tests.method.test_choices import resumed_ends_as_uninterrupted
 from tests.method.test_objectives import random_net
 from tests.tiny import TINY, Setup, merged, residuals
@@ -265,7 +266,7 @@ def test_a_run_with_every_choice_at_once_resumes_in_the_same_bits(tmp_path):
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert all(("interval" in row) == row["kind"].endswith("discrete") for row in rows)
     assert len({row["interval"] / row["rho"] for row in rows if "interval" in row}) == 10
-    stored = checkpoint.read_leaf(
+    stored = orbaxfile.read_leaf(
         whole / "checkpoints" / "14", "intervals", (), (2, BINS, BINS), np.float32
     )
     assert (stored[1] > 0).sum() > 10

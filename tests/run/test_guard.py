@@ -7,9 +7,10 @@ import pytest
 from dmf.config import check, parse
 from dmf.errors import DmfError
 from dmf.method.curriculum import CurriculumConfig, build_stages, rho_at
-from dmf.optim import EMAConfig, OptimizerConfig, ema_decays, learning_rate
+from dmf.optim import EMAConfig, OptimizerConfig
 from dmf.run import guard
 from dmf.run.guard import Diverged, Guard, GuardConfig
+from dmf.state import ema_decays, learning_rate
 from dmf.storage.manifest import write_manifest
 from tests.runs import train
 from tests.tiny import TINY, merged

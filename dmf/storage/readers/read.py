@@ -18,8 +18,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from dmf.storage import checkpoint, digest
+from dmf.storage import manifest
 from dmf.storage.readers import flaxfile, torchfile
+from dmf.storage.readers.orbaxfile import read_orbax
 from dmf.storage.readers.span import Span, short, whole
 from dmf.storage.readers.tree import DTYPES, Tensor, pairs, tensor
 from dmf.storage.readers.tree import Inert as Inert
@@ -27,7 +28,7 @@ from dmf.storage.readers.tree import flatten as flatten
 from dmf.storage.readers.tree import module_tensors as module_tensors
 from dmf.storage.readers.tree import strip_prefix as strip_prefix
 
-sha256 = digest.of_weights
+sha256 = manifest.sha256_of_weights
 SAFETENSORS = {
     code: DTYPES[name]
     for code, name in pairs("""BOOL:bool U8:uint8 I8:int8 U16:uint16 I16:int16 U32:uint32 I32:int32
@@ -66,7 +67,7 @@ class Weights:
 
 def open_file(path: str | Path) -> Weights:
     """The weight file, or Orbax directory, at `path`. Raises DmfError for any other or damaged."""
-    if (tree := checkpoint.read_foreign(Path(path))) is not None:
+    if (tree := read_orbax(Path(path))) is not None:
         return Weights(Path(path), "orbax", tree)
     span, place = whole(path), Path(path)
     with span.opened() as stream:
