@@ -323,9 +323,8 @@ def _needed_out(what: str) -> str:
 
 def _need(flag: flags.FlagHolder, what: str = " it") -> Any:
     if not flag.value:
-        raise DmfError(
-            f"--{flag.name} is missing: expected{what} with --mode={MODE.value}; see --help"
-        )
+        where = f"with --mode={MODE.value}; see --help"
+        raise DmfError(f"--{flag.name} is missing: expected{what} {where}")
     return flag.value
 
 
@@ -341,10 +340,8 @@ def _config() -> Config:
     try:
         return parse(CONFIG.value.to_dict())
     except OSError as error:  # absl notices a missing file when it first reads the config
-        raise DmfError(
-            f"--config={_config_file()}: cannot be read; "
-            "expected a config file such as configs/digits.py"
-        ) from error
+        what = "cannot be read; expected a config file such as configs/digits.py"
+        raise DmfError(f"--config={_config_file()}: {what}") from error
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -373,7 +370,9 @@ def _configs_folder(argv: list[str]) -> str:
     for word, following in pairwise([*argv, ""]):
         name, given, file = word.lstrip("-").partition("=")
         if name == "config":
-            return str(Path((file if given else following).partition(":")[0]).resolve().parents[1])
+            return str(
+                Path((file if given else following).partition(":")[0]).resolve().parent.parent
+            )
     return ""
 
 

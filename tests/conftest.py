@@ -12,8 +12,8 @@ from tests import GOLDEN, devices
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The tests of sharding need eight devices. Without a mesh, a test stays on the first one.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {devices(8)}"
-# Tests build the same small programs again and again, so each is compiled once. pytest reads this
-# file before it starts its workers, so they and all their processes share this one folder.
+# Tests build the same small programs again and again, so each is compiled once.
+# The workers and all processes that they start share this folder: it is named before they start.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="dmf-test-programs-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

@@ -22,6 +22,7 @@ from PIL import Image
 
 from dmf.data import shards, tfds_images
 from dmf.errors import DmfError
+from dmf.storage.paths import sha256
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -248,60 +249,23 @@ def _classes(root: Path, files: list[str]) -> list[str]:
     return sorted(used)
 
 
-def _about(kind: str, name: str, split: str, count: int, sha256: str) -> dict[str, Any]:
-    return {"kind": kind, "name": name, "split": split, "count": count, "sha256": sha256}
+def _about(kind: str, name: str, split: str, count: int, digest: str) -> dict[str, Any]:
+    return {"kind": kind, "name": name, "split": split, "count": count, "sha256": digest}
 
 
 def _open_npz(path: Path, split: str) -> ImageSource:
     """Samples in ADM's format. An array that is stored uncompressed stays on disk."""
+    damaged = (OSError, ValueError, KeyError, EOFError, RuntimeError)
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-        if "arr_0.npy" not in names:
-            raise DmfError(
-                f"{path} holds {', '.join(names)[:100] or 'nothing'}: expected arr_0, images "
-                "(N, H, W, 3) uint8"
-            )
-        images = _npz_array(path, "arr_0")
-        if (
-            images.dtype != np.uint8
-            or images.ndim != 4
-            or images.shape[3] != 3
-            or 0 in images.shape
-        ):
-            found = f"{images.dtype}{list(images.shape)}"
-            raise DmfError(
-                f"{path}: arr_0 is {found}: expected images (N, H, W, 3) uint8, with values 0 to "
-                "255"
-            )
-        labels = _npz_array(path, "arr_1") if "arr_1.npy" in names else None
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        EOFError,
-        RuntimeError,
-        zipfile.BadZipFile,
-        zlib.error,
-        struct.error,
-    ) as error:
+        images, labels = _arrays(path)
+        digest = sha256(path)
+    except (*damaged, zipfile.BadZipFile, zlib.error, struct.error) as error:
         why = " ".join(str(error).split())[:200]
         raise DmfError(
             f"{path} cannot be read ({type(error).__name__}: {why}): expected an undamaged .npz"
         ) from error
     if labels is not None:
-        if (
-            labels.shape != images.shape[:1]
-            or not np.issubdtype(labels.dtype, np.integer)
-            or labels.min() < 0
-        ):
-            raise DmfError(
-                f"{path}: arr_1 is {labels.dtype}{list(labels.shape)}: expected {len(images)} "
-                "labels from 0 up"
-            )
-        labels = labels.astype(np.int32)
+        labels = _checked_labels(path, labels, images)
     return ImageSource(
         count=len(images),
         num_classes=0 if labels is None else int(labels.max()) + 1,
@@ -309,6 +273,31 @@ def _open_npz(path: Path, split: str) -> ImageSource:
         example=lambda i: (np.array(images[i]), 0 if labels is None else int(labels[i])),
         part_sha256=lambda first, last: digest,
     )
+
+
+def _arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """The images arr_0, (N, H, W, 3) uint8, and arr_1 or None. Raises DmfError."""
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    wanted = "expected arr_0, images (N, H, W, 3) uint8"
+    if "arr_0.npy" not in names:
+        raise DmfError(f"{path} holds {', '.join(names)[:100] or 'nothing'}: {wanted}")
+    images = _npz_array(path, "arr_0")
+    shaped = images.ndim == 4 and images.shape[3] == 3 and 0 not in images.shape
+    if images.dtype != np.uint8 or not shaped:
+        found = f"arr_0 is {images.dtype}{list(images.shape)}"
+        what = "expected images (N, H, W, 3) uint8, with values 0 to 255"
+        raise DmfError(f"{path}: {found}: {what}")
+    return images, _npz_array(path, "arr_1") if "arr_1.npy" in names else None
+
+
+def _checked_labels(path: Path, labels: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """The labels as (N,) int32. Raises DmfError for another shape, type or a negative one."""
+    whole = labels.shape == images.shape[:1] and np.issubdtype(labels.dtype, np.integer)
+    if not whole or labels.min() < 0:
+        found = f"arr_1 is {labels.dtype}{list(labels.shape)}"
+        raise DmfError(f"{path}: {found}: expected {len(images)} labels from 0 up")
+    return labels.astype(np.int32)
 
 
 def _npz_array(path: Path, name: str) -> np.ndarray:

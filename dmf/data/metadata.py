@@ -126,4 +126,5 @@ def sealed(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def seal_of(entry: dict[str, Any]) -> str:
+    """The SHA-256 of an entry's values, which `sealed` stores with them."""
     return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()

@@ -34,7 +34,8 @@ FINEST = "curriculum.stages=14 loss.p=1.0 optimizer.clip_norm=0.0"
 HOT = f"{FINEST} optimizer.learning_rate=8e-3"
 GUARD = "guard.every_steps=20 guard.action=jvp"
 # Variant -> (the fields that differ from configs/SET.py, what it is).
-# configs/SET.py has dagger, K = 6, q = 2, p = .5, c = 1, clip 1 and raw weights.
+
+# That config has dagger intervals, K = 6, q = 2, p = .5, c = 1, clip 1 and raw weights.
 VARIANTS = {
     "scratch": (
         "curriculum.stages=1 curriculum.kinds=('jvp',)",

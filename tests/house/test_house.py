@@ -56,7 +56,7 @@ OWNERS = {
     "torch": {"dmf/convert/", "dmf/export/"},
     "pickle": {"dmf/storage/readers/unpickle.py"},  # with a closed table of names
     "zipfile": {
-        "dmf/storage/readers/torchfile.py",
+        "dmf/storage/readers/",
         "dmf/convert/check.py",
         "dmf/evaluation/",
         "dmf/data/images.py",
