@@ -26,7 +26,7 @@ from dmf.method.curriculum import CurriculumConfig, Stage, build_stages
 from dmf.method.flow import TimeLaw
 from dmf.method.guidance import GuidanceConfig
 from dmf.method.objectives import FORMER, GUIDED, KINDS, LAST, LossConfig
-from dmf.method.samplers import IN_PROGRAM
+from dmf.method.samplers import SAMPLERS
 from dmf.networks import ADMConfig, DiTConfig, MLPConfig, UNetConfig, attention
 from dmf.optim import EMAConfig, OptimizerConfig
 from dmf.sharding import MeshConfig
@@ -115,7 +115,7 @@ class RunConfig:
     reference: str = ""  # the protocol's reference statistics
     vae: str = ""  # converted autoencoder that makes images of latents, for scores and pictures
     # of scores and pictures; euler and heun follow u(z, t, t), for flow models
-    sampler: str = choice("few_step", IN_PROGRAM)
+    sampler: str = choice("few_step", SAMPLERS)
     tensorboard: bool = True  # write event files where tensorflow and tensorboard are installed
 
 

@@ -20,13 +20,15 @@ from dmf.data import Source, latents
 from dmf.errors import DmfError, short
 from dmf.evaluation import pictures
 from dmf.evaluation.protocols import Protocol
-from dmf.method.samplers import SAMPLERS
+from dmf.method.samplers import SAMPLERS, Velocity
 from dmf.metrics.labelled import DigitsScorer, PhotosScorer
 from dmf.networks.frozen.vae import unscaled
 from dmf.storage import paths
 
 ROWS_PER_DEVICE = 128  # of samples drawn at once
 DECODED_PER_DEVICE = 8  # of latents decoded at once
+# (parameters, number of steps, seed) of a call.
+Whole = tuple[Any, Any, Any]
 Score = Callable[[np.ndarray, np.ndarray], dict[str, float]]
 # Data set -> (what scores its samples, its main score). A set without an entry is only pictured.
 SCORERS = {"digits": (DigitsScorer, "fd_hidden"), "photos": (PhotosScorer, "fd_hidden")}
@@ -51,22 +53,38 @@ class Sampler:
         """labels: (N,) int32, of the samples in their order, repeated as often as needed."""
         self._mesh, self._labels, self._seed = mesh, labels, np.uint32(config.seed)
 
-        def draw(
-            whole: tuple[Any, jax.Array, jax.Array], rows: tuple[jax.Array, jax.Array]
-        ) -> jax.Array:
-            (params, steps, seed), (row, label) = whole, rows
+        sampler = SAMPLERS[config.run.sampler]
+
+        def noise(seed: jax.Array, row: jax.Array) -> jax.Array:
             # No training step has this number.
             key = jax.random.fold_in(jax.random.key(seed), 2**31 - 1)
             keys = jax.vmap(partial(jax.random.fold_in, key))(row)
-            e = jax.vmap(lambda k: jax.random.normal(k, image_shape))(keys)
+            return jax.vmap(lambda k: jax.random.normal(k, image_shape))(keys)
+
+        def velocity(params: Any, label: jax.Array) -> Velocity:
             classes = label if config.num_classes else None
+            return lambda z, r, t: network.apply(params, z, r, t, label=classes)
 
-            def u(z: jax.Array, r: jax.Array, t: jax.Array) -> jax.Array:
-                return network.apply(params, z, r, t, label=classes)
+        def draw(whole: Whole, rows: tuple[jax.Array, jax.Array]) -> jax.Array:
+            (params, steps, seed), (row, label) = whole, rows
+            return sampler.draw(velocity(params, label), noise(seed, row), steps)
 
-            return SAMPLERS[config.run.sampler].draw(u, e, steps)
+        def draw_on_host(whole: Whole, rows: tuple[jax.Array, jax.Array]) -> jax.Array:
+            (params, steps, seed), (row, label) = whole, rows
+            u = partial(evaluate, params, label)
+            return sampler.draw(u, start(seed, row), int(steps))
 
-        self._draw = sharding.per_device(mesh, jax.default_matmul_precision("highest")(draw))
+        def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+            precise = jax.default_matmul_precision("highest")(function)
+            return sharding.per_device(mesh, precise)
+
+        program = compiled(lambda params, rows: velocity(params, rows[0])(*rows[1:]))
+        start = compiled(noise)
+
+        def evaluate(params: Any, label: jax.Array, *at: jax.Array) -> jax.Array:
+            return program(params, (label, *at))
+
+        self._draw = draw_on_host if sampler.on_host else compiled(draw)
 
     def labels(self, count: int) -> np.ndarray:
         """(count,) int32: the given labels in their order, each as often as there."""

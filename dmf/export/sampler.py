@@ -47,7 +47,14 @@ def velocity(model: Model, params: Any, labels: Any) -> Callable[[Any, Any, Any]
 
 
 def function(model: Model, steps: int) -> Callable[[Weights, Any, Any], Any]:
-    """sampler(weights, e, labels) -> images of the shape of e, traced as `sampling.Sampler`."""
+    """sampler(weights, e, labels) -> images of the shape of e, traced as `sampling.Sampler`.
+
+    Raises DmfError for a sampler that loops on the host, which no program can hold.
+    """
+    if SAMPLERS[model.sampler].on_host:
+        inside = ", ".join(name for name, row in SAMPLERS.items() if not row.on_host)
+        what = "loops on the host, and a program cannot"
+        raise DmfError(f"sampler = {model.sampler!r} {what}: expected one of {inside}, by --sampler")
     rules = model.rules()
 
     @jax.default_matmul_precision("highest")

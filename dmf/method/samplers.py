@@ -36,12 +36,12 @@ def few_step(u: Velocity, e: Array, steps: int | Array) -> Array:
 
 
 def few_step_on_host(u: Velocity, e: Array, steps: int) -> Array:
-    """The jumps of `few_step` in a loop on the host, around one compiled jump.
+    """The jumps of `few_step` in a loop on the host, around a u that the caller has compiled.
 
     A sampler that decides on the host where to go next takes this form.
     e: (B, ...) noise; returns (B, ...).
     """
-    jump = jax.jit(_jump(u))
+    jump = _jump(u)
     for i in range(_at_least_one(steps)):
         e = jump(e, *_times(i, steps, e))
     return e
@@ -67,7 +67,7 @@ class Sampler(NamedTuple):
 
     draw          (u, noise, steps) -> data
     evaluations   of the network per step
-    on_host       draw loops on the host, so no compiled program can hold it
+    on_host       draw loops on the host over a compiled u, so no program can hold it
     """
 
     draw: Callable[..., Array]
@@ -81,7 +81,6 @@ SAMPLERS = {
     "heun": Sampler(heun, evaluations=2),
     "few_step_on_host": Sampler(few_step_on_host, on_host=True),
 }
-IN_PROGRAM = tuple(name for name, row in SAMPLERS.items() if not row.on_host)
 
 
 def _jump(u: Velocity) -> Move:

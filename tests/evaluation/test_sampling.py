@@ -49,6 +49,14 @@ def test_labels_are_those_of_the_data_in_their_order_and_reach_the_network():
     assert np.abs(other(params, 3, 1) - draw(params, 3, 1)).max() > 1e-3
 
 
+def test_a_loop_on_the_host_draws_the_same_samples_with_one_program():
+    (inside, params), (outside, _) = sampler(), sampler(sampler="few_step_on_host")
+    for steps in (1, 3):
+        np.testing.assert_allclose(outside(params, 5, steps), inside(params, 5, steps), atol=1e-5)
+    eight, same = sampler(devices=8, sampler="few_step_on_host")
+    np.testing.assert_array_equal(eight(same, 5, 3), outside(params, 5, 3))
+
+
 @pytest.mark.parametrize("name", ["few_step", "euler", "heun"])
 def test_one_program_serves_every_number_of_steps(name):
     draw, params = sampler(sampler=name)

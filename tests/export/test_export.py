@@ -104,6 +104,14 @@ def test_the_weights_of_a_folder_come_back_bit_for_bit(checkpoints, models, tmp_
     jax.tree.map(np.testing.assert_array_equal, theirs, ours)
 
 
+def test_a_sampler_that_loops_on_the_host_is_refused_and_leaves_nothing(checkpoints, tmp_path):
+    with pytest.raises(
+        DmfError, match="sampler = 'few_step_on_host' loops on the host.*few_step, euler, heun"
+    ):
+        command.export(checkpoints["dit"], str(tmp_path / "model"), sampler="few_step_on_host")
+    assert not list(tmp_path.iterdir())
+
+
 def test_another_sampler_is_refused_and_leaves_nothing(checkpoints, tmp_path, monkeypatch):
     right = sampler.artifact
     monkeypatch.setattr(

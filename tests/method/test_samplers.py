@@ -83,5 +83,5 @@ def test_the_table_knows_cost_and_place_of_every_sampler(noise, name):
 
 @pytest.mark.parametrize("steps", [1, 3, 8])
 def test_a_loop_on_the_host_draws_the_samples_of_the_program(noise, steps):
-    found = SAMPLERS["few_step_on_host"].draw(velocity, noise, steps)
+    found = SAMPLERS["few_step_on_host"].draw(jax.jit(velocity), noise, steps)
     np.testing.assert_allclose(found, few_step(velocity, noise, steps), rtol=1e-12)
