@@ -54,7 +54,9 @@ def function(model: Model, steps: int) -> Callable[[Weights, Any, Any], Any]:
     if SAMPLERS[model.sampler].on_host:
         inside = ", ".join(name for name, row in SAMPLERS.items() if not row.on_host)
         what = "loops on the host, and a program cannot"
-        raise DmfError(f"sampler = {model.sampler!r} {what}: expected one of {inside}, by --sampler")
+        raise DmfError(
+            f"sampler = {model.sampler!r} {what}: expected one of {inside}, by --sampler"
+        )
     rules = model.rules()
 
     @jax.default_matmul_precision("highest")

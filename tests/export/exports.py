@@ -82,9 +82,11 @@ def scored(tmp_path, **run):
     return home
 
 
-def to_folder(path, out, steps=(1,), upload=""):
+def to_folder(path, out, steps=(1,), upload="", sampler=""):
     """The model folder of a checkpoint; returns its config.json."""
-    return folder.export(partial(model.open_model, path), out, steps=steps, upload=upload)
+    return folder.export(
+        partial(model.open_model, path, sampler=sampler), out, steps=steps, upload=upload
+    )
 
 
 def to_onnx(path, out, steps=1):

@@ -108,7 +108,7 @@ def test_a_sampler_that_loops_on_the_host_is_refused_and_leaves_nothing(checkpoi
     with pytest.raises(
         DmfError, match="sampler = 'few_step_on_host' loops on the host.*few_step, euler, heun"
     ):
-        command.export(checkpoints["dit"], str(tmp_path / "model"), sampler="few_step_on_host")
+        to_folder(checkpoints["dit"], tmp_path / "model", sampler="few_step_on_host")
     assert not list(tmp_path.iterdir())
 
 
