@@ -158,7 +158,7 @@ class Config:
     @property
     def num_classes(self) -> int:
         """Classes that the network is conditioned on, 0 if none. This number is the null class."""
-        return getattr(self.network, "num_classes", 0)
+        return self.network.num_classes
 
 
 def complete(values: Mapping[str, Any]) -> config_dict.ConfigDict:

@@ -242,7 +242,7 @@ def stage_residuals(
 
     still = partial(net, train=False)
     if about.guided:
-        v_g = guided_velocity(still, params, rows, _null_class(config), config.guidance)
+        v_g = guided_velocity(still, params, rows, config.network.num_classes, config.guidance)
         rows = rows._replace(v=v_g)
     tangent = None  # v itself
     if config.loss.tangent != velocity.DATA:
@@ -316,16 +316,11 @@ def _tallied(sums: Any, seen: Array | None, config: Config) -> Any:
     return sums if seen is None else intervals.update(sums, seen, decay)
 
 
-def _null_class(config: Config) -> int:
-    # Not config.num_classes: a reader of one step need not open config.py for it.
-    return getattr(config.network, "num_classes", 0)
-
-
 def _condition(
     keys: dict[str, Array], batch: dict[str, Array], config: Config
 ) -> tuple[Array, Condition]:
     """Data after augmentation, and the condition of the network."""
-    x, null = batch["x"], _null_class(config)
+    x, null = batch["x"], config.network.num_classes
     if "std" in batch:
         # An encoded image is a normal law. The batch has chosen its mirror image, encoded apart.
         x = x + batch["std"] * jax.random.normal(keys["latent"], x.shape)

@@ -42,6 +42,7 @@ class ADMConfig:
     Norms have 32 groups. In a layer of 32 channels they remove the shift that brings in the times.
     """
 
+    num_classes = 0  # no field: this network takes no class
     kind: str = "adm"  # tells the networks apart
     channels: int = limited(128, 1, INF)  # at full resolution, times channel_mult
     # one factor per resolution, each half of the one before

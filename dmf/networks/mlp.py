@@ -26,6 +26,7 @@ class MLPConfig:
     interval_init "zero" starts from u(z, r, t) = u(z, t, t).
     """
 
+    num_classes = 0  # no field: this network takes no class
     kind: str = "mlp"  # tells the networks apart
     width: int = limited(128, 1, INF)  # of every hidden layer
     depth: int = limited(3, 1, INF)  # hidden layers

@@ -56,6 +56,7 @@ class UNetConfig:
     `make_unet` refuses fields that do not go together.
     """
 
+    num_classes = 0  # no field: this network takes no class
     kind: str = "unet"  # tells the networks apart
     channels: int = limited(128, 1, INF)  # at full resolution, times channel_mult
     # one factor per resolution, each half of the one before
