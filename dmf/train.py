@@ -74,6 +74,7 @@ def train(
 def attempt(config: Config, workdir: Path, *arguments: Any) -> list[dict[str, Any]] | None:
     """One start of the run, to its end or a stop: the rows of scores.jsonl.
 
+    arguments: the further ones of `open_run`, in its order.
     None where the guard sends the run back to an earlier step: then it starts once more.
     """
     with opened(config, workdir, *arguments) as run:

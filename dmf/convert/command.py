@@ -132,7 +132,10 @@ def _converted(
 
 
 def _save(out: Path, config: Any, shape: Shape, params: Any, report: dict[str, Any]) -> None:
-    """Writes the checkpoint, with the report and the features that the network is known for."""
+    """Writes the checkpoint and, beside it, the report.
+
+    A feature network also gets its features of a fixed batch, which scoring compares later.
+    """
     about = {name: value for name, value in report.items() if name != "tensors"}
     about["exceptions"] = audit.exceptions(report["tensors"])
     files = {REPORT: json.dumps(report, indent=1) + "\n"}

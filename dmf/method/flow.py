@@ -34,7 +34,8 @@ class TimeLaw:
             has r = t, so fewer rows keep r < t than the field says.
         pairing "zero": t as drawn, r = 0, for a map that only jumps to the data.
 
-    The other rows have r = t.
+    The other rows have r = t. A comment that begins with * marks a value that we do not know from
+    the paper, here and in the other sections of the config.
     """
 
     # * sorted: t and r are the larger and the smaller of two draws | min: t as drawn, r = min(r, t)
