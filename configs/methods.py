@@ -36,14 +36,15 @@ def linear(config: ConfigDict) -> Fields:
 
 
 def floor(config: ConfigDict) -> Fields:
-    """Dagger intervals that keep a least share of each step. Ours, `interval_floor` too."""
+    """Dagger intervals with a least share of t - r. Ours: the rule and `interval_floor`."""
     return dict(curriculum=dict(interval="floor"))
 
 
 def adaptive(config: ConfigDict) -> Fields:
-    """Intervals from a table that training keeps: ADCM's rule (arXiv 2510.17266) for two times.
+    """Intervals from a table that training keeps, after ADCM (arXiv 2510.17266).
 
-    The paper's: the rule. Ours: the table over (t, t - r), its half-life and its floor.
+    The paper's: the rule, for a single time. Ours: the table over (t, t - r), its half-life and its
+    floor.
     """
     return dict(curriculum=dict(interval="adaptive"))
 
@@ -76,7 +77,7 @@ def central(config: ConfigDict) -> Fields:
     """MeanFlow with du/dt by a central difference, from the flow model in config.init.
 
     MF-RAE (arXiv 2511.13019) trains so in the latents of an autoencoder. Its paper's: the
-    difference and delta. Missing here: the teacher that plays v there. Ours: a smaller delta near
+    difference and delta. Missing here: the teacher that gives v there. Ours: a smaller delta near
     the ends of the times. It needs no forward mode, so every attention kernel can compute it.
     """
     return _alone("central") | dict(loss=dict(delta=5e-3))

@@ -34,7 +34,7 @@ STARTED = time.monotonic()
 STOP: sigterm.Stop | None = None
 HELP = {"--help", "-help", "--helpshort", "-h", "-?"}
 
-# The kinds of dmf.convert.command, which loads jax; a test compares the two.
+# The kinds of dmf.convert.kinds. They stand here too, as that file loads jax; a test compares both.
 KINDS = {
     "sit": "SiT S/B/L/XL (PyTorch)",
     "meanflow_dit": "official MeanFlow on latents (Flax msgpack)",
@@ -86,7 +86,7 @@ ALLOW_CHANGE = flags.DEFINE_bool("allow_change", False, "")
 class Command:
     """A row of the table: what the command does, the flags that it reads, and their parser.
 
-    parse: reads the flags and returns the call to make. Raises DmfError for a wrong flag.
+    parse: reads the flags and returns the command as a function. Raises DmfError for a wrong flag.
     """
 
     about: str

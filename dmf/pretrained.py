@@ -87,7 +87,8 @@ def described(stored: dict[str, Any]) -> tuple[Any, tuple[int, ...]]:
 def metadata(config: Any, image_shape: tuple[int, ...], source: dict[str, Any]) -> dict[str, Any]:
     """What is written beside converted weights.
 
-    For a u(z, r, t) it is a whole config, so that the weights are read like a run's.
+    For a u(z, r, t) it holds a whole config, so that `load` and config.init read it like a run. The
+    empty data name marks it as converted.
     """
     stored = {"image_shape": list(image_shape), "source": source}
     if config.kind in OTHERS:

@@ -94,7 +94,8 @@ def learning_rate(
 ) -> float:
     """The rate of a step (0-based): warm-up and decay of its phase, times its stage's factors.
 
-    A stage's factors are its own rate, its learning rate and the warm-up after its switch.
+    A phase is pretraining or the curriculum. A stage's factors are its entry of
+    stage_learning_rates, the warm-up after its switch, and `Stage.rate`, which the guard may lower.
     """
     stage = stage_at(stages, step)
     began, ended = extent(stages, stage.index)

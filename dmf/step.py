@@ -1,13 +1,14 @@
 """One training step: draw rows, evaluate the stage's residual, weigh it, move weights and averages.
 
     draw_rows        batch -> z, r, t, v             method/flow.py
-    stage_residuals  rows -> residual of the kind    method/objectives.py, method/intervals.py
+    stage_residuals  rows -> residuals u - target    method/objectives.py, method/intervals.py
     stage_loss       residual -> weighted loss       method/weights.py
     make_train_step  gradient -> optimiser -> EMAs
 
-The network enters as `apply(params, z, r, t, ...)` alone. Guided kinds replace v first.
-There is one jitted program per kind of stage. Numbers that change from step to step come in as
-traced `Scalars`. All randomness comes from one key, the step number and a named purpose.
+The network enters as `apply(params, z, r, t, ...)` alone. Its residual depends on the kind of the
+stage, a row of `objectives.KINDS`. Guided kinds first replace v (method/guidance.py).
+There is one jitted program per kind. Numbers that change from step to step come in as traced
+`Scalars`. All randomness comes from the run's seed, the step number and a named purpose.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ PURPOSES = ("flip", "augment", "label", "noise", "times", "network", "latent")
 class Scalars(NamedTuple):
     """The numbers that a step is told.
 
-        rho             of the interval
+        rho             how far a row looks back, as a share of t - r (`method/intervals.py`)
         learning_rate   of the step
         ema_decays      of the step, one per average
         seed            of the run
@@ -73,7 +74,7 @@ def step_scalars(step: int, stage: Stage, stages: tuple[Stage, ...], config: Con
 
 def network_for(kind: str, config: Config, image_shape: tuple[int, ...], mesh: Mesh) -> Network:
     """The network as a kind of stage computes it: attention kernel, remat and scan."""
-    field = KINDS[kind].arithmetic
+    field = KINDS[kind].arithmetic  # plain, difference or derivative: a field of config.attention
     name, platform = getattr(config.attention, field), mesh.devices.flat[0].platform
     wanted = attention.PLATFORMS.get(name, platform)
     if platform != wanted:
@@ -100,9 +101,9 @@ def make_train_step(
     place: where the state lives, from `sharding.placed`. metrics, all scalars:
 
         loss                           weighted
-        squares_border, squares_pairs  mean sum of squares of r = t and of r < t rows
-        change                         |u - u'| / |u|
-        interval                       mean a, where it is adaptive
+        squares_border, squares_pairs  |residual|^2, mean over the r = t and over the r < t rows
+        change                         how much u changes over the step back, relative to |u|
+        interval                       mean share a of t - r, where the interval is adaptive
         grad_norm                      before clipping
         nonfinite_leaf                 index in jax.tree.leaves, or -1
     """
@@ -184,11 +185,11 @@ def stage_loss(
     split: RowSplit,
     **how: Any,
 ) -> tuple[Array, Metrics]:
-    """Mean weighted loss of the rows under the kind's identity, and its metrics.
+    """Mean weighted loss of the rows for one kind of stage, and its metrics.
 
-    given: progress, and what `stage_residuals` takes by these names: frozen, sums.
-    how: the rest of what it takes.
-    With an adaptive interval, the metrics hold what the rows add to its table, as `intervals`.
+    given: progress, frozen and sums by name, as in `stage_residuals`. All may be missing.
+    how: kind, network and train, as in `stage_residuals`.
+    With an adaptive interval, metrics["intervals"] is what the rows add to its table.
     """
     progress, frozen = given.get("progress", 0.0), given.get("frozen", {})
     sums = given.get("sums", ())
@@ -226,7 +227,7 @@ def stage_residuals(
     sums: Any = (),
     train: bool = True,
 ) -> tuple[Rows, objectives.Residuals]:
-    """(the rows with the velocity that the stage enforces, their residuals).
+    """(the rows, with the guided velocity as v where the kind is guided; their residuals).
 
     frozen: trees that no gradient reaches, by name. "average" is the evaluated average, for
         config.loss.tangent = ema.
@@ -240,7 +241,7 @@ def stage_residuals(
         z, r, t, condition = rows.z, rows.r, rows.t, rows.condition
         return network.apply(params, z, r, t, condition=condition, train=train, rngs=rows.keys)
 
-    still = partial(net, train=False)
+    still = partial(net, train=False)  # without dropout
     if about.guided:
         v_g = guided_velocity(still, params, rows, config.network.num_classes, config.guidance)
         rows = rows._replace(v=v_g)
@@ -322,7 +323,8 @@ def _condition(
     """Data after augmentation, and the condition of the network."""
     x, null = batch["x"], config.network.num_classes
     if "std" in batch:
-        # An encoded image is a normal law. The batch has chosen its mirror image, encoded apart.
+        # An encoded image is a mean x and a std, from which a latent is drawn. No flip here: mirror
+        # images are encoded too, and the batch holds one of the two.
         x = x + batch["std"] * jax.random.normal(keys["latent"], x.shape)
     elif config.data.flip:
         x = augment.random_flip(keys["flip"], x)

@@ -16,7 +16,8 @@
     samples/*.png    a grid of samples per stage boundary; at the end samples.png, curves.png
 
 The same command again goes on from the newest checkpoint and ends in the same bits. Data and
-randomness are functions of (seed, step). What a boundary does depends on the step number alone.
+randomness are functions of (seed, step). At a boundary the state is saved, pictured and scored.
+Boundaries are the ends of stages, the start from config.init, and steps that the config asks for.
 Several processes (`dmf.processes`) compute together, each on its own rows of a batch. The first
 one writes the files; all of them write the checkpoints.
 """
@@ -73,6 +74,7 @@ def train(
 def attempt(config: Config, workdir: Path, *arguments: Any) -> list[dict[str, Any]] | None:
     """One start of the run, to its end or a stop: the rows of scores.jsonl.
 
+    arguments: the further ones of `open_run`, in its order.
     None where the guard sends the run back to an earlier step: then it starts once more.
     """
     with opened(config, workdir, *arguments) as run:
@@ -88,8 +90,9 @@ def attempt(config: Config, workdir: Path, *arguments: Any) -> list[dict[str, An
 def loop(run: Context, report: Report) -> bool:
     """Step by step. Returns whether the end was reached; if not, the run was asked to stop.
 
-    The metrics of a step are read while the next one runs. A state is saved only after the
-    metrics of its step have been checked.
+    `report.hold` keeps the metrics of a step. `report.settle` reads and checks them while the next
+    step runs, or before the state is saved. `run.stop.here` says whether to stop. `unsaved` and
+    `saved` tell it whether a stop now would lose a step.
     """
     compiling = compile_ahead(run)
     now = first_state(run)

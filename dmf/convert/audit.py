@@ -42,7 +42,7 @@ def convert(
     leaves: dict[str, Any] = {}
 
     def fresh(names: Sequence[str]) -> Mapping[str, np.ndarray]:
-        # The program that jit makes computes these leaves alone.
+        # jit drops what is not returned, so only these leaves are computed.
         draw = jax.jit(lambda key: {name: flat(network.init(key))[name] for name in names})
         return jax.device_get(draw(jax.random.key(0))) if names else {}
 
@@ -90,6 +90,7 @@ def _once(what: str, names: Sequence[str], wanted: Any, kind: str) -> None:
 
 
 def _check_tensors(rule: Rule, tensors: Mapping[str, Tensor], leaves: Shapes) -> None:
+    # Leaves of zeros, turned back into tensors, have the shapes that the file must have.
     wanted = rule.backward(*(np.broadcast_to(np.float32(0), leaves[leaf]) for leaf in rule.leaves))
     for name, like in zip(rule.tensors, wanted, strict=True):
         found = tensors[name]
@@ -114,7 +115,7 @@ def read(
     """Converts rule by rule and returns the rows of the report.
 
     - fresh(names) gives initial values of leaves that the file lacks and that must not be zero.
-    - put(leaf, values) takes each leaf as C-contiguous float32.
+    - put(leaf, values) is called with each leaf as C-contiguous float32.
     - progress(done, total) counts bytes of tensors.
 
     Raises DmfError for a value that is not finite.

@@ -1,5 +1,16 @@
 """`main.py --mode=convert`: weights that others trained, as a checkpoint of ours.
 
+Each kind of file is a `Kind` (kind.py), and kinds.py lists them. `convert` calls, in this order:
+
+    read.open_file           the file as a tree of tensors    storage/readers/
+    kind.select              one copy of the weights          sit.py and dit.py for --kind=sit
+    kind.describe            their shapes -> network config
+    kind.rules               the key map, a list of `Rule`    rules.py has the type
+    audit.convert            tensors -> parameters            audit.py
+    forward.run              our outputs against theirs       check.py
+    align.align              only with --align_steps          align.py
+    checkpoint.save_weights  the directory                    storage/checkpoint.py
+
 Two checks come before anything is written:
 
 - the audit accounts for every tensor and every leaf;
@@ -31,7 +42,7 @@ from dmf.storage.readers import read
 __all__ = ["KINDS", "REPORT", "convert", "given"]
 
 REPORT = "conversion.json"
-POOR = 0.1  # from this mean relative error of an aligned embedding on, it warns
+POOR = 0.1  # an aligned embedding with a larger mean relative error brings a warning
 
 
 def convert(
@@ -59,7 +70,7 @@ def convert(
     """
     started, found = time.monotonic(), kind_of(kind)
     checkpoint.check_free(Path(out))
-    wanted = forward.wanted(check)  # a slip is best noticed before the work
+    wanted = forward.wanted(check)  # first, as a bad --check is best noticed before the work
     weights = read.open_file(source)
     try:
         config, shape, params, report = _converted(
@@ -87,7 +98,7 @@ def _converted(
 ) -> tuple[Any, Shape, Any, dict[str, Any]]:
     """(network config, image shape, parameters, report), audited, checked and aligned."""
     tensors, copy = kind.select(weights.tree, copy)
-    ours = kind is native.NATIVE
+    ours = kind is native.NATIVE  # the metadata of such a file hold the fields
     fields = native.described(weights) if ours and not given else given
     config, shape = kind.describe(tensors, fields)
     if align_steps:
@@ -121,7 +132,10 @@ def _converted(
 
 
 def _save(out: Path, config: Any, shape: Shape, params: Any, report: dict[str, Any]) -> None:
-    """Writes the checkpoint, with the report and the features that the network is known for."""
+    """Writes the checkpoint and, beside it, the report.
+
+    A feature network also gets its features of a fixed batch, which scoring compares later.
+    """
     about = {name: value for name, value in report.items() if name != "tensors"}
     about["exceptions"] = audit.exceptions(report["tensors"])
     files = {REPORT: json.dumps(report, indent=1) + "\n"}
@@ -142,7 +156,7 @@ def _say_alignment(found: Mapping[str, float]) -> None:
 
 
 def _progress(name: str, unit: str) -> Callable[[int, int], None]:
-    """progress(done, total) as a line of `logging.Count`."""
+    """progress(done, total) as a line of `logging.Count`, made once the total is known."""
     lines: dict[int, Count] = {}
     last = 0
 

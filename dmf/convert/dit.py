@@ -1,6 +1,7 @@
 """The transformer `dmf.networks.dit` in the names of SiT and MeanFlow: what both kinds share.
 
-The code names modules as SiT does; `room` turns such a name into ours.
+The code names layers as SiT does; `room` turns such a name into ours. The functions torch_* are the
+same network in PyTorch, for the forward check.
 """
 
 from __future__ import annotations
@@ -102,9 +103,9 @@ def u(network: Any, params: Any, z: Any, r: Any, t: Any, label: Any) -> np.ndarr
 
 
 def probe(config: DiTConfig, shape: Shape) -> dict[str, np.ndarray]:
-    """Three images at times near both ends and between, with intervals and one null class.
+    """Random inputs: images at times near both ends and between, with intervals and one null class.
 
-    No name shows the number of heads, so it is among the arrays.
+    PyTorch's side needs the number of heads, which no tensor shows. So it is among the arrays.
     """
     rng = np.random.default_rng(0)
     classes = config.num_classes
@@ -127,7 +128,10 @@ def torch_embed(linear: Linear, module: str, time: Any) -> Any:
 
 
 def torch_blocks(linear: Linear, x: Any, cond: Any, depth: int, heads: int) -> Any:
-    """The transformer in PyTorch: patches (B, N, width) without positions -> the last layer's."""
+    """The transformer in PyTorch: embedded patches (B, N, width) -> output of the last layer.
+
+    The patches come without positions, which are added here.
+    """
     from torch.nn import functional as F
 
     x = x + _torch_positions(math.isqrt(x.shape[1]), x.shape[2] // 4)

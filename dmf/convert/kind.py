@@ -21,8 +21,8 @@ Shape = tuple[int, ...]
 class Kind(NamedTuple):
     """A kind of weight file, and how it is read.
 
-    The arrays of `outputs`, `torch_outputs` and `probe` have names.
-    They have the layout and scale of the source.
+    The forward check draws inputs by `probe` and compares `outputs` with `torch_outputs`. All three
+    have arrays by name, in the layout, time and scale of the source.
     """
 
     name: str
@@ -30,23 +30,23 @@ class Kind(NamedTuple):
     licence: str  # note on the licence of the weights
     conventions: str  # the source's time, sign and scale, and where ours are folded in
     copies: tuple[str, ...]  # names of the copies that a file may hold, the default first
-    # (tree, copy) -> (flat tensors, the copy taken); copy "" is the default.
+    # (tree, copy) -> (tensors by dotted name, the copy taken); copy "" is the default.
     select: Callable[[Any, str], tuple[dict[str, Tensor], str]]
     # (tensors, given) -> (network config, image shape), from names and shapes.
     # `given` holds the fields that the user sets.
     describe: Callable[[Tensors, Mapping[str, Any]], tuple[Any, Shape]]
     # (config, image shape, the file's tensors or None on export) -> key map.
     rules: Callable[[Any, Shape, Tensors | None], list[Rule]]
-    # (network, params, arrays) -> our outputs, as far as these inputs allow.
+    # (network, params, inputs) -> our outputs, of those kinds that the inputs allow.
     outputs: Callable[[Any, Any, NamedArrays], dict[str, np.ndarray]]
-    # (torch tensors, arrays) -> the same names from PyTorch, written on the source's names.
+    # (torch tensors, inputs) -> outputs of the same names, by the source's network in PyTorch.
     torch_outputs: Callable[[Mapping[str, Any], NamedArrays], dict[str, np.ndarray]]
     # (config, image shape) -> small random inputs for both.
     probe: Callable[[Any, Shape], dict[str, np.ndarray]]
 
 
 def tensor_of(tensors: Tensors, name: str, kind: str) -> Tensor:
-    """The tensor of that name. Raises DmfError where the file has none, so is of another kind."""
+    """The tensor of that name. Raises DmfError where the file, then of another kind, has none."""
     if name not in tensors:
         some = ", ".join(list(tensors)[:3]) or "nothing"
         raise DmfError(

@@ -5,6 +5,9 @@ A `Rule` is one line of a key map. One list of rules has three uses, so they can
 - a conversion: tensors -> leaves;
 - an audit: each tensor is used once, each leaf is filled once;
 - an export: leaves -> tensors.
+
+Weight and bias of a layer are two rules. Its name in the file is a `module`, blocks.3.mlp.fc1. Its
+path in our parameters is a `room`, blocks_3/mlp/fc1.
 """
 
 from __future__ import annotations
@@ -34,9 +37,9 @@ class Rule(NamedTuple):
     # Why this is no plain copy; "" for a copy.
     note: str = ""
     # Why a file may lack all of these tensors; "" where it must hold them.
-    # While such leaves hold what `fill` says, an export leaves their tensors out.
+    # Rules with one reason are a branch. An export leaves it out while its "zero" leaves are zero.
     missing: str = ""
-    # The leaves of missing tensors: "zero", or "init", the network's own fresh draw.
+    # What fills the leaves of missing tensors: "zero", or "init", the network's own fresh draw.
     # A branch needs one layer that is not zero, or no gradient reaches any of its layers.
     fill: str = "zero"
 
@@ -114,7 +117,7 @@ def constant(tensor: str, value: Callable[[], np.ndarray], note: str, atol: floa
 
 
 def unread(tensor: str, value: Callable[[], np.ndarray], note: str, missing: str = "") -> Rule:
-    """A tensor that the network does not read; an export writes value()."""
+    """A tensor that the network does not need; an export writes value()."""
     return Rule((tensor,), (), lambda _: (), lambda: (value(),), note, missing)
 
 

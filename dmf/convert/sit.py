@@ -2,6 +2,9 @@
 
 For SiT t = 0 is noise, and it predicts data - noise: v(z, t) = -SiT(z, 1 - t).
 Both reversals are folded into the weights.
+
+SiT itself sees one time. The tensors h_embedder.* are ours: an export in SiT's layout writes the
+interval branch under this name. A file without them gets a branch that starts at zero.
 """
 
 from __future__ import annotations
@@ -112,7 +115,7 @@ def _positions(config: DiTConfig, shape: Shape, tensors: Tensors | None) -> Rule
     rows, columns = shape[0] // config.patch, shape[1] // config.patch
     half = tensors and "pos_embed" in tensors and tensors["pos_embed"].dtype.itemsize == 2
     # Half precision rounds a sine by up to 2^-9, float32 an angle of 64 radians by 4e-6.
-    # A table of another layout is wrong by 1.
+    # A table in another order would be wrong by about 1.
     atol = 2**-8 if half else 1e-5
 
     def table() -> np.ndarray:
@@ -123,10 +126,10 @@ def _positions(config: DiTConfig, shape: Shape, tensors: Tensors | None) -> Rule
 
 
 def _last_layer(patch: int, channels: int, sigma: bool) -> list[Rule]:
-    """Keeps and negates the velocity; drops the half for a variance.
+    """Rules of the last layer: the velocity is kept and negated, a variance is dropped.
 
-    Rows are (patch row, patch column, channel).
-    The first `channels` rows of a position are the velocity. sigma: there are others.
+    The layer's rows are (patch row, patch column, channel). The first `channels` rows of each
+    position in a patch are the velocity. sigma: as many rows for a variance follow them.
     """
     positions = patch**2
 
@@ -154,7 +157,10 @@ def _last_layer(patch: int, channels: int, sigma: bool) -> list[Rule]:
 
 
 def _outputs(network: Any, params: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """out = -u(z, t - h, t), at our time t = 1 - SiT's time; h is 0 where it is not given."""
+    """SiT's output by our network: out = -u(z, t - h, t), with our t = 1 - SiT's time.
+
+    h is 0 where it is not given.
+    """
     if not {"x", "t"} <= set(arrays):
         return {}
     t = 1 - np.asarray(arrays["t"], np.float32)

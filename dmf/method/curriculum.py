@@ -3,14 +3,15 @@
 Discrete MeanFlow (arXiv 2604.08837, Eq. 5) starts from a flow model and runs K equal stages:
 
     stage 0            all_pairs   u(z, r, t) = v for every r <= t
-    stages 1 .. K-2    discrete    finite difference over D_i = d_i (t - r), d_i = q^-i
+    stages 1 .. K-2    discrete    finite difference, with rho = q^-i in stage i
     stage K-1          jvp         the MeanFlow identity with the exact derivative
 
-A stage of kind flow before them is plain flow matching. It trains v itself.
-`dmf.method.objectives` has all kinds, `dmf.method.intervals` the rules for d.
+rho, the d of the paper, says how far a row looks back: `dmf.method.intervals` has the rules.
+`dmf.method.objectives` has all kinds of stages. A stage of kind flow before stage 0, the
+pretraining, is plain flow matching. It trains v itself.
 
 Stage and interval are pure functions of the step number, so a resumed run finds the same ones.
-Within a kind the interval is a traced number. A switch between two such stages compiles nothing.
+A compiled step takes rho as an input. So a switch between two stages of one kind compiles nothing.
 """
 
 from __future__ import annotations
@@ -68,10 +69,10 @@ class Stage:
     """One stage of a run: steps first .. first + steps - 1.
 
         index: within the curriculum; pretraining is -1.
-        rho: of its first step.
+        rho: of its first step; 1 for kinds that do not step back.
         guidance_passes: forward passes of every row for the guided velocity.
         tangent_passes: forward passes of an r < t row for the direction of the step back.
-        fall: rho of a step by the rho of the step before, 1 unless the schedule is smooth.
+        fall: each step multiplies rho by it. It is 1 unless the schedule is smooth.
         rate: a factor on the learning rate, 1 unless `dmf.run.guard` has lowered it.
 
     `dmf.run.guard` may cut a stage into parts, which share its index.

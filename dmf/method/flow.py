@@ -5,8 +5,8 @@ The linear path of MeanFlow (arXiv 2505.13447) and of the curriculum (arXiv 2604
     z_t = (1 - t) x + t e,    v = dz_t/dt = e - x,    e ~ N(0, I),    0 <= r <= t <= 1
 
 t = 1 is noise and t = 0 is data. A `TimeLaw` draws the times.
-A static pattern (`RowSplit`) says which rows have r = t, and their share is exact.
-Hence a second evaluation, or a JVP, runs only on the rows that need it.
+A fixed pattern (`RowSplit`) says which rows may have r < t, the `pairs`. The others, the `border`,
+have r = t. A second evaluation, or a JVP, runs on the pairs only.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class TimeLaw:
             has r = t, so fewer rows keep r < t than the field says.
         pairing "zero": t as drawn, r = 0, for a map that only jumps to the data.
 
-    The other rows have r = t.
+    The other rows have r = t. A comment that begins with * marks a value that we do not know from
+    the paper, here and in the other sections of the config.
     """
 
     # * sorted: t and r are the larger and the smaller of two draws | min: t as drawn, r = min(r, t)
@@ -49,8 +50,8 @@ class TimeLaw:
     r_neq_t_fraction: float = limited(0.25, 0, 1)
 
 
-# The three official laws. The share counts r < t rows. ImageNet officially counts its
-# r = t rows, .75, and CIFAR its r < t rows, .75.
+# The three laws of the official MeanFlow code, in the order of the fields above. The last number is
+# our share of r < t rows. The ImageNet code states the share of r = t rows instead, .75.
 TIME_LAWS = {
     "cifar_v0": TimeLaw("sorted", -2.0, 2.0, -2.0, 2.0, 0.75),
     "cifar_v1": TimeLaw("min", -0.6, 1.6, -4.0, 1.6, 0.75),
@@ -87,8 +88,8 @@ class Rows(NamedTuple):
 class RowSplit:
     """Which of `batch` rows have r < t: the first `pairs` of every `group` rows.
 
-    A group lies on one device and in one microbatch. Hence taking either sort of row needs no
-    communication, and the number of devices does not change the choice.
+    The other rows, the border, have r = t. A group lies on one device and in one microbatch. Hence
+    taking either sort of row needs no communication, and the choice is the same on any devices.
     """
 
     batch: int

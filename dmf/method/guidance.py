@@ -5,10 +5,11 @@
 
 The form is MeanFlow's (arXiv 2505.13447 and its official code). kappa mixes a class's own velocity
 into its target. Where u(z, t, t | label) has converged to v_g, its mean is v_u + s (v - v_u).
-The effective scale is s = omega / (1 - kappa), so kappa reaches it with less of the noise of v.
+The effective scale is s = omega / (1 - kappa). With a larger kappa, a smaller weight omega on the
+noisy v gives the same scale.
 
-A guided kind (`objectives.KINDS`) is another kind with v_g for v. That holds in the target,
-in the direction of the derivative and in the step back.
+A guided kind (`objectives.KINDS`) is its unguided kind with v_g in place of v. That holds in the
+target, in the direction of the derivative and in the step back.
 """
 
 from __future__ import annotations

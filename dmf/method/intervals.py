@@ -1,31 +1,31 @@
-"""How far a finite difference looks back: the share d of t - r that one step back covers.
+"""How far a finite difference looks back: by D = a (t - r), with a share a for each row.
 
-    linear     d = rho everywhere
-    dagger     the share rho taken in the noise ratio t / (1 - t)
-    floor      dagger, with a least d
+    linear     a = rho everywhere
+    dagger     rho is the share of the noise ratio t / (1 - t), and a follows from it
+    floor      dagger, with a least a
     adaptive   rho times a ratio from a table that training itself keeps
 
-rho belongs to the stage and shrinks from one stage to the next.
+rho belongs to the stage and shrinks from one stage to the next. The paper calls it d.
 
 The adaptive table follows ADCM (arXiv 2510.17266). Let f = z - (t - r) u(z, r, t).
-A step back by D moves f by D e, to first order. With a = D / (t - r), the residual in unit scale is
+A step back by D moves f by D e, to first order. Here e is the residual in unit scale:
 
     e = u + (u - u') / a - v
 
-Before the move, f is wrong by -(t - r)(u - v). ADCM weighs the move against the rest error:
+Before the move, f is wrong by -(t - r)(u - v). ADCM weighs the move against the error that is left:
 
     E|D e|^2 + lambda E|(t - r)(u - v) - D e|^2  is least at
     D = (t - r) lambda / (1 + lambda) E<e, u - v> / E|e|^2
 
-A stage sets lambda / (1 + lambda) = rho. This gives a = rho E<e, u - v> / E|e|^2.
-The stages go on to shrink the interval, and the table shapes it over t and t - r.
-ADCM shrinks it by lambda: from .64 to .01 on ImageNet. Both means are over the rows of a bin.
+A stage sets lambda / (1 + lambda) = rho. This gives a = rho E<e, u - v> / E|e|^2. Both means are
+over the rows of a bin of (t, t - r). So a shrinks with rho from stage to stage, and its shape over
+t and t - r comes from the table. ADCM shrinks it by lambda: from .64 to .01 on ImageNet.
 
-The share stays in [rho floor, 1], and it may exceed rho. Where u is exact and data are Gaussian,
+The share a stays in [rho * floor, 1]. It may exceed rho. Where u is exact and data are Gaussian,
 the ratio is std(z_t) / std(z_r). It is at least 1 where data are narrower than noise.
-A bound at rho would leave linear intervals only.
-The lower bound keeps a bin alive. A smaller a makes u - u' noisier and |e| larger, which makes
-the next a smaller again.
+With rho as upper bound, a would then be rho everywhere: the linear rule.
+Without a lower bound, a could shrink without end. A smaller a makes u - u' noisier and |e| larger,
+which makes the next a smaller again.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ import jax
 import jax.numpy as jnp
 
 Array = jax.Array
-Interval = Callable[[Array, Array, Array], Array]  # (rho, r, t) -> d, times (B,)
+Interval = Callable[[Array, Array, Array], Array]  # (rho, r, t) -> a (B,), times (B,)
 
 TINY = 1e-30
 BINS = 8  # of t and of t - r, each over (0, 1)
@@ -45,14 +45,14 @@ ADAPTIVE = "adaptive"
 
 
 def linear(rho: Array, r: Array, t: Array) -> Array:
-    """d = rho: the same share of t - r everywhere (arXiv 2604.08837, Eq. 5). r, t: (B,)."""
-    return rho + 0 * (t - r)
+    """a = rho: the same share of t - r everywhere (arXiv 2604.08837, Eq. 5). r, t: (B,)."""
+    return rho + 0 * (t - r)  # shaped as the times
 
 
 def dagger(rho: Array, r: Array, t: Array) -> Array:
-    """d = rho (1 - t) / ((1 - rho)(1 - r) + rho (1 - t)): the paper's dagger variant.
+    """a = rho (1 - t) / ((1 - rho)(1 - r) + rho (1 - t)): the paper's dagger variant.
 
-    It is the closed form of these lines, with D = t - t' = d (t - r):
+    It is the closed form of these lines, with t - t' = a (t - r):
 
         F(t) = t / (1 - t)
         s' = F(t) - rho (F(t) - F(r))
@@ -61,13 +61,13 @@ def dagger(rho: Array, r: Array, t: Array) -> Array:
     The literal form is inf / inf at t = 1 and loses half its digits near it.
     This form is finite on all of 0 <= r <= t <= 1. Where it is 0 / 0 it gives 0.
 
-    rho in (0, 1]; r, t: (B,). Returns d (B,) in [0, rho].
+    rho in (0, 1]; r, t: (B,). Returns a (B,) in [0, rho].
     """
     return rho * (1 - t) / jnp.maximum((1 - rho) * (1 - r) + rho * (1 - t), TINY)
 
 
 def floored(rho: Array, r: Array, t: Array, floor: float) -> Array:
-    """d = max(dagger, rho floor), so that no row near t = 1 goes idle.
+    """a = max(dagger, rho * floor). Near t = 1 dagger alone would hardly step back.
 
     floor in (0, 1]; 1 is linear. r, t: (B,).
     """
@@ -79,7 +79,7 @@ RULES = (*INTERVALS, "floor", ADAPTIVE)
 
 
 def interval_rule(name: str, floor: float, sums: Any = ()) -> Interval:
-    """The rule of a name: (rho, r, t) -> the share a of t - r that one step back covers.
+    """The rule of this name: (rho, r, t) -> a.
 
     floor: as `floored` and `share` take it. sums: the table of the adaptive rule.
     """
@@ -99,9 +99,9 @@ def empty() -> Array:
 
 
 def share(rho: Array, r: Array, t: Array, sums: Array, floor: float) -> Array:
-    """a = rho sum <e, u - v> / sum |e|^2 of the row's bin, in [rho floor, 1].
+    """a = rho sum <e, u - v> / sum |e|^2 over the row's bin, in [rho * floor, 1].
 
-    A bin without rows gives rho. r, t: (B,).
+    A bin without rows gives rho. sums: the table, as `empty` shapes it. r, t: (B,).
     """
     dot, square = sums
     ratio = jnp.where(square > 0, dot / jnp.where(square > 0, square, 1), 1).reshape(-1)
@@ -109,7 +109,7 @@ def share(rho: Array, r: Array, t: Array, sums: Array, floor: float) -> Array:
 
 
 def tally(r: Array, t: Array, products: Array) -> Array:
-    """What a step adds to the table: sums of products (B, 2) by bin, divided by B.
+    """What a step adds to the table: sums by bin of `Residuals.products` (B, 2), divided by B.
 
     Only rows with r < t count.
     """
@@ -120,7 +120,7 @@ def tally(r: Array, t: Array, products: Array) -> Array:
 
 
 def update(sums: Array, seen: Array, decay: float) -> Array:
-    """The table after a step: bins with rows are discounted and added to, others stay."""
+    """The table after a step. A bin that the step saw decays and gets its sums; others stay."""
     return jnp.where(seen[1] > 0, decay * sums + seen, sums)
 
 

@@ -1,6 +1,7 @@
 """Targets: the identity that each kind of stage enforces on the average velocity u(z, r, t).
 
-Every kind gives a residual e per row. Its gradient flows through the first u only:
+Every kind gives a residual e per row, u minus a target. sg stops the gradient: it flows through
+the first u only. Here a is the share of t - r that a row steps back (`dmf.method.intervals`):
 
     flow, all_pairs  e = u - v
                      flow matching; flow has r = t on every row
@@ -10,12 +11,12 @@ Every kind gives a residual e per row. Its gradient flows through the first u on
     jvp              e = u - sg(v - (t - r) du/dt)
                      the MeanFlow identity, arXiv 2505.13447
     central          e = u - sg(v - (t - r) (u+ - u-) / (2 delta))
-                     u+- = u(z +- delta v, r, t +- delta); du/dt without a forward mode
+                     u+- = u(z +- delta v, r, t +- delta); du/dt from two evaluations, no JVP
 
 Rows with r = t always have the target v. `LossConfig.tangent` may name another direction than v.
 The step back and the derivative follow that direction, and the target keeps v.
 As a -> 0, the discrete residual divided by w tends to the jvp residual. The scale "unit" divides
-by w, so that all kinds are commensurate. The paper's scale "raw" shrinks with w.
+by w, so that residuals of all kinds have one scale. The paper's scale "raw" shrinks with w.
 
 `KINDS` has one row per kind. No other file compares the name of a kind.
 """
@@ -65,7 +66,7 @@ class Residuals(NamedTuple):
 
         border     of r = t rows, None where the batch has no such row
         pairs      of r < t rows, None where the batch has no such row
-        change     mean change of u along the step back by |u|, of r < t rows
+        change     mean change of u along the step back, relative to |u|, of r < t rows
         products   (n_pairs, 2): <e, u - v> and |e|^2 of r < t rows, with e in unit scale
 
     The change is |u - u'| where the kind steps back, and |(t - r) du/dt| of other kinds. Flow
@@ -79,8 +80,9 @@ class Residuals(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """The choices besides the kind that make the target of a stage.
+    """What the target of a stage depends on, besides its kind.
 
+        loss      the loss section of the config
         share     (r, t) -> a, the part of t - r that a row steps back, all (B,)
         tangent   direction of the step back and of the derivative, None for v
 
@@ -107,8 +109,8 @@ def discrete_weight(a: Array, r: Array, t: Array, c: float) -> Array:
 def discrete_residual(u: Array, u_next: Array, v: Array, w: Array, scale: str) -> Array:
     """e = u - T with T = w v + (1 - w) sg u', or that divided by w.
 
-    u, u_next, v: (B, ...); w: (B,). scale: "raw", or "unit" with unit derivative in u.
-    Without its stop-gradient, "unit" would bring the factor 1 / w back into the gradient.
+    u, u_next, v: (B, ...); w: (B,). u_next is u'. scale: "raw", or "unit", which divides by w.
+    "unit" has de/du = 1: a stop-gradient keeps the factor 1 / w out of the gradient.
     Raises DmfError for another scale.
     """
     wb = expand(w, u)
@@ -121,10 +123,10 @@ def discrete_residual(u: Array, u_next: Array, v: Array, w: Array, scale: str) -
 
 
 def shift_back(rows: Rows, a: Array) -> Rows:
-    """The rows moved back along their own velocity: (z - D v, r, t - D), D = a (t - r).
+    """The rows moved back along rows.v: (z - D v, r, t - D), D = a (t - r).
 
     a: (B,) in [0, 1]. Condition and random keys stay, so both evaluations share a dropout mask.
-    The difference u - u' of a fine stage drowns in the noise of two masks.
+    Two masks would make more noise than the small difference u - u' of a fine stage.
     """
     D = a * (rows.t - rows.r)
     t_next = jnp.maximum(rows.t - D, rows.r)  # a = 1 may round to just below r
@@ -138,10 +140,10 @@ def flow_matching(net: Net, params: object, rows: Rows, split: RowSplit, rule: R
 
 
 def discrete(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -> Residuals:
-    """Finite-difference MeanFlow. The frozen second evaluation runs on r < t rows only."""
+    """Finite-difference MeanFlow. The second evaluation u', with sg, runs on r < t rows only."""
     u = net(params, rows)
     pairs, u_pairs = split.pairs_of(rows), split.pairs_of(u)
-    # Where r = t by rounding there is nothing to look back to.
+    # A pair may have r = t after all, by rounding or by its law of times. It does not step back.
     a = jnp.where(pairs.r < pairs.t, rule.share(pairs.r, pairs.t), 0.0)
     u_next = net(sg(params), shift_back(pairs._replace(v=rule.direction(pairs)), a))
     w = discrete_weight(a, pairs.r, pairs.t, rule.loss.product_rule)
@@ -171,8 +173,8 @@ def jvp(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -> Re
 def central(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -> Residuals:
     """MeanFlow with du/dt by a central difference along (v, 0, 1), or along another tangent.
 
-    Its error is O(delta^2). Two frozen evaluations run on r < t rows only. A row whose t +- delta
-    would leave [r, 1] takes a smaller delta. At t = 1 delta is 0, and the target is v.
+    Its error is O(delta^2). u+ and u-, with sg, are evaluated on r < t rows only. A row whose
+    t +- delta would leave [r, 1] takes a smaller delta. At t = 1 delta is 0, and the target is v.
     """
     u, pairs = net(params, rows), split.pairs_of(rows)
     v, u_pairs = rule.direction(pairs), split.pairs_of(u)
@@ -191,7 +193,10 @@ def central(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -
 def _apart(
     split: RowSplit, e_border: Array, e_pairs: Array, change: Array | None, pairs_cut: bool = False
 ) -> Residuals:
-    """Both sorts of rows apart. pairs_cut: e_pairs already holds r < t rows alone."""
+    """Residuals of r = t and of r < t rows, each taken from the residuals of all rows.
+
+    pairs_cut: e_pairs holds r < t rows alone already.
+    """
     border = split.border_of(e_border) if split.n_border else None
     if not split.n_pairs:
         return Residuals(border, None, change)
@@ -199,7 +204,10 @@ def _apart(
 
 
 def _products(u: Array, u_next: Array, v: Array, a: Array) -> Array:
-    """(B, 2): <e, u - v> and |e|^2 of e = u + (u - u') / a - v, without gradient."""
+    """(B, 2): <e, u - v> and |e|^2 of e = u + (u - u') / a - v, without gradient.
+
+    The adaptive interval sums them in its table.
+    """
     u, u_next, v = (sg(x.astype(jnp.promote_types(x.dtype, jnp.float32))) for x in (u, u_next, v))
     e, axes = u + (u - u_next) / expand(jnp.maximum(a, TINY), u) - v, tuple(range(1, u.ndim))
     return jnp.stack([jnp.sum(e * (u - v), axes), jnp.sum(e * e, axes)], axis=1)
@@ -220,7 +228,7 @@ class Kind(NamedTuple):
         steps_back   the kind looks back over an interval that shrinks with rho
         v_only       every row has r = t and the interval branch is frozen, so u = v stays
         unguided     the same kind without guidance, "" where this kind has no guidance
-        limit        the kind that this kind becomes as its interval goes to zero, or ""
+        limit        the kind whose residual this one tends to as a -> 0, or ""
         passes       forward passes of every row
 
     The arithmetic picks matmul precision and attention kernel. A fine difference needs exact

@@ -2,7 +2,7 @@
 
     data   v = e - x of the row itself, the paper's direction
     own    u(z, t, t) of the weights that are trained
-    ema    u(z, t, t) of the evaluated average
+    ema    u(z, t, t) of the evaluated average: the EMA of the weights that is sampled and scored
 
 The target keeps v in all three. `dmf.method.guidance` holds the velocity that replaces v there.
 """
@@ -20,7 +20,8 @@ Net = Callable[[object, Rows], Array]  # (params, rows) -> u(z, r, t), (B, ...)
 Tangent = Callable[[Rows], Array]  # rows -> a velocity per row, (B, ...)
 
 DATA = "data"
-FROZEN = {"ema": "average"}  # a network's velocity -> the frozen tree that it comes from
+# Direction -> the frozen weights that it needs, by their name in `frozen`.
+FROZEN = {"ema": "average"}
 TANGENTS = (DATA, "own", *FROZEN)
 
 
@@ -35,10 +36,10 @@ def tangent(name: str, net: Net, params: object, frozen: Mapping[str, object]) -
 
 
 def along_own(net: Net, params: object) -> Tangent:
-    """The direction u(z, t, t): what these weights hold to be the mean of v at z.
+    """The direction u(z, t, t): the mean of v at z, as these weights know it.
 
     It is the direction of improved MeanFlow (arXiv 2512.02012), here also for finite differences.
-    The residual loses the noise of v that the network's Jacobian passes on.
+    v of a single row is noisy. A step along v takes this noise into u' or du/dt. The mean has none.
     No gradient reaches params. net: without dropout.
     """
     return lambda rows: net(jax.lax.stop_gradient(params), rows._replace(r=rows.t))

@@ -2,6 +2,7 @@
 
     loss of a row = s * sg(weight(s, r, t, progress)),  s = sum of e^2 over pixels
 
+e is the row's residual. sg stops the gradient, so a weight acts as a constant.
 progress runs from 0 to 1 over the curriculum.
 """
 

@@ -1,7 +1,8 @@
 """The networks u(z, r, t), each behind one pure function apply(params, z, r, t, ...).
 
-All of them depend on r only through h = t - r. Every parameter of that branch lies under a module
-named "interval". With interval_init = "zero" a network starts as a flow model:
+All of them depend on r only through h = t - r. The layers that see h are the interval branch, and
+their parameters lie under a module named "interval". With interval_init = "zero" a network starts
+as a flow model:
 
     u(z, r, t) = u(z, t, t) = v(z, t)
 """
@@ -72,8 +73,8 @@ class Network(NamedTuple):
         rngs       (B,) typed keys, one per row, for dropout; only read in training
         u          shaped as z, float32, or float64 if params and inputs are
 
-    Wrong shapes raise DmfError. The table of classes is not checked, as jit cannot. A class beyond
-    its end turns the row into NaN. A negative class counts from the end.
+    Wrong shapes raise DmfError. The values of labels are not checked, because jit cannot. A class
+    beyond the end of the label table turns the row into NaN. A negative one counts from the end.
 
     apply_with_sides(...) -> (u, side outputs by name). Most networks have no side outputs, {}.
 
@@ -102,6 +103,7 @@ def build(
     rounding only. Raises DmfError naming the field that does not fit.
     """
     shape = tuple(image_shape)
+    # `plain` makes the weights: a scan over blocks reads weights that are there already.
     plain, module = _module(config, shape, dtype, PLAIN), _module(config, shape, dtype, how)
     augment_dim = config.augment_dim if isinstance(config, UNetConfig) else 0
 

@@ -5,8 +5,8 @@ Parameter names follow SiT's state dict. '.' reads as '/', and '_' joins the ind
     blocks.3.adaLN_modulation.1.weight   blocks_3/adaLN_modulation_1/kernel
     t_embedder.mlp.0                     t_embedder/mlp_0
 
-SiT has no `interval`: a second embedder like `t_embedder`, for h = t - r.
-Its output is added to the conditioning vector.
+Only `interval` is not SiT's. It is a second embedder like `t_embedder`, for h = t - r, and its
+output is added to the conditioning vector.
 """
 
 from __future__ import annotations

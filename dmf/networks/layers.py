@@ -22,7 +22,7 @@ INTERVAL_INITS = ("zero", "random")
 
 
 def _is_matmul(primitive: Any, *operands: Any, **params: Any) -> bool:
-    """Whether repeating is dear: a convolution, or a product with one matrix for all rows."""
+    """Whether repeating it costs much: a convolution, or a product with one matrix for all rows."""
     products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     return primitive is jax.lax.conv_general_dilated_p or products(primitive, *operands, **params)
 

@@ -66,7 +66,10 @@ class Weights:
 
 
 def open_file(path: str | Path) -> Weights:
-    """The weight file, or Orbax directory, at `path`. Raises DmfError for any other or damaged."""
+    """The weight file, or Orbax directory, at `path`. The first bytes tell the format.
+
+    Raises DmfError for any other file and for a damaged one.
+    """
     if (tree := read_orbax(Path(path))) is not None:
         return Weights(Path(path), "orbax", tree)
     span, place = whole(path), Path(path)
@@ -74,14 +77,14 @@ def open_file(path: str | Path) -> Weights:
         head = stream.read(512)
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return Weights(place, "torch zip", torchfile.read_zip(span))
-    if head[8:9] == b"{" and head[5:8] == b"\0\0\0":
+    if head[8:9] == b"{" and head[5:8] == b"\0\0\0":  # a length in 8 bytes, then JSON
         return Weights(place, "safetensors", *_read_safetensors(span))
     looks = [text for pattern, text in LOOKS if re.match(pattern, head)]
     if looks:
         raise span.error(f"looks like {looks[0]}", EXPECTED)
-    if head[0] == 0x80:
+    if head[0] == 0x80:  # the first opcode of a pickle
         return Weights(place, *torchfile.read_pickle(span))
-    if 0x81 <= head[0] <= 0x8F or head[0] in (0xDE, 0xDF):
+    if 0x81 <= head[0] <= 0x8F or head[0] in (0xDE, 0xDF):  # a map of msgpack
         return Weights(place, "flax msgpack", flaxfile.read_msgpack(span))
     raise span.error(f"begins with {head[:8].hex(' ')}", EXPECTED)
 

@@ -87,8 +87,9 @@ def tensor(
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Tensor]:
-    """{dotted name: tensor} of a tree, in its order. Positions are numbers; the rest is dropped.
+    """{dotted name: tensor} of a tree, in its order.
 
+    Positions in a list become numbers. Leaves that are no tensors are dropped.
     prefix: put before every name, with a dot. Raises DmfError where two tensors get one name, or
     names have no end.
     """
