@@ -23,7 +23,7 @@ from dmf.errors import DmfError
 from dmf.fields import ABOVE_1, INF, choice, limited
 from dmf.method import guidance, velocity
 from dmf.method.curriculum import CurriculumConfig, Stage, build_stages
-from dmf.method.flow import TimeLaw
+from dmf.method.flow import PATHS, TimeLaw
 from dmf.method.guidance import GuidanceConfig
 from dmf.method.objectives import FORMER, GUIDED, KINDS, LAST, LossConfig
 from dmf.method.samplers import SAMPLERS
@@ -141,6 +141,7 @@ class Config:
     # a DiT's blocks as one compiled block, run depth times: compiles faster
     scan_blocks: bool = False
     label_dropout: float = limited(0.0, 0, 0.999)  # * share of rows trained with the null class
+    path: str = choice("linear", PATHS)  # from data to noise: linear is z = (1 - t) x + t e
     network: UNetConfig | DiTConfig | MLPConfig | ADMConfig = field(default_factory=UNetConfig)
     data: DataConfig = field(default_factory=DataConfig)
     times: TimeLaw = field(default_factory=TimeLaw)

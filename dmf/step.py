@@ -169,7 +169,7 @@ def draw_rows(
     x, condition = _condition(keys, batch, config)
     e = batch["noise"] if "noise" in batch else jax.random.normal(keys["noise"], x.shape)
     r, t = flow.draw_times(keys["times"], config.times, split)
-    z, v = flow.interpolate(x, e, t)
+    z, v = flow.interpolate(x, e, t, config.path)
     # Each row's key comes from its global number, so the number of devices does not show.
     row_keys = jax.vmap(partial(jax.random.fold_in, keys["network"]))(jnp.arange(split.batch))
     return Rows(z, r, t, v, condition, row_keys)
@@ -196,7 +196,7 @@ def stage_loss(
     how |= dict(config=config, split=split, frozen=frozen, sums=sums)
     _, found = stage_residuals(params, rows, rho, **how)
     total, metrics = jnp.zeros(()), {} if found.change is None else {"change": found.change}
-    weight = weights.adaptive(config.loss.p, config.loss.eps)
+    weight = config.loss.of_row()
     for name, e, of in (
         ("border", found.border, split.border_of),
         ("pairs", found.pairs, split.pairs_of),

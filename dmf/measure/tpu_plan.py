@@ -45,7 +45,7 @@ SHAPING = (
 )
 # Fields that are younger than stored rows. With these values the program is the same.
 LATER: dict[str, dict[str, Any]] = {
-    "loss": {"tangent": "data", "delta": 0.005},
+    "loss": {"tangent": "data", "delta": 0.005, "weight": "adaptive"},
     "optimizer": {"name": "adam"},
 }
 EARLIER = {"effort": 0.0}  # columns that old rows lack
@@ -262,6 +262,8 @@ def _digest(config: Config) -> str:
     """A digest of the sections that change a program. It stays as stored rows have it."""
     values = to_dict(config)
     shaping = {key: values[key] for key in SHAPING} | {"interval": config.curriculum.interval}
+    if config.path != Config.path:  # which old rows do not name
+        shaping["path"] = config.path
     for key, later in LATER.items():
         kept = {k: v for k, v in shaping[key].items() if k not in later or v != later[k]}
         shaping[key] = kept

@@ -25,6 +25,14 @@ from dmf.fields import INF, LEAST, choice, limited
 Array = jax.Array
 
 
+# How two draws become (r, t).
+PAIRINGS: dict[str, Callable[[Array, Array], tuple[Array, Array]]] = {
+    "sorted": lambda r, t: (jnp.minimum(r, t), jnp.maximum(r, t)),
+    "min": lambda r, t: (jnp.minimum(r, t), t),
+    "zero": lambda r, t: (jnp.zeros_like(r), t),
+}
+
+
 @dataclass(frozen=True)
 class TimeLaw:
     """Law of (r, t): two logit-normal draws, a rule that joins them, and the share of r < t.
@@ -40,7 +48,7 @@ class TimeLaw:
 
     # * sorted: t and r are the larger and the smaller of two draws | min: t as drawn, r = min(r, t)
     # | zero: t as drawn, r = 0
-    pairing: str = choice("sorted", ("sorted", "min", "zero"))
+    pairing: str = choice("sorted", PAIRINGS)
     # * mean of the normal draw whose sigmoid is t, or of the first draw where two are sorted
     t_mean: float = limited(-0.4, -INF, INF)
     t_std: float = limited(1.0, LEAST, INF)  # * its standard deviation
@@ -189,14 +197,6 @@ def interpolate(x: Array, e: Array, t: Array, path: str = "linear") -> tuple[Arr
     """(z_t, v) on a path of `PATHS`. x, e: (B, ...); t: (B,). Returns two of (B, ...)."""
     tb = expand(t, x)
     return PATHS[path].sample(x, e, tb), PATHS[path].velocity(x, e, tb)
-
-
-# How two draws become (r, t).
-PAIRINGS: dict[str, Callable[[Array, Array], tuple[Array, Array]]] = {
-    "sorted": lambda r, t: (jnp.minimum(r, t), jnp.maximum(r, t)),
-    "min": lambda r, t: (jnp.minimum(r, t), t),
-    "zero": lambda r, t: (jnp.zeros_like(r), t),
-}
 
 
 def draw_times(key: Array, law: TimeLaw, split: RowSplit) -> tuple[Array, Array]:

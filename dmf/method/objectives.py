@@ -33,6 +33,7 @@ import jax.numpy as jnp
 from dmf.errors import DmfError
 from dmf.fields import INF, LEAST, choice, limited
 from dmf.method.flow import Rows, RowSplit, expand
+from dmf.method.weights import WEIGHTS, Weight
 
 Array = jax.Array
 Net = Callable[[object, Rows], Array]  # (params, rows) -> u(z, r, t), (B, ...)
@@ -59,6 +60,11 @@ class LossConfig:
     tangent: str = choice("data", ("data", "own", "ema"))
     # time step of a central difference; the default is MF-RAE's (arXiv 2511.13019)
     delta: float = limited(5e-3, LEAST, 0.5)
+    weight: str = choice("adaptive", WEIGHTS)  # of a row: adaptive is 1 / (|e|^2 + eps)^p
+
+    def of_row(self) -> Weight:
+        """The weight of a row from its error, its times and the progress of training."""
+        return WEIGHTS[self.weight](self.p, self.eps)
 
 
 class Residuals(NamedTuple):

@@ -22,6 +22,10 @@ def adaptive(p: float, eps: float) -> Weight:
     return lambda s, r, t, progress: (s + eps) ** -p
 
 
+# Name -> what makes the weight of p and eps.
+WEIGHTS: dict[str, Callable[[float, float], Weight]] = {"adaptive": adaptive}
+
+
 def weighted_loss(
     e: Array, r: Array, t: Array, progress: float | Array, weight: Weight
 ) -> tuple[Array, Array]:

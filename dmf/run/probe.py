@@ -135,7 +135,7 @@ def _draw(batch: dict[str, Array], *, config: Config, split: RowSplit) -> tuple[
         (jnp.maximum(t_even - shares, 0), t_even),
         flow.draw_times(keys[3], config.times, split),
     )
-    drawn = [(r, t, *flow.interpolate(x, e, t)) for r, t in times]
+    drawn = [(r, t, *flow.interpolate(x, e, t, config.path)) for r, t in times]
     even, law = (Rows(z, r, t, v, Condition(label=label)) for r, t, z, v in drawn)
     return even, law
 
@@ -191,7 +191,7 @@ def _gradients(params: Any, law: Rows, rho: Array, *, mesh: Mesh, **how: Any) ->
         _, found = step.stage_residuals(params, law, rho, train=False, **how)
         config, split = how["config"].loss, how["split"]
         r, t = (split.border_of if part == "border" else split.pairs_of)((law.r, law.t))
-        e, weight = getattr(found, part), weights.adaptive(config.p, config.eps)
+        e, weight = getattr(found, part), config.of_row()
         return jnp.mean(weights.weighted_loss(e, r, t, 0.0, weight)[0]), None
 
     border, pairs = (

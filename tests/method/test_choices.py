@@ -19,7 +19,7 @@ from dmf.errors import DmfError
 from dmf.evaluation import pictures
 from dmf.measure import benchmark, tpu_plan
 from dmf.measure.cost import Compilations
-from dmf.method import curriculum
+from dmf.method import curriculum, velocity
 from dmf.method.curriculum import CurriculumConfig, build_stages, rho_at, stage_at, table
 from dmf.method.flow import Condition, Rows, RowSplit
 from dmf.method.intervals import dagger, linear
@@ -261,8 +261,13 @@ def test_where_the_network_already_gives_v_its_own_direction_is_the_data_s(float
 CHOSEN = merged(TINY, batch_size=ROWS, loss=dict(p=0.5), guidance=dict(omega=1.5, kappa=0.3))
 
 
+def test_the_config_names_every_direction():
+    (tangent,) = (f for f in dataclasses.fields(LossConfig) if f.name == "tangent")
+    assert tangent.metadata["choices"] == velocity.TANGENTS
+
+
 @pytest.mark.parametrize("kind", ["discrete", "jvp", "guided_discrete", "guided_jvp"])
-@pytest.mark.parametrize("tangent", ["data", "own", "ema"])
+@pytest.mark.parametrize("tangent", velocity.TANGENTS)
 def test_what_is_evaluated_with_which_weights_and_what_is_counted(kind, tangent):
     calls = []
 
