@@ -24,6 +24,13 @@ from dmf.fields import INF, LEAST, choice, limited
 
 Array = jax.Array
 
+# How two draws become (r, t).
+PAIRINGS: dict[str, Callable[[Array, Array], tuple[Array, Array]]] = {
+    "sorted": lambda r, t: (jnp.minimum(r, t), jnp.maximum(r, t)),
+    "min": lambda r, t: (jnp.minimum(r, t), t),
+    "zero": lambda r, t: (jnp.zeros_like(r), t),
+}
+
 
 @dataclass(frozen=True)
 class TimeLaw:
@@ -39,7 +46,7 @@ class TimeLaw:
 
     # * sorted: t and r are the larger and the smaller of two draws | min: t as drawn, r = min(r, t)
     # | zero: t as drawn, r = 0
-    pairing: str = choice("sorted", ("sorted", "min", "zero"))
+    pairing: str = choice("sorted", PAIRINGS)
     # * mean of the normal draw whose sigmoid is t, or of the first draw where two are sorted
     t_mean: float = limited(-0.4, -INF, INF)
     t_std: float = limited(1.0, LEAST, INF)  # * its standard deviation
@@ -81,6 +88,10 @@ class Rows(NamedTuple):
     v: Array
     condition: Condition = Condition()
     keys: Array | None = None
+
+
+Net = Callable[[object, Rows], Array]  # (params, rows) -> u(z, r, t), (B, ...)
+Tangent = Callable[[Rows], Array]  # rows -> a velocity per row, (B, ...)
 
 
 @dataclass(frozen=True)
@@ -188,14 +199,6 @@ def interpolate(x: Array, e: Array, t: Array, path: str = "linear") -> tuple[Arr
     """(z_t, v) on a path of `PATHS`. x, e: (B, ...); t: (B,). Returns two of (B, ...)."""
     tb = expand(t, x)
     return PATHS[path].sample(x, e, tb), PATHS[path].velocity(x, e, tb)
-
-
-# How two draws become (r, t).
-PAIRINGS: dict[str, Callable[[Array, Array], tuple[Array, Array]]] = {
-    "sorted": lambda r, t: (jnp.minimum(r, t), jnp.maximum(r, t)),
-    "min": lambda r, t: (jnp.minimum(r, t), t),
-    "zero": lambda r, t: (jnp.zeros_like(r), t),
-}
 
 
 def draw_times(key: Array, law: TimeLaw, split: RowSplit) -> tuple[Array, Array]:
