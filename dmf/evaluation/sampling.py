@@ -50,23 +50,38 @@ class Sampler:
     ):
         """labels: (N,) int32, of the samples in their order, repeated as often as needed."""
         self._mesh, self._labels, self._seed = mesh, labels, np.uint32(config.seed)
+        sampler = SAMPLERS[config.run.sampler]
+
+        def program(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+            return sharding.per_device(mesh, jax.default_matmul_precision("highest")(function))
+
+        def noise(seed: jax.Array, row: jax.Array) -> jax.Array:
+            # No training step has this number.
+            key = jax.random.fold_in(jax.random.key(seed), 2**31 - 1)
+            keys = jax.vmap(partial(jax.random.fold_in, key))(row)
+            return jax.vmap(lambda k: jax.random.normal(k, image_shape))(keys)
+
+        def velocity(params: Any, rows: tuple[jax.Array, ...]) -> jax.Array:
+            z, r, t, label = rows
+            return network.apply(params, z, r, t, label=label if config.num_classes else None)
 
         def draw(
             whole: tuple[Any, jax.Array, jax.Array], rows: tuple[jax.Array, jax.Array]
         ) -> jax.Array:
             (params, steps, seed), (row, label) = whole, rows
-            # No training step has this number.
-            key = jax.random.fold_in(jax.random.key(seed), 2**31 - 1)
-            keys = jax.vmap(partial(jax.random.fold_in, key))(row)
-            e = jax.vmap(lambda k: jax.random.normal(k, image_shape))(keys)
-            classes = label if config.num_classes else None
+            u = lambda z, r, t: velocity(params, (z, r, t, label))  # noqa: E731
+            return sampler.draw(u, noise(seed, row), steps)
 
-            def u(z: jax.Array, r: jax.Array, t: jax.Array) -> jax.Array:
-                return network.apply(params, z, r, t, label=classes)
+        start, evaluate = program(noise), program(velocity)
 
-            return SAMPLERS[config.run.sampler].draw(u, e, steps)
+        def draw_on_host(
+            whole: tuple[Any, np.int32, np.uint32], rows: tuple[jax.Array, jax.Array]
+        ) -> jax.Array:
+            (params, steps, seed), (row, label) = whole, rows
+            u = lambda z, r, t: evaluate(params, (z, r, t, label))  # noqa: E731
+            return sampler.draw(u, start(seed, row), int(steps))
 
-        self._draw = sharding.per_device(mesh, jax.default_matmul_precision("highest")(draw))
+        self._draw = draw_on_host if sampler.on_host else program(draw)
 
     def labels(self, count: int) -> np.ndarray:
         """(count,) int32: the given labels in their order, each as often as there."""

@@ -93,7 +93,7 @@ class Model:
 def open_model(path: str | Path, ema: float | None = None, sampler: str = "") -> Model:
     """The checkpoint to export; path and ema as for `pretrained.load`.
 
-    sampler: a key of SAMPLERS; "" takes the run's sampler.
+    sampler: one of IN_PROGRAM; "" takes the run's sampler.
     Raises DmfError where the checkpoint holds no u(z, r, t).
     """
     folder, stored = pretrained.open_folder(path)

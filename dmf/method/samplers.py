@@ -36,12 +36,12 @@ def few_step(u: Velocity, e: Array, steps: int | Array) -> Array:
 
 
 def few_step_on_host(u: Velocity, e: Array, steps: int) -> Array:
-    """The jumps of `few_step` in a loop on the host, around one compiled jump.
+    """The jumps of `few_step` in a loop on the host.
 
     A sampler that decides on the host where to go next takes this form.
-    e: (B, ...) noise; returns (B, ...).
+    u: a compiled program of its own. e: (B, ...) noise; returns (B, ...).
     """
-    jump = jax.jit(_jump(u))
+    jump = _jump(u)
     for i in range(_at_least_one(steps)):
         e = jump(e, *_times(i, steps, e))
     return e

@@ -1,6 +1,7 @@
 """Samples and scores: one noise for all models and steps, whatever computed them."""
 
 import json
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -57,6 +58,18 @@ def test_one_program_serves_every_number_of_steps(name):
     assert (
         all(np.isfinite(x).all() for x in samples) and np.abs(samples[0] - samples[2]).max() > 1e-3
     )
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_loop_on_the_host_draws_the_samples_of_the_program(devices):
+    setup = Setup(TINY, devices)
+    run = replace(setup.config.run, sampler="few_step_on_host")
+    config = replace(setup.config, run=run)
+    on_host = Sampler(setup.network, config, (8, 8, 1), LABELS, setup.mesh)
+    inside, params = sampler(devices)
+    for steps in (1, 3):
+        expected = inside(params, 21, steps)
+        np.testing.assert_allclose(on_host(params, 21, steps), expected, atol=1e-5)
 
 
 def test_the_digits_score_sees_real_images_as_real_and_is_printed_beside_them():
