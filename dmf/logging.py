@@ -31,7 +31,7 @@ class JsonLines:
         kept = [row for row in self.read() if row["step"] <= step]
         if self._writes and self.path.exists():
             with paths.writing(self.path):
-                paths.write(self.path, "".join(json.dumps(row) + "\n" for row in kept), ".tmp")
+                paths.write(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Adds a row. Raises DmfError where the disk is full."""

@@ -348,7 +348,7 @@ class Guard:
 
     def _write(self) -> None:
         with paths.writing(self._path):
-            paths.write(self._path, json.dumps(self.rows, indent=1) + "\n", ".json.tmp")
+            paths.write(self._path, json.dumps(self.rows, indent=1) + "\n")
 
 
 def describe(row: Mapping[str, Any]) -> str:
