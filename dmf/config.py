@@ -27,11 +27,10 @@ from dmf.method.flow import PATHS, TimeLaw
 from dmf.method.guidance import GuidanceConfig
 from dmf.method.objectives import FORMER, GUIDED, KINDS, LAST, LossConfig
 from dmf.method.samplers import SAMPLERS
-from dmf.networks import ADMConfig, DiTConfig, MLPConfig, UNetConfig, attention
+from dmf.networks import NetworkConfig, UNetConfig, attention
 from dmf.optim import EMAConfig, OptimizerConfig
 from dmf.sharding import MeshConfig
 
-NETWORKS = {"unet": UNetConfig, "dit": DiTConfig, "mlp": MLPConfig, "adm": ADMConfig}
 DTYPES = ("float32", "bfloat16")
 REMATS = ("none", "blocks", "dots")
 PRECISIONS = ("default", "high", "highest")
@@ -142,7 +141,7 @@ class Config:
     scan_blocks: bool = False
     label_dropout: float = limited(0.0, 0, 0.999)  # * share of rows trained with the null class
     path: str = choice("linear", PATHS)  # from data to noise: linear is z = (1 - t) x + t e
-    network: UNetConfig | DiTConfig | MLPConfig | ADMConfig = field(default_factory=UNetConfig)
+    network: NetworkConfig = field(default_factory=UNetConfig)
     data: DataConfig = field(default_factory=DataConfig)
     times: TimeLaw = field(default_factory=TimeLaw)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
@@ -246,10 +245,10 @@ def _check_run(config: Config, dataset_size: int) -> None:
             f"config.microbatches = {config.microbatches}: expected a divisor of batch_size "
             f"{config.batch_size}"
         )
-    if config.ema.index() is None and config.loss.tangent == "ema":
+    if config.ema.index() is None and config.loss.tangent in velocity.FROZEN:
         raise DmfError(
-            "config.loss.tangent = 'ema' with config.ema.evaluate = 0: expected the half-life of "
-            "the EMA to go along"
+            f"config.loss.tangent = {config.loss.tangent!r} with config.ema.evaluate = 0: expected "
+            "the half-life of the EMA to go along"
         )
     if guard.action != "off" and not guard.every_steps:
         raise DmfError(

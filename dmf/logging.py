@@ -31,7 +31,7 @@ class JsonLines:
         kept = [row for row in self.read() if row["step"] <= step]
         if self._writes and self.path.exists():
             with paths.writing(self.path):
-                paths.write(self.path, "".join(json.dumps(row) + "\n" for row in kept), ".tmp")
+                paths.write(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Adds a row. Raises DmfError where the disk is full."""
@@ -97,15 +97,32 @@ class TensorBoard:
             log.warning("%s: %s; no more event files are written", self._directory, short(error))
 
 
-class Progress:
-    """One line with stage, step, loss, rate and time left.
+class _Line:
+    """A line of progress. A terminal shows it rewritten; elsewhere it comes every ten seconds."""
 
-    A terminal shows it rewritten; elsewhere it comes every ten seconds.
-    """
+    def __init__(self, printed: float):
+        """printed: when a line was last printed, by time.monotonic."""
+        self._printed = printed
+
+    def is_due(self, now: float, ended: bool) -> bool:
+        """Whether to print now, which is noted."""
+        if not sys.stdout.isatty() and now - self._printed < 10 and not ended:
+            return False
+        self._printed = now
+        return True
+
+    def show(self, text: str, end: bool = False) -> None:
+        """Prints the line that is due. end: the last one, which a terminal keeps."""
+        live = sys.stdout.isatty()
+        print(f"\r{text}\033[K" if live else text, end="" if live and not end else "\n", flush=True)
+
+
+class Progress:
+    """One line with stage, step, loss, rate and time left."""
 
     def __init__(self, total: int, start: int):
         self._total, self._count, self._mark = total, start, time.monotonic()
-        self._printed = float("-inf")
+        self._line = _Line(float("-inf"))
         self._rate = 0.0
 
     def show(self, step: int, stage: str, loss: float) -> None:
@@ -115,14 +132,12 @@ class Progress:
             rate = (step - self._count) / max(now - self._mark, 1e-9)
             self._rate = rate if not self._rate else 0.7 * self._rate + 0.3 * rate
         self._count, self._mark = step, now
-        live = sys.stdout.isatty()
-        if not live and now - self._printed < 10 and step < self._total:
+        if not self._line.is_due(now, step >= self._total):
             return
-        self._printed = now
         text = f"{stage:<10} step {step}/{self._total}  loss {loss:.4g}"
         if self._rate:
             text += f"  {self._rate:.1f} steps/s  {_clock((self._total - step) / self._rate)} left"
-        print(f"\r{text}\033[K" if live else text, end="" if live else "\n", flush=True)
+        self._line.show(text)
 
     def pause(self) -> None:
         """Ends the rewritten line before something else is printed."""
@@ -135,21 +150,18 @@ class Progress:
 
 
 class Count:
-    """One line with how many are done, the rate and the time left.
-
-    A terminal shows it rewritten; elsewhere it comes every ten seconds.
-    """
+    """One line with how many are done, the rate and the time left."""
 
     def __init__(self, name: str, total: int, unit: str, start: int = 0):
         self._name, self._total, self._unit, self._start = name, total, unit, start
-        self._began, self._printed = time.monotonic(), time.monotonic()
+        self._began = time.monotonic()
+        self._line = _Line(self._began)
 
     def show(self, done: int) -> None:
         """Says that `done` of all are done."""
-        now, live = time.monotonic(), sys.stdout.isatty()
-        if not live and now - self._printed < 10 and done < self._total:
+        now = time.monotonic()
+        if not self._line.is_due(now, done >= self._total):
             return
-        self._printed = now
         rate = (done - self._start) / max(now - self._began, 1e-9)
         ended = done == self._total
         clock = (
@@ -158,9 +170,7 @@ class Count:
             else f"{_clock((self._total - done) / max(rate, 1e-9))} left"
         )
         text = f"{self._name:<10} {done:,}/{self._total:,} {self._unit}  {rate:.3g}/s  {clock}"
-        print(
-            f"\r{text}\033[K" if live else text, end="" if live and not ended else "\n", flush=True
-        )
+        self._line.show(text, ended)
 
 
 def _clock(seconds: float) -> str:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # Parsers import what they call, so that --help loads no jax.
 STARTED = time.monotonic()
 STOP: sigterm.Stop | None = None
-HELP = {"--help", "-help", "--helpshort", "-h", "-?"}
+HELP = {"--help", "-help", "--helpshort", "--helpfull", "-h", "-?"}
 
 # The kinds of dmf.convert.kinds. They stand here too, as that file loads jax; a test compares both.
 KINDS = {

@@ -1,6 +1,7 @@
 """Wrong input to the command line: one clear line that names the thing, and a non-zero exit."""
 
 import os
+import re
 import subprocess
 import sys
 from unittest import mock
@@ -11,6 +12,8 @@ from absl.testing import flagsaver
 
 from dmf import main
 from dmf.errors import DmfError
+from dmf.evaluation.protocols import PROTOCOLS
+from dmf.method.samplers import IN_PROGRAM
 from dmf.run import sigterm
 from tests import ROOT, devices
 from tests.tiny import TINY
@@ -270,8 +273,18 @@ def test_help_names_every_command_and_flag_and_loads_no_jax():
             assert f"    --{flag} " in text, flag
     for kind, about in main.KINDS.items():
         assert f"{kind:<16} {about}" in text
+    words = re.split(r"[\s,]+", text)
+    assert set(PROTOCOLS) <= set(words) and set(IN_PROGRAM) <= set(words)
     assert max(map(len, text.splitlines())) <= 100
     assert not {"jax", "jaxlib", "tensorflow", "flax", "numpy"} & modules
+
+
+@pytest.mark.parametrize("word", sorted(main.HELP))
+def test_every_way_to_ask_for_help_prints_the_same(word, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["main.py", "--mode=sample", word])
+    main.run()
+    assert capsys.readouterr().out == main.overview() + "\n"
+    assert "--helpfull" in main.HELP  # absl's own would have no text, as help.txt has it
 
 
 def test_every_flag_is_read_by_a_command():

@@ -58,6 +58,17 @@ def test_pyproject_reads_the_requirements_and_repeats_none():
     assert len(found) == len(set(found))
 
 
+def test_the_package_that_pip_builds_has_every_file_of_dmf():
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert tool["packages"]["find"]["include"] == ["dmf*"]
+    files = [path for path in (ROOT / "dmf").rglob("*") if "__pycache__" not in path.parts]
+    code = {path.parent for path in files if path.suffix == ".py"}
+    # setuptools finds a folder of code by its __init__.py alone.
+    assert all((folder / "__init__.py").exists() for folder in code)
+    others = [p.relative_to(ROOT / "dmf") for p in files if p.is_file() and p.suffix != ".py"]
+    assert sorted(map(str, others)) == tool["package-data"]["dmf"]
+
+
 def test_the_lock_holds_every_requirement():
     text = (ROOT / "requirements.lock").read_text()
     locked = {line.partition("==")[0].replace("_", "-") for line in text.splitlines()}

@@ -28,7 +28,6 @@ import numpy as np
 
 from dmf.errors import DmfError
 
-LABEL_SIZE = 6
 FLIP_MULTIPLIER = 1e8
 SCALE_LOG2_STD = 0.2
 ANISO_ROTATE_PROBABILITY = 0.5

@@ -140,14 +140,14 @@ def write_shard(
             labels += some.tolist()
         with writing(path.parent):
             writer.close()
-            _sync(partial)
+            atomic.sync(partial)
             entry = {
                 "count": len(labels),
                 "bytes": partial.stat().st_size,
                 "sha256": sha256(partial),
             }
             partial.replace(path)
-            _sync(path.parent)
+            atomic.sync(path.parent)
         entry |= {"made_with": made_with, "images": images, "labels": labels}
         write_json(sidecar(path), sealed(entry), indent=None)
     finally:
@@ -206,24 +206,8 @@ def write_json(path: Path, values: dict[str, Any], indent: int | None = 1) -> No
 
 def write(path: Path, content: bytes) -> None:
     """Writes a small file, whole or not at all. Raises DmfError if the disk refuses."""
-    partial = atomic.partial(path)
-    try:
-        with writing(path.parent):
-            partial.write_bytes(content)
-            _sync(partial)
-            partial.replace(path)
-            _sync(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file, or the names in a directory, would survive a loss of power."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with writing(path.parent):
+        atomic.write(path, content, durable=True)
 
 
 class Shards:

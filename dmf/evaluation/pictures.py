@@ -17,7 +17,6 @@ from dmf.storage import paths
 GAP = 2  # pixels between samples
 CAPTION = 14  # pixels above a grid
 BACKGROUND = 40
-PARTIAL = ".tmp.png"  # suffix of an unfinished file
 
 
 def grid(samples: np.ndarray, columns: int, enlarge: int) -> Image.Image:
@@ -111,7 +110,7 @@ def curves(
     axes[-1, 0].set_xlabel("step")
     written = io.BytesIO()
     fig.savefig(written, dpi=110, bbox_inches="tight")
-    paths.write(path, written.getvalue(), PARTIAL)
+    paths.write(path, written.getvalue())
 
 
 def _interval(axis: Any, metrics: Sequence[Mapping[str, Any]]) -> None:
@@ -131,4 +130,4 @@ def _write(image: Image.Image, path: Path) -> None:
     paths.make(path.parent)
     written = io.BytesIO()
     image.save(written, "PNG")
-    paths.write(path, written.getvalue(), PARTIAL)
+    paths.write(path, written.getvalue())

@@ -24,6 +24,13 @@ from dmf.fields import INF, LEAST, choice, limited
 
 Array = jax.Array
 
+# How two draws become (r, t).
+PAIRINGS: dict[str, Callable[[Array, Array], tuple[Array, Array]]] = {
+    "sorted": lambda r, t: (jnp.minimum(r, t), jnp.maximum(r, t)),
+    "min": lambda r, t: (jnp.minimum(r, t), t),
+    "zero": lambda r, t: (jnp.zeros_like(r), t),
+}
+
 
 # How two draws become (r, t).
 PAIRINGS: dict[str, Callable[[Array, Array], tuple[Array, Array]]] = {
@@ -90,6 +97,10 @@ class Rows(NamedTuple):
     v: Array
     condition: Condition = Condition()
     keys: Array | None = None
+
+
+Net = Callable[[object, Rows], Array]  # (params, rows) -> u(z, r, t), (B, ...)
+Tangent = Callable[[Rows], Array]  # rows -> a velocity per row, (B, ...)
 
 
 @dataclass(frozen=True)

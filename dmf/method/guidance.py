@@ -14,7 +14,6 @@ target, in the direction of the derivative and in the step back.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -22,10 +21,9 @@ import jax.numpy as jnp
 
 from dmf.errors import DmfError
 from dmf.fields import BELOW_1, INF, LEAST, limited
-from dmf.method.flow import Rows, expand
+from dmf.method.flow import Net, Rows, expand
 
 Array = jax.Array
-Net = Callable[[object, Rows], Array]  # (params, rows) -> u(z, r, t), (B, ...)
 
 
 @dataclass(frozen=True)

@@ -32,12 +32,11 @@ import jax.numpy as jnp
 
 from dmf.errors import DmfError
 from dmf.fields import INF, LEAST, choice, limited
-from dmf.method.flow import Rows, RowSplit, expand
+from dmf.method.flow import Net, Rows, RowSplit, Tangent, expand
+from dmf.method.velocity import TANGENTS
 from dmf.method.weights import WEIGHTS, Weight
 
 Array = jax.Array
-Net = Callable[[object, Rows], Array]  # (params, rows) -> u(z, r, t), (B, ...)
-Tangent = Callable[[Rows], Array]  # rows -> a velocity per row, (B, ...)
 sg = jax.lax.stop_gradient
 
 # Keeps "unit" finite where a = 0 exactly (t = 1 under dagger). There u = u', and e = 0 / TINY = 0.
@@ -57,7 +56,7 @@ class LossConfig:
     residual_scale: str = choice("raw", ("raw", "unit"))
     # direction of u' and du/dt: data = v | own = u(z, t, t) | ema = u(z, t, t) of the evaluated
     # EMA; the target keeps v
-    tangent: str = choice("data", ("data", "own", "ema"))
+    tangent: str = choice("data", TANGENTS)
     # time step of a central difference; the default is MF-RAE's (arXiv 2511.13019)
     delta: float = limited(5e-3, LEAST, 0.5)
     weight: str = choice("adaptive", WEIGHTS)  # of a row: adaptive is 1 / (|e|^2 + eps)^p

@@ -36,10 +36,10 @@ def few_step(u: Velocity, e: Array, steps: int | Array) -> Array:
 
 
 def few_step_on_host(u: Velocity, e: Array, steps: int) -> Array:
-    """The jumps of `few_step` in a loop on the host, around a u that the caller has compiled.
+    """The jumps of `few_step` in a loop on the host.
 
     A sampler that decides on the host where to go next takes this form.
-    e: (B, ...) noise; returns (B, ...).
+    u: a compiled program of its own. e: (B, ...) noise; returns (B, ...).
     """
     jump = _jump(u)
     for i in range(_at_least_one(steps)):

@@ -9,15 +9,13 @@ The target keeps v in all three. `dmf.method.guidance` holds the velocity that r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import jax
 
-from dmf.method.flow import Rows
-
-Array = jax.Array
-Net = Callable[[object, Rows], Array]  # (params, rows) -> u(z, r, t), (B, ...)
-Tangent = Callable[[Rows], Array]  # rows -> a velocity per row, (B, ...)
+if TYPE_CHECKING:
+    from dmf.method.flow import Net, Tangent
 
 DATA = "data"
 # Direction -> the frozen weights that it needs, by their name in `frozen`.

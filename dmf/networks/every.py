@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dmf import fields, networks
-from dmf.networks import ADMConfig, DiTConfig, MLPConfig, UNetConfig
+from dmf.networks import NetworkConfig, UNetConfig
 from dmf.networks.frozen import dinov2, inception, vae
 
 # Networks other than u(z, r, t): kind -> (config class, how one is built).
@@ -21,7 +21,7 @@ OTHERS: dict[str, tuple[type, Any]] = {
 class _Of:
     """The section of a config that holds a network, as in `dmf.config.Config`."""
 
-    network: UNetConfig | DiTConfig | MLPConfig | ADMConfig = field(default_factory=UNetConfig)
+    network: NetworkConfig = field(default_factory=UNetConfig)
 
 
 def network_config(values: dict[str, Any]) -> Any:

@@ -231,8 +231,8 @@ class Guard:
             return ""
         return (
             f"the guard has stopped this run: {describe(last)}; expected --allow_change with "
-            f"another config.guard, such as action = 'jvp' or a limit above {self._config.limit}, "
-            "or another curriculum in another directory"
+            f"another config.guard, such as action = {LAST!r} or a limit above "
+            f"{self._config.limit}, or another curriculum in another directory"
         )
 
     def probe_alarm(self, probes: Sequence[Mapping[str, Any]], stage: Stage) -> str:
@@ -348,7 +348,7 @@ class Guard:
 
     def _write(self) -> None:
         with paths.writing(self._path):
-            paths.write(self._path, json.dumps(self.rows, indent=1) + "\n", ".json.tmp")
+            paths.write(self._path, json.dumps(self.rows, indent=1) + "\n")
 
 
 def describe(row: Mapping[str, Any]) -> str:

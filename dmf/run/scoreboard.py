@@ -207,7 +207,7 @@ class Scoreboard:
             if best is None:
                 path.unlink(missing_ok=True)
             else:
-                paths.write(path, json.dumps(best) + "\n", ".json.tmp")
+                paths.write(path, json.dumps(best) + "\n")
 
     def _picture(self, boundary: Boundary) -> Path:
         name = f"{boundary.step:08}_{boundary.name.replace(' ', '_')}.png"

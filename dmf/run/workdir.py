@@ -223,7 +223,7 @@ def _stored(workdir: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, values: Any) -> None:
-    paths.write(path, json.dumps(values, indent=2) + "\n", ".tmp")
+    paths.write(path, json.dumps(values, indent=2) + "\n")
 
 
 def origin(workdir: Path) -> dict[str, Any] | None:

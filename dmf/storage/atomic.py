@@ -40,6 +40,28 @@ def made(place: Path) -> Iterator[Path]:
         clear(place.parent, place.name)
 
 
+def write(place: Path, content: bytes, durable: bool = False) -> None:
+    """Writes a file whole or not at all. Raises OSError.
+
+    durable: returns only when the file would survive a loss of power.
+    """
+    with made(place) as unfinished:
+        unfinished.write_bytes(content)
+        if durable:
+            sync(unfinished)
+    if durable:
+        sync(place.parent)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a directory, would survive a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def clear(folder: Path, name: str = "") -> None:
     """Removes unfinished work of this process, and of dead ones of this machine, from a folder.
 

@@ -20,7 +20,7 @@ MANIFEST = "manifest.json"
 
 def write_manifest(folder: Path) -> None:
     """Completes a step folder with the path, size and SHA-256 of every file in it."""
-    paths.write(folder / MANIFEST, _as_text(_contents(folder)), ".json.tmp")
+    paths.write(folder / MANIFEST, _as_text(_contents(folder)))
 
 
 def verify(folder: Path) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from dmf.errors import DmfError, short
+from dmf.storage import atomic
 
 SCHEME = "gs://"
 PACKAGES = "requirements-gcs.txt"
@@ -79,19 +80,14 @@ def make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
 
-def write(path: Path, content: str | bytes, partial: str) -> None:
-    """Writes a file whole or not at all. Raises OSError.
-
-    partial: the suffix of the unfinished file. In a bucket there is no unfinished file.
-    """
+def write(path: Path, content: str | bytes) -> None:
+    """Writes a file whole or not at all. Raises OSError."""
     data = content.encode() if isinstance(content, str) else content
     if is_bucket(path):
         with _told(path):
             path.write_bytes(data)
         return
-    unfinished = path.with_suffix(partial)
-    unfinished.write_bytes(data)
-    unfinished.replace(path)
+    atomic.write(path, data)
 
 
 def append(path: Path, text: str) -> None:

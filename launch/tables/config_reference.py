@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from dmf import config, fields
+from dmf import config, fields, networks
 from dmf.measure import tpu_plan
 
 PAGE = ROOT / "docs" / "config.md"
@@ -136,7 +136,8 @@ def rooms() -> dict[str, type]:
     found: dict[str, type] = {"config": config.Config}
     for f in dataclasses.fields(config.Config):
         if f.name == "network":
-            found |= {f"config.network, kind {kind}": cls for kind, cls in config.NETWORKS.items()}
+            kinds = networks.KINDS.items()
+            found |= {f"config.network, kind {kind}": cls for kind, (cls, _) in kinds}
         elif isinstance(f.default_factory, type):
             found[f"config.{f.name}"] = f.default_factory
     return found

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from dmf import config
+from dmf import config, networks
 from dmf.method.objectives import KINDS
 from tests import ROOT
 
@@ -195,7 +195,7 @@ def test_forbidden_ways(path):
 
 
 def config_fields():
-    rooms = [config.Config, *config.NETWORKS.values()]
+    rooms = [config.Config, *(cls for cls, _ in networks.KINDS.values())]
     rooms += [
         f.default_factory
         for f in dataclasses.fields(config.Config)

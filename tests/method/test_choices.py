@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from configs import imagenet256
-from dmf import sharding, step
+from dmf import fields, sharding, step
 from dmf.config import check, parse
 from dmf.errors import DmfError
 from dmf.evaluation import pictures
@@ -21,8 +21,8 @@ from dmf.measure import benchmark, tpu_plan
 from dmf.measure.cost import Compilations
 from dmf.method import curriculum, velocity
 from dmf.method.curriculum import CurriculumConfig, build_stages, rho_at, stage_at, table
-from dmf.method.flow import Condition, Rows, RowSplit
-from dmf.method.intervals import dagger, linear
+from dmf.method.flow import PAIRINGS, Condition, Rows, RowSplit, TimeLaw
+from dmf.method.intervals import RULES, dagger, linear
 from dmf.method.objectives import GUIDED, KINDS, LossConfig
 from dmf.method.velocity import along_own
 from dmf.networks import Network
@@ -31,6 +31,19 @@ from tests.test_train import leaves, stopped_after
 from tests.tiny import TINY, Setup, merged, residuals
 
 SMOOTH = CurriculumConfig(stages=6, q=2.0, length=600.0, schedule="smooth")
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "table"),
+    [
+        (TimeLaw, "pairing", PAIRINGS),
+        (CurriculumConfig, "interval", RULES),
+        (LossConfig, "tangent", velocity.TANGENTS),
+    ],
+)
+def test_a_new_row_of_a_table_is_a_choice_of_its_field(section, name, table):
+    (field,) = [f for f in dataclasses.fields(section) if f.name == name]
+    assert field.metadata[fields.CHOICES] == tuple(table)
 
 
 def resumed_ends_as_uninterrupted(values, tmp_path, stops):
@@ -259,11 +272,6 @@ def test_where_the_network_already_gives_v_its_own_direction_is_the_data_s(float
 
 
 CHOSEN = merged(TINY, batch_size=ROWS, loss=dict(p=0.5), guidance=dict(omega=1.5, kappa=0.3))
-
-
-def test_the_config_names_every_direction():
-    (tangent,) = (f for f in dataclasses.fields(LossConfig) if f.name == "tangent")
-    assert tangent.metadata["choices"] == velocity.TANGENTS
 
 
 @pytest.mark.parametrize("kind", ["discrete", "jvp", "guided_discrete", "guided_jvp"])

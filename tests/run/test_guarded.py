@@ -216,7 +216,7 @@ def test_stop_leaves_the_last_good_state_and_a_report_again_and_again(tmp_path, 
         assert max(int(p.name) for p in (tmp_path / "checkpoints").glob("[0-9]*")) == 8
     told = "guard     stage 2 (discrete), step 10: residual_median = 9, above"
     assert capsys.readouterr().out.count(told) == 2  # in the report of each start
-    assert not (tmp_path / guard.FILE).with_suffix(".json.tmp").exists()
+    assert [path.name for path in tmp_path.glob("*guard.json*")] == [guard.FILE]
     with pytest.raises(DmfError, match="config.guard.action: stop -> off"):
         train(parse(merged(GUARDED, guard=dict(action="off"))), tmp_path)
     train(parse(merged(GUARDED, guard=dict(action="off"))), tmp_path, allow_change=True)

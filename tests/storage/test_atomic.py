@@ -49,6 +49,19 @@ def test_what_dead_processes_left_of_a_place_goes_and_all_else_stays(tmp_path, d
     assert sorted(tmp_path.iterdir()) == sorted([*stays[:2], stays[3], tmp_path / name])
 
 
+@pytest.mark.parametrize("durable", [False, True])
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, dead, durable, monkeypatch):
+    place, seen = tmp_path / "x.json", []
+    unfinished = tmp_path / f".x.json.partial-{socket.gethostname()}-{dead}"
+    unfinished.write_text("hal")  # of a process that was killed
+    monkeypatch.setattr(os, "fsync", lambda handle: seen.append(os.fstat(handle).st_ino))
+    atomic.write(place, b"whole", durable)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"] and place.read_bytes() == b"whole"
+    assert seen == [place.stat().st_ino, tmp_path.stat().st_ino] * durable
+    with pytest.raises(OSError):
+        atomic.write(tmp_path / "none" / "x.json", b"whole", durable)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_an_interrupted_file_leaves_what_was_there_before(tmp_path, error):
     (tmp_path / "x").write_text("old")

@@ -199,9 +199,9 @@ def test_lines_and_files_are_the_same_in_both(bucket, tmp_path, root):
     assert rows.read() == [{"step": n} for n in range(3)]
     rows.resume(1)
     assert (folder / "metrics.jsonl").read_text() == '{"step": 0}\n{"step": 1}\n'
-    paths.write(folder / "a" / "x.json" if root == "bucket" else folder / "x.json", "{}", ".tmp")
+    paths.write(folder / "a" / "x.json" if root == "bucket" else folder / "x.json", "{}")
     workdir.append(folder / "starts.jsonl", {"a": 1})
-    paths.write(folder / "starts.jsonl", '{"a": 1}\n{"b"', ".tmp")
+    paths.write(folder / "starts.jsonl", '{"a": 1}\n{"b"')
     workdir.append(folder / "starts.jsonl", {"c": 1})
     assert (folder / "starts.jsonl").read_text() == '{"a": 1}\n{"b"\n{"c": 1}\n'
     assert paths.size(folder / "starts.jsonl") == 23 and paths.absolute(folder) == folder
@@ -290,10 +290,10 @@ def test_without_its_packages_a_bucket_is_one_sentence(bucket, monkeypatch):
 def test_going_back_deletes_what_is_beyond_and_a_failed_save_is_one_sentence(bucket, monkeypatch):
     folder = paths.at("gs://things/back")
     row = {"back_to": 4, "action": "rate", "settled": False}
-    paths.write(folder / guard.FILE, json.dumps([row]), ".json.tmp")
+    paths.write(folder / guard.FILE, json.dumps([row]))
     for step in (4, 6, 8):
         for name in (checkpoint.MANIFEST, "params/d/0"):
-            paths.write(folder / "checkpoints" / str(step) / name, "x", ".json.tmp")
+            paths.write(folder / "checkpoints" / str(step) / name, "x")
     guard.Guard(folder / guard.FILE, folder / "checkpoints", guard.GuardConfig(), False).settle()
     assert [
         path.parent.name for path in (folder / "checkpoints").glob(f"[0-9]*/{checkpoint.MANIFEST}")

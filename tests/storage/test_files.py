@@ -12,7 +12,7 @@ from PIL import Image
 
 from dmf.errors import DmfError
 from dmf.evaluation import pictures
-from dmf.logging import JsonLines, Progress, TensorBoard
+from dmf.logging import Count, JsonLines, Progress, TensorBoard
 from dmf.storage import checkpoint
 from dmf.storage.checkpoint import Checkpoints
 from tests.tiny import Setup
@@ -219,6 +219,30 @@ def test_progress_shows_rate_and_time_left(capsys, monkeypatch):
     assert text[0] == "stage 1    step 1/401  loss 0.75"
     assert text[1] == "stage 1    step 101/401  loss 0.25  10.0 steps/s  0:00:30 left"
     assert "8.5 steps/s" in text[2]  # .7 * 10 + .3 * 5
+
+
+def test_a_count_comes_every_ten_seconds_and_at_its_end(capsys, monkeypatch):
+    now = iter([0.0, 5.0, 10.0, 15.0, 20.0])
+    monkeypatch.setattr("dmf.logging.time.monotonic", lambda: next(now))
+    count = Count("encode", 2000, "images")
+    for done in (500, 1000, 1500, 2000):
+        count.show(done)
+    text = capsys.readouterr().out.splitlines()
+    assert text == [
+        "encode     1,000/2,000 images  100/s  0:00:10 left",
+        "encode     2,000/2,000 images  100/s  0:00:20",
+    ]
+
+
+def test_a_terminal_shows_a_line_of_progress_rewritten(capsys, monkeypatch):
+    monkeypatch.setattr("dmf.logging.sys.stdout.isatty", lambda: True, raising=False)
+    count, progress = Count("encode", 2, "images"), Progress(2, 0)
+    for show in (lambda n: count.show(n), lambda n: progress.show(n, "stage 1", 0.5)):
+        show(1)
+        show(2)
+    first, second, *steps = capsys.readouterr().out.split("\r")[1:]
+    assert first.endswith("\033[K") and second.endswith("\033[K\n")  # the last one is kept
+    assert [line.endswith("\033[K") for line in steps] == [True, True]  # until `pause`
 
 
 def test_a_grid_shows_every_sample_where_it_belongs(tmp_path):
