@@ -53,9 +53,8 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "")
 WORKDIR = flags.DEFINE_string("workdir", None, "")
 OUT = flags.DEFINE_string("out", "", "")
 STEPS = flags.DEFINE_list("steps", ["1"], "")
-SAMPLER = flags.DEFINE_enum(
-    "sampler", "", ["", "few_step", "euler", "heun", "few_step_on_host"], ""
-)
+DRAWN = ("few_step", "euler", "heun", "few_step_on_host")  # dmf.method.samplers loads jax too
+SAMPLER = flags.DEFINE_enum("sampler", "", ["", *DRAWN], "")
 EMA = flags.DEFINE_list("ema", [], "")
 COUNT = flags.DEFINE_integer("count", 0, "", lower_bound=0)
 SEED = flags.DEFINE_integer("seed", None, "", lower_bound=0, upper_bound=2**32 - 1)
@@ -252,9 +251,8 @@ def overview() -> str:
 def main(argv: list[str]) -> None:
     """Runs one command, after absl has read the flags. Raises DmfError for a wrong one."""
     if len(argv) > 1:
-        raise DmfError(
-            f"argument {argv[1]!r}: expected only flags, such as --config=configs/digits.py"
-        )
+        wanted = "expected only flags, such as --config=configs/digits.py"
+        raise DmfError(f"argument {argv[1]!r}: {wanted}")
     command = COMMANDS[MODE.value]
     for name in sorted({name for row in COMMANDS.values() for name in row.flags}):
         if flags.FLAGS[name].present and name not in command.flags:

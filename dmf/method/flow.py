@@ -32,14 +32,6 @@ PAIRINGS: dict[str, Callable[[Array, Array], tuple[Array, Array]]] = {
 }
 
 
-# How two draws become (r, t).
-PAIRINGS: dict[str, Callable[[Array, Array], tuple[Array, Array]]] = {
-    "sorted": lambda r, t: (jnp.minimum(r, t), jnp.maximum(r, t)),
-    "min": lambda r, t: (jnp.minimum(r, t), t),
-    "zero": lambda r, t: (jnp.zeros_like(r), t),
-}
-
-
 @dataclass(frozen=True)
 class TimeLaw:
     """Law of (r, t): two logit-normal draws, a rule that joins them, and the share of r < t.
