@@ -53,8 +53,8 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "")
 WORKDIR = flags.DEFINE_string("workdir", None, "")
 OUT = flags.DEFINE_string("out", "", "")
 STEPS = flags.DEFINE_list("steps", ["1"], "")
-DRAWN = ("few_step", "euler", "heun", "few_step_on_host")  # dmf.method.samplers loads jax too
-SAMPLER = flags.DEFINE_enum("sampler", "", ["", *DRAWN], "")
+SAMPLERS = ("few_step", "euler", "heun", "few_step_on_host")  # dmf.method.samplers loads jax too
+SAMPLER = flags.DEFINE_enum("sampler", "", ["", *SAMPLERS], "")
 EMA = flags.DEFINE_list("ema", [], "")
 COUNT = flags.DEFINE_integer("count", 0, "", lower_bound=0)
 SEED = flags.DEFINE_integer("seed", None, "", lower_bound=0, upper_bound=2**32 - 1)

@@ -275,7 +275,7 @@ def test_help_names_every_command_and_flag_and_loads_no_jax():
         assert f"{kind:<16} {about}" in text
     words = re.split(r"[\s,]+", text)
     assert set(PROTOCOLS) | set(SAMPLERS) <= set(words)
-    assert tuple(SAMPLERS) == main.DRAWN
+    assert tuple(SAMPLERS) == main.SAMPLERS
     assert max(map(len, text.splitlines())) <= 100
     assert not {"jax", "jaxlib", "tensorflow", "flax", "numpy"} & modules
 

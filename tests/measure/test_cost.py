@@ -274,7 +274,7 @@ def test_batches_of_latents_have_std_in_benchmark_and_plan(monkeypatch):
 
 
 def test_the_note_names_the_kinds_whose_attention_the_counts_leave_out():
-    kernels = dict(flow="cudnn", trajectory="xla", discrete="chunked", jvp="chunked")
+    kernels = dict(plain="cudnn", difference="chunked", derivative="chunked")
     about = {"attention": kernels, "microbatches": 1, "scan_blocks": False}
     kinds = ["flow", "discrete", "discrete", "guided_jvp"]
     loops, fused = benchmark._uncounted(about, kinds)

@@ -17,7 +17,7 @@ from dmf import fields, sharding, step
 from dmf.config import check, parse
 from dmf.errors import DmfError
 from dmf.evaluation import pictures
-from dmf.measure import benchmark, tpu_plan
+from dmf.measure import benchmark, topologies, tpu_plan
 from dmf.measure.cost import Compilations
 from dmf.method import curriculum, velocity
 from dmf.method.curriculum import CurriculumConfig, build_stages, rho_at, stage_at, table
@@ -376,7 +376,7 @@ def test_the_benchmark_counts_the_pass_that_is_compiled():
 def test_a_plan_that_was_made_before_the_choice_came_stands(monkeypatch):
     rows = json.loads((ROOT / "docs" / "tpu_plan.json").read_text())["rows"]
     values = imagenet256.get_config("XL").to_dict()
-    monkeypatch.setattr(tpu_plan, "_libtpu_version", lambda: "any")
+    monkeypatch.setattr(topologies, "libtpu_version", lambda: "any")
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
 
     def program(**changes):

@@ -12,9 +12,9 @@ import pytest
 from dmf import sharding
 from dmf.config import check, parse
 from dmf.errors import DmfError
-from dmf.measure import tpu_plan
+from dmf.measure import topologies, tpu_plan
 from dmf.method import curriculum, intervals
-from dmf.method.curriculum import build_stages, table
+from dmf.method.curriculum import CurriculumConfig, build_stages, table
 from dmf.method.flow import Rows, RowSplit
 from dmf.method.intervals import BINS, dagger, interval_rule, linear
 from dmf.method.objectives import LossConfig
@@ -25,6 +25,7 @@ from tests.method.test_objectives import random_net
 from tests.tiny import TINY, Setup, merged, residuals
 
 FLOOR = interval_rule("floor", 0.25)
+RULES = CurriculumConfig(interval="floor", interval_floor=0.25)
 ADAPTIVE = merged(TINY, curriculum=dict(interval="adaptive", interval_halflife_images=100.0))
 
 
@@ -54,12 +55,12 @@ def test_pure_noise_learns_under_the_floor():
 
 
 def test_the_table_of_stages_says_what_the_rules_do_to_d():
-    stages = build_stages(FLOOR, 8, 1000)
+    stages = build_stages(RULES, 8, 1000)
     for name, mark, words in (
         ("floor", "+", "to 0.25 d at least"),
         ("adaptive", "*", "at least 0.25; 1 at the start"),
     ):
-        lines = table(stages, dataclasses.replace(FLOOR, interval=name), 0.25).splitlines()
+        lines = table(stages, dataclasses.replace(RULES, interval=name), 0.25).splitlines()
         assert (
             lines[2].split()[3] == f"0.5{mark}"
             and lines[-1].startswith(mark)
@@ -302,7 +303,7 @@ def test_a_checkpoint_without_a_table_loads_where_none_is_wanted_and_is_refused_
 
 
 def test_a_plan_lowers_the_adaptive_step_and_tells_it_from_others(monkeypatch):
-    monkeypatch.setattr(tpu_plan, "_libtpu_version", lambda: "any")
+    monkeypatch.setattr(topologies, "libtpu_version", lambda: "any")
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     config = parse(ADAPTIVE)
     tpu_plan._lower(config, mesh, "discrete", (8, 8, 1))

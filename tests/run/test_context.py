@@ -76,7 +76,7 @@ def test_a_run_and_a_resumed_run_compile_each_program_once(tmp_path):
 
 def test_an_error_meanwhile_ends_the_process_at_once():
     code = (
-        "import time, jax, main; from dmf.run import context\n"
+        "import time, jax; from dmf import main; from dmf.run import context\n"
         "context.compiling(jax.jit(lambda x: time.sleep(600)), 1.0)\n"
         "main._stop(2, 'error: the weights cannot be read')"
     )
