@@ -245,7 +245,7 @@ def _check_run(config: Config, dataset_size: int) -> None:
             f"config.microbatches = {config.microbatches}: expected a divisor of batch_size "
             f"{config.batch_size}"
         )
-    if config.ema.index() is None and config.loss.tangent in velocity.FROZEN:
+    if config.ema.index() is None and config.loss.tangent in velocity.AVERAGED:
         raise DmfError(
             f"config.loss.tangent = {config.loss.tangent!r} with config.ema.evaluate = 0: expected "
             "the half-life of the EMA to go along"

@@ -108,7 +108,7 @@ def make_train_step(
         nonfinite_leaf                 index in jax.tree.leaves, or -1
     """
     split, of_rows = split_for(kind, config, mesh), sharding.rows(mesh)
-    average = config.ema.index() if config.loss.tangent in velocity.FROZEN else None
+    average = config.ema.index() if config.loss.tangent in velocity.AVERAGED else None
     part = split.micro(config.microbatches)
     loss = partial(stage_loss, kind=kind, network=network, config=config, split=part)
     gradient = make_gradient(loss, split, config.microbatches, mesh)
@@ -245,9 +245,8 @@ def stage_residuals(
     if about.guided:
         v_g = guided_velocity(still, params, rows, config.network.num_classes, config.guidance)
         rows = rows._replace(v=v_g)
-    tangent = None  # v itself
-    if config.loss.tangent != velocity.DATA:
-        tangent = velocity.tangent(config.loss.tangent, still, params, frozen)
+    direction = velocity.TANGENTS[config.loss.tangent]
+    tangent = direction(still, params, frozen) if direction else None  # v itself
     rule = objectives.Rule(config.loss, partial(_rule(config, sums), rho), tangent)
     return rows, about.residual(net, params, rows, split, rule)
 

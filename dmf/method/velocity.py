@@ -9,28 +9,13 @@ The target keeps v in all three. `dmf.method.guidance` holds the velocity that r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import jax
 
 if TYPE_CHECKING:
     from dmf.method.flow import Net, Tangent
-
-DATA = "data"
-# Direction -> the frozen weights that it needs, by their name in `frozen`.
-FROZEN = {"ema": "average"}
-TANGENTS = (DATA, "own", *FROZEN)
-
-
-def tangent(name: str, net: Net, params: object, frozen: Mapping[str, object]) -> Tangent | None:
-    """The direction of this name, None for the velocity v of the rows.
-
-    net: the network in evaluation mode. frozen: trees by name, as the loss gets them.
-    """
-    if name == DATA:
-        return None
-    return along_own(net, frozen[FROZEN[name]] if name in FROZEN else params)
 
 
 def along_own(net: Net, params: object) -> Tangent:
@@ -41,6 +26,17 @@ def along_own(net: Net, params: object) -> Tangent:
     No gradient reaches params. net: without dropout.
     """
     return lambda rows: net(jax.lax.stop_gradient(params), rows._replace(r=rows.t))
+
+
+# Direction -> what makes it of (net, weights that are trained, frozen trees); None for v itself.
+# net is the network in evaluation mode.
+DATA = "data"
+TANGENTS: dict[str, Callable[[Net, object, Mapping[str, object]], Tangent] | None] = {
+    DATA: None,
+    "own": lambda net, params, frozen: along_own(net, params),
+    "ema": lambda net, params, frozen: along_own(net, frozen["average"]),
+}
+AVERAGED = ("ema",)  # directions that need the evaluated average among the frozen trees
 
 
 def passes(name: str) -> int:
