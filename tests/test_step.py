@@ -263,9 +263,8 @@ def test_the_network_says_which_parameters_are_frozen():
 
 def test_the_loss_hands_progress_and_times_to_the_weight(monkeypatch):
     setup, seen = Setup(), []
-    monkeypatch.setattr(
-        weights, "adaptive", lambda p, eps: lambda *args: seen.append(args) or jnp.ones(())
-    )
+    watched = lambda p, eps: lambda *args: seen.append(args) or jnp.ones(())  # noqa: E731
+    monkeypatch.setitem(weights.WEIGHTS, "adaptive", watched)
     split = step.split_for("all_pairs", setup.config, setup.mesh)
     rows = step.draw_rows(jnp.int32(0), setup.batch(0), split=split, config=setup.config)
     how = dict(kind="all_pairs", network=setup.network, config=setup.config, split=split)
