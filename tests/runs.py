@@ -8,11 +8,11 @@ from dmf.evaluation.boundary import RunJudge
 from dmf.run import context
 from dmf.run.report import Report
 from dmf.storage.checkpoint import Checkpoints
-from tests.tiny import TINY, merged
+from tests.tiny import MLP, merged
 
 # One program and two stages, scored by nothing.
 QUICK = merged(
-    TINY, curriculum=dict(stages=2, kinds=("all_pairs",) * 2, length=12.0, pretrain_length=0.0)
+    MLP, curriculum=dict(stages=2, kinds=("all_pairs",) * 2, length=12.0, pretrain_length=0.0)
 )
 
 train = partial(trainer.train, judge=RunJudge)

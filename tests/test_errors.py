@@ -16,7 +16,7 @@ from dmf.evaluation.protocols import PROTOCOLS
 from dmf.method.samplers import SAMPLERS
 from dmf.run import sigterm
 from tests import ROOT, devices
-from tests.tiny import TINY
+from tests.tiny import MLP
 
 DIGITS = "--config=configs/digits.py"
 
@@ -59,7 +59,7 @@ def trained(tmp_path_factory):
     from tests import runs
 
     workdir = tmp_path_factory.mktemp("trained")
-    runs.train(parse(TINY), workdir)
+    runs.train(parse(MLP), workdir)
     return workdir
 
 

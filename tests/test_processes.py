@@ -16,12 +16,12 @@ from dmf.storage import checkpoint
 from tests import ROOT
 from tests import devices as flags_of
 from tests.runs import rows, train
-from tests.tiny import TINY, Setup, merged
+from tests.tiny import MLP, Setup, merged
 
 STEPS = 12
 # Two programs, so that there is one switch. The network is just wide enough to be split.
 VALUES = merged(
-    TINY,
+    MLP,
     network=dict(width=64),
     optimizer=dict(eps=1e-4),
     mesh=dict(replica=1, fsdp=0),

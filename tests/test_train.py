@@ -20,7 +20,7 @@ from dmf.method import curriculum
 from dmf.run.report import Report
 from dmf.storage import checkpoint, paths
 from tests import ROOT, devices, runs
-from tests.tiny import TINY, merged
+from tests.tiny import MLP, merged
 
 ENV = {**os.environ, "XLA_FLAGS": devices(1), "PYTHONUNBUFFERED": "1"}  # one device, as on a laptop
 
@@ -51,7 +51,7 @@ def leaves(folder):
 def finished(tmp_path_factory):
     """A finished tiny run and its scores."""
     workdir = tmp_path_factory.mktemp("finished")
-    scores = runs.train(parse(TINY), workdir)
+    scores = runs.train(parse(MLP), workdir)
     return workdir, scores
 
 
@@ -100,7 +100,7 @@ def test_the_same_command_on_a_finished_run_changes_no_file_but_the_closing_pict
 
     before = {p: s for p, s in state_of().items() if p.is_file() and p.suffix != ".jsonl"}
     logs = {p: p.read_text() for p in workdir.glob("*s.jsonl") if p.name != "starts.jsonl"}
-    assert runs.train(parse(TINY), workdir) == scores
+    assert runs.train(parse(MLP), workdir) == scores
     assert {p: s for p, s in state_of().items() if p in before} == before
     assert len(logs) == 2 and {p: p.read_text() for p in logs} == logs
     assert "start     step 12 of 12, resuming" in capsys.readouterr().out
@@ -112,7 +112,7 @@ def test_the_whole_run_compiles_one_program_per_kind(tmp_path):
         ("keep", {}),
         ("reset", dict(switch_optimizer="reset", switch_ema="reset")),
     ):
-        run = runs.open_run(parse(merged(TINY, curriculum=switch)), tmp_path / name)
+        run = runs.open_run(parse(merged(MLP, curriculum=switch)), tmp_path / name)
         runs.loop(run)
         run.close()
         assert {kind: program._cache_size() for kind, program in run.steps.items()} == {
@@ -125,7 +125,7 @@ def test_the_whole_run_compiles_one_program_per_kind(tmp_path):
 
 def test_a_run_without_a_judge_trains_alike_without_pictures_and_scores(finished, tmp_path):
     workdir, _ = finished
-    assert trainer.train(parse(TINY), tmp_path) == []
+    assert trainer.train(parse(MLP), tmp_path) == []
     for a, b in zip(
         leaves(tmp_path / "checkpoints" / "12"), leaves(workdir / "checkpoints" / "12"), strict=True
     ):
@@ -134,7 +134,7 @@ def test_a_run_without_a_judge_trains_alike_without_pictures_and_scores(finished
     assert not list(tmp_path.glob("*.png")) and not (tmp_path / "samples").exists()
     best = '{"step": 6, "main": 1.0}'
     (tmp_path / "best.json").write_text(best)  # as a start with a judge has left it
-    trainer.train(parse(TINY), tmp_path)
+    trainer.train(parse(MLP), tmp_path)
     assert (tmp_path / "best.json").read_text() == best
 
 
@@ -162,8 +162,8 @@ def test_resume_in_every_phase_ends_in_the_same_bits(finished, tmp_path):
     workdir, _ = finished
     expected = leaves(workdir / "checkpoints" / "12")
     for n in (3, 4, 5, 8, 11):
-        stopped_after(n, TINY, tmp_path / str(n))
-        runs.train(parse(TINY), tmp_path / str(n))
+        stopped_after(n, MLP, tmp_path / str(n))
+        runs.train(parse(MLP), tmp_path / str(n))
         for a, b in zip(leaves(tmp_path / str(n) / "checkpoints" / "12"), expected, strict=True):
             np.testing.assert_array_equal(a, b)
         for log in ("metrics.jsonl", "scores.jsonl"):
@@ -214,7 +214,7 @@ def test_sigkill_at_random_times_ends_in_the_same_bits(tmp_path):
 def test_after_pretraining_the_run_goes_on_from_the_averaged_flow_model(finished):
     workdir, _ = finished
     _, ema = pretrained.load(workdir / "checkpoints" / "4")
-    config = parse(TINY)
+    config = parse(MLP)
     run = runs.open_run(config, workdir)
     found = run.checkpoints.restore_latest(runs.begin(run))
     run.close()
@@ -236,7 +236,7 @@ def test_a_run_from_a_flow_checkpoint_starts_as_the_run_that_pretrained_it(finis
     # random numbers differ, because they depend on the step number.
     workdir, _ = finished
     config = parse(
-        merged(TINY, init=str(workdir / "checkpoints" / "4"), curriculum=dict(pretrain_length=0.0))
+        merged(MLP, init=str(workdir / "checkpoints" / "4"), curriculum=dict(pretrain_length=0.0))
     )
     run = runs.open_run(config, tmp_path)
     start = runs.begin(run)
@@ -255,7 +255,7 @@ def test_a_run_from_a_flow_checkpoint_starts_as_the_run_that_pretrained_it(finis
 def test_a_started_run_needs_its_flow_model_no_more(finished, tmp_path):
     workdir, _ = finished
     subprocess.run(["cp", "-r", workdir / "checkpoints" / "4", tmp_path / "flow"], check=True)
-    values = merged(TINY, init=str(tmp_path / "flow"), curriculum=dict(pretrain_length=0.0))
+    values = merged(MLP, init=str(tmp_path / "flow"), curriculum=dict(pretrain_length=0.0))
     run = runs.open_run(parse(values), tmp_path / "run")
     first = runs.begin(run)
     run.close()
@@ -291,7 +291,7 @@ def test_a_bad_number_stops_the_run_is_named_and_never_saved(tmp_path):
     with pytest.raises(
         DmfError, match=r"step \d+ \(pretrain, flow\): \w+ = (nan|inf).*expected finite values"
     ) as caught:
-        runs.train(parse(merged(TINY, **change)), tmp_path)
+        runs.train(parse(merged(MLP, **change)), tmp_path)
     bad = int(re.match(r"step (\d+)", str(caught.value))[1])
     assert sorted(int(p.name) for p in (tmp_path / "checkpoints").glob("[0-9]*")) == list(
         range(1, bad)
@@ -301,40 +301,40 @@ def test_a_bad_number_stops_the_run_is_named_and_never_saved(tmp_path):
 def test_a_work_directory_belongs_to_one_config(finished):
     workdir, _ = finished
     with pytest.raises(DmfError, match=r"another config: config.loss.p: 0.5 -> 0.75; expected"):
-        runs.train(parse(merged(TINY, loss=dict(p=0.75))), workdir)
+        runs.train(parse(merged(MLP, loss=dict(p=0.75))), workdir)
     runs.open_run(
-        parse(merged(TINY, run=dict(log_every_steps=5))), workdir
+        parse(merged(MLP, run=dict(log_every_steps=5))), workdir
     ).close()  # logging may change
 
 
 def test_a_failed_first_command_does_not_tie_the_directory(tmp_path):
     with pytest.raises(DmfError, match="checkpoint nowhere: no such file"):
-        runs.train(parse(merged(TINY, init="nowhere")), tmp_path)
+        runs.train(parse(merged(MLP, init="nowhere")), tmp_path)
     with pytest.raises(DmfError, match="finite"):
         runs.train(
-            parse(merged(TINY, optimizer=dict(pretrain_learning_rate=1e30, clip_norm=0.0))),
+            parse(merged(MLP, optimizer=dict(pretrain_learning_rate=1e30, clip_norm=0.0))),
             tmp_path,
         )
-    runs.open_run(parse(TINY), tmp_path).close()
+    runs.open_run(parse(MLP), tmp_path).close()
 
 
 def test_scores_asked_for_only_after_the_end_do_not_break_it(finished, tmp_path):
     workdir, _ = finished
     copy = tmp_path / "copy"
     subprocess.run(["cp", "-r", workdir, copy], check=True)
-    runs.train(parse(merged(TINY, run=dict(score_samples=64))), copy)
+    runs.train(parse(merged(MLP, run=dict(score_samples=64))), copy)
 
 
 def test_a_kill_inside_the_very_first_save_is_a_fresh_start(finished, tmp_path):
     workdir, _ = finished
-    runs.open_run(parse(TINY), tmp_path).close()
+    runs.open_run(parse(MLP), tmp_path).close()
     subprocess.run(
         ["cp", "-r", workdir / "checkpoints" / "4", tmp_path / "checkpoints" / "3"], check=True
     )
     (
         tmp_path / "checkpoints" / "3" / checkpoint.MANIFEST
     ).unlink()  # what a kill just before the manifest leaves
-    runs.train(parse(TINY), tmp_path)
+    runs.train(parse(MLP), tmp_path)
     for a, b in zip(
         leaves(tmp_path / "checkpoints" / "12"), leaves(workdir / "checkpoints" / "12"), strict=True
     ):
@@ -360,7 +360,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_taken(
         if file.is_file() and "/d/" in str(file):
             file.write_bytes(file.read_bytes()[:50])
     (copy / "checkpoints" / "13").mkdir()  # what a crashed file system may leave
-    runs.train(parse(TINY), copy)
+    runs.train(parse(MLP), copy)
     assert "checkpoints/12: file params/" in caplog.text and "it is skipped" in caplog.text
     assert "checkpoints/13: no manifest.json, so its save was not completed" in caplog.text
     for a, b in zip(
@@ -378,7 +378,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_taken(
 )
 def test_an_unfit_start_is_refused(finished, tmp_path, change, message):
     workdir, _ = finished
-    values = merged(merged(TINY, init=str(workdir)), **change)
+    values = merged(merged(MLP, init=str(workdir)), **change)
     with pytest.raises(DmfError, match=message):
         runs.train(parse(values), tmp_path / "run")
 
@@ -391,8 +391,8 @@ exec(WITHOUT_TENSORFLOW)
 from dmf.evaluation import sampling
 from dmf.config import parse
 from tests import runs
-from tests.tiny import TINY, merged
-runs.train(parse(merged(TINY, run=dict(tensorboard=True))), {str(tmp_path)!r})
+from tests.tiny import MLP, merged
+runs.train(parse(merged(MLP, run=dict(tensorboard=True))), {str(tmp_path)!r})
 sampling.write_samples({str(tmp_path)!r}, [1, 2], 5, "")
 assert not any(name.split(".")[0] in ("tensorflow", "tensorboard", "clu") for name in sys.modules)
 """

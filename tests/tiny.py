@@ -51,6 +51,9 @@ UNET = dict(
     data=dict(name="digits", flip=True, augment=0.12),
 )
 
+# The least to trace and compile: for tests of runs, which are not about the network.
+MLP = dict(TINY, label_dropout=0.0, network=dict(kind="mlp", width=32, depth=1))
+
 
 def merged(base, **changes):
     """A config as a nested dict with the given sections updated and other keys replaced."""

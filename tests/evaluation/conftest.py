@@ -13,7 +13,7 @@ from dmf.evaluation import features, scoring
 from dmf.evaluation.judge import Setting
 from dmf.storage import checkpoint
 from tests.runs import train
-from tests.tiny import TINY, merged
+from tests.tiny import MLP, merged
 
 PIXELS = {
     **{
@@ -33,7 +33,7 @@ def place(tmp_path_factory):
     """A run of seconds, a protocol of pixels, and a reference of the digits by it."""
     folder = tmp_path_factory.mktemp("scores")
     values = merged(
-        TINY, curriculum=dict(stages=1, kinds=("all_pairs",), length=3.0, pretrain_length=0.0)
+        MLP, curriculum=dict(stages=1, kinds=("all_pairs",), length=3.0, pretrain_length=0.0)
     )
 
     train(parse(values), folder / "run")

@@ -12,7 +12,7 @@ from dmf.evaluation.judge import Setting
 from dmf.storage import checkpoint
 from tests.evaluation.conftest import written
 from tests.runs import train
-from tests.tiny import TINY, merged
+from tests.tiny import MLP, merged
 
 
 def test_a_run_scores_itself_by_a_protocol_and_keeps_its_best_checkpoint(place, tmp_path):
@@ -28,7 +28,7 @@ def test_a_run_scores_itself_by_a_protocol_and_keeps_its_best_checkpoint(place, 
     kinds = ("all_pairs", "discrete", "discrete")
     config = parse(
         merged(
-            TINY, curriculum=dict(stages=3, kinds=kinds, length=9.0, pretrain_length=3.0), run=run
+            MLP, curriculum=dict(stages=3, kinds=kinds, length=9.0, pretrain_length=3.0), run=run
         )
     )
     rows = train(config, tmp_path / "run")
@@ -53,10 +53,10 @@ def test_scores_of_other_settings_are_no_rivals_for_the_best(place, tmp_path):
     )
     with pytest.raises(DmfError, match="no best checkpoint is known"):
         checkpoint.find(tmp_path / "run" / "best")
-    first = train(parse(merged(TINY, curriculum=kinds, run=run)), tmp_path / "run")
+    first = train(parse(merged(MLP, curriculum=kinds, run=run)), tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
     again = train(
-        parse(merged(TINY, curriculum=kinds, run=run | {"score_samples": 128})), tmp_path / "run"
+        parse(merged(MLP, curriculum=kinds, run=run | {"score_samples": 128})), tmp_path / "run"
     )
     assert [row["step"] for row in again if row["nfe"] == 1] == [2, 4]
     assert (
@@ -74,7 +74,7 @@ def test_the_label_rule_is_the_protocols_in_training_as_in_scoring(place, tmp_pa
     for rule in protocols.LABELS:
         name = written(tmp_path, f"{rule}.json", labels=rule, metrics=["fid"], count=64)
         run = dict(protocol=name, reference=str(place / "ref.npz"), score_samples=64)
-        rows = train(parse(merged(TINY, curriculum=kinds, run=run)), tmp_path / rule)
+        rows = train(parse(merged(MLP, curriculum=kinds, run=run)), tmp_path / rule)
         setting = Setting(name, "", str(place / "ref.npz"))
         again = scoring.score_checkpoint(
             tmp_path / rule, setting, [1], out=str(tmp_path / f"{rule}_out.json")

@@ -28,7 +28,7 @@ from dmf.method.velocity import along_own
 from dmf.networks import Network
 from tests import ROOT, runs
 from tests.test_train import leaves, stopped_after
-from tests.tiny import TINY, Setup, merged, residuals
+from tests.tiny import MLP, TINY, Setup, merged, residuals
 
 SMOOTH = CurriculumConfig(stages=6, q=2.0, length=600.0, schedule="smooth")
 
@@ -149,7 +149,7 @@ def test_the_step_is_told_the_schedule_and_compiles_once():
 
 def test_a_smooth_run_logs_its_interval_and_resumes_in_the_same_bits(tmp_path):
     values = merged(
-        TINY, curriculum=dict(schedule="smooth", stages=4, length=12.0, pretrain_length=0.0)
+        MLP, curriculum=dict(schedule="smooth", stages=4, length=12.0, pretrain_length=0.0)
     )
     whole = resumed_ends_as_uninterrupted(values, tmp_path, (7,))
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]

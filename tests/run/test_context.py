@@ -14,7 +14,7 @@ from dmf.run import context
 from dmf.storage.checkpoint import FOLDER
 from tests import runs
 from tests.test_train import ENV, ROOT
-from tests.tiny import TINY, merged
+from tests.tiny import MLP, merged
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -61,7 +61,7 @@ def test_what_cannot_be_compiled_is_told_by_the_call_alone(capfd):
 
 
 def test_a_run_and_a_resumed_run_compile_each_program_once(tmp_path):
-    config = merged(TINY, run=dict(checkpoint_every_steps=1, keep_checkpoints=20))
+    config = merged(MLP, run=dict(checkpoint_every_steps=1, keep_checkpoints=20))
     for first in (0, 5):  # the second start is inside a stage
         run = runs.open_run(parse(config), tmp_path)
         with Heard() as names:

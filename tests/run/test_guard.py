@@ -13,7 +13,7 @@ from dmf.run.guard import Diverged, Guard, GuardConfig
 from dmf.state import ema_decays, learning_rate
 from dmf.storage.manifest import write_manifest
 from tests.runs import train
-from tests.tiny import TINY, merged
+from tests.tiny import MLP, merged
 
 CONFIG = GuardConfig(every_steps=1, action="jvp", factor=4.0, ulps=1.0)
 CALM = {"residual_border": 1.0, "residual_median": 2.0, "change_ulps": 100.0}
@@ -69,7 +69,7 @@ def test_a_file_that_holds_no_interventions_is_one_line(tmp_path, text):
     with pytest.raises(
         DmfError, match=r"guard.json cannot be read: \w+: .*; expected what dmf wrote there"
     ):
-        train(parse(TINY), tmp_path)
+        train(parse(MLP), tmp_path)
     assert (tmp_path / guard.FILE).read_text() == text
 
 
@@ -239,8 +239,8 @@ def test_an_unknown_action_and_an_action_without_probes_are_refused():
         DmfError,
         match=r"config.guard.action = 'pray': expected one of off, stop, jvp, halve, floor, rate",
     ):
-        parse(merged(TINY, guard=dict(action="pray")))
+        parse(merged(MLP, guard=dict(action="pray")))
     with pytest.raises(
         DmfError, match=r"config.guard.every_steps = 0 with config.guard.action = 'jvp'"
     ):
-        check(parse(merged(TINY, guard=dict(action="jvp"))), 10, 1000)
+        check(parse(merged(MLP, guard=dict(action="jvp"))), 10, 1000)

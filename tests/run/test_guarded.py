@@ -14,15 +14,16 @@ from dmf.run.guard import Guard
 from dmf.run.probe import Probe
 from dmf.run.scoreboard import Scoreboard
 from dmf.run.sigterm import Stop
-from tests.runs import train
+from dmf.train import train
+from tests import runs
 from tests.test_train import leaves
-from tests.tiny import TINY, merged
+from tests.tiny import MLP, merged
 
 CALM = {"residual_border": 1.0, "residual_median": 2.0, "change_ulps": 100.0}
 # Pretraining of 4 steps, then 2 steps each: all_pairs, d = 1/2, d = 1/4, jvp.
 # There are checkpoints at stage boundaries only.
 GUARDED = merged(
-    TINY, guard=dict(every_steps=1, rows=8, action="jvp"), run=dict(checkpoint_every_steps=100)
+    MLP, guard=dict(every_steps=1, rows=8, action="jvp"), run=dict(checkpoint_every_steps=100)
 )
 
 
@@ -68,7 +69,7 @@ def test_a_run_hands_over_to_jvp_and_says_so(tmp_path, diverges, capsys):
     )
     line += "2; back to step 8, the discrete stages left are jvp stages now"
     assert capsys.readouterr().out.count(line) == 2  # when it happens, and below the closing table
-    plain = merged(TINY, curriculum=dict(stages=4, kinds=("all_pairs", "discrete", "jvp", "jvp")))
+    plain = merged(MLP, curriculum=dict(stages=4, kinds=("all_pairs", "discrete", "jvp", "jvp")))
     train(parse(plain), tmp_path / "plain")
     for a, b in zip(state_of(tmp_path), state_of(tmp_path / "plain"), strict=True):
         np.testing.assert_array_equal(a, b)  # the way back leaves no trace in the weights
@@ -111,6 +112,16 @@ def end_of(workdir):
     return logs, [leaf.tobytes() for leaf in leaves(workdir / "checkpoints" / "20")]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The end of a run that goes back once, and that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        climbs(patch, 2.0, 4.5, 4.5, 9.0)
+        train(parse(LONGER), folder)
+    return end_of(folder)
+
+
 @pytest.mark.parametrize(
     "where, name, call, after",
     [
@@ -122,7 +133,9 @@ def end_of(workdir):
         (Guard, "_write", 2, True),
     ],
 )
-def test_a_kill_in_an_intervention_changes_nothing(tmp_path, monkeypatch, where, name, call, after):
+def test_a_kill_in_an_intervention_changes_nothing(
+    tmp_path, monkeypatch, whole, where, name, call, after
+):
     calls, real = [], getattr(where, name)
 
     def killed(*given):
@@ -134,15 +147,13 @@ def test_a_kill_in_an_intervention_changes_nothing(tmp_path, monkeypatch, where,
             raise KeyboardInterrupt
 
     climbs(monkeypatch, 2.0, 4.5, 4.5, 9.0)
-    train(parse(LONGER), tmp_path / "whole")
-    climbs(monkeypatch, 2.0, 4.5, 4.5, 9.0)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(where, name, killed)
         train(parse(LONGER), tmp_path / "killed")
     train(parse(LONGER), tmp_path / "killed")
     (row,) = json.loads((tmp_path / "killed" / guard.FILE).read_text())
     assert (row["step"], row["back_to"]) == (16, 13)
-    assert end_of(tmp_path / "killed") == end_of(tmp_path / "whole")
+    assert end_of(tmp_path / "killed") == whole
 
 
 class AskedAfter(Stop):
@@ -159,30 +170,29 @@ class AskedAfter(Stop):
             self.ask()
 
 
-@pytest.mark.parametrize("asked", [13, 14])
-def test_a_run_that_was_asked_to_stop_goes_back_no_less_far(tmp_path, monkeypatch, asked):
+def test_a_run_that_was_asked_to_stop_goes_back_no_less_far(tmp_path, monkeypatch):
     values = parse(merged(LONGER, run=dict(checkpoint_every_steps=3, keep_checkpoints=2)))
     climbs(monkeypatch, 2.0, 2.0, 2.0, 9.0)
     train(values, tmp_path / "whole")
-    climbs(monkeypatch, 2.0, 2.0, 2.0, 9.0)
-    train(values, tmp_path / "asked", stop=AskedAfter(asked))
-    assert (tmp_path / "asked" / "checkpoints" / str(asked) / "manifest.json").exists()
-    train(values, tmp_path / "asked")
-    (row,) = json.loads((tmp_path / "asked" / guard.FILE).read_text())
-    assert (row["step"], row["back_to"]) == (16, 15)
-    assert end_of(tmp_path / "asked") == end_of(tmp_path / "whole")
+    for asked in (13, 14):
+        folder = tmp_path / f"asked {asked}"
+        climbs(monkeypatch, 2.0, 2.0, 2.0, 9.0)
+        train(values, folder, stop=AskedAfter(asked))
+        assert (folder / "checkpoints" / str(asked) / "manifest.json").exists()
+        train(values, folder)
+        (row,) = json.loads((folder / guard.FILE).read_text())
+        assert (row["step"], row["back_to"]) == (16, 15)
+        assert end_of(folder) == end_of(tmp_path / "whole")
     climbs(monkeypatch, 2.0, 2.0, 9.0)
-    train(values, tmp_path / "again", stop=AskedAfter(asked))
+    train(values, tmp_path / "again", stop=AskedAfter(14))
     train(values, tmp_path / "again")
     (row,) = json.loads((tmp_path / "again" / guard.FILE).read_text())
-    assert (row["step"], row["back_to"]) == (
-        15,
-        12,
-    )  # not to the checkpoint that the request has made
+    # It goes not to the checkpoint that the request has made.
+    assert (row["step"], row["back_to"]) == (15, 12)
 
 
 def test_a_run_that_is_asked_to_stop_while_the_guard_goes_back_starts_nothing_more(
-    tmp_path, monkeypatch, capsys
+    tmp_path, monkeypatch, whole, capsys
 ):
     stop, real = Stop(), Guard.intervene
 
@@ -190,8 +200,6 @@ def test_a_run_that_is_asked_to_stop_while_the_guard_goes_back_starts_nothing_mo
         stop.ask()
         real(self, *given)
 
-    climbs(monkeypatch, 2.0, 4.5, 4.5, 9.0)
-    train(parse(LONGER), tmp_path / "whole")
     climbs(monkeypatch, 2.0, 4.5, 4.5, 9.0)
     with monkeypatch.context() as patch:
         patch.setattr(Guard, "intervene", intervene)
@@ -202,7 +210,7 @@ def test_a_run_that_is_asked_to_stop_while_the_guard_goes_back_starts_nothing_mo
     (row,) = json.loads((tmp_path / "asked" / guard.FILE).read_text())
     assert not row["settled"]
     train(parse(LONGER), tmp_path / "asked")
-    assert end_of(tmp_path / "asked") == end_of(tmp_path / "whole")
+    assert end_of(tmp_path / "asked") == whole
 
 
 def test_stop_leaves_the_last_good_state_and_a_report_again_and_again(tmp_path, diverges, capsys):
@@ -251,9 +259,9 @@ def test_samples_that_are_not_finite_are_a_divergence(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Scoreboard, "add", once)
     with pytest.raises(DmfError, match="samples has non-finite values in 3 of 4 images"):
-        train(parse(TINY), tmp_path / "off")
+        runs.train(parse(MLP), tmp_path / "off")
     done.clear()
-    train(parse(GUARDED), tmp_path / "jvp")
+    runs.train(parse(GUARDED), tmp_path / "jvp")
     (row,) = json.loads((tmp_path / "jvp" / guard.FILE).read_text())
     assert (row["step"], row["stage"], row["action"]) == (8, "stage 1", "jvp") and row[
         "back_to"
@@ -261,7 +269,7 @@ def test_samples_that_are_not_finite_are_a_divergence(tmp_path, monkeypatch):
 
 
 def test_weights_that_sample_no_finite_values_are_refused_before_a_step(tmp_path, monkeypatch):
-    train(parse(TINY), tmp_path / "given")
+    runs.train(parse(MLP), tmp_path / "given")
 
     def never(self, boundary, params):
         raise NotFinite("samples has non-finite values in 4 of 4 images")
@@ -269,7 +277,7 @@ def test_weights_that_sample_no_finite_values_are_refused_before_a_step(tmp_path
     monkeypatch.setattr(Scoreboard, "add", never)
     with pytest.raises(DmfError, match="samples has non-finite values in 4 of 4 images"):
         init = str(tmp_path / "given" / "checkpoints" / "12")
-        train(
+        runs.train(
             parse(merged(GUARDED, init=init, curriculum=dict(pretrain_length=0.0))),
             tmp_path / "run",
         )
@@ -291,7 +299,7 @@ def test_values_that_are_not_finite_lower_the_rate_until_the_limit(tmp_path):
 def test_a_healthy_run_is_left_alone(tmp_path):
     train(parse(GUARDED), tmp_path / "guarded")
     assert not (tmp_path / "guarded" / guard.FILE).exists()
-    train(parse(TINY), tmp_path / "plain")
+    train(parse(MLP), tmp_path / "plain")
     for a, b in zip(state_of(tmp_path / "guarded"), state_of(tmp_path / "plain"), strict=True):
         np.testing.assert_array_equal(a, b)
 

@@ -14,7 +14,7 @@ from dmf.method import weights
 from dmf.method.flow import Rows
 from dmf.run import probe
 from tests.runs import train
-from tests.tiny import TINY, Setup, merged
+from tests.tiny import MLP, TINY, Setup, merged
 
 A = 0.7  # of the field dz/dt = A z, whose average velocity is known
 
@@ -124,9 +124,9 @@ def test_intervals_are_spread_evenly_and_times_are_valid():
 
 
 def test_a_run_ends_in_the_same_weights_with_a_probe_and_without(tmp_path):
-    values = merged(TINY, guard=dict(every_steps=3, rows=8))
+    values = merged(MLP, guard=dict(every_steps=3, rows=8))
     train(parse(values), tmp_path / "with")
-    train(parse(TINY), tmp_path / "without")
+    train(parse(MLP), tmp_path / "without")
     rows = [
         json.loads(line) for line in (tmp_path / "with" / "watch.jsonl").read_text().splitlines()
     ]

@@ -22,7 +22,7 @@ from tests import runs
 from tests.evaluation.test_sampling import Scorer, board
 from tests.runs import QUICK
 from tests.test_processes import ROOT, Group
-from tests.tiny import TINY, merged
+from tests.tiny import MLP, merged
 
 
 def test_a_second_run_in_the_same_directory_is_refused_on_all_of_its_processes(tmp_path):
@@ -152,7 +152,7 @@ def test_checkpoints_without_their_config_and_a_torn_origin_are_one_line(tmp_pat
 
 
 def test_a_probe_of_more_images_than_are_held_out_names_its_field_and_their_number(tmp_path):
-    values = merged(TINY, data=dict(holdout_fraction=0.02), guard=dict(every_steps=3, rows=64))
+    values = merged(MLP, data=dict(holdout_fraction=0.02), guard=dict(every_steps=3, rows=64))
     with pytest.raises(
         DmfError,
         match=r"config.guard.rows = 64 takes 64 images on 8 .*: expected at most the 3\d held-out",

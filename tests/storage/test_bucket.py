@@ -23,11 +23,11 @@ from dmf.storage import checkpoint, paths
 from tests import runs
 from tests.bucket import Bucket, Refused, serve
 from tests.test_train import leaves
-from tests.tiny import TINY, Setup, merged
+from tests.tiny import MLP, Setup, merged
 
 # One program, two stages of four steps, scored.
 SCORED = merged(
-    TINY,
+    MLP,
     curriculum=dict(stages=2, kinds=("all_pairs",) * 2, pretrain_length=0.0),
     run=dict(score_samples=32),
 )
@@ -235,7 +235,7 @@ def test_an_unreachable_or_read_only_bucket_and_other_addresses_are_one_sentence
     with monkeypatch.context() as patch:
         patch.setattr(bucket, "closed", True)
         for use in (
-            lambda: runs.train(parse(TINY), HERE),
+            lambda: runs.train(parse(MLP), HERE),
             lambda: pretrained.load(f"{HERE}/nowhere"),
         ):
             with pytest.raises(
@@ -250,7 +250,7 @@ def test_an_unreachable_or_read_only_bucket_and_other_addresses_are_one_sentence
             match=r"--workdir=gs://things/new cannot be written: \w+Error: "
             r".*(no right to delete|Forbidden).*; expected a",
         ):
-            runs.train(parse(TINY), "gs://things/new")
+            runs.train(parse(MLP), "gs://things/new")
         with pytest.raises(
             DmfError,
             match=r"gs://things/runs/tiny/samples\S+png cannot be written: "
