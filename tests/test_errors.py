@@ -14,6 +14,7 @@ from dmf import main
 from dmf.errors import DmfError
 from dmf.evaluation.protocols import PROTOCOLS
 from dmf.method.samplers import SAMPLERS
+from dmf.run import flags as cli
 from dmf.run import sigterm
 from tests import ROOT, devices
 from tests.tiny import TINY
@@ -40,7 +41,7 @@ def refused(*words):
     # ml_collections looks into sys.argv for the fields of the config.
     with mock.patch.object(sys, "argv", argv), flagsaver.flagsaver():
         with pytest.raises(DmfError) as error:
-            main.main(main._parse_flags(argv))
+            main.main(cli.parse(argv))
         return str(error.value)
 
 
@@ -271,11 +272,11 @@ def test_help_names_every_command_and_flag_and_loads_no_jax():
         assert f"{name:<16} {command.about}" in text
         for flag in command.flags:  # in the table of commands, and in the list of flags
             assert f"    --{flag} " in text, flag
-    for kind, about in main.KINDS.items():
+    for kind, about in cli.KINDS.items():
         assert f"{kind:<16} {about}" in text
     words = re.split(r"[\s,]+", text)
     assert set(PROTOCOLS) | set(SAMPLERS) <= set(words)
-    assert tuple(SAMPLERS) == main.SAMPLERS
+    assert tuple(SAMPLERS) == cli.SAMPLERS
     assert max(map(len, text.splitlines())) <= 100
     assert not {"jax", "jaxlib", "tensorflow", "flax", "numpy"} & modules
 
@@ -289,9 +290,9 @@ def test_every_way_to_ask_for_help_prints_the_same(word, monkeypatch, capsys):
 
 
 def test_every_flag_is_read_by_a_command():
-    defined = {flag.name for flag in flags.FLAGS.flags_by_module_dict()["dmf.main"]}
+    defined = {flag.name for flag in flags.FLAGS.flags_by_module_dict()["dmf.run.flags"]}
     read = {name for command in main.COMMANDS.values() for name in command.flags}
-    assert defined - {"config", "mode"} == read - {"config"}
+    assert defined - {"config"} == read - {"config"}
 
 
 def test_a_config_finds_its_neighbours_from_any_folder(tmp_path):

@@ -51,8 +51,8 @@ OWNERS = {
         *("dmf/optim.py", "dmf/state.py", "dmf/step.py"),
         *("dmf/run/context.py", "dmf/convert/align.py"),
     },
-    "ml_collections": {"configs/", "dmf/config.py", "dmf/main.py"},
-    "absl": {"dmf/main.py"},
+    "ml_collections": {"configs/", "dmf/config.py", "dmf/run/flags.py"},
+    "absl": {"dmf/main.py", "dmf/run/flags.py"},
     "torch": {"dmf/convert/", "dmf/export/"},
     "pickle": {"dmf/storage/readers/unpickle.py"},  # with a closed table of names
     "zipfile": {
