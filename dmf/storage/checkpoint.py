@@ -208,7 +208,8 @@ def seal(folder: Path, items: dict[str, Any]) -> None:
         for name, item in items.items():
             if differs := _difference(found[name], item):
                 raise ValueError(f"in {name}, {differs}")
-            ocp.load_checkpointables(paths.absolute(folder), {name: _smallest(found[name])})
+        small = {name: _smallest(found[name]) for name in items}
+        ocp.load_checkpointables(paths.absolute(folder), small)
     except Exception as error:  # the errors of Orbax have no common base
         what = f"checkpoint {folder} was written but cannot be read back: {short(error)}"
         wanted = "what was saved; this save does not count, and older ones are untouched"
