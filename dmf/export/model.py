@@ -20,6 +20,7 @@ from dmf.data import latents
 from dmf.errors import DmfError
 from dmf.export import tensorfile
 from dmf.storage import checkpoint, paths
+from dmf.storage.manifest import step_of
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def _origin(model: Model) -> dict[str, Any]:
     if source:
         converted = {"kind": source["kind"], **source["source"], "licence": source["licence"]}
     if not model.converted():
-        step = int(model.folder.name) if model.folder.name.isdigit() else None
+        step = step_of(model.folder.name)
         trained = {"step": step, "data": model.config.data.name}
     return {
         "trained": trained,
