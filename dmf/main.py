@@ -46,6 +46,8 @@ class Command:
 
 
 def _train() -> Callable[[], Any]:
+    if FLAGS.workdir == "":  # so says a shell whose variable is not set
+        raise DmfError("--workdir= is empty: expected a directory, or no such flag for runs/CONFIG")
     config, stop = flags.config(), start.begin(sys.argv)
     name = flags.config_file().rpartition("/")[2].replace(".py", "")
     name = name.replace(":", "_").replace(",", "_")

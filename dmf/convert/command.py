@@ -36,7 +36,7 @@ from dmf.convert.kinds import KINDS, kind_of
 from dmf.errors import DmfError
 from dmf.evaluation import features
 from dmf.logging import Count
-from dmf.storage import checkpoint
+from dmf.storage import checkpoint, paths
 from dmf.storage.readers import read
 
 __all__ = ["KINDS", "REPORT", "convert", "given"]
@@ -69,7 +69,7 @@ def convert(
     Raises DmfError for any bad input; it then leaves nothing behind.
     """
     started, found = time.monotonic(), kind_of(kind)
-    checkpoint.check_free(Path(out))
+    paths.check_free(Path(out))
     wanted = forward.wanted(check)  # first, as a bad --check is best noticed before the work
     weights = read.open_file(source)
     try:

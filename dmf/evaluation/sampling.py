@@ -299,10 +299,11 @@ def make_decoder(
     network, params = pretrained.load_folder(folder, stored)
     theirs = (trained_on or {}).get("vae", {}).get("sha256")
     mine = stored.get("source", {}).get("source", {}).get("sha256")
-    scale = (trained_on or {}).get("scale", network.scale)
-    if scale != network.scale:
+    known, ours = {"shift": 0.0, **(trained_on or {})}, (network.scale, network.shift)
+    wanted = (known["scale"], known["shift"]) if "scale" in known else ours
+    if wanted != ours:
         raise DmfError(
-            f"--vae={path}: its latents are scaled by {network.scale}; expected {scale}, as in "
+            f"--vae={path}: its latents have (scale, shift) = {ours}; expected {wanted}, as in "
             "training"
         )
     if theirs and theirs != mine:
@@ -312,7 +313,7 @@ def make_decoder(
         )
 
     def decode(params: Any, z: jax.Array) -> jax.Array:
-        return network.decode(params, unscaled(z, network.scale))
+        return network.decode(params, unscaled(z, network.scale, network.shift))
 
     run = sharding.per_device(mesh, jax.default_matmul_precision("highest")(decode))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import hashlib
 import os
 import re
@@ -75,9 +76,54 @@ def reach(path: Path) -> Path:
 
 
 def make(folder: Path) -> None:
-    """Makes a folder and those it is in; a bucket needs none."""
+    """Makes a folder and those it is in; a bucket needs none. Raises OSError or DmfError."""
     if not is_bucket(folder):
+        check_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises DmfError where a file, or a link that leads nowhere, is in the place of a folder."""
+    if os.path.lexists(folder) and not folder.is_dir():
+        links = folder.is_symlink() and not folder.exists()
+        what = f"a link to {os.readlink(folder)}, which is not there" if links else "a file"
+        raise DmfError(f"{folder} is {what}; expected a directory, or nothing there yet")
+
+
+def check_plain(path: Path) -> None:
+    """Raises DmfError where Orbax would lose what it writes.
+
+    It looks for its own files by patterns, and puts the whole path into them as it is.
+    """
+    whole = os.fspath(absolute(path))
+    if glob.escape(whole) != whole:
+        raise DmfError(
+            f"{whole}: no checkpoint can be kept there; expected a path without *, ? and [, which "
+            "Orbax takes for a pattern"
+        )
+
+
+def check_free(folder: Path) -> Path:
+    """The place, links followed, at which a checkpoint may be made.
+
+    It is new or an empty directory, in a writable one. Raises DmfError otherwise. Orbax itself
+    would wait for minutes where it cannot write.
+    """
+    try:
+        place = folder.resolve()
+        check_plain(place)
+        if place.is_file() or place.is_dir() and any(place.iterdir()):
+            what = f"{folder} is there already and {'a file' if place.is_file() else 'not empty'}"
+            raise DmfError(f"{what}: expected a new directory; nothing is overwritten")
+        # In a container, this process may have the number of one that was killed.
+        atomic.clear(place.parent, place.name)
+        partial = atomic.partial(place)
+        partial.mkdir()
+        partial.rmdir()
+    except (OSError, RuntimeError, ValueError) as error:
+        what = f"{folder} cannot be made: {short(error)}"
+        raise DmfError(f"{what}; expected a new directory in a writable one") from error
+    return place
 
 
 def write(path: Path, content: str | bytes) -> None:
@@ -136,8 +182,17 @@ def writing(what: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        why = f"{what} cannot be written: {error.strerror or short(error)}"
+        why = f"{what} cannot be written: {reason(error)}"
         raise DmfError(f"{why}; expected a writable directory with room") from error
+
+
+def reason(error: Exception) -> str:
+    """Why something could not be written: the system's own words, where the error has them."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    # TensorStore writes a long path before the number.
+    found = re.search(r"\[os_error_code='(\d+)'\]", str(error))
+    return os.strerror(int(found[1])) if found else short(error)
 
 
 @contextmanager
