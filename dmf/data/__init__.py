@@ -56,6 +56,10 @@ class Source(Protocol):
         """How many classes the labels tell apart."""
 
     @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes in their order, () where they are not known."""
+
+    @property
     def image_shape(self) -> tuple[int, ...]:
         """(H, W, C) of an image, or of an image's latent."""
 
@@ -100,6 +104,7 @@ class Dataset:
     split: str
     mixed: bool = True
     flip: bool = False  # training mirrors these images on the device
+    classes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
