@@ -14,11 +14,14 @@ import jax
 import numpy as np
 
 from dmf.convert.kind import (
+    Fact,
     Kind,
     Shape,
     Tensors,
     axes,
     check_given,
+    exact,
+    fact_of,
     nchw,
     nhwc,
     pick_copy,
@@ -333,6 +336,18 @@ def _torch_outputs(
     return {name: x.numpy() for name, x in found.items()}
 
 
+# Fields that the tensors show -> their names in a config.json.
+SHOWN = {
+    "blocks": "layers_per_block",
+    "latent_channels": "latent_channels",
+    "image_channels": "out_channels",
+}
+
+
+def _shown(_: Tensors) -> bool:
+    return True
+
+
 SD_VAE = Kind(
     name=NAME,
     network="vae",
@@ -353,4 +368,21 @@ SD_VAE = Kind(
     outputs=_outputs,
     torch_outputs=_torch_outputs,
     probe=_probe,
+    facts=(
+        fact_of("groups", "norm_num_groups"),
+        fact_of("scale", "scaling_factor"),
+        Fact(
+            "shift",
+            lambda config, _: getattr(config, "shift", 0.0),
+            {"shift_factor": lambda x: exact(x or 0)},
+        ),
+        *(fact_of(name, key, told=_shown, settable=False) for name, key in SHOWN.items()),
+        Fact(
+            "channels",
+            lambda config, _: config.channels,
+            {"block_out_channels": tuple},
+            False,
+            _shown,
+        ),
+    ),
 )
