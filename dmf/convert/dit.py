@@ -23,6 +23,7 @@ from dmf.convert.kind import (
     fact_of,
     heads_of,
     pick_copy,
+    shown,
 )
 from dmf.convert.rules import Rule, plain
 from dmf.errors import DmfError
@@ -72,7 +73,7 @@ def facts(table: str, resolution: bool) -> tuple[Fact, ...]:
             {"input_size": exact},
             told=lambda tensors: resolution and "pos_embed" in tensors,
         ),
-        fact_of("num_classes", "num_classes", told=lambda _: True, settable=False),
+        shown("num_classes", num_classes=exact),
         Fact("null_class", classes, settable=False, told=lambda tensors: table not in tensors),
     )
 

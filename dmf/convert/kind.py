@@ -136,6 +136,11 @@ def fact_of(name: str, *keys: str, **more: Any) -> Fact:
     return Fact(name, lambda config, _: getattr(config, name), dict.fromkeys(keys, exact), **more)
 
 
+def shown(name: str, **side: Callable[[Any], Any]) -> Fact:
+    """The fact of a network's field that the tensors show, for a comparison with side files."""
+    return Fact(name, lambda config, _: getattr(config, name), side, False, lambda _: True)
+
+
 def exact(value: Any) -> Any:
     """The value of a side file that is a number, or text that says one. Raises ValueError."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):

@@ -25,6 +25,7 @@ from dmf.convert.kind import (
     nchw,
     nhwc,
     pick_copy,
+    shown,
 )
 from dmf.convert.rules import Rule, conv_layer, linear_layer, norm_layer, unread
 from dmf.errors import DmfError
@@ -350,18 +351,6 @@ def _torch_outputs(
     return {name: x.numpy() for name, x in found.items()}
 
 
-# Fields that the tensors show -> their names in a config.json.
-SHOWN = {
-    "blocks": "layers_per_block",
-    "latent_channels": "latent_channels",
-    "image_channels": "out_channels",
-}
-
-
-def _shown(_: Tensors) -> bool:
-    return True
-
-
 SD_VAE = Kind(
     name=NAME,
     network="vae",
@@ -389,18 +378,10 @@ SD_VAE = Kind(
     facts=(
         fact_of("groups", "norm_num_groups"),
         fact_of("scale", "scaling_factor"),
-        Fact(
-            "shift",
-            lambda config, _: getattr(config, "shift", 0.0),
-            {"shift_factor": lambda x: exact(x or 0)},
-        ),
-        *(fact_of(name, key, told=_shown, settable=False) for name, key in SHOWN.items()),
-        Fact(
-            "channels",
-            lambda config, _: config.channels,
-            {"block_out_channels": tuple},
-            False,
-            _shown,
-        ),
+        Fact("shift", lambda config, _: config.shift, {"shift_factor": lambda x: exact(x or 0)}),
+        shown("blocks", layers_per_block=exact),
+        shown("latent_channels", latent_channels=exact),
+        shown("image_channels", out_channels=exact),
+        shown("channels", block_out_channels=tuple),
     ),
 )
