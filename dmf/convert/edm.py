@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmf.convert import song_unet, song_unet_torch
-from dmf.convert.kind import Kind, Shape, Tensors, axes, expect, nchw, nhwc, pick_copy
+from dmf.convert.kind import Kind, Shape, Tensors, axes, expect, fact_of, nchw, nhwc, pick_copy
 from dmf.convert.rules import Arrays, Rule, mirrored, unread
 from dmf.errors import DmfError
 from dmf.networks import Condition, UNetConfig
@@ -210,4 +210,8 @@ EDM = Kind(
     outputs=_outputs,
     torch_outputs=song_unet_torch.edm,
     probe=_probe,
+    facts=(
+        fact_of("dropout", "dropout"),
+        fact_of(SIGMA_DATA, told=lambda tensors: SIGMA_DATA in tensors),
+    ),
 )
