@@ -11,7 +11,7 @@ from dmf import data, networks, pretrained
 from dmf.config import parse
 from dmf.data import DataConfig
 from dmf.errors import DmfError
-from dmf.networks import DiTConfig
+from dmf.networks import DiTConfig, UNetConfig
 from dmf.run import context, init
 from dmf.storage import checkpoint
 from tests import runs
@@ -21,12 +21,21 @@ from tests.tiny import TINY, merged
 SHAPE, OLD, OURS = (8, 8, 1), 12, 10  # classes of the start, and of the digits
 NETWORKS = {
     "dit": DiTConfig(depth=1, width=32, heads=2, patch=4, num_classes=OLD),
+    "unet": UNetConfig(
+        channels=16, channel_mult=(1,), blocks=1, attention_resolutions=(), num_classes=OLD
+    ),
 }
+
+
+def built(config):
+    """The network as compiled functions."""
+    network = networks.build(config, SHAPE)
+    return network._replace(init=jax.jit(network.init), apply=jax.jit(network.apply))
 
 
 def drawn(config):
     """(network, weights without a zero start)."""
-    network = networks.build(config, SHAPE)
+    network = built(config)
     return network, small_noise(network.init(jax.random.key(3)))
 
 
@@ -51,7 +60,7 @@ def test_a_class_is_the_class_that_it_takes_and_the_null_class_stays(kind, rows)
     config = NETWORKS[kind]
     network, params = drawn(config)
     few = dataclasses.replace(config, num_classes=0 if rows == () else 3)
-    ours = networks.build(few, SHAPE)
+    ours = built(few)
     new = ours.init(jax.random.key(5))
     found = init.relabelled(params, new, rows)
     z, t = jax.random.normal(jax.random.key(1), (3, *SHAPE)), np.float32([0.2, 0.5, 1.0])
@@ -72,7 +81,7 @@ def test_a_class_is_the_class_that_it_takes_and_the_null_class_stays(kind, rows)
 def test_a_start_without_classes_gets_fresh_ones_and_stays_what_it_is_without_them():
     plain = dataclasses.replace(NETWORKS["dit"], num_classes=0)
     network, params = drawn(plain)
-    ours = networks.build(NETWORKS["dit"], SHAPE)
+    ours = built(NETWORKS["dit"])
     found = init.relabelled(params, ours.init(jax.random.key(5)), None)
     z, t = jax.random.normal(jax.random.key(1), (2, *SHAPE)), np.float32([0.2, 1.0])
     np.testing.assert_array_equal(ours.apply(found, z, t, t), network.apply(params, z, t, t))
