@@ -15,7 +15,7 @@ from dmf.errors import DmfError
 from dmf.evaluation.protocols import PROTOCOLS
 from dmf.method.samplers import SAMPLERS
 from dmf.run import flags as cli
-from dmf.run import sigterm
+from dmf.run import sigterm, start
 from tests import ROOT, devices
 from tests.tiny import TINY
 
@@ -49,7 +49,7 @@ def refused(*words):
 def in_checkout(monkeypatch):
     """Runs in the folder of main.py, without a listener to SIGTERM; sys.path is restored."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(main, "STOP", sigterm.Stop())
+    monkeypatch.setattr(start, "_stop", sigterm.Stop())
     monkeypatch.setattr(sys, "path", [*sys.path])
 
 

@@ -174,14 +174,22 @@ def _plan(
         "layout": LAYOUT,
         "flips": True,
         "scale": config.scale,
+        **({"shift": config.shift} if config.shift else {}),
         "image_size": size,
         "crop": images.CROP_RULE,
         "shard_size": shard_size,
         "batch_per_device": batch,
         "precision": "highest",
         "source": source.about,
-        "vae": {**weights, "network": json.loads(json.dumps(stored["network"]))},
+        "vae": {**weights, "network": _network(stored)},
     }
+
+
+def _network(stored: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the autoencoder. Folders of older code lack those that came later."""
+    later = {"shift": 0.0, "quant": True}
+    plain = json.loads(json.dumps(stored["network"]))
+    return {key: x for key, x in plain.items() if key not in later or x != later[key]}
 
 
 def _note_other_versions(kept: list[Path]) -> None:

@@ -128,7 +128,7 @@ def _latent(model: Model) -> dict[str, Any] | None:
     unknown = "the scale was not recorded; Stable Diffusion's first autoencoder has 0.18215"
     return {
         "scale": data.get("scale"),
-        "shift": 0.0,
+        "shift": data.get("shift", 0.0),
         "rule": "image = decode(x / scale + shift)",
         "decoder": "not included: it is the caller's, the one that made the training latents",
         "decoder_file": vae.get("file"),

@@ -12,11 +12,14 @@ import os
 import re
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+_begun: list[Path] = []  # what this process makes at the moment
+_beginning = threading.Lock()
 PATIENCE = 50  # tries, 0.1 s apart, to remove a folder into which a thread still writes
 
 
@@ -32,12 +35,28 @@ def made(place: Path) -> Iterator[Path]:
     Otherwise it is removed. Leftovers of dead processes of this machine, for the same place, are
     removed too. Raises OSError where the disk fails.
     """
+    with _beginning:
+        _begun.append(place)
     try:
         clear(place.parent, place.name)
         yield partial(place)
         partial(place).replace(place)
     finally:
         clear(place.parent, place.name)
+        with _beginning:  # after `give_up` nothing more is said
+            _begun.remove(place)
+
+
+def give_up() -> None:
+    """Removes what this process has begun, and lets it begin nothing more. Called before its end.
+
+    Any thread may call it, once. A thread that makes something then stands still. Files that cannot
+    be removed are left to the next process.
+    """
+    _beginning.acquire()
+    for place in [*_begun]:
+        with suppress(OSError):
+            clear(place.parent, place.name)
 
 
 def write(place: Path, content: bytes, durable: bool = False) -> None:
