@@ -2,8 +2,8 @@
 
 jax keeps each program in a file of programs/. It writes them as they come, so that a kill or a full
 disk cuts them short. It never replaces one, and does not notice two that are swapped. So the list
-sha256sums names each file that is whole: `sha256sum -c sha256sums` reads it too. What it does not
-confirm is deleted at the next start, and compiled anew.
+sha256sums names the files that are whole. What it does not confirm is deleted at the next start,
+and compiled anew.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from typing import Any
 import jax
 
 from dmf import processes
+from dmf.errors import DmfError
+from dmf.run.workdir import LOCK
 from dmf.storage import paths
 
 FOLDER, LIST = "programs", "sha256sums"
@@ -43,64 +45,65 @@ def keep(workdir: Path) -> None:
         return
     with processes.together():
         paths.check_folder(folder)
-        listed = sift(folder) if processes.is_first() else {}
-    if processes.is_first():
-        watch(folder, listed)
+        if processes.is_first():
+            # Where another run holds the directory, this one is about to be refused.
+            with suppress(DmfError, OSError), paths.alone(workdir / LOCK, "in use"):
+                sift(folder)
+            watch(folder)
 
 
-def sift(folder: Path) -> dict[str, str]:
-    """Deletes what the list does not confirm; returns the digests of the others by name."""
-    if not folder.is_dir():
-        return {}
-    entries, listed = sorted(folder.glob(ENTRIES)), _listed(folder)
-    good = {}
+def sift(folder: Path) -> None:
+    """Deletes the programs that the list does not confirm, and says how many. Raises OSError."""
+    entries, listed, good = sorted(folder.glob(ENTRIES)), _listed(folder), {}
     for path in entries:
-        with suppress(OSError):
-            if path.name in listed and paths.sha256(path) == listed[path.name]:
-                good[path.name] = listed[path.name]
-            else:
-                path.unlink()
-    with suppress(OSError):
-        paths.write(folder / LIST, "".join(f"{x}  {name}\n" for name, x in good.items()))
+        digest = paths.sha256(path) if path.name in listed else None
+        if digest and digest == listed[path.name]:
+            good[path.name] = digest
+        else:
+            path.unlink()
     if len(good) < len(entries):
-        bad = len(entries) - len(good)
-        log.warning("%s: %d of %d programs are not whole, and made anew", folder, bad, len(entries))
-    return good
+        bad = f"{len(entries) - len(good)} of {len(entries)}"
+        log.warning("%s: %s programs are altered or not in %s; made anew", folder, bad, LIST)
+        paths.write(folder / LIST, "".join(f"{x}  {name}\n" for name, x in good.items()))
 
 
 def _listed(folder: Path) -> dict[str, str]:
+    """The last digest of each name in the list. A line that a kill has cut names nothing."""
     try:
         lines = (folder / LIST).read_text(errors="replace").splitlines()
-    except OSError:
+    except FileNotFoundError:
         return {}
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
 
-def watch(folder: Path, listed: dict[str, str]) -> None:
+def watch(folder: Path) -> None:
     """From now on lists what jax writes, and deletes what it cannot read or write, told once."""
+    known = {path.name: path.stat().st_size for path in folder.glob(ENTRIES)}
     told: list[str] = []
 
-    def note(event: str, duration: float, **_: Any) -> None:
+    def note(event: str, duration_secs: float, **_: str | int) -> None:
         if event != COMPILED:
             return
         for path in folder.glob(ENTRIES):
-            if path.name not in listed:
-                with suppress(OSError):
-                    listed[path.name] = paths.sha256(path)
-                    paths.append(folder / LIST, f"{listed[path.name]}  {path.name}\n")
+            with suppress(OSError):
+                # Another thread may be writing it. It grows then, and is listed once more.
+                size = path.stat().st_size
+                if known.get(path.name) != size:
+                    paths.append(folder / LIST, f"{paths.sha256(path)}  {path.name}\n")
+                    known[path.name] = size
 
-    def show(message: Any, *rest: Any) -> None:
+    def show(message: Any, *rest: Any, **more: Any) -> None:
         found = re.fullmatch(FAILED, str(message), re.DOTALL)
         if not found:
-            return before(message, *rest)
-        # The warning names no file, only what all files of this function begin with.
+            return before(message, *rest, **more)
+        # The warning names the function alone, with which the names of its files begin.
         for path in folder.glob(f"{glob.escape(found[1])}-{ENTRIES}"):
-            listed.pop(path.name, None)
+            known.pop(path.name, None)
             with suppress(OSError):
                 path.unlink()
         if not told:
+            told.append(found[2])
             log.warning("%s: a program is not kept: %s", folder, " ".join(found[2].split())[:200])
-        told.append(found[1])
 
     before = warnings.showwarning
     warnings.showwarning = show
