@@ -134,8 +134,8 @@ class Config:
     seed: int = limited(0, 0, 2**32 - 1)
     # checkpoint or work directory of a flow model to start from; "" = fresh weights
     init: str = ""
-    # the start's classes on other data: "" = the same | keep = class i stays class i | fresh =
-    # redrawn | none = only the null class stays | a .json file, {"our class": its class, ...}
+    # on data with other classes than the start's: keep | fresh | none | a .json file
+    # (`dmf.run.init`); "" = the classes are the same
     init_labels: str = ""
     batch_size: int = limited(1024, 1, INF)  # global, over all devices and microbatches
     microbatches: int = limited(1, 1, INF)  # gradient accumulation inside one program
