@@ -1,4 +1,4 @@
-"""Checkpoints of Stable Diffusion's autoencoder, in three spellings.
+"""Checkpoints of Stable Diffusion's and FLUX's autoencoders, in three spellings.
 
 They are diffusers' names, its older names of the attention, and the original names of LDM.
 """
@@ -14,14 +14,18 @@ import jax
 import numpy as np
 
 from dmf.convert.kind import (
+    Fact,
     Kind,
     Shape,
     Tensors,
     axes,
     check_given,
+    exact,
+    fact_of,
     nchw,
     nhwc,
     pick_copy,
+    shown,
 )
 from dmf.convert.rules import Rule, conv_layer, linear_layer, norm_layer, unread
 from dmf.errors import DmfError
@@ -48,7 +52,10 @@ SPELLINGS = (
     (r"\.nin_shortcut\.", ".conv_shortcut."),
     (r"^(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out."),
 )
-GIVEN = ("groups", "scale", "part")
+GIVEN = ("groups", "scale", "shift", "part")
+POST = "post_quant_conv.weight"
+# Scale and shift of released autoencoders without quant layers, for the hint.
+SHIFTED = "1.5305 and 0.0609 for SD3, 0.3611 and 0.1159 for FLUX"
 LEFT_OUT = "of the encoder, left out: part is 'decoder'"
 
 
@@ -96,10 +103,12 @@ def _describe(tensors: Tensors, given: Mapping[str, Any]) -> tuple[VAEConfig, Sh
     check_given(given, GIVEN, NAME)
     levels = max(1, _count(tensors, r"decoder\.up_blocks\.(\d+)\."))
     convs = [f"decoder.up_blocks.{i}.resnets.0.conv1.weight" for i in reversed(range(levels))]
+    quant = POST in tensors or "quant_conv.weight" in tensors
     config = VAEConfig(
         channels=tuple(axes(tensors, conv, 4, NAME)[0] for conv in convs),
         blocks=_count(tensors, r"decoder\.up_blocks\.0\.resnets\.(\d+)\.") - 1,
-        latent_channels=axes(tensors, "post_quant_conv.weight", 4, NAME)[1],
+        latent_channels=axes(tensors, POST if quant else "decoder.conv_in.weight", 4, NAME)[1],
+        quant=quant,
         image_channels=axes(tensors, "decoder.conv_out.weight", 4, NAME)[0],
         part="both" if "encoder.conv_in.weight" in tensors else "decoder",
     )
@@ -108,6 +117,10 @@ def _describe(tensors: Tensors, given: Mapping[str, Any]) -> tuple[VAEConfig, Sh
             "part is 'both', but there is no encoder among the tensors: expected 'decoder'"
         )
     config = replace(config, **given)
+    if not quant and not {"scale", "shift"} <= set(given):
+        raise DmfError(
+            f"no quant layers: expected --set=scale=...,shift=..., which no tensor shows: {SHIFTED}"
+        )
     check_choice("part", config.part, PARTS)
     check_positive("groups", config.groups)
     odd = [width for width in config.channels if width % config.groups]
@@ -186,13 +199,13 @@ def _left_out(name: str, shape: Shape) -> Rule:
 
 def _rules(config: VAEConfig, shape: Shape, tensors: Tensors | None) -> list[Rule]:
     rules = [
-        *_conv("post_quant_conv"),
+        *(_conv("post_quant_conv") if config.quant else []),
         *_tower("decoder", config.channels[::-1], config.blocks + 1, "up", tensors),
     ]
     if config.part == "both":
         return [
             *_tower("encoder", config.channels, config.blocks, "down", tensors),
-            *_conv("quant_conv"),
+            *(_conv("quant_conv") if config.quant else []),
             *rules,
         ]
     found = tensors or {}
@@ -213,7 +226,8 @@ def _outputs(network: VAE, params: Any, arrays: Mapping[str, np.ndarray]) -> dic
         found = {"enc_mean": nchw(mean), "enc_logvar": nchw(logvar)}
         found["moments"] = np.concatenate((found["enc_mean"], found["enc_logvar"]), axis=1)
         if "noise" in arrays:
-            sample = sample_latent(mean, logvar, nhwc(arrays["noise"]), network.scale)
+            noise = nhwc(arrays["noise"])
+            sample = sample_latent(mean, logvar, noise, network.scale, network.shift)
             found["sample_scaled"] = nchw(sample)
     if "z" in arrays:
         found["dec"] = nchw(jax.jit(network.decode)(params, nhwc(arrays["z"])))
@@ -221,13 +235,14 @@ def _outputs(network: VAE, params: Any, arrays: Mapping[str, np.ndarray]) -> dic
 
 
 def _probe(config: VAEConfig, shape: Shape) -> dict[str, np.ndarray]:
-    """Oblong images, to show exchanged axes; groups and scale, which no tensor shows."""
+    """Oblong images, to show exchanged axes; groups, scale and shift, which no tensor shows."""
     rng, (height, width) = np.random.default_rng(0), (4, 6)
     latent = (2, config.latent_channels, height, width)
     found = {
         "z": rng.standard_normal(latent, np.float32),
         "groups": np.array(config.groups),
         "scale": np.array(config.scale, np.float32),
+        "shift": np.array(config.shift, np.float32),
     }
     if config.part == "both":
         image = (2, config.image_channels, config.factor * height, config.factor * width)
@@ -300,10 +315,12 @@ class _Torch:
 
     def encode(self, x: Any) -> Any:
         x = self.levels(self.conv(x, "encoder.conv_in", padding=1), "encoder.down_blocks")
-        return self.conv(self.last(self.middle(x, "encoder.mid_block"), "encoder"), "quant_conv")
+        x = self.last(self.middle(x, "encoder.mid_block"), "encoder")
+        return self.conv(x, "quant_conv") if "quant_conv.weight" in self.tensors else x
 
     def decode(self, z: Any) -> Any:
-        x = self.conv(self.conv(z, "post_quant_conv"), "decoder.conv_in", padding=1)
+        z = self.conv(z, "post_quant_conv") if POST in self.tensors else z
+        x = self.conv(z, "decoder.conv_in", padding=1)
         x = self.middle(x, "decoder.mid_block")
         return self.last(self.levels(x, "decoder.up_blocks"), "decoder")
 
@@ -313,7 +330,7 @@ def _torch_outputs(
 ) -> dict[str, np.ndarray]:
     """The outputs of `_outputs`.
 
-    The arrays hold groups and scale, unless they are 32 and 0.18215.
+    The arrays hold groups, scale and shift, unless they are 32, 0.18215 and 0.
     """
     import torch
 
@@ -327,6 +344,7 @@ def _torch_outputs(
             found = {"enc_mean": mean, "enc_logvar": logvar, "moments": moments}
             if "noise" in arrays:
                 drawn = mean + torch.exp(logvar / 2) * torch.tensor(arrays["noise"])
+                drawn = drawn - float(arrays.get("shift", 0))
                 found["sample_scaled"] = float(arrays.get("scale", 0.18215)) * drawn
         if "z" in arrays:
             found["dec"] = net.decode(torch.tensor(arrays["z"]))
@@ -338,11 +356,15 @@ SD_VAE = Kind(
     network="vae",
     licence=(
         "stabilityai/sd-vae-ft-ema and -ft-mse: MIT; "
-        "inside a Stable Diffusion 1.x checkpoint: CreativeML Open RAIL-M"
+        "inside a Stable Diffusion 1.x checkpoint: CreativeML Open RAIL-M; "
+        "SD3's: Stability AI Community License; "
+        "FLUX.1's: Apache-2.0 with [schnell], non-commercial with [dev]"
     ),
     conventions=(
-        "images in [-1, 1]; the decoder takes unscaled latents; scaled = scale * unscaled, "
-        "where scale is 0.18215 unless given (SDXL's is 0.13025); "
+        "images in [-1, 1]; the decoder takes unscaled latents; "
+        "scaled = scale * (unscaled - shift), "
+        "where scale is 0.18215 unless given (SDXL's is 0.13025), and shift is 0; "
+        f"a file without quant layers needs both ({SHIFTED}); "
         "32 groups in every norm unless given; "
         "older spellings are reported in diffusers' present one"
     ),
@@ -353,4 +375,13 @@ SD_VAE = Kind(
     outputs=_outputs,
     torch_outputs=_torch_outputs,
     probe=_probe,
+    facts=(
+        fact_of("groups", "norm_num_groups"),
+        fact_of("scale", "scaling_factor"),
+        Fact("shift", lambda config, _: config.shift, {"shift_factor": lambda x: exact(x or 0)}),
+        shown("blocks", layers_per_block=exact),
+        shown("latent_channels", latent_channels=exact),
+        shown("image_channels", out_channels=exact),
+        shown("channels", block_out_channels=tuple),
+    ),
 )

@@ -16,9 +16,11 @@ import numpy as np
 
 from dmf.data import metadata, shards
 from dmf.errors import DmfError
+from dmf.storage import paths
 
 NAME = "imagenet256_latents"
-ORIGIN = ("scale", "dtype", "source", "vae", "labels")  # metadata that tell data sets apart
+# Metadata that tell data sets apart.
+ORIGIN = ("scale", "shift", "dtype", "source", "vae", "labels")
 MOCK_IMAGES, MOCK_SHAPE, MOCK_CLASSES, MOCK_STD = 2048, (32, 32, 4), 1000, 0.1
 
 
@@ -31,12 +33,17 @@ class Latents:
     labels: np.ndarray  # (N,) int32, in [0, num_classes)
     num_classes: int
     image_shape: tuple[int, ...]  # (h, w, c)
-    scale: float  # scaled latent = scale * unscaled latent
+    scale: float  # scaled latent = scale * (unscaled latent - shift)
     name: str
     split: str
     flip: bool  # a batch shows the mirrored copy of each image with probability 1/2
     about: dict[str, Any]  # the metadata of the files; {} for a mock
     mixed: bool = False  # stored latents may be sorted by class
+    shift: float = 0.0
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.about.get("classes", ()))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -44,12 +51,14 @@ class Latents:
     def rows(self, index: np.ndarray, mirrored: np.ndarray) -> dict[str, np.ndarray]:
         """The scaled law of the images `index` (n,), mirrored where `mirrored` (n,) is 1.
 
-        Returns x = scale * mean and std = scale * std, each (n, h, w, c) float32, and label (n,)
-        int32. A latent is x + std * noise. Raises DmfError naming the file that is damaged.
+        Returns x = scale * (mean - shift) and std = scale * std, each (n, h, w, c) float32, and
+        label (n,) int32. A latent is x + std * noise. Raises DmfError naming the file that is
+        damaged.
         """
         found, scale = self.fetch(2 * index + mirrored), np.float32(self.scale)
         mean, std = (found[:, i].astype(np.float32) for i in (0, 1))
-        return {"x": scale * mean, "std": scale * std, "label": self.labels[index]}
+        x = scale * (mean - np.float32(self.shift))
+        return {"x": x, "std": scale * std, "label": self.labels[index]}
 
     def origin(self) -> dict[str, Any]:
         """What was encoded, how and with which labels; {} for a mock."""
@@ -66,7 +75,7 @@ def read(data_dir: str, split: str, flip: bool) -> Latents:
         raise DmfError(
             f"config.data.data_dir is '' for {NAME!r}: expected the OUT of `--mode=encode`"
         )
-    root = Path(data_dir).expanduser()
+    root = Path(paths.expanded(data_dir))
     folder = root if split == "train" and os.path.isfile(root / metadata.METADATA) else root / split
     about = metadata.metadata(folder)
     for name, size, _ in metadata.files(about):
@@ -78,6 +87,7 @@ def read(data_dir: str, split: str, flip: bool) -> Latents:
         num_classes=about["num_classes"],
         image_shape=tuple(about["latent_shape"]),
         scale=about["scale"],
+        shift=about.get("shift", 0.0),
         name=NAME,
         split=split,
         flip=flip and split == "train",

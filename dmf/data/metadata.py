@@ -44,6 +44,10 @@ FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "vae": ("what has encoded it", lambda x: type(x) is dict),
     "seal": ("a SHA-256", lambda x: type(x) is str),
 }
+# Like FIELDS, of keys that files may lack.
+OPTIONAL: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "shift": ("a finite number", lambda x: type(x) in (int, float) and math.isfinite(x)),
+}
 
 
 def _is_file_entry(entry: Any) -> bool:
@@ -90,8 +94,9 @@ def metadata(folder: Path) -> dict[str, Any]:
 
 
 def _check_fields(path: Path, found: dict[str, Any]) -> None:
-    """Raises DmfError for a value of the metadata that `FIELDS` does not allow."""
-    for key, (expected, good) in FIELDS.items():
+    """Raises DmfError for a value that `FIELDS` or `OPTIONAL` does not allow."""
+    known = FIELDS | {key: rule for key, rule in OPTIONAL.items() if key in found}
+    for key, (expected, good) in known.items():
         try:
             fine = good(found[key])
         except (TypeError, KeyError):

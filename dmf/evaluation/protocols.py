@@ -25,6 +25,7 @@ from dmf import fields
 from dmf.errors import DmfError, NotFinite
 from dmf.fields import REQUIRED, choice, limited
 from dmf.metrics.resize import RESIZES
+from dmf.storage import paths
 
 FILE_ORDER = -1
 SPACES = ("inception", "dinov2", "pixels")
@@ -144,11 +145,14 @@ _CIFAR10 = replace(
     reference_count=50_000,
     reference_source="made from the training images by the evaluator",
 )
-# MeanFlow in JAX resizes as StyleGAN's TorchScript network does, like TensorFlow 1.
+# MeanFlow in JAX resizes at half pixels without antialias, then takes (b - 128) / 128.
+# It is a port of StyleGAN's TorchScript network, whose shift in place to TensorFlow 1's positions
+# was lost. The row had TensorFlow 1's resize before, which is another picture by tens of bytes.
 # The inception score is that program's successor's (iMF).
 _MEANFLOW = replace(
     _ADM_LATENTS,
     name="meanflow-imagenet256",
+    resize="bilinear",
     metrics=("fid", "is"),
     is_shuffle_seed=2020,
     reference="ImageNet 256x256, the training images by MeanFlow's own pipeline",
@@ -236,7 +240,7 @@ def load(name_or_path: str) -> Protocol:
     """
     if name_or_path in PROTOCOLS:
         return PROTOCOLS[name_or_path]
-    path = Path(name_or_path)
+    path = Path(paths.expanded(name_or_path))
     if path.suffix != ".json":
         near = difflib.get_close_matches(name_or_path, PROTOCOLS, 1, 0.0)[0]
         raise DmfError(

@@ -256,7 +256,7 @@ def write_scores(
     rows = score(draw, found[0], params, count or config.run.score_samples or 2000, steps)
     print(format_scores(rows, found[0].floor))
     if out:
-        paths.at(out).write_text(json.dumps(rows, indent=1) + "\n")
+        paths.write(paths.at(out), json.dumps(rows, indent=1) + "\n")
     return rows
 
 
@@ -299,10 +299,11 @@ def make_decoder(
     network, params = pretrained.load_folder(folder, stored)
     theirs = (trained_on or {}).get("vae", {}).get("sha256")
     mine = stored.get("source", {}).get("source", {}).get("sha256")
-    scale = (trained_on or {}).get("scale", network.scale)
-    if scale != network.scale:
+    known, ours = {"shift": 0.0, **(trained_on or {})}, (network.scale, network.shift)
+    wanted = (known["scale"], known["shift"]) if "scale" in known else ours
+    if wanted != ours:
         raise DmfError(
-            f"--vae={path}: its latents are scaled by {network.scale}; expected {scale}, as in "
+            f"--vae={path}: its latents have (scale, shift) = {ours}; expected {wanted}, as in "
             "training"
         )
     if theirs and theirs != mine:
@@ -312,7 +313,7 @@ def make_decoder(
         )
 
     def decode(params: Any, z: jax.Array) -> jax.Array:
-        return network.decode(params, unscaled(z, network.scale))
+        return network.decode(params, unscaled(z, network.scale, network.shift))
 
     run = sharding.per_device(mesh, jax.default_matmul_precision("highest")(decode))
 

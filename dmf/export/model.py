@@ -20,6 +20,7 @@ from dmf.data import latents
 from dmf.errors import DmfError
 from dmf.export import tensorfile
 from dmf.storage import checkpoint, paths
+from dmf.storage.manifest import step_of
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def _latent(model: Model) -> dict[str, Any] | None:
     unknown = "the scale was not recorded; Stable Diffusion's first autoencoder has 0.18215"
     return {
         "scale": data.get("scale"),
-        "shift": 0.0,
+        "shift": data.get("shift", 0.0),
         "rule": "image = decode(x / scale + shift)",
         "decoder": "not included: it is the caller's, the one that made the training latents",
         "decoder_file": vae.get("file"),
@@ -142,7 +143,7 @@ def _origin(model: Model) -> dict[str, Any]:
     if source:
         converted = {"kind": source["kind"], **source["source"], "licence": source["licence"]}
     if not model.converted():
-        step = int(model.folder.name) if model.folder.name.isdigit() else None
+        step = step_of(model.folder.name)
         trained = {"step": step, "data": model.config.data.name}
     return {
         "trained": trained,

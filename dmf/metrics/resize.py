@@ -24,7 +24,7 @@ def resize(x: jax.Array, size: int, method: str) -> jax.Array:
 
         tf1_bilinear        TensorFlow 1, torch-fidelity
                             at i H/size: no half pixel, no antialiasing
-        bilinear            pytorch-fid, clean-fid legacy_pytorch
+        bilinear            MeanFlow in JAX, pytorch-fid, clean-fid legacy_pytorch
                             at (i + 1/2) H/size - 1/2, no antialiasing
         bilinear_antialias  torchmetrics
                             a triangle as wide as the larger of an input and an output pixel

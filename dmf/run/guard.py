@@ -37,7 +37,7 @@ from dmf.errors import DmfError, short
 from dmf.method.curriculum import Stage, rho_at, stage_at
 from dmf.method.objectives import FORMER, KINDS, LAST
 from dmf.storage import paths
-from dmf.storage.manifest import MANIFEST, verify
+from dmf.storage.manifest import MANIFEST, steps_in, verify
 
 FILE = "guard.json"
 # Not the mean over pairs: the few rows that end near t = 1 decide it.
@@ -205,8 +205,9 @@ class Guard:
         """Does the rest of the last intervention: deletes what is beyond the step to go back to."""
         if not self.rows or self.rows[-1]["settled"]:
             return
-        for folder in self._folder.glob("[0-9]*"):
-            if folder.name.isdecimal() and int(folder.name) > self.rows[-1]["back_to"]:
+        for step in steps_in(self._folder):
+            if step > self.rows[-1]["back_to"]:
+                folder = self._folder / str(step)
                 try:
                     # The manifest goes first: without it this is no checkpoint any more.
                     (folder / MANIFEST).unlink(missing_ok=True)
@@ -304,12 +305,9 @@ class Guard:
 
     def _newest_good(self, until: int, wanted: Callable[[int], bool]) -> int:
         """The newest wanted step up to `until` with a readable checkpoint, 0 without any."""
-        steps = [
-            int(p.name)
-            for p in self._folder.glob("[0-9]*")
-            if p.name.isdecimal() and int(p.name) <= until
-        ]
-        for step in sorted(filter(wanted, steps), reverse=True):
+        for step in steps_in(self._folder):
+            if step > until or not wanted(step):
+                continue
             with suppress(DmfError):
                 verify(self._folder / str(step))
                 return step

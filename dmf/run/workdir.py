@@ -25,6 +25,7 @@ from dmf import processes
 from dmf.config import Config, differences, parse, to_dict
 from dmf.errors import DmfError, short
 from dmf.storage import checkpoint, paths
+from dmf.storage.manifest import steps_in
 
 CONFIG, ORIGIN, DATA = "config.json", "origin.json", "data.json"
 STARTS, CHANGES = "starts.jsonl", "changes.jsonl"
@@ -36,6 +37,7 @@ FREE = (
     "config.run.",
     "config.data.data_dir:",
     "config.init:",
+    "config.init_labels:",
     "config.guard.every_steps:",
     "config.guard.rows:",
 )
@@ -65,8 +67,10 @@ def held(workdir: Path) -> Iterator[None]:
     """Makes the work directory, and keeps other runs out of it until the block is left.
 
     A bucket has no lock (`dmf.storage.paths`). Raises DmfError, on all processes of this run, where
-    another run holds the directory or it cannot be written.
+    another run holds the directory, it cannot be written, or Orbax would lose what it writes there.
     """
+    paths.check_plain(workdir)
+    paths.check_folder(workdir / checkpoint.FOLDER)
     new = processes.is_first() and not workdir.exists()
     with ExitStack() as lock:
         with processes.together():
@@ -183,11 +187,12 @@ def note_change(workdir: Path, step: int, config: Config) -> None:
     changed = changes(theirs, mine)
     if not changed:
         return
-    kept = [
-        int(p.parent.name)
-        for p in (workdir / checkpoint.FOLDER).glob(f"[0-9]*/{checkpoint.MANIFEST}")
-    ]
-    kept = sorted(n for n in kept if n <= step)
+    folder = workdir / checkpoint.FOLDER
+    kept = sorted(
+        n
+        for n in steps_in(folder)
+        if n <= step and (folder / str(n) / checkpoint.MANIFEST).exists()
+    )
     append(
         workdir / CHANGES,
         {"utc": utc(), "step": step, "changed": changed, "kept": kept, "before": theirs},
@@ -235,15 +240,6 @@ def origin(workdir: Path) -> dict[str, Any] | None:
         raise DmfError(
             f"{path} cannot be read: {short(error)}; expected what dmf wrote there"
         ) from error
-
-
-def keep_programs(workdir: Path) -> None:
-    """Keeps compiled programs in the work directory, for the next start of the run."""
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # which names another place
-        jax.config.update("jax_compilation_cache_dir", str(paths.absolute(workdir) / "programs"))
-        # Without it the folder's path is part of each program's key, so a moved directory would
-        # compile everything again.
-        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 def note_start(workdir: Path, step: int, config: Config) -> None:

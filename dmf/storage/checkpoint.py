@@ -2,28 +2,33 @@
 
 A checkpoint is a step folder with four items: `params`, `ema`, `opt_state` and `step`. A curriculum
 that keeps a table adds a fifth, `intervals`. Its metadata hold the whole config of the run, so
-weights can be read without the optimiser. Orbax writes into a temporary folder and renames it. The
-manifest, with size and SHA-256 of every file, comes last. A folder without its manifest is an
-unfinished save, and one that does not match it is damaged. Neither is ever loaded.
+weights can be read without the optimiser. Orbax writes into a temporary folder and renames it.
+What it wrote is read back. The manifest, with size and SHA-256 of every file, comes last. A folder
+without its manifest is an unfinished save, and one that does not match it is damaged. Neither is
+ever loaded.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
+import math
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from dmf import processes
 from dmf.errors import DmfError, short
 from dmf.storage import atomic, paths
-from dmf.storage.manifest import MANIFEST, verify, write_manifest
+from dmf.storage.manifest import MANIFEST, steps_in, verify, write_manifest
 
 if TYPE_CHECKING:
     from dmf.state import TrainState
@@ -34,6 +39,7 @@ FOLDER = "checkpoints"
 SLICE = 2**22  # bytes: of larger arrays that all devices hold, each device writes a slice
 NEWEST = 200  # complete checkpoints that are tried, one after the other
 BEST = "best.json"  # in a work directory: the step of the best score so far
+COMMITTED = "commit_success.txt"  # Orbax looks whether it is there, and writes its own path into it
 log = logging.getLogger(__name__)
 
 
@@ -73,6 +79,9 @@ class Checkpoints:
         self._damaged: set[int] = set()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, Future[None]] | None = None
+        _quieten()
+        with paths.writing(self.directory):
+            paths.make(self.directory)
         self._checkpointer = ocp.training.Checkpointer(
             paths.absolute(self.directory),
             preservation_policy=_Kept(lambda: self._kept),
@@ -95,7 +104,8 @@ class Checkpoints:
             written = self._checkpointer.save_checkpointables_async(
                 step, items, force=True, overwrite=True, custom_metadata=self._metadata
             )
-        self._pending = step, self._thread.submit(self._complete_save, step, written)
+        like = {name: _abstract(item) for name, item in items.items()}
+        self._pending = step, self._thread.submit(self._complete_save, step, written, like)
         if wait:
             self.wait()
 
@@ -106,10 +116,10 @@ class Checkpoints:
             with self._one_sentence(step), processes.together():
                 completed.result()
 
-    def _complete_save(self, step: int, written: Any) -> None:
+    def _complete_save(self, step: int, written: Any, like: dict[str, Any]) -> None:
         written.result()
         if processes.is_first():
-            write_manifest(self.directory / str(step))
+            seal(self.directory / str(step), like)
 
     @contextmanager
     def _one_sentence(self, step: int) -> Iterator[None]:
@@ -118,7 +128,7 @@ class Checkpoints:
         except paths.failures(self.directory) as error:
             what = f"checkpoint of step {step} could not be written to {self.directory}"
             rest = "checkpoints of other steps are untouched; expected a writable directory with"
-            raise DmfError(f"{what}: {short(error)}; {rest} enough room") from error
+            raise DmfError(f"{what}: {paths.reason(error)}; {rest} enough room") from error
 
     def restore_latest(self, state: TrainState) -> TrainState | None:
         """The newest readable state, placed like `state`; None where no save was ever completed.
@@ -150,7 +160,7 @@ class Checkpoints:
         if not processes.is_first():
             return []
         found = self.complete()
-        for step in sorted(set(self._folders()) - set(found)):
+        for step in sorted(set(steps_in(self.directory)) - set(found)):
             log.warning(
                 "checkpoint %s: no %s, so its save was not completed; it is skipped",
                 self.directory / str(step),
@@ -158,15 +168,10 @@ class Checkpoints:
             )
         return found
 
-    def _folders(self) -> list[int]:
-        return sorted(
-            (int(p.name) for p in self.directory.glob("[0-9]*") if p.name.isdecimal()), reverse=True
-        )
-
     def complete(self) -> list[int]:
         """Steps of the folders with a manifest, the newest first."""
         return [
-            step for step in self._folders() if (self.directory / str(step) / MANIFEST).exists()
+            n for n in steps_in(self.directory) if (self.directory / str(n) / MANIFEST).exists()
         ]
 
     def _worth_keeping(self, step: int) -> list[int]:
@@ -183,11 +188,58 @@ class Checkpoints:
 
     def close(self) -> None:
         """Ends a save that is being written. A failed save is logged: the run reports its error."""
-        for end in (self.wait, self._thread.shutdown, self._checkpointer.close):
-            try:
-                end()
-            except (DmfError, OSError, ValueError) as error:  # Orbax repeats that of the last save
-                log.warning("%s", error)
+        try:
+            self.wait()
+        except DmfError as error:
+            log.warning("%s", error)
+        self._thread.shutdown()
+        with suppress(*paths.failures(self.directory)):  # Orbax repeats that of the last save
+            self._checkpointer.close()
+
+
+def seal(folder: Path, items: dict[str, Any]) -> None:
+    """Completes a step folder that Orbax has written: reads it back, then writes the manifest.
+
+    items: what was to be saved, as shapes and types of arrays. Raises DmfError where the folder
+    holds something else. The values of one small array of each item are read too.
+    """
+    try:
+        found = ocp.checkpointables_metadata(paths.absolute(folder)).metadata
+        for name, item in items.items():
+            if differs := _difference(found[name], item):
+                raise ValueError(f"in {name}, {differs}")
+        small = {name: _smallest(found[name]) for name in items}
+        ocp.load_checkpointables(paths.absolute(folder), small)
+    except Exception as error:  # the errors of Orbax have no common base
+        what = f"checkpoint {folder} was written but cannot be read back: {short(error)}"
+        wanted = "what was saved; this save does not count, and older ones are untouched"
+        raise DmfError(f"{what}; expected {wanted}") from error
+    for place in (folder, *(folder / name for name in items)):
+        if (place / COMMITTED).exists():
+            # It named the host, the process and the path, in folders that people share.
+            (place / COMMITTED).write_text("saved\n")
+    write_manifest(folder)
+
+
+def _smallest(tree: Any) -> Any:
+    """A target of Orbax that reads the smallest array of a tree and no other."""
+    leaves, structure = jax.tree.flatten(tree)
+    least = min(leaves, key=lambda x: math.prod(x.shape))
+    wanted = [np.zeros(x.shape, x.dtype) if x is least else ocp.PLACEHOLDER for x in leaves]
+    return jax.tree.unflatten(structure, wanted)
+
+
+@functools.cache
+def _quieten() -> None:
+    """Keeps Orbax's threads from printing tracebacks: the error itself arrives and is told once."""
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in Path(record.pathname).parts)
+    before = sys.unraisablehook
+
+    def others(found: sys.UnraisableHookArgs) -> None:
+        if str(found.exc_value) != "Event loop is closed":  # by a save that has failed
+            before(found)
+
+    sys.unraisablehook = others
 
 
 def _saving() -> ocp.Context:
@@ -228,11 +280,11 @@ def find(path: str | Path) -> Path:
     if (path / "params").is_dir():
         return path
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
-    steps = [p for p in folder.glob("*") if p.name.isdigit() and (p / MANIFEST).is_file()]
-    if not steps:
-        what = "a step folder with an item 'params', or a work directory that holds one"
-        raise DmfError(f"checkpoint {path}: expected {what}")
-    return max(steps, key=lambda p: int(p.name))
+    for step in steps_in(folder):
+        if (folder / str(step) / MANIFEST).is_file():
+            return folder / str(step)
+    what = "a step folder with an item 'params', or a work directory that holds one"
+    raise DmfError(f"checkpoint {path}: expected {what}")
 
 
 def _best_step(workdir: Path) -> int:
@@ -263,48 +315,23 @@ def without_kernel(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "network": {k: v for k, v in network.items() if k != "attention"}}
 
 
-def check_free(folder: Path) -> Path:
-    """The place, links followed, at which `save_weights` may make `folder`.
-
-    It is new or an empty directory, in a writable one. Raises DmfError otherwise. Orbax itself
-    would wait for minutes where it cannot write.
-    """
-    try:
-        place = folder.resolve()
-        if place.is_file() or place.is_dir() and any(place.iterdir()):
-            what = f"{folder} is there already and {'a file' if place.is_file() else 'not empty'}"
-            raise DmfError(f"{what}: expected a new directory; nothing is overwritten")
-        # In a container, this process may have the number of one that was killed.
-        atomic.clear(place.parent, place.name)
-        partial = atomic.partial(place)
-        partial.mkdir()
-        partial.rmdir()
-    except (OSError, RuntimeError, ValueError) as error:
-        what = f"{folder} cannot be made: {short(error)}"
-        raise DmfError(f"{what}; expected a new directory in a writable one") from error
-    return place
-
-
 def save_weights(
     folder: Path, params: Any, metadata: dict[str, Any], files: dict[str, str]
 ) -> None:
     """Writes weights alone as a step folder, with `files`, {name: text}. Whole or not at all."""
-    place, level = check_free(folder), logging.root.manager.disable
+    place = paths.check_free(folder)
+    _quieten()
     try:
-        # Each of its threads would print a traceback. The error itself arrives here.
-        logging.disable(logging.CRITICAL)
         with atomic.made(place) as partial:
             ocp.save_checkpointables(partial, {"params": params}, custom_metadata=metadata)
             for name, text in files.items():
                 (partial / name).write_text(text)
-            write_manifest(partial)
+            seal(partial, {"params": jax.eval_shape(lambda: params)})
             if place.exists():
                 place.rmdir()
     except (OSError, ValueError) as error:
-        what = f"{folder} could not be written: {short(error)}"
+        what = f"{folder} could not be written: {paths.reason(error)}"
         raise DmfError(f"{what}; expected a writable directory with room") from error
-    finally:
-        logging.disable(level)
 
 
 def read_params(folder: Path, ema: int | None, like: Any) -> Any:
@@ -315,8 +342,9 @@ def read_params(folder: Path, ema: int | None, like: Any) -> Any:
     """
     item = "params" if ema is None else "ema"
     items = ocp.checkpointables_metadata(paths.absolute(folder)).metadata
-    if item not in items:
-        raise DmfError(f"checkpoint {folder} holds no {item}: expected one that a run has written")
+    if items.get(item) is None:
+        what = f"checkpoint {folder} holds no {item}, or none that can be read"
+        raise DmfError(f"{what}; expected one that a run has written")
     stored = items[item]
     _check_like(stored if ema is None else stored[ema], like, folder)
     if ema is None:
@@ -325,18 +353,28 @@ def read_params(folder: Path, ema: int | None, like: Any) -> Any:
 
 
 def _check_like(stored: Any, like: Any, folder: Path) -> None:
-    found = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(stored)}
-    wanted = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(like)}
+    if differs := _difference(stored, like):
+        count = len(jax.tree.leaves(like))
+        what = f"checkpoint {folder}: {differs}"
+        raise DmfError(f"{what}; expected the {count} weights of config.network")
+
+
+def _difference(stored: Any, like: Any) -> str:
+    """The first array that differs in name, shape or type; "" where all are alike."""
+    found, wanted = _by_name(stored), _by_name(like)
     for name in [*wanted, *found]:
         if name not in found or name not in wanted:
-            which = "lacks" if name not in found else "has an unexpected"
-            what = f"checkpoint {folder} {which} weight {name}"
-            raise DmfError(f"{what}: expected the {len(wanted)} weights of config.network")
+            return f"it {'lacks' if name not in found else 'has an unexpected'} weight {name}"
     for name, w in wanted.items():
         f = found[name]
         if tuple(f.shape) != tuple(w.shape) or f.dtype != w.dtype:
-            what = f"weight {name} is {f.dtype}{list(f.shape)}"
-            raise DmfError(f"checkpoint {folder}: {what}, expected {w.dtype}{list(w.shape)}")
+            return f"weight {name} is {f.dtype}{list(f.shape)}, not {w.dtype}{list(w.shape)}"
+    return ""
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
 
 
 def _with_sharding(stored: Any, like: Any) -> Any:

@@ -18,6 +18,20 @@ from dmf.storage import paths
 MANIFEST = "manifest.json"
 
 
+def steps_in(folder: Path) -> list[int]:
+    """The steps that name step folders in a folder of checkpoints, the newest first."""
+    found = (step_of(path.name) for path in folder.glob("[0-9]*"))
+    return sorted((n for n in found if n is not None), reverse=True)
+
+
+def step_of(name: str) -> int | None:
+    """The step that names a step folder, None for any other name."""
+    # Other scripts have digits too: "\u00b2".isdigit() holds, and int("\u0663") is 3.
+    if not name.isascii() or not name.isdecimal() or str(int(name)) != name:
+        return None
+    return int(name)
+
+
 def write_manifest(folder: Path) -> None:
     """Completes a step folder with the path, size and SHA-256 of every file in it."""
     paths.write(folder / MANIFEST, _as_text(_contents(folder)))

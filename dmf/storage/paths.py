@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import hashlib
 import os
 import re
@@ -25,16 +26,39 @@ from dmf.storage import atomic
 SCHEME = "gs://"
 PACKAGES = "requirements-gcs.txt"
 NAMED = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # pathlib leaves one slash of gs://
+VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, on Linux
+
+
+def expanded(text: str) -> str:
+    """A path or address as a user writes it, with ~, $NAME and ${NAME} replaced as by a shell.
+
+    Raises DmfError for a variable that is not set, and for a name that is too long for a disk.
+    """
+    for name in VARIABLE.findall(text):
+        if name.strip("{}") not in os.environ:
+            raise DmfError(
+                f"{text:.200}: ${name} is not set; expected a variable of the environment"
+            )
+    path = os.path.expanduser(os.path.expandvars(text))
+    whole, longest = len(os.fsencode(path)), max(len(os.fsencode(n)) for n in path.split("/"))
+    if whole > LONGEST_PATH or longest > LONGEST_NAME:
+        raise DmfError(
+            f"{path:.60}...: the path has {whole} bytes, its longest name has {longest}; "
+            f"expected at most {LONGEST_PATH} and {LONGEST_NAME}"
+        )
+    return path
 
 
 def at(path: str | os.PathLike[str]) -> Path:
     """The place that a text names. For a bucket it is an epath.Path, which is used like a Path.
 
-    Raises DmfError for other kinds of address, and where the packages for a bucket are missing.
+    Raises DmfError for other kinds of address, where the packages for a bucket are missing, and
+    like `expanded`.
     """
-    text = os.fspath(path)
+    text = expanded(os.fspath(path))
     if not NAMED.match(text):
-        return Path(path)
+        return Path(text)
     if not is_bucket(text) or not text.removeprefix(SCHEME).strip("/"):
         raise DmfError(f"{text}: expected a local path or {SCHEME}BUCKET/FOLDER")
     _serve(text)
@@ -50,9 +74,10 @@ def is_bucket(path: str | os.PathLike[str]) -> bool:
 
 def local(path: str | os.PathLike[str], why: str) -> Path:
     """A local path; raises DmfError, with the reason `why`, for another one."""
-    if NAMED.match(os.fspath(path)):
-        raise DmfError(f"{os.fspath(path)}: expected a local path, {why}")
-    return Path(path)
+    text = expanded(os.fspath(path))
+    if NAMED.match(text):
+        raise DmfError(f"{text}: expected a local path, {why}")
+    return Path(text)
 
 
 def absolute(path: Path) -> Path:
@@ -75,9 +100,54 @@ def reach(path: Path) -> Path:
 
 
 def make(folder: Path) -> None:
-    """Makes a folder and those it is in; a bucket needs none."""
+    """Makes a folder and those it is in; a bucket needs none. Raises OSError or DmfError."""
     if not is_bucket(folder):
+        check_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises DmfError where a file, or a link that leads nowhere, is in the place of a folder."""
+    if os.path.lexists(folder) and not folder.is_dir():
+        links = folder.is_symlink() and not folder.exists()
+        what = f"a link to {os.readlink(folder)}, which is not there" if links else "a file"
+        raise DmfError(f"{folder} is {what}; expected a directory, or nothing there yet")
+
+
+def check_plain(path: Path) -> None:
+    """Raises DmfError where Orbax would lose what it writes.
+
+    It looks for its own files by patterns, and puts the whole path into them as it is.
+    """
+    whole = os.fspath(absolute(path))
+    if glob.escape(whole) != whole:
+        raise DmfError(
+            f"{whole}: no checkpoint can be kept there; expected a path without *, ? and [, which "
+            "Orbax takes for a pattern"
+        )
+
+
+def check_free(folder: Path) -> Path:
+    """The place, links followed, at which a checkpoint may be made.
+
+    It is new or an empty directory, in a writable one. Raises DmfError otherwise. Orbax itself
+    would wait for minutes where it cannot write.
+    """
+    try:
+        place = folder.resolve()
+        check_plain(place)
+        if place.is_file() or place.is_dir() and any(place.iterdir()):
+            what = f"{folder} is there already and {'a file' if place.is_file() else 'not empty'}"
+            raise DmfError(f"{what}: expected a new directory; nothing is overwritten")
+        # In a container, this process may have the number of one that was killed.
+        atomic.clear(place.parent, place.name)
+        partial = atomic.partial(place)
+        partial.mkdir()
+        partial.rmdir()
+    except (OSError, RuntimeError, ValueError) as error:
+        what = f"{folder} cannot be made: {short(error)}"
+        raise DmfError(f"{what}; expected a new directory in a writable one") from error
+    return place
 
 
 def write(path: Path, content: str | bytes) -> None:
@@ -136,8 +206,17 @@ def writing(what: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        why = f"{what} cannot be written: {error.strerror or short(error)}"
+        why = f"{what} cannot be written: {reason(error)}"
         raise DmfError(f"{why}; expected a writable directory with room") from error
+
+
+def reason(error: Exception) -> str:
+    """Why something could not be written: the system's own words, where the error has them."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    # TensorStore writes a long path before the number.
+    found = re.search(r"\[os_error_code='(\d+)'\]", str(error))
+    return os.strerror(int(found[1])) if found else short(error)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dmf import main, pretrained
+from dmf import pretrained
 from dmf.config import parse
 from dmf.convert import audit
 from dmf.convert.command import KINDS, REPORT, convert
@@ -18,6 +18,7 @@ from dmf.errors import DmfError
 from dmf.evaluation import sampling
 from dmf.export.weights import export
 from dmf.networks import Condition, DiTConfig, UNetConfig
+from dmf.run import flags
 from dmf.storage import checkpoint
 from dmf.storage.readers import read
 from tests import GOLDEN, runs
@@ -241,8 +242,8 @@ def test_a_converted_flow_model_is_sampled(sit, tmp_path, capsys):
 
 
 def test_the_command_line_knows_the_kinds():
-    assert list(main.KINDS) == list(KINDS)
-    assert all(main.KINDS[name] for name in KINDS) and all(
+    assert list(flags.KINDS) == list(KINDS)
+    assert all(flags.KINDS[name] for name in KINDS) and all(
         k.licence and k.conventions and k.copies for k in KINDS.values()
     )
 

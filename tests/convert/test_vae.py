@@ -7,11 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
+from dmf import sharding
 from dmf.convert.audit import flat, leaf_shapes
+from dmf.convert.command import convert
 from dmf.convert.rules import relative_l2
 from dmf.convert.vae import SD_VAE
 from dmf.errors import DmfError
+from dmf.evaluation.sampling import make_decoder
 from dmf.networks.frozen.vae import VAEConfig, build_vae, sample_latent, unscaled
 from tests import GOLDEN
 from tests.conversion import (
@@ -126,6 +130,49 @@ def test_parity_with_diffusers():
     check_outputs(SD_VAE.outputs(network, params, arrays), arrays, BOUNDS)
 
 
+SD3 = {"groups": 4, "scale": 1.5305, "shift": 0.0609}
+
+
+@functools.cache
+def shifted():
+    """The same of an autoencoder of 16 channels with a shift, without quant layers."""
+    with np.load(GOLDEN / "vae16_tiny_io.npz", allow_pickle=False) as data:
+        arrays = dict(data)
+    return arrays, recipe_weights(arrays)
+
+
+def test_parity_with_diffusers_of_an_autoencoder_with_a_shift_and_without_quant_layers(tmp_path):
+    arrays, weights = shifted()
+    file = tmp_path / "vae.safetensors"
+    safetensors.numpy.save_file(weights, file)
+    report = convert("sd_vae", file, tmp_path / "vae", given=SD3, check="none")
+    assert (report["network"]["shift"], report["network"]["quant"]) == (0.0609, False)
+    config, _, network, params = convert_arrays(SD_VAE, weights, SD3)
+    assert config.latent_channels == 16 and network.shift == 0.0609
+    found = SD_VAE.outputs(network, params, arrays)
+    check_outputs(found, arrays, ("moments", "sample_scaled"))
+    # What training and sampling do with the directory: the shift is undone before the decoder.
+    trained = {"scale": 1.5305, "shift": 0.0609}
+    z, mesh = arrays["sample_scaled"].transpose(0, 2, 3, 1), sharding.make_mesh()
+    images = make_decoder(str(tmp_path / "vae"), z.shape[1:], mesh, trained)(z)
+    assert relative_l2(images.transpose(0, 3, 1, 2), arrays["dec"]) <= BOUNDS["dec"]
+    with pytest.raises(
+        DmfError, match=r"\(scale, shift\) = \(1.5305, 0.0609\); expected \(1.5305, 0"
+    ):
+        make_decoder(str(tmp_path / "vae"), z.shape[1:], mesh, {"scale": 1.5305})
+
+
+@needs_torch
+def test_the_pytorch_forward_of_a_shift_is_the_reference():
+    import torch
+
+    arrays, weights = shifted()
+    tensors = {name: torch.from_numpy(x) for name, x in weights.items()}
+    given = {name: np.array(x) for name, x in SD3.items()}
+    found = SD_VAE.torch_outputs(tensors, arrays | given)
+    check_outputs(found, arrays, ("moments", "sample_scaled"))
+
+
 @needs_torch
 def test_the_pytorch_forward_is_the_reference():
     import torch
@@ -165,6 +212,22 @@ def test_every_tensor_of_the_released_files_has_its_place():
         for name, s in names.items()
     }
     assert check_names(SD_VAE, {ldm(name): s for name, s in windows.items()}) == (VAEConfig(), ())
+
+
+def test_every_tensor_of_sd3_and_flux_has_its_place():
+    # Their files are Stable Diffusion's with 16 channels in the place of 4, less the quant layers.
+    names = key_list(GOLDEN / "keys_sd_vae.txt")
+    names = {name: shape for name, shape in names.items() if "quant_conv" not in name}
+    names["encoder.conv_out.weight"], names["encoder.conv_out.bias"] = (32, 512, 3, 3), (32,)
+    names["decoder.conv_in.weight"] = (512, 16, 3, 3)
+    wanted = VAEConfig(latent_channels=16, quant=False, scale=0.3611, shift=0.1159)
+    given = {"scale": 0.3611, "shift": 0.1159}
+    assert check_names(SD_VAE, names, given) == (wanted, ())
+    windows = {n: (*s, 1, 1) if ".to_" in n and len(s) == 2 else s for n, s in names.items()}
+    assert check_names(SD_VAE, {ldm(n): s for n, s in windows.items()}, given) == (wanted, ())
+    for part in ({}, {"scale": 0.3611}, {"shift": 0.1159}):
+        with pytest.raises(DmfError, match="expected --set=scale=.* 1.5305 and 0.0609 for SD3"):
+            check_names(SD_VAE, names, part)
 
 
 def test_known_names_of_the_original_checkpoints():
@@ -273,6 +336,9 @@ def test_scaled_and_unscaled_latents():
     scaled = sample_latent(mean, logvar, jnp.array([1.0, -1.0]), 0.5)
     np.testing.assert_allclose(scaled, [0.5 * (1 + 2), 0.5 * (-2 - 3)], rtol=1e-6)
     np.testing.assert_allclose(unscaled(scaled, 0.5), [3, -5], rtol=1e-6)
+    moved = sample_latent(mean, logvar, jnp.array([1.0, -1.0]), 0.5, 0.25)
+    np.testing.assert_allclose(moved, scaled - 0.125, rtol=1e-6)
+    np.testing.assert_allclose(unscaled(moved, 0.5, 0.25), [3, -5], rtol=1e-6)
     assert build_vae(VAEConfig()).scale == 0.18215
 
 
@@ -323,7 +389,7 @@ def test_float64_passes_through(float64):
         (None, {}, "no tensor decoder.up_blocks.0.resnets.0.conv1.weight .* kind sd_vae"),
         ({}, {}, "groups is 32, but a level has 16 channels: expected --set=groups=N"),
         ({}, {"groups": 0}, "groups is 0"),
-        ({}, {"heads": 4}, "--set=heads=4: expected groups or scale or part for"),
+        ({}, {"heads": 4}, "--set=heads=4: expected groups or scale or shift or part for"),
         ({}, {"groups": 8, "part": "encoder"}, "part is 'encoder'"),
         ({}, {"groups": 8, "scale": 0.0}, "scale is 0.0"),
         (
@@ -377,6 +443,9 @@ def test_a_decoder_file_cannot_be_both():
         ({"blocks": 0}, "blocks is 0"),
         ({"part": "encoder"}, "part is 'encoder'"),
         ({"scale": "1"}, "scale is '1'"),
+        ({"scale": math.inf}, "scale is inf"),
+        ({"shift": "a"}, "shift is 'a'"),
+        ({"shift": math.nan}, "shift is nan"),
     ],
 )
 def test_errors_of_a_config(fields, message):

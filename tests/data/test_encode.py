@@ -313,9 +313,11 @@ def test_a_directory_begun_with_other_settings_is_refused(
 def test_a_directory_begun_with_another_autoencoder_or_other_images_is_refused(
     copy: Path, whole: Path, vae: Path, source: Path, tmp_path: Path
 ) -> None:
-    other = make_vae(tmp_path, scale=0.5)
+    other = make_vae(tmp_path, scale=0.5, shift=0.1)
     with pytest.raises(
-        DmfError, match=r"scale: 0.18215 -> 0.5; vae.network.scale: 0.18215 -> 0.5; expected"
+        DmfError,
+        match=r"scale: 0.18215 -> 0.5; shift: \(absent\) -> 0.1; "
+        r"vae.network.scale: 0.18215 -> 0.5; vae.network.shift: \(absent\) -> 0.1; expected",
     ):
         encode.encode(other, str(source), copy, **SETTINGS)
     more = shutil.copytree(source, tmp_path / "more" / "pets")

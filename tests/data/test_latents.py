@@ -63,6 +63,16 @@ def test_a_batch_is_the_scaled_law_of_the_rows_that_any_data_set_would_give(whol
         )
 
 
+def test_the_shift_of_an_autoencoder_is_taken_off_before_the_scale(copy: Path) -> None:
+    change(shift=0.0609)(copy / "train")
+    dataset, stored = data.load(config(copy), "train"), records(copy)
+    rows = dataset.rows(np.arange(4), np.zeros(4, int))
+    scale, means = np.float32(0.18215), stored[:8:2, 0]
+    np.testing.assert_array_equal(rows["x"], scale * (means - np.float32(0.0609)))
+    np.testing.assert_array_equal(rows["std"], scale * stored[:8:2, 1])
+    assert data.identity(dataset)["shift"] == 0.0609
+
+
 def test_with_flip_each_row_is_one_of_the_two_copies_drawn_by_seed_and_step(whole: Path) -> None:
     dataset, plain = data.load(config(whole, flip=True), "train"), data.load(config(whole), "train")
     stored, like = np.float32(0.18215) * records(whole), numbered(COUNT)
@@ -251,6 +261,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
         "metadata.json: scale is inf, expected a finite number above 0",
     ),
     "negative scale": (change(scale=-1.0), "metadata.json: scale is -1.0, expected a finite"),
+    "infinite shift": (change(shift=float("nan")), "shift is nan, expected a finite number"),
     "text for a scale": (change(scale="1"), "metadata.json: scale is '1', expected a finite"),
     "flat latents": (
         change(latent_shape=[8, 8]),

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from dmf.errors import DmfError
-from dmf.evaluation import protocols
+from dmf.evaluation import features, protocols
 from dmf.evaluation.protocols import PROTOCOLS, ROUNDINGS, describe, load, to_bytes
-from dmf.metrics.resize import RESIZES
+from dmf.metrics.resize import RESIZES, resize
 from tests.conversion import needs_torch
+from tests.metrics.test_resize import picture, stored_pixels
 
 
 def grid():
@@ -123,7 +124,7 @@ def test_rows_differ_in_what_the_public_codes_do():
         "cifar10": ("inception", "bilinear_antialias", "bytes", "floor_255"),
         "adm-imagenet256": ("inception", "tf1_bilinear", "bytes", "floor_255"),
         "adm-imagenet256-latents": ("inception", "tf1_bilinear", "bytes", "round_127.5"),
-        "meanflow-imagenet256": ("inception", "tf1_bilinear", "bytes", "round_127.5"),
+        "meanflow-imagenet256": ("inception", "bilinear", "bytes", "round_127.5"),
         "edm": ("inception", "tf1_bilinear", "bytes", "round_127.5"),
         "edm2-dinov2": ("dinov2", "bicubic_antialias", "imagenet", "floor_255"),
     }
@@ -134,6 +135,22 @@ def test_rows_differ_in_what_the_public_codes_do():
             == (protocol.weights_sha256 == "6726825d")
         )
         assert protocol.space != "dinov2" or protocol.weights_sha256 == "d5383ea8"
+
+
+@pytest.mark.parametrize("size", [32, 64, 256, 512])
+def test_meanflows_protocol_gives_its_network_half_pixel_bilinear(golden, size):
+    # MeanFlow's code has no antialias, and no shift to TensorFlow 1's positions. The stored pixels
+    # are torch's, mode="bilinear", align_corners=False, antialias=False.
+    found = PROTOCOLS["meanflow-imagenet256"]
+    assert found.scaling == "bytes"
+    image = picture(size, size)
+    ours = np.asarray(features.SCALINGS["bytes"](resize(image, 299, found.resize)))[0]
+    with golden("resize_reference.npz") as stored:
+        wanted = stored[f"bilinear/{size}x{size}_to_299"]
+    ours = ours[stored_pixels(299)]
+    np.testing.assert_allclose(ours, (wanted - 128) / 128, rtol=0, atol=1e-4 / 128)
+    old = np.asarray(resize(image, 299, "tf1_bilinear"))[0][stored_pixels(299)]
+    assert np.abs(old - wanted).max() > 25  # the protocol's former resize
 
 
 def written(tmp_path, values, name="mine.json"):

@@ -316,6 +316,10 @@ def test_a_record_that_contradicts_the_protocol_is_refused_with_both_values(rng)
     for change, message in cases:
         with pytest.raises(DmfError, match=message):
             check(own(rng, **change), adm, digest, {})
+    meanflow = PROTOCOLS["meanflow-imagenet256"]  # it had TensorFlow 1's resize once
+    message = "made with resize = tf1_bilinear; protocol meanflow-imagenet256 has resize = bilinear"
+    with pytest.raises(DmfError, match=message):
+        check(own(rng, resize="tf1_bilinear"), meanflow, digest, {})
     with pytest.raises(DmfError, match="count = 10000; protocol cifar10 has count = 50000"):
         check(Reference({}, about={"count": 10000}), PROTOCOLS["cifar10"], digest, {})
     check(Reference({}, about={"count": 10000}), adm, digest, {})  # this protocol does not tell

@@ -51,8 +51,8 @@ OWNERS = {
         *("dmf/optim.py", "dmf/state.py", "dmf/step.py"),
         *("dmf/run/context.py", "dmf/convert/align.py"),
     },
-    "ml_collections": {"configs/", "dmf/config.py", "dmf/main.py"},
-    "absl": {"dmf/main.py"},
+    "ml_collections": {"configs/", "dmf/config.py", "dmf/run/flags.py"},
+    "absl": {"dmf/main.py", "dmf/run/flags.py"},
     "torch": {"dmf/convert/", "dmf/export/"},
     "pickle": {"dmf/storage/readers/unpickle.py"},  # with a closed table of names
     "zipfile": {
@@ -71,7 +71,7 @@ OWNERS = {
     "PIL": {"dmf/evaluation/pictures.py", "dmf/data/images.py"},
     "array_record": {"dmf/data/"},
     "matplotlib": {"dmf/evaluation/pictures.py"},
-    "sklearn": {"dmf/data/digits.py", "dmf/data/photos.py", "dmf/metrics/labelled.py"},
+    "sklearn": {"dmf/data/bundled.py", "dmf/metrics/labelled.py"},
 }
 # Package -> what its files may import besides the standard library.
 PURE = {

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from dmf.errors import short
-from dmf.storage import atomic, checkpoint
+from dmf.storage import atomic, paths
 
 
 def left(folder, name, process, host=None):
@@ -76,7 +76,7 @@ def test_an_interrupted_file_leaves_what_was_there_before(tmp_path, error):
 
 def test_a_process_that_was_killed_and_has_the_same_number_again_is_not_in_its_own_way(tmp_path):
     left(tmp_path, "out", os.getpid())  # as the first process of a container always has
-    assert checkpoint.check_free(tmp_path / "out") == tmp_path / "out"
+    assert paths.check_free(tmp_path / "out") == tmp_path / "out"
     assert not list(tmp_path.iterdir())
 
 

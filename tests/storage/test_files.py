@@ -115,17 +115,17 @@ def test_weights_of_another_shape_or_type_are_refused_by_name(saved):
     )
     with pytest.raises(
         DmfError,
-        match=r"weight \['x_embedder'\]\['proj'\]\['kernel'\] is float32\[4, 4, 1, 32\], "
-        r"expected float32\[3, 5\]",
+        match=r"weight x_embedder.proj.kernel is float32\[4, 4, 1, 32\], "
+        r"not float32\[3, 5\]",
     ):
         checkpoint.read_params(folder, None, like)
     like["x_embedder"]["proj"]["kernel"] = jax.ShapeDtypeStruct(
         kernel.shape, "bfloat16", sharding=kernel.sharding
     )
-    with pytest.raises(DmfError, match="is float32.*expected bfloat16"):
+    with pytest.raises(DmfError, match="is float32.*not bfloat16"):
         checkpoint.read_params(folder, None, like)
     del like["x_embedder"]
-    with pytest.raises(DmfError, match=r"has an unexpected weight \['x_embedder'\]"):
+    with pytest.raises(DmfError, match=r"has an unexpected weight x_embedder"):
         checkpoint.read_params(folder, None, like)
 
 

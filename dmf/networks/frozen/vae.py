@@ -1,9 +1,10 @@
-"""Stable Diffusion's autoencoder, from images to latents and back.
+"""The autoencoder of Stable Diffusion and FLUX, from images to latents and back.
 
 It is diffusers' `AutoencoderKL` (Rombach et al. 2022, arXiv 2112.10752).
 
 A latent has two scales, and every name tells which. `encode` and `decode` use *unscaled* latents.
-A *scaled* latent is unscaled times `VAEConfig.scale`, and has about unit variance.
+A *scaled* latent is scale * (unscaled - shift), and has about unit variance.
+The numbers are `VAEConfig.scale` and `VAEConfig.shift`.
 Flows are trained on scaled latents, and their samples are scaled.
 The function `sample_latent` makes scaled latents of an encoding.
 The function `unscaled` brings them back for `decode`.
@@ -18,6 +19,7 @@ Parameter names follow diffusers, with '/' for '.'. A number that indexes a list
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -35,15 +37,16 @@ LOGVAR_RANGE = (-30.0, 20.0)
 
 @dataclass(frozen=True, kw_only=True)
 class VAEConfig:
-    """The autoencoder's shape. The defaults are Stable Diffusion's.
+    """The autoencoder's shape. The defaults are those of Stable Diffusion 1 and 2.
 
     These have 83,653,863 parameters, 49,490,199 of them in the decoder.
 
-        channels  one entry per level, finest first; a level is half as fine as the one before
-        blocks    residual blocks of the encoder per level; the decoder has one more
-        groups    of every GroupNorm
-        scale     scaled latent = scale * unscaled latent
-        part      "both", or "decoder" for no encoder
+        channels      one entry per level, finest first; a level is half as fine as the one before
+        blocks        residual blocks of the encoder per level; the decoder has one more
+        groups        of every GroupNorm
+        scale, shift  scaled latent = scale * (unscaled latent - shift)
+        part          "both", or "decoder" for no encoder
+        quant         whether 1x1 convolutions stand at both ends of the latent; SD3 has none
     """
 
     kind: str = "vae"
@@ -54,6 +57,8 @@ class VAEConfig:
     groups: int = 32
     scale: float = 0.18215
     part: str = "both"
+    shift: float = 0.0
+    quant: bool = True
 
     @property
     def factor(self) -> int:
@@ -73,7 +78,8 @@ class VAE(NamedTuple):
     decode(params, latent) -> image: `latent` is *unscaled*, (B, h, w, latent_channels).
     The image is (B, factor h, factor w, image_channels), about [-1, 1] and not clamped.
 
-    scale: scaled latent = scale * unscaled latent, for `sample_latent` and `unscaled`.
+    scale, shift: scaled latent = scale * (unscaled latent - shift), for `sample_latent` and
+    `unscaled`.
 
     Results are float32, or float64 if params and inputs are.
     Raises DmfError for wrong shapes, and for encoding without an encoder.
@@ -83,19 +89,22 @@ class VAE(NamedTuple):
     encode: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]
     decode: Callable[[Any, jax.Array], jax.Array]
     scale: float
+    shift: float = 0.0
 
 
-def sample_latent(mean: jax.Array, logvar: jax.Array, noise: jax.Array, scale: float) -> jax.Array:
-    """A *scaled* latent drawn from an encoding: scale * (mean + exp(logvar / 2) * noise).
+def sample_latent(
+    mean: jax.Array, logvar: jax.Array, noise: jax.Array, scale: float, shift: float = 0.0
+) -> jax.Array:
+    """A *scaled* latent drawn from an encoding: scale * (mean - shift + exp(logvar / 2) * noise).
 
     noise: Standard normal, with the shape of `mean`. Zeros give the mode.
     """
-    return scale * (mean + jnp.exp(logvar / 2) * noise)
+    return scale * (mean - shift + jnp.exp(logvar / 2) * noise)
 
 
-def unscaled(latent: jax.Array, scale: float) -> jax.Array:
-    """The unscaled latent, for `decode`, of a scaled one: latent / scale."""
-    return latent / scale
+def unscaled(latent: jax.Array, scale: float, shift: float = 0.0) -> jax.Array:
+    """The unscaled latent, for `decode`, of a scaled one: latent / scale + shift."""
+    return latent / scale + shift if shift else latent / scale
 
 
 def _norm(groups: int, dtype: jnp.dtype | None, name: str) -> nn.GroupNorm:
@@ -237,7 +246,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents, after one 1x1 convolution, to images; levels count from the coarsest here."""
+    """Latents to images; levels count from the coarsest here."""
 
     config: VAEConfig
     dtype: jnp.dtype | None
@@ -255,18 +264,21 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Encoder and decoder with the 1x1 convolutions between them."""
+    """Encoder and decoder, with the 1x1 convolutions between them where there are any."""
 
     config: VAEConfig
     dtype: jnp.dtype | None
 
     def setup(self) -> None:
         """Names the parts; a decoder alone has no parameters of an encoder."""
-        if self.config.part == "both":
-            self.encoder = Encoder(self.config, self.dtype)
-            self.quant_conv = _conv(2 * self.config.latent_channels, 1, None)
-        self.post_quant_conv = _conv(self.config.latent_channels, 1, self.dtype)
-        self.decoder = Decoder(self.config, self.dtype)
+        c = self.config
+        if c.part == "both":
+            self.encoder = Encoder(c, self.dtype)
+        if c.part == "both" and c.quant:
+            self.quant_conv = _conv(2 * c.latent_channels, 1, None)
+        if c.quant:
+            self.post_quant_conv = _conv(c.latent_channels, 1, self.dtype)
+        self.decoder = Decoder(c, self.dtype)
 
     def __call__(self, x: jax.Array, latent: jax.Array) -> Any:
         """Runs all parts, for the initialisation."""
@@ -274,12 +286,14 @@ class Autoencoder(nn.Module):
 
     def encode(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Map x (B, H, W, image_channels) to mean and clamped log-variance."""
-        mean, logvar = jnp.split(self.quant_conv(self.encoder(x)), 2, axis=-1)
+        moments = self.encoder(x)
+        moments = self.quant_conv(moments) if self.config.quant else moments
+        mean, logvar = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(logvar, *LOGVAR_RANGE)
 
     def decode(self, latent: jax.Array) -> jax.Array:
         """Map an unscaled latent (B, h, w, latent_channels) to an image."""
-        return self.decoder(self.post_quant_conv(latent))
+        return self.decoder(self.post_quant_conv(latent) if self.config.quant else latent)
 
 
 def build_vae(config: VAEConfig, dtype: Any = jnp.float32) -> VAE:
@@ -319,7 +333,7 @@ def build_vae(config: VAEConfig, dtype: Any = jnp.float32) -> VAE:
         image: Any = module.apply({"params": params}, latent, method="decode")
         return image
 
-    return VAE(init, encode, decode, config.scale)
+    return VAE(init, encode, decode, config.scale, config.shift)
 
 
 def _check(config: VAEConfig) -> None:
@@ -335,8 +349,10 @@ def _check(config: VAEConfig) -> None:
                 f"VAEConfig.channels has a level of {width}; "
                 f"expected a multiple of groups, {config.groups}."
             )
-    if not isinstance(config.scale, int | float) or not config.scale > 0:
+    if not isinstance(config.scale, int | float) or not 0 < config.scale < math.inf:
         raise DmfError(f"VAEConfig.scale is {config.scale!r}; expected a number above 0.")
+    if not isinstance(config.shift, int | float) or not math.isfinite(config.shift):
+        raise DmfError(f"VAEConfig.shift is {config.shift!r}; expected a finite number.")
 
 
 def _check_input(name: str, x: jax.Array, channels: int, factor: int) -> None:
