@@ -3,7 +3,13 @@
 The code is dmf/main.py, because `pip install .` installs the package dmf and nothing beside it.
 """
 
-from dmf.main import run
+import sys
+
+from dmf.run import start
 
 if __name__ == "__main__":
+    start.begin(sys.argv)  # before the long imports
+
+    from dmf.main import run
+
     run()

@@ -21,7 +21,7 @@ from absl import app, logging
 from absl.flags import DEFINE_enum
 
 from dmf.errors import DmfError
-from dmf.run import flags, sigterm
+from dmf.run import flags, sigterm, start
 from dmf.run.flags import FLAGS
 from dmf.storage import paths
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 # Parsers import what they call, so that --help loads no jax.
 STARTED = time.monotonic()
-STOP: sigterm.Stop | None = None
 HELP = {"--help", "-help", "--helpshort", "--helpfull", "-h", "-?"}
 
 
@@ -49,7 +48,7 @@ class Command:
 def _train() -> Callable[[], Any]:
     if FLAGS.workdir == "":  # so says a shell whose variable is not set
         raise DmfError("--workdir= is empty: expected a directory, or no such flag for runs/CONFIG")
-    config, stop = flags.config(), STOP or sigterm.listen()
+    config, stop = flags.config(), start.begin(sys.argv)
     name = flags.config_file().rpartition("/")[2].replace(".py", "")
     name = name.replace(":", "_").replace(",", "_")
     return partial(_start, config, FLAGS.workdir or f"runs/{name}", stop)
@@ -207,8 +206,11 @@ def overview() -> str:
     return "\n".join([*lines, "", about.rstrip()])
 
 
-def main(argv: list[str]) -> None:
-    """Runs one command, after absl has read the flags. Raises DmfError for a wrong one."""
+def main(argv: list[str]) -> int:
+    """Runs one command, after absl has read the flags; returns the exit status.
+
+    Raises DmfError for a wrong flag.
+    """
     if len(argv) > 1:
         wanted = "expected only flags, such as --config=configs/digits.py"
         raise DmfError(f"argument {argv[1]!r}: {wanted}")
@@ -222,6 +224,7 @@ def main(argv: list[str]) -> None:
     gc.set_threshold(100_000, 50)
     logging.set_verbosity(logging.WARNING)
     command.parse()()
+    return start.begin(sys.argv).status
 
 
 def _setting() -> Any:
@@ -239,19 +242,14 @@ def _check_read(read: tuple[str, ...], what: str, hint: str = "") -> None:
 
 def run() -> None:
     """The whole program: reads the flags, runs the command, and ends with one line on an error."""
-    global STOP
+    start.begin(sys.argv)
     if HELP & set(sys.argv[1:]):
         print(overview())
         return
-    if all(text.endswith("train") for text in sys.argv if text.lstrip("-").startswith("mode")):
-        STOP = sigterm.listen()  # reading the flags takes seconds
     try:
         app.run(main, flags_parser=flags.parse)
     except DmfError as error:
         _stop(2, f"error: {error}")
-    except KeyboardInterrupt:
-        goes_on = FLAGS.mode in ("train", "score", "reference", "encode")
-        _stop(130, "interrupted" + "; the same command goes on from what is on disk" * goes_on)
 
 
 def _stop(status: int, line: str) -> None:

@@ -12,12 +12,14 @@ import jax
 import numpy as np
 
 from dmf.convert.kind import (
+    Fact,
     Kind,
     Shape,
     Tensors,
     axes,
     check_given,
     expect,
+    fact_of,
     nchw,
     number,
     pick_copy,
@@ -290,4 +292,12 @@ TORCHCFM = Kind(
     outputs=_outputs,
     torch_outputs=_torch_outputs,
     probe=_probe,
+    facts=(
+        fact_of("head_channels", "head_channels"),
+        Fact("resolution", lambda _, shape: shape[0]),
+        fact_of("dropout", "dropout"),
+        Fact("prediction", lambda *_: "velocity", settable=False),
+    ),
+    time="noise_at_0",
+    sign="data_minus_noise",
 )

@@ -4,17 +4,21 @@ Each kind of file is a `Kind` (kind.py), and kinds.py lists them. `convert` call
 
     read.open_file           the file as a tree of tensors    storage/readers/
     kind.select              one copy of the weights          sit.py and dit.py for --kind=sit
+    sides.said               what a config.json tells         sides.py
     kind.describe            their shapes -> network config
     kind.rules               the key map, a list of `Rule`    rules.py has the type
+    direction.turned         another time or sign             direction.py
     audit.convert            tensors -> parameters            audit.py
     forward.run              our outputs against theirs       check.py
+    plausible.check          a flow's direction               plausible.py
     align.align              only with --align_steps          align.py
     checkpoint.save_weights  the directory                    storage/checkpoint.py
 
-Two checks come before anything is written:
+Three checks come before anything is written:
 
 - the audit accounts for every tensor and every leaf;
-- the forward check compares the network with stored outputs, or with PyTorch.
+- the forward check compares the network with stored outputs, or with PyTorch;
+- a flow's own outputs show its direction of time and its sign.
 
 No part of a file is ever executed.
 """
@@ -26,12 +30,12 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from dmf import pretrained
-from dmf.convert import align, audit, native
+from dmf import networks, pretrained
+from dmf.convert import align, audit, direction, native, plausible, sides
 from dmf.convert import check as forward
-from dmf.convert.kind import Kind, Shape
+from dmf.convert.kind import Kind, Shape, Tensors
 from dmf.convert.kinds import KINDS, kind_of
 from dmf.errors import DmfError
 from dmf.evaluation import features
@@ -61,7 +65,7 @@ def convert(
     - source: the file, or the directory of Orbax.
     - out: the directory to make; it holds the report too, as conversion.json.
     - copy: which of the file's copies of the weights; "" takes the kind's default.
-    - given: fields of the network that the file does not show.
+    - given: fields of the network that the file does not show; of a flow also time and sign.
     - check: "auto" compares with PyTorch if it is installed, "none" with nothing.
       Else it names an .npz with inputs and outputs in the source's convention.
     - align_steps: steps of the alignment of a U-Net's embedding (`dmf.convert.align`).
@@ -88,6 +92,37 @@ def convert(
     return report
 
 
+class _Described(NamedTuple):
+    """A file's weights, and all that is known of them before a value is read."""
+
+    tensors: Tensors
+    copy: str
+    config: Any
+    shape: Shape
+    way: direction.Direction | None  # time and sign of the source
+    values: list[dict[str, Any]]  # what the tensors may not tell, with its source
+
+
+def _described(
+    kind: Kind, weights: read.Weights, copy: str, given: Mapping[str, Any]
+) -> _Described:
+    tensors, copy = kind.select(weights.tree, copy)
+    way, fields = direction.split(kind, given)
+    told = sides.said(kind, weights)
+    taken = sides.adopted(told, tensors, fields)
+    if kind is native.NATIVE and not given:  # the metadata of such a file hold the fields
+        fields = native.described(weights)
+    try:
+        config, shape = kind.describe(
+            tensors, fields | {name: row.value for name, row in taken.items()}
+        )
+    except DmfError as error:
+        said = ", ".join(f"{row.where} says {row.key} = {row.raw}" for row in taken.values())
+        raise DmfError(f"{error} ({said})" if said else str(error)) from error
+    values = sides.rows(kind, config, shape, tensors, given, told, way)
+    return _Described(tensors, copy, config, shape, way, values)
+
+
 def _converted(
     kind: Kind,
     weights: read.Weights,
@@ -97,30 +132,31 @@ def _converted(
     align_steps: int,
 ) -> tuple[Any, Shape, Any, dict[str, Any]]:
     """(network config, image shape, parameters, report), audited, checked and aligned."""
-    tensors, copy = kind.select(weights.tree, copy)
-    ours = kind is native.NATIVE  # the metadata of such a file hold the fields
-    fields = native.described(weights) if ours and not given else given
-    config, shape = kind.describe(tensors, fields)
+    tensors, copy, config, shape, way, values = _described(kind, weights, copy, given)
     if align_steps:
         align.check(config, align_steps)
     network = pretrained.build(config, shape)
-    rules, progress = kind.rules(config, shape, tensors), _progress(kind.name, "bytes")
-    params, rows = audit.convert(rules, tensors, network, kind.name, progress)
+    rules = direction.turned(kind.rules(config, shape, tensors), config, way)
+    params, rows = audit.convert(rules, tensors, network, kind.name, _progress(kind.name, "bytes"))
     print(audit.table(rows), flush=True)
+    sides.show(values)
+    ours = kind is native.NATIVE
     report: dict[str, Any] = {
         "kind": kind.name,
         "source": {"file": weights.path.name, "format": weights.format, "copy": copy},
         "licence": native.licence(weights) if ours else kind.licence,
-        "conventions": kind.conventions,
+        "conventions": kind.conventions + direction.note(way),
         "network": dataclasses.asdict(config),  # as in the source: an alignment comes later
         "image_shape": list(shape),
         "given": dict(given),
-        "checks": forward.run(kind, config, shape, network, params, tensors, check),
+        "values": values,
+        "checks": forward.run(
+            kind, config, shape, direction.seen_as(network, way), params, tensors, check
+        ),
         "tensors": rows,
     }
-    if given and isinstance(check, str):
-        said = ", ".join(f"{k} = {v}" for k, v in given.items())
-        print(f"given     {said}: only stored outputs would tell it wrong")
+    if config.kind in networks.KINDS and check != "none":
+        report["plausibility"] = plausible.check(network, params, config, shape, way)
     if align_steps:
         config, params, found = align.align(
             config, params, align_steps, 0, _progress("align", "steps")

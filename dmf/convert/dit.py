@@ -14,7 +14,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from dmf.convert.kind import Shape, Tensors, check_given, heads_of, pick_copy
+from dmf.convert.kind import (
+    Fact,
+    Shape,
+    Tensors,
+    check_given,
+    exact,
+    fact_of,
+    heads_of,
+    pick_copy,
+    shown,
+)
 from dmf.convert.rules import Rule, plain
 from dmf.errors import DmfError
 from dmf.networks import layers
@@ -44,6 +54,28 @@ def check_fields(given: Mapping[str, Any], kind: str) -> None:
     check_given(given, GIVEN, kind)
     for field, value in given.items():
         layers.check_positive(f"--set={field}", value)
+
+
+def facts(table: str, resolution: bool) -> tuple[Fact, ...]:
+    """What a transformer's tensors do not tell.
+
+    table: name of the label table. resolution: whether a table of positions shows the image size.
+    """
+
+    def classes(config: Any, shape: Shape) -> str:
+        return "last row of the label table" if config.num_classes else "no classes"
+
+    return (
+        fact_of("heads", "heads", "num_heads"),
+        Fact(
+            "resolution",
+            lambda _, shape: shape[0],
+            {"input_size": exact},
+            told=lambda tensors: resolution and "pos_embed" in tensors,
+        ),
+        shown("num_classes", num_classes=exact),
+        Fact("null_class", classes, settable=False, told=lambda tensors: table not in tensors),
+    )
 
 
 def modules(depth: int) -> list[str]:

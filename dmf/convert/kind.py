@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,18 @@ from dmf.storage.readers.tree import Tensor
 Tensors = Mapping[str, Tensor]
 NamedArrays = Mapping[str, np.ndarray]
 Shape = tuple[int, ...]
+
+
+class Fact(NamedTuple):
+    """A value that the names and shapes of a file may not tell (`dmf.convert.sides`)."""
+
+    name: str  # as in --set
+    value: Callable[[Any, Shape], Any]  # (config, image shape) -> the value that is taken
+    # Its names in a config.json, in stored arguments and in metadata, each with what turns the
+    # value there into ours. It raises TypeError, ValueError or AttributeError for a wrong type.
+    side: Mapping[str, Callable[[Any], Any]] = {}
+    settable: bool = True  # whether --set can name it
+    told: Callable[[Tensors], bool] = lambda _: False  # whether this file's tensors show it
 
 
 class Kind(NamedTuple):
@@ -43,6 +56,11 @@ class Kind(NamedTuple):
     torch_outputs: Callable[[Mapping[str, Any], NamedArrays], dict[str, np.ndarray]]
     # (config, image shape) -> small random inputs for both.
     probe: Callable[[Any, Shape], dict[str, np.ndarray]]
+    facts: tuple[Fact, ...] = ()  # what names and shapes may not tell
+    # Of a flow: the words of `dmf.convert.direction` for the source's time and sign; "" elsewhere.
+    time: str = ""
+    sign: str = ""
+    hint: str = ""  # what a failed forward check may point to
 
 
 def tensor_of(tensors: Tensors, name: str, kind: str) -> Tensor:
@@ -111,6 +129,26 @@ def heads_of(sizes: Mapping[str, Mapping[str, int]], width: int, depth: int, giv
             f"as in the named size of width {width} and depth {depth}"
         )
     return given or named[0]
+
+
+def fact_of(name: str, *keys: str, **more: Any) -> Fact:
+    """The fact of a network's field of that name. keys: its names in side files, as numbers."""
+    return Fact(name, lambda config, _: getattr(config, name), dict.fromkeys(keys, exact), **more)
+
+
+def shown(name: str, **side: Callable[[Any], Any]) -> Fact:
+    """The fact of a network's field that the tensors show, for a comparison with side files."""
+    return Fact(name, lambda config, _: getattr(config, name), side, False, lambda _: True)
+
+
+def exact(value: Any) -> Any:
+    """The value of a side file that is a number, or text that says one. Raises ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError("no number")
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError("not finite")
+    return int(number) if number.is_integer() and not isinstance(value, float) else number
 
 
 def expect(config: Any, kind: str, wanted: Mapping[str, Any]) -> None:

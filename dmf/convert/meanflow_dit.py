@@ -98,4 +98,7 @@ MEANFLOW_DIT = Kind(
     outputs=_outputs,
     torch_outputs=_torch_outputs,
     probe=dit.probe,
+    facts=dit.facts(TABLE, resolution=False),
+    time="noise_at_1",
+    sign="noise_minus_data",
 )

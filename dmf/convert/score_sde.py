@@ -20,12 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmf.convert.kind import (
+    Fact,
     Kind,
     Shape,
     Tensors,
     axes,
     check_given,
     expect,
+    fact_of,
     nchw,
     nhwc,
     number,
@@ -375,4 +377,12 @@ RECTIFIED_FLOW = Kind(
     outputs=_outputs,
     torch_outputs=_torch_outputs,
     probe=_probe,
+    facts=(
+        Fact("image_size", lambda _, shape: shape[0]),
+        fact_of("dropout", "dropout"),
+        fact_of("time_scale", settable=False),
+        Fact("prediction", lambda *_: "velocity", settable=False),
+    ),
+    time="noise_at_0",
+    sign="data_minus_noise",
 )

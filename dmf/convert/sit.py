@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from dmf.convert import dit
-from dmf.convert.kind import Kind, Shape, Tensors, axes, expect, nchw, tensor_of
+from dmf.convert.kind import Fact, Kind, Shape, Tensors, axes, expect, nchw, tensor_of
 from dmf.convert.rules import (
     Rule,
     constant,
@@ -203,6 +203,10 @@ def _torch_outputs(
     return {"out": out[..., : x.shape[1]].permute(0, 3, 1, 2).numpy()}
 
 
+def _prediction(text: str) -> str:
+    return "velocity" if text.lower() == "v" else text.lower()
+
+
 SIT = Kind(
     name=NAME,
     network="dit",
@@ -221,4 +225,19 @@ SIT = Kind(
     outputs=_outputs,
     torch_outputs=_torch_outputs,
     probe=_probe,
+    facts=(
+        *dit.facts(TABLE, resolution=True),
+        Fact(
+            "prediction",
+            lambda *_: "velocity",
+            {
+                "prediction": _prediction,
+                "model": lambda x: "noise" if x.startswith("DiT") else "velocity",
+            },
+            settable=False,
+        ),
+        Fact("path", lambda *_: "linear", {"path_type": str.lower}, settable=False),
+    ),
+    time="noise_at_0",
+    sign="data_minus_noise",
 )

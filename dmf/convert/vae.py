@@ -14,14 +14,18 @@ import jax
 import numpy as np
 
 from dmf.convert.kind import (
+    Fact,
     Kind,
     Shape,
     Tensors,
     axes,
     check_given,
+    exact,
+    fact_of,
     nchw,
     nhwc,
     pick_copy,
+    shown,
 )
 from dmf.convert.rules import Rule, conv_layer, linear_layer, norm_layer, unread
 from dmf.errors import DmfError
@@ -371,4 +375,13 @@ SD_VAE = Kind(
     outputs=_outputs,
     torch_outputs=_torch_outputs,
     probe=_probe,
+    facts=(
+        fact_of("groups", "norm_num_groups"),
+        fact_of("scale", "scaling_factor"),
+        Fact("shift", lambda config, _: config.shift, {"shift_factor": lambda x: exact(x or 0)}),
+        shown("blocks", layers_per_block=exact),
+        shown("latent_channels", latent_channels=exact),
+        shown("image_channels", out_channels=exact),
+        shown("channels", block_out_channels=tuple),
+    ),
 )

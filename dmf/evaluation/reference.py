@@ -19,7 +19,7 @@ import numpy as np
 
 from dmf.evaluation.protocols import Protocol
 from dmf.metrics.frechet import Moments, check_features, moments
-from dmf.storage import atomic
+from dmf.storage import atomic, paths, records
 from dmf.storage.readers.npz import Npz, bad, write_npz
 
 UNKNOWN = "unknown"
@@ -79,7 +79,7 @@ def read(path: str | Path, space: str = "inception", images: bool = True) -> Ref
     images: False leaves arr_0 unread, which can take gigabytes.
     Raises DmfError, in one line, for any other or damaged file.
     """
-    place = Path(path)
+    place = paths.local(path, "of reference statistics")
     if not place.is_file():
         what = "is no regular file" if place.exists() else "no such file"
         raise bad(path, f"{what}; expected reference statistics, an .npz or .pkl")
@@ -318,12 +318,9 @@ def _read_npz(path: Path, with_images: bool) -> Reference:
 
 def _read_own(npz: Npz) -> Reference:
     text = npz.array("about", "U")
-    try:
-        record = _checked_record(npz.path, json.loads(text.item() if text.ndim == 0 else "[]"))
-    except (ValueError, RecursionError) as error:
-        raise bad(
-            npz.path, f"about is no JSON ({error}); expected the record of a reference"
-        ) from error
+    told = text.item() if text.ndim == 0 else "[]"
+    about = records.parse(told, records.ANY, f"{npz.path}: about", "the record of a reference")
+    record = _checked_record(npz.path, about)
     n = record["count"] if isinstance(record.get("count"), int) else 0
     found = {"pool": _moments(npz, "mu", "sigma", int(n))}
     if {"mu_s", "sigma_s"} & npz.members.keys():

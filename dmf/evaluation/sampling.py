@@ -256,7 +256,7 @@ def write_scores(
     rows = score(draw, found[0], params, count or config.run.score_samples or 2000, steps)
     print(format_scores(rows, found[0].floor))
     if out:
-        paths.at(out).write_text(json.dumps(rows, indent=1) + "\n")
+        paths.write(paths.at(out), json.dumps(rows, indent=1) + "\n")
     return rows
 
 

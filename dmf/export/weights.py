@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from dmf import networks, pretrained
-from dmf.convert import audit, native
-from dmf.convert.kinds import KINDS, kind_of
+from dmf.convert import audit, direction, native
+from dmf.convert.kind import Kind
+from dmf.convert.kinds import kind_of
 from dmf.convert.leaves import flat, leaf_shapes
 from dmf.errors import DmfError
 from dmf.export import tensorfile
@@ -38,14 +39,17 @@ def export(
     _check_target(target)
     folder, stored = pretrained.open_folder(path)
     config, shape = pretrained.described(stored)
-    kind = kind_of(kind or _origin(stored, config)).name
-    tensors, interval = _tensors(kind, config, shape, pretrained.load_folder(folder, stored, ema))
+    layout = kind_of(kind or _origin(stored, config))
+    way = direction.of_source(layout, stored.get("source"))
+    loaded = pretrained.load_folder(folder, stored, ema)
+    tensors, interval = _tensors(layout, way, config, shape, loaded)
     licence = (stored.get("source") or {}).get("licence", "your own")
     words = pretrained.which(stored, ema)
-    about = tensorfile.describe(config, shape, KINDS[kind], licence, words, interval)
+    layout = layout._replace(conventions=layout.conventions + direction.note(way))
+    about = tensorfile.describe(config, shape, layout, licence, words, interval)
     tensorfile.write(target, tensors, about)
     count = sum(x.size for x in tensors.values())
-    print(f"exported  {target}: {len(tensors)} tensors, {count:,} values, layout {kind}")
+    print(f"exported  {target}: {len(tensors)} tensors, {count:,} values, layout {layout.name}")
     return tensors
 
 
@@ -60,19 +64,23 @@ def _origin(stored: dict[str, Any], config: Any) -> str:
 
 
 def _tensors(
-    kind: str, config: Any, shape: tuple[int, ...], loaded: tuple[Any, Any]
+    kind: Kind,
+    way: direction.Direction | None,
+    config: Any,
+    shape: tuple[int, ...],
+    loaded: tuple[Any, Any],
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """The tensors by name, and the names that the source's layout lacks. Raises DmfError."""
     network, params = loaded
-    wanted = KINDS[kind].network
-    if wanted not in (config.kind, ""):
+    if kind.network not in (config.kind, ""):
         raise DmfError(
-            f"kind = {kind}: the layout of a {wanted}, this is a {config.kind}; expected kind = dmf"
+            f"kind = {kind.name}: the layout of a {kind.network}, this is a {config.kind}; "
+            "expected kind = dmf"
         )
-    rules = KINDS[kind].rules(config, shape, None)
+    rules = direction.turned(kind.rules(config, shape, None), config, way)
     if {leaf for rule in rules for leaf in rule.leaves} != set(leaf_shapes(network)):
         raise DmfError(
-            f"kind = {kind}: has no layout for this {config.kind}; "
+            f"kind = {kind.name}: has no layout for this {config.kind}; "
             "expected kind = dmf, or the kind of its source"
         )
     tensors = audit.write(rules, {name: np.asarray(x) for name, x in flat(params).items()})

@@ -13,7 +13,6 @@ import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,6 +29,7 @@ from dmf.method import flow
 from dmf.method.curriculum import Stage
 from dmf.method.objectives import BETWEEN, KINDS, LAST, PRETRAINING
 from dmf.networks import attention
+from dmf.storage import paths
 
 ROUNDS = 9
 WHOLE_JVP = (LAST, 1.0)
@@ -96,7 +96,7 @@ def benchmark(config: Config, out: str = "", rounds: int = ROUNDS) -> list[dict[
     print(_report(about, rows, total))
     if out:
         stored = {**about, "programs": rows, "total": total}
-        Path(out).write_text(json.dumps(stored, indent=1) + "\n")
+        paths.write(paths.at(out), json.dumps(stored, indent=1) + "\n")
     return rows
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM asks the run to stop: at most one step is lost, and the same command goes on.
+"""SIGTERM and Ctrl-C ask the run to stop: at most one step is lost, and the same command goes on.
 
 A separate thread hears the signal, because the main thread may compile for minutes. There are two
 cases:
@@ -8,6 +8,8 @@ cases:
 - A step is not saved. Then the main thread sees the request at its next gate, a place between two
   steps. It saves and leaves.
 
+The status is then 0, and 130 by Ctrl-C. Other commands than training hold nothing unsaved. They end
+with 143 by SIGTERM. Whatever ends here removes its unfinished files (`dmf.storage.atomic`).
 A second signal ends the process at once, whatever it does.
 
 Several processes leave together. The process that was asked tells the others, which look every
@@ -24,14 +26,18 @@ import signal
 import sys
 import threading
 import time
-from typing import Protocol
+from typing import Protocol, TextIO
+
+from dmf.storage import atomic
 
 POLL_S = 0.5  # between two looks whether another process was asked to stop
 ANSWER_S = 0.02  # between two looks for the others' answers, once one was asked
 LAST_S = 10.0  # how long the first process waits for the others, who need it until they have left
 GONE_S = 0.3  # from their last note to their end
 ONE_S = 1.0  # signals within this time are one request: some go to a process and to its group
-LATE = 0  # stands for SIGTERM when Python's own handler tells of it
+SAY_S = 1.0  # the last line may take so long: the reader of a pipe may have fallen asleep
+LATE = 128  # added to a signal's number when Python's own handler tells of it
+HEARD = (signal.SIGTERM, signal.SIGINT)
 AGAIN = "the same command goes on from what is on disk"
 
 
@@ -54,7 +60,10 @@ class Stop:
     Without `listen` nobody asks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, end: str = "", training: bool = True) -> None:
+        """end: of the last line of a command that is no training."""
+        self._end, self._training = end, training
+        self._number = 0  # of the signal that asked
         self._changed = threading.Condition()
         self._asked = self._unsaved = False
         self._gate = 0  # gates passed; all processes pass the same ones
@@ -88,8 +97,14 @@ class Stop:
         with self._changed:
             self._unsaved = False
 
-    def ask(self) -> None:
-        """Asks the run to stop.
+    @property
+    def status(self) -> int:
+        """The exit status of a run that was asked to stop; 0 without a request."""
+        by_user = self._number == signal.SIGINT
+        return 128 + self._number if by_user or self._number and not self._training else 0
+
+    def ask(self, number: int = 0) -> None:
+        """Asks the run to stop. number: of the signal; 0 where another process was asked.
 
         It ends the process at once where nothing would be lost. Otherwise `here` tells the run.
         """
@@ -97,10 +112,11 @@ class Stop:
             if self._asked:
                 return
             self._asked = True  # from now on the main thread waits at each gate until told
+            self._number = number
             board, gate, unsaved = self._board, self._gate + 1, self._unsaved
             if board is None:
                 if not unsaved:
-                    _end(f"stopped, nothing was unsaved; {AGAIN}")
+                    self._leave()
                 self._last = gate
         if board is not None:
             board.post(f"gate/{board.mine}", f"{gate} {unsaved:d}")
@@ -119,7 +135,8 @@ class Stop:
         if len(answers) < board.count:
             return
         if not any(int(unsaved) for _, unsaved in answers):
-            _end_together(board)
+            _wait_for_others(board)
+            self._leave()
         with self._changed:
             self._last = max(int(gate) for gate, _ in answers)
             self._changed.notify_all()
@@ -128,23 +145,29 @@ class Stop:
         """Whether processes wait for each other's answers."""
         return self._asked and self._last is None
 
+    def _leave(self) -> None:
+        """Ends the process, which holds nothing unsaved."""
+        line = "interrupted" if self._number == signal.SIGINT else "stopped"
+        end = f", nothing was unsaved; {AGAIN}" if self._training else self._end
+        _end(line + end, self.status)
 
-def listen() -> Stop:
-    """Hears SIGTERM from now on, in a separate thread. Called once, by the main thread."""
-    stop = Stop()
+
+def listen(end: str = "", training: bool = True) -> Stop:
+    """Hears SIGTERM and SIGINT from now on, in a separate thread. Called by the main thread.
+
+    end, training: as for `Stop`. A signal that the process was told to ignore stays ignored.
+    """
+    stop = Stop(end, training)
     heard, wake = os.pipe()
     os.set_blocking(wake, False)
     # The system writes the number of a signal here at once. Python's own handlers wait for the
     # main thread; one is needed in case somebody else sets another wakeup file.
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-    signal.signal(signal.SIGTERM, lambda *_: os.write(wake, bytes([LATE])))
+    for number in HEARD:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as of a job in the background
+            signal.signal(number, lambda number, _: os.write(wake, bytes([LATE + number])))
     threading.Thread(target=_watch, args=(stop, heard), name="stopping", daemon=True).start()
     return stop
-
-
-def forget() -> None:
-    """SIGTERM ends the process as it would without `listen`."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _watch(stop: Stop, heard: int) -> None:
@@ -152,26 +175,37 @@ def _watch(stop: Stop, heard: int) -> None:
     while True:
         ready, _, _ = select.select([heard], [], [], ANSWER_S if stop.hurried() else POLL_S)
         for number in os.read(heard, 64) if ready else b"":
-            if first is not None and number != LATE and time.monotonic() - first > ONE_S:
+            if first is not None and number < LATE and time.monotonic() - first > ONE_S:
                 _end(f"ended by a second signal; {AGAIN}", 128 + number)
-            if first is None and number in (signal.SIGTERM, LATE):
+            if first is None and number % LATE in HEARD:
                 first = time.monotonic()
-                stop.ask()
+                stop.ask(number % LATE)
         stop.look()
 
 
-def _end_together(board: Board) -> None:
-    """Ends this process. The first one ends last: the others cannot end well without it."""
+def _wait_for_others(board: Board) -> None:
+    """Waits for the others' end. The first one ends last: they cannot end well without it."""
     board.post(f"left/{board.mine}", "1")
     end = time.monotonic() + LAST_S
     while board.mine == 0 and len(board.posted("left")) < board.count and time.monotonic() < end:
         time.sleep(ANSWER_S)
     time.sleep(0.0 if board.mine else GONE_S)
-    _end(f"stopped, nothing was unsaved; {AGAIN}")
 
 
 def _end(line: str, status: int = 0) -> None:
     """Ends the process from any thread. An ordinary exit would wait for the main thread."""
-    print(line, flush=True)
-    sys.stderr.flush()
+    thread = threading.Thread(target=_say, args=(line, sys.stderr if status else sys.stdout))
+    thread.daemon = True
+    thread.start()
+    thread.join(SAY_S)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):  # what other threads say of files that are removed now
+        os.dup2(nowhere, stream)
+    atomic.give_up()
     os._exit(status)
+
+
+def _say(line: str, stream: TextIO) -> None:
+    """Prints the last line, below a line of progress that a terminal may show."""
+    sys.stdout.flush()
+    print(f"\n{line}" if stream.isatty() else line, file=stream, flush=True)

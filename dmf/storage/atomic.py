@@ -12,17 +12,26 @@ import os
 import re
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+_begun: list[Path] = []  # what this process makes at the moment
+_beginning = threading.Lock()
+ORBAX = ".orbax-checkpoint-tmp"  # at the end of its temporary folders
 PATIENCE = 50  # tries, 0.1 s apart, to remove a folder into which a thread still writes
 
 
 def partial(place: Path) -> Path:
     """Where this process makes what is to become `place`."""
     return place.with_name(f".{place.name}.partial-{socket.gethostname()}-{os.getpid()}")
+
+
+def room() -> int:
+    """How many bytes the name of a place may have. The name of unfinished work is longer."""
+    return 256 - len(os.fsencode(partial(Path("x")).name + ORBAX))
 
 
 @contextmanager
@@ -32,12 +41,28 @@ def made(place: Path) -> Iterator[Path]:
     Otherwise it is removed. Leftovers of dead processes of this machine, for the same place, are
     removed too. Raises OSError where the disk fails.
     """
+    with _beginning:
+        _begun.append(place)
     try:
         clear(place.parent, place.name)
         yield partial(place)
         partial(place).replace(place)
     finally:
         clear(place.parent, place.name)
+        with _beginning:  # after `give_up` nothing more is said
+            _begun.remove(place)
+
+
+def give_up() -> None:
+    """Removes what this process has begun, and lets it begin nothing more. Called before its end.
+
+    Any thread may call it, once. A thread that makes something then stands still. Files that cannot
+    be removed are left to the next process.
+    """
+    _beginning.acquire()
+    for place in [*_begun]:
+        with suppress(OSError):
+            clear(place.parent, place.name)
 
 
 def write(place: Path, content: bytes, durable: bool = False) -> None:
@@ -71,7 +96,7 @@ def clear(folder: Path, name: str = "") -> None:
     """
     of = re.escape(name) if name else ".+"
     known = re.compile(
-        rf"\.{of}\.partial-{re.escape(socket.gethostname())}-(\d+)(\.orbax-checkpoint-tmp)?"
+        rf"\.{of}\.partial-{re.escape(socket.gethostname())}-(\d+)({re.escape(ORBAX)})?"
     )
     for _ in range(PATIENCE):
         matches = [(path, known.fullmatch(path.name)) for path in folder.iterdir()]

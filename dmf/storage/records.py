@@ -52,6 +52,7 @@ class Line(NamedTuple):
 
 COUNT = Is("a whole number, 0 or more", lambda x: type(x) is int and 0 <= x < 2**63)
 POSITIVE = Is("a whole number above 0", lambda x: type(x) is int and 0 < x < 2**63)
+ANY = Is("any value", lambda x: True)
 NUMBER = Is("a number", lambda x: type(x) in (int, float))  # JSON of Python has NaN and Infinity
 WORDS = {
     int: "a whole number",
@@ -151,7 +152,7 @@ def _decoded(content: bytes | str) -> tuple[Any, int, str]:
     except json.JSONDecodeError as error:
         return None, error.lineno, f"no JSON ({error.msg})"
     except RecursionError:
-        return None, 0, "its values are nested too deeply"
+        return None, 0, "no JSON (its values are nested too deeply)"
     except ValueError as error:  # a name given twice, a number of thousands of digits
         return None, 0, f"no JSON ({str(error)[:100]})"
 

@@ -218,7 +218,7 @@ def test_it_goes_back_to_the_newest_checkpoint_before_values_were_half_way_to_th
     given = Guard(tmp_path / "given.json", tmp_path, CONFIG, fresh=True, drawn=False)
     with pytest.raises(
         DmfError,
-        match="step 38: x; the guard would go back to step 0, but checkpoint .*/0: no readable",
+        match="step 38: x; the guard would go back to step 0, but checkpoint .*/0: .*manifest.json cannot be read",
     ):
         given.intervene(Diverged(38, "x"), scores=[], **how)
     (tmp_path / "0").mkdir()

@@ -243,9 +243,28 @@ def test_sigterm_in_each_phase_ends_well_and_the_run_ends_in_the_same_bits(tmp_p
     same_end(life.workdir, plain, "120")
 
 
-def test_a_second_sigterm_ends_the_process_at_once(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "training", "line", "status"),
+    [
+        (signal.SIGINT, True, f"interrupted, nothing was unsaved; {sigterm.AGAIN}", 130),
+        (signal.SIGINT, False, "interrupted; it goes on", 130),
+        (signal.SIGTERM, False, "stopped; it goes on", 143),
+    ],
+)
+def test_the_last_line_and_the_status_tell_which_signal_came(ends, number, training, line, status):
+    with pytest.raises(Ended):
+        sigterm.Stop("; it goes on", training).ask(number)
+    assert ends == [(line, status)]
+    stop = sigterm.Stop(training=training)
+    assert stop.status == 0
+    stop.unsaved()
+    stop.ask(number)  # the run saves and leaves by itself, with this status
+    assert stop.here() and stop.status == status
+
+
+def test_a_second_signal_ends_the_process_at_once():
     code = """
-import os, signal, sys, threading, time
+import threading
 from dmf.run import sigterm
 sigterm.ONE_S = 0.2
 stop = sigterm.listen()
@@ -253,34 +272,19 @@ stop.unsaved()
 print("ready", flush=True)
 threading.Event().wait(1e6)  # a step that never ends
 """
-    # Python's own handler tells the main thread of SIGINT too: either way the process ends.
-    for second, statuses in (
-        (signal.SIGTERM, {128 + signal.SIGTERM}),
-        (signal.SIGINT, {128 + signal.SIGINT, -signal.SIGINT}),
-    ):
-        process = subprocess.Popen(
-            [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
-        )
-        process.stdout.readline()
-        process.send_signal(signal.SIGTERM)
-        process.send_signal(signal.SIGTERM)  # at once: the same request
-        time.sleep(0.4)
-        assert process.poll() is None
-        process.send_signal(second)
-        said, _ = process.communicate(timeout=30)
-        assert process.returncode in statuses
-        assert "ended by a second signal" in said or process.returncode == -signal.SIGINT
-
-
-def test_other_modes_end_by_sigterm_as_ever(tmp_path):
-    code = (
-        "import sys; sys.argv = ['main.py', '--mode=score']; "
-        "import runpy; runpy.run_path('main.py', run_name='__main__')"
-    )
+    command = [sys.executable, "-c", code]
     process = subprocess.Popen(
-        [sys.executable, "-c", f"import signal; {code}"], cwd=ROOT, stderr=subprocess.PIPE
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    assert process.wait(120) == 2 and b"--workdir is missing" in process.stderr.read()
+    process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)  # at once: the same request
+    time.sleep(0.4)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGINT
+    assert said == f"ended by a second signal; {sigterm.AGAIN}\n"
 
 
 def test_two_processes_stop_at_the_same_step_and_go_on_in_the_same_bits(tmp_path):

@@ -146,7 +146,7 @@ def test_checkpoints_without_their_config_and_a_torn_origin_are_one_line(tmp_pat
     (tmp_path / workdir.ORIGIN).write_text("{")
     with pytest.raises(
         DmfError,
-        match=r"origin.json cannot be read: JSONDecodeError: .*; expected what dmf wrote there",
+        match=r"origin.json line 1: no JSON .*; expected what dmf wrote there",
     ):
         workdir.origin(tmp_path)
 
