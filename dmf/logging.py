@@ -60,7 +60,7 @@ class JsonLines:
         good = [line for line in found if not line.fault]
         order, rows = _in_order(found), [line.value for line in good]
         if len(order) < len(rows):
-            log.warning("%s has lines twice; %d are left out", self.path, len(rows) - len(order))
+            log.warning("%s has %d lines twice; once is kept", self.path, len(rows) - len(order))
         steps = [row["step"] for row in rows]
         if steps != sorted(steps):
             log.warning("%s has lines out of order; they are sorted by step", self.path)

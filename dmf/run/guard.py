@@ -52,10 +52,9 @@ DONE = {
 
 KIND = records.Is("a kind of stage", lambda x: type(x) is str and (x in KINDS or x in FORMER))
 ROW = {  # an intervention
+    **dict.fromkeys(("stage", "reason"), str),
     "step": records.POSITIVE,
-    "stage": str,
     "kind": KIND,
-    "reason": str,
     "back_to": records.COUNT,
     "action": records.Is(f"one of {', '.join(DONE)}", lambda x: type(x) is str and x in DONE),
     "rules": dict,
@@ -166,9 +165,7 @@ def check_finite(
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The interventions on disk, none without a file. Raises DmfError where it holds others."""
-    if not path.exists():
-        return []
-    rows = records.read(path, [ROW])
+    rows = records.read(path, [ROW]) if path.exists() else []
     return [records.unsealed(row, f"{path}: [{i}]") for i, row in enumerate(rows)]
 
 
@@ -197,16 +194,11 @@ class Guard:
         self.active = config.action != "off"
 
     def stages(self, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
-        """The stages of the config as the interventions have left them.
-
-        Raises DmfError for an intervention at a step that the run does not have.
-        """
+        """The stages after the interventions. Raises DmfError for a step that they do not have."""
         for row in self.rows:
             if not row["back_to"] < row["step"] <= stages[-1].last:
-                raise DmfError(
-                    f"{self._path}: step is {row['step']} with back_to {row['back_to']}, expected "
-                    f"a later step, and at most {stages[-1].last}"
-                )
+                what = f"{self._path}: step is {row['step']}, back_to is {row['back_to']}"
+                raise DmfError(f"{what}; expected a later step, and at most {stages[-1].last}")
         return functools.reduce(applied, self.rows, stages)
 
     def told(self) -> str:

@@ -6,6 +6,7 @@ changes.jsonl has a line per change of the config by --allow_change, with the co
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -30,6 +31,7 @@ from dmf.storage.manifest import steps_in
 
 CONFIG, ORIGIN, DATA = "config.json", "origin.json", "data.json"
 STARTS, CHANGES = "starts.jsonl", "changes.jsonl"
+KEPT = "what dmf wrote there, which names checkpoints to keep"
 CHANGE = {"kept": [records.COUNT]}  # what is read again of a line of CHANGES
 LOCK = ".lock"
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -195,19 +197,25 @@ def note_change(workdir: Path, step: int, config: Config) -> None:
 def kept_by_changes(workdir: Path) -> set[int]:
     """Steps of the checkpoints that were there when the config was changed.
 
-    They hold the boundaries from before, and the way back.
+    They hold the boundaries from before, and the way back. Raises DmfError for a damaged file.
     """
-    path, kept = workdir / CHANGES, set()
-    for line in records.lines(path, CHANGE):
+    path = workdir / CHANGES
+    found = records.lines(path, CHANGE)
+    if path.exists() and not found:
+        raise DmfError(f"{path} is empty; expected {KEPT}")
+    kept: set[int] = set()
+    for line, after in itertools.zip_longest(found, found[1:]):
         where = f"{path} line {line.number}"
-        if line.fault and not records.is_torn(line):  # a torn one is written again
-            raise DmfError(
-                f"{where}: {line.fault}; expected what dmf wrote there, which names checkpoints to "
-                "keep"
-            )
         if not line.fault:
             kept.update(records.unsealed(line.value, where)["kept"])
+        elif after is None or not _again(line.content, after.content):
+            raise DmfError(f"{where}: {line.fault}; expected {KEPT}")
     return kept
+
+
+def _again(torn: bytes, after: bytes) -> bool:
+    """Whether a line is the next one up to where a kill has cut it. Their times may differ."""
+    return after.partition(b", ")[2].startswith(torn.rstrip(b"\n").partition(b", ")[2])
 
 
 def _stored(workdir: Path) -> dict[str, Any]:

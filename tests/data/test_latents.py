@@ -292,15 +292,15 @@ UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no JSON": (
         lambda d: (d / "metadata.json").write_text("{"),
-        "metadata.json cannot be read .JSONDecodeError",
+        "metadata.json line 1: no JSON",
     ),
     "no object": (
         lambda d: (d / "metadata.json").write_text("[]"),
-        "metadata.json cannot be read .TypeError",
+        "metadata.json: it is .*, expected an object",
     ),
     "half the fields": (
         lambda d: (d / "metadata.json").write_text('{"format": 1}'),
-        "metadata.json cannot be read .*count, .*seal missing",
+        "metadata.json: seal is missing, expected a text",
     ),
 }
 
