@@ -1,12 +1,14 @@
 """ECT's denoiser in evaluation: the form, and the refusal that points to it.
 
-The outputs are made here in float64 from EDM's stored ones, by ECT's formula.
+The outputs are made here in float64 by ECT's formula.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,9 +17,9 @@ from dmf.convert import check
 from dmf.convert.edm import EDM
 from dmf.convert.rules import relative_l2
 from dmf.errors import DmfError
-from dmf.networks.unet import ect_velocity
-from tests.conversion import tensors_of
-from tests.convert.unets import PARITY, converted, fast, stored
+from dmf.networks.unet import ect_velocity, edm_velocity
+from tests.conversion import small_noise, tensors_of
+from tests.convert.unets import VP, fast, stored
 
 BOUND = 5e-7  # relative L2, float32
 
@@ -44,29 +46,45 @@ def test_the_form_of_evaluation():
     np.testing.assert_allclose(v, -z * 1.003, rtol=1e-5, atol=1e-5)
 
 
-def theirs():
-    """EDM's stored inputs with ECT's outputs: F is what the stored D leaves beside c_skip x."""
-    _, data, _ = stored("edm")
-    x, d = data["x"].astype(np.float64), data["D"].astype(np.float64)
-    sigma = data["sigma"].astype(np.float64)[:, None, None, None]
-    skip, out = 0.25 / (sigma**2 + 0.25), 0.5 * sigma / np.sqrt(sigma**2 + 0.25)
-    want = evaluated(x, data["sigma"], lambda _: (d - skip * x) / out)
-    return {"x": data["x"], "sigma": data["sigma"], "D": want}
+class Fake(NamedTuple):
+    apply: Any
 
 
-def test_outputs_of_ect_need_the_form_and_the_refusal_says_so(monkeypatch):
-    monkeypatch.setattr(check, "_jitted", lambda network: network)  # compiled already, in less time
-    config, shape, network, params = converted("edm")
-    tensors = tensors_of(stored("edm")[2])
-    wanted = ("ect.npz", theirs())
+def fake(velocity):
+    """A network whose F is tanh."""
+    return Fake(lambda params, z, r, t: velocity(z, t, 0.5, jnp.tanh))
+
+
+def test_a_refusal_of_outputs_of_ect_points_to_the_form():
+    rng = np.random.default_rng(0)
+    sigma, x = np.float32([0.01, 0.5, 80.0]), rng.standard_normal((3, 3, 2, 2), np.float32)
+    wanted = ("ect.npz", {"x": x, "sigma": sigma, "D": evaluated(x, sigma, np.tanh)})
     with pytest.raises(DmfError, match="outputs of ECT in evaluation need --set=ect_eval=1"):
-        check.run(EDM, config, shape, network, params, tensors, wanted)
-    config, _ = EDM.describe(tensors, {"ect_eval": 1})
-    assert config == dataclasses.replace(converted("edm")[0], precond="ect")
-    (row,) = check.run(EDM, config, shape, fast(config, shape), params, tensors, wanted)
-    assert row["relative_l2"] <= PARITY  # of the stored D, whose Fourier features enlarge rounding
+        check.run(EDM, None, (), fake(edm_velocity), {}, {}, wanted)
+    (row,) = check.run(EDM, None, (), fake(ect_velocity), {}, {}, wanted)
+    assert row["relative_l2"] <= BOUND
 
 
-def test_a_value_that_is_no_choice_is_refused():
+def test_the_field_gives_the_form_and_a_value_that_is_no_choice_is_refused():
+    tensors = tensors_of(stored("edm")[2])
+    config, shape = EDM.describe(tensors, {"ect_eval": 1})
+    assert config == dataclasses.replace(EDM.describe(tensors, {})[0], precond="ect")
     with pytest.raises(DmfError, match="--set=ect_eval=2: expected 1 for ECT's evaluation, else 0"):
-        EDM.describe(tensors_of(stored("edm")[2]), {"ect_eval": 2})
+        EDM.describe(tensors, {"ect_eval": 2})
+
+
+def test_a_network_of_the_form_is_the_same_f_in_the_other_wrapper():
+    trained = dataclasses.replace(
+        VP, channel_mult=(1,), attention_resolutions=(), augment_dim=0, sigma_data=0.5
+    )
+    network = fast(trained, (8, 8, 1))
+    params = small_noise(network.init(jax.random.key(0)))
+    sigma = np.float32([0.01, 0.5, 60.0])
+    x = np.random.default_rng(0).standard_normal((3, 1, 8, 8), np.float32)
+    arrays, wide = {"x": x, "sigma": sigma}, sigma.astype(np.float64)[:, None, None, None]
+    skip, out = 0.25 / (wide**2 + 0.25), 0.5 * wide / np.sqrt(wide**2 + 0.25)
+    d = EDM.outputs(network, params, arrays)["D"].astype(np.float64)
+    want = evaluated(x, sigma, lambda _: (d - skip * x) / out)
+    other = fast(dataclasses.replace(trained, precond="ect"), (8, 8, 1))
+    assert relative_l2(d, want) > 1e-4
+    assert relative_l2(EDM.outputs(other, params, arrays)["D"], want) <= BOUND
