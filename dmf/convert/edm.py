@@ -13,6 +13,7 @@ import numpy as np
 
 from dmf.convert import song_unet, song_unet_torch
 from dmf.convert.kind import (
+    TRAINING,
     Fact,
     Kind,
     Shape,
@@ -185,7 +186,7 @@ EDM = Kind(
     torch_outputs=song_unet_torch.edm,
     probe=_probe,
     facts=(
-        fact_of("dropout", "dropout"),
+        fact_of("dropout", note=TRAINING),
         fact_of(SIGMA_DATA, told=lambda tensors: SIGMA_DATA in tensors),
         Fact(ECT_EVAL, lambda config, _: int(config.precond == "ect"), {"precond": _is_ect}),
     ),
