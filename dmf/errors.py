@@ -13,6 +13,6 @@ class NotFinite(DmfError):
     """Samples or their scores are NaN or infinite: the model that drew them has diverged."""
 
 
-def short(error: Exception) -> str:
+def short(error: BaseException) -> str:
     """The kind and the text of a library's error on one short line, for a DmfError."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -16,6 +16,7 @@ from dmf.evaluation.protocols import PROTOCOLS
 from dmf.method.samplers import SAMPLERS
 from dmf.run import flags as cli
 from dmf.run import sigterm, start
+from dmf.storage import checkpoint
 from tests import ROOT, devices
 from tests.tiny import TINY
 
@@ -255,6 +256,77 @@ def test_a_process_prints_that_line_alone_and_exits_with_2(name, trained, tmp_pa
     assert status == 2 and message in text, text
     assert text.startswith("error: ") and len(text.strip().splitlines()) == 1, text
     assert not any(tmp_path.rglob("checkpoints/[0-9]*"))
+
+
+GOOD = "from dmf.config import complete\ndef get_config():\n    return complete({})\n"
+FILES = {
+    "raises": ("def get_config():\n    return 1 / 0\n", ", line 2: ZeroDivisionError: division"),
+    "raises a value error": ("\nint('x')\n", ", line 2: ValueError: invalid literal for int()"),
+    "reads what is not there": ("open('/none')\n", ": a file that it opens is missing ("),
+    "does not parse": ("\ndef get_config(:\n", ", line 2: SyntaxError: invalid syntax"),
+    "imports what is missing": (
+        "import os\nimport nothing_here\n",
+        ", line 2: ModuleNotFoundError: No module named 'nothing_here'; expected",
+    ),
+    "imports what does not parse": ("from own_configs import torn\n", ", line 1 of "),
+    "ends the program": ("import sys\nsys.exit(0)\n", ", line 2: it ends the program"),
+    "has no function": ("", "has no attribute 'get_config'; expected a file with get_config()"),
+    "returns nothing": ("def get_config():\n    pass\n", ": get_config() returned None; expected"),
+    "returns a dict": ("def get_config():\n    return {'seed': 1}\n", "returned {'seed': 1}; "),
+    "is no text": (b"\xff\xfe\x00", ": "),
+    "takes no argument": (GOOD, ": TypeError: get_config() takes 0 positional arguments"),
+}
+
+
+@pytest.mark.parametrize("field", [[], ["--config.seed=2"]], ids=["plain", "with a field"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_fault_of_a_config_file_is_told_with_its_line(name, field, tmp_path, monkeypatch):
+    content, message = FILES[name]
+    file = tmp_path / "own_configs" / "mine.py"
+    file.parent.mkdir()
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    (file.parent / "torn.py").write_text("1 +\n")
+    given = f"{file}:argument" if name == "takes no argument" else str(file)
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)  # another file of this name
+    text = refused(f"--config={given}", *field)
+    assert text.startswith(f"--config={given}") and message in text, text
+    assert len(text.splitlines()) == 1 and "Traceback" not in text and len(text) < 400
+
+
+@pytest.mark.parametrize("flag", cli.PATHS)
+def test_home_and_variables_mean_the_same_in_every_path(flag, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PLACE", "a b")
+    argv = ["main.py", f"--{flag}=~/$PLACE/${{PLACE}}.png"]
+    with mock.patch.object(sys, "argv", argv), flagsaver.flagsaver():
+        cli.parse(argv)
+        assert flags.FLAGS[flag].value == f"{tmp_path}/a b/a b.png"
+    assert "$NOT_SET is not set" in refused(f"--{flag}=$NOT_SET/x")
+    assert "the path has 299 bytes" in refused(f"--{flag}={'x' * 299}")
+
+
+def test_a_config_is_found_at_home(monkeypatch, tmp_path):
+    (tmp_path / "mine.py").write_text(GOOD)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    argv = ["main.py", "--config=~/mine.py", "--config.init=~/none"]
+    with mock.patch.object(sys, "argv", argv), flagsaver.flagsaver():
+        cli.parse(argv)
+        config = cli.config()
+    assert config.init == "~/none"  # as it was given: it is stored, and compared at the next start
+    with pytest.raises(DmfError, match=f"checkpoint {tmp_path}/none: no such file"):
+        checkpoint.find(config.init)
+
+
+@pytest.mark.parametrize("mode", ["sample", "score", "convert", "export"])
+def test_an_unfit_name_of_the_result_is_refused(mode, trained, tmp_path):
+    words = [f"--mode={mode}", *(["--kind=sit", "--source=x"] if mode == "convert" else [])]
+    words += [] if mode == "convert" else [f"--workdir={trained}"]
+    ending = {"sample": ".png", "score": ".json"}.get(mode, "")
+    assert "expected a name of at most" in refused(*words, f"--out={tmp_path}/{'x' * 240}{ending}")
+    (tmp_path / f"out{ending}").mkdir()
+    (tmp_path / f"out{ending}" / "kept").touch()
+    assert f"{tmp_path}/out{ending}" in refused(*words, f"--out={tmp_path}/out{ending}")
+    assert [path.name for path in tmp_path.rglob("*")] == [f"out{ending}", "kept"]
 
 
 def help_of(*command):

@@ -34,6 +34,7 @@ from dmf.convert.encode_read import Chunk, Decoded, chunks, decoded
 from dmf.data import images, shards
 from dmf.errors import DmfError
 from dmf.logging import Count
+from dmf.storage import paths
 
 LAYOUT = (
     "record 2 i + flip of a shard: image i, or its mirror image, "
@@ -73,7 +74,7 @@ def encode(
     It does so too for an image that cannot be read or encoded, and for a batch too large.
     """
     _check_settings({"size": size, "shard_size": shard_size, "batch": batch}, dtype)
-    folder = Path(out).expanduser() / _part(split)
+    folder = Path(paths.expanded(str(out))) / _part(split)
     opened = images.open_images(source, data_dir, split)
     vae_folder, stored = pretrained.open_folder(vae_dir)
     plan = _plan(vae_dir, stored, opened, size, shard_size, batch, dtype)
@@ -103,7 +104,7 @@ def verify(out: str | Path) -> list[dict[str, Any]]:
     Raises DmfError that names the first file that is missing or damaged, or a split that is
     not encoded to its end.
     """
-    root = Path(out).expanduser()
+    root = Path(paths.expanded(str(out)))
     splits = [root / name for name in ("train", "heldout") if (root / name).is_dir()] or [root]
     found = []
     for folder in splits:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from dmf.errors import DmfError
+from dmf.storage import paths
 
 NUM_CLASSES = 10
 MAX_VALUE = 255.0
@@ -54,14 +55,12 @@ def _read_prepared(tfds_split: str, data_dir: str) -> tuple[np.ndarray, np.ndarr
     from google.protobuf.json_format import ParseError
 
     # TFDS reports the same trouble in other ways when it fills in its default directory itself.
-    root = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    root = paths.expanded(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
     try:
         return _decode(tfds.data_source("cifar10", split=tfds_split, data_dir=root, download=False))
     # What the parsers behind TFDS raise for bad shards, images, splits, versions and metadata.
     except (RuntimeError, ValueError, OSError, LookupError, AssertionError, ParseError) as error:
-        folder = (
-            tfds.core.Path(root).expanduser() / "cifar10" / str(tfds.builder_cls("cifar10").VERSION)
-        )
+        folder = tfds.core.Path(root) / "cifar10" / str(tfds.builder_cls("cifar10").VERSION)
         raise DmfError(_explanation(error, folder)) from error
 
 

@@ -22,7 +22,7 @@ from PIL import Image
 
 from dmf.data import shards, tfds_images
 from dmf.errors import DmfError
-from dmf.storage.paths import sha256
+from dmf.storage import paths
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -70,9 +70,9 @@ def open_images(spec: str, data_dir: str = "", split: str = "train") -> ImageSou
     Raises:
       DmfError: there is no such source, it is empty, or it is not what is expected.
     """
-    path = Path(spec).expanduser()
     if spec.startswith(TFDS):
         return _open_tfds(spec.removeprefix(TFDS), data_dir, split)
+    path = Path(paths.expanded(spec))
     if path.is_dir():
         return _open_folder(path, split)
     if path.suffix == ".npz" and path.is_file():
@@ -258,7 +258,7 @@ def _open_npz(path: Path, split: str) -> ImageSource:
     damaged = (OSError, ValueError, KeyError, EOFError, RuntimeError)
     try:
         images, labels = _arrays(path)
-        digest = sha256(path)
+        digest = paths.sha256(path)
     except (*damaged, zipfile.BadZipFile, zlib.error, struct.error) as error:
         why = " ".join(str(error).split())[:200]
         raise DmfError(

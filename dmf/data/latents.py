@@ -16,16 +16,11 @@ import numpy as np
 
 from dmf.data import metadata, shards
 from dmf.errors import DmfError
+from dmf.storage import paths
 
 NAME = "imagenet256_latents"
-ORIGIN = (
-    "scale",
-    "shift",
-    "dtype",
-    "source",
-    "vae",
-    "labels",
-)  # metadata that tell data sets apart
+# Metadata that tell data sets apart.
+ORIGIN = ("scale", "shift", "dtype", "source", "vae", "labels")
 MOCK_IMAGES, MOCK_SHAPE, MOCK_CLASSES, MOCK_STD = 2048, (32, 32, 4), 1000, 0.1
 
 
@@ -76,7 +71,7 @@ def read(data_dir: str, split: str, flip: bool) -> Latents:
         raise DmfError(
             f"config.data.data_dir is '' for {NAME!r}: expected the OUT of `--mode=encode`"
         )
-    root = Path(data_dir).expanduser()
+    root = Path(paths.expanded(data_dir))
     folder = root if split == "train" and os.path.isfile(root / metadata.METADATA) else root / split
     about = metadata.metadata(folder)
     for name, size, _ in metadata.files(about):

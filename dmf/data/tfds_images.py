@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from dmf.data import shards
 from dmf.errors import DmfError
+from dmf.storage import paths
 
 # What the parsers behind TFDS raise for bad names, shards, splits, versions and metadata.
 RAISED = (RuntimeError, ValueError, OSError, LookupError, AssertionError, TypeError)
@@ -35,8 +36,8 @@ def open_records(name: str, data_dir: str, split: str) -> Records:
     from google.protobuf.json_format import ParseError
 
     # TFDS reports the same trouble in other ways when it fills in its default directory itself.
-    root = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    path: Any = tfds.core.Path(root).expanduser() / name.partition(":")[0]
+    root = paths.expanded(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
+    path: Any = tfds.core.Path(root) / name.partition(":")[0]
     shards.allow_many_files()
     try:
         builder = tfds.builder(name, data_dir=root)

@@ -25,6 +25,7 @@ from dmf import fields
 from dmf.errors import DmfError, NotFinite
 from dmf.fields import REQUIRED, choice, limited
 from dmf.metrics.resize import RESIZES
+from dmf.storage import paths
 
 FILE_ORDER = -1
 SPACES = ("inception", "dinov2", "pixels")
@@ -239,7 +240,7 @@ def load(name_or_path: str) -> Protocol:
     """
     if name_or_path in PROTOCOLS:
         return PROTOCOLS[name_or_path]
-    path = Path(name_or_path)
+    path = Path(paths.expanded(name_or_path))
     if path.suffix != ".json":
         near = difflib.get_close_matches(name_or_path, PROTOCOLS, 1, 0.0)[0]
         raise DmfError(

@@ -19,7 +19,7 @@ import numpy as np
 
 from dmf.evaluation.protocols import Protocol
 from dmf.metrics.frechet import Moments, check_features, moments
-from dmf.storage import atomic
+from dmf.storage import atomic, paths
 from dmf.storage.readers.npz import Npz, bad, write_npz
 
 UNKNOWN = "unknown"
@@ -79,7 +79,7 @@ def read(path: str | Path, space: str = "inception", images: bool = True) -> Ref
     images: False leaves arr_0 unread, which can take gigabytes.
     Raises DmfError, in one line, for any other or damaged file.
     """
-    place = Path(path)
+    place = paths.local(path, "of reference statistics")
     if not place.is_file():
         what = "is no regular file" if place.exists() else "no such file"
         raise bad(path, f"{what}; expected reference statistics, an .npz or .pkl")

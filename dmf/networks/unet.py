@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -38,6 +39,8 @@ FOURIER_SCALE = 16.0  # standard deviation of EDM's random frequencies
 # EDM is trained and sampled in this range. Outside it, c_noise keeps the value of its end.
 SIGMA_RANGE = (0.002, 80.0)
 
+Raw = Callable[[jax.Array], jax.Array]  # the network inside a denoiser
+
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig:
@@ -46,19 +49,19 @@ class UNetConfig:
         channel_mult      one entry per resolution; each is half of the one before
         blocks            of the encoder per resolution; the decoder has one more
         augment_dim       length of the augmentation label, 0 for none
+        num_classes       0 for none, else a row per class and one of the null class join the
+                          features of t
         interval_init     "zero" makes u(z, r, t) = u(z, t, t) at the start, bit for bit
         resample          filter: "binomial" is [1, 3, 3, 1], "box" is [1, 1]
         residual_encoder  the input, shrunk, joins every lower resolution (NCSN++)
         embedding_mult    t and t - r have this many times `channels` features each
         embedding         features of t: "positional", or "fourier" with fixed random frequencies
         time_input        features are of time_scale * t, or of ln(sigma) / 4, sigma = t / (1 - t)
-        precond           "edm": the network is the F of EDM's denoiser, see `edm_velocity`;
-                          "ect": of ECT's denoiser in its form of evaluation
+        precond           the network is the F of a denoiser, see `edm_velocity`, `ect_velocity`
 
     `make_unet` refuses fields that do not go together.
     """
 
-    num_classes = 0  # no field: this network takes no class
     kind: str = "unet"  # tells the networks apart
     channels: int = limited(128, 1, INF)  # at full resolution, times channel_mult
     # one factor per resolution, each half of the one before
@@ -81,6 +84,7 @@ class UNetConfig:
     # none | edm: the network is the F of EDM's denoiser | ect: the same in ECT's form of evaluation
     precond: str = choice("none", PRECONDS)
     sigma_data: float = limited(0.5, LEAST, INF)  # EDM's, with precond = "edm" or "ect"
+    num_classes: int = limited(0, 0, INF)  # of the data; 0 = no label
 
     @property
     def noise_width(self) -> int:
@@ -98,9 +102,7 @@ def log_sigma(t: jax.Array) -> jax.Array:
     return (jnp.log(t) - jnp.log1p(-t)) / 4
 
 
-def edm_velocity(
-    z: jax.Array, t: jax.Array, sigma_data: float, raw: Callable[[jax.Array], jax.Array]
-) -> jax.Array:
+def edm_velocity(z: jax.Array, t: jax.Array, sigma_data: float, raw: Raw) -> jax.Array:
     """The velocity (z - D(x, sigma)) / t of EDM's denoiser D.
 
         x = z / (1 - t)
@@ -117,20 +119,14 @@ def edm_velocity(
     return (t - sigma_data**2 * (1 - t)) / n**2 * z - sigma_data / n * raw(z / n)
 
 
-def ect_velocity(
-    z: jax.Array, t: jax.Array, sigma_data: float, raw: Callable[[jax.Array], jax.Array]
-) -> jax.Array:
-    """The velocity (z - D(x, sigma)) / t of ECT's denoiser in evaluation (arXiv 2406.14548, code).
+def ect_velocity(z: jax.Array, t: jax.Array, sigma_data: float, raw: Raw) -> jax.Array:
+    """The same of ECT's denoiser in evaluation, with sigma - m for sigma outside of roots.
 
-        m = ECT_SIGMA
-        c_skip = s^2 / ((sigma - m)^2 + s^2)
-        c_out = (sigma - m) s / sqrt(sigma^2 + s^2)
-        a = t - m (1 - t)
+    With m = ECT_SIGMA and a = t - m (1 - t):
+
         v = (a^2 / t - s^2 (1 - t)) / (a^2 + s^2 (1 - t)^2) z - a / t s / n F(z / n)
-
-    The other names are those of `edm_velocity`. Below sigma = m, where D is not defined, v keeps
-    its value there, -x.
     """
+    # Below sigma = m, where D is not defined, v keeps its value there, -x.
     t = jnp.maximum(layers.at_least_float32(t), ECT_SIGMA / (1 + ECT_SIGMA))
     t = t.reshape(-1, *(1,) * (z.ndim - 1))
     n = jnp.sqrt(t**2 + (sigma_data * (1 - t)) ** 2)
@@ -289,7 +285,7 @@ class FourierFeatures(nn.Module):
 
 
 class UNet(nn.Module):
-    """u(z, r, t) by a U-Net conditioned on t, on h = t - r and on an augmentation label."""
+    """u(z, r, t) by a U-Net conditioned on t, on h = t - r, on augmentation and on a class."""
 
     config: UNetConfig
     dtype: jnp.dtype | None
@@ -304,11 +300,11 @@ class UNet(nn.Module):
         condition: Condition,
         rngs: jax.Array | None,
     ) -> jax.Array:
-        """Map z (B, R, R, C), r, t (B,), augmentation label, keys (B,) or None to u, shaped as z.
+        """Map z (B, R, R, C), r, t (B,), a condition, keys (B,) or None to u, shaped as z.
 
         Without z it gives the embedding alone, (B, 4 * channels).
         """
-        emb = self._embedding(r, t, condition.augment)
+        emb = self._embedding(r, t, condition)
         if z is None:
             return emb
         encoder = Encoder(self.config, self.dtype, self.how, name="enc")
@@ -323,13 +319,16 @@ class UNet(nn.Module):
             else raw(z)
         )
 
-    def _embedding(self, r: jax.Array, t: jax.Array, augment: jax.Array | None) -> jax.Array:
+    def _embedding(self, r: jax.Array, t: jax.Array, condition: Condition) -> jax.Array:
         """The conditioning vector (B, 4 * channels), float32 or better: it carries the times."""
         noise_width, width = self.config.noise_width, 4 * self.config.channels
         of_t = self._features_of_t(t)
         freqs = layers.frequencies(noise_width // 2, endpoint=True)
         of_h = layers.time_features(t - r, freqs, sin_first=True)
-        xavier = layers.xavier()
+        xavier, augment, classes = layers.xavier(), condition.augment, self.config.num_classes
+        if classes:
+            table = layers.LabelEmbedder(classes, noise_width, _label_init, name="map_label")
+            of_t = of_t + table(condition.label, t.shape[0])
         if augment is not None:
             project = nn.Dense(
                 2 * noise_width, use_bias=False, kernel_init=xavier, name="map_augment"
@@ -353,16 +352,22 @@ class UNet(nn.Module):
         return layers.time_features(time, freqs, sin_first=True)
 
 
+def _label_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """EDM's start of the label table (n + 1, width): sqrt(n) Xavier rows, the null class zero."""
+    classes, width = shape[0] - 1, shape[1]
+    draw = layers.uniform_within(math.sqrt(6 * classes / (classes + width)))
+    return draw(key, shape, dtype).at[-1].set(0)
+
+
 def make_unet(
     config: UNetConfig, image_shape: tuple[int, ...], dtype: jnp.dtype | None, how: layers.Execution
 ) -> UNet:
     """The module for images (R, R, C). Raises DmfError naming the field that does not fit."""
     layers.check_levels("U-Net", config, image_shape)
     layers.check_positive("config.network.embedding_mult", config.embedding_mult)
-    if config.augment_dim < 0:
-        raise DmfError(
-            f"config.network.augment_dim is {config.augment_dim}; expected 0 (no label) or more."
-        )
+    for field in ("augment_dim", "num_classes"):
+        if (value := getattr(config, field)) < 0:
+            raise DmfError(f"config.network.{field} is {value}; expected 0 (no label) or more.")
     layers.check_choice("config.network.interval_init", config.interval_init, layers.INTERVAL_INITS)
     layers.check_choice("config.network.resample", config.resample, tuple(RESAMPLE))
     _check_conditioning(config)

@@ -5,17 +5,19 @@ dmf/help.txt says what they mean. `dmf.main` says which command reads which.
 
 from __future__ import annotations
 
+import os
 import sys
-from itertools import pairwise
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from absl import flags
-from ml_collections import config_flags
+from absl import flags, logging
+from ml_collections import config_dict, config_flags
 
-from dmf.errors import DmfError
+from dmf.errors import DmfError, short
 from dmf.fields import current_flags
-from dmf.storage import paths
+from dmf.run import start
+from dmf.storage import atomic, paths
 
 if TYPE_CHECKING:
     from dmf.config import Config
@@ -36,7 +38,52 @@ KINDS = {
     "dmf": "a file that --mode=export wrote in our own layout",
 }
 
+# Of files and folders. ~ and $VARIABLES in them are replaced.
+PATHS = (
+    "workdir",
+    "out",
+    "vae",
+    "protocol",
+    "features",
+    "reference",
+    "source",
+    "data_dir",
+    "check",
+)
+
+
+class _ConfigFile(flags.ArgumentParser):
+    """The parser of --config: the library's own, with all that a user's file may raise as a line.
+
+    Raises DmfError with the file, its line and the error.
+    """
+
+    def __init__(self, parser: Any):
+        self._parser = parser
+
+    def parse(self, given: str) -> config_dict.ConfigDict:
+        """The ConfigDict that get_config of the file returns. given: FILE or FILE:ARGUMENT."""
+        file, colon, argument = given.partition(":")
+        file = paths.expanded(file)
+        try:
+            found = self._parser.parse(file + colon + argument)
+            if not isinstance(found, config_dict.ConfigDict):
+                # The library hides the error of a file that cannot be read until it is used.
+                getattr(found, "lock", None)
+        except DmfError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise DmfError(f"--config={given}{_told(error, file)}") from error
+        if not isinstance(found, config_dict.ConfigDict):
+            raise DmfError(
+                f"--config={given}: get_config() returned {found!r:.60}; expected a ConfigDict, "
+                "as dmf.config.complete makes it"
+            )
+        return found
+
+
 config_flags.DEFINE_config_file("config", None, "")
+FLAGS["config"].parser = _ConfigFile(FLAGS["config"].parser)
 flags.DEFINE_string("workdir", None, "")
 flags.DEFINE_string("out", "", "")
 flags.DEFINE_list("steps", ["1"], "")
@@ -101,8 +148,8 @@ def steps() -> list[int]:
 
 def out(suffix: str) -> str:
     """The file of --out, or nothing. Raises DmfError where it does not end in `suffix`."""
-    path = paths.local(FLAGS.out, "as --out")
-    if FLAGS.out and (path.suffix != suffix or not path.parent.is_dir()):
+    path = _writable("as --out")
+    if FLAGS.out and (path.suffix != suffix or not path.parent.is_dir() or path.is_dir()):
         what = f"a file name ending in {suffix}, in a directory that exists"
         raise DmfError(f"--out={FLAGS.out}: expected {what}")
     return FLAGS.out
@@ -111,7 +158,7 @@ def out(suffix: str) -> str:
 def needed_out(what: str) -> str:
     """The local path of --out. Raises DmfError where none is given."""
     need("out", f" {what}")
-    paths.local(FLAGS.out, f"as --out of --mode={FLAGS.mode}")
+    _writable(f"as --out of --mode={FLAGS.mode}")
     return FLAGS.out
 
 
@@ -134,19 +181,21 @@ def config() -> Config:
 
     if FLAGS.config is None:
         need("config")
-    try:
-        return parse(FLAGS.config.to_dict())
-    except OSError as error:  # absl notices a missing file when it first reads the config
-        what = "cannot be read; expected a config file such as configs/digits.py"
-        raise DmfError(f"--config={config_file()}: {what}") from error
+    return parse(FLAGS.config.to_dict())
 
 
 def parse(argv: list[str]) -> list[str]:
     """absl's parser, with its errors and those of the config file as one line each."""
     argv[:] = current_flags(argv)  # in place: ml_collections reads sys.argv
-    sys.path += filter(None, [_configs_folder(argv)])
+    if file := start.last(argv, "config", "").partition(":")[0]:
+        # A config may import its neighbours from `configs`.
+        sys.path.append(str(Path(paths.expanded(file)).resolve().parent.parent))
+    logging.set_verbosity(logging.ERROR)  # of the library, which we tell in our own words
     try:
-        return FLAGS(argv)
+        rest = FLAGS(argv)
+        for name in PATHS:
+            FLAGS[name].value = paths.expanded(FLAGS[name].value or "") or FLAGS[name].value
+        return rest
     except (flags.Error, AttributeError, KeyError, OSError, SyntaxError) as error:
         from dmf.config import check_path
 
@@ -162,12 +211,34 @@ def parse(argv: list[str]) -> list[str]:
         raise DmfError(text) from error
 
 
-def _configs_folder(argv: list[str]) -> str:
-    """The folder above the config file's: a config may import its neighbours from `configs`."""
-    for word, following in pairwise([*argv, ""]):
-        name, given, file = word.lstrip("-").partition("=")
-        if name == "config":
-            return str(
-                Path((file if given else following).partition(":")[0]).resolve().parent.parent
-            )
-    return ""
+def _told(error: BaseException, file: str) -> str:
+    """ ", line N: error" of what the config file raised, which libraries may have wrapped."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    for link in chain:
+        if isinstance(link, SyntaxError):
+            other = "" if link.filename == file else f" of {link.filename}"
+            return f", line {link.lineno}{other}: {short(link)}; expected Python"
+        lines = [f.lineno for f in traceback.extract_tb(link.__traceback__) if f.filename == file]
+        if lines:
+            what = "it ends the program" if isinstance(link, SystemExit) else short(link)
+            return f", line {lines[-1]}: {what}; expected get_config() to return a ConfigDict"
+    if isinstance(chain[-1], OSError) and os.access(file, os.R_OK) and os.path.isfile(file):
+        reason = str(chain[-1]).splitlines()[-1].strip()  # the library keeps the words alone
+        return f": a file that it opens is missing ({reason}); expected it to be there"
+    if isinstance(chain[-1], OSError):
+        return ": cannot be read; expected a config file such as configs/digits.py"
+    return f": {short(chain[-1])}; expected a file with get_config()"
+
+
+def _writable(why: str) -> Path:
+    """The local path of --out, whose name leaves room for that of the unfinished file."""
+    path = paths.local(FLAGS.out, why)
+    if len(os.fsencode(path.name)) > atomic.room():
+        raise DmfError(
+            f"--out={FLAGS.out:.60}...: expected a name of at most {atomic.room()} bytes"
+        )
+    return path

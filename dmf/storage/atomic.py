@@ -20,12 +20,18 @@ from pathlib import Path
 
 _begun: list[Path] = []  # what this process makes at the moment
 _beginning = threading.Lock()
+ORBAX = ".orbax-checkpoint-tmp"  # at the end of its temporary folders
 PATIENCE = 50  # tries, 0.1 s apart, to remove a folder into which a thread still writes
 
 
 def partial(place: Path) -> Path:
     """Where this process makes what is to become `place`."""
     return place.with_name(f".{place.name}.partial-{socket.gethostname()}-{os.getpid()}")
+
+
+def room() -> int:
+    """How many bytes the name of a place may have. The name of unfinished work is longer."""
+    return 256 - len(os.fsencode(partial(Path("x")).name + ORBAX))
 
 
 @contextmanager
@@ -90,7 +96,7 @@ def clear(folder: Path, name: str = "") -> None:
     """
     of = re.escape(name) if name else ".+"
     known = re.compile(
-        rf"\.{of}\.partial-{re.escape(socket.gethostname())}-(\d+)(\.orbax-checkpoint-tmp)?"
+        rf"\.{of}\.partial-{re.escape(socket.gethostname())}-(\d+)({re.escape(ORBAX)})?"
     )
     for _ in range(PATIENCE):
         matches = [(path, known.fullmatch(path.name)) for path in folder.iterdir()]

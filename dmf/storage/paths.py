@@ -26,16 +26,39 @@ from dmf.storage import atomic
 SCHEME = "gs://"
 PACKAGES = "requirements-gcs.txt"
 NAMED = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # pathlib leaves one slash of gs://
+VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, on Linux
+
+
+def expanded(text: str) -> str:
+    """A path or address as a user writes it, with ~, $NAME and ${NAME} replaced as by a shell.
+
+    Raises DmfError for a variable that is not set, and for a name that is too long for a disk.
+    """
+    for name in VARIABLE.findall(text):
+        if name.strip("{}") not in os.environ:
+            raise DmfError(
+                f"{text:.200}: ${name} is not set; expected a variable of the environment"
+            )
+    path = os.path.expanduser(os.path.expandvars(text))
+    whole, longest = len(os.fsencode(path)), max(len(os.fsencode(n)) for n in path.split("/"))
+    if whole > LONGEST_PATH or longest > LONGEST_NAME:
+        raise DmfError(
+            f"{path:.60}...: the path has {whole} bytes, its longest name has {longest}; "
+            f"expected at most {LONGEST_PATH} and {LONGEST_NAME}"
+        )
+    return path
 
 
 def at(path: str | os.PathLike[str]) -> Path:
     """The place that a text names. For a bucket it is an epath.Path, which is used like a Path.
 
-    Raises DmfError for other kinds of address, and where the packages for a bucket are missing.
+    Raises DmfError for other kinds of address, where the packages for a bucket are missing, and
+    like `expanded`.
     """
-    text = os.fspath(path)
+    text = expanded(os.fspath(path))
     if not NAMED.match(text):
-        return Path(path)
+        return Path(text)
     if not is_bucket(text) or not text.removeprefix(SCHEME).strip("/"):
         raise DmfError(f"{text}: expected a local path or {SCHEME}BUCKET/FOLDER")
     _serve(text)
@@ -51,9 +74,10 @@ def is_bucket(path: str | os.PathLike[str]) -> bool:
 
 def local(path: str | os.PathLike[str], why: str) -> Path:
     """A local path; raises DmfError, with the reason `why`, for another one."""
-    if NAMED.match(os.fspath(path)):
-        raise DmfError(f"{os.fspath(path)}: expected a local path, {why}")
-    return Path(path)
+    text = expanded(os.fspath(path))
+    if NAMED.match(text):
+        raise DmfError(f"{text}: expected a local path, {why}")
+    return Path(text)
 
 
 def absolute(path: Path) -> Path:
