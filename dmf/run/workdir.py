@@ -41,6 +41,7 @@ FREE = (
     "config.run.",
     "config.data.data_dir:",
     "config.init:",
+    "config.init_labels:",
     "config.guard.every_steps:",
     "config.guard.rows:",
 )
@@ -236,15 +237,6 @@ def origin(workdir: Path) -> dict[str, Any] | None:
     """What was written beside the weights that the run started from, if they were converted."""
     path = workdir / ORIGIN
     return records.read(path, dict) if path.is_file() else None
-
-
-def keep_programs(workdir: Path) -> None:
-    """Keeps compiled programs in the work directory, for the next start of the run."""
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # which names another place
-        jax.config.update("jax_compilation_cache_dir", str(paths.absolute(workdir) / "programs"))
-        # Without it the folder's path is part of each program's key, so a moved directory would
-        # compile everything again.
-        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 def note_start(workdir: Path, step: int, config: Config) -> None:
