@@ -118,7 +118,7 @@ def test_a_disk_that_is_full_while_a_run_writes_is_one_line_that_names_the_file(
     (empty / "samples").mkdir(parents=True)
     for name, write in {
         "metrics.jsonl": lambda: lines.write({"step": 2}),
-        "jsonl": lambda: lines.resume(1),
+        "jsonl": lambda: lines.resume(0),
         "best.json": scores._note_best,
         "guard.json": rules._write,
         "samples/00000004_pretrain.png": lambda: unscored.add(unscored.boundaries[4], None),

@@ -291,7 +291,8 @@ def test_without_its_packages_a_bucket_is_one_sentence(bucket, monkeypatch):
 
 def test_going_back_deletes_what_is_beyond_and_a_failed_save_is_one_sentence(bucket, monkeypatch):
     folder = paths.at("gs://things/back")
-    row = {"back_to": 4, "action": "rate", "settled": False}
+    row = {"step": 9, "stage": "stage 0", "kind": "jvp", "reason": "", "rules": {}}
+    row |= {"back_to": 4, "action": "rate", "settled": False}
     paths.write(folder / guard.FILE, json.dumps([row]))
     for step in (4, 6, 8):
         for name in (checkpoint.MANIFEST, "params/d/0"):
