@@ -110,6 +110,7 @@ def test_a_disk_that_is_full_while_a_run_writes_is_one_line_that_names_the_file(
         Guard(run / guard.FILE, run / checkpoint.FOLDER, GuardConfig(), True),
     )
     lines.write({"step": 1})
+    lines.path.write_text('{"step":1}\n')  # other spaces than ours, so that it is written anew
     JsonLines(run / scoreboard.FILE).write(
         {"step": 6, "nfe": 1, "n_samples": 32.0, "fd_hidden": 1.0}
     )
@@ -118,7 +119,7 @@ def test_a_disk_that_is_full_while_a_run_writes_is_one_line_that_names_the_file(
     (empty / "samples").mkdir(parents=True)
     for name, write in {
         "metrics.jsonl": lambda: lines.write({"step": 2}),
-        "jsonl": lambda: lines.resume(0),
+        "jsonl": lambda: lines.resume(1),
         "best.json": scores._note_best,
         "guard.json": rules._write,
         "samples/00000004_pretrain.png": lambda: unscored.add(unscored.boundaries[4], None),
