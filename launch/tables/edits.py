@@ -48,7 +48,7 @@ from tests.tiny import merged
 
 VALUES = merged(
     QUICK,
-    batch_size=8,
+    batch_size=max(8, 4 * jax.device_count()),
     guard=dict(every_steps=1, rows=8, action="rate"),
     run=dict(score_steps=(1, 2)),
 )
