@@ -53,7 +53,7 @@ VALUES = merged(
     run=dict(score_steps=(1, 2)),
 )
 LONGER = merged(VALUES, curriculum=dict(length=20.0))
-TOTAL, ALARM, KILLED = 20, 5, 17  # steps: all, one with an alarm, one in which the run is killed
+ALARM, KILLED = 5, 17  # the probe that is an alarm, the step in which the run is killed
 CALM = {"residual_border": 1.0, "residual_median": 2.0}
 LOGS = ("metrics.jsonl", "watch.jsonl", "scores.jsonl")
 STATE = "state.json"  # the outcomes so far
@@ -259,7 +259,8 @@ def edit(folder: Path, name: str, how: str, rng: random.Random) -> bool:
 def end(folder: Path) -> str:
     """A digest of the last state."""
     found = hashlib.sha256()
-    for leaf in leaves(folder / "checkpoints" / str(TOTAL)):
+    last = max(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit())
+    for leaf in leaves(folder / "checkpoints" / str(last)):
         found.update(leaf.tobytes())
     return found.hexdigest()
 
@@ -272,13 +273,13 @@ def kept(folder: Path) -> dict[str, Any]:
 
 
 def outcome(folder: Path, name: str, reference: dict[str, Any]) -> tuple[str, str]:
-    """(what becomes of the run, what it said). reference: end and kept of the unharmed run."""
+    """(what becomes of the run, what it said). reference: of the unharmed run."""
     said = io.StringIO()
     handler = logging.StreamHandler(said)
     logging.getLogger().addHandler(handler)
     try:
         with cheap(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            start(folder)
+            start(folder, reference["values"])
     except DmfError as error:
         text = str(error)
         if "\n" in text:
@@ -323,7 +324,12 @@ def reference_of(root: Path, bases: dict[str, Path]) -> dict[str, dict[str, Any]
     with cheap(), contextlib.redirect_stdout(io.StringIO()):
         start(copy)
     ends = {"finished": bases["finished"], "killed": copy}
-    return {name: {"end": end(folder), "kept": kept(folder)} for name, folder in ends.items()}
+    return {name: unharmed(folder, LONGER) for name, folder in ends.items()}
+
+
+def unharmed(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """What a run with these values ends with."""
+    return {"values": values, "end": end(folder), "kept": kept(folder)}
 
 
 def plan(bases: dict[str, Path], count: int, seed: int) -> list[tuple[str, str, str]]:
