@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 from dmf import fields
 from dmf.errors import DmfError
-from dmf.fields import ABOVE_1, INF, LEAST, choice, limited
+from dmf.fields import ABOVE_1, INF, LEAST, MANY, MOST, choice, limited
 from dmf.method.intervals import ADAPTIVE, RULES
 from dmf.method.objectives import BETWEEN, FIRST, KINDS, LAST, PRETRAINING
 
@@ -36,7 +36,7 @@ class CurriculumConfig:
     Unknown in the paper and chosen here: K = 10 and q = 2, read off its Figure 1.
     """
 
-    stages: int = 10  # * K, pretraining not counted
+    stages: int = limited(10, 1, MANY)  # * K, pretraining not counted
     kinds: tuple[str, ...] = ()  # one per stage; () = all_pairs, discrete x (K - 2), jvp
     # * d_i = q^-i; a guided_discrete stage takes the d of the discrete stage before it, or q^-1
     q: float = limited(2.0, ABOVE_1, INF)
@@ -142,8 +142,18 @@ def build_stages(
         rho = config.q**-i if _shrinks(kind) else rho
         extra = guidance_passes if KINDS[kind].guided else 0
         at = rho if KINDS[kind].steps_back else 1.0
+        if at < LEAST:
+            raise DmfError(
+                f"config.curriculum.q = {config.q:g}: stage {i} has the interval {at:.3g}; "
+                f"expected at least {LEAST:.3g}, the least number of float32"
+            )
         stages.append(Stage(i, kind, at, first, end - first, extra, tangent_passes))
         first = end
+    if first >= MOST:
+        raise DmfError(
+            f"config.curriculum.length = {config.length:g} {config.length_unit}: the run has "
+            f"{first:g} steps; expected less than {MOST}"
+        )
     return _smooth(stages) if config.schedule == "smooth" else tuple(stages)
 
 
