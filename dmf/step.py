@@ -320,7 +320,7 @@ def _condition(
     keys: dict[str, Array], batch: dict[str, Array], config: Config
 ) -> tuple[Array, Condition]:
     """Data after augmentation, and the condition of the network."""
-    x, null = batch["x"], config.network.num_classes
+    x, null, condition = batch["x"], config.network.num_classes, Condition()
     if "std" in batch:
         # An encoded image is a mean x and a std, from which a latent is drawn. No flip here: mirror
         # images are encoded too, and the batch holds one of the two.
@@ -329,8 +329,8 @@ def _condition(
         x = augment.random_flip(keys["flip"], x)
     if config.data.augment:
         x, used = augment.edm_augment(keys["augment"], x, config.data.augment)
-        return x, Condition(augment=used)
+        condition = Condition(augment=used)
     if not null:
-        return x, Condition()
+        return x, condition
     drop = jax.random.bernoulli(keys["label"], config.label_dropout, batch["label"].shape)
-    return x, Condition(label=jnp.where(drop, null, batch["label"]))
+    return x, condition._replace(label=jnp.where(drop, null, batch["label"]))

@@ -30,6 +30,16 @@ def interval_leaves(params):
     }
 
 
+def test_a_row_may_have_a_class_and_an_augmentation():
+    values = merged(UNET, label_dropout=0.5, data=dict(augment=0.5), network=dict(num_classes=10))
+    keys = dict(
+        zip(("flip", "augment", "label"), jax.random.split(jax.random.key(0), 3), strict=True)
+    )
+    batch = {"x": jnp.ones((64, 8, 8, 1)), "label": jnp.full(64, 3)}
+    _, found = step._condition(keys, batch, Setup(values).config)
+    assert found.augment.shape == (64, 6) and set(np.asarray(found.label)) == {3, 10}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_device_and_eight_take_the_same_five_steps(kind):
     # The gradient of key biases is zero, as the softmax ignores them. Adam divides by its size and

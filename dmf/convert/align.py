@@ -42,7 +42,8 @@ FORM: dict[str, Any] = {
     "time_input": "t",
     "time_scale": 1.0,
 }
-OLD = ("map_noise", "map_augment", "map_layer0", "map_layer1", "interval")  # the whole embedding
+# The whole embedding.
+OLD = ("map_noise", "map_augment", "map_label", "map_layer0", "map_layer1", "interval")
 
 Params = dict[str, Any]
 Report = dict[str, float | int]
@@ -59,6 +60,7 @@ def align(
 
     Adam runs at 1e-3 on batches of 1024 times.
     Where the network takes an augmentation label, half of a batch has a standard normal one.
+    Classes, where there are any, are drawn evenly, the null class among them.
     The result depends on `seed` alone. progress(done, total) counts steps.
 
     The report holds relative L2 errors:
@@ -75,8 +77,8 @@ def align(
             "expected a flow, which sees t alone"
         )
     new_config = dataclasses.replace(config, **FORM)
-    key, label = jax.random.key(seed), _labels(config, 1)
-    given, first = Condition(augment=label), jax.random.fold_in(key, 0)
+    key, given = jax.random.key(seed), _conditions(config, 1)
+    first = jax.random.fold_in(key, 0)
     start = UNet(new_config, None).init(first, None, *jnp.zeros((2, 1)), given, None)["params"]
     interval = jnp.zeros_like(start.pop("interval")["kernel"])
     if config.augment_dim:  # no label reaches the features of t - r, as in the old embedding
@@ -112,18 +114,21 @@ def check(config: Any, steps: int) -> None:
         raise DmfError(f"steps is {steps!r}: expected an integer of at least 1")
 
 
-def _labels(config: UNetConfig, rows: int) -> jax.Array | None:
-    return jnp.zeros((rows, config.augment_dim)) if config.augment_dim else None
+def _conditions(config: UNetConfig, rows: int) -> Condition:
+    """No augmentation, and every class in turn."""
+    label = jnp.arange(rows) % (config.num_classes + 1) if config.num_classes else None
+    augment = jnp.zeros((rows, config.augment_dim)) if config.augment_dim else None
+    return Condition(label, augment)
 
 
 def _with_interval(layers: Params, interval: jax.Array) -> Params:
     return {**layers, "interval": {"kernel": interval}}
 
 
-def _embed(config: UNetConfig, params: Params, t: jax.Array, label: jax.Array | None) -> jax.Array:
+def _embed(config: UNetConfig, params: Params, t: jax.Array, given: Condition) -> jax.Array:
     """The network's embedding (B, 4 * channels) of an empty interval at t (B,)."""
     network: Any = UNet(config, None)
-    return network.apply({"params": params}, None, t, t, Condition(augment=label), None)
+    return network.apply({"params": params}, None, t, t, given, None)
 
 
 def _regress(
@@ -144,11 +149,11 @@ def _regress(
     old = {name: params[name] for name in OLD if name in params}
 
     def step(carry: tuple[Params, Any], key: jax.Array) -> tuple[tuple[Params, Any], None]:
-        t, label = _draw(config.augment_dim, key)
+        t, given = _draw(config, key)
 
         def loss(layers: Params) -> jax.Array:
-            found = _embed(new_config, _with_interval(layers, interval), t, label)
-            return jnp.mean((found - _embed(config, old, t, label)) ** 2)
+            found = _embed(new_config, _with_interval(layers, interval), t, given)
+            return jnp.mean((found - _embed(config, old, t, given)) ** 2)
 
         layers, state = carry
         updates, state = adam.update(jax.grad(loss)(layers), state)
@@ -169,26 +174,29 @@ def _regress(
     return carry[0]
 
 
-def _draw(augment_dim: int, key: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """Times and labels of one batch."""
+def _draw(config: UNetConfig, key: jax.Array) -> tuple[jax.Array, Condition]:
+    """Times and conditions of one batch."""
     of_time, of_label, of_row = jax.random.split(key, 3)
-    t = jax.random.uniform(of_time, (BATCH,))
-    if not augment_dim:
-        return t, None
-    drawn = jax.random.normal(of_label, (BATCH, augment_dim))
-    return t, jax.random.bernoulli(of_row, 0.5, (BATCH, 1)) * drawn
+    t, label, augment = jax.random.uniform(of_time, (BATCH,)), None, None
+    if config.augment_dim:
+        drawn = jax.random.normal(of_label, (BATCH, config.augment_dim))
+        augment = jax.random.bernoulli(of_row, 0.5, (BATCH, 1)) * drawn
+    if config.num_classes:
+        of_class = jax.random.fold_in(key, 0)
+        label = jax.random.randint(of_class, (BATCH,), 0, config.num_classes + 1)
+    return t, Condition(label, augment)
 
 
 def _errors(
     config: UNetConfig, params: Params, new_config: UNetConfig, new: Params
 ) -> dict[str, float]:
-    """|emb_new - emb_old| / |emb_old| without a label.
+    """|emb_new - emb_old| / |emb_old| without augmentation, with every class in turn.
 
     The values are the mean and the maximum over the grid of t, and the error at t = 1.
     """
-    t, label = jnp.linspace(0.0, 1.0, GRID), _labels(config, GRID)
-    old = _embed(config, params, t, label)
-    change = jnp.linalg.norm(_embed(new_config, new, t, label) - old, axis=1)
+    t, given = jnp.linspace(0.0, 1.0, GRID), _conditions(config, GRID)
+    old = _embed(config, params, t, given)
+    change = jnp.linalg.norm(_embed(new_config, new, t, given) - old, axis=1)
     error = change / jnp.linalg.norm(old, axis=1)
     return {"mean": float(error.mean()), "max": float(error.max()), "at_1": float(error[-1])}
 
@@ -197,9 +205,9 @@ def _change_of_u(config: UNetConfig, params: Params, new_config: UNetConfig, new
     """|u_new - u_old| / |u_old| on random z, at times evenly over [0, 1]."""
     shape = _image_shape(params)
     z = jax.random.normal(jax.random.key(0), (ROWS, *shape))
-    t = jnp.linspace(0.0, 1.0, ROWS)
-    old = networks.build(config, shape).apply(params, z, t, t)
-    change = networks.build(new_config, shape).apply(new, z, t, t) - old
+    t, label = jnp.linspace(0.0, 1.0, ROWS), _conditions(config, ROWS).label
+    old = networks.build(config, shape).apply(params, z, t, t, label=label)
+    change = networks.build(new_config, shape).apply(new, z, t, t, label=label) - old
     return math.sqrt(float(jnp.sum(change**2) / jnp.sum(old**2)))
 
 

@@ -1,6 +1,8 @@
-"""EDM's and ECT's preconditioned networks, DDPM++ and NCSN++, without classes.
+"""EDM's and ECT's preconditioned networks, DDPM++ and NCSN++, with and without classes.
 
 EDM's network has no features of t - r, so our interval layer is zero.
+Its label layer acts on sqrt(n) times the one-hot label, and on zeros for the null class. Our
+table holds the results, a row for each of the n classes and one for the null class.
 """
 
 from __future__ import annotations
@@ -22,6 +24,9 @@ NAME = "edm"
 COPIES = ("ema", "net")
 PREFIX = "model."  # of every tensor, in EDM's and ECT's wrappers around the network
 SIGMA_DATA = "sigma_data"  # an attribute of the wrapper; `_select` puts it beside the tensors
+# An attribute of the network, put beside the tensors too: the share of rows without a class.
+LABEL_DROPOUT = "label_dropout"
+TABLE = "map_label/embedding_table/embedding"
 WRAPPERS = ("EDMPrecond", "ECMPrecond")
 GIVEN = {"dropout": 0.13, SIGMA_DATA: 0.5}  # as trained on CIFAR-10
 FIELDS: dict[str, Any] = {"kind": "unet", "time_input": "log_sigma", "precond": "edm"}
@@ -46,21 +51,29 @@ def _unwrapped(module: Inert) -> dict[str, Tensor]:
             f"the network is a {module.class_name}: expected {' or '.join(WRAPPERS)}, "
             "for no other denoiser is written as a velocity here"
         )
-    value = module.state.get(SIGMA_DATA, GIVEN[SIGMA_DATA])
+    tensors = module_tensors(module)
+    inner = module.state["_modules"].get("model")
+    held = inner.state if isinstance(inner, Inert) else {}
+    if isinstance(inner, Inert) and inner.class_name == "DhariwalUNet":
+        raise DmfError("the network is a DhariwalUNet, ADM's: expected a SongUNet")
+    tensors[SIGMA_DATA] = _attribute(module.state, SIGMA_DATA, GIVEN[SIGMA_DATA])
+    if LABEL_DROPOUT in held and f"{PREFIX}map_label.weight" in tensors:
+        tensors[LABEL_DROPOUT] = _attribute(held, LABEL_DROPOUT, 0)
+    return tensors
+
+
+def _attribute(state: Mapping[str, Any], name: str, default: float) -> Tensor:
+    """A number among a module's fields, as a tensor. Raises DmfError."""
+    value = state.get(name, default)
     if not isinstance(value, int | float):
-        raise DmfError(f"{SIGMA_DATA} of the network is {value!r:.40}: expected a number")
-    sigma = Tensor((), np.dtype(np.float64), lambda: np.array(value, np.float64))
-    return {**module_tensors(module), SIGMA_DATA: sigma}
+        raise DmfError(f"{name} of the network is {value!r:.40}: expected a number")
+    return Tensor((), np.dtype(np.float64), lambda: np.array(value, np.float64))
 
 
 def _describe(tensors: Tensors, given: Mapping[str, Any]) -> tuple[UNetConfig, Shape]:
     values = song_unet.numbers(given, GIVEN, NAME)
-    if f"{PREFIX}map_label.weight" in tensors:
-        classes = tensors[f"{PREFIX}map_label.weight"].shape[-1]
-        raise DmfError(
-            f"the network is conditioned on {classes} classes: "
-            "expected an unconditional one, as our U-Net takes no class"
-        )
+    label = f"{PREFIX}map_label.weight"
+    classes = axes(tensors, label, 2, NAME)[1] if label in tensors else 0
     fields, shape = song_unet.structure(tensors, NAME, PREFIX)
     columns = axes(tensors, f"{PREFIX}map_layer0.weight", 2, NAME)[1]
     if columns % fields["channels"]:
@@ -77,6 +90,7 @@ def _describe(tensors: Tensors, given: Mapping[str, Any]) -> tuple[UNetConfig, S
         residual_encoder=any("_aux_residual." in name for name in tensors),
         embedding="fourier" if f"{PREFIX}map_noise.freqs" in tensors else "positional",
         embedding_mult=columns // fields["channels"],
+        num_classes=classes,
         **FIELDS,
     )
     return config, shape
@@ -91,11 +105,34 @@ def _rules(config: UNetConfig, image_shape: Shape, tensors: Tensors | None) -> l
         if "/qkv/" in leaf
     ]
     special = [*song_unet.one_time(config, tensors, PREFIX), *packed]
+    special += [_label_table(config.num_classes)] if config.num_classes else []
     rules = song_unet.completed(special, leaves, config.resample, PREFIX)
     if SIGMA_DATA in tensors if tensors else config.sigma_data != GIVEN[SIGMA_DATA]:
         note = f"an attribute of the wrapper: network.sigma_data = {config.sigma_data}"
         rules.append(unread(SIGMA_DATA, lambda: np.array(config.sigma_data), note))
+    if tensors and LABEL_DROPOUT in tensors:
+        share = float(tensors[LABEL_DROPOUT].read())
+        note = f"the network was trained without a class on {share:g} of the rows"
+        note += "" if share else ": no guidance can rely on its null class"
+        rules.append(unread(LABEL_DROPOUT, lambda: np.array(share), note))
     return rules
+
+
+def _label_table(classes: int) -> Rule:
+    """The layer of n classes <-> the table of n + 1 rows, sqrt(n) W[:, k] + b and b."""
+    names = tuple(f"{PREFIX}map_label.{part}" for part in ("weight", "bias"))
+    root = np.sqrt(np.float64(classes))
+
+    def forward(weight: np.ndarray, bias: np.ndarray) -> Arrays:
+        rows = root * weight.T.astype(np.float64) + bias
+        return (np.concatenate((rows, bias[None].astype(np.float64))).astype(np.float32),)
+
+    def backward(table: np.ndarray) -> Arrays:
+        rows, bias = table[:-1].astype(np.float64), table[-1]
+        return (((rows - bias) / root).T.astype(np.float32), bias)
+
+    note = f"a row for each class, sqrt({classes}) W[:, k] + b, and b for the null class"
+    return Rule(names, (TABLE,), forward, backward, note)
 
 
 def _deinterleaved(rule: Rule) -> Rule:
@@ -113,15 +150,23 @@ def _deinterleaved(rule: Rule) -> Rule:
 
 
 def _outputs(network: Any, params: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """D = z - t v. The velocity is part of it, so the check covers the wrapper too."""
+    """D = z - t v. The velocity is part of it, so the check covers the wrapper too.
+
+    class_labels: one-hot rows (B, n), or zeros for the null class.
+    """
     if not {"x", "sigma"} <= set(arrays):
         return {}
     x, sigma = nhwc(arrays["x"]), jnp.asarray(arrays["sigma"])
     t, rows = sigma / (1 + sigma), (-1, 1, 1, 1)
     z = x / (1 + sigma).reshape(rows)
-    out = {"D": nchw(z - t.reshape(rows) * network.apply(params, z, t, t))}
+    chosen = Condition()
+    if "class_labels" in arrays:
+        hot = jnp.asarray(arrays["class_labels"])
+        chosen = Condition(jnp.where(hot.any(axis=1), hot.argmax(axis=1), hot.shape[1]))
+    v = network.apply(params, z, t, t, condition=chosen)
+    out = {"D": nchw(z - t.reshape(rows) * v)}
     if "augment_labels" in arrays:
-        label = Condition(augment=jnp.asarray(arrays["augment_labels"]))
+        label = chosen._replace(augment=jnp.asarray(arrays["augment_labels"]))
         v = network.apply(params, z, t, t, condition=label)
         out["D_aug"] = nchw(z - t.reshape(rows) * v)
     return out
@@ -138,6 +183,9 @@ def _probe(config: UNetConfig, image_shape: Shape) -> dict[str, np.ndarray]:
     if config.augment_dim:
         labels = rng.standard_normal((4, config.augment_dim))
         arrays["augment_labels"] = labels.astype(np.float32)
+    if config.num_classes:  # the last row is the null class
+        hot = np.eye(config.num_classes + 1, config.num_classes, dtype=np.float32)
+        arrays["class_labels"] = hot[[0, config.num_classes // 2, config.num_classes - 1, -1]]
     return arrays
 
 

@@ -52,15 +52,16 @@ def meanflow(tensors: Weights, arrays: Mapping[str, np.ndarray]) -> dict[str, np
 
 
 def edm(tensors: Weights, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """D from x and sigma, and D_aug with augment_labels too.
+    """D from x and sigma, and D_aug with augment_labels too; class_labels join both.
 
     From F_in and c_noise it gives F_raw, the network without its wrapper.
     """
     import torch
+    from torch.nn import functional
 
     a = _inputs(tensors, arrays)
     w = {name.removeprefix("model."): x for name, x in tensors.items()}
-    width = w["map_layer0.weight"].shape[1]
+    width, hot = w["map_layer0.weight"].shape[1], a.get("class_labels")
 
     def raw(x: Any, c_noise: Any, label: Any = None) -> Any:
         if "map_noise.freqs" in w:
@@ -68,6 +69,10 @@ def edm(tensors: Weights, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndar
             features = torch.cat([angle.sin(), angle.cos()], 1)
         else:
             features = _positional(c_noise, width)
+        if "map_label.weight" in w:  # no labels are zeros, the null class
+            chosen = 0 * w["map_label.weight"][:1] if hot is None else hot
+            layer = w["map_label.weight"], w["map_label.bias"]
+            features = features + functional.linear(chosen * math.sqrt(chosen.shape[1]), *layer)
         if "interval.weight" in w:  # a denoiser has an empty interval
             features = torch.cat([features, _positional(torch.zeros_like(c_noise), width)], 1)
         return _song_unet(w, x, _embedding(w, features, label), interleaved=True)

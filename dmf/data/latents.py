@@ -19,14 +19,8 @@ from dmf.errors import DmfError
 from dmf.storage import paths
 
 NAME = "imagenet256_latents"
-ORIGIN = (
-    "scale",
-    "shift",
-    "dtype",
-    "source",
-    "vae",
-    "labels",
-)  # metadata that tell data sets apart
+# Metadata that tell data sets apart.
+ORIGIN = ("scale", "shift", "dtype", "source", "vae", "labels")
 MOCK_IMAGES, MOCK_SHAPE, MOCK_CLASSES, MOCK_STD = 2048, (32, 32, 4), 1000, 0.1
 
 

@@ -264,6 +264,8 @@ def _digest(config: Config) -> str:
     shaping = {key: values[key] for key in SHAPING} | {"interval": config.curriculum.interval}
     if config.path != Config.path:  # which old rows do not name
         shaping["path"] = config.path
+    if config.network.kind == "unet" and not config.network.num_classes:  # a field since then
+        shaping["network"] = {k: v for k, v in shaping["network"].items() if k != "num_classes"}
     for key, later in LATER.items():
         kept = {k: v for k, v in shaping[key].items() if k not in later or v != later[k]}
         shaping[key] = kept

@@ -178,7 +178,7 @@ def _condition(
     if label is not None and condition is not None:
         raise DmfError("label and condition are both given; expected one of them.")
     found = Condition(label=label) if condition is None else condition
-    classes = config.num_classes if isinstance(config, DiTConfig) else 0
+    classes = config.num_classes
     width = config.augment_dim if isinstance(config, UNetConfig) else 0
     if found.label is not None:
         _check("label", found.label, (batch,) if classes else None, jnp.integer)

@@ -141,23 +141,6 @@ class TimeEmbedder(nn.Module):
         return nn.Dense(self.width, kernel_init=last, name="mlp_2")(x)
 
 
-class LabelEmbedder(nn.Module):
-    """Table of num_classes + 1 rows; the last row is the null class."""
-
-    num_classes: int
-    width: int
-
-    @nn.compact
-    def __call__(self, label: jax.Array | None, batch: int) -> jax.Array:
-        """Embed classes (B,). None is the null class; a class beyond the end gives NaN."""
-        if label is None:
-            label = jnp.full((batch,), self.num_classes, jnp.int32)
-        init = nn.initializers.normal(0.02)
-        return nn.Embed(
-            self.num_classes + 1, self.width, embedding_init=init, name="embedding_table"
-        )(label)
-
-
 class Attention(nn.Module):
     """Multi-head self-attention; the columns of qkv are [q | k | v], each head-major."""
 
@@ -250,9 +233,9 @@ class DiT(nn.Module):
         cond = TimeEmbedder(c.width, name="t_embedder")(t)
         cond = cond + TimeEmbedder(c.width, c.interval_init == "zero", name="interval")(t - r)
         if c.num_classes:
-            cond = cond + LabelEmbedder(c.num_classes, c.width, name="y_embedder")(
-                condition.label, batch
-            )
+            init = nn.initializers.normal(0.02)
+            table = layers.LabelEmbedder(c.num_classes, c.width, init, name="y_embedder")
+            cond = cond + table(condition.label, batch)
         x = self._scanned(x, cond) if self.how.scan else self._unrolled(x, cond)
         x = FinalLayer(c.patch**2 * channels, name="final_layer")(x, cond)
         x = x.reshape(batch, rows, columns, c.patch, c.patch, channels)

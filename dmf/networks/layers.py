@@ -160,6 +160,22 @@ def xavier(gain: float = 1.0) -> Initializer:
     return init
 
 
+class LabelEmbedder(nn.Module):
+    """Table of num_classes + 1 rows; the last row is the null class."""
+
+    num_classes: int
+    width: int
+    start: Initializer
+
+    @nn.compact
+    def __call__(self, label: jax.Array | None, batch: int) -> jax.Array:
+        """Embed classes (B,). None is the null class; a class beyond the end gives NaN."""
+        if label is None:
+            label = jnp.full((batch,), self.num_classes, jnp.int32)
+        rows = self.num_classes + 1
+        return nn.Embed(rows, self.width, embedding_init=self.start, name="embedding_table")(label)
+
+
 class RowDropout(nn.Module):
     """Dropout with one key per row, so that a row's mask depends on its key alone.
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -45,6 +46,8 @@ class UNetConfig:
         channel_mult      one entry per resolution; each is half of the one before
         blocks            of the encoder per resolution; the decoder has one more
         augment_dim       length of the augmentation label, 0 for none
+        num_classes       0 for none, else a row per class and one of the null class join the
+                          features of t
         interval_init     "zero" makes u(z, r, t) = u(z, t, t) at the start, bit for bit
         resample          filter: "binomial" is [1, 3, 3, 1], "box" is [1, 1]
         residual_encoder  the input, shrunk, joins every lower resolution (NCSN++)
@@ -56,7 +59,6 @@ class UNetConfig:
     `make_unet` refuses fields that do not go together.
     """
 
-    num_classes = 0  # no field: this network takes no class
     kind: str = "unet"  # tells the networks apart
     channels: int = limited(128, 1, WIDEST)  # at full resolution, times channel_mult
     # one factor per resolution, each half of the one before
@@ -78,6 +80,7 @@ class UNetConfig:
     time_scale: float = limited(1.0, LEAST, INF)  # factor on t before its features
     precond: str = choice("none", PRECONDS)  # none | edm: the network is the F of EDM's denoiser
     sigma_data: float = limited(0.5, LEAST, INF)  # EDM's, with precond = "edm"
+    num_classes: int = limited(0, 0, INF)  # of the data; 0 = no label
 
     @property
     def noise_width(self) -> int:
@@ -261,7 +264,7 @@ class FourierFeatures(nn.Module):
 
 
 class UNet(nn.Module):
-    """u(z, r, t) by a U-Net conditioned on t, on h = t - r and on an augmentation label."""
+    """u(z, r, t) by a U-Net conditioned on t, on h = t - r, on augmentation and on a class."""
 
     config: UNetConfig
     dtype: jnp.dtype | None
@@ -276,11 +279,11 @@ class UNet(nn.Module):
         condition: Condition,
         rngs: jax.Array | None,
     ) -> jax.Array:
-        """Map z (B, R, R, C), r, t (B,), augmentation label, keys (B,) or None to u, shaped as z.
+        """Map z (B, R, R, C), r, t (B,), a condition, keys (B,) or None to u, shaped as z.
 
         Without z it gives the embedding alone, (B, 4 * channels).
         """
-        emb = self._embedding(r, t, condition.augment)
+        emb = self._embedding(r, t, condition)
         if z is None:
             return emb
         encoder = Encoder(self.config, self.dtype, self.how, name="enc")
@@ -295,13 +298,16 @@ class UNet(nn.Module):
             else raw(z)
         )
 
-    def _embedding(self, r: jax.Array, t: jax.Array, augment: jax.Array | None) -> jax.Array:
+    def _embedding(self, r: jax.Array, t: jax.Array, condition: Condition) -> jax.Array:
         """The conditioning vector (B, 4 * channels), float32 or better: it carries the times."""
         noise_width, width = self.config.noise_width, 4 * self.config.channels
         of_t = self._features_of_t(t)
         freqs = layers.frequencies(noise_width // 2, endpoint=True)
         of_h = layers.time_features(t - r, freqs, sin_first=True)
-        xavier = layers.xavier()
+        xavier, augment, classes = layers.xavier(), condition.augment, self.config.num_classes
+        if classes:
+            table = layers.LabelEmbedder(classes, noise_width, _label_init, name="map_label")
+            of_t = of_t + table(condition.label, t.shape[0])
         if augment is not None:
             project = nn.Dense(
                 2 * noise_width, use_bias=False, kernel_init=xavier, name="map_augment"
@@ -325,6 +331,13 @@ class UNet(nn.Module):
         return layers.time_features(time, freqs, sin_first=True)
 
 
+def _label_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """EDM's start of the label table (n + 1, width): sqrt(n) Xavier rows, the null class zero."""
+    classes, width = shape[0] - 1, shape[1]
+    draw = layers.uniform_within(math.sqrt(6 * classes / (classes + width)))
+    return draw(key, shape, dtype).at[-1].set(0)
+
+
 def make_unet(
     config: UNetConfig, image_shape: tuple[int, ...], dtype: jnp.dtype | None, how: layers.Execution
 ) -> UNet:
@@ -334,6 +347,10 @@ def make_unet(
     if config.augment_dim < 0:
         raise DmfError(
             f"config.network.augment_dim is {config.augment_dim}; expected 0 (no label) or more."
+        )
+    if config.num_classes < 0:
+        raise DmfError(
+            f"config.network.num_classes is {config.num_classes}; expected 0 (no label) or more."
         )
     layers.check_choice("config.network.interval_init", config.interval_init, layers.INTERVAL_INITS)
     layers.check_choice("config.network.resample", config.resample, tuple(RESAMPLE))

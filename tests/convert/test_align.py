@@ -143,8 +143,9 @@ def test_the_seed_decides_alone():
     [
         {"embedding": "fourier", "embedding_mult": 2},
         {"time_input": "t", "time_scale": 999.0, "precond": "none", "augment_dim": 0},
+        {"num_classes": 3},
     ],
-    ids=["fourier", "999 t"],
+    ids=["fourier", "999 t", "classes"],
 )
 def test_every_other_form_becomes_the_one(form):
     config = dataclasses.replace(EDM, **form)
@@ -154,6 +155,9 @@ def test_every_other_form_becomes_the_one(form):
         "t",
         1.0,
     )
+    if new_config.num_classes:  # Adam's first step moves every row of the table
+        table = new["map_label"]["embedding_table"]["embedding"]
+        assert table.shape == (4, 16) and np.all(table[3])  # which starts at zero
     leaves = jax.tree_util.tree_leaves_with_path(new)
     assert {"/".join(k.key for k in path) for path, _ in leaves} == set(
         leaf_shapes(build(new_config, SHAPE))

@@ -23,6 +23,7 @@ from tests.convert.unets import (
     CASES,
     LABEL,
     LAYER0,
+    OUTPUTS,
     PARITY,
     VP,
     converted,
@@ -41,11 +42,14 @@ def single_time():
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_converted_network_equals_the_reference(case):
-    """MeanFlow: u with and without label, and du/dt. EDM: D = z - t v, with and without label."""
+    """MeanFlow: u with and without label, and du/dt. EDM: D = z - t v, with and without label.
+
+    The case edm_classes is given classes, and in one row none.
+    """
     kind, data, _ = stored(case)
     _, _, network, params = converted(case)
     got = kind.outputs(network, params, data)
-    assert set(got) == {"meanflow": {"u_noaug", "u_aug", "dudt_aug"}, "edm": {"D", "D_aug"}}[case]
+    assert set(got) == OUTPUTS[case]
     for name, value in got.items():
         assert relative_l2(value, data[name]) <= PARITY, name
     assert relative_l2(*(got[name] for name in list(got)[:2])) > 1e-3
@@ -56,10 +60,7 @@ def test_the_converted_network_equals_the_reference(case):
 def test_the_pytorch_network_equals_the_reference(case):
     kind, data, weights = stored(case)
     got = torch_outputs(kind, weights, data)
-    assert (
-        set(got)
-        == {"meanflow": {"u_noaug", "u_aug", "dudt_aug"}, "edm": {"D", "D_aug", "F_raw"}}[case]
-    )
+    assert set(got) == OUTPUTS[case] | ({"F_raw"} if case == "edm" else set())
     for name, value in got.items():
         assert relative_l2(value, data[name]) <= PARITY, name
 
@@ -137,14 +138,36 @@ def test_single_time_flow_equals_pytorch():
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_way_back_is_exact(case):
-    """Every tensor comes back bit for bit under its name, the filters made anew."""
+    """Every tensor comes back bit for bit under its name, the filters made anew.
+
+    A label layer comes back up to the rounding of its table.
+    """
     kind, _, weights = stored(case)
     config, shape, network, params = converted(case)
     back = export_arrays(kind, config, shape, network, params)
     assert {name: x.shape for name, x in back.items()} == {
         name: x.shape for name, x in weights.items()
     }
-    assert all(np.array_equal(back[name], weights[name]) for name in weights)
+    folded = {"model.map_label.weight"}
+    assert all(np.array_equal(back[name], weights[name]) for name in set(weights) - folded)
+
+
+def test_edms_label_layer_becomes_a_table_with_a_row_for_no_class():
+    kind, data, weights = stored("edm_classes")
+    config, shape, network, params = converted("edm_classes")
+    table = np.asarray(params["map_label"]["embedding_table"]["embedding"])
+    layer, bias = (weights[f"model.map_label.{part}"] for part in ("weight", "bias"))
+    assert config.num_classes == 5 and table.shape == (6, 8)
+    np.testing.assert_allclose(table[:5], math.sqrt(5) * layer.T + bias, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(table[5], bias)
+    exported = export_arrays(kind, config, shape, network, params)
+    np.testing.assert_allclose(exported["model.map_label.weight"], layer, rtol=1e-5, atol=1e-6)
+    # Without a class the denoiser is another one, so the comparison above sees the table.
+    some, none = (
+        kind.outputs(network, params, data | {"class_labels": hot})["D"][:3]
+        for hot in (data["class_labels"], 0 * data["class_labels"])
+    )
+    assert relative_l2(some, none) > 0.05
 
 
 def test_query_key_value_are_interleaved_in_edm_alone():

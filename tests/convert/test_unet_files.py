@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 
 import numpy as np
 import pytest
@@ -48,6 +50,13 @@ FULL = {
         56_397_827,
     ),
 }
+
+
+def test_every_tensor_of_the_published_conditional_network_has_its_place():
+    shapes = key_list(GOLDEN / "keys_edm_vp_ddpmpp.txt")
+    shapes |= {"model.map_label.weight": (128, 10), "model.map_label.bias": (128,)}
+    wanted = dataclasses.replace(FULL["edm_vp_ddpmpp"][1], num_classes=10)
+    assert check_names(EDM, shapes) == (wanted, (32, 32, 3))
 
 
 @pytest.mark.parametrize("name", FULL)
@@ -114,6 +123,21 @@ def test_pickles_and_state_dicts_of_edm():
         EDM.select({"ema": pickled("EDMPrecond")}, "net")
     with pytest.raises(DmfError, match="sigma_data of the network is 'half': expected a number"):
         EDM.select({"ema": pickled("EDMPrecond", sigma_data="half")}, "")
+
+
+def test_a_pickle_tells_how_often_its_classes_were_dropped():
+    weights = stored("edm_classes")[2]
+    inner = tensors_of({name.removeprefix("model."): x for name, x in weights.items()})
+    for share, words in ((0.1, "0.1 of the rows$"), (0, "0 of the rows: no guidance can rely on")):
+        held = pickled("EDMPrecond")
+        held.state["_modules"]["model"] = module(inner, label_dropout=share)
+        tensors, _ = EDM.select({"ema": held}, "")
+        config, shape = EDM.describe(tensors, {})
+        (rule,) = (r for r in EDM.rules(config, shape, tensors) if r.tensors == ("label_dropout",))
+        assert config.num_classes == 5 and re.search(words, rule.note)
+    held.state["_modules"]["model"] = module({}, "DhariwalUNet")
+    with pytest.raises(DmfError, match="the network is a DhariwalUNet, ADM's: expected a SongUNet"):
+        EDM.select({"ema": held}, "")
 
 
 def test_sigma_data_is_the_pickles_own():
@@ -226,7 +250,13 @@ KEY = "model.enc.8x8_down.conv0.resample_filter"
             "edm",
             {"model.map_label.weight": np.zeros((64, 10))},
             {},
-            "conditioned on 10 classes: expected an unconditional",
+            r"tensor model\.map_label\.bias is missing",
+        ),
+        (
+            "edm_classes",
+            {"model.map_label.weight": np.zeros((5, 8))},
+            {},
+            r"tensor model\.map_label\.weight has shape|conv|expected \[8, 5\]",
         ),
         ("edm", {KEY: FLAT}, {}, f"tensor {KEY}: other values than this network computes"),
     ],

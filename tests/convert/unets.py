@@ -17,7 +17,17 @@ from tests.conversion import (
 )
 
 PARITY = 5e-6  # relative L2: float32 round-off between two implementations of the same network
-CASES = {"meanflow": (MEANFLOW_UNET, "pymf_tiny_io.npz"), "edm": (EDM, "edm_tiny_ncsnpp_io.npz")}
+CASES = {
+    "meanflow": (MEANFLOW_UNET, "pymf_tiny_io.npz"),
+    "edm": (EDM, "edm_tiny_ncsnpp_io.npz"),
+    # EDM's own code, commit 008a4e5: DDPM++, 5 classes, the last row without a class.
+    "edm_classes": (EDM, "edm_classes_tiny_io.npz"),
+}
+OUTPUTS = {
+    "meanflow": {"u_noaug", "u_aug", "dudt_aug"},
+    "edm": {"D", "D_aug"},
+    "edm_classes": {"D", "D_aug"},
+}
 LAYER0, LABEL = "map_layer0.weight", "map_augment.weight"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import flax.linen as nn
@@ -260,6 +261,37 @@ def test_dit_class_outside_the_table_gives_nan():
     z, r, t, _, _ = small("dit")
     u, _ = u_and_gradient("dit")(random_params("dit"), z, r, t, np.int32([0, 3, 4]))
     assert np.isfinite(u[:2]).all() and np.isnan(u[2]).all()
+
+
+def test_a_unet_with_classes_has_a_table_and_is_else_the_same_network():
+    plain, (z, r, t, _, _) = small_network("unet"), small("unet")
+    config, shape = dataclasses.replace(UNET, num_classes=3), SMALL["unet"][1]
+    classes = build(config, shape)
+    assert set(jax.eval_shape(classes.init, jax.random.key(0))) == {
+        *jax.eval_shape(plain.init, jax.random.key(0)),
+        "map_label",
+    }
+    # Without an image the module gives the embedding, which is all that a class can change.
+    module, given = make_unet(config, shape, None, layers.PLAIN), Condition()
+    params = module.init(jax.random.key(0), None, r, t, given, None)["params"]
+    table = np.asarray(params["map_label"]["embedding_table"]["embedding"])
+    assert table.shape == (4, 16) and not table[3].any()
+    assert 0.5 < np.abs(table[:3]).max() < math.sqrt(18 / 19)  # EDM's sqrt(3) times Xavier's
+    embed = jax.jit(lambda label: module.apply({"params": params}, None, r, t, label, None))
+
+    def of(label):
+        return np.asarray(embed(Condition(jnp.full(len(t), label))))
+
+    none = np.asarray(embed(Condition()))
+    np.testing.assert_array_equal(of(3), none)
+    without = make_unet(UNET, shape, None, layers.PLAIN)  # the null class starts at zero
+    rest = {name: x for name, x in params.items() if name != "map_label"}
+    np.testing.assert_allclose(
+        none, without.apply({"params": rest}, None, r, t, given, None), 0, 1e-6
+    )
+    assert np.abs(of(0) - of(1)).max() > 1e-3 and np.isnan(of(4)).all()
+    with pytest.raises(DmfError, match="this network has no label"):
+        plain.apply(random_params("unet"), z, r, t, label=np.zeros(len(z), np.int32))
 
 
 class WithSide(MLPModule):
