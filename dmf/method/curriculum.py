@@ -142,6 +142,8 @@ def build_stages(
         rho = config.q**-i if _shrinks(kind) else rho
         extra = guidance_passes if KINDS[kind].guided else 0
         at = rho if KINDS[kind].steps_back else 1.0
+        extra = guidance_passes if KINDS[kind].guided else 0
+        at = rho if KINDS[kind].steps_back else 1.0
         if at < LEAST:
             raise DmfError(
                 f"config.curriculum.q = {config.q:g}: stage {i} has the interval {at:.3g}; "
@@ -149,12 +151,23 @@ def build_stages(
             )
         stages.append(Stage(i, kind, at, first, end - first, extra, tangent_passes))
         first = end
-    if first >= MOST:
+    _check_sizes(config, stages)
+    return _smooth(stages) if config.schedule == "smooth" else tuple(stages)
+
+
+def _check_sizes(config: CurriculumConfig, stages: list[Stage]) -> None:
+    """Raises DmfError where a device's float32 or int32 cannot hold an interval or a step."""
+    for stage in stages:
+        if stage.rho < LEAST:
+            raise DmfError(
+                f"config.curriculum.q = {config.q:g}: stage {stage.index} has the interval "
+                f"{stage.rho:.3g}; expected at least {LEAST:.3g}, the least number of float32"
+            )
+    if stages[-1].last >= MOST:
         raise DmfError(
             f"config.curriculum.length = {config.length:g} {config.length_unit}: the run has "
-            f"{first:g} steps; expected less than {MOST}"
+            f"{stages[-1].last:g} steps; expected less than {MOST}"
         )
-    return _smooth(stages) if config.schedule == "smooth" else tuple(stages)
 
 
 def stage_at(stages: tuple[Stage, ...], step: int) -> Stage:
