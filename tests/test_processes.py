@@ -147,7 +147,7 @@ def test_an_error_of_one_process_ends_both_with_its_line(tmp_path):
     for status, _, error in Group(tmp_path, workdir, 2).finish():
         assert status == 2
         assert "config.json is not the JSON of a config" in error and "Traceback" not in error
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 200
 
 
 SAYS = """
@@ -205,9 +205,9 @@ def test_one_process_that_dies_takes_the_other_with_it(tmp_path):
     group.wait_for_step(workdir, 2)
     group.processes[1].send_signal(signal.SIGKILL)
     began = time.monotonic()
-    first, second = group.finish(timeout=120)
+    first, second = group.finish(timeout=240)
     assert first[0] != 0 and second[0] != 0
-    assert time.monotonic() - began < 100
+    assert time.monotonic() - began < 200
 
 
 @pytest.mark.parametrize(
