@@ -142,13 +142,6 @@ def build_stages(
         rho = config.q**-i if _shrinks(kind) else rho
         extra = guidance_passes if KINDS[kind].guided else 0
         at = rho if KINDS[kind].steps_back else 1.0
-        extra = guidance_passes if KINDS[kind].guided else 0
-        at = rho if KINDS[kind].steps_back else 1.0
-        if at < LEAST:
-            raise DmfError(
-                f"config.curriculum.q = {config.q:g}: stage {i} has the interval {at:.3g}; "
-                f"expected at least {LEAST:.3g}, the least number of float32"
-            )
         stages.append(Stage(i, kind, at, first, end - first, extra, tangent_passes))
         first = end
     _check_sizes(config, stages)
