@@ -201,15 +201,17 @@ def seal(folder: Path, items: dict[str, Any]) -> None:
     """Completes a step folder that Orbax has written: reads it back, then writes the manifest.
 
     items: what was to be saved, as shapes and types of arrays. Raises DmfError where the folder
-    holds something else. The values of one small array of each item are read too.
+    holds something else. The values of one small array of each item are read too, unless there are
+    several processes: the first one reads alone here, and Orbax loads on all of them together.
     """
     try:
         found = ocp.checkpointables_metadata(paths.absolute(folder)).metadata
         for name, item in items.items():
             if differs := _difference(found[name], item):
                 raise ValueError(f"in {name}, {differs}")
-        small = {name: _smallest(found[name]) for name in items}
-        ocp.load_checkpointables(paths.absolute(folder), small)
+        if not processes.several():
+            small = {name: _smallest(found[name]) for name in items}
+            ocp.load_checkpointables(paths.absolute(folder), small)
     except Exception as error:  # the errors of Orbax have no common base
         what = f"checkpoint {folder} was written but cannot be read back: {short(error)}"
         wanted = "what was saved; this save does not count, and older ones are untouched"
