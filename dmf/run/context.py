@@ -238,6 +238,10 @@ def _prepare(config: Config, guard: Guard) -> dict[str, Any]:
         )
         for kind in {s.kind for s in stages}
     }
+    like = jax.tree.map(
+        lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, place
+    )
+    sharding.check_memory(mesh, like, like.params)
     return dict(
         dataset=dataset,
         stages=stages,
@@ -246,9 +250,7 @@ def _prepare(config: Config, guard: Guard) -> dict[str, Any]:
         optimizer=optimizer,
         fresh=fresh,
         place=place,
-        like=jax.tree.map(
-            lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, place
-        ),
+        like=like,
         local_rows=sharding.local_rows(mesh, config.batch_size),
         steps=steps,
     )
@@ -322,19 +324,29 @@ def compile_ahead(run: Context) -> threading.Thread | None:
     if n >= run.total:
         return None
     kind = curriculum.stage_at(run.stages, n).kind
-    return compiling(run.steps[kind], run.like, run.batch(n), run.scalars(n))
+
+    def tell(program: jax.stages.Compiled) -> None:
+        if line := sharding.memory(run.mesh, program):
+            print(f"memory    {line}", flush=True)
+
+    return compiling(run.steps[kind], run.like, run.batch(n), run.scalars(n), then=tell)
 
 
-def compiling(function: jax.stages.Wrapped, *arguments: Any) -> threading.Thread:
+def compiling(
+    function: jax.stages.Wrapped,
+    *arguments: Any,
+    then: Callable[[jax.stages.Compiled], None] = lambda program: None,
+) -> threading.Thread:
     """Compiles a jitted function for such arguments, in a thread. Join the thread to wait for it.
 
-    arguments: arrays, or their shapes and places. A later call with such arguments finds the
-    program. An error is not told here: the call meets it again and tells it.
+    arguments: arrays, or their shapes and places. then: is given the program. A later call with
+    such arguments finds the program. An error is not told here: the call meets it again and tells
+    it.
     """
 
     def compile_quietly() -> None:
         with suppress(DmfError, RuntimeError, TypeError, ValueError):
-            function.lower(*arguments).compile()
+            then(function.lower(*arguments).compile())
 
     # Not a daemon: a process that ends while a daemon compiles would abort.
     thread = threading.Thread(target=compile_quietly, name="compiling")

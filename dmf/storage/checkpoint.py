@@ -303,6 +303,7 @@ def _best_step(workdir: Path) -> int:
 
 def metadata(folder: Path) -> dict[str, Any]:
     """The run's config and image shape, from beside the weights. Verifies the folder first."""
+    _quieten()
     verify(folder)
     try:
         found = ocp.metadata(paths.absolute(folder)).custom_metadata
