@@ -231,10 +231,16 @@ def _smallest(tree: Any) -> Any:
     return jax.tree.unflatten(structure, wanted)
 
 
+def _is_of_others(record: logging.LogRecord) -> bool:
+    late = record.name == "asyncio" and "exception was never retrieved" in record.getMessage()
+    return not late and "orbax" not in Path(record.pathname).parts
+
+
 @functools.cache
 def _quieten() -> None:
     """Keeps Orbax's threads from printing tracebacks: the error itself arrives and is told once."""
-    logging.getLogger("absl").addFilter(lambda record: "orbax" not in Path(record.pathname).parts)
+    for name in ("absl", "asyncio", None):  # Orbax uses all three
+        logging.getLogger(name).addFilter(_is_of_others)
     before = sys.unraisablehook
 
     def others(found: sys.UnraisableHookArgs) -> None:
