@@ -40,7 +40,21 @@ from dmf.run.scoreboard import OpenJudge, Scoreboard
 from dmf.run.sigterm import Stop
 from dmf.run.workdir import claim, kept_by_changes, origin
 from dmf.state import TrainState
-from dmf.storage import checkpoint
+from dmf.storage import checkpoint, records
+
+METRICS: dict[Any, Any] = {  # a line of metrics.jsonl
+    "step": records.POSITIVE,
+    "stage": int,  # -1 is that before the first
+    "kind": rules.KIND,
+    "rho": float,
+    ...: records.NUMBER,
+}
+WATCHED: dict[Any, Any] = {  # a line of watch.jsonl
+    **METRICS,
+    "rows": records.Maybe(records.POSITIVE),
+    "source": records.Maybe(str),
+    **dict.fromkeys(rules.WORSE, records.NUMBER),
+}
 
 
 @dataclass(frozen=True, eq=False)  # jax.jit of its methods takes its hash
@@ -185,8 +199,8 @@ def open_run(
         init=init,
         guard=guard,
         stop=stop or Stop(),
-        metrics=JsonLines(workdir / "metrics.jsonl", first),
-        watched=JsonLines(workdir / "watch.jsonl", first),
+        metrics=JsonLines(workdir / "metrics.jsonl", first, METRICS),
+        watched=JsonLines(workdir / "watch.jsonl", first, WATCHED),
         tensorboard=tensorboard,
         scoreboard=scoreboard,
         probe=probe,

@@ -27,7 +27,7 @@ from orbax.checkpoint import v1 as ocp
 
 from dmf import processes
 from dmf.errors import DmfError, short
-from dmf.storage import atomic, paths
+from dmf.storage import atomic, paths, records
 from dmf.storage.manifest import MANIFEST, steps_in, verify, write_manifest
 
 if TYPE_CHECKING:
@@ -39,6 +39,14 @@ FOLDER = "checkpoints"
 SLICE = 2**22  # bytes: of larger arrays that all devices hold, each device writes a slice
 NEWEST = 200  # complete checkpoints that are tried, one after the other
 BEST = "best.json"  # in a work directory: the step of the best score so far
+BEST_FORM = {"step": records.COUNT}
+ABOUT = {  # what stands beside the weights
+    "config": records.Maybe(dict),
+    "network": records.Maybe(dict),
+    "image_shape": records.Maybe([records.POSITIVE]),
+    "source": records.Maybe((dict, None)),
+    "data": records.Maybe(dict),
+}
 COMMITTED = "commit_success.txt"  # Orbax looks whether it is there, and writes its own path into it
 log = logging.getLogger(__name__)
 
@@ -296,21 +304,22 @@ def find(path: str | Path) -> Path:
 
 
 def _best_step(workdir: Path) -> int:
-    try:
-        return int(json.loads((workdir / BEST).read_text())["step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        what = f"{workdir / BEST}: no best checkpoint is known"
-        raise DmfError(f"{what}; expected a run that has been scored") from error
+    return records.read(workdir / BEST, BEST_FORM, "a run that has been scored")["step"]
 
 
 def metadata(folder: Path) -> dict[str, Any]:
     """The run's config and image shape, from beside the weights. Verifies the folder first."""
     _quieten()
     verify(folder)
-    found = ocp.metadata(paths.absolute(folder)).custom_metadata
+    try:
+        found = ocp.metadata(paths.absolute(folder)).custom_metadata
+    except Exception as error:  # the errors of Orbax have no common base
+        what = f"checkpoint {folder}: its metadata cannot be read: {short(error)}"
+        raise DmfError(f"{what}; expected those of a checkpoint that dmf has written") from error
     if not isinstance(found, dict) or not {"config", "network"} & set(found):
         what = f"checkpoint {folder}: no config in its metadata"
         raise DmfError(f"{what}; expected a checkpoint that dmf has written")
+    records.check(found, ABOUT, f"checkpoint {folder}: its metadata")
     if "config" in found:
         found = {**found, "config": without_kernel(found["config"])}
     return found
