@@ -12,7 +12,7 @@ from dmf.evaluation.judge import Setting
 from dmf.storage import checkpoint
 from tests.evaluation.conftest import written
 from tests.runs import train
-from tests.tiny import MLP, merged
+from tests.tiny import MLP, TINY, merged
 
 
 def test_a_run_scores_itself_by_a_protocol_and_keeps_its_best_checkpoint(place, tmp_path):
@@ -76,7 +76,7 @@ def test_the_label_rule_is_the_protocols_in_training_as_in_scoring(place, tmp_pa
     for rule in protocols.LABELS:
         name = written(tmp_path, f"{rule}.json", labels=rule, metrics=["fid"], count=64)
         run = dict(protocol=name, reference=str(place / "ref.npz"), score_samples=64)
-        rows = train(parse(merged(MLP, curriculum=kinds, run=run)), tmp_path / rule)
+        rows = train(parse(merged(TINY, curriculum=kinds, run=run)), tmp_path / rule)
         setting = Setting(name, "", str(place / "ref.npz"))
         again = scoring.score_checkpoint(
             tmp_path / rule, setting, [1], out=str(tmp_path / f"{rule}_out.json")
