@@ -35,6 +35,14 @@ def claimed(folder: Path, plan: dict[str, Any], parts: dict[Path, str]) -> Itera
         yield
 
 
+def is_former(folder: Path) -> bool:
+    """Whether finished work of an earlier version is there, which did not note how it read."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        if shards.begun(folder) or (folder / shards.METADATA).exists():
+            return "reading" not in json.loads((folder / shards.PLAN).read_text())
+    return False
+
+
 def _settle(path: Path, plan: dict[str, Any], parts: dict[Path, str]) -> None:
     """Writes the plan of a folder, or compares it with the one that is there.
 
@@ -52,7 +60,7 @@ def _settle(path: Path, plan: dict[str, Any], parts: dict[Path, str]) -> None:
     changed = _changes(path, plan)
     if not changed:
         return
-    text = "; ".join(d.removeprefix("plan.") for d in changed)
+    text = "; ".join(f"{d.removeprefix('plan.'):.200}" for d in changed)
     begun = shards.begun(folder)
     if not begun and not (folder / shards.METADATA).exists():
         for file in folder.glob("latents-*.array_record"):  # in place, but without a sidecar
@@ -61,7 +69,9 @@ def _settle(path: Path, plan: dict[str, Any], parts: dict[Path, str]) -> None:
         print(f"note      {folder} {what} ({text})", flush=True)
     else:
         kept = [p for p in begun if p in parts and _is_of(p, parts[p])]
-        if not kept or any(not d.startswith("plan.source.sha256:") for d in changed):
+        if not kept or any(
+            not d.startswith(("plan.source.sha256:", "plan.classes:")) for d in changed
+        ):
             raise DmfError(
                 f"{folder} was begun otherwise: {text}; "
                 f"expected the same command, or another directory{_advice(changed)}"

@@ -46,6 +46,7 @@ FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 # Like FIELDS, of keys that files may lack.
 OPTIONAL: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "classes": ("a list of names", lambda x: type(x) is list and all(type(n) is str for n in x)),
     "shift": ("a finite number", lambda x: type(x) in (int, float) and math.isfinite(x)),
 }
 

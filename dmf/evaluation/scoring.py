@@ -139,10 +139,12 @@ def score_images(
     found = sources.open_images(source, data_dir, split)
     count = _count(setting, found, source)
     judge = Judge(replace(setting, count=count), sharding.make_mesh())
+    found.announce()
     judge.announce()
     path = Path(out or f"scores_{free_name(judge.protocol.name)}_{free_name(source)}.json")
     results = Results(path, {"images": found.about, **judge.identity()})
-    results.add({"images": source}, judge, _reader(found, 0))
+    results.add({"images": source}, judge, _reader(found, 0, "one size for all"))
+    found.tell_orientations()
     return results.finish()
 
 
@@ -160,6 +162,7 @@ def make_reference(
     found = sources.open_images(source, data_dir, split)
     count = _count(setting, found, source)
     _check_reference(protocol, source, count, out)
+    found.announce()
     extract = Extractor(protocol, setting.features, sharding.make_mesh())
     print(f"protocol  {protocols.describe(protocol)}\n{extract.self_check()}", flush=True)
     metrics = tuple(m for m in ("fid", "sfid") if m == "fid" or m in protocol.metrics)
@@ -176,7 +179,13 @@ def make_reference(
     progress = Progress(path, depends_on)
     totals = Totals(replace(protocol, metrics=metrics), count, progress.folder({}), keep)
     totals.restore()
-    accumulate(totals, _reader(found, size), extract, "reference")
+    accumulate(
+        totals,
+        _reader(found, size, "one size for all, or --size for a centre crop"),
+        extract,
+        "reference",
+    )
+    found.tell_orientations()
     about = _about(found, count, size, extract)
     reference.write(path, totals.reference(about))
     progress.end()
@@ -209,6 +218,7 @@ def _about(
         "split": str(found.about["split"]),
         "count": count,
         "made_from": json.dumps({**found.about, **crop}, sort_keys=True),
+        **({"classes": json.dumps(found.classes)} if found.classes else {}),
     }
 
 
@@ -243,7 +253,10 @@ def _count(setting: Setting, found: sources.ImageSource, source: str) -> int:
     return count
 
 
-def _reader(source: sources.ImageSource, size: int) -> Callable[[int, int], np.ndarray]:
+def _reader(
+    source: sources.ImageSource, size: int, expected: str
+) -> Callable[[int, int], np.ndarray]:
+    """Images (first, rows) of a source, cut to a square of `size` unless that is 0."""
     pool = ThreadPoolExecutor(READERS)
 
     def one(i: int) -> np.ndarray:
@@ -258,7 +271,7 @@ def _reader(source: sources.ImageSource, size: int) -> Callable[[int, int], np.n
             if image.shape != shape:
                 raise DmfError(
                     f"{source.about['name']}: image {first + i} is {image.shape}, image 0 is "
-                    f"{shape}: expected one size for all, or --size for a centre crop"
+                    f"{shape}: expected {expected}"
                 )
         return np.stack(found)
 
