@@ -34,7 +34,7 @@ from dmf.convert.encode_read import Chunk, Decoded, chunks, decoded
 from dmf.data import images, shards
 from dmf.errors import DmfError
 from dmf.logging import Count
-from dmf.storage import paths
+from dmf.storage import paths, records
 
 LAYOUT = (
     "record 2 i + flip of a shard: image i, or its mirror image, "
@@ -80,9 +80,8 @@ def encode(
     former = is_former(folder)
     opened = images.open_images(source, data_dir, split, training=True, former=former)
     vae_folder, stored = pretrained.open_folder(vae_dir)
-    plan = _plan(vae_dir, stored, opened, size, shard_size, batch, dtype)
-    if not former:
-        plan |= {"reading": images.READING, "classes": list(opened.classes)}
+    how = {} if former else {"reading": images.READING, "classes": list(opened.classes)}
+    plan = _plan(vae_dir, stored, opened, size, shard_size, batch, dtype) | how
     firsts = range(0, len(opened), shard_size)
     total = len(firsts)
     parts = [opened.part_sha256(i, min(i + shard_size, len(opened))) for i in firsts]
@@ -90,12 +89,7 @@ def encode(
     with claimed(folder, plan, dict(zip(files, parts, strict=True))):
         whole = intact(files, parts)
         missing = [k for k in range(total) if not whole[k]]
-        what = f"{len(opened):,} images in {opened.num_classes or 'no'} classes"
-        there = f"{total - len(missing)} of {total} shards are there"
-        opened.announce()
-        if former and opened.about["kind"] == "folder":
-            print(f"note      {folder} was begun by an earlier version: {FORMER}", flush=True)
-        print(f"encode    {source} to {folder}: {what}, {there}", flush=True)
+        _announce(source, opened, folder, former, whole)
         if missing:
             _note_other_versions([file for file, good in zip(files, whole, strict=True) if good])
             shards.remove(folder / shards.METADATA)
@@ -104,6 +98,18 @@ def encode(
             opened.tell_orientations()
         _finish(folder, plan, files)
     return folder
+
+
+def _announce(
+    source: str, opened: images.ImageSource, folder: Path, former: bool, whole: list[bool]
+) -> None:
+    """Prints what is encoded, and how much of it is there. whole: which shards are."""
+    opened.announce()
+    if former and opened.about["kind"] == "folder":
+        print(f"note      {folder} was begun by an earlier version: {FORMER}", flush=True)
+    what = f"{len(opened):,} images in {opened.num_classes or 'no'} classes"
+    there = f"{sum(whole)} of {len(whole)} shards are there"
+    print(f"encode    {source} to {folder}: {what}, {there}", flush=True)
 
 
 def verify(out: str | Path) -> list[dict[str, Any]]:
@@ -340,6 +346,6 @@ def _finish(folder: Path, plan: dict[str, Any], files: list[Path]) -> None:
         {"name": f.name, **{k: s[k] for k in told}} for f, s in zip(files, sidecars, strict=True)
     ]
     about = {**plan, "made_with": made_with, "labels": labels, "shards": entries}
-    shards.write_json(folder / shards.METADATA, shards.sealed(about))
+    shards.write_json(folder / shards.METADATA, records.sealed(about))
     size = f"{sum(e['bytes'] for e in entries) / 1e9:.2f} GB in {len(files)} shards"
     print(f"complete  {folder}: {plan['count']:,} images and their mirror images, {size}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,8 +12,9 @@ from dmf.config import differences
 from dmf.data import shards
 from dmf.errors import DmfError
 from dmf.logging import Count
-from dmf.storage import paths
+from dmf.storage import paths, records
 
+PLANNED = "what an encoding wrote there"
 VERIFIERS = 4  # threads: hashing frees the interpreter's lock
 
 
@@ -37,10 +37,11 @@ def claimed(folder: Path, plan: dict[str, Any], parts: dict[Path, str]) -> Itera
 
 def is_former(folder: Path) -> bool:
     """Whether finished work of an earlier version is there, which did not note how it read."""
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        if shards.begun(folder) or (folder / shards.METADATA).exists():
-            return "reading" not in json.loads((folder / shards.PLAN).read_text())
-    return False
+    if not (folder / shards.PLAN).exists():
+        return False
+    if not shards.begun(folder) and not (folder / shards.METADATA).exists():
+        return False
+    return "reading" not in records.read(folder / shards.PLAN, dict, PLANNED)
 
 
 def _settle(path: Path, plan: dict[str, Any], parts: dict[Path, str]) -> None:
@@ -83,12 +84,7 @@ def _settle(path: Path, plan: dict[str, Any], parts: dict[Path, str]) -> None:
 
 def _changes(path: Path, plan: dict[str, Any]) -> list[str]:
     """What differs between the plan of a file and this one. Raises DmfError."""
-    try:
-        return differences(json.loads(path.read_text()), plan, "plan")
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise DmfError(
-            f"{path} cannot be read ({type(error).__name__}): expected what an encoding wrote there"
-        ) from error
+    return differences(records.read(path, dict, PLANNED), plan, "plan")
 
 
 def _is_of(path: Path, identity: str) -> bool:
