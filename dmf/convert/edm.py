@@ -14,18 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmf.convert import song_unet, song_unet_torch
-from dmf.convert.kind import Kind, Shape, Tensors, axes, expect, fact_of, nchw, nhwc, pick_copy
+from dmf.convert.copies import Copies
+from dmf.convert.kind import Kind, Shape, Tensors, axes, expect, fact_of, nchw, nhwc
 from dmf.convert.rules import Arrays, Rule, mirrored, unread
 from dmf.errors import DmfError
 from dmf.networks import Condition, UNetConfig
-from dmf.storage.readers.tree import Inert, Tensor, flatten, module_tensors, strip_prefix
+from dmf.storage.readers.tree import Inert, Tensor, module_tensors
 
 NAME = "edm"
-COPIES = ("ema", "net")
+COPIES = Copies(r"(?:model\.)?map_layer0\.weight", {"ema": "ema", "net": "net"}, "net")
 PREFIX = "model."  # of every tensor, in EDM's and ECT's wrappers around the network
 SIGMA_DATA = "sigma_data"  # an attribute of the wrapper; `_select` puts it beside the tensors
 # An attribute of the network, put beside the tensors too: the share of rows without a class.
 LABEL_DROPOUT = "label_dropout"
+BESIDE = (SIGMA_DATA, LABEL_DROPOUT)
 TABLE = "map_label/embedding_table/embedding"
 WRAPPERS = ("EDMPrecond", "ECMPrecond")
 GIVEN = {"dropout": 0.13, SIGMA_DATA: 0.5}  # as trained on CIFAR-10
@@ -33,14 +35,8 @@ FIELDS: dict[str, Any] = {"kind": "unet", "time_input": "log_sigma", "precond": 
 
 
 def _select(tree: Any, which: str) -> tuple[dict[str, Tensor], str]:
-    held = tree if isinstance(tree, Mapping) else {"net": tree}
-    found = [copy for copy in COPIES if isinstance(held.get(copy), Inert | Mapping)]
-    copy = pick_copy(which, found or ["net"])
-    module = held.get(copy, tree)
-    if isinstance(module, Inert):
-        return _unwrapped(module), copy
-    tensors = strip_prefix(flatten(module))
-    bare = {name for name in tensors if name != SIGMA_DATA and not name.startswith(PREFIX)}
+    tensors, copy = COPIES.select(tree, which, _unwrapped)
+    bare = {name for name in tensors if name not in BESIDE and not name.startswith(PREFIX)}
     return {PREFIX + name if name in bare else name: x for name, x in tensors.items()}, copy
 
 
@@ -203,7 +199,6 @@ EDM = Kind(
         "for sigma in c_skip and c_out. "
         "A consistency model (ECT) is no flow: its v is u(z, 0, t), the average velocity"
     ),
-    copies=COPIES,
     select=_select,
     describe=_describe,
     rules=_rules,
