@@ -64,10 +64,10 @@ def _start(config: Config, workdir: str, stop: sigterm.Stop) -> None:
     if not processes.is_first():  # one process speaks for all; errors still go to stderr
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     from dmf.evaluation.boundary import RunJudge
-    from dmf.run.workdir import keep_programs
+    from dmf.run import programs
     from dmf.train import train
 
-    keep_programs(paths.at(workdir))
+    programs.keep(paths.at(workdir))
     train(config, workdir, STARTED, FLAGS.allow_change, stop, RunJudge)
 
 

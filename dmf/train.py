@@ -7,7 +7,7 @@
     best.json        step and score of the best; WORKDIR/best stands for its checkpoint
     origin.json      where the weights of config.init came from, if they were converted
     data.json        what identifies the data; a later command with other data is refused
-    programs/        compiled programs for the next start, kept by main.py
+    programs/        compiled programs for the next start, kept by main.py (`dmf.run.programs`)
     .lock            held while a process trains
     metrics.jsonl    logged steps
     scores.jsonl     scores at the stage boundaries

@@ -103,6 +103,7 @@ CASES = {
         lambda d, t: ["--config=configs/nothing.py"],
         "--config=configs/nothing.py: cannot be read; expected a config file",
     ),
+    "empty workdir": (lambda d, t: [DIGITS, "--workdir="], "--workdir= is empty: expected a dir"),
     "no config": (lambda d, t: [f"--workdir={t}"], "--config is missing"),
     "field of another network": (
         lambda d, t: [DIGITS, "--config.network.channels=8"],

@@ -241,15 +241,6 @@ def origin(workdir: Path) -> dict[str, Any] | None:
         ) from error
 
 
-def keep_programs(workdir: Path) -> None:
-    """Keeps compiled programs in the work directory, for the next start of the run."""
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # which names another place
-        jax.config.update("jax_compilation_cache_dir", str(paths.absolute(workdir) / "programs"))
-        # Without it the folder's path is part of each program's key, so a moved directory would
-        # compile everything again.
-        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
-
-
 def note_start(workdir: Path, step: int, config: Config) -> None:
     """Appends a line to starts.jsonl; it holds no environment variable. step: where it starts."""
     devices = jax.devices()

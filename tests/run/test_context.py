@@ -1,5 +1,6 @@
 """A program that is compiled ahead, in a thread: the later call finds it."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -90,20 +91,28 @@ def test_an_error_meanwhile_ends_the_process_at_once():
     )
 
 
-def test_a_work_directory_that_was_moved_keeps_its_programs(tmp_path):
+def test_a_moved_directory_keeps_its_programs_and_torn_ones_are_made_anew(tmp_path):
     code = (
-        "import sys, jax, pathlib; from dmf.run import workdir\n"
+        "import sys, jax, pathlib; from dmf.run import programs\n"
         "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)\n"
-        "workdir.keep_programs(pathlib.Path(sys.argv[1]))\n"
+        "programs.keep(pathlib.Path(sys.argv[1]))\n"
         "jax.jit(lambda x: x * 3 + 1)(2.0)\n"
     )
     env = {name: value for name, value in ENV.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     kept = []
-    for folder in ("one", "two"):
-        subprocess.run(
-            [sys.executable, "-c", code, tmp_path / folder], cwd=ROOT, env=env, check=True
+    for folder in ("one", "moved", "torn"):
+        if folder != "one":
+            shutil.copytree(tmp_path / "one", tmp_path / folder)
+        files = list((tmp_path / folder / "programs").glob("*-cache"))
+        if folder == "torn":
+            for path in files:
+                os.truncate(path, 100)
+        command = [sys.executable, "-c", code, tmp_path / folder]
+        done = subprocess.run(
+            command, cwd=ROOT, env=env, check=True, capture_output=True, text=True
         )
-        kept.append({p.name for p in (tmp_path / folder / "programs").glob("*-cache")})
-        if folder == "one":
-            shutil.copytree(tmp_path / "one", tmp_path / "two")
-    assert kept[0] and kept[0] == kept[1]
+        files = list((tmp_path / folder / "programs").glob("*-cache"))
+        kept.append({p.name for p in files})
+        assert min(p.stat().st_size for p in files) > 100
+        assert len(done.stderr.splitlines()) == (folder == "torn"), done.stderr
+    assert kept[0] and kept[0] == kept[1] == kept[2]

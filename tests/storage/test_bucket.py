@@ -100,6 +100,8 @@ def test_a_run_in_a_bucket_that_was_killed_ends_in_the_bits_of_a_local_one(bucke
     assert found == scores
     steps = {name.split("/")[4] for name in bucket.under("things/runs/tiny/checkpoints/")}
     assert steps == {p.name for p in (folder / "checkpoints").iterdir()} == {"4", "6", "8"}
+    ends = [n for n in bucket.under("things/runs/tiny/") if n.endswith(checkpoint.COMMITTED)]
+    assert ends and {bucket.get(name) for name in ends} == {b"saved\n"}  # they named the bucket
     there = paths.at(HERE)
     for step in steps:
         mine, theirs = (leaves(place / "checkpoints" / step) for place in (there, folder))
