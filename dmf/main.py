@@ -142,7 +142,8 @@ def _convert() -> Callable[[], Any]:
 
     kind, source = flags.need("kind"), flags.need("source")
     out = flags.needed_out("the directory to make")
-    call = partial(convert, kind, source, out, copy=FLAGS.copy, given=given(FLAGS.set))
+    call = partial(convert, kind, source, out, copy=FLAGS.copy, drop=FLAGS.drop)
+    call = partial(call, given=given(FLAGS.set))
     return partial(call, check=FLAGS.check, align_steps=FLAGS.align_steps)
 
 
@@ -180,7 +181,7 @@ COMMANDS = {
     "plan": Command("compile the steps for absent TPUs", ("config", "topology", "out"), _plan),
     "convert": Command(
         "make a checkpoint from a file of others",
-        ("kind", "source", "out", "copy", "set", "check", "align_steps"),
+        ("kind", "source", "out", "copy", "drop", "set", "check", "align_steps"),
         _convert,
     ),
     "export": Command(

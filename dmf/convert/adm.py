@@ -40,7 +40,7 @@ from dmf.networks.adm import GROUPS, plan
 
 NAME = "torchcfm"
 COPIES = Copies(
-    r"time_embed\.0\.weight", {"ema_model": "ema_model", "net_model": "net_model"}, "flat"
+    r"time_embed\.0\.weight", (("ema_model", "ema_model"), ("net_model", "net_model")), "flat"
 )
 GIVEN = ("head_channels", "resolution", "dropout")  # neither names nor shapes show these
 # channels, channel_mult, blocks, levels with attention of the released networks

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dmf.errors import DmfError
+from dmf.errors import DmfError, printable
 from dmf.storage.readers.tree import Inert, Tensor, flatten, strip_prefix
 
 # Words that compiled, checkpointed and sharded modules put into names.
@@ -30,7 +30,7 @@ class Copies(NamedTuple):
     """How a kind's copies are found and named."""
 
     mark: str  # pattern of the name of a tensor that every network of the kind has
-    names: Mapping[str, str]  # name of a copy, the default first -> the word of its place
+    names: tuple[tuple[str, str], ...]  # (copy, word of its place), the default first
     bare: str  # name of a copy without words before it
     fixed: tuple[str, ...] = ()  # tensors that are no parameters; a list of averages may lack them
 
@@ -66,7 +66,7 @@ class Copies(NamedTuple):
         found = dict.fromkeys(m[1] or "" for name in names if (m := mark.fullmatch(name)))
         places = [place for place in found if not OPTIMISER & {*place.split(".")}]
         if not places:  # the kind will say what is missing
-            keys = "|".join(map(re.escape, self.names.values()))
+            keys = "|".join(map(re.escape, (word for _, word in self.names)))
             known = [m[1] for n in names if (m := re.match(rf"((?:.*?\.)?(?:{keys}))\.", n))]
             return list(dict.fromkeys(known if keys else [])) or [""], []
         rows = dict.fromkeys(n.rpartition(".")[0] for n in names if n.rpartition(".")[2].isdigit())
@@ -78,7 +78,7 @@ class Copies(NamedTuple):
         self, places: Sequence[str], lists: Sequence[str], names: Mapping[str, Any]
     ) -> dict[str, str]:
         """{name of a copy: its place}, the best first."""
-        known, every = list(self.names), [*places, *lists]
+        known, every = [name for name, _ in self.names], [*places, *lists]
         if len(every) == 1 and len(known) < 2:
             return {self.bare: every[0]}
         labels = [self._label(place) for place in every]
@@ -93,7 +93,7 @@ class Copies(NamedTuple):
 
     def _label(self, place: str) -> str:
         words = _words(place)
-        hits = [name for name, word in self.names.items() if word in words]
+        hits = [name for name, word in self.names if word in words]
         return hits[0] if len(hits) == 1 else ".".join(words) if words else self.bare
 
 
@@ -120,7 +120,7 @@ def dropped(
             )
         gone |= dict.fromkeys(matched)
     if gone:
-        print(f"dropped   {len(gone)} tensors by --drop={','.join(patterns)}")
+        print(printable(f"dropped   {len(gone)} tensors by --drop={','.join(patterns)}"))
     return {name: x for name, x in tensors.items() if name not in gone}, list(gone)
 
 
@@ -201,4 +201,4 @@ def _say(
         line = f"source    copy {copy!r}, {len(taken)} tensors" + (f" at {place}" if place else "")
         line += f"; other copies: {', '.join(others)}" if others else ""
         line += f"; {len(rest)} tensors elsewhere, such as {rest[0]}" if rest else ""
-        print(line)
+        print(printable(line))

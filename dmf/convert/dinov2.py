@@ -27,7 +27,7 @@ from dmf.networks import layers
 from dmf.networks.frozen.dinov2 import DINO_SIZES, SIZE, Dino, DinoConfig
 
 NAME = "dinov2"
-COPIES = Copies(r"patch_embed\.proj\.weight", {}, "weights")
+COPIES = Copies(r"patch_embed\.proj\.weight", (), "weights")
 # Other releases: part of a tensor's name -> what that tensor is.
 OTHER_RELEASES = {
     ".mlp.w12.": "is of the SwiGLU blocks of ViT-g/14",

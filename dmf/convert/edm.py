@@ -22,7 +22,7 @@ from dmf.networks import Condition, UNetConfig
 from dmf.storage.readers.tree import Inert, Tensor, module_tensors
 
 NAME = "edm"
-COPIES = Copies(r"(?:model\.)?map_layer0\.weight", {"ema": "ema", "net": "net"}, "net")
+COPIES = Copies(r"(?:model\.)?map_layer0\.weight", (("ema", "ema"), ("net", "net")), "net")
 PREFIX = "model."  # of every tensor, in EDM's and ECT's wrappers around the network
 SIGMA_DATA = "sigma_data"  # an attribute of the wrapper; `_select` puts it beside the tensors
 # An attribute of the network, put beside the tensors too: the share of rows without a class.

@@ -25,7 +25,7 @@ from dmf.networks.frozen.inception import (
 )
 
 NAME = "fid_inception"
-COPIES = Copies(r"Conv2d_1a_3x3\.conv\.weight", {}, "weights")
+COPIES = Copies(r"Conv2d_1a_3x3\.conv\.weight", (), "weights")
 NOT_FID = (
     "with AuxLogits tensors or 1000 classes this is torchvision's ImageNet classifier, "
     "whose features give no FID: expected the port of the TensorFlow graph, "

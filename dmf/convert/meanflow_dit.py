@@ -15,7 +15,9 @@ from dmf.convert.rules import Rule, plain
 from dmf.networks.dit import DiTConfig
 
 NAME = "meanflow_dit"
-COPIES = Copies(r"net\.x_embedder\.proj\.kernel", {"ema": "ema_params", "params": "params"}, "flat")
+COPIES = Copies(
+    r"net\.x_embedder\.proj\.kernel", (("ema", "ema_params"), ("params", "params")), "flat"
+)
 RESOLUTION = 32  # a constant of its code: latents of 256 x 256 images
 TABLE = "net.y_embedder.embedding_table._flax_embedding.embedding"
 PATCHES = "net.x_embedder.proj"

@@ -22,7 +22,7 @@ from dmf.networks import Condition, UNetConfig
 
 NAME = "meanflow_unet"
 NAMES = ("net_ema1", "net_ema", "net_ema2", "net")
-COPIES = Copies(r"map_layer0\.weight", {name: name for name in NAMES}, "net")
+COPIES = Copies(r"map_layer0\.weight", tuple((name, name) for name in NAMES), "net")
 GIVEN = {"dropout": 0.2}  # as trained on CIFAR-10
 FIELDS: dict[str, Any] = {
     "kind": "unet",

@@ -52,7 +52,7 @@ from dmf.networks import UNetConfig, layers
 NAME = "rectified_flow"
 TIME_SCALE = 999.0
 SIGMAS = "sigmas"  # the model's one buffer; everything else is a parameter
-COPIES = Copies(r"all_modules\.0\.weight", {"ema": "ema", "model": "model"}, "model", (SIGMAS,))
+COPIES = Copies(r"all_modules\.0\.weight", (("ema", "ema"), ("model", "model")), "model", (SIGMAS,))
 GIVEN = {"image_size": 32, "dropout": 0.15}  # as the flow of CIFAR-10 was trained
 FIELDS: dict[str, Any] = {
     "kind": "unet",

@@ -33,7 +33,7 @@ from dmf.networks.dit import DiTConfig, position_embedding
 
 NAME = "sit"
 COPIES = Copies(
-    r"x_embedder\.proj\.weight", {"ema": "ema", "model": "model"}, "flat", ("pos_embed",)
+    r"x_embedder\.proj\.weight", (("ema", "ema"), ("model", "model")), "flat", ("pos_embed",)
 )
 TABLE = "y_embedder.embedding_table.weight"
 LAST = "final_layer.linear"

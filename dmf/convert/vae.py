@@ -35,7 +35,7 @@ from dmf.storage.readers.tree import Tensor
 
 NAME = "sd_vae"
 # A whole Stable Diffusion checkpoint keeps its autoencoder in first_stage_model.
-COPIES = Copies(r"decoder\.conv_in\.weight", {"weights": "first_stage_model"}, "weights")
+COPIES = Copies(r"decoder\.conv_in\.weight", (("weights", "first_stage_model"),), "weights")
 # Tensors of an autoencoder's training, beside the weights.
 TRAINING = re.compile(r"loss\.|model_ema\.(decay|num_updates)$")
 # Other spellings -> diffusers' present names. Each line applies to the result of those above.

@@ -244,7 +244,7 @@ def test_a_converted_flow_model_is_sampled(sit, tmp_path, capsys):
 def test_the_command_line_knows_the_kinds():
     assert list(flags.KINDS) == list(KINDS)
     assert all(flags.KINDS[name] for name in KINDS) and all(
-        k.licence and k.conventions and k.copies for k in KINDS.values()
+        k.licence and k.conventions for k in KINDS.values()
     )
 
 

@@ -86,6 +86,18 @@ def tensor(
     return Tensor(sizes, dtype, read)
 
 
+def float32(name: str, values: np.ndarray) -> np.ndarray:
+    """Values in float32, row-major. Raises DmfError where one is not finite after the cast."""
+    with np.errstate(over="ignore"):
+        found = np.asarray(values, np.float32, order="C")
+    if lost := found.size - int(np.isfinite(found).sum()):
+        raise DmfError(
+            f"tensor {name}: {lost} of its {found.size} values are not finite in float32; "
+            "expected weights of a working network"
+        )
+    return found
+
+
 def flatten(tree: Any, prefix: str = "") -> dict[str, Tensor]:
     """{dotted name: tensor} of a tree, in its order.
 

@@ -162,7 +162,9 @@ class Unpickler(pickle._Unpickler):
             case ("module", Global() as label, *_):
                 return label
             case ("storage", Global() as label, str() as key, _, int() as count, *view):
-                if self.storage and label in STORAGES and all(x is None for x in view):
+                if label not in STORAGES:
+                    raise self.refused(label)
+                if self.storage and all(x is None for x in view):
                     return self.storage(key, STORAGES[label], count)
         raise self.wrong("persistent id", pid)
 
