@@ -13,6 +13,7 @@ import numpy as np
 
 from dmf.convert.copies import Copies
 from dmf.convert.kind import (
+    TRAINING,
     Fact,
     Kind,
     Shape,
@@ -290,7 +291,7 @@ TORCHCFM = Kind(
     facts=(
         fact_of("head_channels", "head_channels"),
         Fact("resolution", lambda _, shape: shape[0]),
-        fact_of("dropout", "dropout"),
+        fact_of("dropout", note=TRAINING),
         Fact("prediction", lambda *_: "velocity", settable=False),
     ),
     time="noise_at_0",

@@ -21,6 +21,7 @@ import numpy as np
 
 from dmf.convert.copies import Copies
 from dmf.convert.kind import (
+    TRAINING,
     Fact,
     Kind,
     Shape,
@@ -350,7 +351,7 @@ RECTIFIED_FLOW = Kind(
     probe=_probe,
     facts=(
         Fact("image_size", lambda _, shape: shape[0]),
-        fact_of("dropout", "dropout"),
+        fact_of("dropout", note=TRAINING),
         fact_of("time_scale", settable=False),
         Fact("prediction", lambda *_: "velocity", settable=False),
     ),

@@ -41,6 +41,10 @@ class Latents:
     mixed: bool = False  # stored latents may be sorted by class
     shift: float = 0.0
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.about.get("classes", ()))
+
     def __len__(self) -> int:
         return len(self.labels)
 

@@ -47,6 +47,7 @@ SHAPING = (
 LATER: dict[str, dict[str, Any]] = {
     "loss": {"tangent": "data", "delta": 0.005, "weight": "adaptive"},
     "optimizer": {"name": "adam"},
+    "network": {"interval_input": "t-r"},
 }
 EARLIER = {"effort": 0.0}  # columns that old rows lack
 LEGEND = """\

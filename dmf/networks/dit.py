@@ -5,8 +5,8 @@ Parameter names follow SiT's state dict. '.' reads as '/', and '_' joins the ind
     blocks.3.adaLN_modulation.1.weight   blocks_3/adaLN_modulation_1/kernel
     t_embedder.mlp.0                     t_embedder/mlp_0
 
-Only `interval` is not SiT's. It is a second embedder like `t_embedder`, for h = t - r, and its
-output is added to the conditioning vector.
+Only `interval` is not SiT's. It is a second embedder like `t_embedder`, for h = t - r, or for r
+where weights were trained so. Its output is added to the conditioning vector.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from dmf.method.flow import Condition
 from dmf.networks import attention, layers
 
 TIME_FEATURES = 256
+INTERVAL_INPUTS = ("t-r", "r")
 
 DIT_SIZES: dict[str, dict[str, int]] = {
     "S": {"depth": 12, "width": 384, "heads": 6},
@@ -43,6 +44,7 @@ class DiTConfig:
     num_classes = 0 means no label. Otherwise the table has num_classes + 1 rows, and its last row
     is the null class.
     With interval_init "zero", u(z, r, t) = u(z, t, t) at the start, bit for bit.
+    interval_input tells what the interval branch sees.
     """
 
     kind: str = "dit"  # tells the networks apart
@@ -54,6 +56,8 @@ class DiTConfig:
     num_classes: int = limited(0, 0, INF)  # of the data; 0 = no label
     # * zero | random: the branch of t - r at the start
     interval_init: str = choice("zero", layers.INTERVAL_INITS)
+    # t-r | r: what the interval branch sees; r is for weights that were trained so
+    interval_input: str = choice("t-r", INTERVAL_INPUTS)
 
 
 def position_embedding(height: int, width: int, dim: int) -> np.ndarray:
@@ -230,7 +234,8 @@ class DiT(nn.Module):
         x = PatchEmbed(c.patch, c.width, self.dtype, name="x_embedder")(z)
         x = x + jnp.asarray(position_embedding(rows, columns, c.width), x.dtype)
         cond = TimeEmbedder(c.width, name="t_embedder")(t)
-        cond = cond + TimeEmbedder(c.width, c.interval_init == "zero", name="interval")(t - r)
+        seen = r if c.interval_input == "r" else t - r
+        cond = cond + TimeEmbedder(c.width, c.interval_init == "zero", name="interval")(seen)
         if c.num_classes:
             init = nn.initializers.normal(0.02)
             table = layers.LabelEmbedder(c.num_classes, c.width, init, name="y_embedder")
@@ -284,4 +289,5 @@ def make_dit(
             f"config.network.num_classes is {config.num_classes}; expected 0 (no label) or more."
         )
     layers.check_choice("config.network.interval_init", config.interval_init, layers.INTERVAL_INITS)
+    layers.check_choice("config.network.interval_input", config.interval_input, INTERVAL_INPUTS)
     return DiT(config, dtype, how)

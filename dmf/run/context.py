@@ -9,7 +9,6 @@ The rest of a run reads these fields and never changes them.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import threading
 import time
@@ -27,12 +26,13 @@ import optax
 from jax.sharding import Mesh
 
 from dmf import data, networks, optim, processes, sharding, state, step
-from dmf.config import Config, RunConfig, check, differences, parse, to_dict
+from dmf.config import Config, RunConfig, check, to_dict
 from dmf.errors import DmfError
 from dmf.logging import JsonLines, TensorBoard
 from dmf.method import curriculum
 from dmf.method.curriculum import Stage
 from dmf.run import guard as rules
+from dmf.run import init as starts
 from dmf.run import scoreboard as scores
 from dmf.run.guard import Guard
 from dmf.run.probe import Probe
@@ -41,9 +41,6 @@ from dmf.run.sigterm import Stop
 from dmf.run.workdir import claim, kept_by_changes, origin
 from dmf.state import TrainState
 from dmf.storage import checkpoint
-
-# (step folder, index of its average, where its weights were converted from) of config.init.
-Init = tuple[Path, int | None, dict[str, Any] | None]
 
 
 @dataclass(frozen=True, eq=False)  # jax.jit of its methods takes its hash
@@ -63,7 +60,7 @@ class Context:
     like: TrainState  # shape, dtype and place of each array
     local_rows: np.ndarray  # positions in the global batch of this process's rows
     steps: dict[str, Any]  # the program of one step by kind of stage
-    init: Init | None  # weights that the first start takes, where config.init names some
+    init: starts.Init | None  # weights that the first start takes, where config.init names some
     guard: Guard
     stop: Stop
     metrics: JsonLines  # metrics.jsonl
@@ -164,9 +161,9 @@ def open_run(
         parts = _prepare(config, guard)
         dataset = parts["dataset"]
         about, shape = data.identity(dataset), dataset.image_shape
-        init = find_init(config, shape) if config.init and fresh else None
+        init = starts.find(config, dataset) if config.init and fresh else None
         if processes.is_first():
-            came_from = init[2] if init else None
+            came_from = init.origin if init else None
             forget = rules.FILE, scores.FILE
             claim(workdir, config, came_from, about, fresh, allow_change, forget)
             guard.settle()
@@ -284,35 +281,6 @@ def _is_scheduled(config: Config, scoreboard: Scoreboard, n: int) -> bool:
     return n % config.run.checkpoint_every_steps == 0 or n in scoreboard.boundaries
 
 
-def find_init(config: Config, image_shape: tuple[int, ...]) -> Init:
-    """The flow model that config.init names, for `checkpoint.read_params`.
-
-    Raises DmfError where its network or its images are not the config's. Many such differences
-    would not show in the shapes of the weights.
-    """
-    folder = checkpoint.find(config.init)
-    stored = checkpoint.metadata(folder)
-    if "config" not in stored:
-        kind = stored["network"]["kind"]
-        raise DmfError(f"config.init = {config.init}: holds a {kind}; expected a flow model")
-    theirs = parse(stored["config"])
-    old, new = dataclasses.asdict(theirs.network), dataclasses.asdict(config.network)
-    for free in networks.FREE:
-        if free in old:
-            old[free] = new.get(free)
-    if changed := differences(old, new, "config.network"):
-        raise DmfError(
-            f"config.init = {config.init}: its network differs: {'; '.join(changed)}; "
-            "expected the same network"
-        )
-    if tuple(stored["image_shape"]) != image_shape:
-        raise DmfError(
-            f"config.init = {config.init}: its images are {tuple(stored['image_shape'])}; "
-            f"expected {image_shape}, as in {config.data.name}"
-        )
-    return folder, theirs.ema.index(), stored.get("source")
-
-
 def first_state(run: Context) -> TrainState:
     """The state of the newest checkpoint; else config.init's weights, or fresh ones."""
     found = run.checkpoints.restore_latest(run.like)  # one state: a device may not hold two
@@ -320,8 +288,12 @@ def first_state(run: Context) -> TrainState:
         return found
     if not run.config.init:
         return run.jit(run.fresh)()  # the guard may go back to step 0: they are the same again
-    folder, ema, _ = run.init or find_init(run.config, run.dataset.image_shape)
-    found = run.jit(run.started)(checkpoint.read_params(folder, ema, run.like.params))
+    init = run.init or starts.find(run.config, run.dataset)
+    if processes.is_first() and (said := starts.described(run.config, init)):
+        print(said, flush=True)
+    shape = run.dataset.image_shape
+    params = starts.weights(run.config, init, shape, run.mesh, run.like.params)
+    found = run.jit(run.started)(params)
     # A resumed run starts from these weights, whatever config.init holds by then.
     run.checkpoints.save(0, found, wait=False)
     return found

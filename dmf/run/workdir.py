@@ -37,6 +37,7 @@ FREE = (
     "config.run.",
     "config.data.data_dir:",
     "config.init:",
+    "config.init_labels:",
     "config.guard.every_steps:",
     "config.guard.rows:",
 )

@@ -84,9 +84,7 @@ PICKLES = {
         "asks for subprocess.Popen",
     ),
     "getattr of a module": (
-        pickled(
-            name_of("builtins", "getattr"), name_of("os", "path"), text("join"), b"\x86R)R"
-        ),
+        pickled(name_of("builtins", "getattr"), name_of("os", "path"), text("join"), b"\x86R)R"),
         "asks for os.path.join",
     ),
     "look-alike": (

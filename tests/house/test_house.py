@@ -71,7 +71,7 @@ OWNERS = {
     "PIL": {"dmf/evaluation/pictures.py", "dmf/data/images.py"},
     "array_record": {"dmf/data/"},
     "matplotlib": {"dmf/evaluation/pictures.py"},
-    "sklearn": {"dmf/data/digits.py", "dmf/data/photos.py", "dmf/metrics/labelled.py"},
+    "sklearn": {"dmf/data/bundled.py", "dmf/metrics/labelled.py"},
 }
 # Package -> what its files may import besides the standard library.
 PURE = {
