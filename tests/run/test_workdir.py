@@ -196,11 +196,19 @@ def test_a_folder_and_a_file_system_without_locks(tmp_path, monkeypatch):
         pass
 
 
-KEPT = {"utc": "1", "step": 12, "kept": [6, 12]}
+TIMES = "2026-11-28T20:00:00+00:00", "2026-11-28T20:00:07+00:00"
+KEPT = {"utc": TIMES[1], "step": 12, "kept": [6, 12]}
 CHANGES = {  # content of changes.jsonl -> what is said of it, "" where it is read
     "sealed": (json.dumps(records.sealed(KEPT)) + "\n", ""),
     "older": (json.dumps(KEPT) + "\n", ""),
-    "torn and written again": ('{"utc": "0", "step": 12, "ke\n' + json.dumps(KEPT) + "\n", ""),
+    "torn and written again": (
+        f'{{"utc": "{TIMES[0]}", "step": 12, "ke\n{json.dumps(KEPT)}\n',
+        "",
+    ),
+    "torn otherwise": (
+        f'{{"utc": "{TIMES[0]}", "step": 13, "ke\n{json.dumps(KEPT)}\n',
+        "line 1: no JSON",
+    ),
     "torn": (json.dumps(KEPT)[:30], "line 1: no JSON"),
     "empty": ("", "is empty; expected"),
     "altered": (json.dumps(records.sealed(KEPT)).replace("12]", "13]"), "values were altered"),
