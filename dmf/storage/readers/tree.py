@@ -141,7 +141,8 @@ def _of_module(inert: Inert) -> dict[str, Any] | None:
     parameters, buffers, modules = (dict(part or {}) for part in parts)
     hidden = x if isinstance(x := fields.get("_non_persistent_buffers_set"), frozenset) else ()
     buffers = {key: value for key, value in buffers.items() if key not in hidden}
-    return {**parameters, **buffers, **modules}
+    held = {key: value for key, value in modules.items() if value is not None}
+    return {**parameters, **buffers, **held}
 
 
 def strip_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

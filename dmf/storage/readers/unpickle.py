@@ -195,6 +195,8 @@ class Unpickler(pickle._Unpickler):
         sane = isinstance(label, Global) and isinstance(args, tuple)
         if not sane or len(args) > MAX_ARGUMENTS:
             raise self.wrong("call", label, args)
+        if label not in KINDS and _closed(label):
+            raise self.refused(label)
         self.append(_made(self, label, args))
 
     dispatch = _Opcodes((code, LIBRARY[code]) for code in CODES)
@@ -212,10 +214,7 @@ class Unpickler(pickle._Unpickler):
 
 def _made(m: Unpickler, label: Global, args: tuple[Any, ...]) -> Any:
     """What a call stands for."""
-    kind = KINDS.get(label)
-    if kind is None and _closed(label):
-        raise m.refused(label)
-    match (kind or "object", *args):
+    match (KINDS.get(label, "object"), *args):
         case ("tensor", Storage() as on, int() as at, tuple() as size, tuple() as steps, *more):
             # requires_grad and hooks; then a type, where the storage has another, and marks
             types = [TYPES[x] for x in more[2:3] if isinstance(x, Global) and x in TYPES]
