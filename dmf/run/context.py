@@ -40,7 +40,7 @@ from dmf.run.scoreboard import OpenJudge, Scoreboard
 from dmf.run.sigterm import Stop
 from dmf.run.workdir import claim, kept_by_changes, origin
 from dmf.state import TrainState
-from dmf.storage import checkpoint
+from dmf.storage import checkpoint, manifest
 
 # (step folder, index of its average, where its weights were converted from) of config.init.
 Init = tuple[Path, int | None, dict[str, Any] | None]
@@ -290,7 +290,10 @@ def find_init(config: Config, image_shape: tuple[int, ...]) -> Init:
     Raises DmfError where its network or its images are not the config's. Many such differences
     would not show in the shapes of the weights.
     """
-    folder = checkpoint.find(config.init)
+    return manifest.read_newest(config.init, partial(_init_of, config, image_shape))
+
+
+def _init_of(config: Config, image_shape: tuple[int, ...], folder: Path) -> Init:
     stored = checkpoint.metadata(folder)
     if "config" not in stored:
         kind = stored["network"]["kind"]
@@ -320,11 +323,25 @@ def first_state(run: Context) -> TrainState:
         return found
     if not run.config.init:
         return run.jit(run.fresh)()  # the guard may go back to step 0: they are the same again
-    folder, ema, _ = run.init or find_init(run.config, run.dataset.image_shape)
-    found = run.jit(run.started)(checkpoint.read_params(folder, ema, run.like.params))
+    found = run.jit(run.started)(_init_params(run))
     # A resumed run starts from these weights, whatever config.init holds by then.
     run.checkpoints.save(0, found, wait=False)
     return found
+
+
+def _init_params(run: Context) -> Any:
+    """The weights of config.init. The run that it names may have replaced them meanwhile."""
+    config, shape = run.config, run.dataset.image_shape
+    init = run.init or find_init(config, shape)
+
+    def read(folder: Path) -> tuple[Any, str]:
+        found = init if folder == init[0] else _init_of(config, shape, folder)
+        return checkpoint.read_params(folder, found[1], run.like.params), str(folder)
+
+    with processes.together():
+        params, taken = manifest.read_newest(config.init, read, init[0])
+    processes.same("checkpoint of config.init", taken)
+    return params
 
 
 def compile_ahead(run: Context) -> threading.Thread | None:
