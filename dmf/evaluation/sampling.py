@@ -68,11 +68,7 @@ class Sampler:
             keys = jax.vmap(partial(jax.random.fold_in, key))(row)
             return jax.vmap(lambda k: jax.random.normal(k, image_shape))(keys)
 
-        def velocity(params: Any, label: jax.Array) -> Velocity:
-            if guidance:
-                return guided(network, params, label, config.num_classes, guidance)
-            classes = label if config.num_classes else None
-            return lambda z, r, t: network.apply(params, z, r, t, label=classes)
+        velocity = partial(_velocity, network, config.num_classes, guidance)
 
         def draw(whole: Whole, rows: tuple[jax.Array, jax.Array]) -> jax.Array:
             (params, steps, seed), (row, label) = whole, rows
@@ -117,18 +113,25 @@ class Sampler:
             yield sharding.fetch(self._mesh, drawn)[: len(row)]
 
 
-def guided(
-    network: networks.Network, params: Any, label: jax.Array, null_class: int, by: Contrast
+def _velocity(
+    network: networks.Network,
+    classes: int,
+    guidance: Contrast | None,
+    params: Any,
+    label: jax.Array,
 ) -> Velocity:
-    """The guided velocity of a flow model, by one evaluation of twice the rows."""
-    labels = jnp.concatenate([label, jnp.full_like(label, null_class)])
+    """u(z, r, t), or the guided velocity by one evaluation of twice the rows."""
+    if guidance is None:
+        of_classes = label if classes else None
+        return lambda z, r, t: network.apply(params, z, r, t, label=of_classes)
+    labels = jnp.concatenate([label, jnp.full_like(label, classes)])
 
-    def velocity(z: jax.Array, r: jax.Array, t: jax.Array) -> jax.Array:
+    def guided(z: jax.Array, r: jax.Array, t: jax.Array) -> jax.Array:
         twice = (jnp.concatenate([x, x]) for x in (z, r, t))
         v_c, v_u = jnp.split(network.apply(params, *twice, label=labels), 2)
-        return contrast(v_c, v_u, t, by)
+        return contrast(v_c, v_u, t, guidance)
 
-    return velocity
+    return guided
 
 
 def evaluations(sampler: str) -> int:
