@@ -9,7 +9,7 @@ r"""Crops of two photographs, 16 x 16 in colour: a second small set, to check wh
 All methods: configs/methods.py.
 
 Cost: about 4 minutes on 2 CPU cores, as for digits: both have 16 tokens.
-Data: 3,864 crops of the two photographs in scikit-learn (`dmf/data/photos.py`).
+Data: 3,864 crops of the two photographs in scikit-learn (`dmf/data/bundled.py`).
 Ours: all values come from configs/digits.py, except the curriculum's learning rate. It is half as
 large, because with the larger rate scores went up and down from stage to stage.
 """

@@ -35,6 +35,11 @@ DTYPES = ("float32", "bfloat16")
 REMATS = ("none", "blocks", "dots")
 PRECISIONS = ("default", "high", "highest")
 KERNELS = tuple(attention.KERNELS)
+SCORES = 100_000  # of a run, and their checkpoints, at most
+INIT_LABELS = ("keep", "fresh", "none")  # or the name of a .json file
+INIT_HINT = (
+    "for other classes than the start's set config.init_labels to keep, fresh, none or a .json file"
+)
 GUARD_ACTIONS = ("off", "stop", LAST, "halve", "floor", "rate")
 
 
@@ -102,7 +107,7 @@ class RunConfig:
     # newest ones kept apart from the stage boundaries; while the newest is being written, the one
     # before it is the only whole one
     keep_checkpoints: int = limited(2, 2, INF)
-    sample_rows: int = limited(8, 1, INF)  # the sample grid has this many rows and columns
+    sample_rows: int = limited(8, 1, 1000)  # the sample grid has this many rows and columns
     score_samples: int = limited(2000, 0, INF)  # samples per score; 0 = no scores
     # numbers of steps scored before and after the curriculum; at other stages: the first of them
     score_steps: tuple[int, ...] = limited((1, 2, 4, 32), 1, INF, empty=False)
@@ -130,6 +135,9 @@ class Config:
     seed: int = limited(0, 0, 2**32 - 1)
     # checkpoint or work directory of a flow model to start from; "" = fresh weights
     init: str = ""
+    # on data with other classes than the start's: keep | fresh | none | a .json file
+    # (`dmf.run.init`); "" = the classes are the same
+    init_labels: str = ""
     batch_size: int = limited(1024, 1, INF)  # global, over all devices and microbatches
     microbatches: int = limited(1, 1, INF)  # gradient accumulation inside one program
     # * float32 | bfloat16; parameters, times, EMAs and loss stay float32
@@ -198,6 +206,12 @@ def check(config: Config, num_classes: int, dataset_size: int) -> tuple[Stage, .
     stages = build_stages(config.curriculum, config.batch_size, dataset_size, *extra)
     _check_kinds(config, stages)
     _check_guidance(config, stages)
+    every = config.run.score_every_steps
+    if every and stages[-1].last // every > SCORES:
+        raise DmfError(
+            f"config.run.score_every_steps = {every}: the run would be scored "
+            f"{stages[-1].last // every} times; expected at most {SCORES} times"
+        )
     return stages
 
 
@@ -269,13 +283,9 @@ def _check_run(config: Config, dataset_size: int) -> None:
 
 
 def _check_labels(config: Config, num_classes: int) -> None:
-    """Classes and augmentation labels, between data and network."""
+    """Classes and augmentation labels, between data, start and network."""
+    _check_init_labels(config, num_classes)
     wanted = config.num_classes
-    if wanted and wanted != num_classes:
-        raise DmfError(
-            f"config.network.num_classes = {wanted}: expected 0 or the {num_classes} classes of "
-            f"{config.data.name}"
-        )
     if config.label_dropout and not wanted:
         raise DmfError(
             f"config.label_dropout = {config.label_dropout}: expected 0, as config.network takes "
@@ -287,6 +297,27 @@ def _check_labels(config: Config, num_classes: int) -> None:
             f"config.data.augment = {config.data.augment}: expected 0, or a network with "
             f"config.network.augment_dim = 6 (it has {augment_dim})"
         )
+
+
+def _check_init_labels(config: Config, num_classes: int) -> None:
+    """Classes of data and network, as config.init_labels lets them differ from the start's."""
+    wanted, rule, data = config.num_classes, config.init_labels, config.data.name
+    if rule and not config.init:
+        raise DmfError(f"config.init_labels = {rule!r}: expected '', as config.init names no start")
+    if rule not in ("", *INIT_LABELS) and not rule.endswith(".json"):
+        names = ", ".join(INIT_LABELS)
+        raise DmfError(f"config.init_labels = {rule!r}: expected {names}, or a .json file")
+    theirs = f"the {num_classes} classes of {data}"
+    rules = {
+        "": (wanted in (0, num_classes), f"0 or {theirs}"),
+        "keep": (wanted >= num_classes > 0, f"at least {theirs}"),
+        "none": (not wanted, "0"),
+    }
+    fits, expected = rules.get(rule, (wanted == num_classes > 0, theirs))
+    if not fits:
+        also = f" with config.init_labels = {rule!r}" if rule else ""
+        hint = f"; {INIT_HINT}" if config.init and not rule else ""
+        raise DmfError(f"config.network.num_classes = {wanted}{also}: expected {expected}{hint}")
 
 
 def _check_kinds(config: Config, stages: tuple[Stage, ...]) -> None:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from dmf.convert.kind import (
+    TRAINING,
     Fact,
     Kind,
     Shape,
@@ -295,7 +296,7 @@ TORCHCFM = Kind(
     facts=(
         fact_of("head_channels", "head_channels"),
         Fact("resolution", lambda _, shape: shape[0]),
-        fact_of("dropout", "dropout"),
+        fact_of("dropout", note=TRAINING),
         Fact("prediction", lambda *_: "velocity", settable=False),
     ),
     time="noise_at_0",

@@ -79,7 +79,9 @@ def run(
             f"--check: the network cannot take its arrays: {str(error)[:100]!r}; "
             f"expected inputs of kind {kind.name}"
         ) from error
-    rows = [_compared(name, ours[name], theirs[name], against) for name in ours if name in theirs]
+    hint = f"; {kind.hint}" if kind.hint else ""
+    both = [name for name in ours if name in theirs]
+    rows = [_compared(name, ours[name], theirs[name], against, hint) for name in both]
     if not rows and check == "auto":
         print(
             f"check     none: there is no program for kind {kind.name} to hold the network against"
@@ -92,7 +94,9 @@ def run(
     return rows
 
 
-def _compared(name: str, ours: np.ndarray, theirs: np.ndarray, against: str) -> dict[str, Any]:
+def _compared(
+    name: str, ours: np.ndarray, theirs: np.ndarray, against: str, hint: str
+) -> dict[str, Any]:
     what = f"forward check of {name} against {against}"
     if ours.shape != theirs.shape:
         raise DmfError(f"{what}: shape {theirs.shape}, expected {ours.shape}")
@@ -100,7 +104,7 @@ def _compared(name: str, ours: np.ndarray, theirs: np.ndarray, against: str) -> 
     found = f"relative L2 {error:.2e}"
     print(f"check     {name} against {against}: {found} (bound {BOUND:.0e})", flush=True)
     if not error <= BOUND:
-        raise DmfError(f"{what}: {found}, expected at most {BOUND:.0e}; nothing was written")
+        raise DmfError(f"{what}: {found}, expected at most {BOUND:.0e}; nothing was written{hint}")
     return {"against": against, "output": name, "relative_l2": error, "bound": BOUND}
 
 

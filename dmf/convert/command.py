@@ -156,7 +156,9 @@ def _converted(
         "tensors": rows,
     }
     if config.kind in networks.KINDS and check != "none":
-        report["plausibility"] = plausible.check(network, params, config, shape, way)
+        velocity = plausible.velocity_of(network, params, config)
+        scale = plausible.scale_of(config)
+        report["plausibility"] = plausible.check(velocity, scale, shape, way)
     if align_steps:
         config, params, found = align.align(
             config, params, align_steps, 0, _progress("align", "steps")

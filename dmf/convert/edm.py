@@ -14,7 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmf.convert import song_unet, song_unet_torch
-from dmf.convert.kind import Kind, Shape, Tensors, axes, expect, fact_of, nchw, nhwc, pick_copy
+from dmf.convert.kind import (
+    TRAINING,
+    Fact,
+    Kind,
+    Shape,
+    Tensors,
+    axes,
+    expect,
+    fact_of,
+    nchw,
+    nhwc,
+    pick_copy,
+)
 from dmf.convert.rules import Arrays, Rule, mirrored, unread
 from dmf.errors import DmfError
 from dmf.networks import Condition, UNetConfig
@@ -28,7 +40,8 @@ SIGMA_DATA = "sigma_data"  # an attribute of the wrapper; `_select` puts it besi
 LABEL_DROPOUT = "label_dropout"
 TABLE = "map_label/embedding_table/embedding"
 WRAPPERS = ("EDMPrecond", "ECMPrecond")
-GIVEN = {"dropout": 0.13, SIGMA_DATA: 0.5}  # as trained on CIFAR-10
+ECT_EVAL = "ect_eval"  # 1 takes ECT's denoiser in its form of evaluation
+GIVEN = {"dropout": 0.13, SIGMA_DATA: 0.5, ECT_EVAL: 0}  # the first two as trained on CIFAR-10
 FIELDS: dict[str, Any] = {"kind": "unet", "time_input": "log_sigma", "precond": "edm"}
 
 
@@ -72,6 +85,9 @@ def _attribute(state: Mapping[str, Any], name: str, default: float) -> Tensor:
 
 def _describe(tensors: Tensors, given: Mapping[str, Any]) -> tuple[UNetConfig, Shape]:
     values = song_unet.numbers(given, GIVEN, NAME)
+    ect = values.pop(ECT_EVAL)
+    if ect not in (0, 1):
+        raise DmfError(f"--set={ECT_EVAL}={ect:g}: expected 1 for ECT's evaluation, else 0")
     label = f"{PREFIX}map_label.weight"
     classes = axes(tensors, label, 2, NAME)[1] if label in tensors else 0
     fields, shape = song_unet.structure(tensors, NAME, PREFIX)
@@ -91,13 +107,14 @@ def _describe(tensors: Tensors, given: Mapping[str, Any]) -> tuple[UNetConfig, S
         embedding="fourier" if f"{PREFIX}map_noise.freqs" in tensors else "positional",
         embedding_mult=columns // fields["channels"],
         num_classes=classes,
-        **FIELDS,
+        **FIELDS | {"precond": "ect" if ect else "edm"},
     )
     return config, shape
 
 
 def _rules(config: UNetConfig, image_shape: Shape, tensors: Tensors | None) -> list[Rule]:
-    expect(config, NAME, FIELDS)
+    # The tensors are the same in both forms of ECT.
+    expect(config, NAME, FIELDS | ({"precond": "ect"} if config.precond == "ect" else {}))
     leaves = song_unet.leaves_of(config, image_shape)
     packed = [
         _deinterleaved(mirrored(leaf, ndim, PREFIX))
@@ -180,6 +197,7 @@ def _probe(config: UNetConfig, image_shape: Shape) -> dict[str, np.ndarray]:
     x = rng.standard_normal((4, channels, size, size)) * np.hypot(0.5, sigma)[:, None, None, None]
     arrays = {"x": x.astype(np.float32), "sigma": sigma}
     arrays[SIGMA_DATA] = np.array(config.sigma_data, np.float32)
+    arrays[ECT_EVAL] = np.array(config.precond == "ect", np.float32)
     if config.augment_dim:
         labels = rng.standard_normal((4, config.augment_dim))
         arrays["augment_labels"] = labels.astype(np.float32)
@@ -187,6 +205,10 @@ def _probe(config: UNetConfig, image_shape: Shape) -> dict[str, np.ndarray]:
         hot = np.eye(config.num_classes + 1, config.num_classes, dtype=np.float32)
         arrays["class_labels"] = hot[[0, config.num_classes // 2, config.num_classes - 1, -1]]
     return arrays
+
+
+def _is_ect(precond: str) -> int:
+    return int(("edm", "ect").index(precond))
 
 
 EDM = Kind(
@@ -199,8 +221,9 @@ EDM = Kind(
     conventions=(
         "source: denoiser D(x, sigma); the network's precond 'edm' writes it as the velocity "
         "v = (z - D) / t at x = z / (1 - t), sigma = t / (1 - t). "
-        "For ECT, D is the denoiser as trained: its evaluation takes sigma - 0.003 "
-        "for sigma in c_skip and c_out. "
+        "For ECT, D is the denoiser as trained. In evaluation, which --set=ect_eval=1 takes, "
+        "c_skip = s^2 / ((sigma - .003)^2 + s^2) and "
+        "c_out = (sigma - .003) s / sqrt(sigma^2 + s^2): the root keeps sigma. "
         "A consistency model (ECT) is no flow: its v is u(z, 0, t), the average velocity"
     ),
     copies=COPIES,
@@ -211,7 +234,9 @@ EDM = Kind(
     torch_outputs=song_unet_torch.edm,
     probe=_probe,
     facts=(
-        fact_of("dropout", "dropout"),
+        fact_of("dropout", note=TRAINING),
         fact_of(SIGMA_DATA, told=lambda tensors: SIGMA_DATA in tensors),
+        Fact(ECT_EVAL, lambda config, _: int(config.precond == "ect"), {"precond": _is_ect}),
     ),
+    hint="outputs of ECT in evaluation need --set=ect_eval=1",
 )

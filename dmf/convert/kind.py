@@ -17,6 +17,8 @@ from dmf.storage.readers.tree import Tensor
 Tensors = Mapping[str, Tensor]
 NamedArrays = Mapping[str, np.ndarray]
 Shape = tuple[int, ...]
+ASSUMED = "only stored outputs or samples can tell"
+TRAINING = "it matters in training alone"
 
 
 class Fact(NamedTuple):
@@ -29,6 +31,7 @@ class Fact(NamedTuple):
     side: Mapping[str, Callable[[Any], Any]] = {}
     settable: bool = True  # whether --set can name it
     told: Callable[[Tensors], bool] = lambda _: False  # whether this file's tensors show it
+    note: str = ASSUMED  # of a value that is assumed
 
 
 class Kind(NamedTuple):

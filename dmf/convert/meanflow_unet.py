@@ -14,7 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmf.convert import song_unet, song_unet_torch
-from dmf.convert.kind import Kind, Shape, Tensors, axes, expect, fact_of, nchw, nhwc, pick_copy
+from dmf.convert.kind import (
+    TRAINING,
+    Kind,
+    Shape,
+    Tensors,
+    axes,
+    expect,
+    fact_of,
+    nchw,
+    nhwc,
+    pick_copy,
+)
 from dmf.convert.rules import Arrays, Rule
 from dmf.errors import DmfError
 from dmf.networks import Condition, UNetConfig
@@ -122,7 +133,7 @@ MEANFLOW_UNET = Kind(
     outputs=_outputs,
     torch_outputs=song_unet_torch.meanflow,
     probe=_probe,
-    facts=(fact_of("dropout", "dropout"),),
+    facts=(fact_of("dropout", note=TRAINING),),
     time="noise_at_1",
     sign="noise_minus_data",
 )

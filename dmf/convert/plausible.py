@@ -47,20 +47,25 @@ Cosines = dict[str, float]
 
 
 def check(
-    network: Any, params: Any, config: Any, shape: Shape, direction: Direction | None
+    velocity: Velocity, scale: float, shape: Shape, direction: Direction | None
 ) -> dict[str, Any]:
     """Probes a converted flow and prints what was found; returns a part of the report.
 
-    direction: of the source, or None where the user has no choice.
+    - velocity: v(z, t) of rows z at one time, see `velocity_of`.
+    - scale: see `scale_of`.
+    - shape: of one image.
+    - direction: of the source, or None where the user has no choice.
+
     Raises DmfError where another direction is clearly the right one.
     """
-    found = probe(_velocity(network, params), _scale(config), shape)
+    found = probe(velocity, scale, shape)
     verdict = _verdict(found)
     others = ", ".join(f"{name} {x['noise']:.2f}" for name, x in found.items() if name != "chosen")
     mine = ", ".join(f"{name} {x:.2f}" for name, x in found["chosen"].items())
     print(f"plausible {WORDS.get(verdict, verdict)}: cosines {mine}; noise of {others}", flush=True)
     if verdict in WORDS or direction is None:
-        return {"verdict": verdict if verdict in WORDS else "cannot tell", "cosines": found}
+        told = "as chosen" if verdict == "chosen" else "cannot tell"
+        return {"verdict": told, "cosines": found}
     right = direction.opposite(*WAYS[verdict])
     raise DmfError(
         f"the weights are those of a flow with {verdict}: its cosines (noise, data, middle) are "
@@ -86,7 +91,6 @@ def probe(velocity: Velocity, scale: float, shape: Shape) -> dict[str, Cosines]:
 
     `noise` is there for all. The other two are there for the chosen direction, and where that is
     not clear for those that `noise` leaves open.
-    scale: standard deviation of the data by which the network's wrapper is built, else 1.
     """
     pairs = max(2, min(8, VALUES // max(1, math.prod(shape))))
     rng = np.random.default_rng(0)
@@ -123,18 +127,26 @@ def _least(cosines: Cosines) -> float:
     return min(cosines.values()) if len(cosines) == 3 else -1.0
 
 
-def _scale(config: Any) -> float:
+def scale_of(config: Any) -> float:
+    """The deviation of the data by which a denoiser's wrapper is built; 1 without a wrapper."""
     wrapped = getattr(config, "precond", "none") != "none"
     return float(config.sigma_data) if wrapped else 1.0
 
 
-def _velocity(network: Any, params: Any) -> Velocity:
-    run = jax.jit(lambda params, z, t: network.apply(params, z, t, t))
+def velocity_of(network: Any, params: Any, config: Any) -> Velocity:
+    """v(z, t) in float64 of rows in pairs.
+
+    Each pair has one class, as the null class may never have been trained.
+    """
+    classes = getattr(config, "num_classes", 0)
+    run = jax.jit(lambda params, z, t, label: network.apply(params, z, t, t, label=label))
 
     def velocity(z: np.ndarray, t: float) -> np.ndarray:
+        rows = np.arange(len(z)) % (len(z) // 2)
+        label = (rows % classes).astype(np.int32) if classes else None
         time = np.full(len(z), t, np.float32)
         with jax.default_matmul_precision("highest"):
-            return np.asarray(run(params, z.astype(np.float32), time), np.float64)
+            return np.asarray(run(params, z.astype(np.float32), time, label), np.float64)
 
     return velocity
 

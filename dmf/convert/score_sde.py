@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmf.convert.kind import (
+    TRAINING,
     Fact,
     Kind,
     Shape,
@@ -379,7 +380,7 @@ RECTIFIED_FLOW = Kind(
     probe=_probe,
     facts=(
         Fact("image_size", lambda _, shape: shape[0]),
-        fact_of("dropout", "dropout"),
+        fact_of("dropout", note=TRAINING),
         fact_of("time_scale", settable=False),
         Fact("prediction", lambda *_: "velocity", settable=False),
     ),

@@ -18,16 +18,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dmf.convert.direction import Direction
-from dmf.convert.kind import Fact, Kind, Shape, Tensors
+from dmf.convert.kind import ASSUMED, Fact, Kind, Shape, Tensors
 from dmf.convert.native import METADATA
 from dmf.errors import DmfError
+from dmf.storage import records
 from dmf.storage.readers.read import Inert, Weights
 from dmf.storage.readers.span import short
 
 CONFIG = "config.json"
+BESIDE = "the JSON that belongs to these weights, or no such file beside them"
 LARGEST = 2**20  # bytes of a config.json that is read
 ARGUMENTS = ("args", "hyper_parameters", "hparams", "config", "cfg")  # keys in a checkpoint
-ASSUMED = "only stored outputs or samples can tell"
 
 
 class Said(NamedTuple):
@@ -90,12 +91,9 @@ def _config_json(file: Path) -> Any:
     try:
         if not path.is_file() or path.stat().st_size > LARGEST:
             return None
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DmfError(
-            f"{path} cannot be read ({type(error).__name__}): "
-            "expected the JSON that belongs to these weights, or no such file beside them"
-        ) from error
+    except OSError as error:
+        raise DmfError(f"{path} cannot be read ({error.strerror}); expected {BESIDE}") from error
+    return records.read(path, records.ANY, BESIDE)
 
 
 def adopted(told: list[Said], tensors: Tensors, given: Mapping[str, Any]) -> dict[str, Said]:
@@ -123,7 +121,7 @@ def rows(
     """
     found = []
     for fact in kind.facts:
-        value, source = fact.value(config, shape), {"source": "assumed", "note": ASSUMED}
+        value, source = fact.value(config, shape), {"source": "assumed", "note": fact.note}
         mine = [row for row in told if row.fact is fact]
         if fact.name in given:
             source = {"source": "given"}
@@ -153,11 +151,11 @@ def _same(a: Any, b: Any) -> bool:
 def show(found: list[dict[str, Any]]) -> None:
     """Prints the rows: the values with their sources, and those that are only assumed."""
     known = [f"{x['name']} = {x['value']} ({_source(x)})" for x in found if "note" not in x]
-    assumed = [f"{x['name']} = {x['value']}" for x in found if "note" in x]
     if known:
         print(f"values    {', '.join(known)}")
-    if assumed:
-        print(f"assumed   {', '.join(assumed)}: {ASSUMED}", flush=True)
+    for note in dict.fromkeys(x["note"] for x in found if "note" in x):
+        mine = [f"{x['name']} = {x['value']}" for x in found if x.get("note") == note]
+        print(f"assumed   {', '.join(mine)}: {note}", flush=True)
 
 
 def _source(row: Mapping[str, Any]) -> str:

@@ -30,7 +30,7 @@ class DataConfig:
     # imagenet256_latents: what --mode=encode has written
     data_dir: str = ""
     # digits, photos: share of the one set that is "heldout", whatever the training seed
-    holdout_fraction: float = 0.25
+    holdout_fraction: float = limited(0.25, 0, 1)
     # cifar10, imagenet256_latents: random images, to try the code path only; reads no file
     mock: bool = False
     # * mirror each training image with probability 1/2, without telling the network;
@@ -54,6 +54,10 @@ class Source(Protocol):
     @property
     def num_classes(self) -> int:
         """How many classes the labels tell apart."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes in their order, () where they are not known."""
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -100,6 +104,7 @@ class Dataset:
     split: str
     mixed: bool = True
     flip: bool = False  # training mirrors these images on the device
+    classes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -120,19 +125,19 @@ class Dataset:
 
 
 def _load_digits(config: DataConfig, split: Split) -> Source:
-    from dmf.data import digits
+    from dmf.data import bundled
 
     _check_no_mock(config)
-    images, labels = digits.read(split, config.holdout_fraction)
-    return Dataset(images, labels, digits.NUM_CLASSES, digits.MAX_VALUE, "digits", split)
+    images, labels = bundled.read_digits(split, config.holdout_fraction)
+    return Dataset(images, labels, bundled.DIGITS, bundled.DIGITS_MAX, "digits", split)
 
 
 def _load_photos(config: DataConfig, split: Split) -> Source:
-    from dmf.data import photos
+    from dmf.data import bundled
 
     _check_no_mock(config)
-    images, labels = photos.read(split, config.holdout_fraction)
-    return Dataset(images, labels, photos.NUM_CLASSES, photos.MAX_VALUE, "photos", split)
+    images, labels = bundled.read_photos(split, config.holdout_fraction)
+    return Dataset(images, labels, bundled.PHOTOS, bundled.PHOTOS_MAX, "photos", split)
 
 
 def _load_cifar10(config: DataConfig, split: Split) -> Source:

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from dmf.errors import DmfError
-from dmf.fields import BELOW_1, INF, LEAST, choice, limited
+from dmf.fields import BELOW_1, INF, LEAST, MOST_BLOCKS, WIDEST, choice, limited
 from dmf.method.flow import Condition
 from dmf.networks import layers
 
@@ -33,10 +33,13 @@ RESAMPLE = {
 }
 EMBEDDINGS = ("positional", "fourier")
 TIME_INPUTS = ("t", "log_sigma")
-PRECONDS = ("none", "edm")
+PRECONDS = ("none", "edm", "ect")
+ECT_SIGMA = 0.003  # sigma_min of ECT: in evaluation its denoiser gives x back at this sigma
 FOURIER_SCALE = 16.0  # standard deviation of EDM's random frequencies
 # EDM is trained and sampled in this range. Outside it, c_noise keeps the value of its end.
 SIGMA_RANGE = (0.002, 80.0)
+
+Raw = Callable[[jax.Array], jax.Array]  # the network inside a denoiser
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,20 +57,20 @@ class UNetConfig:
         embedding_mult    t and t - r have this many times `channels` features each
         embedding         features of t: "positional", or "fourier" with fixed random frequencies
         time_input        features are of time_scale * t, or of ln(sigma) / 4, sigma = t / (1 - t)
-        precond           "edm": the network is the F of EDM's denoiser, see `edm_velocity`
+        precond           the network is the F of a denoiser, see `edm_velocity`, `ect_velocity`
 
     `make_unet` refuses fields that do not go together.
     """
 
     kind: str = "unet"  # tells the networks apart
-    channels: int = limited(128, 1, INF)  # at full resolution, times channel_mult
+    channels: int = limited(128, 1, WIDEST)  # at full resolution, times channel_mult
     # one factor per resolution, each half of the one before
-    channel_mult: tuple[int, ...] = limited((2, 2, 2), 1, INF, empty=False)
-    blocks: int = limited(4, 1, INF)  # of the encoder per resolution
-    attention_resolutions: tuple[int, ...] = (16,)  # in pixels
+    channel_mult: tuple[int, ...] = limited((2, 2, 2), 1, MOST_BLOCKS, empty=False)
+    blocks: int = limited(4, 1, MOST_BLOCKS)  # of the encoder per resolution
+    attention_resolutions: tuple[int, ...] = limited((16,), 1, WIDEST)  # in pixels
     dropout: float = limited(0.2, 0, BELOW_1)  # * u and u' of a row share the mask
     # * length of the augmentation label; 6 with data.augment, else 0 will do
-    augment_dim: int = limited(6, 0, INF)
+    augment_dim: int = limited(6, 0, WIDEST)
     # * zero | random: the branch of t - r at the start
     interval_init: str = choice("zero", layers.INTERVAL_INITS)
     # binomial | box: filter of the resampling blocks
@@ -75,11 +78,12 @@ class UNetConfig:
     residual_encoder: bool = False  # the shrunk input joins every lower resolution
     embedding: str = choice("positional", EMBEDDINGS)  # positional | fourier: features of t
     # features of t, and of t - r, as a multiple of channels
-    embedding_mult: int = limited(2, 1, INF)
+    embedding_mult: int = limited(2, 1, MOST_BLOCKS)
     time_input: str = choice("t", TIME_INPUTS)  # t | log_sigma: what the features are of
     time_scale: float = limited(1.0, LEAST, INF)  # factor on t before its features
-    precond: str = choice("none", PRECONDS)  # none | edm: the network is the F of EDM's denoiser
-    sigma_data: float = limited(0.5, LEAST, INF)  # EDM's, with precond = "edm"
+    # none | edm: the network is the F of EDM's denoiser | ect: the same in ECT's form of evaluation
+    precond: str = choice("none", PRECONDS)
+    sigma_data: float = limited(0.5, LEAST, INF)  # EDM's, with precond = "edm" or "ect"
     num_classes: int = limited(0, 0, INF)  # of the data; 0 = no label
 
     @property
@@ -98,9 +102,7 @@ def log_sigma(t: jax.Array) -> jax.Array:
     return (jnp.log(t) - jnp.log1p(-t)) / 4
 
 
-def edm_velocity(
-    z: jax.Array, t: jax.Array, sigma_data: float, raw: Callable[[jax.Array], jax.Array]
-) -> jax.Array:
+def edm_velocity(z: jax.Array, t: jax.Array, sigma_data: float, raw: Raw) -> jax.Array:
     """The velocity (z - D(x, sigma)) / t of EDM's denoiser D.
 
         x = z / (1 - t)
@@ -115,6 +117,25 @@ def edm_velocity(
     t = layers.at_least_float32(t).reshape(-1, *(1,) * (z.ndim - 1))
     n = jnp.sqrt(t**2 + (sigma_data * (1 - t)) ** 2)
     return (t - sigma_data**2 * (1 - t)) / n**2 * z - sigma_data / n * raw(z / n)
+
+
+def ect_velocity(z: jax.Array, t: jax.Array, sigma_data: float, raw: Raw) -> jax.Array:
+    """The same of ECT's denoiser in evaluation, with sigma - m for sigma outside of roots.
+
+    With m = ECT_SIGMA and a = t - m (1 - t):
+
+        v = (a^2 / t - s^2 (1 - t)) / (a^2 + s^2 (1 - t)^2) z - a / t s / n F(z / n)
+    """
+    # Below sigma = m, where D is not defined, v keeps its value there, -x.
+    t = jnp.maximum(layers.at_least_float32(t), ECT_SIGMA / (1 + ECT_SIGMA))
+    t = t.reshape(-1, *(1,) * (z.ndim - 1))
+    n = jnp.sqrt(t**2 + (sigma_data * (1 - t)) ** 2)
+    a = t - ECT_SIGMA * (1 - t)
+    skip = (a**2 / t - sigma_data**2 * (1 - t)) / (a**2 + (sigma_data * (1 - t)) ** 2)
+    return skip * z - a / t * sigma_data / n * raw(z / n)
+
+
+VELOCITIES = {"edm": edm_velocity, "ect": ect_velocity}
 
 
 def _group_norm(x: jax.Array, name: str, dtype: jnp.dtype | None) -> nn.GroupNorm:
@@ -293,8 +314,8 @@ class UNet(nn.Module):
             return decoder(encoder(z, emb, rngs), emb, rngs)
 
         return (
-            edm_velocity(z, t, self.config.sigma_data, raw)
-            if self.config.precond == "edm"
+            VELOCITIES[self.config.precond](z, t, self.config.sigma_data, raw)
+            if self.config.precond in VELOCITIES
             else raw(z)
         )
 
@@ -344,14 +365,9 @@ def make_unet(
     """The module for images (R, R, C). Raises DmfError naming the field that does not fit."""
     layers.check_levels("U-Net", config, image_shape)
     layers.check_positive("config.network.embedding_mult", config.embedding_mult)
-    if config.augment_dim < 0:
-        raise DmfError(
-            f"config.network.augment_dim is {config.augment_dim}; expected 0 (no label) or more."
-        )
-    if config.num_classes < 0:
-        raise DmfError(
-            f"config.network.num_classes is {config.num_classes}; expected 0 (no label) or more."
-        )
+    for field in ("augment_dim", "num_classes"):
+        if (value := getattr(config, field)) < 0:
+            raise DmfError(f"config.network.{field} is {value}; expected 0 (no label) or more.")
     layers.check_choice("config.network.interval_init", config.interval_init, layers.INTERVAL_INITS)
     layers.check_choice("config.network.resample", config.resample, tuple(RESAMPLE))
     _check_conditioning(config)
@@ -377,7 +393,7 @@ def _check_conditioning(config: UNetConfig) -> None:
             f"config.network.time_scale is {c.time_scale} with time_input {c.time_input!r}; "
             "expected 1, or time_input 't'."
         )
-    if c.precond != "edm" and c.sigma_data != UNetConfig.sigma_data:
+    if c.precond == "none" and c.sigma_data != UNetConfig.sigma_data:
         raise DmfError(
             f"config.network.sigma_data is {c.sigma_data} with precond {c.precond!r}; "
             f"expected {UNetConfig.sigma_data}, or precond 'edm'."

@@ -9,7 +9,6 @@ The rest of a run reads these fields and never changes them.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import threading
 import time
@@ -27,12 +26,13 @@ import optax
 from jax.sharding import Mesh
 
 from dmf import data, networks, optim, processes, sharding, state, step
-from dmf.config import Config, RunConfig, check, differences, parse, to_dict
+from dmf.config import Config, RunConfig, check, to_dict
 from dmf.errors import DmfError
 from dmf.logging import JsonLines, TensorBoard
 from dmf.method import curriculum
 from dmf.method.curriculum import Stage
 from dmf.run import guard as rules
+from dmf.run import init as starts
 from dmf.run import scoreboard as scores
 from dmf.run.guard import Guard
 from dmf.run.probe import Probe
@@ -40,10 +40,21 @@ from dmf.run.scoreboard import OpenJudge, Scoreboard
 from dmf.run.sigterm import Stop
 from dmf.run.workdir import claim, kept_by_changes, origin
 from dmf.state import TrainState
-from dmf.storage import checkpoint, manifest
+from dmf.storage import checkpoint, manifest, records
 
-# (step folder, index of its average, where its weights were converted from) of config.init.
-Init = tuple[Path, int | None, dict[str, Any] | None]
+METRICS: dict[Any, Any] = {  # a line of metrics.jsonl
+    "step": records.POSITIVE,
+    "stage": int,  # -1 is that before the first
+    "kind": rules.KIND,
+    "rho": float,
+    ...: records.NUMBER,
+}
+WATCHED: dict[Any, Any] = {  # a line of watch.jsonl
+    **METRICS,
+    "rows": records.Maybe(records.POSITIVE),
+    "source": records.Maybe(str),
+    **dict.fromkeys(rules.WORSE, records.NUMBER),
+}
 
 
 @dataclass(frozen=True, eq=False)  # jax.jit of its methods takes its hash
@@ -63,7 +74,7 @@ class Context:
     like: TrainState  # shape, dtype and place of each array
     local_rows: np.ndarray  # positions in the global batch of this process's rows
     steps: dict[str, Any]  # the program of one step by kind of stage
-    init: Init | None  # weights that the first start takes, where config.init names some
+    init: starts.Init | None  # weights that the first start takes, where config.init names some
     guard: Guard
     stop: Stop
     metrics: JsonLines  # metrics.jsonl
@@ -164,9 +175,9 @@ def open_run(
         parts = _prepare(config, guard)
         dataset = parts["dataset"]
         about, shape = data.identity(dataset), dataset.image_shape
-        init = find_init(config, shape) if config.init and fresh else None
+        init = starts.find(config, dataset) if config.init and fresh else None
         if processes.is_first():
-            came_from = init[2] if init else None
+            came_from = init.origin if init else None
             forget = rules.FILE, scores.FILE
             claim(workdir, config, came_from, about, fresh, allow_change, forget)
             guard.settle()
@@ -188,8 +199,8 @@ def open_run(
         init=init,
         guard=guard,
         stop=stop or Stop(),
-        metrics=JsonLines(workdir / "metrics.jsonl", first),
-        watched=JsonLines(workdir / "watch.jsonl", first),
+        metrics=JsonLines(workdir / "metrics.jsonl", first, METRICS),
+        watched=JsonLines(workdir / "watch.jsonl", first, WATCHED),
         tensorboard=tensorboard,
         scoreboard=scoreboard,
         probe=probe,
@@ -227,6 +238,10 @@ def _prepare(config: Config, guard: Guard) -> dict[str, Any]:
         )
         for kind in {s.kind for s in stages}
     }
+    like = jax.tree.map(
+        lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, place
+    )
+    sharding.check_memory(mesh, like, like.params)
     return dict(
         dataset=dataset,
         stages=stages,
@@ -235,9 +250,7 @@ def _prepare(config: Config, guard: Guard) -> dict[str, Any]:
         optimizer=optimizer,
         fresh=fresh,
         place=place,
-        like=jax.tree.map(
-            lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, place
-        ),
+        like=like,
         local_rows=sharding.local_rows(mesh, config.batch_size),
         steps=steps,
     )
@@ -284,38 +297,6 @@ def _is_scheduled(config: Config, scoreboard: Scoreboard, n: int) -> bool:
     return n % config.run.checkpoint_every_steps == 0 or n in scoreboard.boundaries
 
 
-def find_init(config: Config, image_shape: tuple[int, ...]) -> Init:
-    """The flow model that config.init names, for `checkpoint.read_params`.
-
-    Raises DmfError where its network or its images are not the config's. Many such differences
-    would not show in the shapes of the weights.
-    """
-    return manifest.read_newest(config.init, partial(_init_of, config, image_shape))
-
-
-def _init_of(config: Config, image_shape: tuple[int, ...], folder: Path) -> Init:
-    stored = checkpoint.metadata(folder)
-    if "config" not in stored:
-        kind = stored["network"]["kind"]
-        raise DmfError(f"config.init = {config.init}: holds a {kind}; expected a flow model")
-    theirs = parse(stored["config"])
-    old, new = dataclasses.asdict(theirs.network), dataclasses.asdict(config.network)
-    for free in networks.FREE:
-        if free in old:
-            old[free] = new.get(free)
-    if changed := differences(old, new, "config.network"):
-        raise DmfError(
-            f"config.init = {config.init}: its network differs: {'; '.join(changed)}; "
-            "expected the same network"
-        )
-    if tuple(stored["image_shape"]) != image_shape:
-        raise DmfError(
-            f"config.init = {config.init}: its images are {tuple(stored['image_shape'])}; "
-            f"expected {image_shape}, as in {config.data.name}"
-        )
-    return folder, theirs.ema.index(), stored.get("source")
-
-
 def first_state(run: Context) -> TrainState:
     """The state of the newest checkpoint; else config.init's weights, or fresh ones."""
     found = run.checkpoints.restore_latest(run.like)  # one state: a device may not hold two
@@ -323,23 +304,26 @@ def first_state(run: Context) -> TrainState:
         return found
     if not run.config.init:
         return run.jit(run.fresh)()  # the guard may go back to step 0: they are the same again
-    found = run.jit(run.started)(_init_params(run))
+    init = run.init or starts.find(run.config, run.dataset)
+    if processes.is_first() and (said := starts.described(run.config, init)):
+        print(said, flush=True)
+    found = run.jit(run.started)(_init_params(run, init))
     # A resumed run starts from these weights, whatever config.init holds by then.
     run.checkpoints.save(0, found, wait=False)
     return found
 
 
-def _init_params(run: Context) -> Any:
+def _init_params(run: Context, init: starts.Init) -> Any:
     """The weights of config.init. The run that it names may have replaced them meanwhile."""
     config, shape = run.config, run.dataset.image_shape
-    init = run.init or find_init(config, shape)
 
     def read(folder: Path) -> tuple[Any, str]:
-        found = init if folder == init[0] else _init_of(config, shape, folder)
-        return checkpoint.read_params(folder, found[1], run.like.params), str(folder)
+        same = folder == init.folder
+        found = init if same else starts.opened(config, run.dataset, folder)
+        return starts.weights(config, found, shape, run.mesh, run.like.params), str(folder)
 
     with processes.together():
-        params, taken = manifest.read_newest(config.init, read, init[0])
+        params, taken = manifest.read_newest(config.init, read, init.folder)
     processes.same("checkpoint of config.init", taken)
     return params
 
@@ -353,19 +337,29 @@ def compile_ahead(run: Context) -> threading.Thread | None:
     if n >= run.total:
         return None
     kind = curriculum.stage_at(run.stages, n).kind
-    return compiling(run.steps[kind], run.like, run.batch(n), run.scalars(n))
+
+    def tell(program: jax.stages.Compiled) -> None:
+        if line := sharding.memory(run.mesh, program):
+            print(f"memory    {line}", flush=True)
+
+    return compiling(run.steps[kind], run.like, run.batch(n), run.scalars(n), then=tell)
 
 
-def compiling(function: jax.stages.Wrapped, *arguments: Any) -> threading.Thread:
+def compiling(
+    function: jax.stages.Wrapped,
+    *arguments: Any,
+    then: Callable[[jax.stages.Compiled], None] = lambda program: None,
+) -> threading.Thread:
     """Compiles a jitted function for such arguments, in a thread. Join the thread to wait for it.
 
-    arguments: arrays, or their shapes and places. A later call with such arguments finds the
-    program. An error is not told here: the call meets it again and tells it.
+    arguments: arrays, or their shapes and places. then: is given the program. A later call with
+    such arguments finds the program. An error is not told here: the call meets it again and tells
+    it.
     """
 
     def compile_quietly() -> None:
         with suppress(DmfError, RuntimeError, TypeError, ValueError):
-            function.lower(*arguments).compile()
+            then(function.lower(*arguments).compile())
 
     # Not a daemon: a process that ends while a daemon compiles would abort.
     thread = threading.Thread(target=compile_quietly, name="compiling")

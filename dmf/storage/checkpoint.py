@@ -27,8 +27,9 @@ from orbax.checkpoint import v1 as ocp
 
 from dmf import processes
 from dmf.errors import DmfError, short
-from dmf.storage import atomic, paths
+from dmf.storage import atomic, paths, records
 from dmf.storage.manifest import BEST as BEST
+from dmf.storage.manifest import BEST_FORM as BEST_FORM
 from dmf.storage.manifest import FOLDER as FOLDER
 from dmf.storage.manifest import MANIFEST as MANIFEST
 from dmf.storage.manifest import find as find
@@ -41,6 +42,13 @@ ITEMS = ("params", "ema", "opt_state", "step")
 OPTIONAL = ("intervals",)  # not every run has one
 SLICE = 2**22  # bytes: of larger arrays that all devices hold, each device writes a slice
 NEWEST = 200  # complete checkpoints that are tried, one after the other
+ABOUT = {  # what stands beside the weights
+    "config": records.Maybe(dict),
+    "network": records.Maybe(dict),
+    "image_shape": records.Maybe([records.POSITIVE]),
+    "source": records.Maybe((dict, None)),
+    "data": records.Maybe(dict),
+}
 COMMITTED = "commit_success.txt"  # Orbax looks whether it is there, and writes its own path into it
 log = logging.getLogger(__name__)
 
@@ -198,15 +206,17 @@ def seal(folder: Path, items: dict[str, Any]) -> None:
     """Completes a step folder that Orbax has written: reads it back, then writes the manifest.
 
     items: what was to be saved, as shapes and types of arrays. Raises DmfError where the folder
-    holds something else. The values of one small array of each item are read too.
+    holds something else. The values of one small array of each item are read too, unless there are
+    several processes: the first one reads alone here, and Orbax loads on all of them together.
     """
     try:
         found = ocp.checkpointables_metadata(paths.absolute(folder)).metadata
         for name, item in items.items():
             if differs := _difference(found[name], item):
                 raise ValueError(f"in {name}, {differs}")
-        small = {name: _smallest(found[name]) for name in items}
-        ocp.load_checkpointables(paths.absolute(folder), small)
+        if not processes.several():
+            small = {name: _smallest(found[name]) for name in items}
+            ocp.load_checkpointables(paths.absolute(folder), small)
     except Exception as error:  # the errors of Orbax have no common base
         what = f"checkpoint {folder} was written but cannot be read back: {short(error)}"
         wanted = "what was saved; this save does not count, and older ones are untouched"
@@ -270,12 +280,14 @@ def _readable(folder: Path, wanted: str) -> Iterator[None]:
 
 def metadata(folder: Path) -> dict[str, Any]:
     """The run's config and image shape, from beside the weights. Verifies the folder first."""
+    _quieten()
     verify(folder)
     with _readable(folder, "metadata"):
         found = ocp.metadata(paths.absolute(folder)).custom_metadata
     if not isinstance(found, dict) or not {"config", "network"} & set(found):
         what = f"checkpoint {folder}: no config in its metadata"
         raise DmfError(f"{what}; expected a checkpoint that dmf has written")
+    records.check(found, ABOUT, f"checkpoint {folder}: its metadata")
     if "config" in found:
         found = {**found, "config": without_kernel(found["config"])}
     return found

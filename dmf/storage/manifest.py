@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dmf.errors import DmfError, short
-from dmf.storage import paths
+from dmf.storage import paths, records
 
 MANIFEST = "manifest.json"
 FOLDER = "checkpoints"  # of a work directory
 BEST = "best.json"  # in a work directory: the step of the best score so far
+BEST_FORM = {"step": records.COUNT}
 REPLACED = 20  # how often a reader starts again beside a run that replaces its checkpoints
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -103,11 +104,7 @@ def _find(path: Path) -> Path:
 
 
 def _best_step(workdir: Path) -> int:
-    try:
-        return int(json.loads((workdir / BEST).read_text())["step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        what = f"{workdir / BEST}: no best checkpoint is known"
-        raise DmfError(f"{what}; expected a run that has been scored") from error
+    return records.read(workdir / BEST, BEST_FORM, "a run that has been scored")["step"]
 
 
 def write_manifest(folder: Path) -> None:
@@ -120,13 +117,13 @@ def verify(folder: Path) -> None:
 
     The manifest is checked too.
     """
+    path = folder / MANIFEST
     try:
-        text = (folder / MANIFEST).read_text()
-        expected = json.loads(text)
-    except (OSError, ValueError) as error:
-        what = f"checkpoint {folder}: no readable {MANIFEST}"
-        raise DmfError(f"{what}; expected a folder that was saved to its end") from error
-    if not isinstance(expected, dict) or not expected or text != _as_text(expected):
+        expected = records.read(path, {...: [(int, str)]}, "a folder that was saved to its end")
+        same = path.read_bytes() == _as_text(expected).encode()
+    except (DmfError, OSError) as error:
+        raise DmfError(f"checkpoint {folder}: {error}") from error
+    if not expected or not same:
         raise DmfError(
             f"checkpoint {folder}: {MANIFEST} is altered; expected it as dmf has written it"
         )

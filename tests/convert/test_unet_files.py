@@ -232,7 +232,7 @@ KEY = "model.enc.8x8_down.conv0.resample_filter"
             "edm",
             {},
             {"sigma": 0.5},
-            "--set=sigma=0.5: expected dropout or sigma_data for kind edm",
+            "--set=sigma=0.5: expected dropout or sigma_data or ect_eval for kind edm",
         ),
         (
             "edm",

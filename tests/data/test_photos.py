@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_sample_image
 
-from dmf.data import DataConfig, load, photos
+from dmf.data import DataConfig, bundled, load
 from dmf.errors import DmfError
 from dmf.evaluation import sampling
 
@@ -29,15 +29,15 @@ def test_no_pixel_is_in_crops_of_both_splits(fraction):
     number = np.arange(height * width).reshape(height, width, 1)
     seen = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(photos, "halved", lambda pixels: pixels.reshape(16, 64, 1))
+        patch.setattr(bundled, "halved", lambda pixels: pixels.reshape(16, 64, 1))
         for split in ("train", "heldout"):
-            found, _ = photos.crops(number, split, fraction)
+            found, _ = bundled.crops(number, split, fraction)
             seen[split] = set(found.reshape(-1).tolist())
     assert found.size and not seen["train"] & seen["heldout"]
     columns = {split: {n % width for n in pixels} for split, pixels in seen.items()}
     assert not columns["train"] & columns["heldout"]  # strips from top to bottom
-    assert len(columns["heldout"]) == pytest.approx(fraction * width, abs=3 * photos.STRIDE)
-    assert len(columns["train"]) == pytest.approx((1 - fraction) * width, abs=6 * photos.STRIDE)
+    assert len(columns["heldout"]) == pytest.approx(fraction * width, abs=3 * bundled.STRIDE)
+    assert len(columns["train"]) == pytest.approx((1 - fraction) * width, abs=6 * bundled.STRIDE)
 
 
 def test_a_crop_is_the_mean_of_the_photographs_pixels_and_its_label_the_region(sets):
@@ -65,7 +65,7 @@ def test_classes_are_equally_many_in_every_prefix_and_reading_again_gives_the_sa
         for count in (7, 12, 100, 500):  # samples take labels from the front
             counts = np.bincount(found.labels[:count], minlength=12)
             assert counts.max() - counts.min() <= 1
-        images, labels = photos.read(split, 0.25)
+        images, labels = bundled.read_photos(split, 0.25)
         np.testing.assert_array_equal(images, found.images)
         np.testing.assert_array_equal(labels, found.labels)
     assert len(np.unique(sets["train"].images, axis=0)) > 3800  # a plain sky may repeat

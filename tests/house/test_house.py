@@ -22,7 +22,7 @@ LAYERS = (
     ("fields",),
     ("method", "metrics"),  # pure: arrays to arrays, arrays to numbers
     ("networks", "sharding", "processes"),
-    ("storage.paths", "storage.atomic", "storage.manifest"),  # bytes, not weights
+    ("storage.paths", "storage.atomic", "storage.manifest", "storage.records"),  # bytes and JSON
     ("logging",),
     ("data",),
     ("optim", "state"),
@@ -71,7 +71,7 @@ OWNERS = {
     "PIL": {"dmf/evaluation/pictures.py", "dmf/data/images.py"},
     "array_record": {"dmf/data/"},
     "matplotlib": {"dmf/evaluation/pictures.py"},
-    "sklearn": {"dmf/data/digits.py", "dmf/data/photos.py", "dmf/metrics/labelled.py"},
+    "sklearn": {"dmf/data/bundled.py", "dmf/metrics/labelled.py"},
 }
 # Package -> what its files may import besides the standard library.
 PURE = {

@@ -110,6 +110,7 @@ def test_a_disk_that_is_full_while_a_run_writes_is_one_line_that_names_the_file(
         Guard(run / guard.FILE, run / checkpoint.FOLDER, GuardConfig(), True),
     )
     lines.write({"step": 1})
+    lines.path.write_text('{"step":1}\n')  # other spaces than ours, so that it is written anew
     JsonLines(run / scoreboard.FILE).write(
         {"step": 6, "nfe": 1, "n_samples": 32.0, "fd_hidden": 1.0}
     )
@@ -146,7 +147,7 @@ def test_checkpoints_without_their_config_and_a_torn_origin_are_one_line(tmp_pat
     (tmp_path / workdir.ORIGIN).write_text("{")
     with pytest.raises(
         DmfError,
-        match=r"origin.json cannot be read: JSONDecodeError: .*; expected what dmf wrote there",
+        match=r"origin.json line 1: no JSON .*; expected what dmf wrote there",
     ):
         workdir.origin(tmp_path)
 

@@ -1,8 +1,11 @@
-"""Crops of the two photographs inside scikit-learn: 16x16 colour, 12 classes.
+"""The two data sets made of what scikit-learn carries: digits, and crops of photographs.
 
-The photographs, a temple and a flower, have 2 x 3 regions each, and a class is a region. A strip
-from top to bottom stands in the middle of every region. Held-out crops lie inside it, and training
-crops left and right of it, so no pixel is in crops of both splits.
+Digits are 1797 handwritten ones: 8x8 grey, values 0 to 16, 10 classes.
+
+Photos are crops of two photographs: 16x16 colour, 12 classes. The photographs, a temple and a
+flower, have 2 x 3 regions each, and a class is a region. A strip from top to bottom stands in the
+middle of every region. Held-out crops lie inside it, and training crops left and right of it. So
+no pixel is in crops of both splits.
 """
 
 from __future__ import annotations
@@ -11,12 +14,45 @@ import numpy as np
 
 from dmf.errors import DmfError
 
+DIGITS, DIGITS_MAX = 10, 16.0  # classes, largest value
 NAMES = ("china.jpg", "flower.jpg")
 REGIONS = (2, 3)  # rows and columns of regions in a photograph
-NUM_CLASSES = len(NAMES) * REGIONS[0] * REGIONS[1]
-MAX_VALUE = 255.0
+PHOTOS = len(NAMES) * REGIONS[0] * REGIONS[1]
+PHOTOS_MAX = 255.0
 CROP = 32  # pixels of a photograph, averaged 2 x 2
 STRIDE = 8  # pixels from one crop to the next
+
+
+def heldout_mask(labels: np.ndarray, fraction: float) -> np.ndarray:
+    """(N,) bool, True for held-out rows: floor(fraction n) of a class's n rows, evenly spaced.
+
+    The file runs from writer to writer. With even spaces both splits have digits of all writers,
+    and the split depends on no random stream.
+    """
+    mask = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        counts = np.floor(np.arange(len(rows) + 1) * fraction)
+        mask[rows] = np.diff(counts) > 0
+    return mask
+
+
+def read_digits(split: str, holdout_fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, 8, 8, 1) uint8 in [0, 16] and labels (N,) int32 of "train" or "heldout".
+
+    Raises DmfError where holdout_fraction leaves one of the two splits empty.
+    """
+    from sklearn.datasets import load_digits  # a slow import that only this data set needs
+
+    source = load_digits()
+    heldout = heldout_mask(source.target, holdout_fraction)
+    if heldout.all() or not heldout.any():
+        raise DmfError(
+            f"config.data.holdout_fraction is {holdout_fraction}: expected a number between 0 and "
+            "1 that leaves images in both splits"
+        )
+    rows = heldout if split == "heldout" else ~heldout
+    return source.images[rows][..., None].astype(np.uint8), source.target[rows].astype(np.int32)
 
 
 def starts(first: int, last: int) -> range:
@@ -56,7 +92,7 @@ def crops(photograph: np.ndarray, split: str, fraction: float) -> tuple[np.ndarr
     return np.reshape(images, (-1, CROP // 2, CROP // 2, channels)), np.array(regions, np.int32)
 
 
-def read(split: str, holdout_fraction: float) -> tuple[np.ndarray, np.ndarray]:
+def read_photos(split: str, holdout_fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """Images (N, 16, 16, 3) uint8 and labels (N,) int32 of "train" or "heldout", labels in turn.
 
     Raises DmfError where holdout_fraction leaves a split without a crop in some region.
