@@ -107,7 +107,10 @@ def test_samples_that_are_not_finite_leave_no_file(workdir, tmp_path, monkeypatc
 
 def test_weights_that_are_not_finite_are_named(workdir, monkeypatch):
     read = pretrained.checkpoint.read_params
-    wild = lambda *a: jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.inf), read(*a))  # noqa: E731
+
+    def wild(*given):
+        return jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.inf), read(*given))
+
     monkeypatch.setattr(pretrained.checkpoint, "read_params", wild)
     with pytest.raises(DmfError, match="1 of the .* values of weight .* are not finite"):
         write_samples(workdir, [1], 2)
