@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmf import step
+from dmf import config, step
 from dmf.method import flow, weights
 from dmf.networks import is_interval_path
 from tests.tiny import TINY, UNET, Setup, merged
@@ -32,11 +32,9 @@ def interval_leaves(params):
 
 def test_a_row_may_have_a_class_and_an_augmentation():
     values = merged(UNET, label_dropout=0.5, data=dict(augment=0.5), network=dict(num_classes=10))
-    keys = dict(
-        zip(("flip", "augment", "label"), jax.random.split(jax.random.key(0), 3), strict=True)
-    )
+    keys = {name: jax.random.key(i) for i, name in enumerate(("flip", "augment", "label"))}
     batch = {"x": jnp.ones((64, 8, 8, 1)), "label": jnp.full(64, 3)}
-    _, found = step._condition(keys, batch, Setup(values).config)
+    _, found = step._condition(keys, batch, config.parse(values))
     assert found.augment.shape == (64, 6) and set(np.asarray(found.label)) == {3, 10}
 
 

@@ -8,6 +8,7 @@ from dmf.convert import (
     edm,
     inception,
     meanflow_dit,
+    meanflow_sit,
     meanflow_unet,
     native,
     score_sde,
@@ -22,6 +23,7 @@ KINDS: dict[str, Kind] = {
     for kind in (
         sit.SIT,
         meanflow_dit.MEANFLOW_DIT,
+        meanflow_sit.MEANFLOW_SIT,
         meanflow_unet.MEANFLOW_UNET,
         edm.EDM,
         score_sde.RECTIFIED_FLOW,

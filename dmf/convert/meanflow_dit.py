@@ -38,7 +38,7 @@ def _describe(tensors: Tensors, given: Mapping[str, Any]) -> tuple[DiTConfig, Sh
 
 
 def _rules(config: DiTConfig, shape: Shape, tensors: Tensors | None) -> list[Rule]:
-    expect(config, NAME, {"kind": "dit"})
+    expect(config, NAME, {"kind": "dit", "interval_input": "t-r"})
     modules = ["t_embedder.mlp.0", *dit.modules(config.depth), "final_layer.linear"]
     rooms = {_flax(module): dit.room(module) for module in modules}
     rooms |= {_flax(f"h_embedder.mlp.{i}"): f"interval/mlp_{i}" for i in (0, 2)}

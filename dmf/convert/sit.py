@@ -39,11 +39,17 @@ NO_INTERVAL = (
 )
 
 
-def _describe(tensors: Tensors, given: Mapping[str, Any]) -> tuple[DiTConfig, Shape]:
-    dit.check_fields(given, NAME)
-    width, channels, patch, _ = axes(tensors, "x_embedder.proj.weight", 4, NAME)
-    hidden, _ = axes(tensors, "blocks.0.mlp.fc1.weight", 2, NAME)
-    out, _ = axes(tensors, f"{LAST}.weight", 2, NAME)
+def described(
+    tensors: Tensors, given: Mapping[str, Any], name: str
+) -> tuple[DiTConfig, Shape, int]:
+    """(config, image shape, rows of the last layer over those of a velocity), which is 1 or 2.
+
+    name: of the kind. Raises DmfError.
+    """
+    dit.check_fields(given, name)
+    width, channels, patch, _ = axes(tensors, "x_embedder.proj.weight", 4, name)
+    hidden, _ = axes(tensors, "blocks.0.mlp.fc1.weight", 2, name)
+    out, _ = axes(tensors, f"{LAST}.weight", 2, name)
     for name in tensors:
         if ".q_norm." in name or ".k_norm." in name:
             raise DmfError(
@@ -56,14 +62,20 @@ def _describe(tensors: Tensors, given: Mapping[str, Any]) -> tuple[DiTConfig, Sh
             f"tensor {LAST}.weight has {out} rows: expected {rows} ({channels} channels in patches "
             f"of {patch}x{patch}), or twice as many, with a variance half"
         )
+    block, heads = r"blocks\.(\d+)\.", given.get("heads")
+    config = dit.config_of(tensors, patch, hidden, width, TABLE, block, heads)
+    resolution = _resolution(tensors, patch, given.get("resolution"))
+    return config, (resolution, resolution, channels), out // rows
+
+
+def _describe(tensors: Tensors, given: Mapping[str, Any]) -> tuple[DiTConfig, Shape]:
+    if any(name.startswith("r_embedder.") for name in tensors):
+        raise DmfError("the network has an r_embedder, as MeanFlow's: expected --kind=meanflow_sit")
     if any(name.startswith("h_embedder.") for name in tensors):
         # A file with half of this branch must not pass for a file without the branch.
         for name in (f"h_embedder.mlp.{i}.{leaf}" for i in (0, 2) for leaf in ("weight", "bias")):
             tensor_of(tensors, name, NAME)
-    block, heads = r"blocks\.(\d+)\.", given.get("heads")
-    config = dit.config_of(tensors, patch, hidden, width, TABLE, block, heads)
-    resolution = _resolution(tensors, patch, given.get("resolution"))
-    return config, (resolution, resolution, channels)
+    return described(tensors, given, NAME)[:2]
 
 
 def _resolution(tensors: Tensors, patch: int, given: int | None) -> int:
@@ -91,7 +103,7 @@ def _resolution(tensors: Tensors, patch: int, given: int | None) -> int:
 
 
 def _rules(config: DiTConfig, shape: Shape, tensors: Tensors | None) -> list[Rule]:
-    expect(config, NAME, {"kind": "dit"})
+    expect(config, NAME, {"kind": "dit", "interval_input": "t-r"})
     velocity = config.patch**2 * shape[-1]
     rows = tensors[f"{LAST}.weight"].shape[0] if tensors else 2 * velocity
     note = "time reversed: the embedder of t becomes the embedder of 1 - t"
@@ -100,7 +112,7 @@ def _rules(config: DiTConfig, shape: Shape, tensors: Tensors | None) -> list[Rul
         rule for name in dit.modules(config.depth) for rule in linear_layer(name, dit.room(name))
     ]
     return [
-        _positions(config, shape, tensors),
+        positions(config, shape, tensors),
         *conv_layer("x_embedder.proj", "x_embedder/proj"),
         *reversed_layer("t_embedder.mlp.0", "t_embedder/mlp_0", angles, sin_first=False, note=note),
         *optional(linear_layer("h_embedder.mlp.0", "interval/mlp_0"), NO_INTERVAL, fill="init"),
@@ -111,7 +123,8 @@ def _rules(config: DiTConfig, shape: Shape, tensors: Tensors | None) -> list[Rul
     ]
 
 
-def _positions(config: DiTConfig, shape: Shape, tensors: Tensors | None) -> Rule:
+def positions(config: DiTConfig, shape: Shape, tensors: Tensors | None) -> Rule:
+    """The rule of the table of positions, which the network computes itself."""
     rows, columns = shape[0] // config.patch, shape[1] // config.patch
     half = tensors and "pos_embed" in tensors and tensors["pos_embed"].dtype.itemsize == 2
     # Half precision rounds a sine by up to 2^-9, float32 an angle of 64 radians by 4e-6.
@@ -179,6 +192,22 @@ def _torch_outputs(
 ) -> dict[str, np.ndarray]:
     """SiT in PyTorch at SiT's time; its h_embedder, where there is one, sees h."""
     import torch
+
+    seconds = {}
+    if "h_embedder.mlp.0.weight" in tensors:
+        h = torch.from_numpy(arrays["h"]) if "h" in arrays else torch.zeros(len(arrays["t"]))
+        seconds = {"h_embedder": h}
+    return {"out": torch_forward(tensors, arrays, seconds)}
+
+
+def torch_forward(
+    tensors: Mapping[str, Any], arrays: Mapping[str, np.ndarray], seconds: Mapping[str, Any]
+) -> np.ndarray:
+    """The network in PyTorch on x, t, y and heads.
+
+    seconds: what further embedders see, by their names.
+    """
+    import torch
     from torch.nn import functional as F
 
     def weight(name: str) -> Any:
@@ -190,9 +219,8 @@ def _torch_outputs(
     kernel = weight("x_embedder.proj.weight")
     x, t = torch.from_numpy(np.ascontiguousarray(arrays["x"])), torch.from_numpy(arrays["t"])
     cond = dit.torch_embed(linear, "t_embedder", t)
-    if "h_embedder.mlp.0.weight" in tensors:
-        h = torch.from_numpy(arrays["h"]) if "h" in arrays else 0 * t
-        cond = cond + dit.torch_embed(linear, "h_embedder", h)
+    for name, seen in seconds.items():
+        cond = cond + dit.torch_embed(linear, name, seen)
     if TABLE in tensors:
         cond = cond + weight(TABLE)[torch.from_numpy(arrays["y"])]
     grid = F.conv2d(x, kernel, weight("x_embedder.proj.bias"), stride=kernel.shape[2:])
@@ -200,7 +228,7 @@ def _torch_outputs(
     depth = sum(name.endswith(".attn.qkv.weight") for name in tensors)
     tokens = dit.torch_blocks(linear, patches, cond, depth, int(arrays["heads"]))
     out = dit.torch_image(tokens, kernel.shape[2])
-    return {"out": out[..., : x.shape[1]].permute(0, 3, 1, 2).numpy()}
+    return out[..., : x.shape[1]].permute(0, 3, 1, 2).numpy()
 
 
 def _prediction(text: str) -> str:

@@ -1,8 +1,8 @@
 """The networks u(z, r, t), each behind one pure function apply(params, z, r, t, ...).
 
-All of them depend on r only through h = t - r. The layers that see h are the interval branch, and
-their parameters lie under a module named "interval". With interval_init = "zero" a network starts
-as a flow model:
+All of them depend on r only through h = t - r, except a DiT with interval_input = "r". The layers
+that see h, or r, are the interval branch. Their parameters lie under a module named "interval".
+With interval_init = "zero" a network starts as a flow model:
 
     u(z, r, t) = u(z, t, t) = v(z, t)
 """

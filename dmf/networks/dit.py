@@ -5,8 +5,8 @@ Parameter names follow SiT's state dict. '.' reads as '/', and '_' joins the ind
     blocks.3.adaLN_modulation.1.weight   blocks_3/adaLN_modulation_1/kernel
     t_embedder.mlp.0                     t_embedder/mlp_0
 
-Only `interval` is not SiT's. It is a second embedder like `t_embedder`, for h = t - r, and its
-output is added to the conditioning vector.
+Only `interval` is not SiT's. It is a second embedder like `t_embedder`, for h = t - r, or for r
+where weights were trained so. Its output is added to the conditioning vector.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmf.errors import DmfError
-from dmf.fields import INF, REQUIRED, choice, limited
+from dmf.fields import MOST_BLOCKS, MOST_CLASSES, REQUIRED, WIDEST, choice, limited
 from dmf.method.flow import Condition
 from dmf.networks import attention, layers
 
 TIME_FEATURES = 256
+INTERVAL_INPUTS = ("t-r", "r")
 
 DIT_SIZES: dict[str, dict[str, int]] = {
     "S": {"depth": 12, "width": 384, "heads": 6},
@@ -43,17 +44,21 @@ class DiTConfig:
     num_classes = 0 means no label. Otherwise the table has num_classes + 1 rows, and its last row
     is the null class.
     With interval_init "zero", u(z, r, t) = u(z, t, t) at the start, bit for bit.
+    interval_input tells what the interval branch sees.
     """
 
     kind: str = "dit"  # tells the networks apart
-    depth: int = limited(REQUIRED, 1, INF)  # blocks
-    width: int = limited(REQUIRED, 1, INF)  # channels of a token, a multiple of 4 and of heads
-    heads: int = limited(REQUIRED, 1, INF)  # of attention
-    patch: int = limited(2, 1, INF)  # pixels, or latents, on the side of a token
-    mlp_ratio: float = 4.0  # width of a block's hidden layer, in widths of a token
-    num_classes: int = limited(0, 0, INF)  # of the data; 0 = no label
+    depth: int = limited(REQUIRED, 1, MOST_BLOCKS)  # blocks
+    width: int = limited(REQUIRED, 1, WIDEST)  # channels of a token, a multiple of 4 and of heads
+    heads: int = limited(REQUIRED, 1, WIDEST)  # of attention
+    patch: int = limited(2, 1, WIDEST)  # pixels, or latents, on the side of a token
+    # width of a block's hidden layer, in widths of a token
+    mlp_ratio: float = limited(4.0, 0.01, 100)
+    num_classes: int = limited(0, 0, MOST_CLASSES)  # of the data; 0 = no label
     # * zero | random: the branch of t - r at the start
     interval_init: str = choice("zero", layers.INTERVAL_INITS)
+    # t-r | r: what the interval branch sees; r is for weights that were trained so
+    interval_input: str = choice("t-r", INTERVAL_INPUTS)
 
 
 def position_embedding(height: int, width: int, dim: int) -> np.ndarray:
@@ -230,7 +235,8 @@ class DiT(nn.Module):
         x = PatchEmbed(c.patch, c.width, self.dtype, name="x_embedder")(z)
         x = x + jnp.asarray(position_embedding(rows, columns, c.width), x.dtype)
         cond = TimeEmbedder(c.width, name="t_embedder")(t)
-        cond = cond + TimeEmbedder(c.width, c.interval_init == "zero", name="interval")(t - r)
+        seen = r if c.interval_input == "r" else t - r
+        cond = cond + TimeEmbedder(c.width, c.interval_init == "zero", name="interval")(seen)
         if c.num_classes:
             init = nn.initializers.normal(0.02)
             table = layers.LabelEmbedder(c.num_classes, c.width, init, name="y_embedder")
@@ -284,4 +290,5 @@ def make_dit(
             f"config.network.num_classes is {config.num_classes}; expected 0 (no label) or more."
         )
     layers.check_choice("config.network.interval_init", config.interval_init, layers.INTERVAL_INITS)
+    layers.check_choice("config.network.interval_input", config.interval_input, INTERVAL_INPUTS)
     return DiT(config, dtype, how)

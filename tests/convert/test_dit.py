@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dmf.convert.direction import Direction, turned
 from dmf.convert.meanflow_dit import MEANFLOW_DIT
+from dmf.convert.meanflow_sit import MEANFLOW_SIT
 from dmf.convert.rules import relative_l2
 from dmf.convert.sit import SIT
 from dmf.errors import DmfError
@@ -16,6 +18,7 @@ from tests import conversion
 from tests.conversion import needs_torch
 from tests.convert.dits import PARITY, SILENT, converted, reference
 
+ALL = (SIT, MEANFLOW_DIT, MEANFLOW_SIT)
 FOLDED = {"t_embedder.mlp.0.weight", "final_layer.linear.weight", "final_layer.linear.bias"}
 
 
@@ -30,7 +33,7 @@ def with_interval(weights):
     return weights | {name: 0.5 * weights[name.replace("h_", "t_")][::-1].copy() for name in SILENT}
 
 
-@pytest.mark.parametrize("kind", [SIT, MEANFLOW_DIT], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.name)
 def test_converted_network_equals_the_reference(kind):
     """Outputs of SiT at its time and sign, and of MeanFlow's network at intervals from 0 to 1."""
     _, io = reference(kind)
@@ -42,7 +45,7 @@ def test_converted_network_equals_the_reference(kind):
 
 
 @needs_torch
-@pytest.mark.parametrize("kind", [SIT, MEANFLOW_DIT], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.name)
 def test_torch_forward_equals_the_reference(kind):
     weights, io = reference(kind)
     ((name, theirs),) = torch_outputs(kind, weights, io).items()
@@ -50,7 +53,7 @@ def test_torch_forward_equals_the_reference(kind):
 
 
 @needs_torch
-@pytest.mark.parametrize("kind", [SIT, MEANFLOW_DIT], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.name)
 def test_forward_check_on_the_probe(kind):
     weights, _ = reference(kind)
     config, shape, network, params = converted(kind)
@@ -61,6 +64,56 @@ def test_forward_check_on_the_probe(kind):
         relative_l2(ours[k], theirs[k]) <= PARITY for k in ours
     )
     assert len(set(arrays["t"])) == len(arrays["t"]) and config.num_classes in arrays["y"]
+
+
+@pytest.mark.parametrize("name", ["r_embedder", "h_embedder"])
+def test_meanflows_second_embedder_sees_the_interval_or_r_itself(name):
+    """Either name; with second = r the same weights see r, which is another network."""
+    weights, io = reference(MEANFLOW_SIT)
+    weights = {key.replace("r_embedder", name): x for key, x in weights.items()}
+    config, shape, network, params = conversion.convert_arrays(MEANFLOW_SIT, weights, {"heads": 4})
+    assert (config.interval_input, config.num_classes, shape) == ("t-r", 5, (8, 8, 4))
+    given = {"heads": 4, "second": "r"}
+    other, _, sees_r, same = conversion.convert_arrays(MEANFLOW_SIT, weights, given)
+    assert other.interval_input == "r" and jax.tree.all(jax.tree.map(np.array_equal, same, params))
+    mirrored = MEANFLOW_SIT.outputs(sees_r, params, io | {"r": io["t"] - io["r"]})["u"]
+    assert relative_l2(mirrored, io["u"]) <= PARITY
+    assert relative_l2(MEANFLOW_SIT.outputs(sees_r, params, io)["u"], io["u"]) > 0.01
+
+
+@needs_torch
+def test_pytorch_sees_r_where_our_network_does():
+    weights, _ = reference(MEANFLOW_SIT)
+    given = {"heads": 4, "second": "r"}
+    config, shape, network, params = conversion.convert_arrays(MEANFLOW_SIT, weights, given)
+    arrays = MEANFLOW_SIT.probe(config, shape)
+    theirs = torch_outputs(MEANFLOW_SIT, weights, arrays)["u"]
+    assert relative_l2(MEANFLOW_SIT.outputs(network, params, arrays)["u"], theirs) <= PARITY
+
+
+def test_meanflows_transformer_and_its_second_embedder_are_told_apart():
+    weights, _ = reference(MEANFLOW_SIT)
+    flow = {name: x for name, x in weights.items() if not name.startswith("r_")}
+    both = weights | {name.replace("r_embedder", "h_embedder"): x for name, x in weights.items()}
+    cases = [
+        (MEANFLOW_SIT, flow, {}, "second embedders in the file: none; expected one of r_embedder"),
+        (MEANFLOW_SIT, both, {}, "in the file: r_embedder and h_embedder; expected one of"),
+        (MEANFLOW_SIT, weights, {"second": "s"}, "--set=second is 's'; expected"),
+        (MEANFLOW_SIT, weights, {"depth": 2}, "--set=depth=2: expected heads or resolution or sec"),
+        (SIT, weights, {}, "has an r_embedder, as MeanFlow's: expected --kind=meanflow_sit"),
+    ]
+    for kind, file, given, message in cases:
+        with pytest.raises(DmfError, match=message):
+            conversion.convert_arrays(kind, file, {"heads": 4, **given})
+    config, shape, _, _ = conversion.convert_arrays(
+        MEANFLOW_SIT, weights, {"heads": 4, "second": "r"}
+    )
+    reversed_time = Direction("noise_at_0", "noise_minus_data", other_time=True)
+    with pytest.raises(DmfError, match="second=r,time=noise_at_0: expected second=t-r or the oth"):
+        turned(MEANFLOW_SIT.rules(config, shape, None), config, reversed_time)
+    for kind in (SIT, MEANFLOW_DIT):  # whose programs know no such network
+        with pytest.raises(DmfError, match="network.interval_input is 'r': expected 't-r'"):
+            kind.rules(config, shape, None)
 
 
 @needs_torch
