@@ -35,6 +35,7 @@ DTYPES = ("float32", "bfloat16")
 REMATS = ("none", "blocks", "dots")
 PRECISIONS = ("default", "high", "highest")
 KERNELS = tuple(attention.KERNELS)
+SCORES = 100_000  # of a run, and their checkpoints, at most
 INIT_LABELS = ("keep", "fresh", "none")  # or the name of a .json file
 INIT_HINT = (
     "for other classes than the start's set config.init_labels to keep, fresh, none or a .json file"
@@ -106,7 +107,7 @@ class RunConfig:
     # newest ones kept apart from the stage boundaries; while the newest is being written, the one
     # before it is the only whole one
     keep_checkpoints: int = limited(2, 2, INF)
-    sample_rows: int = limited(8, 1, INF)  # the sample grid has this many rows and columns
+    sample_rows: int = limited(8, 1, 1000)  # the sample grid has this many rows and columns
     score_samples: int = limited(2000, 0, INF)  # samples per score; 0 = no scores
     # numbers of steps scored before and after the curriculum; at other stages: the first of them
     score_steps: tuple[int, ...] = limited((1, 2, 4, 32), 1, INF, empty=False)
@@ -205,6 +206,12 @@ def check(config: Config, num_classes: int, dataset_size: int) -> tuple[Stage, .
     stages = build_stages(config.curriculum, config.batch_size, dataset_size, *extra)
     _check_kinds(config, stages)
     _check_guidance(config, stages)
+    every = config.run.score_every_steps
+    if every and stages[-1].last // every > SCORES:
+        raise DmfError(
+            f"config.run.score_every_steps = {every}: the run would be scored "
+            f"{stages[-1].last // every} times; expected at most {SCORES} times"
+        )
     return stages
 
 

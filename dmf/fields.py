@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-import sys
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -22,10 +21,14 @@ from dmf.errors import DmfError
 
 T = TypeVar("T")
 
-LEAST = sys.float_info.min  # the least positive number: the low end of a range without zero
+# Numbers become float32 and int32 on the devices: none may become 0, infinite or negative.
+LEAST = 2.0**-126  # the least positive number: the low end of a range without zero
 ABOVE_1 = 1 + 1e-9  # the low end of a range without one
 BELOW_1 = 1 - 1e-9  # the high end of a range without one
-INF = sys.float_info.max  # a range without a high end still refuses infinity
+INF = (2 - 2.0**-23) * 2.0**127  # a range without a high end still refuses infinity
+MOST = 2**31 - 1  # the high end of a whole number in a range without one
+WIDEST, MOST_BLOCKS, MOST_CLASSES = 2**16, 2**10, 2**24  # of a network, beyond any that was built
+MANY = 10_000  # numbers in a tuple, at most
 REQUIRED: Any = dataclasses.MISSING  # a default that is none: the field must be given
 RANGE, CHOICES = "range", "choices"  # keys of a field's metadata
 # Former names of fields, which were kinds of stages, and what they are now: the kinds' arithmetic.
@@ -49,8 +52,13 @@ class Range(NamedTuple):
         """The range in words, as in "expected a number above 0 and at most 1"."""
         least = {LEAST: "above 0", ABOVE_1: "above 1", -INF: "that is finite"}
         most = {BELOW_1: " and below 1", INF: ""}
-        low, high = f"of at least {self.low:g}", f" and at most {self.high:g}"
+        low, high = f"of at least {self.low:.10g}", f" and at most {self.high:.10g}"
         return least.get(self.low, low) + most.get(self.high, high)
+
+    def of(self, number: float) -> Range:
+        """The same range for a number like this one: whole numbers have a high end."""
+        whole = isinstance(number, int) and self.high == INF
+        return self._replace(high=MOST) if whole else self
 
 
 def limited(default: T, low: float, high: float, *, empty: bool = True) -> T:
@@ -160,8 +168,13 @@ def _renamed(values: Mapping[str, Any], names: Mapping[str, str], path: str) -> 
 
 def _check_range(allowed: Range, value: Any, where: str) -> None:
     numbers = value if isinstance(value, tuple) else (value,)
-    if not all(allowed.low <= number <= allowed.high for number in numbers):
-        raise DmfError(f"{where} = {value}: expected a number {allowed}")
+    if len(numbers) > MANY:
+        raise DmfError(f"{where} has {len(numbers)} numbers: expected at most {MANY}")
+    for number in numbers:
+        fit = allowed.of(number)
+        if not fit.low <= number <= fit.high:
+            beyond = " and finite in float32" * (fit.high == INF and not number <= INF)
+            raise DmfError(f"{where} = {value!s:.100}: expected a number {fit}{beyond}")
     if not numbers and not allowed.empty:
         raise DmfError(f"{where} = (): expected at least one number")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import logging
@@ -14,24 +15,60 @@ from pathlib import Path
 from typing import Any
 
 from dmf.errors import short
-from dmf.storage import paths
+from dmf.storage import paths, records
 
+STEP = {"step": records.COUNT}  # the least that a row tells
+ASIDE = ".bad"  # ends the name of the file that keeps the bad lines of another
 log = logging.getLogger(__name__)
 
 
 class JsonLines:
     """A file of JSON objects, one per line, each with its step; flushed at every line."""
 
-    def __init__(self, path: Path, writes: bool = True):
-        """writes: False for a process that only reads the file."""
-        self.path, self._writes = path, writes
+    def __init__(self, path: Path, writes: bool = True, form: Any = STEP):
+        """writes: False for a process that only reads the file. form: of a row."""
+        self.path, self._writes, self._form = path, writes, form
 
     def resume(self, step: int) -> None:
-        """Drops rows beyond the step that a run resumes from, and a line that a kill has cut."""
-        kept = [row for row in self.read() if row["step"] <= step]
-        if self._writes and self.path.exists():
-            with paths.writing(self.path):
-                paths.write(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        """Drops rows beyond the step that a run resumes from, and a line that a kill has cut.
+
+        A bad line before the last one is kept aside, in a file beside it. Lines that are there
+        twice or out of order are put right. Each of these is told.
+        """
+        if not self._writes or not self.path.exists():
+            return
+        found = records.lines(self.path, self._form)
+        kept = [row for row in _in_order(found) if row["step"] <= step]
+        content = "".join(json.dumps(row) + "\n" for row in kept).encode()
+        if content == b"".join(line.content for line in found):
+            return
+        self._tell(found, step)
+        with paths.writing(self.path):
+            aside = [line.content for line in found if line.fault and not records.is_torn(line)]
+            if aside:  # first, so that a kill loses none
+                text = b"".join(aside).decode(errors="backslashreplace")
+                paths.append(self.path.with_name(self.path.name + ASIDE), text)
+            paths.write(self.path, content)
+
+    def _tell(self, found: list[records.Line], step: int) -> None:
+        """Warns of what `resume` is about to change."""
+        for line in found:
+            if line.fault:
+                rest = "it was cut off and is left out"
+                if not records.is_torn(line):
+                    rest = f"it is kept in {self.path.name}{ASIDE}"
+                log.warning("%s line %d: %s; %s", self.path, line.number, line.fault, rest)
+        good = [line for line in found if not line.fault]
+        order, rows = _in_order(found), [line.value for line in good]
+        if len(order) < len(rows):
+            log.warning("%s has %d lines twice; once is kept", self.path, len(rows) - len(order))
+        steps = [row["step"] for row in rows]
+        if steps != sorted(steps):
+            log.warning("%s has lines out of order; they are sorted by step", self.path)
+        if beyond := sum(row["step"] > step for row in order):
+            print(
+                f"note      {self.path}: {beyond} rows after step {step} are left out", flush=True
+            )
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Adds a row. Raises DmfError where the disk is full."""
@@ -40,14 +77,14 @@ class JsonLines:
                 paths.append(self.path, json.dumps(row) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """All complete rows; a last line that a kill has cut is ignored."""
-        rows = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else []:
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return rows
+        """All good rows by their step; a last line that a kill has cut is ignored."""
+        return _in_order(records.lines(self.path, self._form))
+
+
+def _in_order(found: list[records.Line]) -> list[dict[str, Any]]:
+    """The values of the good lines, each once, sorted by step."""
+    once = {json.dumps(line.value, sort_keys=True): line.value for line in found if not line.fault}
+    return sorted(once.values(), key=lambda row: row["step"])
 
 
 class TensorBoard:
@@ -177,3 +214,22 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}"
+
+
+def _is_of_others(record: logging.LogRecord) -> bool:
+    late = record.name == "asyncio" and "exception was never retrieved" in record.getMessage()
+    return not late and "orbax" not in Path(record.pathname).parts
+
+
+@functools.cache
+def quieten() -> None:
+    """Keeps Orbax's threads from printing tracebacks: the error itself arrives and is told once."""
+    for name in ("absl", "asyncio", None):  # Orbax uses all three
+        logging.getLogger(name).addFilter(_is_of_others)
+    before = sys.unraisablehook
+
+    def others(found: sys.UnraisableHookArgs) -> None:
+        if str(found.exc_value) != "Event loop is closed":  # by a save that has failed
+            before(found)
+
+    sys.unraisablehook = others

@@ -59,6 +59,7 @@ def _start(config: Config, workdir: str, stop: sigterm.Stop) -> None:
     from dmf import processes
 
     processes.start(FLAGS.distributed)
+    processes.find_devices()
     if processes.several():
         stop.share(processes.Board())
     if not processes.is_first():  # one process speaks for all; errors still go to stderr
@@ -223,7 +224,12 @@ def main(argv: list[str]) -> int:
     # Tracing makes very many objects that stay. Looking through them less often saves a fifth.
     gc.set_threshold(100_000, 50)
     logging.set_verbosity(logging.WARNING)
-    command.parse()()
+    call = command.parse()
+    if FLAGS.mode != start.TRAIN:  # which joins the other processes before
+        from dmf import processes
+
+        processes.find_devices()
+    call()
     return start.begin(sys.argv).status
 
 

@@ -63,7 +63,7 @@ class EMAConfig:
     # * largest half-life as a share of the images seen since the last reset; 0 = no ramp
     rampup_ratio: float = limited(0.05, 0, INF)
     # * half-life of the EMA that is sampled, scored and handed over; 0 = the raw weights
-    evaluate: float = 1.774e6
+    evaluate: float = limited(1.774e6, 0, INF)
 
     def index(self) -> int | None:
         """Position of the evaluated EMA, None for the raw weights."""

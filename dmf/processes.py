@@ -8,6 +8,7 @@ would leave the others waiting.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -19,12 +20,19 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dmf.errors import DmfError
+from dmf.errors import DmfError, short
 
 USUAL = 4096  # bytes that processes exchange at once; a longer message takes a second exchange
 HEADER = 8  # bytes of a message that tell its length
 PATIENCE_S = 5.0  # how long a file of another process may take to be seen
 HEARTBEAT_S = 30  # a process that is silent for so long ends the run
+PLATFORMS = "JAX_PLATFORMS"  # the variable that names the devices to use
+GPU = "an NVIDIA GPU, and the packages that fit its driver by ./launch/cloud/gpu.sh --install"
+# Its value -> what makes such devices usable; "" where jax finds a plugin by itself.
+INSTALL = {
+    "tpu": "a TPU, and its packages by ./launch/cloud/worker.sh install tpu",
+    **dict.fromkeys(("cuda", "gpu", ""), GPU),
+}
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -62,6 +70,36 @@ def start(detect: bool = False) -> None:
             f"the processes of the run cannot find each other: {reason}; expected "
             f"{', '.join(VARIABLES)}, or with --distributed a TPU pod, Slurm or Open MPI"
         ) from error
+
+
+def find_devices() -> None:
+    """Starts the devices of jax. Raises DmfError where those that were asked for do not work.
+
+    jax only logs that a plugin does not fit the driver, and would go on on the CPU.
+    """
+    log, told, platform = logging.getLogger("jax._src.xla_bridge"), list[str](), "cpu"
+
+    def keep(record: logging.LogRecord) -> bool:
+        if not record.getMessage().startswith("Jax plugin configuration error"):
+            return True
+        error = record.exc_info[1] if record.exc_info else None
+        told.append(short(error) if error else record.getMessage()[:200])
+        return False
+
+    log.addFilter(keep)
+    try:
+        platform = jax.devices()[0].platform
+    except AssertionError:  # so says jax where no device is left
+        told.append("no such device is visible")
+    except RuntimeError as error:
+        told.append(short(error).partition(" (set JAX_")[0])
+    finally:
+        log.removeFilter(keep)
+    asked = os.environ.get(PLATFORMS, "")
+    if told and platform == "cpu" and asked != "cpu":
+        wanted = INSTALL.get(asked, "cpu, cuda or tpu")
+        what = f"{PLATFORMS}={asked}" if asked else "the plugin of the GPU"
+        raise DmfError(f"{what} does not work: {told[0]}; expected {wanted}, or {PLATFORMS}=cpu")
 
 
 def several() -> bool:

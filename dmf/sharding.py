@@ -8,6 +8,7 @@ split over its "fsdp" devices, which gather the weights for a step. No other fil
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -88,6 +89,47 @@ def describe(mesh: Mesh, tree: Any) -> str:
     return (
         f"{parts}, {jax.process_count()} process(es), {held / 1e6:,.1f} MB of state on each device"
     )
+
+
+def device_bytes(mesh: Mesh) -> int:
+    """The memory of one device of the mesh; of a CPU its share of the machine's memory."""
+    device = mesh.local_devices[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit:
+        return limit
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return machine // len(mesh.local_devices)
+
+
+def check_memory(mesh: Mesh, like: Any, params: Any) -> None:
+    """Raises DmfError where no device can hold the state and a gradient of it.
+
+    like, params: the state and its parameters, as shapes with their places.
+    """
+    state, gradient = (
+        sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+        for leaves in (jax.tree.leaves(like), jax.tree.leaves(params))
+    )
+    if state + gradient > (limit := device_bytes(mesh)):
+        raise DmfError(
+            f"config.network: weights, optimiser and averages take {state / 1e9:,.1f} GB on each "
+            f"device, a gradient {gradient / 1e9:,.1f} GB; expected less than its "
+            f"{limit / 1e9:,.1f} GB, by a smaller network, a larger config.mesh.fsdp or fewer "
+            "config.ema.halflife_images"
+        )
+
+
+def memory(mesh: Mesh, program: jax.stages.Compiled) -> str:
+    """What a compiled step takes of a device's memory, in words; "" where XLA does not tell it.
+
+    It holds state, batch, gradient and activations at one time.
+    """
+    found, limit = program.memory_analysis(), device_bytes(mesh)
+    if found is None:
+        return ""
+    needed = found.argument_size_in_bytes + found.temp_size_in_bytes
+    line = f"a step takes about {needed / 1e9:,.2f} GB of each device's {limit / 1e9:,.1f} GB"
+    return line + "; it will not fit: see docs/memory.md" * (needed > limit)
 
 
 def check_batch(mesh: Mesh, batch_size: int) -> None:

@@ -22,6 +22,7 @@ benchmark_digits | docs/performance.md: the digits' transformer | docs/benchmark
 benchmark_dit | docs/performance.md: four blocks of SiT-S/2 | docs/benchmark_dit_cpu.json | | | python main.py --mode=benchmark --config=configs/imagenet256.py:S --config.data.mock --config.batch_size=8 --config.network.depth=4 --out=docs/benchmark_dit_cpu.json
 pytorch | docs/performance.md: PyTorch's time by ours | docs/against_pytorch.json | | parity | python launch/tables/against_pytorch.py --depth=4 --dit_batch=8 --channels=32 --blocks=1 --size=16 --unet_batch=8 --rounds=5 --out=docs/against_pytorch.json
 kills | docs/runs.md: the same bits after kills | docs/kills.json | 10 minutes on 2 cores | | python launch/tables/kills.py --kills=100 --out=docs/kills.json
+edits | docs/runs.md: edits of the JSON of a run | docs/edits.json | 20 minutes on 2 cores | | python launch/tables/edits.py --count=400 --out=docs/edits.json
 places | docs/runs.md: full disks and missing rights | docs/places.json | 8 minutes on 2 cores, as root | | python launch/tables/places.py --out=docs/places.json
 start_times | docs/performance.md: first and later starts | docs/start_times.json | 5 minutes on 2 cores | | python launch/tables/start_times.py --out=docs/start_times.json
 memory | docs/memory.md: what a run needs | docs/memory.json | | | python launch/tables/memory_table.py --out=docs/memory.json

@@ -7,6 +7,7 @@ Google Cloud SDK 528: it is cut at blanks, and ssh joins the words again.
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -84,11 +85,16 @@ told = {name: value for name, value in os.environ.items() if name.startswith("JA
 print("step 1", flush=True)
 with open(here + "/programs.jsonl", "a") as file:
     file.write(json.dumps([words[1:], told]) + chr(10))
-for _ in range(600 if what.get("goes_on") else 0):
+for _ in range(6000 if what.get("goes_on") else 0):
     time.sleep(0.1)
 print(what.get("out", "weights"), flush=True)
 sys.exit(what.get("status", 0))
 """
+
+
+def unnumbered(word):
+    """A word or a text without the number of the process, which the name of its bundle has."""
+    return re.sub(r"\.\d+\.bundle\b", ".bundle", word) if isinstance(word, str) else word
 
 
 class Bench:
@@ -155,7 +161,7 @@ class Bench:
             env={**self.environment, **environment},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
         )
         return done.returncode, done.stdout, done.stderr
 
@@ -167,6 +173,7 @@ class Bench:
         found = (
             [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         )
+        found = [[unnumbered(word) for word in words] for words in found]
         return [words for words in found if tool in (None, words[0])]
 
     def calls(self, tool="gcloud"):
@@ -193,8 +200,8 @@ def shown(text):
     ]
 
 
-def until(condition, seconds=30):
-    """Returns once it holds."""
+def until(condition, seconds=200):
+    """Returns once it holds. A machine may be busy: the deadline is for what never comes."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 import re
 import subprocess
 import sys
@@ -266,18 +267,61 @@ def numbers(values, path="config"):
             yield where, f
 
 
+NETWORKS = (dict(kind="unet"), dict(kind="adm"), dict(kind="mlp"), TINY["network"])
+
+
 def test_every_number_of_the_config_has_its_range():
-    # Checks of these need another field, the data or the network.
-    elsewhere = {
-        "config.data.holdout_fraction",
-        "config.curriculum.stages",
-        "config.ema.evaluate",
-        "config.network.attention_resolutions",
-        "config.network.mlp_ratio",
-    }
-    for network in (dict(kind="unet"), dict(kind="adm"), dict(kind="mlp"), TINY["network"]):
+    for network in NETWORKS:
         for path, f in numbers(config.parse(dict(network=network))):
-            assert (fields.RANGE in f.metadata) == (path not in elsewhere), path
+            assert fields.RANGE in f.metadata, path
+
+
+def outside(rng, allowed, whole):
+    """A number that a range does not allow, of the field's type."""
+    allowed = allowed.of(1 if whole else 1.0)
+    if whole:
+        beyond = [int(allowed.high) + 1, 10**12, 2**63, 10**30, -1, -(2**40), allowed.low - 1]
+    else:
+        beyond = [float("nan"), float("inf"), float("-inf"), 1e300, -1e300, allowed.high * 2 + 1]
+    return rng.choice([n for n in beyond if not allowed.low <= n <= allowed.high])
+
+
+def test_two_hundred_numbers_outside_their_range_are_refused():
+    rng = random.Random(0)
+    known = [(n, *found) for n in NETWORKS for found in numbers(config.parse(dict(network=n)))]
+    for _ in range(200):
+        network, path, f = rng.choice(known)
+        whole = "int" in str(f.type)
+        value = outside(rng, f.metadata[fields.RANGE], whole)
+        *sections, name = path.split(".")[1:]
+        values = {name: (value,) if "tuple" in str(f.type) else value}
+        for section in reversed(sections):
+            values = {section: values}
+        values = merged(dict(network=network), **values)
+        with pytest.raises(DmfError) as error:
+            config.parse(values)
+        text = str(error.value)
+        assert text.startswith(f"{path} = ") and "expected a number" in text and "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(q=1e38), "config.curriculum.q = 1e+38: stage 1 has the interval 1e-38; expected at"),
+        (dict(length=1e12), "config.curriculum.length = 1e+12 steps: the run has 1e+12 steps; exp"),
+        (dict(stages=10**9), "config.curriculum.stages = 1000000000: expected a number of at leas"),
+        (dict(stage_lengths=(1.0,) * 10_001), "config.curriculum.stage_lengths has 10001 numbers"),
+    ],
+)
+def test_what_would_take_all_memory_or_vanish_in_float32_is_refused(change, message):
+    with pytest.raises(DmfError, match=re.escape(message)):
+        config.check(config.parse(dict(network=NETWORKS[2], curriculum=change)), 10, 10_000)
+
+
+def test_a_run_is_scored_a_bounded_number_of_times():
+    values = dict(network=NETWORKS[2], run=dict(score_every_steps=1))
+    with pytest.raises(DmfError, match="score_every_steps = 1: the run would be scored 200000 tim"):
+        config.check(config.parse(merged(values, curriculum=dict(length=2e5))), 10, 10_000)
 
 
 def test_the_config_loads_no_reader_and_nothing_of_a_run():

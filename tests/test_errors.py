@@ -227,6 +227,18 @@ CASES = {
         lambda d, t: ["--mode=sample", f"--workdir={d}", "--steps=1,x"],
         "--steps=1,x: expected positive whole numbers",
     ),
+    "steps in a digit that is none": (
+        lambda d, t: ["--mode=sample", f"--workdir={d}", "--steps=²"],
+        "--steps=²: expected positive whole numbers",
+    ),
+    "steps beyond 32 bits": (
+        lambda d, t: ["--mode=sample", f"--workdir={d}", "--steps=2147483648"],
+        "--steps=2147483648: expected positive whole numbers",
+    ),
+    "a count beyond 32 bits": (
+        lambda d, t: ["--mode=score", f"--workdir={d}", "--count=99999999999"],
+        "flag --count=99999999999: 99999999999 is not an integer in the range [0, 2147483647]",
+    ),
 }
 
 # Some from each place that refuses: absl, the config, the checkpoint, the data, and the devices.

@@ -1,17 +1,22 @@
 """Two real processes as one run: they train, are killed, and go on together or not at all."""
 
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
 
+from dmf import processes
 from dmf.config import parse
+from dmf.errors import DmfError
 from dmf.storage import checkpoint
 from tests import ROOT
 from tests import devices as flags_of
@@ -137,6 +142,47 @@ def test_two_processes_killed_go_on_as_one_and_then_as_two(uninterrupted, tmp_pa
     }
 
 
+@pytest.mark.parametrize(
+    ("asked", "error", "message"),
+    [
+        ("cuda", AssertionError(), "JAX_PLATFORMS=cuda does not work: no such device is visible; "),
+        (
+            "tpu",
+            RuntimeError("no\nlibtpu"),
+            "JAX_PLATFORMS=tpu does not work: RuntimeError: no lib",
+        ),
+    ],
+)
+def test_devices_that_are_not_there_are_one_line(asked, error, message, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", asked)
+    monkeypatch.setattr(jax, "devices", mock.Mock(side_effect=error))
+    with pytest.raises(DmfError, match=message) as found:
+        processes.find_devices()
+    text, tpu = str(found.value), "worker.sh install tpu"
+    assert text.endswith(", or JAX_PLATFORMS=cpu") and "\n" not in text
+    assert (tpu in text) == (asked == "tpu") and ("gpu.sh --install" in text) == (asked == "cuda")
+
+
+def test_a_plugin_that_does_not_fit_the_driver_is_refused_in_one_line(monkeypatch, caplog):
+    def devices():  # jax tells it in its log, with a traceback, and takes the CPU
+        try:
+            raise RuntimeError("CUDA driver version is insufficient for CUDA runtime version")
+        except RuntimeError:
+            logging.getLogger("jax._src.xla_bridge").exception(
+                "Jax plugin configuration error: Exception when calling jax_plugins.initialize()"
+            )
+        return [SimpleNamespace(platform="cpu")]
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    line = "the plugin of the GPU does not work: RuntimeError: CUDA driver version is insufficient"
+    with pytest.raises(DmfError, match=line):
+        processes.find_devices()
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    processes.find_devices()
+    assert caplog.text == ""
+
+
 def test_an_error_of_one_process_ends_both_with_its_line(tmp_path):
     # Only process 0 opens the work directory's own files; the other one hears of it.
     workdir = tmp_path / "run"
@@ -147,7 +193,7 @@ def test_an_error_of_one_process_ends_both_with_its_line(tmp_path):
     for status, _, error in Group(tmp_path, workdir, 2).finish():
         assert status == 2
         assert "config.json is not the JSON of a config" in error and "Traceback" not in error
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 200
 
 
 SAYS = """
@@ -205,9 +251,9 @@ def test_one_process_that_dies_takes_the_other_with_it(tmp_path):
     group.wait_for_step(workdir, 2)
     group.processes[1].send_signal(signal.SIGKILL)
     began = time.monotonic()
-    first, second = group.finish(timeout=120)
+    first, second = group.finish(timeout=240)
     assert first[0] != 0 and second[0] != 0
-    assert time.monotonic() - began < 100
+    assert time.monotonic() - began < 200
 
 
 @pytest.mark.parametrize(

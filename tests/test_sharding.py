@@ -204,3 +204,32 @@ def test_a_checkpoint_of_split_weights_is_read_on_any_other_mesh(tmp_path):
             for a, b in zip(jax.tree.leaves(like), jax.tree.leaves(found), strict=True)
         )
     saved.close()
+
+
+def test_a_state_that_no_device_can_hold_is_refused_before_it_is_made(monkeypatch):
+    mesh = sharding.make_mesh(MeshConfig(replica=1, fsdp=2), devices=jax.devices()[:2])
+    shapes = {"params": (2**16, 100), "ema": (2**16, 100), "step": ()}
+    tree = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    like = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        tree,
+        sharding.placed(mesh, tree),
+    )
+    needed = 3 * 2**16 * 100 * 4 // 2 + 4  # of each of two devices, which split the large arrays
+    monkeypatch.setattr(sharding, "device_bytes", lambda mesh: needed)
+    sharding.check_memory(mesh, like, like["params"])
+    monkeypatch.setattr(sharding, "device_bytes", lambda mesh: needed - 1)
+    with pytest.raises(DmfError, match="averages take 0.0 GB on each device, a gradient 0.0 GB"):
+        sharding.check_memory(mesh, like, like["params"])
+
+
+def test_the_memory_of_a_step_is_told_beside_that_of_the_device(monkeypatch):
+    mesh = sharding.make_mesh(MeshConfig(), devices=jax.devices()[:1])
+    program = jax.jit(lambda x: (x @ x).sum()).lower(jnp.ones((2000, 2000))).compile()
+    monkeypatch.setattr(sharding, "device_bytes", lambda mesh: 10**9)
+    line = sharding.memory(mesh, program)
+    assert re.fullmatch(r"a step takes about 0\.0[23] GB of each device's 1\.0 GB", line), line
+    monkeypatch.setattr(sharding, "device_bytes", lambda mesh: 10**6)
+    assert sharding.memory(mesh, program).endswith("it will not fit: see docs/memory.md")
+    monkeypatch.undo()
+    assert sharding.device_bytes(mesh) > 10**8

@@ -34,7 +34,7 @@ from dmf.convert.encode_read import Chunk, Decoded, chunks, decoded
 from dmf.data import images, shards
 from dmf.errors import DmfError
 from dmf.logging import Count
-from dmf.storage import paths
+from dmf.storage import paths, records
 
 LAYOUT = (
     "record 2 i + flip of a shard: image i, or its mirror image, "
@@ -331,6 +331,6 @@ def _finish(folder: Path, plan: dict[str, Any], files: list[Path]) -> None:
         {"name": f.name, **{k: s[k] for k in told}} for f, s in zip(files, sidecars, strict=True)
     ]
     about = {**plan, "made_with": made_with, "labels": labels, "shards": entries}
-    shards.write_json(folder / shards.METADATA, shards.sealed(about))
+    shards.write_json(folder / shards.METADATA, records.sealed(about))
     size = f"{sum(e['bytes'] for e in entries) / 1e9:.2f} GB in {len(files)} shards"
     print(f"complete  {folder}: {plan['count']:,} images and their mirror images, {size}")

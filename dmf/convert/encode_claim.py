@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +12,7 @@ from dmf.config import differences
 from dmf.data import shards
 from dmf.errors import DmfError
 from dmf.logging import Count
-from dmf.storage import paths
+from dmf.storage import paths, records
 
 VERIFIERS = 4  # threads: hashing frees the interpreter's lock
 
@@ -73,12 +72,7 @@ def _settle(path: Path, plan: dict[str, Any], parts: dict[Path, str]) -> None:
 
 def _changes(path: Path, plan: dict[str, Any]) -> list[str]:
     """What differs between the plan of a file and this one. Raises DmfError."""
-    try:
-        return differences(json.loads(path.read_text()), plan, "plan")
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise DmfError(
-            f"{path} cannot be read ({type(error).__name__}): expected what an encoding wrote there"
-        ) from error
+    return differences(records.read(path, dict, "what an encoding wrote there"), plan, "plan")
 
 
 def _is_of(path: Path, identity: str) -> bool:

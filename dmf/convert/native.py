@@ -18,6 +18,7 @@ from dmf.convert.leaves import flat
 from dmf.convert.rules import Rule, mirrored
 from dmf.errors import DmfError
 from dmf.networks import every
+from dmf.storage import records
 from dmf.storage.readers.tree import Tensor, flatten
 
 METADATA = "dmf"  # its key: JSON with network, image_shape, conventions, licence
@@ -62,20 +63,10 @@ def _describe(tensors: Tensors, given: Mapping[str, Any]) -> tuple[Any, Shape]:
             f"no metadata under {METADATA!r}: "
             "expected a .safetensors file that dmf has exported, and no --set"
         )
-    try:
-        values, shape = json.loads(given["network"]), json.loads(given["image_shape"])
-    except ValueError as error:
-        raise DmfError(
-            f"its metadata is no JSON ({error}): expected a file that dmf has exported"
-        ) from error
-    if (
-        not isinstance(values, dict)
-        or not isinstance(shape, list)
-        or not all(type(n) is int and n > 0 for n in shape)
-    ):
-        raise DmfError(
-            "its metadata names no network and image shape: expected a file that dmf has exported"
-        )
+    wanted = "a file that dmf has exported"
+    values = records.parse(given["network"], dict, "its metadata, network", wanted)
+    sizes = [records.POSITIVE]
+    shape = records.parse(given["image_shape"], sizes, "its metadata, image_shape", wanted)
     return every.network_config(values), tuple(shape)
 
 

@@ -21,10 +21,12 @@ from dmf.convert.direction import Direction
 from dmf.convert.kind import ASSUMED, Fact, Kind, Shape, Tensors
 from dmf.convert.native import METADATA
 from dmf.errors import DmfError
+from dmf.storage import records
 from dmf.storage.readers.read import Inert, Weights
 from dmf.storage.readers.span import short
 
 CONFIG = "config.json"
+BESIDE = "the JSON that belongs to these weights, or no such file beside them"
 LARGEST = 2**20  # bytes of a config.json that is read
 ARGUMENTS = ("args", "hyper_parameters", "hparams", "config", "cfg")  # keys in a checkpoint
 
@@ -89,12 +91,9 @@ def _config_json(file: Path) -> Any:
     try:
         if not path.is_file() or path.stat().st_size > LARGEST:
             return None
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DmfError(
-            f"{path} cannot be read ({type(error).__name__}): "
-            "expected the JSON that belongs to these weights, or no such file beside them"
-        ) from error
+    except OSError as error:
+        raise DmfError(f"{path} cannot be read ({error.strerror}); expected {BESIDE}") from error
+    return records.read(path, records.ANY, BESIDE)
 
 
 def adopted(told: list[Said], tensors: Tensors, given: Mapping[str, Any]) -> dict[str, Said]:

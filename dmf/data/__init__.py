@@ -30,7 +30,7 @@ class DataConfig:
     # imagenet256_latents: what --mode=encode has written
     data_dir: str = ""
     # digits, photos: share of the one set that is "heldout", whatever the training seed
-    holdout_fraction: float = 0.25
+    holdout_fraction: float = limited(0.25, 0, 1)
     # cifar10, imagenet256_latents: random images, to try the code path only; reads no file
     mock: bool = False
     # * mirror each training image with probability 1/2, without telling the network;

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dmf.data import metadata, shards
+from dmf.data import shards
 from dmf.errors import DmfError
 from dmf.storage import paths
 
@@ -76,9 +76,9 @@ def read(data_dir: str, split: str, flip: bool) -> Latents:
             f"config.data.data_dir is '' for {NAME!r}: expected the OUT of `--mode=encode`"
         )
     root = Path(paths.expanded(data_dir))
-    folder = root if split == "train" and os.path.isfile(root / metadata.METADATA) else root / split
-    about = metadata.metadata(folder)
-    for name, size, _ in metadata.files(about):
+    folder = root if split == "train" and os.path.isfile(root / shards.METADATA) else root / split
+    about = shards.metadata(folder)
+    for name, size, _ in shards.files(about):
         shards.check_size(folder / name, size)
     labels = _labels(folder, about)
     return Latents(
@@ -112,7 +112,7 @@ def mock(split: str, flip: bool) -> Latents:
 
 
 def _labels(folder: Path, about: dict[str, Any]) -> np.ndarray:
-    path, entry = folder / metadata.LABELS, about["labels"]
+    path, entry = folder / shards.LABELS, about["labels"]
     shards.check_sum(path, entry["bytes"], entry["sha256"])
     try:
         labels = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)

@@ -28,21 +28,43 @@ from typing import Any
 
 import numpy as np
 
-from dmf.data.metadata import (  # noqa: F401 - some are here for `dmf.convert.encode` alone
-    DTYPES,
-    FORMAT,
-    LABELS,
-    METADATA,
-    PLAN,
-    files,
-    metadata,
-    name,
-    seal_of,
-    sealed,
-)
 from dmf.errors import DmfError
-from dmf.storage import atomic
+from dmf.storage import atomic, records
 from dmf.storage.paths import sha256
+from dmf.storage.records import COUNT, POSITIVE, Is, Maybe
+
+FORMAT = 1
+PLAN, METADATA, LABELS = "plan.json", "metadata.json", "labels.npy"
+DTYPES = {"float32": "<f4", "float16": "<f2"}
+HOW = "what `--mode=encode` has written to its end; the same command goes on where it stopped"
+AGAIN = "what an encoding wrote there; the command makes it again"
+ENTRY = {"name": str, "sha256": str, "bytes": COUNT}  # a file
+# What an encoded split says of itself, besides its format.
+FORM = {
+    "count": POSITIVE,
+    "num_classes": COUNT,
+    "latent_shape": Is(
+        "three whole numbers above 0",
+        lambda x: type(x) is list and len(x) == 3 and all(map(POSITIVE.test, x)),
+    ),
+    "dtype": Is(f"one of {', '.join(DTYPES)}", lambda x: type(x) is str and x in DTYPES),
+    "scale": Is("a finite number above 0", lambda x: records.fits(x, float) and x > 0),
+    "shift": Maybe(float),
+    "shard_size": POSITIVE,
+    "shards": Is("a list of files", lambda x: records.fits(x, [ENTRY | {"count": POSITIVE}])),
+    "labels": Is(f"the file {LABELS}", lambda x: records.fits(x, ENTRY) and x["name"] == LABELS),
+    "source": dict,
+    "vae": dict,
+}
+SHARD = {  # what stands beside a shard
+    "count": POSITIVE,
+    "bytes": COUNT,
+    "sha256": str,
+    "made_with": dict,
+    "images": str,
+    "labels": [COUNT],
+    records.SEAL: str,
+}
 
 READERS = 8  # threads: a batch's records lie in many shards, and storage answers them at once
 # Plain bytes: zstd shrinks float32 latents by 7 %, reads them three times slower, and gives other
@@ -53,6 +75,56 @@ REFUSALS = tuple(
     os.strerror(e)
     for e in (errno.EMFILE, errno.ENFILE, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE)
 )
+
+
+def name(shard: int, shards: int) -> str:
+    """File name of a shard."""
+    return f"latents-{shard:05}-of-{shards:05}.array_record"
+
+
+def metadata(folder: Path) -> dict[str, Any]:
+    """The metadata of an encoded split, without the seal.
+
+    Raises DmfError where they are missing, damaged or of another version.
+    """
+    path = folder / METADATA
+    if not os.path.isfile(path):
+        begun = os.path.isfile(folder / PLAN)
+        what = "is not encoded to its end" if begun else "holds no encoded images"
+        raise DmfError(f"{folder} {what} (no {METADATA}): expected {HOW}")
+    found = records.read(path, {"format": int, records.SEAL: str}, HOW)
+    if found["format"] != FORMAT:
+        raise DmfError(
+            f"{path}: format is {found['format']}, expected {FORMAT}, the format of this version"
+        )
+    unsealed = records.unsealed(found, str(path), HOW)
+    records.check(unsealed, FORM, str(path))
+    _check_shards(path, unsealed)
+    return unsealed
+
+
+def _check_shards(path: Path, found: dict[str, Any]) -> None:
+    """Raises DmfError where names and counts of the shards are not those of so many images."""
+    size, count = found["shard_size"], found["count"]
+    total = -(-count // size)
+    if len(found["shards"]) != total:  # before a list of as many is made
+        raise DmfError(
+            f"{path}: {len(found['shards'])} shards, expected {total} of {size} images for count "
+            f"{count}"
+        )
+    for k, entry in enumerate(found["shards"]):
+        wanted = {"name": name(k, total), "count": min(size, count - k * size)}
+        if {key: entry[key] for key in wanted} != wanted:
+            raise DmfError(
+                f"{path}: shard {k} is {entry['name']!r:.100} of {entry['count']} images, expected "
+                f"{wanted}"
+            )
+
+
+def files(about: dict[str, Any]) -> Iterator[tuple[str, int, str]]:
+    """(name, bytes, SHA-256) of every file that the metadata list."""
+    for entry in (about["labels"], *about["shards"]):
+        yield entry["name"], entry["bytes"], entry["sha256"]
 
 
 def sidecar(path: Path) -> Path:
@@ -98,16 +170,8 @@ def read_sidecar(path: Path) -> dict[str, Any]:
 
     Raises DmfError if they are damaged.
     """
-    try:
-        entry = json.loads(sidecar(path).read_text())
-        if entry.pop("seal") != seal_of(entry):
-            raise ValueError("its bytes were altered")
-        return entry
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DmfError(
-            f"{sidecar(path)} cannot be read ({type(error).__name__}: {error}); the command makes "
-            "it again"
-        ) from error
+    beside = sidecar(path)
+    return records.unsealed(records.read(beside, SHARD, AGAIN), str(beside), AGAIN)
 
 
 def begun(folder: Path) -> list[Path]:
@@ -149,7 +213,7 @@ def write_shard(
             partial.replace(path)
             atomic.sync(path.parent)
         entry |= {"made_with": made_with, "images": images, "labels": labels}
-        write_json(sidecar(path), sealed(entry), indent=None)
+        write_json(sidecar(path), records.sealed(entry), indent=None)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -20,6 +20,7 @@ from dmf import pretrained, sharding
 from dmf.errors import DmfError
 from dmf.evaluation.protocols import Protocol
 from dmf.metrics import resize as resizing
+from dmf.storage import records
 
 # A file beside converted weights: the features of `known_batch`, found at the conversion.
 KNOWN = "known_features.json"
@@ -252,14 +253,13 @@ def _open(
             f"protocol {protocol.name} expects {wanted}..., {how_to_get(protocol)}. "
             "For other weights write your own protocol, with an empty weights_sha256"
         )
+    wanted = "features beside weights that this version has converted"
+    known = records.read(found / KNOWN, {"pool": list}, wanted)["pool"]
     try:
-        known = np.asarray(json.loads((found / KNOWN).read_text())["pool"], np.float32)
-    except (OSError, ValueError, KeyError) as error:
-        raise DmfError(
-            f"--features={folder}: no readable {KNOWN} beside the weights; "
-            "expected weights that this version has converted"
-        ) from error
-    return *pretrained.load_folder(found, stored), known, source
+        pool = np.asarray(known, np.float32)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise DmfError(f"{found / KNOWN}: pool holds no array; expected {wanted}") from error
+    return *pretrained.load_folder(found, stored), pool, source
 
 
 def how_to_get(protocol: Protocol) -> str:

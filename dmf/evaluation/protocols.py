@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,7 +23,7 @@ from dmf import fields
 from dmf.errors import DmfError, NotFinite
 from dmf.fields import REQUIRED, choice, limited
 from dmf.metrics.resize import RESIZES
-from dmf.storage import paths
+from dmf.storage import paths, records
 
 FILE_ORDER = -1
 SPACES = ("inception", "dinov2", "pixels")
@@ -229,6 +227,11 @@ def to_bytes(x: np.ndarray, rule: str) -> np.ndarray:
         return ROUNDINGS[rule](x).astype(np.uint8)
 
 
+FILE = records.Is(
+    'an object such as {"base": "cifar10", "count": 5000}', lambda x: isinstance(x, dict)
+)
+
+
 def load(name_or_path: str) -> Protocol:
     """The protocol of a name in `PROTOCOLS`, or of a JSON file.
 
@@ -247,7 +250,7 @@ def load(name_or_path: str) -> Protocol:
             f"protocol {name_or_path!r:.100}: no such protocol; did you mean {near}? "
             f"Expected one of {', '.join(PROTOCOLS)}, or a .json file"
         )
-    values = _read_json(path)
+    values = records.read(path, FILE, "a protocol as JSON")
     base = values.pop("base", None)
     if base is not None and (not isinstance(base, str) or base not in PROTOCOLS):
         raise DmfError(f"{path}: base = {base!r:.100}: expected one of {', '.join(PROTOCOLS)}")
@@ -266,30 +269,6 @@ def describe(protocol: Protocol) -> str:
         f"{p.name}: {features}, scaling {p.scaling}, rounding {p.rounding}, "
         f"labels {p.labels}, {p.count:,} samples against {p.reference}"
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique)
-    except OSError as error:
-        raise DmfError(
-            f"{path}: cannot be read ({error.strerror}); expected a protocol as JSON"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise DmfError(f"{path}: no JSON ({error}); expected a protocol as JSON") from error
-    if not isinstance(values, dict):
-        raise DmfError(
-            f"{path}: holds a {type(values).__name__}; "
-            'expected an object such as {"base": "cifar10", "count": 5000}'
-        )
-    return values
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a field is given twice")
-    return found
 
 
 def _check(protocol: Protocol, where: str) -> None:

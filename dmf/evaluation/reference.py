@@ -19,7 +19,7 @@ import numpy as np
 
 from dmf.evaluation.protocols import Protocol
 from dmf.metrics.frechet import Moments, check_features, moments
-from dmf.storage import atomic, paths
+from dmf.storage import atomic, paths, records
 from dmf.storage.readers.npz import Npz, bad, write_npz
 
 UNKNOWN = "unknown"
@@ -318,12 +318,9 @@ def _read_npz(path: Path, with_images: bool) -> Reference:
 
 def _read_own(npz: Npz) -> Reference:
     text = npz.array("about", "U")
-    try:
-        record = _checked_record(npz.path, json.loads(text.item() if text.ndim == 0 else "[]"))
-    except (ValueError, RecursionError) as error:
-        raise bad(
-            npz.path, f"about is no JSON ({error}); expected the record of a reference"
-        ) from error
+    told = text.item() if text.ndim == 0 else "[]"
+    about = records.parse(told, records.ANY, f"{npz.path}: about", "the record of a reference")
+    record = _checked_record(npz.path, about)
     n = record["count"] if isinstance(record.get("count"), int) else 0
     found = {"pool": _moments(npz, "mu", "sigma", int(n))}
     if {"mu_s", "sigma_s"} & npz.members.keys():

@@ -15,10 +15,12 @@ import numpy as np
 
 from dmf.config import differences
 from dmf.errors import DmfError
-from dmf.storage import atomic, paths
+from dmf.storage import atomic, paths, records
 
 if TYPE_CHECKING:
     from dmf.evaluation.judge import Judge
+
+FORM = {"rows": [{...: (records.NUMBER, str)}]}
 
 
 class Results:
@@ -34,19 +36,8 @@ class Results:
         self._progress = Progress(path, self._identity)
 
     def _read(self) -> list[dict[str, Any]]:
-        try:
-            stored = json.loads(self.path.read_text())
-        except (OSError, ValueError) as error:
-            raise DmfError(
-                f"{self.path} cannot be read ({error}); "
-                "expected scores of ours, or a new file by --out"
-            ) from error
-        rows = stored.pop("rows", None) if isinstance(stored, dict) else None
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise DmfError(
-                f"{self.path} holds no rows of scores: "
-                "expected a file that a score by protocol wrote, or a new file by --out"
-            )
+        stored = records.read(self.path, FORM, "scores of ours, or a new file by --out")
+        rows = stored.pop("rows")
         changed = differences(stored, self._identity, "scores")
         if changed:
             raise DmfError(

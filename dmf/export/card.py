@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from dmf.errors import DmfError
 from dmf.method.samplers import SAMPLERS
-from dmf.storage import checkpoint, paths
+from dmf.storage import checkpoint, paths, records
 
 if TYPE_CHECKING:
     from dmf.export.model import Model
@@ -172,13 +173,11 @@ def _counted(row: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _lines(file: Any) -> Iterator[dict[str, Any]]:
     """The JSON objects of a .json or .jsonl file; none if it is not there or is damaged."""
-    try:
-        content = file.read_text()
-        texts = [content] if file.suffix == ".json" else content.splitlines()
-        values = [json.loads(text) for text in texts]
-    except (OSError, ValueError):
-        return
-    yield from (value for value in values if isinstance(value, dict))
+    with suppress(DmfError):
+        if file.suffix == ".json":
+            yield records.read(file, dict)
+        else:
+            yield from (line.value for line in records.lines(file, dict) if not line.fault)
 
 
 def _protocol(stored: Mapping[str, Any]) -> str:

@@ -29,7 +29,7 @@ from dmf.measure import cost, hlo, topologies
 from dmf.method import curriculum
 from dmf.method.curriculum import Stage
 from dmf.method.objectives import FORMER, KINDS
-from dmf.storage import atomic
+from dmf.storage import atomic, records
 
 # Data set -> image shape, classes, images of its training split. A plan reads no data.
 DATA = {
@@ -110,6 +110,9 @@ def plan(config: Config, names: list[str], out: str = "", name: str = "") -> lis
     return rows
 
 
+ROW = {"kind": str, "fits": bool, "program": str}  # the least that a stored row tells
+
+
 def read(path: str) -> list[dict[str, Any]]:
     """The rows of a file, or none without a file. Kinds get the names that they have now.
 
@@ -117,18 +120,8 @@ def read(path: str) -> list[dict[str, Any]]:
     """
     if not path or not Path(path).exists():
         return []
-    try:
-        rows = json.loads(Path(path).read_text())["rows"]
-        for row in rows:
-            if not isinstance(row, dict) or not {"kind", "fits", "program"} <= row.keys():
-                raise KeyError("rows")
-        return [row | {"kind": FORMER.get(row["kind"], row["kind"])} for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        why = " ".join(str(error).split())[:100]
-        raise DmfError(
-            f"--out={path} is not the JSON of a plan ({type(error).__name__}: {why}): "
-            "expected one, or no file"
-        ) from error
+    rows = records.read(Path(path), {"rows": [ROW]}, "the JSON of a plan, or no file")["rows"]
+    return [row | {"kind": FORMER.get(row["kind"], row["kind"])} for row in rows]
 
 
 def verdict(message: str) -> dict[str, Any] | None:

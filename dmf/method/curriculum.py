@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 from dmf import fields
 from dmf.errors import DmfError
-from dmf.fields import ABOVE_1, INF, LEAST, choice, limited
+from dmf.fields import ABOVE_1, INF, LEAST, MANY, MOST, choice, limited
 from dmf.method.intervals import ADAPTIVE, RULES
 from dmf.method.objectives import BETWEEN, FIRST, KINDS, LAST, PRETRAINING
 
@@ -36,7 +36,7 @@ class CurriculumConfig:
     Unknown in the paper and chosen here: K = 10 and q = 2, read off its Figure 1.
     """
 
-    stages: int = 10  # * K, pretraining not counted
+    stages: int = limited(10, 1, MANY)  # * K, pretraining not counted
     kinds: tuple[str, ...] = ()  # one per stage; () = all_pairs, discrete x (K - 2), jvp
     # * d_i = q^-i; a guided_discrete stage takes the d of the discrete stage before it, or q^-1
     q: float = limited(2.0, ABOVE_1, INF)
@@ -144,7 +144,23 @@ def build_stages(
         at = rho if KINDS[kind].steps_back else 1.0
         stages.append(Stage(i, kind, at, first, end - first, extra, tangent_passes))
         first = end
+    _check_sizes(config, stages)
     return _smooth(stages) if config.schedule == "smooth" else tuple(stages)
+
+
+def _check_sizes(config: CurriculumConfig, stages: list[Stage]) -> None:
+    """Raises DmfError where a device's float32 or int32 cannot hold an interval or a step."""
+    for stage in stages:
+        if stage.rho < LEAST:
+            raise DmfError(
+                f"config.curriculum.q = {config.q:g}: stage {stage.index} has the interval "
+                f"{stage.rho:.3g}; expected at least {LEAST:.3g}, the least number of float32"
+            )
+    if stages[-1].last >= MOST:
+        raise DmfError(
+            f"config.curriculum.length = {config.length:g} {config.length_unit}: the run has "
+            f"{stages[-1].last:g} steps; expected less than {MOST}"
+        )
 
 
 def stage_at(stages: tuple[Stage, ...], step: int) -> Stage:

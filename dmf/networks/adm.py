@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from dmf.errors import DmfError
-from dmf.fields import BELOW_1, INF, choice, limited
+from dmf.fields import BELOW_1, MOST_BLOCKS, WIDEST, choice, limited
 from dmf.method.flow import Condition
 from dmf.networks import layers
 
@@ -44,12 +44,12 @@ class ADMConfig:
 
     num_classes = 0  # no field: this network takes no class
     kind: str = "adm"  # tells the networks apart
-    channels: int = limited(128, 1, INF)  # at full resolution, times channel_mult
+    channels: int = limited(128, 1, WIDEST)  # at full resolution, times channel_mult
     # one factor per resolution, each half of the one before
-    channel_mult: tuple[int, ...] = limited((1, 2, 2, 2), 1, INF, empty=False)
-    blocks: int = limited(2, 1, INF)  # of the encoder per resolution
-    attention_resolutions: tuple[int, ...] = (16,)  # in pixels
-    head_channels: int = limited(64, 1, INF)  # of one head of attention
+    channel_mult: tuple[int, ...] = limited((1, 2, 2, 2), 1, MOST_BLOCKS, empty=False)
+    blocks: int = limited(2, 1, MOST_BLOCKS)  # of the encoder per resolution
+    attention_resolutions: tuple[int, ...] = limited((16,), 1, WIDEST)  # in pixels
+    head_channels: int = limited(64, 1, WIDEST)  # of one head of attention
     dropout: float = limited(0.1, 0, BELOW_1)  # * u and u' of a row share the mask
     # * zero | random: the branch of t - r at the start
     interval_init: str = choice("zero", layers.INTERVAL_INITS)

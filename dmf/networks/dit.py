@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmf.errors import DmfError
-from dmf.fields import INF, REQUIRED, choice, limited
+from dmf.fields import MOST_BLOCKS, MOST_CLASSES, REQUIRED, WIDEST, choice, limited
 from dmf.method.flow import Condition
 from dmf.networks import attention, layers
 
@@ -48,12 +48,13 @@ class DiTConfig:
     """
 
     kind: str = "dit"  # tells the networks apart
-    depth: int = limited(REQUIRED, 1, INF)  # blocks
-    width: int = limited(REQUIRED, 1, INF)  # channels of a token, a multiple of 4 and of heads
-    heads: int = limited(REQUIRED, 1, INF)  # of attention
-    patch: int = limited(2, 1, INF)  # pixels, or latents, on the side of a token
-    mlp_ratio: float = 4.0  # width of a block's hidden layer, in widths of a token
-    num_classes: int = limited(0, 0, INF)  # of the data; 0 = no label
+    depth: int = limited(REQUIRED, 1, MOST_BLOCKS)  # blocks
+    width: int = limited(REQUIRED, 1, WIDEST)  # channels of a token, a multiple of 4 and of heads
+    heads: int = limited(REQUIRED, 1, WIDEST)  # of attention
+    patch: int = limited(2, 1, WIDEST)  # pixels, or latents, on the side of a token
+    # width of a block's hidden layer, in widths of a token
+    mlp_ratio: float = limited(4.0, 0.01, 100)
+    num_classes: int = limited(0, 0, MOST_CLASSES)  # of the data; 0 = no label
     # * zero | random: the branch of t - r at the start
     interval_init: str = choice("zero", layers.INTERVAL_INITS)
     # t-r | r: what the interval branch sees; r is for weights that were trained so

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmf.errors import DmfError
-from dmf.fields import INF, choice, limited
+from dmf.fields import MOST_BLOCKS, WIDEST, choice, limited
 from dmf.method.flow import Condition
 from dmf.networks import layers
 
@@ -28,8 +28,8 @@ class MLPConfig:
 
     num_classes = 0  # no field: this network takes no class
     kind: str = "mlp"  # tells the networks apart
-    width: int = limited(128, 1, INF)  # of every hidden layer
-    depth: int = limited(3, 1, INF)  # hidden layers
+    width: int = limited(128, 1, WIDEST)  # of every hidden layer
+    depth: int = limited(3, 1, MOST_BLOCKS)  # hidden layers
     # * zero | random: the branch of t - r at the start
     interval_init: str = choice("zero", layers.INTERVAL_INITS)
 

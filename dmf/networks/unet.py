@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from dmf.errors import DmfError
-from dmf.fields import BELOW_1, INF, LEAST, choice, limited
+from dmf.fields import BELOW_1, INF, LEAST, MOST_BLOCKS, WIDEST, choice, limited
 from dmf.method.flow import Condition
 from dmf.networks import layers
 
@@ -63,14 +63,14 @@ class UNetConfig:
     """
 
     kind: str = "unet"  # tells the networks apart
-    channels: int = limited(128, 1, INF)  # at full resolution, times channel_mult
+    channels: int = limited(128, 1, WIDEST)  # at full resolution, times channel_mult
     # one factor per resolution, each half of the one before
-    channel_mult: tuple[int, ...] = limited((2, 2, 2), 1, INF, empty=False)
-    blocks: int = limited(4, 1, INF)  # of the encoder per resolution
-    attention_resolutions: tuple[int, ...] = (16,)  # in pixels
+    channel_mult: tuple[int, ...] = limited((2, 2, 2), 1, MOST_BLOCKS, empty=False)
+    blocks: int = limited(4, 1, MOST_BLOCKS)  # of the encoder per resolution
+    attention_resolutions: tuple[int, ...] = limited((16,), 1, WIDEST)  # in pixels
     dropout: float = limited(0.2, 0, BELOW_1)  # * u and u' of a row share the mask
     # * length of the augmentation label; 6 with data.augment, else 0 will do
-    augment_dim: int = limited(6, 0, INF)
+    augment_dim: int = limited(6, 0, WIDEST)
     # * zero | random: the branch of t - r at the start
     interval_init: str = choice("zero", layers.INTERVAL_INITS)
     # binomial | box: filter of the resampling blocks
@@ -78,7 +78,7 @@ class UNetConfig:
     residual_encoder: bool = False  # the shrunk input joins every lower resolution
     embedding: str = choice("positional", EMBEDDINGS)  # positional | fourier: features of t
     # features of t, and of t - r, as a multiple of channels
-    embedding_mult: int = limited(2, 1, INF)
+    embedding_mult: int = limited(2, 1, MOST_BLOCKS)
     time_input: str = choice("t", TIME_INPUTS)  # t | log_sigma: what the features are of
     time_scale: float = limited(1.0, LEAST, INF)  # factor on t before its features
     # none | edm: the network is the F of EDM's denoiser | ect: the same in ECT's form of evaluation

@@ -40,7 +40,21 @@ from dmf.run.scoreboard import OpenJudge, Scoreboard
 from dmf.run.sigterm import Stop
 from dmf.run.workdir import claim, kept_by_changes, origin
 from dmf.state import TrainState
-from dmf.storage import checkpoint
+from dmf.storage import checkpoint, records
+
+METRICS: dict[Any, Any] = {  # a line of metrics.jsonl
+    "step": records.POSITIVE,
+    "stage": int,  # -1 is that before the first
+    "kind": rules.KIND,
+    "rho": float,
+    ...: records.NUMBER,
+}
+WATCHED: dict[Any, Any] = {  # a line of watch.jsonl
+    **METRICS,
+    "rows": records.Maybe(records.POSITIVE),
+    "source": records.Maybe(str),
+    **dict.fromkeys(rules.WORSE, records.NUMBER),
+}
 
 
 @dataclass(frozen=True, eq=False)  # jax.jit of its methods takes its hash
@@ -185,8 +199,8 @@ def open_run(
         init=init,
         guard=guard,
         stop=stop or Stop(),
-        metrics=JsonLines(workdir / "metrics.jsonl", first),
-        watched=JsonLines(workdir / "watch.jsonl", first),
+        metrics=JsonLines(workdir / "metrics.jsonl", first, METRICS),
+        watched=JsonLines(workdir / "watch.jsonl", first, WATCHED),
         tensorboard=tensorboard,
         scoreboard=scoreboard,
         probe=probe,
@@ -224,6 +238,10 @@ def _prepare(config: Config, guard: Guard) -> dict[str, Any]:
         )
         for kind in {s.kind for s in stages}
     }
+    like = jax.tree.map(
+        lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, place
+    )
+    sharding.check_memory(mesh, like, like.params)
     return dict(
         dataset=dataset,
         stages=stages,
@@ -232,9 +250,7 @@ def _prepare(config: Config, guard: Guard) -> dict[str, Any]:
         optimizer=optimizer,
         fresh=fresh,
         place=place,
-        like=jax.tree.map(
-            lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, place
-        ),
+        like=like,
         local_rows=sharding.local_rows(mesh, config.batch_size),
         steps=steps,
     )
@@ -308,19 +324,29 @@ def compile_ahead(run: Context) -> threading.Thread | None:
     if n >= run.total:
         return None
     kind = curriculum.stage_at(run.stages, n).kind
-    return compiling(run.steps[kind], run.like, run.batch(n), run.scalars(n))
+
+    def tell(program: jax.stages.Compiled) -> None:
+        if line := sharding.memory(run.mesh, program):
+            print(f"memory    {line}", flush=True)
+
+    return compiling(run.steps[kind], run.like, run.batch(n), run.scalars(n), then=tell)
 
 
-def compiling(function: jax.stages.Wrapped, *arguments: Any) -> threading.Thread:
+def compiling(
+    function: jax.stages.Wrapped,
+    *arguments: Any,
+    then: Callable[[jax.stages.Compiled], None] = lambda program: None,
+) -> threading.Thread:
     """Compiles a jitted function for such arguments, in a thread. Join the thread to wait for it.
 
-    arguments: arrays, or their shapes and places. A later call with such arguments finds the
-    program. An error is not told here: the call meets it again and tells it.
+    arguments: arrays, or their shapes and places. then: is given the program. A later call with
+    such arguments finds the program. An error is not told here: the call meets it again and tells
+    it.
     """
 
     def compile_quietly() -> None:
         with suppress(DmfError, RuntimeError, TypeError, ValueError):
-            function.lower(*arguments).compile()
+            then(function.lower(*arguments).compile())
 
     # Not a daemon: a process that ends while a daemon compiles would abort.
     thread = threading.Thread(target=compile_quietly, name="compiling")

@@ -15,7 +15,7 @@ from absl import flags, logging
 from ml_collections import config_dict, config_flags
 
 from dmf.errors import DmfError, short
-from dmf.fields import current_flags
+from dmf.fields import MOST, WIDEST, current_flags
 from dmf.run import start
 from dmf.storage import atomic, paths
 
@@ -91,7 +91,7 @@ flags.DEFINE_list("steps", ["1"], "")
 SAMPLERS = ("few_step", "euler", "heun", "few_step_on_host")  # dmf.method.samplers loads jax too
 flags.DEFINE_enum("sampler", "", ["", *SAMPLERS], "")
 flags.DEFINE_list("ema", [], "")
-flags.DEFINE_integer("count", 0, "", lower_bound=0)
+flags.DEFINE_integer("count", 0, "", lower_bound=0, upper_bound=MOST)
 flags.DEFINE_integer("seed", None, "", lower_bound=0, upper_bound=2**32 - 1)
 flags.DEFINE_string("vae", "", "")
 flags.DEFINE_string("protocol", "", "")
@@ -101,15 +101,15 @@ flags.DEFINE_bool("selfcheck", False, "")
 flags.DEFINE_string("source", None, "")
 flags.DEFINE_string("split", "train", "")
 flags.DEFINE_string("data_dir", "", "")
-flags.DEFINE_integer("size", None, "", lower_bound=1)
+flags.DEFINE_integer("size", None, "", lower_bound=1, upper_bound=WIDEST)
 flags.DEFINE_enum("dtype", "float32", ["float32", "float16"], "")
-flags.DEFINE_integer("batch", 16, "", lower_bound=1)
+flags.DEFINE_integer("batch", 16, "", lower_bound=1, upper_bound=WIDEST)
 flags.DEFINE_bool("verify", False, "")
 flags.DEFINE_enum("kind", None, list(KINDS), "")
 flags.DEFINE_string("copy", "", "")
 flags.DEFINE_list("set", [], "")
 flags.DEFINE_string("check", "auto", "")
-flags.DEFINE_integer("align_steps", 0, "", lower_bound=0)
+flags.DEFINE_integer("align_steps", 0, "", lower_bound=0, upper_bound=MOST)
 flags.DEFINE_string("upload", "", "")
 flags.DEFINE_list("topology", [], "")
 flags.DEFINE_bool("distributed", False, "")
@@ -141,10 +141,15 @@ def ema() -> float | None:
 
 def steps() -> list[int]:
     """The numbers of --steps."""
-    if not FLAGS.steps or not all(n.isdigit() and int(n) > 0 for n in FLAGS.steps):
+    if not FLAGS.steps or not all(map(_counts, FLAGS.steps)):
         given = f"--steps={','.join(FLAGS.steps)}"
         raise DmfError(f"{given}: expected positive whole numbers, such as 1,2,4")
     return [int(n) for n in FLAGS.steps]
+
+
+def _counts(text: str) -> bool:
+    """Whether a text is a whole number from 1 to `MOST`. Other scripts have digits too."""
+    return text.isascii() and text.isdigit() and len(text) <= 10 and 0 < int(text) <= MOST
 
 
 def out(suffix: str) -> str:

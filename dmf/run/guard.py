@@ -33,10 +33,10 @@ from pathlib import Path
 from typing import Any
 
 from dmf.config import GuardConfig
-from dmf.errors import DmfError, short
+from dmf.errors import DmfError
 from dmf.method.curriculum import Stage, rho_at, stage_at
 from dmf.method.objectives import FORMER, KINDS, LAST
-from dmf.storage import paths
+from dmf.storage import paths, records
 from dmf.storage.manifest import MANIFEST, steps_in, verify
 
 FILE = "guard.json"
@@ -48,6 +48,17 @@ DONE = {
     "halve": "d falls half as far from the last good one in the discrete stages left",
     "floor": "d falls no further in the discrete stages left",
     "rate": "the learning rate is half of what it was",
+}
+
+KIND = records.Is("a kind of stage", lambda x: type(x) is str and (x in KINDS or x in FORMER))
+ROW = {  # an intervention
+    **dict.fromkeys(("stage", "reason"), str),
+    "step": records.POSITIVE,
+    "kind": KIND,
+    "back_to": records.COUNT,
+    "action": records.Is(f"one of {', '.join(DONE)}", lambda x: type(x) is str and x in DONE),
+    "rules": dict,
+    "settled": bool,
 }
 
 
@@ -154,19 +165,8 @@ def check_finite(
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The interventions on disk, none without a file. Raises DmfError where it holds others."""
-    try:
-        rows = json.loads(path.read_text())
-        if not isinstance(rows, list) or not all(
-            isinstance(row.get("back_to"), int) for row in rows
-        ):
-            raise ValueError("no list of interventions")
-        return rows
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, AttributeError) as error:
-        raise DmfError(
-            f"{path} cannot be read: {short(error)}; expected what dmf wrote there"
-        ) from error
+    rows = records.read(path, [ROW]) if path.exists() else []
+    return [records.unsealed(row, f"{path}: [{i}]") for i, row in enumerate(rows)]
 
 
 def begins_again(path: Path) -> bool:
@@ -194,7 +194,11 @@ class Guard:
         self.active = config.action != "off"
 
     def stages(self, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
-        """The stages of the config as the interventions have left them."""
+        """The stages after the interventions. Raises DmfError for a step that they do not have."""
+        for row in self.rows:
+            if not row["back_to"] < row["step"] <= stages[-1].last:
+                what = f"{self._path}: step is {row['step']}, back_to is {row['back_to']}"
+                raise DmfError(f"{what}; expected a later step, and at most {stages[-1].last}")
         return functools.reduce(applied, self.rows, stages)
 
     def told(self) -> str:
@@ -346,7 +350,8 @@ class Guard:
 
     def _write(self) -> None:
         with paths.writing(self._path):
-            paths.write(self._path, json.dumps(self.rows, indent=1) + "\n")
+            rows = [records.sealed(row) for row in self.rows]
+            paths.write(self._path, json.dumps(rows, indent=1) + "\n")
 
 
 def describe(row: Mapping[str, Any]) -> str:

@@ -13,7 +13,6 @@ config.init_labels says what becomes of its label table:
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +23,8 @@ from jax.sharding import Mesh
 
 from dmf import data, networks, sharding
 from dmf.config import INIT_HINT, Config, differences, parse
-from dmf.errors import DmfError, short
-from dmf.storage import checkpoint, paths
+from dmf.errors import DmfError
+from dmf.storage import checkpoint, paths, records
 
 TABLES = ("y_embedder", "map_label")  # the module of the label table, in a DiT and in a U-Net
 Params = Any
@@ -177,15 +176,9 @@ def _mapped(file: str, dataset: data.Source, classes: int) -> tuple[int, ...]:
     Raises DmfError for another content.
     """
     numbers = tuple(map(str, range(dataset.num_classes)))
-    expected = 'expected a JSON object such as {"cat": 281}'
-    try:
-        found = json.loads(paths.reach(paths.at(file)).read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise DmfError(
-            f"config.init_labels = {file}: cannot be read: {short(error)}; {expected}"
-        ) from error
-    if not isinstance(found, dict):
-        raise DmfError(f"config.init_labels = {file}: holds {found!r:.50}; {expected}")
+    wanted = 'a JSON object such as {"cat": 281}'
+    form = records.Is(wanted, lambda x: isinstance(x, dict))
+    found = records.read(paths.reach(paths.at(file)), form, wanted)
     names = numbers if found.keys() <= set(numbers) else dataset.classes or numbers
     for key in [*names, *found]:
         if key not in found or key not in names:

@@ -15,7 +15,7 @@ from dmf.method.curriculum import Stage
 from dmf.run import guard
 from dmf.run.guard import Diverged
 from dmf.run.scoreboard import Boundary
-from dmf.run.workdir import note_change, note_start
+from dmf.run.workdir import kept_by_changes, note_change, note_start
 from dmf.state import TrainState
 from dmf.storage import checkpoint
 
@@ -48,6 +48,7 @@ class Report:
             if processes.is_first():
                 self._refuse_if_stopped(start)
                 note_change(run.workdir, start, run.config)
+                kept_by_changes(run.workdir)  # a damaged file is told before a step, not at a save
                 note_start(run.workdir, start, run.config)
         for log in (run.metrics, run.watched, run.scoreboard):
             log.resume(start)

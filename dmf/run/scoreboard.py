@@ -20,11 +20,20 @@ from dmf.logging import JsonLines, TensorBoard
 from dmf.method import curriculum
 from dmf.method.curriculum import Stage
 from dmf.method.objectives import FORMER
-from dmf.storage import checkpoint, paths
+from dmf.storage import checkpoint, paths, records
 
 FILE = "scores.jsonl"
 CURVES, SAMPLES = "curves.png", "samples.png"
 Row = dict[str, Any]
+ROW: dict[Any, Any] = {  # a line of the file; other names are those of scores
+    "step": records.COUNT,
+    "stage": records.Maybe(str),
+    "kind": records.Maybe(str),
+    "nfe": records.Maybe(records.POSITIVE),
+    "n_samples": records.Maybe(float),
+    "scored_by": records.Maybe(str),
+    ...: (records.NUMBER, str),
+}
 
 
 class Judge(Protocol):
@@ -94,7 +103,7 @@ class Scoreboard:
         """judge: None for a run without pictures and scores."""
         self._config, self._workdir, self._tensorboard = config, workdir, tensorboard
         self.boundaries = boundaries(stages, bool(config.init), config.run.score_every_steps)
-        self._rows = JsonLines(workdir / FILE, processes.is_first())
+        self._rows = JsonLines(workdir / FILE, processes.is_first(), ROW)
         self._judge = judge
         self.main = judge.main if judge else ""
         self._scored_by = judge.scored_by if judge else ""
@@ -173,7 +182,7 @@ class Scoreboard:
         """The row with the lowest main score, the earliest of equals."""
         if self._judge is None:  # what an earlier start with a judge has found
             best = self._workdir / checkpoint.BEST
-            return json.loads(best.read_text()) if best.is_file() else None
+            return records.read(best, checkpoint.BEST_FORM) if best.is_file() else None
         folder = self._workdir / checkpoint.FOLDER
         rows = [
             row

@@ -20,6 +20,7 @@ gates. For a step this costs one free lock.
 
 from __future__ import annotations
 
+import atexit
 import os
 import select
 import signal
@@ -166,8 +167,18 @@ def listen(end: str = "", training: bool = True) -> Stop:
     for number in HEARD:
         if signal.getsignal(number) != signal.SIG_IGN:  # as of a job in the background
             signal.signal(number, lambda number, _: os.write(wake, bytes([LATE + number])))
+    atexit.register(_ignore)  # the first one registered is the last one called
     threading.Thread(target=_watch, args=(stop, heard), name="stopping", daemon=True).start()
     return stop
+
+
+def _ignore() -> None:
+    """Lets a program that has done its work end with its own status.
+
+    Python gives up its handlers before it ends, and a signal would then count as a failure.
+    """
+    for number in HEARD:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _watch(stop: Stop, heard: int) -> None:

@@ -6,7 +6,9 @@ changes.jsonl has a line per change of the config by --allow_change, with the co
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import os
 import platform
 import shlex
@@ -23,12 +25,14 @@ import jax
 
 from dmf import processes
 from dmf.config import Config, differences, parse, to_dict
-from dmf.errors import DmfError, short
-from dmf.storage import checkpoint, paths
+from dmf.errors import DmfError
+from dmf.storage import checkpoint, paths, records
 from dmf.storage.manifest import steps_in
 
 CONFIG, ORIGIN, DATA = "config.json", "origin.json", "data.json"
 STARTS, CHANGES = "starts.jsonl", "changes.jsonl"
+KEPT = "what dmf wrote there, which names checkpoints to keep"
+CHANGE = {"kept": [records.COUNT]}  # what is read again of a line of CHANGES
 LOCK = ".lock"
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 SOURCE = Path(__file__).parents[2]  # the checkout
@@ -60,6 +64,7 @@ FIXED = {
 }
 SWITCHES = ("config.optimizer.clip_norm", "config.optimizer.weight_decay")
 INTERVAL = "config.curriculum.interval"
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -113,23 +118,13 @@ def claim(
 
     Raises DmfError where the directory holds another run's checkpoints.
     """
-    path, mine = workdir / CONFIG, to_dict(config)
-    try:
-        with paths.writing(f"--workdir={workdir}"):
-            paths.make(workdir)
-            if fresh:
-                _begin(workdir, {ORIGIN: origin, DATA: about, CONFIG: mine}, forget)
-        theirs = _stored(workdir)
-        seen = json.loads((workdir / DATA).read_text()) if (workdir / DATA).is_file() else about
-    except OSError as error:
-        raise DmfError(
-            f"{path} cannot be read: {short(error)}; expected what dmf wrote there, beside the "
-            "checkpoints"
-        ) from error
-    except ValueError as error:
-        raise DmfError(
-            f"{path} is not the JSON of a config: {error}; expected what dmf wrote there"
-        ) from error
+    mine = to_dict(config)
+    with paths.writing(f"--workdir={workdir}"):
+        paths.make(workdir)
+        if fresh:
+            _begin(workdir, {ORIGIN: origin, DATA: about, CONFIG: mine}, forget)
+    theirs = _stored(workdir)
+    seen = records.read(workdir / DATA, dict) if (workdir / DATA).is_file() else about
     _refuse(workdir, changes(theirs, mine) + differences(seen, about, "data"), allow_change)
 
 
@@ -193,10 +188,8 @@ def note_change(workdir: Path, step: int, config: Config) -> None:
         for n in steps_in(folder)
         if n <= step and (folder / str(n) / checkpoint.MANIFEST).exists()
     )
-    append(
-        workdir / CHANGES,
-        {"utc": utc(), "step": step, "changed": changed, "kept": kept, "before": theirs},
-    )
+    row = {"utc": utc(), "step": step, "changed": changed, "kept": kept, "before": theirs}
+    append(workdir / CHANGES, records.sealed(row))
     with paths.writing(workdir / CONFIG):
         _write(workdir / CONFIG, mine)  # last: a start before it refuses or makes the change again
     print(f"changed   after step {step}: {'; '.join(changed)}", flush=True)
@@ -205,26 +198,36 @@ def note_change(workdir: Path, step: int, config: Config) -> None:
 def kept_by_changes(workdir: Path) -> set[int]:
     """Steps of the checkpoints that were there when the config was changed.
 
-    They hold the boundaries from before, and the way back.
+    They hold the boundaries from before, and the way back. Raises DmfError for a damaged file.
     """
     path = workdir / CHANGES
-    return (
-        {n for line in path.read_text().splitlines() for n in _kept(line)}
-        if path.is_file()
-        else set()
-    )
+    found = records.lines(path, CHANGE)
+    if path.exists() and not found:
+        raise DmfError(f"{path} is empty; expected {KEPT}")
+    kept: set[int] = set()
+    for line, after in itertools.zip_longest(found, found[1:]):
+        where = f"{path} line {line.number}"
+        if not line.fault:
+            kept.update(records.unsealed(line.value, where)["kept"])
+        elif after is None or not _again(line.content, after.content):
+            raise DmfError(f"{where}: {line.fault}; expected {KEPT}")
+    return kept
 
 
-def _kept(line: str) -> list[int]:
-    try:
-        return json.loads(line)["kept"]
-    except ValueError:  # a line that a kill has cut; it was written again
-        return []
+def _again(torn: bytes, after: bytes) -> bool:
+    """Whether a line is the next one up to where a kill has cut it. Their times may differ."""
+    cut, first, last = torn.rstrip(b"\n"), len('{"utc": "'), len('{"utc": "' + utc())
+    return cut[:first] == after[: len(cut)][:first] and cut[last:] == after[last : len(cut)]
 
 
 def _stored(workdir: Path) -> dict[str, Any]:
-    stored = json.loads((workdir / CONFIG).read_text())
-    return to_dict(parse(checkpoint.without_kernel(stored)))  # new fields have their defaults
+    """The directory's config as plain values. New fields have their defaults."""
+    path = workdir / CONFIG
+    stored = records.read(path, dict, "what dmf wrote there, beside the checkpoints")
+    try:
+        return to_dict(parse(checkpoint.without_kernel(stored)))
+    except DmfError as error:
+        raise DmfError(f"{path}: {error}") from error
 
 
 def _write(path: Path, values: Any) -> None:
@@ -234,12 +237,7 @@ def _write(path: Path, values: Any) -> None:
 def origin(workdir: Path) -> dict[str, Any] | None:
     """What was written beside the weights that the run started from, if they were converted."""
     path = workdir / ORIGIN
-    try:
-        return json.loads(path.read_text()) if path.is_file() else None
-    except (OSError, ValueError) as error:
-        raise DmfError(
-            f"{path} cannot be read: {short(error)}; expected what dmf wrote there"
-        ) from error
+    return records.read(path, dict) if path.is_file() else None
 
 
 def note_start(workdir: Path, step: int, config: Config) -> None:
@@ -263,10 +261,15 @@ def note_start(workdir: Path, step: int, config: Config) -> None:
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
-    """Adds a line of JSON to a file, also where a kill or a full disk has cut the last line."""
-    torn = path.is_file() and not path.read_bytes().endswith(b"\n")
+    """Adds a line of JSON to a file; one that a kill or a full disk has cut is replaced by it."""
+    found = records.lines(path, dict)
     with paths.writing(path):
-        paths.append(path, "\n" * torn + json.dumps(row) + "\n")
+        if found and records.is_torn(found[-1]):
+            log.warning("%s line %d was cut off and is left out", path, found[-1].number)
+            paths.write(path, b"".join(line.content for line in found[:-1]))
+        elif found and not found[-1].content.endswith(b"\n"):
+            paths.append(path, "\n")
+        paths.append(path, json.dumps(row) + "\n")
 
 
 def utc() -> str:

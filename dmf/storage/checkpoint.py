@@ -10,11 +10,9 @@ ever loaded.
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import math
-import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -27,7 +25,8 @@ from orbax.checkpoint import v1 as ocp
 
 from dmf import processes
 from dmf.errors import DmfError, short
-from dmf.storage import atomic, paths
+from dmf.logging import quieten
+from dmf.storage import atomic, paths, records
 from dmf.storage.manifest import MANIFEST, steps_in, verify, write_manifest
 
 if TYPE_CHECKING:
@@ -39,6 +38,14 @@ FOLDER = "checkpoints"
 SLICE = 2**22  # bytes: of larger arrays that all devices hold, each device writes a slice
 NEWEST = 200  # complete checkpoints that are tried, one after the other
 BEST = "best.json"  # in a work directory: the step of the best score so far
+BEST_FORM = {"step": records.COUNT}
+ABOUT = {  # what stands beside the weights
+    "config": records.Maybe(dict),
+    "network": records.Maybe(dict),
+    "image_shape": records.Maybe([records.POSITIVE]),
+    "source": records.Maybe((dict, None)),
+    "data": records.Maybe(dict),
+}
 COMMITTED = "commit_success.txt"  # Orbax looks whether it is there, and writes its own path into it
 log = logging.getLogger(__name__)
 
@@ -79,7 +86,7 @@ class Checkpoints:
         self._damaged: set[int] = set()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, Future[None]] | None = None
-        _quieten()
+        quieten()
         with paths.writing(self.directory):
             paths.make(self.directory)
         self._checkpointer = ocp.training.Checkpointer(
@@ -201,15 +208,17 @@ def seal(folder: Path, items: dict[str, Any]) -> None:
     """Completes a step folder that Orbax has written: reads it back, then writes the manifest.
 
     items: what was to be saved, as shapes and types of arrays. Raises DmfError where the folder
-    holds something else. The values of one small array of each item are read too.
+    holds something else. The values of one small array of each item are read too, unless there are
+    several processes: the first one reads alone here, and Orbax loads on all of them together.
     """
     try:
         found = ocp.checkpointables_metadata(paths.absolute(folder)).metadata
         for name, item in items.items():
             if differs := _difference(found[name], item):
                 raise ValueError(f"in {name}, {differs}")
-        small = {name: _smallest(found[name]) for name in items}
-        ocp.load_checkpointables(paths.absolute(folder), small)
+        if not processes.several():
+            small = {name: _smallest(found[name]) for name in items}
+            ocp.load_checkpointables(paths.absolute(folder), small)
     except Exception as error:  # the errors of Orbax have no common base
         what = f"checkpoint {folder} was written but cannot be read back: {short(error)}"
         wanted = "what was saved; this save does not count, and older ones are untouched"
@@ -227,19 +236,6 @@ def _smallest(tree: Any) -> Any:
     least = min(leaves, key=lambda x: math.prod(x.shape))
     wanted = [np.zeros(x.shape, x.dtype) if x is least else ocp.PLACEHOLDER for x in leaves]
     return jax.tree.unflatten(structure, wanted)
-
-
-@functools.cache
-def _quieten() -> None:
-    """Keeps Orbax's threads from printing tracebacks: the error itself arrives and is told once."""
-    logging.getLogger("absl").addFilter(lambda record: "orbax" not in Path(record.pathname).parts)
-    before = sys.unraisablehook
-
-    def others(found: sys.UnraisableHookArgs) -> None:
-        if str(found.exc_value) != "Event loop is closed":  # by a save that has failed
-            before(found)
-
-    sys.unraisablehook = others
 
 
 def _saving() -> ocp.Context:
@@ -288,20 +284,22 @@ def find(path: str | Path) -> Path:
 
 
 def _best_step(workdir: Path) -> int:
-    try:
-        return int(json.loads((workdir / BEST).read_text())["step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        what = f"{workdir / BEST}: no best checkpoint is known"
-        raise DmfError(f"{what}; expected a run that has been scored") from error
+    return records.read(workdir / BEST, BEST_FORM, "a run that has been scored")["step"]
 
 
 def metadata(folder: Path) -> dict[str, Any]:
     """The run's config and image shape, from beside the weights. Verifies the folder first."""
+    quieten()
     verify(folder)
-    found = ocp.metadata(paths.absolute(folder)).custom_metadata
+    try:
+        found = ocp.metadata(paths.absolute(folder)).custom_metadata
+    except Exception as error:  # the errors of Orbax have no common base
+        what = f"checkpoint {folder}: its metadata cannot be read: {short(error)}"
+        raise DmfError(f"{what}; expected those of a checkpoint that dmf has written") from error
     if not isinstance(found, dict) or not {"config", "network"} & set(found):
         what = f"checkpoint {folder}: no config in its metadata"
         raise DmfError(f"{what}; expected a checkpoint that dmf has written")
+    records.check(found, ABOUT, f"checkpoint {folder}: its metadata")
     if "config" in found:
         found = {**found, "config": without_kernel(found["config"])}
     return found
@@ -320,7 +318,7 @@ def save_weights(
 ) -> None:
     """Writes weights alone as a step folder, with `files`, {name: text}. Whole or not at all."""
     place = paths.check_free(folder)
-    _quieten()
+    quieten()
     try:
         with atomic.made(place) as partial:
             ocp.save_checkpointables(partial, {"params": params}, custom_metadata=metadata)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dmf.errors import DmfError, short
-from dmf.storage import paths
+from dmf.storage import paths, records
 
 MANIFEST = "manifest.json"
 
@@ -42,13 +42,13 @@ def verify(folder: Path) -> None:
 
     The manifest is checked too.
     """
+    path = folder / MANIFEST
     try:
-        text = (folder / MANIFEST).read_text()
-        expected = json.loads(text)
-    except (OSError, ValueError) as error:
-        what = f"checkpoint {folder}: no readable {MANIFEST}"
-        raise DmfError(f"{what}; expected a folder that was saved to its end") from error
-    if not isinstance(expected, dict) or not expected or text != _as_text(expected):
+        expected = records.read(path, {...: [(int, str)]}, "a folder that was saved to its end")
+        same = path.read_bytes() == _as_text(expected).encode()
+    except (DmfError, OSError) as error:
+        raise DmfError(f"checkpoint {folder}: {error}") from error
+    if not expected or not same:
         raise DmfError(
             f"checkpoint {folder}: {MANIFEST} is altered; expected it as dmf has written it"
         )

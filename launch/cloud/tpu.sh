@@ -145,6 +145,7 @@ setup() {
     else
         [ -z "$(git -C "$root" status --porcelain 2>/dev/null)" ] || say "uncommitted changes stay here: the workers get the last commit"
         bundle=$root/runs/$name.bundle source="../dmf.bundle HEAD"
+        [ -n "$dry" ] || bundle=$root/runs/$name.$$.bundle # another process may copy its own
         call mkdir -p "$root/runs" && call git -C "$root" bundle create "$bundle" HEAD || return 1
         eval "tpus tpu-vm scp \"\$bundle\" \"\$name:dmf.bundle\" --worker=all $ssh_flags" || return 1
     fi
@@ -302,7 +303,7 @@ finish() {
     elif [ "$ended" -gt 128 ] && [ "$verb" = watch ]; then
         say "nobody watches over $name now, which is left as it is; the same command does so again"
     fi
-    [ -n "$dry" ] || rm -f "$root/runs/$name.bundle"
+    [ -n "$dry" ] || rm -f "$root/runs/$name.$$.bundle"
     rm -rf "$temp"
     exit "$ended"
 }
@@ -315,6 +316,7 @@ need() {
 # What every node has, and what this verb needs besides.
 check() {
     need name dmf && need project my-project && need zone us-west4-a
+    case $name in -* | *[!A-Za-z0-9_-]*) fail "--name=$name: expected letters, digits and hyphens, as Google Cloud takes them" ;; esac
     case $verb in create | up | watch)
         need accelerator v5litepod-16
         if [ -z "$runtime" ]; then

@@ -69,13 +69,16 @@ find_python() {
 
 start() {
     command=$(quoted python main.py "$@")
+    mkdir -p "$state"
+    exec 9>"$state/lock"
+    # A second start waits for the first one, and then finds its program.
+    ! command -v flock >/dev/null || flock 9
     if alive; then
         [ "$(cat "$state/command")" = "$command" ] || fail "$(cat "$state/command") is running; expected it stopped before another is started"
         echo "worker $(uname -n): running already"
         return
     fi
     [ -x .venv/bin/python ] || fail "$(pwd)/.venv is missing: expected ./launch/cloud/worker.sh install before"
-    mkdir -p "$state"
     if [ -f "$state/log" ]; then
         kept=1
         while [ -f "$state/log.$kept" ]; do kept=$((kept + 1)); done
@@ -84,7 +87,7 @@ start() {
     rm -f "$state/status" "$state/asked" "$state/program"
     printf '%s\n' "$command" >"$state/command"
     boot >"$state/boot"
-    nohup setsid ./launch/cloud/worker.sh hold "$@" </dev/null >"$state/log" 2>&1 &
+    nohup setsid ./launch/cloud/worker.sh hold "$@" </dev/null >"$state/log" 2>&1 9>&- &
     echo $! >"$state/holder"
     printf 'worker %s: started %s\n' "$(uname -n)" "$command"
 }

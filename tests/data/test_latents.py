@@ -20,6 +20,7 @@ from dmf.convert import encode
 from dmf.data import DataConfig, shards
 from dmf.data.images import open_images
 from dmf.errors import DmfError
+from dmf.storage.records import sealed
 from tests import ROOT, runs
 from tests.data.encoding import (
     CLASSES,
@@ -204,7 +205,7 @@ def change(**values: object) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         path = folder / "metadata.json"
         found = {k: v for k, v in json.loads(path.read_text()).items() if k != "seal"}
-        path.write_text(json.dumps(shards.sealed(found | values)))
+        path.write_text(json.dumps(sealed(found | values)))
 
     return damage
 
@@ -253,9 +254,9 @@ UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "altered scale": (
         replace('\n "scale": 0.18215', '\n "scale": 0.28215'),
-        "metadata.json cannot be read .*its bytes were altered",
+        "metadata.json: its values were altered; expected what `--mode=encode`",
     ),
-    "no seal": (replace('"seal"', '"deal"'), "metadata.json cannot be read .*seal missing"),
+    "no seal": (replace('"seal"', '"deal"'), "metadata.json: seal is missing, expected a text"),
     "infinite scale": (
         change(scale=float("inf")),
         "metadata.json: scale is inf, expected a finite number above 0",
@@ -291,15 +292,15 @@ UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no JSON": (
         lambda d: (d / "metadata.json").write_text("{"),
-        "metadata.json cannot be read .JSONDecodeError",
+        "metadata.json line 1: no JSON",
     ),
     "no object": (
         lambda d: (d / "metadata.json").write_text("[]"),
-        "metadata.json cannot be read .TypeError",
+        "metadata.json: it is .*, expected an object",
     ),
     "half the fields": (
         lambda d: (d / "metadata.json").write_text('{"format": 1}'),
-        "metadata.json cannot be read .*count, .*seal missing",
+        "metadata.json: seal is missing, expected a text",
     ),
 }
 

@@ -51,7 +51,9 @@ def test_scores_of_other_settings_are_no_rivals_for_the_best(place, tmp_path):
         reference=str(place / "ref.npz"),
         score_samples=64,
     )
-    with pytest.raises(DmfError, match="no best checkpoint is known"):
+    with pytest.raises(
+        DmfError, match="best.json cannot be read: .*; expected a run that has been scored"
+    ):
         checkpoint.find(tmp_path / "run" / "best")
     first = train(parse(merged(TINY, curriculum=kinds, run=run)), tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")

@@ -217,8 +217,8 @@ BAD = [
     ({"base": "cifar"}, r"base = 'cifar': expected one of cifar10, adm-imagenet256"),
     ({"base": ["cifar10"]}, r"base = \['cifar10'\]: expected one of"),
     ({"count": 5000}, r"mine\.json\.space is missing"),
-    ([1], r"holds a list; expected an object"),
-    ('{"base": "cifar10", "count": 5, "count": 6}', r"no JSON \(a field is given twice\)"),
+    ([1], r"is \[1\], expected an object"),
+    ('{"base": "cifar10", "count": 5, "count": 6}', r"no JSON \('count' is given twice\)"),
     ('{"base": ', r"no JSON \("),
     ("[" * 100000, r"no JSON \("),
 ]
@@ -239,7 +239,5 @@ def test_a_wrong_name_gives_one_line(tmp_path):
         r"Expected one of cifar10, adm",
     ):
         load("cifar")
-    with pytest.raises(
-        DmfError, match=r"absent\.json: cannot be read \(No such file or directory\)"
-    ):
+    with pytest.raises(DmfError, match=r"absent\.json cannot be read: .*No such file or directory"):
         load(str(tmp_path / "absent.json"))

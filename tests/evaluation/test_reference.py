@@ -460,13 +460,13 @@ def test_images_and_features_that_are_none(tmp_path, rng):
 def test_records_that_are_none(tmp_path, rng):
     m = drawn(rng)
     for about, message in (
-        ("{", "about is no JSON"),
+        ("{", "about.*: no JSON"),
         ("[1]", "about is no record"),
         ('{"space": 1.5}', "about is no record"),
         ('{"count": true}', "about is no record"),
         ('{"count": 1}', "about is no record"),
         ('{"count": "many"}', "about is no record"),
-        ("[" * 100000, "about is no JSON"),
+        ("[" * 100000, "about.*: no JSON"),
     ):
         refuses(savez(tmp_path / "x.npz", mu=m.mean, sigma=m.cov, about=np.array(about)), message)
     refuses(

@@ -22,7 +22,7 @@ LAYERS = (
     ("fields",),
     ("method", "metrics"),  # pure: arrays to arrays, arrays to numbers
     ("networks", "sharding", "processes"),
-    ("storage.paths", "storage.atomic", "storage.manifest"),  # bytes, not weights
+    ("storage.paths", "storage.atomic", "storage.manifest", "storage.records"),  # bytes and JSON
     ("logging",),
     ("data",),
     ("optim", "state"),

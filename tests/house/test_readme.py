@@ -141,6 +141,14 @@ def test_the_start_times_are_the_stored_ones():
         assert f"| {end} | {first:.1f} s | {later:.1f} s | {ratio:.1f} x |" in text
 
 
+def test_the_edits_are_the_stored_ones():
+    found, words = stored("edits"), " ".join(page("runs").split())
+    same = sum(n for name, n in found["outcomes"].items() if name.startswith("same bits"))
+    line = found["outcomes"]["one line"]
+    assert found["bad"] == [] and same + line == found["count"]
+    assert f"Of {found['count']} edits {same} ended in the same bits and {line} in one" in words
+
+
 def test_the_kills_are_the_stored_ones():
     found, words = stored("kills"), " ".join(page("runs").split())
     assert f"`{found['command']}`" in words and found["different"] == []

@@ -95,6 +95,32 @@ def test_a_host_starts_one_program_keeps_what_it_says_and_stops_it(ready):
     assert [words for words, _ in ready.noted("programs.jsonl")] == [FLAGS] * 2
 
 
+def test_two_starts_at_once_start_one_program(ready):
+    ready.program(goes_on=True)
+    # The first one is slow: it is still at work when the second one comes.
+    mv = ready.bin / "mv"
+    mv.write_text('#!/bin/sh\nsleep 0.3\nexec /bin/mv "$@"\n')
+    mv.chmod(0o755)
+    state = ready.root.parent / "dmf.run"
+    state.mkdir()
+    (state / "log").write_text("of an earlier start\n")
+    (script,) = ready.root.rglob("worker.sh")
+    starts = [
+        subprocess.Popen(
+            [script, "start", *FLAGS],
+            cwd=ready.root,
+            env=ready.environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    said = sorted(start.communicate(timeout=200)[0].split()[2] for start in starts)
+    assert said == ["running", "started"]
+    until(lambda: ready.noted("programs.jsonl"))
+    assert len(ready.noted("programs.jsonl")) == 1 and not (state / "log.2").exists()
+
+
 def shown_quoted(words):
     return " ".join(
         w if re.fullmatch(r"[\w./:=,@%+-]+", w) else "'" + w.replace("'", "'\\''") + "'"
@@ -263,7 +289,7 @@ def sbatch(ready, *words):
         env=ready.environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     return done.returncode, done.stdout, done.stderr
 
@@ -339,7 +365,7 @@ def test_the_signal_of_slurm_reaches_the_program_and_spares_the_script(ready):
     assert job.stdout.readline() == "step 1\n"
     job.send_signal(signal.SIGTERM)  # to the batch shell, which some clusters tell as well
     os.kill(int((ready.bin / "number").read_text()), signal.SIGTERM)
-    out, err = job.communicate(timeout=30)
+    out, err = job.communicate(timeout=200)
     assert job.returncode == 0 and "goes on later" in out, err
     assert ready.calls("scontrol") == [["scontrol", "requeue", "123456"]]
 

@@ -66,9 +66,7 @@ def test_probes_of_other_images_are_not_compared(tmp_path, other):
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '[{"step": 3}]', '[{"back_to": 0.5}]'])
 def test_a_file_that_holds_no_interventions_is_one_line(tmp_path, text):
     (tmp_path / guard.FILE).write_text(text)
-    with pytest.raises(
-        DmfError, match=r"guard.json cannot be read: \w+: .*; expected what dmf wrote there"
-    ):
+    with pytest.raises(DmfError, match=r"guard.json( line 1)?: .*expected (what|a|an) "):
         train(parse(TINY), tmp_path)
     assert (tmp_path / guard.FILE).read_text() == text
 
@@ -218,7 +216,7 @@ def test_it_goes_back_to_the_newest_checkpoint_before_values_were_half_way_to_th
     given = Guard(tmp_path / "given.json", tmp_path, CONFIG, fresh=True, drawn=False)
     with pytest.raises(
         DmfError,
-        match="step 38: x; the guard would go back to step 0, but checkpoint .*/0: no readable",
+        match="step 38: x; the guard would go back to step 0, but checkpoint .*/0: .*cannot be",
     ):
         given.intervene(Diverged(38, "x"), scores=[], **how)
     (tmp_path / "0").mkdir()

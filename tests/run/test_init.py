@@ -123,8 +123,8 @@ def test_a_file_says_which_class_each_class_takes(start, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "map.json: cannot be read: .*Expecting .*; expected a JSON object such as"),
-        ("[1]", r"map.json: holds \[1\]; expected a JSON object"),
+        ("{", "map.json line 1: no JSON .*Expecting .*; expected a JSON object such as"),
+        ("[1]", r"map.json: it is \[1\], expected a JSON object"),
         ('{"0": 1}', "map.json: has no class '1'; expected all classes of digits: 0, 1, 2"),
         ('{"cat": 1}', "map.json: has no class '0'; expected all classes of digits: 0, 1, 2"),
         (json.dumps({str(i): 12 for i in range(10)}), "'0' is 12; expected a class .* 0 to 11"),

@@ -56,10 +56,10 @@ def test_a_terminal_that_does_not_know_a_character_shows_an_escape(tmp_path):
     assert path.read_text() == "gr\\xf6\\xdfe \\udcff\n"
 
 
-def shell(command, **kwargs):
+def shell(command, *words):
     """(standard output, standard error) of a line of the shell, in which $0 is Python."""
-    words = ["sh", "-c", command, sys.executable]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, **kwargs)
+    words = ["sh", "-c", command, sys.executable, *words]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
     return done.stdout, done.stderr
 
 
@@ -103,6 +103,21 @@ def test_a_signal_removes_what_is_half_written(tmp_path, number, status):
     line = {signal.SIGINT: "interrupted", signal.SIGTERM: "stopped"}[number]
     assert (process.returncode, out, err) == (status, "", f"{line}\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_after_the_work_is_done_leaves_the_status_alone():
+    code = """
+import os, signal, sys
+from dmf.run import start
+class Last:  # deleted after Python has given up its handlers
+    def __del__(self, kill=os.kill, me=os.getpid(), numbers=(signal.SIGINT, signal.SIGTERM)):
+        for number in numbers:
+            kill(me, number)
+start.begin(sys.argv)
+sys.modules["last"] = Last()
+print("done")
+"""
+    assert shell('$0 -c "$1"; echo $?', code) == ("done\n0\n", "")
 
 
 def test_nothing_is_begun_after_the_end_has_begun(tmp_path, monkeypatch):

@@ -26,9 +26,8 @@ def test_every_start_notes_what_it_was(tmp_path, monkeypatch):
     runs.train(parse(QUICK), tmp_path)
     (tmp_path / workdir.STARTS).write_text((tmp_path / workdir.STARTS).read_text() + '{"torn')
     runs.train(parse(merged(QUICK, run=dict(sample_rows=3))), tmp_path)
-    first, torn, second = (tmp_path / workdir.STARTS).read_text().splitlines()
+    first, second = (tmp_path / workdir.STARTS).read_text().splitlines()
     first, second = json.loads(first), json.loads(second)
-    assert torn == '{"torn'
     assert (first["step"], second["step"]) == (0, 12)
     assert (first["differs"], second["differs"]) == ([], ["config.run.sample_rows: 2 -> 3"])
     assert first["jax"] == jax.__version__ and first["numpy"] == np.__version__

@@ -233,7 +233,7 @@ def test_sigterm_in_each_phase_ends_well_and_the_run_ends_in_the_same_bits(tmp_p
     assert (
         status == 0
         and logged == newest(life.workdir) == 60
-        and seconds < 20
+        and seconds < 100
         and "nothing was unsaved" in said
     ), said
     assert not (life.workdir / "samples").exists()
@@ -266,7 +266,7 @@ def test_a_second_signal_ends_the_process_at_once():
     code = """
 import threading
 from dmf.run import sigterm
-sigterm.ONE_S = 0.2
+sigterm.ONE_S = 2
 stop = sigterm.listen()
 stop.unsaved()
 print("ready", flush=True)
@@ -279,9 +279,12 @@ threading.Event().wait(1e6)  # a step that never ends
     process.stdout.readline()
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)  # at once: the same request
-    time.sleep(0.4)
+    time.sleep(0.2)
     assert process.poll() is None
-    process.send_signal(signal.SIGINT)
+    end = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < end:
+        process.send_signal(signal.SIGINT)  # counts as a second one after `ONE_S`
+        time.sleep(0.2)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGINT
     assert said == f"ended by a second signal; {sigterm.AGAIN}\n"
@@ -312,7 +315,7 @@ def test_two_processes_stop_at_the_same_step_and_go_on_in_the_same_bits(tmp_path
         time.sleep(0.01)
     time.sleep(0.5)
     group.processes[0].send_signal(signal.SIGTERM)
-    (first, said, error), (second, _, other) = group.finish(60)
+    (first, said, error), (second, _, other) = group.finish(200)
     assert first == second == 0, error + other
     assert "stopped, nothing was unsaved" in said and newest(run) == 50
     assert [status for status, *_ in Group(tmp_path, run, 2, flags=flags).finish()] == [0, 0]
