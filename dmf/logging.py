@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import logging
@@ -213,3 +214,22 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}"
+
+
+def _is_of_others(record: logging.LogRecord) -> bool:
+    late = record.name == "asyncio" and "exception was never retrieved" in record.getMessage()
+    return not late and "orbax" not in Path(record.pathname).parts
+
+
+@functools.cache
+def quieten() -> None:
+    """Keeps Orbax's threads from printing tracebacks: the error itself arrives and is told once."""
+    for name in ("absl", "asyncio", None):  # Orbax uses all three
+        logging.getLogger(name).addFilter(_is_of_others)
+    before = sys.unraisablehook
+
+    def others(found: sys.UnraisableHookArgs) -> None:
+        if str(found.exc_value) != "Event loop is closed":  # by a save that has failed
+            before(found)
+
+    sys.unraisablehook = others

@@ -216,7 +216,8 @@ def kept_by_changes(workdir: Path) -> set[int]:
 
 def _again(torn: bytes, after: bytes) -> bool:
     """Whether a line is the next one up to where a kill has cut it. Their times may differ."""
-    return after.partition(b", ")[2].startswith(torn.rstrip(b"\n").partition(b", ")[2])
+    cut, first, last = torn.rstrip(b"\n"), len('{"utc": "'), len('{"utc": "' + utc())
+    return cut[:first] == after[: len(cut)][:first] and cut[last:] == after[last : len(cut)]
 
 
 def _stored(workdir: Path) -> dict[str, Any]:

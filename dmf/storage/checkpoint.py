@@ -10,11 +10,9 @@ ever loaded.
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import math
-import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -27,6 +25,7 @@ from orbax.checkpoint import v1 as ocp
 
 from dmf import processes
 from dmf.errors import DmfError, short
+from dmf.logging import quieten
 from dmf.storage import atomic, paths, records
 from dmf.storage.manifest import BEST as BEST
 from dmf.storage.manifest import BEST_FORM as BEST_FORM
@@ -89,7 +88,7 @@ class Checkpoints:
         self._damaged: set[int] = set()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, Future[None]] | None = None
-        _quieten()
+        quieten()
         with paths.writing(self.directory):
             paths.make(self.directory)
         self._checkpointer = ocp.training.Checkpointer(
@@ -236,19 +235,6 @@ def _smallest(tree: Any) -> Any:
     return jax.tree.unflatten(structure, wanted)
 
 
-@functools.cache
-def _quieten() -> None:
-    """Keeps Orbax's threads from printing tracebacks: the error itself arrives and is told once."""
-    logging.getLogger("absl").addFilter(lambda record: "orbax" not in Path(record.pathname).parts)
-    before = sys.unraisablehook
-
-    def others(found: sys.UnraisableHookArgs) -> None:
-        if str(found.exc_value) != "Event loop is closed":  # by a save that has failed
-            before(found)
-
-    sys.unraisablehook = others
-
-
 def _saving() -> ocp.Context:
     """How arrays are written. Small slices cost more, in compiled programs, than they save."""
     context = ocp.Context()
@@ -280,7 +266,7 @@ def _readable(folder: Path, wanted: str) -> Iterator[None]:
 
 def metadata(folder: Path) -> dict[str, Any]:
     """The run's config and image shape, from beside the weights. Verifies the folder first."""
-    _quieten()
+    quieten()
     verify(folder)
     with _readable(folder, "metadata"):
         found = ocp.metadata(paths.absolute(folder)).custom_metadata
@@ -306,7 +292,7 @@ def save_weights(
 ) -> None:
     """Writes weights alone as a step folder, with `files`, {name: text}. Whole or not at all."""
     place = paths.check_free(folder)
-    _quieten()
+    quieten()
     try:
         with atomic.made(place) as partial:
             ocp.save_checkpointables(partial, {"params": params}, custom_metadata=metadata)

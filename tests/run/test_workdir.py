@@ -17,7 +17,7 @@ from dmf.evaluation import sampling
 from dmf.logging import JsonLines
 from dmf.run import guard, scoreboard, workdir
 from dmf.run.guard import Guard, GuardConfig
-from dmf.storage import checkpoint, paths
+from dmf.storage import checkpoint, paths, records
 from tests import runs
 from tests.evaluation.test_sampling import Scorer, board
 from tests.runs import QUICK
@@ -194,3 +194,48 @@ def test_a_folder_and_a_file_system_without_locks(tmp_path, monkeypatch):
     monkeypatch.setattr(paths.fcntl, "flock", unsupported)
     with paths.alone(tmp_path, "first"), paths.alone(tmp_path, "second"):
         pass
+
+
+TIMES = "2026-11-28T20:00:00+00:00", "2026-11-28T20:00:07+00:00"
+KEPT = {"utc": TIMES[1], "step": 12, "kept": [6, 12]}
+CHANGES = {  # content of changes.jsonl -> what is said of it, "" where it is read
+    "sealed": (json.dumps(records.sealed(KEPT)) + "\n", ""),
+    "older": (json.dumps(KEPT) + "\n", ""),
+    "torn and written again": (
+        f'{{"utc": "{TIMES[0]}", "step": 12, "ke\n{json.dumps(KEPT)}\n',
+        "",
+    ),
+    "torn otherwise": (
+        f'{{"utc": "{TIMES[0]}", "step": 13, "ke\n{json.dumps(KEPT)}\n',
+        "line 1: no JSON",
+    ),
+    "torn": (json.dumps(KEPT)[:30], "line 1: no JSON"),
+    "empty": ("", "is empty; expected"),
+    "altered": (json.dumps(records.sealed(KEPT)).replace("12]", "13]"), "values were altered"),
+    "type": ('{"kept": 3}\n' + json.dumps(KEPT) + "\n", "line 1: kept is 3, expected a list"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_damaged_changes_of_the_config_lose_no_checkpoint(tmp_path, name):
+    content, message = CHANGES[name]
+    (tmp_path / workdir.CHANGES).write_text(content)
+    if not message:
+        assert workdir.kept_by_changes(tmp_path) == {6, 12}
+        return
+    with pytest.raises(DmfError, match=f"changes.jsonl.*{message}"):
+        workdir.kept_by_changes(tmp_path)
+
+
+def test_an_altered_intervention_and_a_bad_config_name_their_files(tmp_path):
+    row = {"step": 9, "stage": "stage 0", "kind": "jvp", "reason": "", "rules": {}, "back_to": 4}
+    row |= {"action": "rate", "settled": True}
+    text = json.dumps([records.sealed(row)])
+    (tmp_path / guard.FILE).write_text(text)
+    assert guard.read(tmp_path / guard.FILE) == [row]
+    (tmp_path / guard.FILE).write_text(text.replace('"back_to": 4', '"back_to": 5'))
+    with pytest.raises(DmfError, match=r"guard.json: \[0\]: its values were altered"):
+        guard.read(tmp_path / guard.FILE)
+    (tmp_path / workdir.CONFIG).write_text('{"seed": "x"}')
+    with pytest.raises(DmfError, match="config.json: config.seed = 'x': expected int"):
+        workdir._stored(tmp_path)

@@ -76,7 +76,7 @@ def test_only_ascii_digits_name_a_step(tmp_path):
         checkpoint.find(tmp_path)
 
 
-def test_what_cannot_be_read_back_does_not_count_and_costs_one_save(tmp_path, state):
+def test_what_cannot_be_read_back_does_not_count_and_costs_one_save(tmp_path, state, caplog):
     # Orbax skips the merge of its files here, with a warning alone. Nobody could read them.
     saved = store(tmp_path / "lr[1e-3]")
     with pytest.raises(DmfError, match=r"checkpoint .*/checkpoints/3 was written but cannot be re"):
@@ -90,6 +90,7 @@ def test_what_cannot_be_read_back_does_not_count_and_costs_one_save(tmp_path, st
     for ema, item in ((0, "ema"), (None, "params")):
         with pytest.raises(DmfError, match=f"holds no {item}, or none that can be read"):
             checkpoint.read_params(folder, ema, state.params)
+    assert not caplog.records
 
 
 def test_weights_that_cannot_be_read_back_leave_nothing(tmp_path, state, monkeypatch):
