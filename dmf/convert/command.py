@@ -121,7 +121,11 @@ def _described(
             tensors, fields | {name: row.value for name, row in taken.items()}
         )
     except DmfError as error:
-        said = ", ".join(f"{row.where} says {row.key} = {row.raw}" for row in taken.values())
+        said = ", ".join(
+            f"{row.where} says {row.key} = {row.raw}"
+            for row in taken.values()
+            if row.fact.name in str(error)
+        )
         raise DmfError(f"{error} ({said})" if said else str(error)) from error
     values = sides.rows(kind, config, shape, tensors, given, told, way)
     return _Described(tensors, copy, dropped, config, shape, way, values)

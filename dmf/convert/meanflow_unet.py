@@ -42,6 +42,7 @@ FIELDS: dict[str, Any] = {
     "time_input": "t",
     "time_scale": 1.0,
     "precond": "none",
+    "num_classes": 0,
 }
 LAYER0 = "map_layer0.weight"
 

@@ -65,6 +65,7 @@ FIELDS: dict[str, Any] = {
     "time_scale": TIME_SCALE,
     "precond": "none",
     "augment_dim": 0,
+    "num_classes": 0,
 }
 
 Plan = list[tuple[str, str]]  # (sort of module, our room) of all_modules.0, 1, 2, ...
