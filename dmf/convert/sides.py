@@ -121,19 +121,19 @@ def rows(
     """
     found = []
     for fact in kind.facts:
-        value, source = fact.value(config, shape), {"source": "assumed", "note": fact.note}
-        mine = [row for row in told if row.fact is fact]
+        value, mine = fact.value(config, shape), [row for row in told if row.fact is fact]
+        source = {"source": "assumed", "note": fact.note}
         if fact.name in given:
             source = {"source": "given"}
         elif fact.told(tensors):
             source = {"source": "file"}
-        elif mine:
+        elif mine and _same(mine[0].value, value):
             source = {"source": "side file", "where": f"{mine[0].where}: {mine[0].key}"}
         for row in mine:
             if not _same(row.value, value):
                 raise DmfError(
                     f"{row.where}: {row.key} is {short(row.raw)}, but {fact.name} is "
-                    f"{short(value)} ({source['source']}): expected the same"
+                    f"{short(value)} ({_source(source)}): expected the same"
                 )
         found.append({"name": fact.name, "value": value, **source})
     for name in ("time", "sign") if direction else ():

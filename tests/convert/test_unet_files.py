@@ -295,6 +295,11 @@ def test_files_without_their_filters_are_refused():
             r"network\.embedding_mult is 1: expected 2, as in weights of kind meanflow_unet",
         ),
         (
+            MEANFLOW_UNET,
+            UNetConfig(num_classes=3),
+            r"network\.num_classes is 3: expected 0, as in weights of kind meanflow_unet",
+        ),
+        (
             EDM,
             UNetConfig(),
             r"network\.time_input is 't': expected 'log_sigma', as in weights of kind edm",

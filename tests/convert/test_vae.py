@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dmf import sharding
+from dmf import pretrained, sharding
 from dmf.convert.audit import flat, leaf_shapes
 from dmf.convert.command import convert
 from dmf.convert.rules import relative_l2
@@ -147,8 +147,8 @@ def test_parity_with_diffusers_of_an_autoencoder_with_a_shift_and_without_quant_
     safetensors.numpy.save_file(weights, file)
     report = convert("sd_vae", file, tmp_path / "vae", given=SD3, check="none")
     assert (report["network"]["shift"], report["network"]["quant"]) == (0.0609, False)
-    config, _, network, params = convert_arrays(SD_VAE, weights, SD3)
-    assert config.latent_channels == 16 and network.shift == 0.0609
+    network, params = pretrained.load(tmp_path / "vae")
+    assert report["network"]["latent_channels"] == 16 and network.shift == 0.0609
     found = SD_VAE.outputs(network, params, arrays)
     check_outputs(found, arrays, ("moments", "sample_scaled"))
     # What training and sampling do with the directory: the shift is undone before the decoder.
