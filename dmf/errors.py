@@ -1,4 +1,19 @@
-"""The one exception a user is meant to read."""
+"""The one exception a user is meant to read, and how text from outside is printed."""
+
+from __future__ import annotations
+
+import re
+
+LONG = re.compile(r"\S{600,}")
+
+
+def printable(text: str) -> str:
+    """Text that may hold names from a file, safe to print as one line.
+
+    Control characters, escape codes and lone surrogates become "?". Endless words are cut.
+    """
+    clean = "".join(c if c.isprintable() else "?" for c in text)
+    return LONG.sub(lambda found: f"{found[0][:200]}...{found[0][-50:]}", clean)
 
 
 class DmfError(Exception):
@@ -7,6 +22,9 @@ class DmfError(Exception):
     The command line prints it as one line and ends with status 2. Any other exception is our bug
     and keeps its traceback. It is no ValueError: flag parsers catch those and add text.
     """
+
+    def __init__(self, text: str):
+        super().__init__(printable(text))
 
 
 class NotFinite(DmfError):

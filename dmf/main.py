@@ -73,10 +73,12 @@ def _start(config: Config, workdir: str, stop: sigterm.Stop) -> None:
 
 
 def _sample() -> Callable[[], Any]:
-    from dmf.evaluation.sampling import write_samples as call
+    from dmf.evaluation.draw import Choice, write_samples
 
-    path, out, ema = flags.need("workdir"), flags.out(".png"), flags.ema()
-    return partial(call, path, flags.steps(), FLAGS.count or 64, FLAGS.sampler, out, ema, FLAGS.vae)
+    path, out, ema = flags.need("workdir"), flags.out(".png", ".npz", ""), flags.ema()
+    labels, guidance, raw = flags.labels(), flags.guidance(), FLAGS.raw
+    choice = Choice(FLAGS.sampler, FLAGS.seed, labels, guidance, FLAGS.times, FLAGS.vae, raw)
+    return partial(write_samples, path, flags.steps(), FLAGS.count or 64, out, ema, choice)
 
 
 def _score() -> Callable[[], Any]:
@@ -143,7 +145,8 @@ def _convert() -> Callable[[], Any]:
 
     kind, source = flags.need("kind"), flags.need("source")
     out = flags.needed_out("the directory to make")
-    call = partial(convert, kind, source, out, copy=FLAGS.copy, given=given(FLAGS.set))
+    call = partial(convert, kind, source, out, copy=FLAGS.copy, drop=FLAGS.drop)
+    call = partial(call, given=given(FLAGS.set))
     return partial(call, check=FLAGS.check, align_steps=FLAGS.align_steps)
 
 
@@ -158,6 +161,8 @@ def _export() -> Callable[[], Any]:
 
 
 DRAWN = ("workdir", "steps", "count", "sampler", "out", "ema", "vae")
+GUIDED = ("guidance", "guidance_interval", "guidance_channels")
+SAMPLED = (*DRAWN, "seed", "labels", *GUIDED, "times", "raw")
 JUDGED = ("protocol", "features", "reference", "seed", "selfcheck", "source", "split", "data_dir")
 COMMANDS = {
     "train": Command(
@@ -165,7 +170,7 @@ COMMANDS = {
         ("config", "workdir", "distributed", "allow_change"),
         _train,
     ),
-    "sample": Command("draw a grid of samples", DRAWN, _sample),
+    "sample": Command("draw samples: a grid, single images or an array", SAMPLED, _sample),
     "score": Command("score a trained model, or images", (*DRAWN, *JUDGED), _score),
     "reference": Command(
         "make the reference statistics of a score",
@@ -181,7 +186,7 @@ COMMANDS = {
     "plan": Command("compile the steps for absent TPUs", ("config", "topology", "out"), _plan),
     "convert": Command(
         "make a checkpoint from a file of others",
-        ("kind", "source", "out", "copy", "set", "check", "align_steps"),
+        ("kind", "source", "out", "copy", "drop", "set", "check", "align_steps"),
         _convert,
     ),
     "export": Command(

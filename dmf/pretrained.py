@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from dmf import networks, sharding
@@ -19,6 +20,7 @@ from dmf.errors import DmfError
 from dmf.networks.every import OTHERS, build, network_config
 from dmf.optim import EMAConfig
 from dmf.storage import checkpoint
+from dmf.storage.manifest import digest, read_newest
 
 
 def load(path: str | Path, ema: float | None = None) -> tuple[Any, Any]:
@@ -35,8 +37,29 @@ def load(path: str | Path, ema: float | None = None) -> tuple[Any, Any]:
 
     Raises DmfError where the folder is missing or damaged.
     """
-    folder, stored = open_folder(path)
-    return load_folder(folder, stored, ema)
+    found = open_weights(path, ema)
+    return found.network, found.params
+
+
+class Opened(NamedTuple):
+    """Weights with all that is read of their step folder, which a run may remove at any time."""
+
+    folder: Path
+    stored: dict[str, Any]  # what was written beside the weights
+    network: Any
+    params: Any
+    manifest_sha256: str
+
+
+def open_weights(path: str | Path, ema: float | None = None) -> Opened:
+    """Verifies and reads a checkpoint in one go. Arguments and errors: `load`."""
+
+    def read(folder: Path) -> Opened:
+        stored = checkpoint.metadata(folder)
+        network, params = load_folder(folder, stored, ema)
+        return Opened(folder, stored, network, params, digest(folder))
+
+    return read_newest(path, read)
 
 
 def load_folder(folder: Path, stored: dict[str, Any], ema: float | None = None) -> tuple[Any, Any]:
@@ -53,15 +76,25 @@ def load_folder(folder: Path, stored: dict[str, Any], ema: float | None = None) 
         index = averages.index()
     else:
         network, index = build(network_config, shape), None
-    return network, checkpoint.read_params(
-        folder, index, abstract_params(network, sharding.make_mesh())
-    )
+    like = abstract_params(network, sharding.make_mesh())
+    params = checkpoint.read_params(folder, index, like)
+    _check_finite(folder, params)
+    return network, params
+
+
+def _check_finite(folder: Path, params: Any) -> None:
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        if wild := x.size - int(np.isfinite(x).sum()):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise DmfError(
+                f"checkpoint {folder}: {wild} of the {x.size} values of weight {name} are not "
+                "finite; expected weights of a working network"
+            )
 
 
 def open_folder(path: str | Path) -> tuple[Path, dict[str, Any]]:
     """(step folder, what was written beside the weights) of a checkpoint, which is verified."""
-    folder = checkpoint.find(path)
-    return folder, checkpoint.metadata(folder)
+    return read_newest(path, lambda folder: (folder, checkpoint.metadata(folder)))
 
 
 def is_converted(stored: dict[str, Any]) -> bool:

@@ -388,12 +388,12 @@ def test_a_whole_run_needs_no_tensorflow(tmp_path):
 import json, sys
 from tests.data.test_data import WITHOUT_TENSORFLOW
 exec(WITHOUT_TENSORFLOW)
-from dmf.evaluation import sampling
+from dmf.evaluation import draw
 from dmf.config import parse
 from tests import runs
 from tests.tiny import TINY, merged
 runs.train(parse(merged(TINY, run=dict(tensorboard=True))), {str(tmp_path)!r})
-sampling.write_samples({str(tmp_path)!r}, [1, 2], 5, "")
+draw.write_samples({str(tmp_path)!r}, [1, 2], 5, "")
 assert not any(name.split(".")[0] in ("tensorflow", "tensorboard", "clu") for name in sys.modules)
 """
     done = subprocess.run(

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dmf.convert.copies import Copies
 from dmf.convert.kind import (
     TRAINING,
     Fact,
@@ -23,7 +24,6 @@ from dmf.convert.kind import (
     fact_of,
     nchw,
     number,
-    pick_copy,
 )
 from dmf.convert.rules import (
     Rule,
@@ -38,9 +38,11 @@ from dmf.convert.rules import (
 from dmf.errors import DmfError
 from dmf.networks import ADMConfig, Network, layers
 from dmf.networks.adm import GROUPS, plan
-from dmf.storage.readers.tree import Tensor, flatten, strip_prefix
 
 NAME = "torchcfm"
+COPIES = Copies(
+    r"time_embed\.0\.weight", (("ema_model", "ema_model"), ("net_model", "net_model")), "flat"
+)
 GIVEN = ("head_channels", "resolution", "dropout")  # neither names nor shapes show these
 # channels, channel_mult, blocks, levels with attention of the released networks
 RELEASED = (128, (1, 2, 2, 2), 2, (1,))
@@ -48,12 +50,6 @@ RELEASED_GIVEN = {"head_channels": 64, "resolution": 32}
 NEW = "the source has no interval branch"
 REVERSED = "time reversal, t -> 1 - t, folded in: a rotation of the cosines and sines of t"
 NEGATED = "sign folded in: the source's velocity is data - noise"
-
-
-def _select(tree: Any, which: str) -> tuple[dict[str, Tensor], str]:
-    held = [name for name in TORCHCFM.copies if isinstance(tree, dict) and name in tree]
-    copy = pick_copy(which, held or ["flat"])
-    return strip_prefix(flatten(tree[copy] if held else tree, "")), copy
 
 
 def _describe(tensors: Tensors, given: Mapping[str, Any]) -> tuple[ADMConfig, Shape]:
@@ -286,8 +282,7 @@ TORCHCFM = Kind(
         "source: t = 0 noise, t = 1 data, v = data - noise, so ours is -v(z, 1 - t); "
         "the time reversal is folded into time_embed.0, the sign into out.2"
     ),
-    copies=("ema_model", "net_model"),
-    select=_select,
+    select=COPIES.select,
     describe=_describe,
     rules=_rules,
     outputs=_outputs,

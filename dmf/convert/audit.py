@@ -17,8 +17,8 @@ import numpy as np
 
 from dmf.convert.leaves import flat, leaf_shapes, nested
 from dmf.convert.rules import Rule
-from dmf.errors import DmfError
-from dmf.storage.readers.tree import Tensor
+from dmf.errors import DmfError, printable
+from dmf.storage.readers.tree import Tensor, float32
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -64,7 +64,7 @@ def check(rules: Sequence[Rule], tensors: Mapping[str, Tensor], leaves: Shapes, 
         if name not in known:
             raise DmfError(
                 f"tensor {name} {list(tensors[name].shape)} has no place in this network: "
-                f"expected the {len(known)} tensors of kind {kind}"
+                f"expected the {len(known)} tensors of kind {kind}, or --drop with its name"
             )
     _once("tensor", known, known, kind)
     for rule in rules:
@@ -133,7 +133,7 @@ def read(
                 start[leaf] if leaf in start else np.zeros(leaves[leaf]) for leaf in rule.leaves
             ]
         for leaf, x in zip(rule.leaves, values, strict=True):
-            put(leaf, np.asarray(x, np.float32, order="C"))
+            put(leaf, float32(", ".join(rule.tensors) or leaf, x))
         if present or rule.leaves:  # else a constant that the file lacks: nothing to report
             rows.append(_row(rule, tensors, present))
         done += sum(_bytes(tensors[name]) for name in rule.tensors if name in tensors)
@@ -184,13 +184,13 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             part[i] += more
     lines = [f"{'part':<24}{'tensors':>9}{'leaves':>8}{'values':>14}"]
     parts["all"] = [sum(column) for column in zip(*parts.values(), strict=True)]
-    lines += [f"{part:<24}{a:>9}{b:>8}{c:>14,}" for part, (a, b, c) in parts.items()]
+    lines += [f"{printable(p):<24}{a:>9}{b:>8}{c:>14,}" for p, (a, b, c) in parts.items()]
     grouped: dict[str, list[str]] = {}
     for row in exceptions(rows):
         grouped.setdefault(row["reason"], []).extend(row["names"])
     for reason, names in grouped.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        lines.append(f"{names[0]}{more}: {reason}")
+        lines.append(printable(f"{names[0]}{more}: {reason}"))
     return "\n".join(lines)
 
 
@@ -214,15 +214,8 @@ def _row(rule: Rule, tensors: Mapping[str, Tensor], present: bool) -> Row:
 
 def _finite(name: str, tensor: Tensor) -> np.ndarray:
     found = tensor.read()
-    if found.dtype.name not in FLOATS:
-        return found
-    wide = found.astype(np.float32) if found.dtype.itemsize < 4 else found
-    if not np.isfinite(wide).all():
-        count = int(found.size - np.isfinite(wide).sum())
-        raise DmfError(
-            f"tensor {name}: {count} of its {found.size} values are not finite; "
-            "expected weights of a working network"
-        )
+    if found.dtype.name in FLOATS:
+        float32(name, found)
     return found
 
 

@@ -3,7 +3,7 @@
 Each kind of file is a `Kind` (kind.py), and kinds.py lists them. `convert` calls, in this order:
 
     read.open_file           the file as a tree of tensors    storage/readers/
-    kind.select              one copy of the weights          sit.py and dit.py for --kind=sit
+    kind.select              one copy of the weights          copies.py
     sides.said               what a config.json tells         sides.py
     kind.describe            their shapes -> network config
     kind.rules               the key map, a list of `Rule`    rules.py has the type
@@ -33,11 +33,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dmf import networks, pretrained
-from dmf.convert import align, audit, direction, native, plausible, sides
+from dmf.convert import align, audit, copies, direction, native, plausible, sides
 from dmf.convert import check as forward
 from dmf.convert.kind import Kind, Shape, Tensors
 from dmf.convert.kinds import KINDS, kind_of
-from dmf.errors import DmfError
+from dmf.errors import DmfError, printable
 from dmf.evaluation import features
 from dmf.logging import Count
 from dmf.storage import checkpoint, paths
@@ -55,6 +55,7 @@ def convert(
     out: str | Path,
     *,
     copy: str = "",
+    drop: Sequence[str] = (),
     given: Mapping[str, Any] | None = None,
     check: str = "auto",
     align_steps: int = 0,
@@ -62,9 +63,10 @@ def convert(
     """Converts the weights of `source` into a checkpoint directory; returns the report.
 
     - kind: a key of KINDS.
-    - source: the file, or the directory of Orbax.
+    - source: the file, a folder with one such file, or the directory of Orbax.
     - out: the directory to make; it holds the report too, as conversion.json.
-    - copy: which of the file's copies of the weights; "" takes the kind's default.
+    - copy: which of the file's copies of the weights, or its dotted path; "" takes the best.
+    - drop: patterns of names of tensors that are left out.
     - given: fields of the network that the file does not show; of a flow also time and sign.
     - check: "auto" compares with PyTorch if it is installed, "none" with nothing.
       Else it names an .npz with inputs and outputs in the source's convention.
@@ -78,16 +80,16 @@ def convert(
     weights = read.open_file(source)
     try:
         config, shape, params, report = _converted(
-            found, weights, copy, given or {}, wanted, align_steps
+            found, weights, copy, drop, given or {}, wanted, align_steps
         )
     except DmfError as error:
         text = str(error)
         raise DmfError(text if text.startswith(f"{source}: ") else f"{source}: {text}") from error
-    report["source"]["sha256"] = read.sha256(source)
+    report["source"]["sha256"] = read.sha256(weights.path)
     _save(Path(out), config, shape, params, report)
     count = sum(row["values"] for row in report["tensors"])
     seconds = time.monotonic() - started
-    copied = report["source"]["copy"]
+    copied = printable(report["source"]["copy"])
     print(f"converted {out} in {seconds:.0f} s: {count:,} values, copy {copied!r}")
     return report
 
@@ -97,6 +99,7 @@ class _Described(NamedTuple):
 
     tensors: Tensors
     copy: str
+    dropped: list[str]  # names of tensors that are left out
     config: Any
     shape: Shape
     way: direction.Direction | None  # time and sign of the source
@@ -104,9 +107,10 @@ class _Described(NamedTuple):
 
 
 def _described(
-    kind: Kind, weights: read.Weights, copy: str, given: Mapping[str, Any]
+    kind: Kind, weights: read.Weights, copy: str, drop: Sequence[str], given: Mapping[str, Any]
 ) -> _Described:
     tensors, copy = kind.select(weights.tree, copy)
+    tensors, dropped = copies.dropped(tensors, drop)
     way, fields = direction.split(kind, given)
     told = sides.said(kind, weights)
     taken = sides.adopted(told, tensors, fields)
@@ -124,19 +128,22 @@ def _described(
         )
         raise DmfError(f"{error} ({said})" if said else str(error)) from error
     values = sides.rows(kind, config, shape, tensors, given, told, way)
-    return _Described(tensors, copy, config, shape, way, values)
+    return _Described(tensors, copy, dropped, config, shape, way, values)
 
 
 def _converted(
     kind: Kind,
     weights: read.Weights,
     copy: str,
+    drop: Sequence[str],
     given: Mapping[str, Any],
     check: forward.Wanted,
     align_steps: int,
 ) -> tuple[Any, Shape, Any, dict[str, Any]]:
     """(network config, image shape, parameters, report), audited, checked and aligned."""
-    tensors, copy, config, shape, way, values = _described(kind, weights, copy, given)
+    tensors, copy, dropped, config, shape, way, values = _described(
+        kind, weights, copy, drop, given
+    )
     if align_steps:
         align.check(config, align_steps)
     network = pretrained.build(config, shape)
@@ -153,6 +160,7 @@ def _converted(
         "network": dataclasses.asdict(config),  # as in the source: an alignment comes later
         "image_shape": list(shape),
         "given": dict(given),
+        **({"dropped": {"patterns": [*drop], "tensors": dropped}} if dropped else {}),
         "values": values,
         "checks": forward.run(
             kind, config, shape, direction.seen_as(network, way), params, tensors, check

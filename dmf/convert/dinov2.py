@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dmf.convert.copies import Copies
 from dmf.convert.kind import (
     Kind,
     Shape,
@@ -19,25 +20,19 @@ from dmf.convert.kind import (
     expect,
     heads_of,
     nhwc,
-    pick_copy,
 )
 from dmf.convert.rules import Rule, conv_layer, linear_layer, norm_layer, plain, unread
 from dmf.errors import DmfError
 from dmf.networks import layers
 from dmf.networks.frozen.dinov2 import DINO_SIZES, SIZE, Dino, DinoConfig
-from dmf.storage.readers.tree import Tensor, flatten, strip_prefix
 
 NAME = "dinov2"
-COPY = "weights"
+COPIES = Copies(r"patch_embed\.proj\.weight", (), "weights")
 # Other releases: part of a tensor's name -> what that tensor is.
 OTHER_RELEASES = {
     ".mlp.w12.": "is of the SwiGLU blocks of ViT-g/14",
     "register_tokens": "holds registers, with which positions and features are others",
 }
-
-
-def _select(tree: Any, which: str) -> tuple[dict[str, Tensor], str]:
-    return strip_prefix(flatten(tree, "")), pick_copy(which, [COPY])
 
 
 def _describe(tensors: Tensors, given: Mapping[str, Any]) -> tuple[DinoConfig, Shape]:
@@ -177,8 +172,7 @@ DINOV2 = Kind(
         "The table of positions is kept as released, and resampled in use as by DINOv2's program: "
         "bicubic, not antialiased, with its offset of 0.1"
     ),
-    copies=(COPY,),
-    select=_select,
+    select=COPIES.select,
     describe=_describe,
     rules=_rules,
     outputs=_outputs,

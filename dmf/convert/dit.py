@@ -22,31 +22,16 @@ from dmf.convert.kind import (
     exact,
     fact_of,
     heads_of,
-    pick_copy,
     shown,
 )
 from dmf.convert.rules import Rule, plain
 from dmf.errors import DmfError
 from dmf.networks import layers
 from dmf.networks.dit import DIT_SIZES, DiTConfig
-from dmf.storage.readers.tree import Tensor, flatten, strip_prefix
 
 GIVEN = ("heads", "resolution")
 
 Linear = Callable[[str, Any], Any]
-
-
-def select(tree: Any, which: str, places: Mapping[str, str]) -> tuple[dict[str, Tensor], str]:
-    """The copy `which` of the weights, and its name.
-
-    places: copy -> key of the tree. A tree with none of these keys is the copy "flat" itself.
-    """
-    held = {}
-    if isinstance(tree, Mapping):
-        held = {c: tree[key] for c, key in places.items() if isinstance(tree.get(key), Mapping)}
-    held = held or {"flat": tree}
-    copy = pick_copy(which, list(held))
-    return strip_prefix(flatten(held[copy])), copy
 
 
 def check_fields(given: Mapping[str, Any], kind: str) -> None:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmf.convert import song_unet, song_unet_torch
+from dmf.convert.copies import Copies
 from dmf.convert.kind import (
     TRAINING,
     Fact,
@@ -25,19 +26,19 @@ from dmf.convert.kind import (
     fact_of,
     nchw,
     nhwc,
-    pick_copy,
 )
 from dmf.convert.rules import Arrays, Rule, mirrored, unread
 from dmf.errors import DmfError
 from dmf.networks import Condition, UNetConfig
-from dmf.storage.readers.tree import Inert, Tensor, flatten, module_tensors, strip_prefix
+from dmf.storage.readers.tree import Inert, Tensor, module_tensors
 
 NAME = "edm"
-COPIES = ("ema", "net")
+COPIES = Copies(r"(?:model\.)?map_layer0\.weight", (("ema", "ema"), ("net", "net")), "net")
 PREFIX = "model."  # of every tensor, in EDM's and ECT's wrappers around the network
 SIGMA_DATA = "sigma_data"  # an attribute of the wrapper; `_select` puts it beside the tensors
 # An attribute of the network, put beside the tensors too: the share of rows without a class.
 LABEL_DROPOUT = "label_dropout"
+BESIDE = (SIGMA_DATA, LABEL_DROPOUT)
 TABLE = "map_label/embedding_table/embedding"
 WRAPPERS = ("EDMPrecond", "ECMPrecond")
 ECT_EVAL = "ect_eval"  # 1 takes ECT's denoiser in its form of evaluation
@@ -46,14 +47,8 @@ FIELDS: dict[str, Any] = {"kind": "unet", "time_input": "log_sigma", "precond": 
 
 
 def _select(tree: Any, which: str) -> tuple[dict[str, Tensor], str]:
-    held = tree if isinstance(tree, Mapping) else {"net": tree}
-    found = [copy for copy in COPIES if isinstance(held.get(copy), Inert | Mapping)]
-    copy = pick_copy(which, found or ["net"])
-    module = held.get(copy, tree)
-    if isinstance(module, Inert):
-        return _unwrapped(module), copy
-    tensors = strip_prefix(flatten(module))
-    bare = {name for name in tensors if name != SIGMA_DATA and not name.startswith(PREFIX)}
+    tensors, copy = COPIES.select(tree, which, _unwrapped)
+    bare = {name for name in tensors if name not in BESIDE and not name.startswith(PREFIX)}
     return {PREFIX + name if name in bare else name: x for name, x in tensors.items()}, copy
 
 
@@ -226,7 +221,6 @@ EDM = Kind(
         "c_out = (sigma - .003) s / sqrt(sigma^2 + s^2): the root keeps sigma. "
         "A consistency model (ECT) is no flow: its v is u(z, 0, t), the average velocity"
     ),
-    copies=COPIES,
     select=_select,
     describe=_describe,
     rules=_rules,

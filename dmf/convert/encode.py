@@ -29,7 +29,7 @@ from jax.sharding import Mesh
 
 from dmf import pretrained, sharding
 from dmf.config import differences
-from dmf.convert.encode_claim import claimed, intact
+from dmf.convert.encode_claim import claimed, intact, is_former
 from dmf.convert.encode_read import Chunk, Decoded, chunks, decoded
 from dmf.data import images, shards
 from dmf.errors import DmfError
@@ -40,6 +40,8 @@ LAYOUT = (
     "record 2 i + flip of a shard: image i, or its mirror image, "
     "as mean then std, each (h, w, c), unscaled, little-endian"
 )
+
+FORMER = "its images are read as then, names of classes sorted as text and no EXIF applied"
 
 # A chunk, its values (n, 2, 2, h, w, c), and its labels (n,).
 Encoded = tuple[Chunk, np.ndarray, np.ndarray]
@@ -75,9 +77,11 @@ def encode(
     """
     _check_settings({"size": size, "shard_size": shard_size, "batch": batch}, dtype)
     folder = Path(paths.expanded(str(out))) / _part(split)
-    opened = images.open_images(source, data_dir, split)
+    former = is_former(folder)
+    opened = images.open_images(source, data_dir, split, training=True, former=former)
     vae_folder, stored = pretrained.open_folder(vae_dir)
-    plan = _plan(vae_dir, stored, opened, size, shard_size, batch, dtype)
+    how = {} if former else {"reading": images.READING, "classes": list(opened.classes)}
+    plan = _plan(vae_dir, stored, opened, size, shard_size, batch, dtype) | how
     firsts = range(0, len(opened), shard_size)
     total = len(firsts)
     parts = [opened.part_sha256(i, min(i + shard_size, len(opened))) for i in firsts]
@@ -85,16 +89,27 @@ def encode(
     with claimed(folder, plan, dict(zip(files, parts, strict=True))):
         whole = intact(files, parts)
         missing = [k for k in range(total) if not whole[k]]
-        what = f"{len(opened):,} images in {opened.num_classes or 'no'} classes"
-        there = f"{total - len(missing)} of {total} shards are there"
-        print(f"encode    {source} to {folder}: {what}, {there}", flush=True)
+        _announce(source, opened, folder, former, whole)
         if missing:
             _note_other_versions([file for file, good in zip(files, whole, strict=True) if good])
             shards.remove(folder / shards.METADATA)
             network, params = pretrained.load_folder(vae_folder, stored)
             _encode_shards(files, missing, plan, opened, network, params, parts)
+            opened.tell_orientations()
         _finish(folder, plan, files)
     return folder
+
+
+def _announce(
+    source: str, opened: images.ImageSource, folder: Path, former: bool, whole: list[bool]
+) -> None:
+    """Prints what is encoded, and how much of it is there. whole: which shards are."""
+    opened.announce()
+    if former and opened.about["kind"] == "folder":
+        print(f"note      {folder} was begun by an earlier version: {FORMER}", flush=True)
+    what = f"{len(opened):,} images in {opened.num_classes or 'no'} classes"
+    there = f"{sum(whole)} of {len(whole)} shards are there"
+    print(f"encode    {source} to {folder}: {what}, {there}", flush=True)
 
 
 def verify(out: str | Path) -> list[dict[str, Any]]:

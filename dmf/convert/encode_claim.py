@@ -14,6 +14,7 @@ from dmf.errors import DmfError
 from dmf.logging import Count
 from dmf.storage import paths, records
 
+PLANNED = "what an encoding wrote there"
 VERIFIERS = 4  # threads: hashing frees the interpreter's lock
 
 
@@ -34,6 +35,15 @@ def claimed(folder: Path, plan: dict[str, Any], parts: dict[Path, str]) -> Itera
         yield
 
 
+def is_former(folder: Path) -> bool:
+    """Whether finished work of an earlier version is there, which did not note how it read."""
+    if not (folder / shards.PLAN).exists():
+        return False
+    if not shards.begun(folder) and not (folder / shards.METADATA).exists():
+        return False
+    return "reading" not in records.read(folder / shards.PLAN, dict, PLANNED)
+
+
 def _settle(path: Path, plan: dict[str, Any], parts: dict[Path, str]) -> None:
     """Writes the plan of a folder, or compares it with the one that is there.
 
@@ -51,7 +61,7 @@ def _settle(path: Path, plan: dict[str, Any], parts: dict[Path, str]) -> None:
     changed = _changes(path, plan)
     if not changed:
         return
-    text = "; ".join(d.removeprefix("plan.") for d in changed)
+    text = "; ".join(f"{d.removeprefix('plan.'):.200}" for d in changed)
     begun = shards.begun(folder)
     if not begun and not (folder / shards.METADATA).exists():
         for file in folder.glob("latents-*.array_record"):  # in place, but without a sidecar
@@ -60,7 +70,9 @@ def _settle(path: Path, plan: dict[str, Any], parts: dict[Path, str]) -> None:
         print(f"note      {folder} {what} ({text})", flush=True)
     else:
         kept = [p for p in begun if p in parts and _is_of(p, parts[p])]
-        if not kept or any(not d.startswith("plan.source.sha256:") for d in changed):
+        if not kept or any(
+            not d.startswith(("plan.source.sha256:", "plan.classes:")) for d in changed
+        ):
             raise DmfError(
                 f"{folder} was begun otherwise: {text}; "
                 f"expected the same command, or another directory{_advice(changed)}"
@@ -72,7 +84,7 @@ def _settle(path: Path, plan: dict[str, Any], parts: dict[Path, str]) -> None:
 
 def _changes(path: Path, plan: dict[str, Any]) -> list[str]:
     """What differs between the plan of a file and this one. Raises DmfError."""
-    return differences(records.read(path, dict, "what an encoding wrote there"), plan, "plan")
+    return differences(records.read(path, dict, PLANNED), plan, "plan")
 
 
 def _is_of(path: Path, identity: str) -> bool:

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from dmf.convert.kind import Kind, Shape, Tensors, check_given, nhwc, pick_copy, tensor_of
+from dmf.convert.copies import Copies
+from dmf.convert.kind import Kind, Shape, Tensors, check_given, nhwc, tensor_of
 from dmf.convert.leaves import leaf_shapes
 from dmf.convert.rules import Rule, conv_layer, linear_layer, norm_layer, plain, unread
 from dmf.errors import DmfError
@@ -22,10 +23,9 @@ from dmf.networks.frozen.inception import (
     InceptionConfig,
     build_inception,
 )
-from dmf.storage.readers.tree import Tensor, flatten, strip_prefix
 
 NAME = "fid_inception"
-COPY = "weights"
+COPIES = Copies(r"Conv2d_1a_3x3\.conv\.weight", (), "weights")
 NOT_FID = (
     "with AuxLogits tensors or 1000 classes this is torchvision's ImageNet classifier, "
     "whose features give no FID: expected the port of the TensorFlow graph, "
@@ -41,10 +41,6 @@ BRANCHES = (
     "branch7x7dbl",
     "branch7x7x3",
 )
-
-
-def _select(tree: Any, which: str) -> tuple[dict[str, Tensor], str]:
-    return strip_prefix(flatten(tree, "")), pick_copy(which, [COPY])
 
 
 def _describe(tensors: Tensors, given: Mapping[str, Any]) -> tuple[InceptionConfig, Shape]:
@@ -181,8 +177,7 @@ FID_INCEPTION = Kind(
         "(byte - 128) / 128 or 2 byte / 255 - 1 before it; logits without the bias, "
         "spatial = the first 7 channels of Mixed_6d by (row, column, channel)"
     ),
-    copies=(COPY,),
-    select=_select,
+    select=COPIES.select,
     describe=_describe,
     rules=_rules,
     outputs=_outputs,

@@ -45,7 +45,6 @@ class Kind(NamedTuple):
     network: str  # the kind of network it makes; "" for any
     licence: str  # note on the licence of the weights
     conventions: str  # the source's time, sign and scale, and where ours are folded in
-    copies: tuple[str, ...]  # names of the copies that a file may hold, the default first
     # (tree, copy) -> (tensors by dotted name, the copy taken); copy "" is the default.
     select: Callable[[Any, str], tuple[dict[str, Tensor], str]]
     # (tensors, given) -> (network config, image shape), from names and shapes.
@@ -86,13 +85,6 @@ def axes(tensors: Tensors, name: str, count: int, kind: str) -> Shape:
             f"expected {count} axes, none empty, in weights of kind {kind}"
         )
     return shape
-
-
-def pick_copy(which: str, held: Sequence[str]) -> str:
-    """The copy to take: `which`, or the first that the file holds. Raises DmfError."""
-    if which and which not in held:
-        raise DmfError(f"--copy={which} is not in this file: expected {' or '.join(held)}")
-    return which or held[0]
 
 
 def check_given(given: Mapping[str, Any], fields: Sequence[str], kind: str) -> None:

@@ -9,11 +9,15 @@ from typing import Any
 import numpy as np
 
 from dmf.convert import dit
+from dmf.convert.copies import Copies
 from dmf.convert.kind import Kind, Shape, Tensors, axes, expect
 from dmf.convert.rules import Rule, plain
 from dmf.networks.dit import DiTConfig
 
 NAME = "meanflow_dit"
+COPIES = Copies(
+    r"net\.x_embedder\.proj\.kernel", (("ema", "ema_params"), ("params", "params")), "flat"
+)
 RESOLUTION = 32  # a constant of its code: latents of 256 x 256 images
 TABLE = "net.y_embedder.embedding_table._flax_embedding.embedding"
 PATCHES = "net.x_embedder.proj"
@@ -91,8 +95,7 @@ MEANFLOW_DIT = Kind(
     network="dit",
     licence="MeanFlow's repository is under the MIT licence; the weights were trained on ImageNet.",
     conventions="t = 1 is noise, u(z, t, h = t - r) of noise - data: as here, nothing is folded.",
-    copies=("ema", "params", "flat"),
-    select=lambda tree, which: dit.select(tree, which, {"ema": "ema_params", "params": "params"}),
+    select=COPIES.select,
     describe=_describe,
     rules=_rules,
     outputs=_outputs,

@@ -103,7 +103,6 @@ MEANFLOW_SIT = Kind(
         "second embedder sees t - r, or r with --set=second=r. "
         "The label table's last row is taken for the null class"
     ),
-    copies=sit.SIT.copies,
     select=sit.SIT.select,
     describe=_describe,
     rules=_rules,

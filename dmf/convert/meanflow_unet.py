@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmf.convert import song_unet, song_unet_torch
+from dmf.convert.copies import Copies
 from dmf.convert.kind import (
     TRAINING,
     Kind,
@@ -24,15 +25,14 @@ from dmf.convert.kind import (
     fact_of,
     nchw,
     nhwc,
-    pick_copy,
 )
 from dmf.convert.rules import Arrays, Rule
 from dmf.errors import DmfError
 from dmf.networks import Condition, UNetConfig
-from dmf.storage.readers.tree import Tensor, flatten, strip_prefix
 
 NAME = "meanflow_unet"
-COPIES = ("net_ema1", "net_ema", "net_ema2", "net")
+NAMES = ("net_ema1", "net_ema", "net_ema2", "net")
+COPIES = Copies(r"map_layer0\.weight", tuple((name, name) for name in NAMES), "net")
 GIVEN = {"dropout": 0.2}  # as trained on CIFAR-10
 FIELDS: dict[str, Any] = {
     "kind": "unet",
@@ -45,18 +45,6 @@ FIELDS: dict[str, Any] = {
     "num_classes": 0,
 }
 LAYER0 = "map_layer0.weight"
-
-
-def _select(tree: Any, which: str) -> tuple[dict[str, Tensor], str]:
-    whole = isinstance(tree, Mapping) and isinstance(tree.get("model"), Mapping)
-    tensors = strip_prefix(flatten(tree["model"] if whole else tree))
-    held = [copy for copy in COPIES if any(name.startswith(f"{copy}.") for name in tensors)]
-    copy = pick_copy(which, held or ["net"])
-    if not held:
-        return tensors, copy
-    start = f"{copy}."
-    chosen = {n.removeprefix(start): x for n, x in tensors.items() if n.startswith(start)}
-    return strip_prefix(chosen), copy
 
 
 def _describe(tensors: Tensors, given: Mapping[str, Any]) -> tuple[UNetConfig, Shape]:
@@ -127,8 +115,7 @@ MEANFLOW_UNET = Kind(
         "ours: t = 1 noise, u = average of e - x; the network sees t and h = t - r; "
         "a flow of t alone is exported in this form too, with zeros for h"
     ),
-    copies=COPIES,
-    select=_select,
+    select=COPIES.select,
     describe=_describe,
     rules=_rules,
     outputs=_outputs,

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dmf.convert.kind import Kind, Shape, Tensors, pick_copy
+from dmf.convert.kind import Kind, Shape, Tensors
 from dmf.convert.leaves import flat
 from dmf.convert.rules import Rule, mirrored
 from dmf.errors import DmfError
@@ -54,7 +54,9 @@ def _about(weights: Any) -> dict[str, Any]:
 
 
 def _select(tree: Any, which: str) -> tuple[dict[str, Tensor], str]:
-    return flatten(tree), pick_copy(which, [COPY])
+    if which not in ("", COPY):
+        raise DmfError(f"--copy={which} is not in this file: expected {COPY}")
+    return flatten(tree), COPY
 
 
 def _describe(tensors: Tensors, given: Mapping[str, Any]) -> tuple[Any, Shape]:
@@ -85,7 +87,6 @@ NATIVE = Kind(
     network="",
     licence="that of the weights it was made from",
     conventions=CONVENTIONS,
-    copies=(COPY,),
     select=_select,
     describe=_describe,
     rules=_rules,

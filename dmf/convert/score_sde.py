@@ -19,6 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from dmf.convert.copies import Copies
 from dmf.convert.kind import (
     TRAINING,
     Fact,
@@ -32,7 +33,6 @@ from dmf.convert.kind import (
     nchw,
     nhwc,
     number,
-    pick_copy,
 )
 from dmf.convert.rules import (
     Arrays,
@@ -49,11 +49,11 @@ from dmf.convert.rules import (
 )
 from dmf.errors import DmfError
 from dmf.networks import UNetConfig, layers
-from dmf.storage.readers.tree import Tensor, flatten, strip_prefix
 
 NAME = "rectified_flow"
 TIME_SCALE = 999.0
 SIGMAS = "sigmas"  # the model's one buffer; everything else is a parameter
+COPIES = Copies(r"all_modules\.0\.weight", (("ema", "ema"), ("model", "model")), "model", (SIGMAS,))
 GIVEN = {"image_size": 32, "dropout": 0.15}  # as the flow of CIFAR-10 was trained
 FIELDS: dict[str, Any] = {
     "kind": "unet",
@@ -69,34 +69,6 @@ FIELDS: dict[str, Any] = {
 }
 
 Plan = list[tuple[str, str]]  # (sort of module, our room) of all_modules.0, 1, 2, ...
-
-
-def _select(tree: Any, which: str) -> tuple[dict[str, Tensor], str]:
-    whole = isinstance(tree, Mapping) and isinstance(tree.get("model"), Mapping)
-    model = strip_prefix(flatten(tree["model"] if whole else tree, ""))
-    averaged = tree.get("ema") if whole else None
-    copy = pick_copy(which, ["model"] if averaged is None else ["ema", "model"])
-    return (model if copy == "model" else _average(model, averaged)), copy
-
-
-def _average(model: dict[str, Tensor], averaged: Any) -> dict[str, Tensor]:
-    """The model with its averaged parameters, matched by their order. Raises DmfError."""
-    shadows = flatten(averaged, "")
-    keys = [f"shadow_params.{i}" for i in range(len(shadows))]
-    found = [shadows[key] for key in keys if key in shadows]
-    names = [name for name in model if name != SIGMAS]
-    if len(found) != len(names):
-        raise DmfError(
-            f"ema.shadow_params holds {len(found)} tensors: "
-            f"expected {len(names)}, one for each parameter of the model"
-        )
-    for i, (name, tensor) in enumerate(zip(names, found, strict=True)):
-        if tuple(tensor.shape) != tuple(model[name].shape):
-            raise DmfError(
-                f"ema.shadow_params[{i}] has shape {list(tensor.shape)}: "
-                f"expected {list(model[name].shape)}, the shape of {name}"
-            )
-    return {**model, **dict(zip(names, found, strict=True))}
 
 
 def _describe(tensors: Tensors, given: Mapping[str, Any]) -> tuple[UNetConfig, Shape]:
@@ -372,8 +344,7 @@ RECTIFIED_FLOW = Kind(
         "time is folded into the first layer of the embedding, the sign into the last "
         "convolution; the factor 999 is the network's time_scale"
     ),
-    copies=("ema", "model"),
-    select=_select,
+    select=COPIES.select,
     describe=_describe,
     rules=_rules,
     outputs=_outputs,

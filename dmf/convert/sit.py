@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from dmf.convert import dit
+from dmf.convert.copies import Copies
 from dmf.convert.kind import Fact, Kind, Shape, Tensors, axes, expect, nchw, tensor_of
 from dmf.convert.rules import (
     Rule,
@@ -31,6 +32,9 @@ from dmf.networks import layers
 from dmf.networks.dit import DiTConfig, position_embedding
 
 NAME = "sit"
+COPIES = Copies(
+    r"x_embedder\.proj\.weight", (("ema", "ema"), ("model", "model")), "flat", ("pos_embed",)
+)
 TABLE = "y_embedder.embedding_table.weight"
 LAST = "final_layer.linear"
 NO_INTERVAL = (
@@ -246,8 +250,7 @@ SIT = Kind(
         "The label table's last row is taken for the null class: "
         "a SiT trained without label dropout has none."
     ),
-    copies=("ema", "model", "flat"),
-    select=lambda tree, which: dit.select(tree, which, {"ema": "ema", "model": "model"}),
+    select=COPIES.select,
     describe=_describe,
     rules=_rules,
     outputs=_outputs,

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dmf.convert.copies import Copies
 from dmf.convert.kind import (
     Fact,
     Kind,
@@ -24,17 +25,17 @@ from dmf.convert.kind import (
     fact_of,
     nchw,
     nhwc,
-    pick_copy,
     shown,
 )
 from dmf.convert.rules import Rule, conv_layer, linear_layer, norm_layer, unread
 from dmf.errors import DmfError
 from dmf.networks.frozen.vae import PARTS, VAE, VAEConfig, sample_latent
 from dmf.networks.layers import check_choice, check_positive
-from dmf.storage.readers.tree import Tensor, flatten, strip_prefix
+from dmf.storage.readers.tree import Tensor
 
 NAME = "sd_vae"
-INSIDE = "first_stage_model."  # where a whole Stable Diffusion checkpoint keeps its autoencoder
+# A whole Stable Diffusion checkpoint keeps its autoencoder in first_stage_model.
+COPIES = Copies(r"decoder\.conv_in\.weight", (("weights", "first_stage_model"),), "weights")
 # Tensors of an autoencoder's training, beside the weights.
 TRAINING = re.compile(r"loss\.|model_ema\.(decay|num_updates)$")
 # Other spellings -> diffusers' present names. Each line applies to the result of those above.
@@ -76,11 +77,8 @@ def _spelling(names: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _select(tree: Any, which: str) -> tuple[dict[str, Tensor], str]:
-    copy = pick_copy(which, SD_VAE.copies)
-    inner = tree.get("state_dict", tree) if isinstance(tree, dict) else tree
-    tensors = strip_prefix(flatten(inner))
-    inside = {n.removeprefix(INSIDE): x for n, x in tensors.items() if n.startswith(INSIDE)}
-    found = {name: x for name, x in (inside or tensors).items() if not TRAINING.match(name)}
+    tensors, copy = COPIES.select(tree, which)
+    found = {name: x for name, x in tensors.items() if not TRAINING.match(name)}
     new: dict[str, Tensor] = {}
     for name, renamed in _spelling(found).items():
         if renamed in new:
@@ -368,7 +366,6 @@ SD_VAE = Kind(
         "32 groups in every norm unless given; "
         "older spellings are reported in diffusers' present one"
     ),
-    copies=("weights",),
     select=_select,
     describe=_describe,
     rules=_rules,

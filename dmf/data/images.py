@@ -8,25 +8,28 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
-from dmf.data import shards, tfds_images
+from dmf.data import folders, shards, tfds_images
 from dmf.errors import DmfError
 from dmf.storage import paths
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 FORMATS = ("PNG", "JPEG", "WEBP")
 TFDS = "tfds:"
+ORIENTATION = 0x0112  # EXIF's tag
+LARGEST = 2**31 - 2  # a label, so that the number of classes fits into 32 bits too
+READING = "of a folder: names of classes that are numbers sort as numbers; EXIF orientation applied"
 CROP_RULE = (
     "ADM: halved by box while the shorter side >= 2 size, bicubic to shorter side = size, centre"
 )
@@ -42,6 +45,10 @@ class ImageSource:
     example: Callable[[int], tuple[np.ndarray, int]]  # i -> (image as `read` gives it, label)
     # identity of the images [first, last); where parts have none, the identity of all images
     part_sha256: Callable[[int, int], str]
+    classes: tuple[str, ...] = ()  # names in the order of the labels, () where they are not known
+    notes: tuple[str, ...] = ()  # what was left out, or may be another way than expected
+    oriented: Set[int] = frozenset()  # images read so far whose EXIF tells an orientation
+    upright: bool = False  # they were turned by it
 
     def __len__(self) -> int:
         return self.count
@@ -53,19 +60,48 @@ class ImageSource:
         """
         return self.example(i)[0]
 
+    def announce(self) -> None:
+        """Prints the notes, and the classes by their names."""
+        for note in self.notes:
+            print(f"note      {note}", flush=True)
+        if self.classes:
+            named = ", ".join(f"{i} {name}" for i, name in enumerate(self.classes[:10]))
+            more = f", and {len(self.classes) - 10} more" if len(self.classes) > 10 else ""
+            print(f"classes   {folders.shown(named)}{more}", flush=True)
 
-def open_images(spec: str, data_dir: str = "", split: str = "train") -> ImageSource:
+    def tell_orientations(self) -> None:
+        """Prints how many of the images that were read have an EXIF orientation, if any."""
+        if self.oriented:
+            how = (
+                "were turned upright by it"
+                if self.upright
+                else ("were read as they are stored, as libraries of scores read them")
+            )
+            print(f"note      {len(self.oriented)} images have an EXIF orientation and {how}")
+
+
+def open_images(
+    spec: str,
+    data_dir: str = "",
+    split: str = "train",
+    training: bool = False,
+    former: bool = False,
+) -> ImageSource:
     """Opens a source of images; reads no pixels yet.
 
     Args:
       spec: one of these:
         a folder of PNG, JPEG and WebP files, with all its sub-folders. Files are sorted by relative
-          path. All of them lie in sub-folders, whose order gives the labels, or none does.
+          path. All of them lie in sub-folders, whose order gives the labels, or none does. Names
+          that are all numbers sort as numbers.
         an .npz with `arr_0` (N, H, W, 3) uint8 and, if it has labels, `arr_1` (N,).
         tfds:NAME, a TFDS data set that is prepared as array_record.
       data_dir: where TFDS has prepared it; "" is $TFDS_DATA_DIR, else ~/tensorflow_datasets.
       split: a split in TFDS's words, such as validation or train[:1%]. Other sources only repeat it
         in `about`.
+      training: images of a folder are turned upright by their EXIF orientation, and sub-folders
+        that are splits, such as train and val, are refused. Scores read pixels as they are stored.
+      former: as earlier versions read a folder for training: names sort as text, pixels as stored.
 
     Raises:
       DmfError: there is no such source, it is empty, or it is not what is expected.
@@ -74,7 +110,7 @@ def open_images(spec: str, data_dir: str = "", split: str = "train") -> ImageSou
         return _open_tfds(spec.removeprefix(TFDS), data_dir, split)
     path = Path(paths.expanded(spec))
     if path.is_dir():
-        return _open_folder(path, split)
+        return _open_folder(path, split, training and not former, former)
     if path.suffix == ".npz" and path.is_file():
         return _open_npz(path, split)
     what = "is neither" if path.exists() else "does not exist"
@@ -125,8 +161,11 @@ def _check_pixels(width: int, height: int, name: str) -> None:
         )
 
 
-def _decode(file: Path | io.BytesIO, name: str) -> np.ndarray:
-    """(H, W, 3) uint8 of an image file."""
+def _decode(file: Path | io.BytesIO, name: str, upright: bool) -> tuple[np.ndarray, bool]:
+    """((H, W, 3) uint8 of an image file, whether its EXIF tells an orientation).
+
+    upright: it is turned by that.
+    """
     try:
         with Image.open(file, formats=FORMATS) as picture:
             _check_pixels(*picture.size, f"image {name}")
@@ -134,7 +173,9 @@ def _decode(file: Path | io.BytesIO, name: str) -> np.ndarray:
                 raise DmfError(
                     f"image {name} has pixels of kind {picture.mode}: expected 8 bits per channel"
                 )
-            return np.array(picture.convert("RGB"))
+            turned = _orientation(picture) in range(2, 9)
+            found = ImageOps.exif_transpose(picture) if turned and upright else picture
+            return np.array(found.convert("RGB")), turned
     except DmfError:
         raise
     except Exception as error:  # the parsers behind PIL raise errors of many types
@@ -150,20 +191,18 @@ def _decode(file: Path | io.BytesIO, name: str) -> np.ndarray:
         ) from error
 
 
-def _open_folder(root: Path, split: str) -> ImageSource:
+def _open_folder(root: Path, split: str, training: bool, former: bool) -> ImageSource:
     """Files in the order of their relative paths.
 
     The identity is made of names and sizes alone, so that opening reads no pixel.
     """
-    sizes = _image_files(root)
-    files = sorted(sizes)
-    if not files:
-        raise DmfError(
-            f"folder {root} holds no images: expected files ending in {', '.join(SUFFIXES)}"
-        )
-    classes = _classes(root, files)
-    index = {name: i for i, name in enumerate(classes)}
+    found = folders.read(root, former)
+    if found.splits and training:
+        raise DmfError(found.splits)
+    sizes, files = found.sizes, list(found.sizes)
+    index = {name: i for i, name in enumerate(found.classes)}
     labels = np.array([index.get(name.partition("/")[0], 0) for name in files], np.int32)
+    oriented: set[int] = set()
 
     def identity(first: int, last: int, labelled: bool = True) -> str:
         digest = hashlib.sha256()
@@ -171,82 +210,32 @@ def _open_folder(root: Path, split: str) -> ImageSource:
             digest.update(os.fsencode(f"{name}\0{sizes[name]}{f' {label}' if labelled else ''}\n"))
         return digest.hexdigest()
 
+    def example(i: int) -> tuple[np.ndarray, int]:
+        file = root / files[i]
+        image, turned = _decode(file, str(file), training)
+        if turned:
+            oriented.add(i)
+        return image, int(labels[i])
+
+    about = _about("folder", root.resolve().name, split, len(files), identity(0, len(files), False))
     return ImageSource(
         count=len(files),
-        num_classes=len(classes),
-        about=_about(
-            "folder",
-            root.resolve().name,
-            split,
-            len(files),
-            identity(0, len(files), labelled=False),
-        ),
-        example=lambda i: (_decode(root / files[i], str(root / files[i])), int(labels[i])),
+        num_classes=len(found.classes),
+        about=about,
+        example=example,
         part_sha256=identity,
+        classes=found.classes,
+        notes=(*found.notes, *filter(None, [found.splits])),
+        oriented=oriented,
+        upright=training,
     )
 
 
-def _image_files(root: Path) -> dict[str, int]:
-    """{relative path: bytes} of the images below a folder. Links are followed.
-
-    Hidden files and folders are left out. Raises DmfError for a link that leads nowhere or to a
-    folder that was seen before, and for what cannot be read.
-    """
-
-    def refuse(error: OSError) -> None:
-        raise DmfError(
-            f"{error.filename} cannot be read ({error.strerror}): expected readable folders and "
-            "files"
-        ) from error
-
-    sizes: dict[str, int] = {}
-    seen: dict[str, str] = {}
-    for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
-        first = seen.setdefault(os.path.realpath(folder), folder)
-        if first != folder:
-            raise DmfError(
-                f"{folder} is {first} again, by a link: expected every folder of images once"
-            )
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in names:
-            path = Path(folder, name)
-            if name.startswith("."):
-                continue
-            if path.is_symlink() and not os.path.exists(path):  # perhaps of a class
-                raise DmfError(
-                    f"{path} links to {os.readlink(path)}, which is not there: expected links to "
-                    "files or folders"
-                )
-            if name.lower().endswith(SUFFIXES):
-                try:
-                    sizes[path.relative_to(root).as_posix()] = path.stat().st_size
-                except OSError as error:
-                    refuse(error)
-    return sizes
-
-
-def _classes(root: Path, files: list[str]) -> list[str]:
-    """The sub-folders in their order, if the images lie in them, else nothing.
-
-    Raises DmfError where only some images do, or a sub-folder has no image.
-    """
-    used = {name.partition("/")[0] for name in files if "/" in name}
-    stray = [name for name in files if "/" not in name]
-    if stray and used:
-        raise DmfError(
-            f"{root / stray[0]} lies beside {len(used)} folders of images, such as {min(used)}, "
-            "and has no class: expected all images in sub-folders, or none"
-        )
-    there = [
-        path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")
-    ]
-    empty = sorted(set(there) - used) if used else []
-    if empty:
-        raise DmfError(
-            f"{root / empty[0]} holds no images, so that it is not clear how classes are counted: "
-            "expected images, or no folder"
-        )
-    return sorted(used)
+def _orientation(picture: Image.Image) -> int:
+    try:
+        return picture.getexif().get(ORIENTATION, 1)
+    except Exception:  # the parsers behind PIL raise errors of many types
+        return 1  # pixels without readable EXIF are as good as before
 
 
 def _about(kind: str, name: str, split: str, count: int, digest: str) -> dict[str, Any]:
@@ -264,14 +253,22 @@ def _open_npz(path: Path, split: str) -> ImageSource:
         raise DmfError(
             f"{path} cannot be read ({type(error).__name__}: {why}): expected an undamaged .npz"
         ) from error
+    notes: tuple[str, ...] = ()
     if labels is not None:
         labels = _checked_labels(path, labels, images)
+        held = np.unique(labels)
+        absent, largest = int(held[-1]) + 1 - len(held), int(held[-1])
+        if absent:
+            first = next(i for i, label in enumerate((*held.tolist(), -1)) if i != label)
+            what = f"{absent} of its classes 0 to {largest} have no image, such as {first}"
+            notes = (f"{path}: {what}; labels count from 0",)
     return ImageSource(
         count=len(images),
         num_classes=0 if labels is None else int(labels.max()) + 1,
         about=_about("npz", path.name, split, len(images), digest),
         example=lambda i: (np.array(images[i]), 0 if labels is None else int(labels[i])),
         part_sha256=lambda first, last: digest,
+        notes=notes,
     )
 
 
@@ -297,6 +294,8 @@ def _checked_labels(path: Path, labels: np.ndarray, images: np.ndarray) -> np.nd
     if not whole or labels.min() < 0:
         found = f"arr_1 is {labels.dtype}{list(labels.shape)}"
         raise DmfError(f"{path}: {found}: expected {len(images)} labels from 0 up")
+    if labels.max() > LARGEST:
+        raise DmfError(f"{path}: arr_1 holds {labels.max()}: expected labels of at most {LARGEST}")
     return labels.astype(np.int32)
 
 
@@ -316,6 +315,10 @@ def _npz_array(path: Path, name: str) -> np.ndarray:
             )
             shape, fortran, dtype = read(member)
             header = member.tell()
+    held = info.file_size - header
+    if not dtype.hasobject and math.prod(shape) * dtype.itemsize != held:
+        what = f"{name} declares shape {shape} of {dtype} but holds {held} bytes"
+        raise DmfError(f"{path}: {what}: expected a whole array")
     if info.compress_type != zipfile.ZIP_STORED or fortran or dtype.hasobject:
         with np.load(path, allow_pickle=False) as arrays:
             return arrays[name]
@@ -332,7 +335,8 @@ def _open_tfds(name: str, data_dir: str, split: str) -> ImageSource:
 
     def example(i: int) -> tuple[np.ndarray, int]:
         record = found.get(i)
-        image = _decode(io.BytesIO(record["image"]), f"{i} of {found.name} {split}")
+        # Published code reads the pixels of such data sets as they are stored.
+        image, _ = _decode(io.BytesIO(record["image"]), f"{i} of {found.name} {split}", False)
         return image, int(record["label"]) if found.classes else 0
 
     return ImageSource(

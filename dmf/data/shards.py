@@ -50,6 +50,7 @@ FORM = {
     "dtype": Is(f"one of {', '.join(DTYPES)}", lambda x: type(x) is str and x in DTYPES),
     "scale": Is("a finite number above 0", lambda x: records.fits(x, float) and x > 0),
     "shift": Maybe(float),
+    "classes": Maybe([str]),
     "shard_size": POSITIVE,
     "shards": Is("a list of files", lambda x: records.fits(x, [ENTRY | {"count": POSITIVE}])),
     "labels": Is(f"the file {LABELS}", lambda x: records.fits(x, ENTRY) and x["name"] == LABELS),

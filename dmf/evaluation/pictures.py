@@ -19,17 +19,22 @@ CAPTION = 14  # pixels above a grid
 BACKGROUND = 40
 
 
-def grid(samples: np.ndarray, columns: int, enlarge: int) -> Image.Image:
-    """One image of samples (N, H, W, C) in [-1, 1].
-
-    columns: samples in a row of the grid.
-
-    enlarge: how often each pixel is drawn, in both directions.
+def pixels_of(samples: np.ndarray) -> np.ndarray:
+    """Samples (N, H, W, C) in [-1, 1] as (N, H, W, 3) uint8.
 
     Latents show their first three channels: enough to see that a run diverges.
     """
     pixels = np.clip(np.round((samples + 1) * 127.5), 0, 255).astype(np.uint8)
-    pixels = np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels[..., :3]
+    return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels[..., :3]
+
+
+def grid(pixels: np.ndarray, columns: int, enlarge: int) -> Image.Image:
+    """One image of images (N, H, W, 3) uint8.
+
+    columns: images in a row of the grid.
+
+    enlarge: how often each pixel is drawn, in both directions.
+    """
     n, height, width, _ = pixels.shape
     pixels = pixels.repeat(enlarge, 1).repeat(enlarge, 2)
     height, width = height * enlarge + GAP, width * enlarge + GAP
@@ -40,7 +45,11 @@ def grid(samples: np.ndarray, columns: int, enlarge: int) -> Image.Image:
 
 
 def panels(path: Path, named: Mapping[str, np.ndarray], columns: int) -> None:
-    """Writes grids side by side, each under its caption. The file is whole or absent."""
+    """Writes grids side by side, each under its caption. The file is whole or absent.
+
+    named: samples by caption, or what `pixels_of` made of them.
+    """
+    named = {k: x if x.dtype == np.uint8 else pixels_of(x) for k, x in named.items()}
     size = next(iter(named.values())).shape[1]
     sheets = {name: grid(x, columns, max(1, 32 // size)) for name, x in named.items()}
     width = sum(s.width for s in sheets.values()) + 4 * GAP * (len(sheets) - 1)
@@ -68,6 +77,11 @@ def stack(path: Path, parts: Sequence[Path]) -> None:
         page.paste(image, (0, top))
         top += image.height
     _write(page, path)
+
+
+def single(path: Path, image: np.ndarray) -> None:
+    """Writes one image, (H, W, 1 or 3) uint8, as it is."""
+    _write(Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image), path)
 
 
 def curves(

@@ -217,14 +217,19 @@ def to_bytes(x: np.ndarray, rule: str) -> np.ndarray:
             "expected floats (N, H, W, C) in about [-1, 1]"
         )
     x = x.astype(np.float32, copy=False)
+    check_finite(x)
+    with np.errstate(over="ignore"):  # a sample of 1e38 is as white as one of 1
+        return ROUNDINGS[rule](x).astype(np.uint8)
+
+
+def check_finite(x: np.ndarray) -> None:
+    """Raises NotFinite where an image of (N, H, W, C) has NaN or infinite values."""
     bad = len(x) - int(np.isfinite(x).all(axis=(1, 2, 3)).sum())
     if bad:
         raise NotFinite(
             f"{bad} of {len(x)} generated images have NaN or infinite values: "
             "expected finite values about [-1, 1]"
         )
-    with np.errstate(over="ignore"):  # a sample of 1e38 is as white as one of 1
-        return ROUNDINGS[rule](x).astype(np.uint8)
 
 
 FILE = records.Is(

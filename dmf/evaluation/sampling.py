@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from dmf import data, networks, pretrained, sharding
 from dmf.config import Config, parse
-from dmf.data import Source, latents
-from dmf.errors import DmfError, short
-from dmf.evaluation import pictures
+from dmf.data import Source
+from dmf.errors import DmfError
 from dmf.evaluation.protocols import Protocol
-from dmf.method.samplers import SAMPLERS, Velocity
+from dmf.method.guidance import Contrast, contrast
+from dmf.method.samplers import SAMPLERS, Times, Velocity, uniform
 from dmf.metrics.labelled import DigitsScorer, PhotosScorer
 from dmf.networks.frozen.vae import unscaled
 from dmf.storage import paths
@@ -49,9 +49,16 @@ class Sampler:
         image_shape: tuple[int, ...],
         labels: np.ndarray,
         mesh: Mesh,
+        guidance: Contrast | None = None,
+        times: Times = uniform,
     ):
-        """labels: (N,) int32, of the samples in their order, repeated as often as needed."""
+        """labels: (N,) int32, of the samples in their order, repeated as often as needed.
+
+        guidance: of a flow model with classes; each evaluation then costs two.
+        times: a value of `samplers.TIMES`.
+        """
         self._mesh, self._labels, self._seed = mesh, labels, np.uint32(config.seed)
+        self._rows = ROWS_PER_DEVICE // 2 if guidance else ROWS_PER_DEVICE
 
         sampler = SAMPLERS[config.run.sampler]
 
@@ -61,18 +68,16 @@ class Sampler:
             keys = jax.vmap(partial(jax.random.fold_in, key))(row)
             return jax.vmap(lambda k: jax.random.normal(k, image_shape))(keys)
 
-        def velocity(params: Any, label: jax.Array) -> Velocity:
-            classes = label if config.num_classes else None
-            return lambda z, r, t: network.apply(params, z, r, t, label=classes)
+        velocity = partial(_velocity, network, config.num_classes, guidance)
 
         def draw(whole: Whole, rows: tuple[jax.Array, jax.Array]) -> jax.Array:
             (params, steps, seed), (row, label) = whole, rows
-            return sampler.draw(velocity(params, label), noise(seed, row), steps)
+            return sampler.draw(velocity(params, label), noise(seed, row), steps, times)
 
         def draw_on_host(whole: Whole, rows: tuple[jax.Array, jax.Array]) -> jax.Array:
             (params, steps, seed), (row, label) = whole, rows
             u = partial(evaluate, params, label)
-            return sampler.draw(u, start(seed, row), int(steps))
+            return sampler.draw(u, start(seed, row), int(steps), times)
 
         def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
             precise = jax.default_matmul_precision("highest")(function)
@@ -95,14 +100,38 @@ class Sampler:
 
         steps: of the config's sampler.
         """
-        per_device, parts = min(ROWS_PER_DEVICE, count), []
+        return np.concatenate([*self.pieces(params, count, steps, first)])
+
+    def pieces(self, params: Any, count: int, steps: int, first: int = 0) -> Iterator[np.ndarray]:
+        """The samples of a call, as many at a time as the devices draw at once."""
+        per_device = min(self._rows, count)
         for piece in sharding.in_pieces(self._mesh, count, per_device):
             row = np.arange(first + piece.start, first + piece.stop, dtype=np.int32)
             rows = (row, self._labels[row % len(self._labels)])
             put = sharding.put_padded(self._mesh, per_device, rows)
             drawn = self._draw((params, np.int32(steps), self._seed), put)
-            parts.append(sharding.fetch(self._mesh, drawn)[: len(row)])
-        return np.concatenate(parts)
+            yield sharding.fetch(self._mesh, drawn)[: len(row)]
+
+
+def _velocity(
+    network: networks.Network,
+    classes: int,
+    guidance: Contrast | None,
+    params: Any,
+    label: jax.Array,
+) -> Velocity:
+    """u(z, r, t), or the guided velocity by one evaluation of twice the rows."""
+    if guidance is None:
+        of_classes = label if classes else None
+        return lambda z, r, t: network.apply(params, z, r, t, label=of_classes)
+    labels = jnp.concatenate([label, jnp.full_like(label, classes)])
+
+    def guided(z: jax.Array, r: jax.Array, t: jax.Array) -> jax.Array:
+        twice = (jnp.concatenate([x, x]) for x in (z, r, t))
+        v_c, v_u = jnp.split(network.apply(params, *twice, label=labels), 2)
+        return contrast(v_c, v_u, t, guidance)
+
+    return guided
 
 
 def evaluations(sampler: str) -> int:
@@ -163,59 +192,13 @@ def labels_by(
     return found if isinstance(found, np.ndarray) else data.load(found, "train").labels
 
 
-def check_images(shape: tuple[int, ...], vae: str) -> None:
+def check_images(shape: tuple[int, ...], vae: str, hint: str = "") -> None:
     """Raises DmfError where samples are latents and no autoencoder can make images of them."""
     if shape[-1] not in (1, 3) and not vae:
         raise DmfError(
             f"samples of shape {shape} are latents, and no autoencoder is given (--vae, "
-            "config.run.vae): expected one, in the directory of its conversion"
+            f"config.run.vae): expected one, in the directory of its conversion{hint}"
         )
-
-
-def write_samples(
-    path: str | Path,
-    steps: Sequence[int],
-    count: int,
-    sampler: str = "",
-    out: str = "",
-    ema: float | None = None,
-    vae: str = "",
-) -> Path:
-    """Draws `count` samples of a checkpoint at each number of steps, from one noise, into one PNG.
-
-    Args:
-        path, ema: as for `pretrained.load`.
-        sampler: a key of SAMPLERS, "" for the run's own.
-        out: the file, "" for one in the work directory or beside a converted checkpoint.
-        vae: directory of the converted autoencoder that makes images of latents.
-
-    Raises DmfError on bad input, or where the file cannot be written.
-    """
-    folder, stored = pretrained.open_folder(path)
-    network, params, config = _load(path, folder, stored, sampler, ema)
-    mesh, shape = sharding.make_mesh(), tuple(stored["image_shape"])
-    decode = make_decoder(vae, shape, mesh, stored.get("data"))
-    # Converted weights have no data at hand, and latents are too large to read for their labels.
-    in_turn = pretrained.is_converted(stored) or config.data.name == latents.NAME
-    if not config.num_classes or in_turn:
-        labels = np.arange(max(config.num_classes, 1), dtype=np.int32)
-    else:
-        labels = data.load(config.data, "train").labels
-    draw = Sampler(network, config, shape, labels, mesh)
-    side = math.isqrt(count - 1) + 1
-    name = f"samples_{config.run.sampler}_{'_'.join(map(str, steps))}.png"
-    target = paths.at(out or home(folder, stored) / name)
-    grids = {f"{n} step{'s' * (n > 1)}": decode(draw(params, count, n)) for n in steps}
-    try:
-        pictures.panels(target, grids, side)
-    except OSError as error:
-        why = error.strerror or short(error)
-        raise DmfError(
-            f"{target} cannot be written: {why}; expected a writable place with room, such as one "
-            "by --out"
-        ) from error
-    print(f"samples   {target}")
-    return target
 
 
 def home(folder: Path, stored: dict[str, Any]) -> Path:
@@ -233,12 +216,12 @@ def write_scores(
 ) -> list[dict[str, float]]:
     """Scores a checkpoint at each number of steps and prints the table; returns its rows.
 
-    count: of samples, 0 for the run's own number. sampler, ema: as for `write_samples`.
+    count: of samples, 0 for the run's own number. sampler, ema: as for `draw.write_samples`.
     out: the JSON file, "" for none. Raises DmfError on bad input.
     """
-    folder, stored = pretrained.open_folder(path)
-    network, params, config = _load(path, folder, stored, sampler, ema)
-    if pretrained.is_converted(stored):
+    checkpoint = pretrained.open_weights(path, ema)
+    config = config_of(path, checkpoint.stored, sampler)
+    if pretrained.is_converted(checkpoint.stored):
         raise DmfError(
             f"checkpoint {path} holds converted weights, without data to score against: expected "
             "a run's"
@@ -250,30 +233,32 @@ def write_scores(
             f"config.data.name = {config.data.name!r} has no score: expected one of "
             f"{', '.join(SCORERS)}"
         )
-    draw = Sampler(
-        network, config, tuple(stored["image_shape"]), train.labels, sharding.make_mesh()
+    shape, mesh = tuple(checkpoint.stored["image_shape"]), sharding.make_mesh()
+    draw = Sampler(checkpoint.network, config, shape, train.labels, mesh)
+    rows = score(
+        draw, found[0], checkpoint.params, count or config.run.score_samples or 2000, steps
     )
-    rows = score(draw, found[0], params, count or config.run.score_samples or 2000, steps)
     print(format_scores(rows, found[0].floor))
     if out:
         paths.write(paths.at(out), json.dumps(rows, indent=1) + "\n")
     return rows
 
 
-def _load(
-    path: str | Path, folder: Path, stored: dict[str, Any], sampler: str, ema: float | None
-) -> tuple[networks.Network, Any, Config]:
-    """Network, weights and config of a checkpoint, with another sampler where one is given."""
+def config_of(
+    path: str | Path, stored: dict[str, Any], sampler: str = "", seed: int | None = None
+) -> Config:
+    """The config of a checkpoint with another sampler and seed, where they are given.
+
+    Raises DmfError where the checkpoint holds no flow model or generator.
+    """
     if "config" not in stored:
         raise DmfError(
             f"checkpoint {path} holds a {stored['network']['kind']}: expected a flow model or a "
             "generator"
         )
-    network, params = pretrained.load_folder(folder, stored, ema)
     config = parse(stored["config"])
-    if sampler:
-        config = replace(config, run=replace(config.run, sampler=sampler))
-    return network, params, config
+    run = replace(config.run, sampler=sampler or config.run.sampler)
+    return replace(config, run=run, seed=config.seed if seed is None else seed)
 
 
 def make_decoder(

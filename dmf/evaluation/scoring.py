@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from dmf import pretrained, sharding
-from dmf.config import Config, parse
+from dmf.config import Config
 from dmf.data import images as sources
 from dmf.errors import DmfError
 from dmf.evaluation import protocols, reference, sampling
@@ -52,7 +52,7 @@ def score_checkpoint(
     The rows are printed and written as JSON. Rows that the file holds already are not made again.
 
     Args:
-        path, emas, sampler, vae: as for `sampling.write_samples`.
+        path, emas, sampler, vae: as for `draw.write_samples`.
         seed: of noise and drawn labels, None for the run's own.
         out: the JSON file, "" for one beside the checkpoint. If that is in a bucket, the file
             goes into the current directory.
@@ -61,8 +61,9 @@ def score_checkpoint(
     """
     mesh = sharding.make_mesh()
     judge = Judge(setting, mesh)
-    folder, stored = pretrained.open_folder(path)
-    config = _config(path, stored, sampler, seed)
+    # At once, as the run may remove the folder.
+    folder, stored, network, params, manifest = pretrained.open_weights(path, emas[0])
+    config = sampling.config_of(path, stored, sampler, seed)
     shape = tuple(stored["image_shape"])
     sampling.check_images(shape, vae)
     decode = sampling.make_decoder(vae, shape, mesh, stored.get("data"))
@@ -71,12 +72,12 @@ def score_checkpoint(
     labels = sampling.labels_by(judge.protocol, config, None if converted else config.data)
     results = Results(
         Path(out) if out else _beside(folder, stored, config, judge),
-        {**_identity(folder, config, vae, converted), **judge.identity()},
+        {**_identity(folder, manifest, config, vae, converted), **judge.identity()},
     )
-    draw: sampling.Sampler | None = None
-    for ema in emas:
-        network, params = pretrained.load_folder(folder, stored, ema)
-        draw = draw or sampling.Sampler(network, config, shape, labels, mesh)
+    draw = sampling.Sampler(network, config, shape, labels, mesh)
+    for i, ema in enumerate(emas):
+        if i:
+            params = pretrained.load_folder(folder, stored, ema)[1]
         half_life = config.ema.evaluate if ema is None else ema
         for n in steps:
             nfe = n * sampling.evaluations(config.run.sampler)
@@ -95,13 +96,15 @@ def _beside(folder: Path, stored: dict[str, Any], config: Config, judge: Judge) 
     return beside / f"scores_{free_name('_'.join(map(str, named)))}.json"
 
 
-def _identity(folder: Path, config: Config, vae: str, converted: bool) -> dict[str, Any]:
+def _identity(
+    folder: Path, manifest: str, config: Config, vae: str, converted: bool
+) -> dict[str, Any]:
     """What the samples of a checkpoint depend on, as plain values."""
     decoder = pretrained.open_folder(vae)[0] / checkpoint.MANIFEST if vae else None
     return {
         "checkpoint": {
             "folder": folder.name,
-            "manifest_sha256": sha256(folder / checkpoint.MANIFEST),
+            "manifest_sha256": manifest,
         },
         "autoencoder": sha256(decoder) if decoder else "none",
         "sampler": config.run.sampler,
@@ -139,10 +142,12 @@ def score_images(
     found = sources.open_images(source, data_dir, split)
     count = _count(setting, found, source)
     judge = Judge(replace(setting, count=count), sharding.make_mesh())
+    found.announce()
     judge.announce()
     path = Path(out or f"scores_{free_name(judge.protocol.name)}_{free_name(source)}.json")
     results = Results(path, {"images": found.about, **judge.identity()})
-    results.add({"images": source}, judge, _reader(found, 0))
+    results.add({"images": source}, judge, _reader(found, 0, "one size for all"))
+    found.tell_orientations()
     return results.finish()
 
 
@@ -160,6 +165,7 @@ def make_reference(
     found = sources.open_images(source, data_dir, split)
     count = _count(setting, found, source)
     _check_reference(protocol, source, count, out)
+    found.announce()
     extract = Extractor(protocol, setting.features, sharding.make_mesh())
     print(f"protocol  {protocols.describe(protocol)}\n{extract.self_check()}", flush=True)
     metrics = tuple(m for m in ("fid", "sfid") if m == "fid" or m in protocol.metrics)
@@ -176,7 +182,13 @@ def make_reference(
     progress = Progress(path, depends_on)
     totals = Totals(replace(protocol, metrics=metrics), count, progress.folder({}), keep)
     totals.restore()
-    accumulate(totals, _reader(found, size), extract, "reference")
+    accumulate(
+        totals,
+        _reader(found, size, "one size for all, or --size for a centre crop"),
+        extract,
+        "reference",
+    )
+    found.tell_orientations()
     about = _about(found, count, size, extract)
     reference.write(path, totals.reference(about))
     progress.end()
@@ -209,19 +221,8 @@ def _about(
         "split": str(found.about["split"]),
         "count": count,
         "made_from": json.dumps({**found.about, **crop}, sort_keys=True),
+        **({"classes": json.dumps(found.classes)} if found.classes else {}),
     }
-
-
-def _config(path: str | Path, stored: dict[str, Any], sampler: str, seed: int | None) -> Config:
-    """The config of a checkpoint with another sampler and seed, where they are given."""
-    if "config" not in stored:
-        raise DmfError(
-            f"checkpoint {path} holds a {stored['network']['kind']}: expected a flow model or a "
-            "generator"
-        )
-    config = parse(stored["config"])
-    run = replace(config.run, sampler=sampler or config.run.sampler)
-    return replace(config, run=run, seed=config.seed if seed is None else seed)
 
 
 def _samples(
@@ -243,7 +244,10 @@ def _count(setting: Setting, found: sources.ImageSource, source: str) -> int:
     return count
 
 
-def _reader(source: sources.ImageSource, size: int) -> Callable[[int, int], np.ndarray]:
+def _reader(
+    source: sources.ImageSource, size: int, expected: str
+) -> Callable[[int, int], np.ndarray]:
+    """Images (first, rows) of a source, cut to a square of `size` unless that is 0."""
     pool = ThreadPoolExecutor(READERS)
 
     def one(i: int) -> np.ndarray:
@@ -258,7 +262,7 @@ def _reader(source: sources.ImageSource, size: int) -> Callable[[int, int], np.n
             if image.shape != shape:
                 raise DmfError(
                     f"{source.about['name']}: image {first + i} is {image.shape}, image 0 is "
-                    f"{shape}: expected one size for all, or --size for a centre crop"
+                    f"{shape}: expected {expected}"
                 )
         return np.stack(found)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dmf.errors import DmfError
 from dmf.method.samplers import SAMPLERS
-from dmf.storage import checkpoint, paths, records
+from dmf.storage import checkpoint, records
 
 if TYPE_CHECKING:
     from dmf.export.model import Model
@@ -145,11 +145,10 @@ def _of_training(model: Model) -> Iterator[dict[str, Any]]:
 
 def _of_commands(model: Model) -> Iterator[dict[str, Any]]:
     """The scores that `--mode=score` has stored for this checkpoint."""
-    manifest = paths.sha256(model.folder / checkpoint.MANIFEST)
     files = sorted(model.home().glob("scores_*.json"))
     for stored in (row for file in files for row in _lines(file)):
         of = stored.get("checkpoint")
-        same = isinstance(of, dict) and of.get("manifest_sha256") == manifest
+        same = isinstance(of, dict) and of.get("manifest_sha256") == model.manifest_sha256
         if not same or stored.get("sampler") != model.sampler:
             continue
         rows = stored.get("rows", [])

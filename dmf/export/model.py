@@ -19,7 +19,6 @@ from dmf.convert.rules import Rule
 from dmf.data import latents
 from dmf.errors import DmfError
 from dmf.export import tensorfile
-from dmf.storage import checkpoint, paths
 from dmf.storage.manifest import step_of
 
 
@@ -27,8 +26,9 @@ from dmf.storage.manifest import step_of
 class Model:
     """A checkpoint's network and weights, and what was written beside them."""
 
-    folder: Path
+    folder: Path  # a run may have removed it by now
     stored: dict[str, Any]
+    manifest_sha256: str
     config: Config
     shape: tuple[int, ...]
     network: networks.Network
@@ -97,17 +97,16 @@ def open_model(path: str | Path, ema: float | None = None, sampler: str = "") ->
     sampler: a key of SAMPLERS; "" takes the run's sampler.
     Raises DmfError where the checkpoint holds no u(z, r, t).
     """
-    folder, stored = pretrained.open_folder(path)
+    folder, stored, network, params, manifest = pretrained.open_weights(path, ema)
     if "config" not in stored:
         raise DmfError(
             f"checkpoint {path} holds a {stored['network']['kind']}: "
             "expected a flow model or a generator"
         )
     config = parse(stored["config"])
-    network, params = pretrained.load_folder(folder, stored, ema)
     params = jax.device_get(params)  # one device is enough for an export
     shape, name = tuple(stored["image_shape"]), sampler or config.run.sampler
-    return Model(folder, stored, config, shape, network, params, ema, name)
+    return Model(folder, stored, manifest, config, shape, network, params, ema, name)
 
 
 def _images(model: Model) -> str:
@@ -148,5 +147,5 @@ def _origin(model: Model) -> dict[str, Any]:
     return {
         "trained": trained,
         "converted_from": converted,
-        "checkpoint_manifest_sha256": paths.sha256(model.folder / checkpoint.MANIFEST),
+        "checkpoint_manifest_sha256": model.manifest_sha256,
     }

@@ -49,6 +49,9 @@ def write(target: Path, tensors: dict[str, np.ndarray], about: dict[str, Any]) -
 
     about: for its metadata. Raises DmfError.
     """
+    for name, x in tensors.items():
+        if x.dtype.kind == "f" and not np.isfinite(x).all():
+            raise DmfError(f"tensor {name} is not finite in {x.dtype}: expected finite weights")
     metadata = {native.METADATA: json.dumps(about), "format": "pt"}
     try:
         with atomic.made(target) as partial:

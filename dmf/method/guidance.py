@@ -10,6 +10,8 @@ noisy v gives the same scale.
 
 A guided kind (`objectives.KINDS`) is its unguided kind with v_g in place of v. That holds in the
 target, in the direction of the derivative and in the step back.
+
+`contrast` is the guidance of sampling, for flow models. It needs no training of its own.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from dmf.fields import BELOW_1, INF, LEAST, limited
 from dmf.method.flow import Net, Rows, expand
 
 Array = jax.Array
+EDGE = 1e-6  # by which a time may miss an end of an interval by rounding
 
 
 @dataclass(frozen=True)
@@ -66,3 +69,25 @@ def guided_velocity(
         v_g += config.kappa * net(frozen, now)
     guided = (config.t_start <= rows.t) & (rows.t <= config.t_end) & (label != null_class)
     return jnp.where(expand(guided, v_g), v_g, rows.v)
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Classifier-free guidance while a flow model is sampled.
+
+    scale: 1 leaves the conditional velocity as it is.
+    start, end: only at times start <= t <= end.
+    channels: only the first so many, 0 for all. SiT's code guides the first three.
+    """
+
+    scale: float
+    start: float = 0.0
+    end: float = 1.0
+    channels: int = 0
+
+
+def contrast(v_c: Array, v_u: Array, t: Array, by: Contrast) -> Array:
+    """v_u + scale (v_c - v_u) where `by` guides, v_c elsewhere. v: (B, ..., C), t: (B,)."""
+    guided = (by.start - EDGE <= t) & (t <= by.end + EDGE)
+    kept = jnp.arange(v_c.shape[-1]) < (by.channels or v_c.shape[-1])
+    return jnp.where(expand(guided, v_c) & kept, v_u + by.scale * (v_c - v_u), v_c)

@@ -6,13 +6,14 @@
     Heun         trapezoid of v over the same grid
 
 `u` is a closed function (z, r, t) -> velocity with z (B, ...) and times (B,).
-The grids run from 1 (noise) to 0 (data). `SAMPLERS` names each sampler and its cost.
+The times t_i run from 1 (noise) to 0 (data), both exact. `TIMES` names the ways to space them, and
+`SAMPLERS` each sampler with its cost.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,34 @@ from dmf.errors import DmfError
 Array = jax.Array
 Velocity = Callable[[Array, Array, Array], Array]
 Move = Callable[[Array, Array, Array, Array], Array]  # (z, r, t, t - r) -> z at r
+Times = Callable[[Any, Any], Any]  # (i, number of steps) -> t_i; both may be traced
+SHIFT = 3.0  # of the shifted times, as Stable Diffusion 3 samples
+SIGMAS, RHO = (80.0, 0.002), 7  # of EDM's times
+
+
+def uniform(i: Any, steps: Any) -> Any:
+    """t_i = 1 - i / n."""
+    return 1 - i / steps
+
+
+def shifted(i: Any, steps: Any) -> Any:
+    """t' = s t / (1 + (s - 1) t) of the uniform times: more steps near noise, arXiv 2403.03206."""
+    t = uniform(i, steps)
+    return SHIFT * t / (1 + (SHIFT - 1) * t)
+
+
+def edm(i: Any, steps: Any) -> Any:
+    """t = sigma / (1 + sigma) of EDM's noise levels, arXiv 2206.00364, Eq. 5; t_0 is 1.
+
+    x + sigma e = (1 + sigma) z, so the level sigma is the time t of z = (1 - t) x + t e.
+    """
+    first, last = (sigma ** (1 / RHO) for sigma in SIGMAS)
+    sigma = (first + i / jnp.maximum(steps - 1, 1) * (last - first)) ** RHO
+    inside = (i > 0) & (i < steps)
+    return jnp.where(inside, sigma / (1 + sigma), jnp.where(i > 0, 0.0, 1.0))
+
+
+TIMES: dict[str, Times] = {"uniform": uniform, "shifted": shifted, "edm": edm}
 
 
 def one_step(u: Velocity, e: Array) -> Array:
@@ -30,12 +59,12 @@ def one_step(u: Velocity, e: Array) -> Array:
     return e - u(e, zeros, ones)
 
 
-def few_step(u: Velocity, e: Array, steps: int | Array) -> Array:
-    """n jumps of the flow map over an equal grid. e: (B, ...) noise; returns (B, ...)."""
-    return _integrate(_jump(u), e, steps)
+def few_step(u: Velocity, e: Array, steps: int | Array, times: Times = uniform) -> Array:
+    """n jumps of the flow map. e: (B, ...) noise; returns (B, ...)."""
+    return _integrate(_jump(u), e, steps, times)
 
 
-def few_step_on_host(u: Velocity, e: Array, steps: int) -> Array:
+def few_step_on_host(u: Velocity, e: Array, steps: int, times: Times = uniform) -> Array:
     """The jumps of `few_step` in a loop on the host.
 
     A sampler that decides on the host where to go next takes this form.
@@ -43,29 +72,29 @@ def few_step_on_host(u: Velocity, e: Array, steps: int) -> Array:
     """
     jump = _jump(u)
     for i in range(_at_least_one(steps)):
-        e = jump(e, *_times(i, steps, e))
+        e = jump(e, *_times(i, steps, e, times))
     return e
 
 
-def euler(u: Velocity, e: Array, steps: int | Array) -> Array:
+def euler(u: Velocity, e: Array, steps: int | Array, times: Times = uniform) -> Array:
     """Explicit Euler on dz/dt = u(z, t, t), first order. e: (B, ...) noise; returns (B, ...)."""
-    return _integrate(lambda z, r, t, L: z - L * u(z, t, t), e, steps)
+    return _integrate(lambda z, r, t, L: z - L * u(z, t, t), e, steps, times)
 
 
-def heun(u: Velocity, e: Array, steps: int | Array) -> Array:
+def heun(u: Velocity, e: Array, steps: int | Array, times: Times = uniform) -> Array:
     """Heun's trapezoid on dz/dt = u(z, t, t), second order. e: (B, ...) noise; returns (B, ...)."""
 
     def step(z: Array, r: Array, t: Array, L: Array) -> Array:
         v = u(z, t, t)
         return z - 0.5 * L * (v + u(z - L * v, r, r))
 
-    return _integrate(step, e, steps)
+    return _integrate(step, e, steps, times)
 
 
 class Sampler(NamedTuple):
     """A row of `SAMPLERS`.
 
-    draw          (u, noise, steps) -> data
+    draw          (u, noise, steps, times) -> data; times is uniform where it is left out
     evaluations   of the network per step
     on_host       draw loops on the host over a compiled u, so no program can hold it
     """
@@ -87,19 +116,21 @@ def _jump(u: Velocity) -> Move:
     return lambda z, r, t, L: z - L * u(z, r, t)
 
 
-def _integrate(step: Move, e: Array, steps: int | Array) -> Array:
-    """The grid t_i = 1 - i / n, both ends exact.
+def _integrate(step: Move, e: Array, steps: int | Array, times: Times) -> Array:
+    """Moves along t_0 = 1 .. t_n = 0, one step each.
 
     n may be traced, so that one program serves every number of steps.
     """
     if isinstance(steps, int):
         _at_least_one(steps)
-    return jax.lax.fori_loop(0, steps, lambda i, z: step(z, *_times(i, steps, z)), e)
+    return jax.lax.fori_loop(0, steps, lambda i, z: step(z, *_times(i, steps, z, times)), e)
 
 
-def _times(i: int | Array, steps: int | Array, z: Array) -> tuple[Array, Array, Array]:
+def _times(
+    i: int | Array, steps: int | Array, z: Array, times: Times
+) -> tuple[Array, Array, Array]:
     """(r, t, t - r) of step i, the times (B,)."""
-    t, r = (jnp.asarray(1 - j / steps).astype(z.dtype) for j in (i, i + 1))
+    t, r = (jnp.asarray(times(j, steps)).astype(z.dtype) for j in (i, i + 1))
     return jnp.broadcast_to(r, z.shape[:1]), jnp.broadcast_to(t, z.shape[:1]), t - r
 
 

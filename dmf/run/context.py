@@ -40,7 +40,7 @@ from dmf.run.scoreboard import OpenJudge, Scoreboard
 from dmf.run.sigterm import Stop
 from dmf.run.workdir import claim, kept_by_changes, origin
 from dmf.state import TrainState
-from dmf.storage import checkpoint, records
+from dmf.storage import checkpoint, manifest, records
 
 METRICS: dict[Any, Any] = {  # a line of metrics.jsonl
     "step": records.POSITIVE,
@@ -307,12 +307,25 @@ def first_state(run: Context) -> TrainState:
     init = run.init or starts.find(run.config, run.dataset)
     if processes.is_first() and (said := starts.described(run.config, init)):
         print(said, flush=True)
-    shape = run.dataset.image_shape
-    params = starts.weights(run.config, init, shape, run.mesh, run.like.params)
-    found = run.jit(run.started)(params)
+    found = run.jit(run.started)(_init_params(run, init))
     # A resumed run starts from these weights, whatever config.init holds by then.
     run.checkpoints.save(0, found, wait=False)
     return found
+
+
+def _init_params(run: Context, init: starts.Init) -> Any:
+    """The weights of config.init. The run that it names may have replaced them meanwhile."""
+    config, shape = run.config, run.dataset.image_shape
+
+    def read(folder: Path) -> tuple[Any, str]:
+        same = folder == init.folder
+        found = init if same else starts.opened(config, run.dataset, folder)
+        return starts.weights(config, found, shape, run.mesh, run.like.params), str(folder)
+
+    with processes.together():
+        params, taken = manifest.read_newest(config.init, read, init.folder)
+    processes.same("checkpoint of config.init", taken)
+    return params
 
 
 def compile_ahead(run: Context) -> threading.Thread | None:

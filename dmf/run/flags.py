@@ -5,6 +5,7 @@ dmf/help.txt says what they mean. `dmf.main` says which command reads which.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import traceback
@@ -93,6 +94,13 @@ flags.DEFINE_enum("sampler", "", ["", *SAMPLERS], "")
 flags.DEFINE_list("ema", [], "")
 flags.DEFINE_integer("count", 0, "", lower_bound=0, upper_bound=MOST)
 flags.DEFINE_integer("seed", None, "", lower_bound=0, upper_bound=2**32 - 1)
+flags.DEFINE_list("labels", [], "")
+flags.DEFINE_float("guidance", None, "")
+flags.DEFINE_list("guidance_interval", ["0", "1"], "")
+flags.DEFINE_integer("guidance_channels", 0, "", lower_bound=0)
+TIMES = ("uniform", "shifted", "edm")
+flags.DEFINE_enum("times", "uniform", list(TIMES), "")
+flags.DEFINE_bool("raw", False, "")
 flags.DEFINE_string("vae", "", "")
 flags.DEFINE_string("protocol", "", "")
 flags.DEFINE_string("features", "", "")
@@ -107,6 +115,7 @@ flags.DEFINE_integer("batch", 16, "", lower_bound=1, upper_bound=WIDEST)
 flags.DEFINE_bool("verify", False, "")
 flags.DEFINE_enum("kind", None, list(KINDS), "")
 flags.DEFINE_string("copy", "", "")
+flags.DEFINE_list("drop", [], "")
 flags.DEFINE_list("set", [], "")
 flags.DEFINE_string("check", "auto", "")
 flags.DEFINE_integer("align_steps", 0, "", lower_bound=0, upper_bound=MOST)
@@ -152,12 +161,48 @@ def _counts(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) <= 10 and 0 < int(text) <= MOST
 
 
-def out(suffix: str) -> str:
-    """The file of --out, or nothing. Raises DmfError where it does not end in `suffix`."""
+def labels() -> tuple[int, ...]:
+    """The classes of --labels."""
+    if not all(n.isascii() and n.isdigit() and len(n) < 10 for n in FLAGS.labels):
+        given = ",".join(FLAGS.labels)
+        raise DmfError(f"--labels={given:.60}: expected class numbers, such as 207 or 0,1,2")
+    return tuple(map(int, FLAGS.labels))
+
+
+def guidance() -> Any:
+    """The `Contrast` of --guidance and its interval and channels; None without --guidance."""
+    from dmf.method.guidance import Contrast
+
+    scale = FLAGS.guidance
+    if scale is None:
+        for name in ("guidance_interval", "guidance_channels"):
+            if FLAGS[name].present:
+                raise DmfError(f"--{name} without --guidance: expected a scale, such as 4")
+        return None
+    if not 0 <= scale < math.inf:
+        raise DmfError(f"--guidance={scale:g}: expected a finite scale of at least 0, such as 4")
+    given = ",".join(FLAGS.guidance_interval)
+    try:
+        start, end = map(float, FLAGS.guidance_interval)
+    except ValueError:
+        start, end = 1.0, 0.0
+    if not 0 <= start < end <= 1:
+        raise DmfError(f"--guidance_interval={given:.60}: expected two times, such as 0.1,0.9")
+    return Contrast(scale, start, end, FLAGS.guidance_channels)
+
+
+def out(*suffixes: str) -> str:
+    """The file of --out, or nothing. Raises DmfError where it does not end in one of `suffixes`.
+
+    The suffix "" stands for a folder.
+    """
     path = _writable("as --out")
-    if FLAGS.out and (path.suffix != suffix or not path.parent.is_dir() or path.is_dir()):
-        what = f"a file name ending in {suffix}, in a directory that exists"
-        raise DmfError(f"--out={FLAGS.out}: expected {what}")
+    folder = not path.suffix and "" in suffixes
+    wrong = path.suffix not in suffixes or (path.is_dir() and not folder)
+    if FLAGS.out and (wrong or not path.parent.is_dir()):
+        endings = " or ".join(suffix for suffix in suffixes if suffix)
+        what = f"a file name ending in {endings}" + ", or a folder" * ("" in suffixes)
+        raise DmfError(f"--out={FLAGS.out}: expected {what}, in a directory that exists")
     return FLAGS.out
 
 

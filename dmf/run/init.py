@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from jax.sharding import Mesh
 from dmf import data, networks, sharding
 from dmf.config import INIT_HINT, Config, differences, parse
 from dmf.errors import DmfError
-from dmf.storage import checkpoint, paths, records
+from dmf.storage import checkpoint, manifest, paths, records
 
 TABLES = ("y_embedder", "map_label")  # the module of the label table, in a DiT and in a U-Net
 Params = Any
@@ -46,7 +47,11 @@ def find(config: Config, dataset: data.Source) -> Init:
     Raises DmfError where its network or its images are not the config's. Many such differences
     would not show in the shapes of the weights.
     """
-    folder = checkpoint.find(config.init)
+    return manifest.read_newest(config.init, partial(opened, config, dataset))
+
+
+def opened(config: Config, dataset: data.Source, folder: Path) -> Init:
+    """`find` of this step folder."""
     stored = checkpoint.metadata(folder)
     if "config" not in stored:
         kind = stored["network"]["kind"]

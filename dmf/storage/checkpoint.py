@@ -27,18 +27,20 @@ from dmf import processes
 from dmf.errors import DmfError, short
 from dmf.logging import quieten
 from dmf.storage import atomic, paths, records
-from dmf.storage.manifest import MANIFEST, steps_in, verify, write_manifest
+from dmf.storage.manifest import BEST as BEST
+from dmf.storage.manifest import BEST_FORM as BEST_FORM
+from dmf.storage.manifest import FOLDER as FOLDER
+from dmf.storage.manifest import MANIFEST as MANIFEST
+from dmf.storage.manifest import find as find
+from dmf.storage.manifest import lacking, steps_in, verify, write_manifest
 
 if TYPE_CHECKING:
     from dmf.state import TrainState
 
 ITEMS = ("params", "ema", "opt_state", "step")
 OPTIONAL = ("intervals",)  # not every run has one
-FOLDER = "checkpoints"
 SLICE = 2**22  # bytes: of larger arrays that all devices hold, each device writes a slice
 NEWEST = 200  # complete checkpoints that are tried, one after the other
-BEST = "best.json"  # in a work directory: the step of the best score so far
-BEST_FORM = {"step": records.COUNT}
 ABOUT = {  # what stands beside the weights
     "config": records.Maybe(dict),
     "network": records.Maybe(dict),
@@ -168,18 +170,13 @@ class Checkpoints:
             return []
         found = self.complete()
         for step in sorted(set(steps_in(self.directory)) - set(found)):
-            log.warning(
-                "checkpoint %s: no %s, so its save was not completed; it is skipped",
-                self.directory / str(step),
-                MANIFEST,
-            )
+            folder = self.directory / str(step)
+            log.warning("checkpoint %s: %s; it is skipped", folder, lacking(folder))
         return found
 
     def complete(self) -> list[int]:
         """Steps of the folders with a manifest, the newest first."""
-        return [
-            n for n in steps_in(self.directory) if (self.directory / str(n) / MANIFEST).exists()
-        ]
+        return [n for n in steps_in(self.directory) if not lacking(self.directory / str(n))]
 
     def _worth_keeping(self, step: int) -> list[int]:
         """The step about to be saved, the newest good ones, and the steps that the run asks for.
@@ -254,48 +251,25 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 
 def _load(folder: Path, target: dict[str, Any]) -> dict[str, Any]:
-    try:
+    with _readable(folder, f"the items {', '.join(target)}"):
         return ocp.load_checkpointables(paths.absolute(folder), target)
+
+
+@contextmanager
+def _readable(folder: Path, wanted: str) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # the errors of Orbax have no common base
         what = f"checkpoint {folder} cannot be read: {short(error)}"
-        raise DmfError(f"{what}; expected the items {', '.join(target)}") from error
-
-
-def find(path: str | Path) -> Path:
-    """The step folder that `path` means.
-
-    It is `path` itself, or the newest complete one in a work directory or its checkpoints folder.
-    WORKDIR/best means the one with the best score.
-    """
-    path = paths.reach(paths.at(path))
-    if path.name == "best" and not path.exists():
-        path = path.parent / FOLDER / str(_best_step(path.parent))
-    if not path.exists():
-        what = f"checkpoint {path}: no such file or directory"
-        raise DmfError(f"{what}; expected a work directory or one of its step folders")
-    if (path / "params").is_dir():
-        return path
-    folder = path / FOLDER if (path / FOLDER).is_dir() else path
-    for step in steps_in(folder):
-        if (folder / str(step) / MANIFEST).is_file():
-            return folder / str(step)
-    what = "a step folder with an item 'params', or a work directory that holds one"
-    raise DmfError(f"checkpoint {path}: expected {what}")
-
-
-def _best_step(workdir: Path) -> int:
-    return records.read(workdir / BEST, BEST_FORM, "a run that has been scored")["step"]
+        raise DmfError(f"{what}; expected {wanted}") from error
 
 
 def metadata(folder: Path) -> dict[str, Any]:
     """The run's config and image shape, from beside the weights. Verifies the folder first."""
     quieten()
     verify(folder)
-    try:
+    with _readable(folder, "metadata"):
         found = ocp.metadata(paths.absolute(folder)).custom_metadata
-    except Exception as error:  # the errors of Orbax have no common base
-        what = f"checkpoint {folder}: its metadata cannot be read: {short(error)}"
-        raise DmfError(f"{what}; expected those of a checkpoint that dmf has written") from error
     if not isinstance(found, dict) or not {"config", "network"} & set(found):
         what = f"checkpoint {folder}: no config in its metadata"
         raise DmfError(f"{what}; expected a checkpoint that dmf has written")
@@ -339,7 +313,8 @@ def read_params(folder: Path, ema: int | None, like: Any) -> Any:
     Raises DmfError that names the first leaf that does not fit. `metadata` verifies the folder.
     """
     item = "params" if ema is None else "ema"
-    items = ocp.checkpointables_metadata(paths.absolute(folder)).metadata
+    with _readable(folder, item):
+        items = ocp.checkpointables_metadata(paths.absolute(folder)).metadata
     if items.get(item) is None:
         what = f"checkpoint {folder} holds no {item}, or none that can be read"
         raise DmfError(f"{what}; expected one that a run has written")

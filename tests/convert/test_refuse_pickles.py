@@ -70,22 +70,28 @@ PICKLES = {
         pickled(name_of("builtins", "getattr"), PERSISTENT, b"K\x01\x86R"),
         "a method of getattr with (Made, 1)",
     ),
-    "partial": (pickled(name_of("functools", "partial")), "asks for functools.partial"),
-    "python 2 name": (pickled(b"c__builtin__\napply\n"), "asks for builtins.apply"),
+    "reduce": (
+        pickled(name_of("functools", "reduce"), b"K\x01\x85R"),
+        "asks for functools.reduce",
+    ),
+    "python 2 name": (pickled(b"c__builtin__\napply\n", b")R"), "asks for builtins.apply"),
     "nested attribute": (
-        pickled(name_of("torch", "nn.modules.linear.Linear")),
-        "asks for torch.nn.modules.linear.Linear",
+        pickled(name_of("torch", "_utils._rebuild_qtensor"), b")R"),
+        "asks for torch._utils._rebuild_qtensor",
+    ),
+    "new object of a class of Python's": (
+        pickled(name_of("subprocess", "Popen"), b")\x81"),
+        "asks for subprocess.Popen",
+    ),
+    "getattr of a module": (
+        pickled(name_of("builtins", "getattr"), name_of("os", "path"), text("join"), b"\x86R)R"),
+        "asks for os.path.join",
     ),
     "look-alike": (
         pickled(name_of("torch._utils", "_rebuild_tensor_v2\n")),
         "_rebuild_tensor_v2?; refused",
     ),
     "long name": (pickled(b"c" + b"a" * 400 + b"\nb\n"), "aaa...; refused"),
-    "reconstructor": (
-        pickled(name_of("copyreg", "_reconstructor")),
-        "asks for copyreg._reconstructor",
-    ),
-    "foreign class": (pickled(name_of("models", "Net"), b")\x81"), "asks for models.Net"),
     "a name that is no text": (pickled(b"K\x01K\x02\x93"), "STACK_GLOBAL requires str"),
     "INST": (pickled(b"(" + text("1") + b"ios\nsystem\n"), "opcode 0x69"),
     "OBJ": (pickled(b"(" + name_of("argparse", "Namespace") + b"o"), "opcode 0x6f"),

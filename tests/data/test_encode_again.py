@@ -394,3 +394,29 @@ def test_foreign_directories_are_left_alone(vae: Path, source: Path, tmp_path: P
     (tmp_path / "train" / "plan.json").write_text("[")
     with pytest.raises(DmfError, match=r"plan.json line 1: no JSON"):
         encode.encode(vae, str(source), tmp_path, **SETTINGS)
+
+
+def test_what_an_earlier_version_began_goes_on_as_it_read(
+    vae: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    numbers = Path(shutil.copytree(source, tmp_path / "pets"))
+    for i, name in enumerate(("1", "2", "10")):
+        (numbers / f"class{i}").rename(numbers / name)
+    encode.encode(vae, str(numbers), tmp_path / "new", **SETTINGS)
+    about = shards.metadata(tmp_path / "new" / "train")
+    assert about["classes"] == ["1", "2", "10"] and "EXIF" in about["reading"]
+    assert data.load(config(tmp_path / "new"), "train").classes == ("1", "2", "10")
+    assert "classes   0 1, 1 2, 2 10" in capsys.readouterr().out
+    out = tmp_path / "old"
+    with pytest.MonkeyPatch.context() as patch:  # as the version before wrote it
+        patch.setattr(encode, "is_former", lambda folder: True)
+        encode.encode(vae, str(numbers), out, **SETTINGS)
+    before, count = contents(out), len(shards.metadata(out / "train")["shards"])
+    assert not {"classes", "reading"} & shards.metadata(out / "train").keys()
+    shard(out, 1).unlink()
+    encode.encode(vae, str(numbers), out, **SETTINGS)
+    told = capsys.readouterr().out
+    assert "was begun by an earlier version" in told and f"{count - 1} of {count} shards" in told
+    assert contents(out) == before
+    text, number = (np.load(tmp_path / p / "train" / shards.LABELS) for p in ("old", "new"))
+    assert text.tolist() == np.array([0, 2, 1])[number].tolist()

@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,24 @@ def npz_of_something_else(folder: Path) -> str:
     return str(folder / "set.npz")
 
 
+def npz_that_lies(save: Callable[..., None]) -> object:
+    """arr_0 announces a row more than it holds; stored plainly, its bytes would be arr_1's."""
+
+    def write(folder: Path) -> str:
+        path = Path(folder / "set.npz")
+        save(path, arr_0=np.zeros((3, 8, 8, 3), np.uint8), arr_1=np.zeros(64, np.int64))
+        with zipfile.ZipFile(path) as archive:
+            members = {name: archive.read(name) for name in archive.namelist()}
+        members["arr_0.npy"] = members["arr_0.npy"].replace(b"(3, 8", b"(4, 8")
+        kind = zipfile.ZIP_STORED if save is np.savez else zipfile.ZIP_DEFLATED
+        with zipfile.ZipFile(path, "w", kind) as archive:
+            for name, content in members.items():
+                archive.writestr(name, content)
+        return str(path)
+
+    return write
+
+
 IMAGES = np.zeros((2, 8, 8, 3), np.uint8)
 ERRORS = {
     "missing": (lambda d: str(d / "none"), "none' does not exist: expected a folder of images"),
@@ -145,6 +164,26 @@ ERRORS = {
     "labels that are no numbers": (
         npz(arr_0=IMAGES, arr_1=np.zeros(2)),
         r"arr_1 is float64\[2\]: expected 2 labels",
+    ),
+    "labels beyond 32 bits": (
+        npz(arr_0=IMAGES, arr_1=np.array([1, 2**32 + 1])),
+        "set.npz: arr_1 holds 4294967297: expected labels of at most 2147483646",
+    ),
+    "labels beyond 64 bits": (
+        npz(arr_0=IMAGES, arr_1=np.array([1, 2**64 - 1], np.uint64)),
+        "set.npz: arr_1 holds 18446744073709551615: expected labels",
+    ),
+    "an array shorter than announced": (
+        npz_that_lies(np.savez),
+        r"arr_0 declares shape \(4, 8, 8, 3\) of uint8 but holds 576 bytes: expected a whole array",
+    ),
+    "a packed array shorter than announced": (
+        npz_that_lies(np.savez_compressed),
+        r"arr_0 declares shape \(4, 8, 8, 3\) of uint8 but holds 576 bytes: expected a whole array",
+    ),
+    "only images of other kinds": (
+        other_file(encoded(pixels(0), "bmp"), "a.bmp"),
+        "holds no images: expected .*; left out are 1 .bmp",
     ),
     "half an npz": (half_an_npz, "set.npz cannot be read"),
     "no array in an npz": (npz_of_something_else, "set.npz cannot be read"),

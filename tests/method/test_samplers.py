@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dmf.errors import DmfError
-from dmf.method.samplers import SAMPLERS, euler, few_step, heun, one_step
+from dmf.method.samplers import SAMPLERS, TIMES, euler, few_step, heun, one_step
 
 SIGMA = 0.4
 
@@ -85,3 +85,14 @@ def test_the_table_knows_cost_and_place_of_every_sampler(noise, name):
 def test_a_loop_on_the_host_draws_the_samples_of_the_program(noise, steps):
     found = SAMPLERS["few_step_on_host"].draw(jax.jit(velocity), noise, steps)
     np.testing.assert_allclose(found, few_step(velocity, noise, steps), rtol=1e-12)
+
+
+def test_every_spacing_runs_from_one_to_zero_and_has_its_published_times():
+    for times in TIMES.values():
+        for n in (1, 2, 5):
+            t = np.array([float(times(i, n)) for i in range(n + 1)])
+            assert t[0] == 1 and t[-1] == 0 and (np.diff(t) < 0).all()
+    np.testing.assert_allclose(float(TIMES["shifted"](1, 2)), 0.75)  # 3 / 2 / (1 + 2 / 2)
+    # EDM's second of three levels: ((80^(1/7) + 0.002^(1/7)) / 2)^7.
+    sigma = ((80 ** (1 / 7) + 0.002 ** (1 / 7)) / 2) ** 7
+    np.testing.assert_allclose(float(TIMES["edm"](1, 3)), sigma / (1 + sigma), rtol=1e-5)

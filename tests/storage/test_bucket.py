@@ -15,7 +15,7 @@ from PIL import Image
 from dmf import pretrained
 from dmf.config import parse
 from dmf.errors import DmfError
-from dmf.evaluation import sampling
+from dmf.evaluation import draw, sampling
 from dmf.export import card, model, weights
 from dmf.logging import JsonLines
 from dmf.run import guard, workdir
@@ -139,9 +139,9 @@ def test_what_a_bucket_holds_is_loaded_sampled_and_scored_like_a_folder(
         (_, mine), (_, theirs) = pretrained.load(HERE + name), pretrained.load(f"{folder}{name}")
         for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
             np.testing.assert_array_equal(a, b)
-    written = sampling.write_samples(f"{HERE}/best", [1, 2], 4)
+    written = draw.write_samples(f"{HERE}/best", [1, 2], 4)
     assert os.fspath(written) == f"{HERE}/samples_few_step_1_2.png"
-    sampling.write_samples(f"{folder}/best", [1, 2], 4, out=str(tmp_path / "local.png"))
+    draw.write_samples(f"{folder}/best", [1, 2], 4, out=str(tmp_path / "local.png"))
     mine, theirs = Image.open(io.BytesIO(written.read_bytes())), Image.open(tmp_path / "local.png")
     np.testing.assert_array_equal(np.asarray(mine), np.asarray(theirs))
     for place, out in ((HERE, "there"), (folder, "here")):
@@ -258,7 +258,7 @@ def test_an_unreachable_or_read_only_bucket_and_other_addresses_are_one_sentence
             match=r"gs://things/runs/tiny/samples\S+png cannot be written: "
             r".*no right to write.*; exp",
         ):
-            sampling.write_samples(f"{HERE}/best", [1], 4)
+            draw.write_samples(f"{HERE}/best", [1], 4)
     with pytest.raises(DmfError, match=r"no such file or directory; expected a work directory"):
         pretrained.load("gs://things/nowhere")
     for address in (

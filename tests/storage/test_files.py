@@ -263,4 +263,4 @@ def test_a_grid_shows_every_sample_where_it_belongs(tmp_path):
 
 def test_colour_is_kept():
     red = np.zeros((1, 4, 4, 3), np.float32) + np.array([1.0, -1.0, -1.0], np.float32)
-    assert pictures.grid(red, 1, 2).getpixel((3, 3)) == (255, 0, 0)
+    assert pictures.grid(pictures.pixels_of(red), 1, 2).getpixel((3, 3)) == (255, 0, 0)

@@ -31,12 +31,12 @@ def test_prefixes_go_only_where_every_name_has_them():
     assert list(read.strip_prefix({"module.": a})) == ["module."] and read.strip_prefix({}) == {}
 
 
-def test_what_is_no_module_is_named():
+def test_a_module_gives_the_names_of_its_state_dict():
     empty = {"_parameters": {}, "_buffers": {}, "_modules": {"a": None}}
     assert read.module_tensors(read.Inert("M", empty)) == {}
     number = {**empty, "_buffers": {"a": leaf()}, "_non_persistent_buffers_set": 5}
     assert list(read.module_tensors(read.Inert("M", number))) == ["a"]
-    with pytest.raises(
-        DmfError, match="module 'b.' is a 'Adam': expected a pickled torch.nn.Module"
-    ):
-        read.module_tensors(read.Inert("M", {**empty, "_modules": {"b": read.Inert("Adam", {})}}))
+    inner = read.Inert("M", {**empty, "_modules": {"b": read.Inert("N", number)}})
+    assert list(read.flatten({"ema": inner, "optimizer": read.Inert("Adam", {})})) == ["ema.b.a"]
+    with pytest.raises(DmfError, match="the network is a 'Adam': expected a torch.nn.Module"):
+        read.module_tensors(read.Inert("Adam", {}))

@@ -36,8 +36,8 @@ HEADER = re.compile(
 
 
 def bad(path: str | Path | int, text: str) -> DmfError:
-    """The refusal of a file, on one line whatever names it holds."""
-    return DmfError("".join(c if c.isprintable() else "?" for c in f"{path}: {text}"))
+    """The refusal of a file."""
+    return DmfError(f"{path}: {text}")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ Opening reads no tensor.
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from dmf.errors import DmfError, printable
 from dmf.storage import manifest
 from dmf.storage.readers import flaxfile, torchfile
 from dmf.storage.readers.orbaxfile import read_orbax
@@ -46,6 +48,7 @@ LOOKS = (
     (rb"(?s).{257}ustar", "a tar archive (unpack it first)"),
     (rb"model_checkpoint_path:", "the text beside a TensorFlow checkpoint"),
 )
+ENDINGS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pkl", ".msgpack")
 EXPECTED = "safetensors, a file or a pickled network of PyTorch, or a Flax msgpack checkpoint"
 
 
@@ -66,13 +69,14 @@ class Weights:
 
 
 def open_file(path: str | Path) -> Weights:
-    """The weight file, or Orbax directory, at `path`. The first bytes tell the format.
+    """The weight file at `path`, the one in that folder, or Orbax's directory.
 
-    Raises DmfError for any other file and for a damaged one.
+    The first bytes tell the format. Raises DmfError for any other file and for a damaged one.
     """
     if (tree := read_orbax(Path(path))) is not None:
         return Weights(Path(path), "orbax", tree)
-    span, place = whole(path), Path(path)
+    place = _one_of(Path(path)) if os.path.isdir(path) else Path(path)
+    span = whole(place)
     with span.opened() as stream:
         head = stream.read(512)
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
@@ -87,6 +91,21 @@ def open_file(path: str | Path) -> Weights:
     if 0x81 <= head[0] <= 0x8F or head[0] in (0xDE, 0xDF):  # a map of msgpack
         return Weights(place, "flax msgpack", flaxfile.read_msgpack(span))
     raise span.error(f"begins with {head[:8].hex(' ')}", EXPECTED)
+
+
+def _one_of(folder: Path) -> Path:
+    """The one weight file in a folder. Raises DmfError where there is none or a choice."""
+    try:
+        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except OSError as error:
+        raise DmfError(f"{folder}: cannot be read ({short(error)}); expected a folder") from error
+    found = [name for name in names if name.endswith(ENDINGS)]
+    if len(found) != 1:
+        some = ", ".join(map(short, (found or names)[:8])) or "nothing"
+        what = f"is a directory with {len(found) or 'no'} weight files; it holds {some}"
+        raise Span(str(folder), (), 0, 0).error(what, f"one file that ends in {', '.join(ENDINGS)}")
+    print(printable(f"source    {folder / found[0]}, the one weight file in the folder"))
+    return folder / found[0]
 
 
 def _read_safetensors(span: Span) -> tuple[dict[str, Tensor], dict[str, str]]:

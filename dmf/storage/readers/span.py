@@ -48,11 +48,9 @@ class Span:
     held: bytes | None = None
 
     def error(self, text: str, expected: str = WHOLE) -> DmfError:
-        """A refusal on one line, whatever names the file holds."""
-        line = (
-            f"{self.path}: {short(self.name) + ': ' * bool(self.name)}{text}; expected {expected}"
-        )
-        return DmfError("".join(c if c.isprintable() else "?" for c in line))
+        """A refusal that names the file and this stretch."""
+        name = short(self.name) + ": " * bool(self.name)
+        return DmfError(f"{self.path}: {name}{text}; expected {expected}")
 
     def part(self, start: int, size: int, name: str, crc: int | None = None) -> Span:
         """A stretch of this one; DmfError where it reaches beyond."""
@@ -100,8 +98,6 @@ def whole(path: str | Path) -> Span:
         raise span.error("no such file", "a file of weights") from error
     except (OSError, ValueError) as error:
         raise span.error(f"cannot be reached ({short(error)})", "a file of weights") from error
-    if stat.S_ISDIR(found.st_mode):
-        raise span.error("is a directory", "one file, or Orbax's directory with its _METADATA")
     if not stat.S_ISREG(found.st_mode):
         raise span.error("is a device or a pipe", "a file of weights")
     if not found.st_size:

@@ -86,10 +86,23 @@ def tensor(
     return Tensor(sizes, dtype, read)
 
 
+def float32(name: str, values: np.ndarray) -> np.ndarray:
+    """Values in float32, row-major. Raises DmfError where one is not finite after the cast."""
+    with np.errstate(over="ignore"):
+        found = np.asarray(values, np.float32, order="C")
+    if lost := found.size - int(np.isfinite(found).sum()):
+        raise DmfError(
+            f"tensor {name}: {lost} of its {found.size} values are not finite in float32; "
+            "expected weights of a working network"
+        )
+    return found
+
+
 def flatten(tree: Any, prefix: str = "") -> dict[str, Tensor]:
     """{dotted name: tensor} of a tree, in its order.
 
-    Positions in a list become numbers. Leaves that are no tensors are dropped.
+    Positions in a list become numbers. A pickled torch.nn.Module gives the names of its state
+    dict. Leaves that are no tensors are dropped.
     prefix: put before every name, with a dot. Raises DmfError where two tensors get one name, or
     names have no end.
     """
@@ -98,8 +111,7 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Tensor]:
     visits = 0
     while todo:
         name, node = todo.pop()
-        listed = isinstance(node, list | tuple) and not isinstance(node, Tensor)
-        inner = node if isinstance(node, Mapping) else dict(enumerate(node)) if listed else {}
+        inner = _inner(node)
         visits += 1 + len(inner)
         if visits > MAX_VISITS or len(name) > MAX_NAME:
             limits = f"over {MAX_VISITS} entries, or a name of over {MAX_NAME} letters"
@@ -113,6 +125,26 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Tensor]:
     return found
 
 
+def _inner(node: Any) -> Mapping[Any, Any]:
+    if isinstance(node, Inert):
+        return _of_module(node) or {}
+    listed = isinstance(node, list | tuple) and not isinstance(node, Tensor)
+    return node if isinstance(node, Mapping) else dict(enumerate(node)) if listed else {}
+
+
+def _of_module(inert: Inert) -> dict[str, Any] | None:
+    """Parameters, persistent buffers and inner modules of a torch.nn.Module, or None."""
+    fields = inert.state if isinstance(inert.state, dict) else {}
+    parts = [fields.get(key) for key in ("_parameters", "_buffers", "_modules")]
+    if not all(isinstance(part, dict) for part in parts):
+        return None
+    parameters, buffers, modules = (dict(part or {}) for part in parts)
+    hidden = x if isinstance(x := fields.get("_non_persistent_buffers_set"), frozenset) else ()
+    buffers = {key: value for key, value in buffers.items() if key not in hidden}
+    held = {key: value for key, value in modules.items() if value is not None}
+    return {**parameters, **buffers, **held}
+
+
 def strip_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors without the 'module.' and '_orig_mod.' that begin every one of their names."""
     for prefix in PREFIXES:
@@ -122,22 +154,7 @@ def strip_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def module_tensors(inert: Inert) -> dict[str, Tensor]:
-    """The state dict of a pickled torch.nn.Module, in PyTorch's order."""
-    return flatten(_module(inert, "", {}))
-
-
-def _module(node: Any, name: str, done: dict[int, Any]) -> Any:
-    """A tree of its parameters and persistent buffers, then its modules; of a shared one once."""
-    fields = node.state if isinstance(node, Inert) and isinstance(node.state, dict) else {}
-    parts = [fields.get(key) for key in ("_parameters", "_buffers", "_modules")]
-    if len(name) > MAX_NAME or not all(isinstance(part, dict) for part in parts):
-        what = node.class_name if isinstance(node, Inert) else type(node).__name__
-        where = f"module {(name or 'itself')[:80]!r}"
-        raise DmfError(f"{where} is a {what[:80]!r}: expected a pickled torch.nn.Module")
-    if id(node) not in done:
-        parameters, buffers, modules = (dict(part or {}) for part in parts)
-        hidden = x if isinstance(x := fields.get("_non_persistent_buffers_set"), frozenset) else ()
-        buffers = {key: value for key, value in buffers.items() if key not in hidden}
-        inner = {k: _module(x, f"{name}{k}.", done) for k, x in modules.items() if x is not None}
-        done[id(node)] = {**parameters, **buffers, **inner}
-    return done[id(node)]
+    """The state dict of a pickled torch.nn.Module, in PyTorch's order. Raises DmfError."""
+    if _of_module(inert) is None:
+        raise DmfError(f"the network is a {inert.class_name!r:.80}: expected a torch.nn.Module")
+    return flatten(inert)

@@ -1,8 +1,8 @@
 """Pickles of weights, read by the standard library's Unpickler with a closed table of names.
 
-No name in a file is imported, built or called. A name becomes a label: see `find_class`. `_made`
-says what a call of the label stands for. `tree_of` makes a tree of it all. Anything else is refused
-in one line.
+No name in a file is imported, built or called. A name becomes a label. `_made` says what a call of
+the label stands for. A call of a class that is neither Python's nor in the table becomes an inert
+object. `tree_of` makes a tree of it all. Anything else is refused in one line.
 
 pickle._Unpickler is the standard library's Unpickler in Python. The one in C takes the memory that
 a memo index announces, and hashes any key. In Python a subclass can bound both.
@@ -14,6 +14,7 @@ import functools
 import pickle
 import re
 import struct
+import sys
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -30,7 +31,9 @@ STORAGES = {
 }
 TYPES = {f"torch.{name}": dtype for name, dtype in DTYPES.items()}
 NUMPY_TYPES = {np.dtype(name).str[1:]: np.dtype(name) for name in PLAIN}  # "f4" and the like
-NAMED = {  # every name that a file may hold, by what a call of it makes
+# Names by what a call of each makes. Of Python's own, and of hidden functions of PyTorch and NumPy,
+# a file may call no other. Objects of other packages are inert, so they need no name here.
+NAMED = {
     "tensor": "torch._utils._rebuild_tensor torch._utils._rebuild_tensor_v2 "
     "torch._utils._rebuild_tensor_v3",
     "parameter": "torch._utils._rebuild_parameter torch._utils._rebuild_parameter_with_state",
@@ -48,22 +51,19 @@ NAMED = {  # every name that a file may hold, by what a call of it makes
     "NumPy number": "numpy.core.multiarray.scalar",
     "call of a type": "numpy.ndarray torch.Tensor torch.nn.parameter.Parameter "
     + " ".join(STORAGES | TYPES),
-    "object": """argparse.Namespace dnnlib.util.EasyDict torch.device
-        ml_collections.config_dict.config_dict.ConfigDict
-        ml_collections.config_dict.config_dict.FieldReference
-        ml_collections.config_dict.config_dict.FrozenConfigDict
-        pathlib.PosixPath pathlib.PurePosixPath pathlib.WindowsPath
-        pytorch_lightning.utilities.parsing.AttributeDict
-        pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint
-        lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint
-        torch.nn.parallel.data_parallel.DataParallel
-        builtins.bool builtins.dict builtins.float builtins.int builtins.list builtins.long
-        builtins.range builtins.str builtins.tuple builtins.xrange
-        numpy.core.numeric._frombuffer """
-    + " ".join(f"numpy.{name}" for name in PLAIN if name != "bool"),
+    "object": """argparse.Namespace types.SimpleNamespace collections.deque functools.partial
+        datetime.date datetime.datetime datetime.time datetime.timedelta datetime.timezone
+        decimal.Decimal fractions.Fraction uuid.UUID random.Random
+        pathlib.Path pathlib.PosixPath pathlib.PurePosixPath pathlib.WindowsPath
+        pathlib.PureWindowsPath operator.attrgetter operator.itemgetter copyreg._reconstructor
+        builtins.bool builtins.complex builtins.dict builtins.float builtins.int builtins.list
+        builtins.long builtins.object builtins.range builtins.slice builtins.str builtins.tuple
+        builtins.xrange numpy.core.numeric._frombuffer numpy.random._pickle.__randomstate_ctor
+        numpy.random._pickle.__generator_ctor numpy.random._pickle.__bit_generator_ctor
+        torch.serialization._get_layout""",
 }
 KINDS = {name: kind for kind, names in NAMED.items() for name in names.split()}
-MODULE = re.compile(r"torch\.nn\.modules\.[a-z_]{1,100}\.[A-Z]\w{0,100}")  # "object" too
+NAME = re.compile(r"[^\W\d]\w{0,99}(\.[^\W\d]\w{0,99}){1,9}")
 RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg", "pathlib._local": "pathlib"}
 RENAMED |= {f"numpy._core.{name}": f"numpy.core.{name}" for name in ("multiarray", "numeric")}
 MAX_ARGUMENTS = 100
@@ -107,6 +107,10 @@ class Made:
     def __setitem__(self, key: Any, value: Any) -> None:
         self.items[key] = value
 
+    def append(self, value: Any) -> None:
+        """Adds to what is a kind of list."""
+        self.items[len(self.items)] = value
+
 
 class Unpickler(pickle._Unpickler):
     """Reads one pickle from the stream. `load` gives raw objects, `tree_of` makes a tree of them.
@@ -140,13 +144,17 @@ class Unpickler(pickle._Unpickler):
         return self.stream.span.error(what, "the form of PyTorch or NumPy")
 
     def find_class(self, module: str, name: str) -> Global:
-        """The label of a name that files of weights need; others are refused."""
+        """The label of a name. Nothing is looked up, so any sound name will do."""
         label = f"{RENAMED.get(module, module)}.{name}"
-        if "." not in name and (label in KINDS or MODULE.fullmatch(label)):
-            return Global(label)
+        if not NAME.fullmatch(label):
+            raise self.refused(label)
+        return Global(label)
+
+    def refused(self, label: str) -> DmfError:
+        """The refusal of a name, or of its call."""
         what = f"its pickle asks for {short(label)}; refused, nothing of it was run"
         plain = "tensors, numbers, text, lists and dictionaries (save the state_dict alone)"
-        raise self.stream.span.error(what, plain)
+        return self.stream.span.error(what, plain)
 
     def persistent_load(self, pid: Any) -> Any:
         """The storage, or the class of a module, that a persistent id names."""
@@ -154,7 +162,9 @@ class Unpickler(pickle._Unpickler):
             case ("module", Global() as label, *_):
                 return label
             case ("storage", Global() as label, str() as key, _, int() as count, *view):
-                if self.storage and label in STORAGES and all(x is None for x in view):
+                if label not in STORAGES:
+                    raise self.refused(label)
+                if self.storage and all(x is None for x in view):
                     return self.storage(key, STORAGES[label], count)
         raise self.wrong("persistent id", pid)
 
@@ -185,6 +195,8 @@ class Unpickler(pickle._Unpickler):
         sane = isinstance(label, Global) and isinstance(args, tuple)
         if not sane or len(args) > MAX_ARGUMENTS:
             raise self.wrong("call", label, args)
+        if label not in KINDS and _closed(label):
+            raise self.refused(label)
         self.append(_made(self, label, args))
 
     dispatch = _Opcodes((code, LIBRARY[code]) for code in CODES)
@@ -238,6 +250,8 @@ def _made(m: Unpickler, label: Global, args: tuple[Any, ...]) -> Any:
             return text.encode("latin1")
         case ("method of getattr", Made("persistent"), str() as name):
             return Made("method", (name,))
+        case ("method of getattr", Global() as outer, str() as name):  # a class within a class
+            return m.find_class(outer, name)
         case ("NumPy type", str() as code, *_):
             return Made("numpy.dtype", (code,))
         case ("NumPy array", "numpy.ndarray", tuple(), bytes()):
@@ -248,6 +262,13 @@ def _made(m: Unpickler, label: Global, args: tuple[Any, ...]) -> Any:
         case ("object", *_):
             return Made(label, args)
     raise m.wrong(KINDS[label], *args)
+
+
+def _closed(label: str) -> bool:
+    """Whether only names of the table may be called: Python's own, and functions on tensors."""
+    root, _, rest = label.partition(".")
+    own = root in ("torch", "numpy") and rest.rpartition(".")[2].startswith("_")
+    return own or root in sys.stdlib_module_names or root == "__builtin__"
 
 
 def _dtype(made: Made) -> np.dtype | None:
@@ -271,6 +292,8 @@ def tree_of(value: Any, span: Span, done: dict[int, Any] | None = None, depth: i
         raise span.error(what, "a plain tree")
     below = functools.partial(tree_of, span=span, done=done, depth=depth + 1)
     made = value
+    if isinstance(value, Made):  # an object may hold itself, as a config that its parts know
+        done[id(value)] = Inert(value.label, {})
     match value:
         case Global() | Storage() | Span():
             made = Inert(value if isinstance(value, Global) else type(value).__name__, {})
