@@ -27,8 +27,8 @@ from dmf.convert.direction import Direction
 from dmf.convert.kind import Shape
 from dmf.errors import DmfError
 
-# The least of the three cosines that counts as a trained flow. Eight small flows of 8 x 8 digits
-# gave 0.61 to 0.87, wrong directions -0.5 to -1, and 36 random networks at most 0.23.
+# The least of the three cosines that counts as a trained flow. Six small flows of 8 x 8 digits
+# gave 0.61 to 0.84, wrong directions -0.5 to -1, and 36 random networks at most 0.23.
 CLEAR = 0.4
 STEPS = 4  # of the sampler; the samples need only be nearer to data than to noise
 VALUES = 2048  # of noise at least, in 2 to 8 pairs e and -e
