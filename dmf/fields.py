@@ -142,7 +142,7 @@ def current_flags(argv: Sequence[str]) -> list[str]:
 
 def unknown(path: str, key: Any, names: Collection[str]) -> DmfError:
     """The error for a key that is not among the names, with the nearest name."""
-    near = difflib.get_close_matches(str(key), names, 1, 0.0)[0]
+    near = difflib.get_close_matches(str(key)[:100], names, 1, 0.0)[0]
     return DmfError(f"{path}.{key}: no such field; did you mean {path}.{near}?")
 
 
@@ -191,6 +191,8 @@ def _value(hint: Any, value: Any, path: str) -> Any:
             value = [name for v in value for name in (v.split(",") if isinstance(v, str) else [v])]
         return tuple(_value(item, v, path) for v in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) > INF:  # a float of Python may not hold it either
+            raise DmfError(f"{path} = {value!s:.100}: expected a number finite in float32")
         return float(value)
     if type(value) is not hint:
         raise DmfError(f"{path} = {value!r}: expected {hint.__name__}")

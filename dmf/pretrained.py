@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from dmf import networks, sharding
 from dmf.config import parse, to_dict
 from dmf.errors import DmfError
-from dmf.networks.every import OTHERS, build, network_config
+from dmf.networks.every import OTHERS, build, image_shape, network_config
 from dmf.optim import EMAConfig
 from dmf.storage import checkpoint
 from dmf.storage.manifest import digest, read_newest
@@ -112,9 +112,10 @@ def which(stored: dict[str, Any], ema: float | None) -> str:
 
 def described(stored: dict[str, Any]) -> tuple[Any, tuple[int, ...]]:
     """(network config, image shape) from a checkpoint's metadata."""
+    shape = image_shape(stored["image_shape"])
     if "config" in stored:
-        return parse(stored["config"]).network, tuple(stored["image_shape"])
-    return network_config(stored["network"]), tuple(stored["image_shape"])
+        return parse(stored["config"]).network, shape
+    return network_config(stored["network"]), shape
 
 
 def metadata(config: Any, image_shape: tuple[int, ...], source: dict[str, Any]) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from dmf.convert.kinds import KINDS, kind_of
 from dmf.errors import DmfError, printable
 from dmf.evaluation import features
 from dmf.logging import Count
+from dmf.networks import every
 from dmf.storage import checkpoint, paths
 from dmf.storage.readers import read
 
@@ -127,6 +128,8 @@ def _described(
             if row.fact.name in str(error)
         )
         raise DmfError(f"{error} ({said})" if said else str(error)) from error
+    every.network_config(dataclasses.asdict(config))  # bounds, before anything is built
+    every.image_shape(shape)
     values = sides.rows(kind, config, shape, tensors, given, told, way)
     return _Described(tensors, copy, dropped, config, shape, way, values)
 

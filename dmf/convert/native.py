@@ -7,6 +7,7 @@ It has the conventions of this code. The metadata of the file hold the network's
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,8 @@ from dmf.storage.readers.tree import Tensor, flatten
 
 METADATA = "dmf"  # its key: JSON with network, image_shape, conventions, licence
 COPY = "weights"
+FORM = {"network": dict, "image_shape": list, "licence": records.Maybe(str)}
+WHERE, WANTED = "its metadata", "a file that dmf has exported"
 CONVENTIONS = (
     "t = 1 noise, t = 0 data, z = (1 - t) x + t e, v = e - x; "
     "u(z, r, t) sees r through h = t - r; x = e - u(e, 0, 1)"
@@ -32,25 +35,24 @@ CONVENTIONS = (
 def described(weights: Any) -> dict[str, Any]:
     """{"network", "image_shape"} as JSON text, from an export's metadata; {} for another file.
 
-    weights: an opened file with `metadata`, as is the argument of `licence`.
+    weights: an opened file with `metadata`, as is the argument of `licence`. Raises DmfError where
+    the metadata are not what an export writes.
     """
     found = _about(weights)
-    names = ("network", "image_shape")
-    return {name: json.dumps(found[name]) for name in names} if {*names} <= set(found) else {}
+    return {name: json.dumps(found[name]) for name in ("network", "image_shape") if found}
 
 
 def licence(weights: Any) -> str:
     """The licence note that an export carries on."""
-    found = _about(weights).get("licence", "")
-    return found if isinstance(found, str) and found else NATIVE.licence
+    licence: str = _about(weights).get("licence", "")
+    return licence or NATIVE.licence
 
 
 def _about(weights: Any) -> dict[str, Any]:
-    try:
-        found = json.loads(weights.metadata[METADATA])
-    except (KeyError, TypeError, ValueError, RecursionError):
+    if METADATA not in weights.metadata:
         return {}
-    return found if isinstance(found, dict) else {}
+    about = records.parse(weights.metadata[METADATA], FORM | {...: records.ANY}, WHERE, WANTED)
+    return dict(about)
 
 
 def _select(tree: Any, which: str) -> tuple[dict[str, Tensor], str]:
@@ -65,11 +67,16 @@ def _describe(tensors: Tensors, given: Mapping[str, Any]) -> tuple[Any, Shape]:
             f"no metadata under {METADATA!r}: "
             "expected a .safetensors file that dmf has exported, and no --set"
         )
-    wanted = "a file that dmf has exported"
-    values = records.parse(given["network"], dict, "its metadata, network", wanted)
-    sizes = [records.POSITIVE]
-    shape = records.parse(given["image_shape"], sizes, "its metadata, image_shape", wanted)
-    return every.network_config(values), tuple(shape)
+    config = every.network_config(records.parse(given["network"], dict, WHERE, WANTED))
+    shape = every.image_shape(records.parse(given["image_shape"], list, WHERE, WANTED))
+    layers, values = every.least(config)
+    held = sum(math.prod(x.shape) for x in tensors.values())
+    if layers > len(tensors) or values > held:  # building such a network might never end
+        raise DmfError(
+            f"its metadata announce a network of at least {layers:,} tensors and {values:,} "
+            f"values: expected one that fits the {len(tensors):,} tensors and {held:,} values here"
+        )
+    return config, shape
 
 
 def _rules(config: Any, image_shape: Shape, tensors: Tensors | None) -> list[Rule]:

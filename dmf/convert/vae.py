@@ -91,9 +91,8 @@ def _select(tree: Any, which: str) -> tuple[dict[str, Tensor], str]:
 
 
 def _count(tensors: Tensors, pattern: str) -> int:
-    """One more than the largest number that `pattern` finds in the names."""
-    found = (re.match(pattern, name) for name in tensors)
-    return 1 + max((int(match[1]) for match in found if match), default=-1)
+    """How many numbers `pattern` finds in the names; a gap is noticed as a missing tensor."""
+    return len({match[1] for name in tensors if (match := re.match(pattern, name))})
 
 
 def _describe(tensors: Tensors, given: Mapping[str, Any]) -> tuple[VAEConfig, Shape]:

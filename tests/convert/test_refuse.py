@@ -215,9 +215,11 @@ def test_names_are_counted_before_they_are_made(monkeypatch):
         read.flatten(Unread.fromkeys(range(20)))
 
 
-def test_deep_metadata_of_ours_is_none():
+def test_deep_metadata_of_ours_are_refused():
     weights = read.Weights("x", "safetensors", {}, {"dmf": "[" * 100_000})
-    assert native.described(weights) == {}
+    with pytest.raises(DmfError, match="its metadata: no JSON .its values are nested too deeply"):
+        native.described(weights)
+    assert native.described(read.Weights("x", "safetensors", {})) == {}
 
 
 def test_shared_lists_do_not_grow_without_end(tmp_path, monkeypatch):

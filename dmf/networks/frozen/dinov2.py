@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmf.errors import DmfError
+from dmf.fields import MOST_BLOCKS, REQUIRED, WIDEST, limited
 from dmf.networks import attention, layers
 from dmf.networks.dit import Attention, PatchEmbed
 
@@ -52,11 +53,11 @@ class DinoConfig:
     """
 
     kind: str = "dinov2"
-    depth: int
-    width: int
-    heads: int
-    patch: int = 14
-    grid: int = 37
+    depth: int = limited(REQUIRED, 1, MOST_BLOCKS)
+    width: int = limited(REQUIRED, 1, WIDEST)
+    heads: int = limited(REQUIRED, 1, WIDEST)
+    patch: int = limited(14, 1, SIZE)
+    grid: int = limited(37, 1, WIDEST)
 
 
 class Dino(NamedTuple):

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from dmf.errors import DmfError
+from dmf.fields import INF, LEAST, MOST_BLOCKS, WIDEST, choice, limited
 from dmf.networks import attention, layers
 
 PARTS = ("both", "decoder")
@@ -50,14 +51,14 @@ class VAEConfig:
     """
 
     kind: str = "vae"
-    channels: tuple[int, ...] = (128, 256, 512, 512)
-    blocks: int = 2
-    latent_channels: int = 4
-    image_channels: int = 3
-    groups: int = 32
-    scale: float = 0.18215
-    part: str = "both"
-    shift: float = 0.0
+    channels: tuple[int, ...] = limited((128, 256, 512, 512), 1, WIDEST, empty=False)
+    blocks: int = limited(2, 1, MOST_BLOCKS)
+    latent_channels: int = limited(4, 1, WIDEST)
+    image_channels: int = limited(3, 1, WIDEST)
+    groups: int = limited(32, 1, WIDEST)
+    scale: float = limited(0.18215, LEAST, INF)
+    part: str = choice("both", PARTS)
+    shift: float = limited(0.0, -INF, INF)
     quant: bool = True
 
     @property
