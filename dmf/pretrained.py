@@ -64,7 +64,10 @@ def open_weights(path: str | Path, ema: float | None = None) -> Opened:
 
 def load_folder(folder: Path, stored: dict[str, Any], ema: float | None = None) -> tuple[Any, Any]:
     """`load` of what `open_folder` has found and verified."""
-    network_config, shape = described(stored)
+    try:
+        network_config, shape = described(stored)
+    except DmfError as error:
+        raise DmfError(f"checkpoint {folder}: its metadata: {error}") from error
     if ema and is_converted(stored):
         raise DmfError(f"checkpoint {folder} has no EMA: expected ema = 0 or none, got {ema:g}")
     if "config" in stored:
@@ -112,7 +115,7 @@ def which(stored: dict[str, Any], ema: float | None) -> str:
 
 def described(stored: dict[str, Any]) -> tuple[Any, tuple[int, ...]]:
     """(network config, image shape) from a checkpoint's metadata."""
-    shape = image_shape(stored["image_shape"])
+    shape = image_shape(stored.get("image_shape"))
     if "config" in stored:
         return parse(stored["config"]).network, shape
     return network_config(stored["network"]), shape
