@@ -150,7 +150,7 @@ def table(count: int, seed: int, work: Path) -> dict[str, Any]:
         kind = rng.choice(list(NETWORKS))
         field, value, about = edited(rng, known[kind])
         announce(work / kind, about, work / "file.safetensors")
-        line, seconds, fault = attempt(work / "file.safetensors", work / "out")
+        line, seconds, fault = attempt(work / "file.safetensors", work / f"out{n}")
         slowest = max(slowest, seconds)
         lines.append(f"{kind}, {field}: {line}")
         if fault:

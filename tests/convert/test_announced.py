@@ -55,6 +55,14 @@ def test_a_checkpoint_is_not_opened_with_such_metadata():
         pretrained.described({"network": VAE | {"blocks": 10**9}, "image_shape": []})
 
 
+def test_a_number_in_a_name_takes_no_memory(tmp_path):
+    names = ("conv_in", "conv_out", f"up_blocks.{10**12}.resnets.0.conv1")
+    tensors = {f"decoder.{name}.weight": np.ones((4, 4, 3, 3), np.float32) for name in names}
+    safetensors.numpy.save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(DmfError, match="no tensor decoder.up_blocks.0.resnets.0.conv1.weight"):
+        convert("sd_vae", tmp_path / "a.safetensors", tmp_path / "out", check="none")
+
+
 def test_random_edits_of_metadata_are_refused(tmp_path):
     rng, about = random.Random(0), announced.write("mlp", tmp_path / "a")
     for _ in range(20):
