@@ -49,7 +49,7 @@ class Copies(NamedTuple):
                 raise DmfError(f"tensor {clean(name)} is there twice: expected each name once")
         places, lists = self._places(tensors)
         held = self._held(places, lists, tensors)
-        copy = _picked(held, which, self.bare)
+        copy = _picked(held, which)
         place = held[copy]
         within = _within(tensors, place, [*places, *lists])
         if place in lists:
@@ -135,9 +135,9 @@ def _average(place: str, names: Mapping[str, Any]) -> bool:
     return not RAW & {*words} and (any(map(AVERAGE.search, words)) or counter in names)
 
 
-def _picked(held: Mapping[str, str], which: str, bare: str) -> str:
+def _picked(held: Mapping[str, str], which: str) -> str:
     """The name of the copy that `which` means: its name, or its place."""
-    if not which or which == bare and len(held) == 1:
+    if not which:
         return next(iter(held))
     path = _words(clean(f"{which}."))
     for name, place in held.items():

@@ -48,7 +48,7 @@ def sources(rows):
 
 
 def described(kind, weights, **given):
-    return sources(command._described(kind, weights, "", given).values)
+    return sources(command._described(kind, weights, "", (), given).values)
 
 
 def test_the_scale_of_a_config_json_is_taken_and_recorded(tmp_path, vae_weights, capsys):
@@ -105,8 +105,8 @@ BESIDE = "config.json beside the file: "
             {},
             "(config.json beside the file says norm_num_groups = 5)",
         ),
-        ("{", {}, "config.json cannot be read (JSONDecodeError): expected the JSON that belongs"),
-        ("[" * 100_000, {}, "config.json cannot be read (RecursionError)"),
+        ("{", {}, "config.json line 1: no JSON (Expecting property name"),
+        ("[" * 100_000, {}, "config.json: no JSON (its values are nested too deeply)"),
     ],
 )
 def test_contradictions_and_bad_config_files_are_one_line(

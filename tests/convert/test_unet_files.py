@@ -135,7 +135,7 @@ def test_a_pickle_tells_how_often_its_classes_were_dropped():
         config, shape = EDM.describe(tensors, {})
         (rule,) = (r for r in EDM.rules(config, shape, tensors) if r.tensors == ("label_dropout",))
         assert config.num_classes == 5 and re.search(words, rule.note)
-    held.state["_modules"]["model"] = module({}, "DhariwalUNet")
+    held.state["_modules"]["model"] = module(inner, "DhariwalUNet")
     with pytest.raises(DmfError, match="the network is a DhariwalUNet, ADM's: expected a SongUNet"):
         EDM.select({"ema": held}, "")
 
