@@ -21,12 +21,12 @@ from dmf.storage import checkpoint
 from tests import ROOT
 from tests import devices as flags_of
 from tests.runs import rows, train
-from tests.tiny import MLP, Setup, merged
+from tests.tiny import TINY, Setup, merged
 
 STEPS = 12
 # Two programs, so that there is one switch. The network is just wide enough to be split.
 VALUES = merged(
-    MLP,
+    TINY,
     network=dict(width=64),
     optimizer=dict(eps=1e-4),
     mesh=dict(replica=1, fsdp=0),
@@ -192,7 +192,7 @@ def test_an_error_of_one_process_ends_both_with_its_line(tmp_path):
     began = time.monotonic()
     for status, _, error in Group(tmp_path, workdir, 2).finish():
         assert status == 2
-        assert "config.json is not the JSON of a config" in error and "Traceback" not in error
+        assert "config.json line 1: no JSON" in error and "Traceback" not in error
     assert time.monotonic() - began < 200
 
 

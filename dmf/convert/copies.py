@@ -23,7 +23,9 @@ WRAPPED = re.compile(
 )
 AVERAGE = re.compile(r"(?i)(^|_)(ema|avg|averaged?|swa|shadow|teacher)\d*(_|$)")
 RAW = {"online_model", "online", "collected_params", "student"}  # beside an average
-OPTIMISER = {"opt", "optim", "optimizer", "opt_state", "optimizer_state", "optimizer_states"}
+# States of optimisers, and the branch of t - r that our own exports add to a layout.
+NO_COPY = {"opt", "optim", "optimizer", "opt_state", "optimizer_state", "optimizer_states"}
+NO_COPY |= {"interval"}
 
 
 class Copies(NamedTuple):
@@ -62,9 +64,9 @@ class Copies(NamedTuple):
 
     def _places(self, names: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         """(places of a copy, those of a list of averages), in the order of the file."""
-        mark = re.compile(rf"(?:(.*?)\.)?(?:{self.mark})")
+        mark = re.compile(rf"(?:(.*?)\.)??(?:{self.mark})")
         found = dict.fromkeys(m[1] or "" for name in names if (m := mark.fullmatch(name)))
-        places = [place for place in found if not OPTIMISER & {*place.split(".")}]
+        places = [place for place in found if not NO_COPY & {*place.split(".")}]
         if not places:  # the kind will say what is missing
             keys = "|".join(map(re.escape, (word for _, word in self.names)))
             known = [m[1] for n in names if (m := re.match(rf"((?:.*?\.)?(?:{keys}))\.", n))]
@@ -72,7 +74,7 @@ class Copies(NamedTuple):
         rows = dict.fromkeys(n.rpartition(".")[0] for n in names if n.rpartition(".")[2].isdigit())
         inside = tuple(f"{place}." for place in places if place)
         lists = [row for row in rows if _average(row, names) and not row.startswith(inside)]
-        return places, [row for row in lists if not OPTIMISER & {*row.split(".")}]
+        return places, [row for row in lists if not NO_COPY & {*row.split(".")}]
 
     def _held(
         self, places: Sequence[str], lists: Sequence[str], names: Mapping[str, Any]

@@ -52,7 +52,7 @@ class Fake(NamedTuple):
 
 def fake(velocity):
     """A network whose F is tanh."""
-    return Fake(lambda params, z, r, t: velocity(z, t, 0.5, jnp.tanh))
+    return Fake(lambda params, z, r, t, **_: velocity(z, t, 0.5, jnp.tanh))
 
 
 def test_a_refusal_of_outputs_of_ect_points_to_the_form():
