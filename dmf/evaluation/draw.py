@@ -216,7 +216,11 @@ def _write(target: Path, images: Images, steps: Sequence[int], count: int, raw: 
 
 def _write_npz(path: Path, images: Iterator[np.ndarray], count: int, raw: bool) -> None:
     """arr_0 (N, H, W, C): uint8, or the samples as float32. One part at a time is in memory."""
-    with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w") as file:
+    with (
+        zipfile.ZipFile(path, "w") as archive,
+        # Its size is not known before. Without zip64, 2 GiB of samples would be lost at the end.
+        archive.open("arr_0.npy", "w", force_zip64=True) as file,
+    ):
         for i, x in enumerate(images):
             part = x.astype(np.float32) if raw else protocols.to_bytes(x, ROUNDING)
             if i == 0:

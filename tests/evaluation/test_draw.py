@@ -1,6 +1,7 @@
 """`--mode=sample`: what a user may choose of the samples, and the files they go to."""
 
 import shutil
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +78,13 @@ def test_seed_labels_times_and_forms(workdir, tmp_path, capsys):
     images = open_images(str(tmp_path / "folder"))
     np.testing.assert_array_equal(images.read(1)[..., :1], bytes_[1])
     assert list(TIMES) == list(flags.TIMES)
+
+
+def test_an_array_of_more_than_two_gib_is_written(workdir, tmp_path, monkeypatch):
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 100)  # in the place of 2 GiB
+    place = write_samples(workdir / "checkpoints" / "4", [1], 3, str(tmp_path / "a.npz"))
+    with np.load(place) as found:
+        assert found["arr_0"].shape == (3, 8, 8, 1)
 
 
 @pytest.mark.parametrize(
