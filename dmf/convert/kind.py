@@ -27,7 +27,8 @@ class Fact(NamedTuple):
     name: str  # as in --set
     value: Callable[[Any, Shape], Any]  # (config, image shape) -> the value that is taken
     # Its names in a config.json, in stored arguments and in metadata, each with what turns the
-    # value there into ours. It raises TypeError, ValueError or AttributeError for a wrong type.
+    # value there into ours, or into None where it says nothing. It raises TypeError, ValueError or
+    # AttributeError for a wrong type.
     side: Mapping[str, Callable[[Any], Any]] = {}
     settable: bool = True  # whether --set can name it
     told: Callable[[Tensors], bool] = lambda _: False  # whether this file's tensors show it

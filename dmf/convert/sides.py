@@ -51,11 +51,13 @@ def said(kind: Kind, weights: Weights) -> list[Said]:
                     continue
                 raw = entries[key]
                 try:
-                    found.append(Said(fact, where, key, raw, read(raw)))
+                    value = read(raw)
                 except (TypeError, ValueError, AttributeError, OverflowError) as error:
                     raise DmfError(
                         f"{where}: {key} is {short(raw)}: expected a value for {fact.name}"
                     ) from error
+                if value is not None:
+                    found.append(Said(fact, where, key, raw, value))
     return found
 
 

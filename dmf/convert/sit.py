@@ -239,6 +239,12 @@ def _prediction(text: str) -> str:
     return "velocity" if text.lower() == "v" else text.lower()
 
 
+def _of_model(value: Any) -> str | None:
+    """What a model predicts by its name, such as SiT-XL/2; DiT's weights have SiT's names."""
+    known = {"SiT": "velocity", "DiT": "noise"}
+    return known.get(value[:3]) if isinstance(value, str) else None
+
+
 SIT = Kind(
     name=NAME,
     network="dit",
@@ -261,10 +267,7 @@ SIT = Kind(
         Fact(
             "prediction",
             lambda *_: "velocity",
-            {
-                "prediction": _prediction,
-                "model": lambda x: "noise" if x.startswith("DiT") else "velocity",
-            },
+            {"prediction": _prediction, "model": _of_model},
             settable=False,
         ),
         Fact("path", lambda *_: "linear", {"path_type": str.lower}, settable=False),

@@ -132,6 +132,12 @@ def test_arguments_in_a_checkpoint_tell_what_tensors_do_not(tmp_path, weights, s
     assert found["time"] == ("noise_at_0", "assumed") and found["resolution"] == (16, "file")
 
 
+@pytest.mark.parametrize("model", [{"width": 32}, None, 3, "mine"])
+def test_a_model_without_a_known_name_says_nothing(tmp_path, weights, model):
+    found = described(SIT, checkpoint(tmp_path, weights, {"model": model}), heads=4)
+    assert found["prediction"] == ("velocity", "assumed")
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
