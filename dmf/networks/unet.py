@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from dmf.errors import DmfError
-from dmf.fields import BELOW_1, INF, LEAST, MOST_BLOCKS, WIDEST, choice, limited
+from dmf.fields import BELOW_1, INF, LEAST, MOST_BLOCKS, MOST_CLASSES, WIDEST, choice, limited
 from dmf.method.flow import Condition
 from dmf.networks import layers
 
@@ -84,7 +84,7 @@ class UNetConfig:
     # none | edm: the network is the F of EDM's denoiser | ect: the same in ECT's form of evaluation
     precond: str = choice("none", PRECONDS)
     sigma_data: float = limited(0.5, LEAST, INF)  # EDM's, with precond = "edm" or "ect"
-    num_classes: int = limited(0, 0, INF)  # of the data; 0 = no label
+    num_classes: int = limited(0, 0, MOST_CLASSES)  # of the data; 0 = no label
 
     @property
     def noise_width(self) -> int:

@@ -163,7 +163,7 @@ def write(path: Path, content: str | bytes) -> None:
 def append(path: Path, text: str) -> None:
     """Adds text to a file, or makes it. In a bucket it is written again whole. Raises OSError."""
     if not is_bucket(path):
-        with path.open("a") as file:
+        with path.open("a", encoding="utf-8") as file:
             file.write(text)
         return
     with _told(path):
