@@ -10,7 +10,7 @@ from typing import Any
 
 from dmf.config import differences
 from dmf.data import shards
-from dmf.errors import DmfError
+from dmf.errors import DmfError, printable
 from dmf.logging import Count
 from dmf.storage import paths, records
 
@@ -67,7 +67,7 @@ def _settle(path: Path, plan: dict[str, Any], parts: dict[Path, str]) -> None:
         for file in folder.glob("latents-*.array_record"):  # in place, but without a sidecar
             shards.remove(file)
         what = "was begun otherwise, with no shard finished: it begins anew"
-        print(f"note      {folder} {what} ({text})", flush=True)
+        print(printable(f"note      {folder} {what} ({text})"), flush=True)
     else:
         kept = [p for p in begun if p in parts and _is_of(p, parts[p])]
         if not kept or any(
@@ -127,5 +127,5 @@ def intact(files: Sequence[Path], images: Sequence[str]) -> list[bool]:
             found[k] = why
             progress.show(done)
     for why in filter(None, found.values()):
-        print(f"again     {why}", flush=True)
+        print(printable(f"again     {why}"), flush=True)
     return [found.get(k) == "" for k in range(len(files))]

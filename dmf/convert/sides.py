@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from dmf.convert.direction import Direction
 from dmf.convert.kind import ASSUMED, Fact, Kind, Shape, Tensors
 from dmf.convert.native import METADATA
-from dmf.errors import DmfError
+from dmf.errors import DmfError, printable
 from dmf.storage import records
 from dmf.storage.readers.read import Inert, Weights
 from dmf.storage.readers.span import short
@@ -154,10 +154,10 @@ def show(found: list[dict[str, Any]]) -> None:
     """Prints the rows: the values with their sources, and those that are only assumed."""
     known = [f"{x['name']} = {x['value']} ({_source(x)})" for x in found if "note" not in x]
     if known:
-        print(f"values    {', '.join(known)}")
+        print(printable(f"values    {', '.join(known)}"))
     for note in dict.fromkeys(x["note"] for x in found if "note" in x):
         mine = [f"{x['name']} = {x['value']}" for x in found if x.get("note") == note]
-        print(f"assumed   {', '.join(mine)}: {note}", flush=True)
+        print(printable(f"assumed   {', '.join(mine)}: {note}"), flush=True)
 
 
 def _source(row: Mapping[str, Any]) -> str:

@@ -54,7 +54,7 @@ def read(root: Path, former: bool = False) -> Folder:
         more = ", ..." if len(classes) > 12 else ""
         notes.append(f"class folders sort as {order}: class {first}{more}")
     notes += _one_level_down(root, list(sizes), used)
-    return Folder(sizes, classes, tuple(map(shown, notes)), shown(_splits(root, used)))
+    return Folder(sizes, classes, tuple(notes), _splits(root, used))
 
 
 def _files(root: Path) -> tuple[dict[str, int], Counter[str]]:
@@ -138,11 +138,6 @@ def _used(root: Path, files: list[str]) -> set[str]:
             "expected images, or no folder"
         )
     return used
-
-
-def shown(text: str) -> str:
-    """A line with names of files, which may hold any character."""
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _splits(root: Path, used: set[str]) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from dmf.data import folders, shards, tfds_images
-from dmf.errors import DmfError
+from dmf.errors import DmfError, printable
 from dmf.storage import paths
 
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -63,11 +63,11 @@ class ImageSource:
     def announce(self) -> None:
         """Prints the notes, and the classes by their names."""
         for note in self.notes:
-            print(f"note      {note}", flush=True)
+            print(printable(f"note      {note}"), flush=True)
         if self.classes:
             named = ", ".join(f"{i} {name}" for i, name in enumerate(self.classes[:10]))
             more = f", and {len(self.classes) - 10} more" if len(self.classes) > 10 else ""
-            print(f"classes   {folders.shown(named)}{more}", flush=True)
+            print(printable(f"classes   {named}{more}"), flush=True)
 
     def tell_orientations(self) -> None:
         """Prints how many of the images that were read have an EXIF orientation, if any."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from dmf.errors import DmfError
+from dmf.errors import DmfError, printable
 from dmf.evaluation import protocols, reference
 from dmf.evaluation.features import Extractor
 from dmf.evaluation.reference import Reference
@@ -102,9 +102,11 @@ class Judge:
                 f"          the protocol has {self.full_count:,} samples: "
                 "compare only scores of equal counts"
             )
-        print(f"features  {mine['network_file']}, SHA-256 {str(mine['network_sha256'])[:12]}")
+        of_weights = str(mine["network_sha256"])[:12]
+        print(printable(f"features  {mine['network_file']}, SHA-256 {of_weights}"))
         digest = str(about.get("sha256"))[:12]
-        print(f"reference {about.get('file')}, SHA-256 {digest}, {about.get('format')}")
+        line = f"reference {about.get('file')}, SHA-256 {digest}, {about.get('format')}"
+        print(printable(line))
         unknown = reference.unknown(self.reference)
         if unknown:
             print(

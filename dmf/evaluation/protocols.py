@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from dmf import fields
-from dmf.errors import DmfError, NotFinite
+from dmf.errors import DmfError, NotFinite, printable
 from dmf.fields import REQUIRED, choice, limited
 from dmf.metrics.resize import RESIZES
 from dmf.storage import paths, records
@@ -270,7 +270,7 @@ def describe(protocol: Protocol) -> str:
     p = protocol
     weights = f"weights {p.weights_sha256}" if p.weights_sha256 else "any weights"
     features = "pixels" if p.space == "pixels" else f"{p.space} ({weights}), resize {p.resize}"
-    return (
+    return printable(
         f"{p.name}: {features}, scaling {p.scaling}, rounding {p.rounding}, "
         f"labels {p.labels}, {p.count:,} samples against {p.reference}"
     )

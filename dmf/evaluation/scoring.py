@@ -22,7 +22,7 @@ import numpy as np
 from dmf import pretrained, sharding
 from dmf.config import Config
 from dmf.data import images as sources
-from dmf.errors import DmfError
+from dmf.errors import DmfError, printable
 from dmf.evaluation import protocols, reference, sampling
 from dmf.evaluation.features import Extractor
 from dmf.evaluation.judge import Judge, Setting, accumulate
@@ -125,10 +125,8 @@ def self_check(setting: Setting) -> None:
     if setting.reference:
         stored = reference.read(setting.reference, found.space, images=False)
         reference.check(stored, found, extract.about["network_sha256"], extract.dims())
-        print(
-            f"reference {stored.about.get('file')}: readable, and nothing in it contradicts the "
-            "protocol"
-        )
+        name = printable(f"{stored.about.get('file')}")
+        print(f"reference {name}: readable, and nothing in it contradicts the protocol")
 
 
 def score_images(

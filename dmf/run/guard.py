@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from dmf.config import GuardConfig
-from dmf.errors import DmfError
+from dmf.errors import DmfError, printable
 from dmf.method.curriculum import Stage, rho_at, stage_at
 from dmf.method.objectives import FORMER, KINDS, LAST
 from dmf.storage import paths, records
@@ -358,7 +358,8 @@ def describe(row: Mapping[str, Any]) -> str:
     """One intervention as a line."""
     kind = FORMER.get(row["kind"], row["kind"])
     where = f"{row['stage']} ({kind}), step {row['step']}"
-    return f"{where}: {row['reason']}; back to step {row['back_to']}, {DONE[row['action']]}"
+    then = f"back to step {row['back_to']}, {DONE[row['action']]}"
+    return printable(f"{where}: {row['reason']}; {then}")
 
 
 def _rules(stored: Mapping[str, Any]) -> dict[str, Any]:

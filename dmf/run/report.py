@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from dmf import processes, sharding, state
-from dmf.errors import DmfError, NotFinite
+from dmf.errors import DmfError, NotFinite, printable
 from dmf.logging import Progress
 from dmf.method import curriculum
 from dmf.method.curriculum import Stage
@@ -69,8 +69,9 @@ class Report:
             f"network   {config.network.kind}, {count:,} parameters ({count / 1e6:.2f} M), "
             f"{config.compute_dtype}"
         )
+        name = printable(dataset.name)
         print(
-            f"data      {dataset.name}, {len(dataset.labels):,} images {dataset.image_shape}, "
+            f"data      {name}, {len(dataset.labels):,} images {dataset.image_shape}, "
             f"batch {config.batch_size} on {run.mesh.devices.size} device(s)"
         )
         if run.mesh.devices.size > 1:

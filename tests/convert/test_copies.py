@@ -47,7 +47,8 @@ FILES = {  # (tree, the copy that is taken); its values are 1
         "ema.ema_model",
     ),
     "list": ({"model": net(0), "ema": {"shadow_params": row((3,), (2, 2), (2,))}}, "ema"),
-    "moments": ({"opt": {"mu": net(0)}, "model": net(1)}, "model"),
+    "counted": ({"model": net(0), "other": {"n_averaged": ONE, **net(1, "module.")}}, "other"),
+    "moments": ({"opt": net(0), "weights": net(1)}, "weights"),
 }
 
 

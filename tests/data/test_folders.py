@@ -109,3 +109,12 @@ def test_classes_of_an_npz_without_images_are_told(tmp_path: Path) -> None:
     assert (
         "2 of its classes 0 to 3 have no image, such as 0; labels count from 0" in source.notes[0]
     )
+
+
+def test_names_of_folders_forge_no_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    forged = "a\nERROR: all good\x1b[31m"
+    write_files(tmp_path, [f"{forged}/0.png", "10/0.png", f"{forged}/x.\n"])
+    open_images(str(tmp_path)).announce()
+    told = capsys.readouterr().out
+    assert {line[:10] for line in told.splitlines()} == {"note      ", "classes   "}
+    assert "\x1b" not in told

@@ -232,6 +232,11 @@ def test_a_wrong_file_gives_one_line_that_names_file_and_field(tmp_path, values,
     assert "\n" not in str(caught.value) and str(caught.value).startswith(path)
 
 
+def test_a_protocol_forges_no_line():
+    forged = dataclasses.replace(PROTOCOLS["edm"], reference="a\nERROR: all good\x1b[31m")
+    assert describe(forged).isprintable()
+
+
 def test_a_wrong_name_gives_one_line(tmp_path):
     with pytest.raises(
         DmfError,
