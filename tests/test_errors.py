@@ -16,7 +16,7 @@ from dmf.evaluation.protocols import PROTOCOLS
 from dmf.method.samplers import SAMPLERS
 from dmf.run import flags as cli
 from dmf.run import sigterm, start
-from dmf.storage import checkpoint
+from dmf.storage import checkpoint, paths
 from tests import ROOT, devices
 from tests.tiny import MLP
 
@@ -316,6 +316,13 @@ def test_home_and_variables_mean_the_same_in_every_path(flag, monkeypatch, tmp_p
         assert flags.FLAGS[flag].value == f"{tmp_path}/a b/a b.png"
     assert "$NOT_SET is not set" in refused(f"--{flag}=$NOT_SET/x")
     assert "the path has 299 bytes" in refused(f"--{flag}={'x' * 299}")
+
+
+def test_a_path_that_is_there_keeps_its_dollar(monkeypatch, tmp_path):
+    monkeypatch.setenv("PLACE", "other")
+    (tmp_path / "a$PLACE$NOT_SET").mkdir()
+    assert paths.expanded(f"{tmp_path}/a$PLACE$NOT_SET") == f"{tmp_path}/a$PLACE$NOT_SET"
+    assert paths.expanded(f"{tmp_path}/b$PLACE") == f"{tmp_path}/bother"
 
 
 def test_a_config_is_found_at_home(monkeypatch, tmp_path):

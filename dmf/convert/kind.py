@@ -138,7 +138,12 @@ def shown(name: str, **side: Callable[[Any], Any]) -> Fact:
 
 
 def exact(value: Any) -> Any:
-    """The value of a side file that is a number, or text that says one. Raises ValueError."""
+    """The value of a side file that is a number, or text that says one; None says nothing.
+
+    Raises ValueError.
+    """
+    if value is None:
+        return None
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError("no number")
     number = float(value)

@@ -33,14 +33,17 @@ LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, on Linux
 def expanded(text: str) -> str:
     """A path or address as a user writes it, with ~, $NAME and ${NAME} replaced as by a shell.
 
+    A path that is there as it is written keeps its "$".
     Raises DmfError for a variable that is not set, and for a name that is too long for a disk.
     """
-    for name in VARIABLE.findall(text):
-        if name.strip("{}") not in os.environ:
-            raise DmfError(
-                f"{text:.200}: ${name} is not set; expected a variable of the environment"
-            )
-    path = os.path.expanduser(os.path.expandvars(text))
+    path = os.path.expanduser(text)
+    if not os.path.lexists(path):
+        for name in VARIABLE.findall(path):
+            if name.strip("{}") not in os.environ:
+                raise DmfError(
+                    f"{text:.200}: ${name} is not set; expected a variable of the environment"
+                )
+        path = os.path.expanduser(os.path.expandvars(text))
     whole, longest = len(os.fsencode(path)), max(len(os.fsencode(n)) for n in path.split("/"))
     if whole > LONGEST_PATH or longest > LONGEST_NAME:
         raise DmfError(

@@ -134,8 +134,10 @@ def test_arguments_in_a_checkpoint_tell_what_tensors_do_not(tmp_path, weights, s
 
 @pytest.mark.parametrize("model", [{"width": 32}, None, 3, "mine"])
 def test_a_model_without_a_known_name_says_nothing(tmp_path, weights, model):
-    found = described(SIT, checkpoint(tmp_path, weights, {"model": model}), heads=4)
+    args = {"model": model, "num_classes": None}
+    found = described(SIT, checkpoint(tmp_path, weights, args), heads=4)
     assert found["prediction"] == ("velocity", "assumed")
+    assert found["num_classes"] == (10, "file")
 
 
 @pytest.mark.parametrize(
