@@ -47,7 +47,13 @@ SHAPING = (
 LATER: dict[str, dict[str, Any]] = {
     "loss": {"tangent": "data", "delta": 0.005, "weight": "adaptive"},
     "optimizer": {"name": "adam"},
-    "network": {"interval_input": "t-r"},
+    "network": {
+        "interval_input": "t-r",
+        "time_routing": "interval",
+        "t_blocks": 0,
+        "qk_norm": False,
+        "logvar": False,
+    },
 }
 EARLIER = {"effort": 0.0}  # columns that old rows lack
 LEGEND = """\
