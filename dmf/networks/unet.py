@@ -342,7 +342,7 @@ class UNet(nn.Module):
         """The features of times: (B,) -> (B, noise_width)."""
         c = self.config
         if c.embedding == "fourier":
-            of = layers.FourierFeatures(c.noise_width, c.time_scale, name="map_noise")
+            of: Any = layers.FourierFeatures(c.noise_width, c.time_scale, name="map_noise")
         else:
             freqs = c.time_scale * layers.frequencies(c.noise_width // 2, endpoint=True)
             of = partial(layers.time_features, freqs=freqs, sin_first=True)
