@@ -47,9 +47,8 @@ class DiTConfig:
     num_classes = 0 means no label. Otherwise the table has num_classes + 1 rows, and its last row
     is the null class.
     With interval_init "zero", u(z, r, t) = u(z, t, t) at the start, bit for bit.
-    interval_input tells what the interval branch sees.
-    time_routing "decoupled" has no interval branch and no other parameters than a flow model. Its
-    u(z, t, t) is that flow model's velocity, bit for bit.
+    The field interval_input tells what the interval branch sees.
+    With time_routing "decoupled" the parameters are a flow model's, and u(z, t, t) is its velocity.
     """
 
     kind: str = "dit"  # tells the networks apart
