@@ -143,10 +143,11 @@ def build(
     def apply(*args: Any, **how: Any) -> jax.Array:
         return apply_with_sides(*args, **how)[0]
 
-    def logvar(params: Params, r: jax.Array, t: jax.Array) -> jax.Array:
-        return layers.log_variance(params[layers.VARIANCE], r, t)
+    return Network(init, apply, apply_with_sides, logvar=_logvar if config.logvar else None)
 
-    return Network(init, apply, apply_with_sides, logvar=logvar if config.logvar else None)
+
+def _logvar(params: Params, r: jax.Array, t: jax.Array) -> jax.Array:
+    return layers.log_variance(params[layers.VARIANCE], r, t)
 
 
 def without_head(config: Any, params: Params | None = None) -> tuple[Any, Params]:
