@@ -124,6 +124,7 @@ def loop(run: Context, report: Report) -> bool:
             began, waited_s = time.monotonic(), feed.waited_s
             now, metrics = run.steps[stage.kind](now, feed.get(n), run.scalars(n))
             run.stop.unsaved()
+            now = run.decomposed(now, n)
             if n == start:
                 report.first_step(n, began, metrics)
             report.settle()

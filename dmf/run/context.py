@@ -126,6 +126,13 @@ class Context:
         )
         return self.jit(switch, donate=(0,))(now)  # a program, so that fresh parts are placed too
 
+    def decomposed(self, now: TrainState, n: int) -> TrainState:
+        """The state after step n, with the optimiser's matrices decomposed where that is due."""
+        rules = self.config.curriculum
+        if not optim.is_due(self.config.optimizer, state.optimizer_steps(n, self.stages, rules)):
+            return now
+        return replace(now, opt_state=optim.decomposed(now.opt_state, self.mesh))
+
     def is_scheduled(self, n: int) -> bool:
         """Whether a checkpoint is due after n steps, also where nobody asks the run to stop."""
         return _is_scheduled(self.config, self.scoreboard, n)
