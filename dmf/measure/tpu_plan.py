@@ -55,7 +55,13 @@ LATER: dict[str, dict[str, Any]] = {
         "other_scale": 1e-3,
         "convolutions": False,
     },
-    "network": {"interval_input": "t-r"},
+    "network": {
+        "interval_input": "t-r",
+        "time_routing": "interval",
+        "t_blocks": 0,
+        "qk_norm": False,
+        "logvar": False,
+    },
 }
 EARLIER = {"effort": 0.0}  # columns that old rows lack
 LEGEND = """\
