@@ -114,11 +114,10 @@ def build(
     augment_dim = config.augment_dim if isinstance(config, UNetConfig) else 0
 
     def init(key: jax.Array) -> Params:
-        def of(*size: int) -> jax.ShapeDtypeStruct:
+        def of(*size: int) -> Any:
             return jax.ShapeDtypeStruct(size, jnp.float32)
 
-        augment: Any = of(1, augment_dim) if augment_dim else None
-        condition = Condition(augment=augment)
+        condition = Condition(augment=of(1, augment_dim) if augment_dim else None)
         found = plain.lazy_init(key, of(1, *shape), of(1), of(1), condition, None)["params"]
         return {**found, layers.VARIANCE: layers.variance_start()} if config.logvar else found
 
