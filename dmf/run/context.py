@@ -377,9 +377,10 @@ def compile_ahead(run: Context) -> Ahead:
     The order is wrong only where the newest checkpoint turns out to be damaged.
     """
     n, programs = max(run.checkpoints.complete(), default=0), dict[Any, Callable[[], Any]]()
+    batch = run.batch(n) if n < run.total else {}  # of any step: the programs take its shapes
 
     def make(kind: str, at: int, first: bool) -> None:
-        made = run.steps[kind].lower(run.like, run.batch(at), run.scalars(at)).compile()
+        made = run.steps[kind].lower(run.like, batch, run.scalars(at)).compile()
         if first and (line := sharding.memory(run.mesh, made)):
             print(f"memory    {line}", flush=True)
 
