@@ -109,9 +109,10 @@ def make_train_step(
     """
     split, of_rows = split_for(kind, config, mesh), sharding.rows(mesh)
     average = config.ema.index() if config.loss.tangent in velocity.AVERAGED else None
-    part = split.micro(config.microbatches)
-    loss = partial(stage_loss, kind=kind, network=network, config=config, split=part)
-    gradient = make_gradient(loss, split, config.microbatches, mesh)
+    mine, count = split.micro(mesh.size), config.microbatches  # the rows of one device
+    how = dict(kind=kind, network=network, config=config, split=mine.micro(count))
+    gradient = make_gradient(partial(stage_loss, **how), mine, count)
+    gradient = sharding.averaged(mesh, gradient, network.dtypes)
 
     def train_step(
         state: TrainState, batch: dict[str, Array], scalars: Scalars
@@ -252,18 +253,19 @@ def stage_residuals(
 
 
 def make_gradient(
-    loss: Callable[..., tuple[Array, Metrics]], split: RowSplit, count: int, mesh: Mesh
+    loss: Callable[..., tuple[Array, Metrics]], split: RowSplit, count: int
 ) -> Callable[..., tuple[Any, Metrics]]:
     """(params, rows, rho, given) -> (gradient, metrics), averaged over `count` microbatches.
 
-    loss: `stage_loss` with its keywords set. All microbatches run inside one program.
+    loss: `stage_loss` with its keywords set, of one microbatch. split: of all rows.
+    All microbatches run inside one program.
     """
-    gradient, place = sharding.gradient(mesh, loss), sharding.rows(mesh, axis=1)
+    gradient = jax.grad(loss, has_aux=True)
     if count == 1:
         return gradient
 
     def accumulated(params: Any, rows: Rows, rho: Array, given: Any) -> tuple[Any, Metrics]:
-        micro = jax.lax.with_sharding_constraint(split.microbatches(rows, count), place)
+        micro = split.microbatches(rows, count)
         one = jax.tree.map(lambda x: x[0], micro)
         shapes = jax.eval_shape(gradient, params, one, rho, given)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)

@@ -85,7 +85,7 @@ def test_microbatches_accumulate_to_the_whole_batch(kind, values):
             split=split.micro(setup.config.microbatches),
         )
         count = setup.config.microbatches
-        gradient = jax.jit(step.make_gradient(loss, split, count, setup.mesh))
+        gradient = jax.jit(step.make_gradient(loss, split, count))
         grads.append(gradient(setup.state().params, rows, jnp.float32(0.25), {}))
     assert largest_difference(grads[0][0], grads[1][0]) < 2e-5 * max(
         float(jnp.abs(g).max()) for g in jax.tree.leaves(grads[0][0])

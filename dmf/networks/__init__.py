@@ -79,12 +79,16 @@ class Network(NamedTuple):
     apply_with_sides(...) -> (u, side outputs by name). Most networks have no side outputs, {}.
 
     is_interval(path) -> whether the parameter at a path belongs to the interval branch.
+
+    dtypes(params) -> the dtype in which each weight is used. It is the compute dtype where the
+    weight is cast to it before anything else, and the weight's own elsewhere.
     """
 
     init: Callable[[jax.Array], Params]
     apply: Callable[..., jax.Array]
     apply_with_sides: Callable[..., tuple[jax.Array, SideOutputs]]
     is_interval: Callable[[tuple[str, ...]], bool] = is_interval_path
+    dtypes: Callable[[Params], Any] = lambda params: jax.tree.map(lambda x: x.dtype, params)
 
 
 def build(
@@ -108,12 +112,7 @@ def build(
     augment_dim = config.augment_dim if isinstance(config, UNetConfig) else 0
 
     def init(key: jax.Array) -> Params:
-        def of(*size: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(size, jnp.float32)
-
-        augment: Any = of(1, augment_dim) if augment_dim else None
-        condition = Condition(augment=augment)
-        return plain.lazy_init(key, of(1, *shape), of(1), of(1), condition, None)["params"]
+        return plain.lazy_init(key, *_one_row(shape, augment_dim), None)["params"]
 
     def apply_with_sides(
         params: Params,
@@ -136,7 +135,40 @@ def build(
     def apply(*args: Any, **how: Any) -> jax.Array:
         return apply_with_sides(*args, **how)[0]
 
-    return Network(init, apply, apply_with_sides)
+    def dtypes(params: Params) -> Any:
+        def used(weights: Params, *row: Any) -> Any:
+            return plain.apply({"params": weights}, *row, None)
+
+        return _dtypes(jax.make_jaxpr(used)(params, *_one_row(shape, augment_dim)).jaxpr, params)
+
+    return Network(init, apply, apply_with_sides, dtypes=dtypes)
+
+
+def _one_row(shape: tuple[int, ...], augment_dim: int) -> tuple[Any, Any, Any, Condition]:
+    """Shapes of z, r, t and condition of one row, for tracing. It has no class."""
+
+    def of(*size: int) -> Any:
+        return jax.ShapeDtypeStruct(size, jnp.float32)
+
+    return (
+        of(1, *shape),
+        of(1),
+        of(1),
+        Condition(augment=of(1, augment_dim) if augment_dim else None),
+    )
+
+
+def _dtypes(program: Any, params: Params) -> Any:
+    """The dtype to which a program casts each of its weights before anything else, or its own."""
+    leaves, tree = jax.tree.flatten(params)
+
+    def of(leaf: Any, variable: Any) -> Any:
+        uses = [e for e in program.eqns if any(v is variable for v in e.invars)]
+        cast = uses and all(e.primitive.name == "convert_element_type" for e in uses)
+        found = {e.params["new_dtype"] for e in uses} if cast else set()
+        return found.pop() if len(found) == 1 else leaf.dtype
+
+    return jax.tree.unflatten(tree, map(of, leaves, program.invars))
 
 
 def _module(config: NetworkConfig, shape: tuple[int, ...], dtype: Any, how: Execution) -> Any:
