@@ -55,9 +55,9 @@ def make_mesh(
     return jax.make_mesh((replica, fsdp), ROWS, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
-def rows(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """Rows split over all devices, all other axes whole. axis: position of the row axis."""
-    return NamedSharding(mesh, PartitionSpec(*(None,) * axis, ROWS))
+def rows(mesh: Mesh) -> NamedSharding:
+    """Rows, the first axis, split over all devices; all other axes whole."""
+    return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -300,8 +300,9 @@ def _gathered(weight: jax.Array, spec: PartitionSpec, sent_as: Any) -> jax.Array
 
 def _summed(gradient: jax.Array, spec: PartitionSpec, sent_as: Any) -> jax.Array:
     """Inside a device's program: the sum over all devices, and the part of it that stays here."""
-    sent, axes = gradient.astype(sent_as), ROWS
-    if "fsdp" in spec:
-        axis, axes = spec.index("fsdp"), ROWS[:1]
-        sent = jax.lax.psum_scatter(sent, "fsdp", scatter_dimension=axis, tiled=True)
-    return jax.lax.psum(sent, axes).astype(gradient.dtype)
+    sent = gradient.astype(sent_as)
+    if "fsdp" not in spec:
+        return jax.lax.psum(sent, ROWS).astype(gradient.dtype)
+    axis = spec.index("fsdp")
+    part = jax.lax.psum_scatter(sent, "fsdp", scatter_dimension=axis, tiled=True)
+    return jax.lax.psum(part, "replica").astype(gradient.dtype)

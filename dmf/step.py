@@ -110,9 +110,9 @@ def make_train_step(
     split, of_rows = split_for(kind, config, mesh), sharding.rows(mesh)
     average = config.ema.index() if config.loss.tangent in velocity.AVERAGED else None
     mine, count = split.micro(mesh.size), config.microbatches  # the rows of one device
-    how = dict(kind=kind, network=network, config=config, split=mine.micro(count))
-    gradient = make_gradient(partial(stage_loss, **how), mine, count)
-    gradient = sharding.averaged(mesh, gradient, network.dtypes)
+    part = mine.micro(count)
+    loss = partial(stage_loss, kind=kind, network=network, config=config, split=part)
+    gradient = sharding.averaged(mesh, make_gradient(loss, mine, count), network.dtypes)
 
     def train_step(
         state: TrainState, batch: dict[str, Array], scalars: Scalars
