@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -135,12 +136,7 @@ def build(
     def apply(*args: Any, **how: Any) -> jax.Array:
         return apply_with_sides(*args, **how)[0]
 
-    def dtypes(params: Params) -> Any:
-        def used(weights: Params, *row: Any) -> Any:
-            return plain.apply({"params": weights}, *row, None)
-
-        return _dtypes(jax.make_jaxpr(used)(params, *_one_row(shape, augment_dim)).jaxpr, params)
-
+    dtypes = partial(_dtypes, plain, _one_row(shape, augment_dim))
     return Network(init, apply, apply_with_sides, dtypes=dtypes)
 
 
@@ -158,8 +154,13 @@ def _one_row(shape: tuple[int, ...], augment_dim: int) -> tuple[Any, Any, Any, C
     )
 
 
-def _dtypes(program: Any, params: Params) -> Any:
-    """The dtype to which a program casts each of its weights before anything else, or its own."""
+def _dtypes(module: Any, row: tuple[Any, ...], params: Params) -> Any:
+    """The dtype to which a module casts each weight before anything else, or the weight's own."""
+
+    def u(weights: Params, *row: Any) -> Any:
+        return module.apply({"params": weights}, *row, None)
+
+    program = jax.make_jaxpr(u)(params, *row).jaxpr
     leaves, tree = jax.tree.flatten(params)
 
     def of(leaf: Any, variable: Any) -> Any:
