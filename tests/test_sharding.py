@@ -145,7 +145,7 @@ def linear_network(dtype):
     def dtypes(params):
         return {name: dtype if name == "kernel" else x.dtype for name, x in params.items()}
 
-    return networks.Network(init, apply, None, lambda path: path == ("interval",), dtypes)
+    return networks.Network(init, apply, None, lambda path: path == ("interval",), dtypes=dtypes)
 
 
 OWN = merged(

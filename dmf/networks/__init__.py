@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ import numpy as np
 
 from dmf.errors import DmfError
 from dmf.method.flow import Condition
+from dmf.networks import layers
 from dmf.networks.adm import ADMConfig, make_adm
 from dmf.networks.dit import DIT_SIZES, DiTConfig, make_dit
 from dmf.networks.layers import PLAIN, REMAT, Execution, check_choice
@@ -39,6 +41,7 @@ __all__ = [
     "UNetConfig",
     "build",
     "is_interval_path",
+    "without_head",
 ]
 
 SideOutputs = dict[str, jax.Array]
@@ -52,7 +55,7 @@ KINDS: dict[str, tuple[type, Callable[..., Any]]] = {
     "adm": (ADMConfig, make_adm),
 }
 # Fields of a network's config that do not change what its weights mean.
-FREE = ("dropout", "interval_init")
+FREE = ("dropout", "interval_init", "logvar")
 
 
 def is_interval_path(path: tuple[str, ...]) -> bool:
@@ -79,6 +82,8 @@ class Network(NamedTuple):
 
     apply_with_sides(...) -> (u, side outputs by name). Most networks have no side outputs, {}.
 
+    logvar(params, r, t) -> (B,), the learned log variance of the loss; only with config.logvar.
+
     is_interval(path) -> whether the parameter at a path belongs to the interval branch.
 
     dtypes(params) -> the dtype in which each weight is used. It is the compute dtype where the
@@ -89,6 +94,7 @@ class Network(NamedTuple):
     apply: Callable[..., jax.Array]
     apply_with_sides: Callable[..., tuple[jax.Array, SideOutputs]]
     is_interval: Callable[[tuple[str, ...]], bool] = is_interval_path
+    logvar: Callable[[Params, jax.Array, jax.Array], jax.Array] | None = None
     dtypes: Callable[[Params], Any] = lambda params: jax.tree.map(lambda x: x.dtype, params)
 
 
@@ -110,10 +116,11 @@ def build(
     shape = tuple(image_shape)
     # `plain` makes the weights: a scan over blocks reads weights that are there already.
     plain, module = _module(config, shape, dtype, PLAIN), _module(config, shape, dtype, how)
-    augment_dim = config.augment_dim if isinstance(config, UNetConfig) else 0
+    row = _one_row(shape, config.augment_dim if isinstance(config, UNetConfig) else 0)
 
     def init(key: jax.Array) -> Params:
-        return plain.lazy_init(key, *_one_row(shape, augment_dim), None)["params"]
+        found = plain.lazy_init(key, *row, None)["params"]
+        return {**found, layers.VARIANCE: layers.variance_start()} if config.logvar else found
 
     def apply_with_sides(
         params: Params,
@@ -136,8 +143,20 @@ def build(
     def apply(*args: Any, **how: Any) -> jax.Array:
         return apply_with_sides(*args, **how)[0]
 
-    dtypes = partial(_dtypes, plain, _one_row(shape, augment_dim))
-    return Network(init, apply, apply_with_sides, dtypes=dtypes)
+    logvar = _logvar if config.logvar else None
+    return Network(
+        init, apply, apply_with_sides, logvar=logvar, dtypes=partial(_dtypes, plain, row)
+    )
+
+
+def _logvar(params: Params, r: jax.Array, t: jax.Array) -> jax.Array:
+    return layers.log_variance(params[layers.VARIANCE], r, t)
+
+
+def without_head(config: Any, params: Params | None = None) -> tuple[Any, Params]:
+    """(config, params) of any network without the head for the loss, which only training reads."""
+    kept = {name: x for name, x in (params or {}).items() if name != layers.VARIANCE}
+    return (replace(config, logvar=False) if getattr(config, "logvar", False) else config), kept
 
 
 def _one_row(shape: tuple[int, ...], augment_dim: int) -> tuple[Any, Any, Any, Condition]:
@@ -146,12 +165,8 @@ def _one_row(shape: tuple[int, ...], augment_dim: int) -> tuple[Any, Any, Any, C
     def of(*size: int) -> Any:
         return jax.ShapeDtypeStruct(size, jnp.float32)
 
-    return (
-        of(1, *shape),
-        of(1),
-        of(1),
-        Condition(augment=of(1, augment_dim) if augment_dim else None),
-    )
+    condition = Condition(augment=of(1, augment_dim) if augment_dim else None)
+    return of(1, *shape), of(1), of(1), condition
 
 
 def _dtypes(module: Any, row: tuple[Any, ...], params: Params) -> Any:
