@@ -143,10 +143,8 @@ def build(
     def apply(*args: Any, **how: Any) -> jax.Array:
         return apply_with_sides(*args, **how)[0]
 
-    logvar = _logvar if config.logvar else None
-    return Network(
-        init, apply, apply_with_sides, logvar=logvar, dtypes=partial(_dtypes, plain, row)
-    )
+    logvar, dtypes = _logvar if config.logvar else None, partial(_dtypes, plain, row)
+    return Network(init, apply, apply_with_sides, is_interval_path, logvar, dtypes)
 
 
 def _logvar(params: Params, r: jax.Array, t: jax.Array) -> jax.Array:
