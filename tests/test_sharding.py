@@ -16,7 +16,7 @@ from dmf.measure import hlo
 from dmf.sharding import MeshConfig
 from dmf.storage import checkpoint
 from tests.test_step import largest_difference
-from tests.tiny import TINY, UNET, Setup, merged
+from tests.tiny import TINY, UNET, Setup, linear_network, merged
 
 # Wide enough that most weights are split. Adam does not divide by rounding (see test_step).
 WIDE = merged(TINY, network=dict(width=128, heads=4), optimizer=dict(eps=1e-4))
@@ -127,25 +127,6 @@ def test_a_device_of_eight_holds_at_most_a_seventh_of_the_state(config, shape):
         for x, p in zip(jax.tree.leaves(whole), jax.tree.leaves(place), strict=True)
     )
     assert part < sum(np.prod(x.shape) for x in jax.tree.leaves(whole)) / 7
-
-
-def linear_network(dtype):
-    """The least that a step can train: it has classes, an interval branch and a weight to split."""
-
-    def init(key):
-        shapes = dict(kernel=(64, 256), out=(256, 64), table=(11, 256), interval=(256,))
-        return {name: jax.random.normal(key, size) / 8 for name, size in shapes.items()}
-
-    def apply(params, z, r, t, *, condition, train=False, rngs=None):
-        inner = z.reshape(len(z), -1).astype(dtype) @ params["kernel"].astype(dtype)
-        times = (t - r)[:, None] * params["interval"]
-        inner = jnp.tanh(inner + times + params["table"][condition.label])
-        return (inner @ params["out"]).reshape(z.shape)
-
-    def dtypes(params):
-        return {name: dtype if name == "kernel" else x.dtype for name, x in params.items()}
-
-    return networks.Network(init, apply, None, lambda path: path == ("interval",), dtypes=dtypes)
 
 
 OWN = merged(

@@ -71,13 +71,8 @@ def test_microbatches_accumulate_to_the_whole_batch(kind, values):
     for setup in (whole, parts):
         split = step.split_for(kind, setup.config, setup.mesh)
         rows = step.draw_rows(jnp.int32(3), setup.batch(0), split=split, config=setup.config)
-        loss = partial(
-            step.stage_loss,
-            kind=kind,
-            network=setup.network,
-            config=setup.config,
-            split=split.micro(setup.config.microbatches),
-        )
+        how = dict(kind=kind, network=setup.network, config=setup.config)
+        loss = partial(step.stage_loss, **how)
         count = setup.config.microbatches
         gradient = jax.jit(step.make_gradient(loss, split, count))
         grads.append(gradient(setup.state().params, rows, jnp.float32(0.25), {}))
