@@ -147,8 +147,8 @@ class Config:
     remat: str = choice("none", REMATS)
     # a DiT's blocks as one compiled block, run depth times: compiles faster
     scan_blocks: bool = False
-    # how rows with r = t and r < t go through the network: split = apart where that saves passes |
-    # joint = one pass with gradient for all, the rest without | whole = all alike
+    # layout of the rows: split = apart where that saves passes | joint = one pass with gradient |
+    # whole = all alike
     rows: str = choice("split", LAYOUTS)
     label_dropout: float = limited(0.0, 0, 0.999)  # * share of rows trained with the null class
     path: str = choice("linear", PATHS)  # from data to noise: linear is z = (1 - t) x + t e
