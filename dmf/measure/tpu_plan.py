@@ -47,7 +47,8 @@ SHAPING = (
 LATER: dict[str, dict[str, Any]] = {
     "loss": {"tangent": "data", "delta": 0.005, "weight": "adaptive"},
     "optimizer": {"name": "adam"},
-    "network": {"interval_input": "t-r"},
+    "network": {"interval_input": "t-r", "time_input": "features"},
+    "times": {"base": "logit_normal", "border": "pairs"},
 }
 EARLIER = {"effort": 0.0}  # columns that old rows lack
 LEGEND = """\

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -17,13 +19,19 @@ from dmf.networks import layers
 
 # Radians per unit of time. du/dt grows with the largest, so higher ones cost more than they give.
 FREQUENCIES = np.array([1.0, 2.0, 4.0, 8.0])
+# Times (B,) as the first layer sees them, (B, n).
+TIME_INPUTS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "features": partial(layers.time_features, freqs=FREQUENCIES, sin_first=True),
+    "raw": lambda time: time[:, None],
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class MLPConfig:
     """`depth` hidden layers of `width` units.
 
-    interval_init "zero" starts from u(z, r, t) = u(z, t, t).
+    interval_init "zero" starts from u(z, r, t) = u(z, t, t). time_input "raw" gives the first
+    layer t and t - r themselves, which span the same functions as t and r.
     """
 
     num_classes = 0  # no field: this network takes no class
@@ -32,10 +40,12 @@ class MLPConfig:
     depth: int = limited(3, 1, MOST_BLOCKS)  # hidden layers
     # * zero | random: the branch of t - r at the start
     interval_init: str = choice("zero", layers.INTERVAL_INITS)
+    # * features = sines and cosines of the times | raw = the times themselves
+    time_input: str = choice("features", TIME_INPUTS)
 
 
 class MLP(nn.Module):
-    """u(z, r, t) by an MLP on z and the sine-cosine features of t and of h = t - r."""
+    """u(z, r, t) by an MLP on z and on t and h = t - r, as features or raw."""
 
     config: MLPConfig
     dtype: jnp.dtype | None
@@ -51,8 +61,8 @@ class MLP(nn.Module):
     ) -> jax.Array:
         """Map z (B, ...) and r, t (B,) to u, shaped as z. `condition` and `rngs` are unused."""
         width = self.config.width
-        of_t = layers.time_features(t, FREQUENCIES, sin_first=True)
-        of_h = layers.time_features(t - r, FREQUENCIES, sin_first=True)
+        seen = TIME_INPUTS[self.config.time_input]
+        of_t, of_h = seen(t), seen(t - r)
         init = nn.initializers.lecun_normal()
         interval_init = init if self.config.interval_init == "random" else nn.initializers.zeros
         x = nn.Dense(width, dtype=self.dtype, name="input")(z.reshape(z.shape[0], -1))
@@ -75,6 +85,7 @@ def make_mlp(
     for field in ("width", "depth"):
         layers.check_positive(f"config.network.{field}", getattr(config, field))
     layers.check_choice("config.network.interval_init", config.interval_init, layers.INTERVAL_INITS)
+    layers.check_choice("config.network.time_input", config.time_input, tuple(TIME_INPUTS))
     if how.remat != "none":
         raise DmfError(
             f"config.remat is {how.remat!r} with network.kind 'mlp'; "
