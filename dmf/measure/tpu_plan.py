@@ -47,7 +47,14 @@ SHAPING = (
 LATER: dict[str, dict[str, Any]] = {
     "loss": {"tangent": "data", "delta": 0.005, "weight": "adaptive"},
     "optimizer": {"name": "adam"},
-    "network": {"interval_input": "t-r", "time_input": "features"},
+    "network": {
+        "interval_input": "t-r",
+        "time_input": "features",
+        "time_routing": "interval",
+        "t_blocks": 0,
+        "qk_norm": False,
+        "logvar": False,
+    },
     "times": {"base": "logit_normal", "border": "pairs"},
 }
 EARLIER = {"effort": 0.0}  # columns that old rows lack

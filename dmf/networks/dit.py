@@ -7,6 +7,9 @@ Parameter names follow SiT's state dict. '.' reads as '/', and '_' joins the ind
 
 Only `interval` is not SiT's. It is a second embedder like `t_embedder`, for h = t - r, or for r
 where weights were trained so. Its output is added to the conditioning vector.
+
+With time_routing = "decoupled" there is no such embedder (Decoupled MeanFlow, arXiv 2510.24474).
+The first blocks see t. The later blocks and the last layer see r, by the same `t_embedder`.
 """
 
 from __future__ import annotations
@@ -44,7 +47,8 @@ class DiTConfig:
     num_classes = 0 means no label. Otherwise the table has num_classes + 1 rows, and its last row
     is the null class.
     With interval_init "zero", u(z, r, t) = u(z, t, t) at the start, bit for bit.
-    interval_input tells what the interval branch sees.
+    The field interval_input tells what the interval branch sees.
+    With time_routing "decoupled" the parameters are a flow model's, and u(z, t, t) is its velocity.
     """
 
     kind: str = "dit"  # tells the networks apart
@@ -59,6 +63,10 @@ class DiTConfig:
     interval_init: str = choice("zero", layers.INTERVAL_INITS)
     # t-r | r: what the interval branch sees; r is for weights that were trained so
     interval_input: str = choice("t-r", INTERVAL_INPUTS)
+    # interval: all blocks see t and the branch | decoupled: the first blocks see t, the rest r
+    time_routing: str = choice("interval", layers.TIME_ROUTINGS)
+    t_blocks: int = limited(0, 0, MOST_BLOCKS)  # decoupled: blocks that see t; else 0
+    qk_norm: bool = False  # RMS norm of queries and keys, with a scale per channel of a head
 
 
 def position_embedding(height: int, width: int, dim: int) -> np.ndarray:
@@ -151,6 +159,7 @@ class Attention(nn.Module):
     heads: int
     attend: attention.Kernel
     dtype: jnp.dtype | None
+    qk_norm: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -158,7 +167,11 @@ class Attention(nn.Module):
         batch, tokens, width = x.shape
         qkv = Dense(3 * width, dtype=self.dtype, kernel_init=layers.xavier(), name="qkv")(x)
         qkv = qkv.reshape(batch, tokens, 3, self.heads, width // self.heads)
-        y = self.attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]).reshape(batch, tokens, width)
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        if self.qk_norm:
+            q = nn.RMSNorm(epsilon=1e-6, dtype=self.dtype, name="q_norm")(q)
+            k = nn.RMSNorm(epsilon=1e-6, dtype=self.dtype, name="k_norm")(k)
+        y = self.attend(q, k, v).reshape(batch, tokens, width)
         return Dense(width, dtype=self.dtype, kernel_init=layers.xavier(), name="proj")(y)
 
 
@@ -188,7 +201,7 @@ class DiTBlock(nn.Module):
         """Map tokens (B, N, width) given the conditioning vector (B, width)."""
         c, dtype = self.config, self.dtype
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = _modulation(cond, 6, c.width, dtype)
-        attn = Attention(c.heads, self.attend, dtype, name="attn")
+        attn = Attention(c.heads, self.attend, dtype, c.qk_norm, name="attn")
         x = x + gate_a * attn(_modulate(_norm(dtype)(x), shift_a, scale_a))
         mlp = FeedForward(int(c.width * c.mlp_ratio), dtype, name="mlp")
         return x + gate_m * mlp(_modulate(_norm(dtype)(x), shift_m, scale_m))
@@ -210,7 +223,7 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """u(z, r, t) by a transformer conditioned on t, on h = t - r and on a class."""
+    """u(z, r, t) by a transformer conditioned on t, on h = t - r or on r, and on a class."""
 
     config: DiTConfig
     dtype: jnp.dtype | None
@@ -234,25 +247,38 @@ class DiT(nn.Module):
         rows, columns = height // c.patch, width // c.patch
         x = PatchEmbed(c.patch, c.width, self.dtype, name="x_embedder")(z)
         x = x + jnp.asarray(position_embedding(rows, columns, c.width), x.dtype)
-        cond = TimeEmbedder(c.width, name="t_embedder")(t)
-        seen = r if c.interval_input == "r" else t - r
-        cond = cond + TimeEmbedder(c.width, c.interval_init == "zero", name="interval")(seen)
-        if c.num_classes:
-            init = nn.initializers.normal(0.02)
-            table = layers.LabelEmbedder(c.num_classes, c.width, init, name="y_embedder")
-            cond = cond + table(condition.label, batch)
-        x = self._scanned(x, cond) if self.how.scan else self._unrolled(x, cond)
-        x = FinalLayer(c.patch**2 * channels, name="final_layer")(x, cond)
+        early, late = self._conditions(r, t, condition.label)
+        x = self._scanned(x, early, late) if self.how.scan else self._unrolled(x, early, late)
+        x = FinalLayer(c.patch**2 * channels, name="final_layer")(x, late)
         x = x.reshape(batch, rows, columns, c.patch, c.patch, channels)
         return x.transpose(0, 1, 3, 2, 4, 5).reshape(z.shape)
 
-    def _unrolled(self, x: jax.Array, cond: jax.Array) -> jax.Array:
-        make = self.how.block(DiTBlock)
-        for i in range(self.config.depth):
-            x = make(self.config, self.dtype, self.how.attend, name=f"blocks_{i}")(x, cond)
+    def _conditions(
+        self, r: jax.Array, t: jax.Array, label: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """What the first blocks see, and what the others and the last layer see, (B, width)."""
+        c, embed = self.config, TimeEmbedder(self.config.width, name="t_embedder")
+        if c.time_routing == "decoupled":
+            conds = [embed(t), embed(r)]
+        else:
+            seen = r if c.interval_input == "r" else t - r
+            branch = TimeEmbedder(c.width, c.interval_init == "zero", name="interval")
+            conds = [embed(t) + branch(seen)]
+        if c.num_classes:
+            init = nn.initializers.normal(0.02)
+            table = layers.LabelEmbedder(c.num_classes, c.width, init, name="y_embedder")
+            of_label = table(label, t.shape[0])
+            conds = [cond + of_label for cond in conds]
+        return conds[0], conds[-1]
+
+    def _unrolled(self, x: jax.Array, early: jax.Array, late: jax.Array) -> jax.Array:
+        make, c = self.how.block(DiTBlock), self.config
+        for i in range(c.depth):
+            cond = early if i < c.t_blocks else late
+            x = make(c, self.dtype, self.how.attend, name=f"blocks_{i}")(x, cond)
         return x
 
-    def _scanned(self, x: jax.Array, cond: jax.Array) -> jax.Array:
+    def _scanned(self, x: jax.Array, early: jax.Array, late: jax.Array) -> jax.Array:
         """The blocks as one program that runs depth times over their parameters.
 
         The parameters keep their places in the tree.
@@ -260,11 +286,14 @@ class DiT(nn.Module):
         params = [self.variables["params"][f"blocks_{i}"] for i in range(self.config.depth)]
         block = DiTBlock(self.config, self.dtype, self.how.attend, parent=None)
 
-        def step(x: jax.Array, params: Any) -> tuple[Any, None]:
+        def step(x: jax.Array, at: Any) -> tuple[Any, None]:
+            params, is_early = at
+            cond = late if early is late else jnp.where(is_early, early, late)
             return block.apply({"params": params}, x, cond), None
 
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
-        return jax.lax.scan(self.how.scan_body(step), x, stacked)[0]
+        sees_t = None if early is late else np.arange(self.config.depth) < self.config.t_blocks
+        return jax.lax.scan(self.how.scan_body(step), x, (stacked, sees_t))[0]
 
 
 def make_dit(
@@ -291,4 +320,27 @@ def make_dit(
         )
     layers.check_choice("config.network.interval_init", config.interval_init, layers.INTERVAL_INITS)
     layers.check_choice("config.network.interval_input", config.interval_input, INTERVAL_INPUTS)
+    layers.check_choice("config.network.time_routing", config.time_routing, layers.TIME_ROUTINGS)
+    _check_routing(config)
     return DiT(config, dtype, how)
+
+
+def _check_routing(config: DiTConfig) -> None:
+    """Raises DmfError for a number of blocks, or an input of the branch, that has no meaning."""
+    if config.time_routing == "interval":
+        if config.t_blocks:
+            raise DmfError(
+                f"config.network.t_blocks is {config.t_blocks}; "
+                "expected 0, or time_routing 'decoupled'."
+            )
+        return
+    if not 1 <= config.t_blocks <= config.depth:
+        raise DmfError(
+            f"config.network.t_blocks is {config.t_blocks}; expected 1 to {config.depth}, some of "
+            "the blocks, as time_routing is 'decoupled'."
+        )
+    if config.interval_input != "t-r":
+        raise DmfError(
+            f"config.network.interval_input is {config.interval_input!r}; expected 't-r', as "
+            "time_routing 'decoupled' has no interval branch."
+        )

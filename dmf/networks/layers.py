@@ -19,6 +19,11 @@ from dmf.networks import attention
 Initializer = Callable[..., jax.Array]
 
 INTERVAL_INITS = ("zero", "random")
+# Who sees r: a branch of its own, or the later layers in the place of t.
+TIME_ROUTINGS = ("interval", "decoupled")
+FOURIER_SCALE = 16.0  # standard deviation of EDM's random frequencies
+# EDM is trained and sampled in this range. Outside it, c_noise keeps the value of its end.
+SIGMA_RANGE = (0.002, 80.0)
 
 
 def _is_matmul(primitive: Any, *operands: Any, **params: Any) -> bool:
@@ -133,6 +138,31 @@ def time_features(time: jax.Array, freqs: np.ndarray | jax.Array, *, sin_first: 
     angle = time[:, None] * jnp.asarray(freqs, time.dtype)
     halves = (jnp.sin(angle), jnp.cos(angle)) if sin_first else (jnp.cos(angle), jnp.sin(angle))
     return jnp.concatenate(halves, axis=-1)
+
+
+def log_sigma(t: jax.Array) -> jax.Array:
+    """EDM's c_noise of times t (B,): ln(sigma) / 4, sigma = t / (1 - t) in SIGMA_RANGE.
+
+    EDM, table 1. Value and derivative are finite at every t; outside the range the slope is 0.
+    """
+    low, high = (sigma / (1 + sigma) for sigma in SIGMA_RANGE)
+    t = jnp.clip(at_least_float32(t), low, high)
+    return (jnp.log(t) - jnp.log1p(-t)) / 4
+
+
+class FourierFeatures(nn.Module):
+    """Sine and cosine, in this order, at fixed random frequencies that no gradient reaches."""
+
+    width: int
+    scale: float
+
+    @nn.compact
+    def __call__(self, time: jax.Array) -> jax.Array:
+        """Map time (B,) to (B, width)."""
+        freqs = jax.lax.stop_gradient(
+            self.param("freqs", nn.initializers.normal(FOURIER_SCALE), (self.width // 2,))
+        )
+        return time_features(time, 2 * math.pi * self.scale * freqs, sin_first=True)
 
 
 def uniform_within(limit: float) -> Initializer:

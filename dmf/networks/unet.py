@@ -8,6 +8,9 @@ The first layer of the embedding is the exception. Officially it acts on
     interval     for t - r
 
 A network without an interval is therefore this network with `interval` = 0.
+
+With time_routing = "decoupled", ours after Decoupled MeanFlow (arXiv 2510.24474), there is no
+`interval`: encoder and middle see t, and the decoder sees r, by the same layers.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -35,9 +39,6 @@ EMBEDDINGS = ("positional", "fourier")
 TIME_INPUTS = ("t", "log_sigma")
 PRECONDS = ("none", "edm", "ect")
 ECT_SIGMA = 0.003  # sigma_min of ECT: in evaluation its denoiser gives x back at this sigma
-FOURIER_SCALE = 16.0  # standard deviation of EDM's random frequencies
-# EDM is trained and sampled in this range. Outside it, c_noise keeps the value of its end.
-SIGMA_RANGE = (0.002, 80.0)
 
 Raw = Callable[[jax.Array], jax.Array]  # the network inside a denoiser
 
@@ -57,6 +58,7 @@ class UNetConfig:
         embedding_mult    t and t - r have this many times `channels` features each
         embedding         features of t: "positional", or "fourier" with fixed random frequencies
         time_input        features are of time_scale * t, or of ln(sigma) / 4, sigma = t / (1 - t)
+        time_routing      "decoupled": u(z, t, t) is the flow model's velocity, bit for bit
         precond           the network is the F of a denoiser, see `edm_velocity`, `ect_velocity`
 
     `make_unet` refuses fields that do not go together.
@@ -85,21 +87,13 @@ class UNetConfig:
     precond: str = choice("none", PRECONDS)
     sigma_data: float = limited(0.5, LEAST, INF)  # EDM's, with precond = "edm" or "ect"
     num_classes: int = limited(0, 0, MOST_CLASSES)  # of the data; 0 = no label
+    # interval: every layer sees t and the branch | decoupled: encoder and middle see t, decoder r
+    time_routing: str = choice("interval", layers.TIME_ROUTINGS)
 
     @property
     def noise_width(self) -> int:
         """Number of features of t, and of t - r."""
         return self.embedding_mult * self.channels
-
-
-def log_sigma(t: jax.Array) -> jax.Array:
-    """EDM's c_noise of times t (B,): ln(sigma) / 4, sigma = t / (1 - t) in SIGMA_RANGE.
-
-    EDM, table 1. Value and derivative are finite at every t; outside the range the slope is 0.
-    """
-    low, high = (sigma / (1 + sigma) for sigma in SIGMA_RANGE)
-    t = jnp.clip(layers.at_least_float32(t), low, high)
-    return (jnp.log(t) - jnp.log1p(-t)) / 4
 
 
 def edm_velocity(z: jax.Array, t: jax.Array, sigma_data: float, raw: Raw) -> jax.Array:
@@ -244,8 +238,10 @@ class Decoder(nn.Module):
     how: layers.Execution
 
     @nn.compact
-    def __call__(self, skips: list[jax.Array], emb: jax.Array, rngs: jax.Array | None) -> jax.Array:
-        """Map the encoder's skips to u (B, R, R, out_channels)."""
+    def __call__(
+        self, skips: list[jax.Array], emb: jax.Array, late: jax.Array, rngs: jax.Array | None
+    ) -> jax.Array:
+        """Map the skips to u (B, R, R, out_channels). Its first two blocks, the middle, see emb."""
         c, size, rest, x = self.config, skips[0].shape[1], list(skips), skips[-1]
         make = self.how.block(Block)
         for level, mult in reversed(tuple(enumerate(c.channel_mult))):
@@ -257,31 +253,18 @@ class Decoder(nn.Module):
                 )
                 x = make(x.shape[-1], c, self.dtype, self.how, name=f"{tag}_in1")(x, emb, rngs)
             else:
-                x = make(x.shape[-1], c, self.dtype, self.how, "up", name=f"{tag}_up")(x, emb, rngs)
+                x = make(x.shape[-1], c, self.dtype, self.how, "up", name=f"{tag}_up")(
+                    x, late, rngs
+                )
             for k in range(c.blocks + 1):
                 x = jnp.concatenate((x, rest.pop()), axis=-1)
                 attend = k == c.blocks and res in c.attention_resolutions
                 block = make(width, c, self.dtype, self.how, attend=attend, name=f"{tag}_block{k}")
-                x = block(x, emb, rngs)
+                x = block(x, late, rngs)
         # In bfloat16 the last layer would put u on a grid of relative spacing 2^-8.
         x = layers.at_least_float32(x)
         x = nn.silu(_group_norm(x, f"{size}x{size}_aux_norm", None)(x))
         return _conv(self.out_channels, 3, f"{size}x{size}_aux_conv", None, gain=1e-5)(x)
-
-
-class FourierFeatures(nn.Module):
-    """Sine and cosine, in this order, at fixed random frequencies that no gradient reaches."""
-
-    width: int
-    scale: float
-
-    @nn.compact
-    def __call__(self, time: jax.Array) -> jax.Array:
-        """Map time (B,) to (B, width)."""
-        freqs = jax.lax.stop_gradient(
-            self.param("freqs", nn.initializers.normal(FOURIER_SCALE), (self.width // 2,))
-        )
-        return layers.time_features(time, 2 * math.pi * self.scale * freqs, sin_first=True)
 
 
 class UNet(nn.Module):
@@ -306,12 +289,12 @@ class UNet(nn.Module):
         """
         emb = self._embedding(r, t, condition)
         if z is None:
-            return emb
+            return emb[0]
         encoder = Encoder(self.config, self.dtype, self.how, name="enc")
         decoder = Decoder(self.config, z.shape[-1], self.dtype, self.how, name="dec")
 
         def raw(z: jax.Array) -> jax.Array:
-            return decoder(encoder(z, emb, rngs), emb, rngs)
+            return decoder(encoder(z, emb[0], rngs), *emb, rngs)
 
         return (
             VELOCITIES[self.config.precond](z, t, self.config.sigma_data, raw)
@@ -319,37 +302,51 @@ class UNet(nn.Module):
             else raw(z)
         )
 
-    def _embedding(self, r: jax.Array, t: jax.Array, condition: Condition) -> jax.Array:
-        """The conditioning vector (B, 4 * channels), float32 or better: it carries the times."""
+    def _embedding(
+        self, r: jax.Array, t: jax.Array, condition: Condition
+    ) -> tuple[jax.Array, jax.Array]:
+        """What encoder and middle see, and what the decoder sees.
+
+        Both (B, 4 * channels), float32 or better: they carry the times.
+        """
         noise_width, width = self.config.noise_width, 4 * self.config.channels
-        of_t = self._features_of_t(t)
+        decoupled = self.config.time_routing == "decoupled"
+        of_times = [*map(self._features(), (t, r) if decoupled else (t,))]
         freqs = layers.frequencies(noise_width // 2, endpoint=True)
         of_h = layers.time_features(t - r, freqs, sin_first=True)
         xavier, augment, classes = layers.xavier(), condition.augment, self.config.num_classes
         if classes:
             table = layers.LabelEmbedder(classes, noise_width, _label_init, name="map_label")
-            of_t = of_t + table(condition.label, t.shape[0])
+            of_label = table(condition.label, t.shape[0])
+            of_times = [x + of_label for x in of_times]
         if augment is not None:
             project = nn.Dense(
                 2 * noise_width, use_bias=False, kernel_init=xavier, name="map_augment"
             )
             shift = project(augment)
-            of_t, of_h = of_t + shift[:, :noise_width], of_h + shift[:, noise_width:]
+            of_times = [x + shift[:, :noise_width] for x in of_times]
+            of_h = of_h + shift[:, noise_width:]  # which a decoupled network does not read
         # Both kernels are column blocks of one official layer, so both count its fan-in.
         half = layers.uniform_within(math.sqrt(6 / (2 * noise_width + width)))
         start = half if self.config.interval_init == "random" else nn.initializers.zeros
-        emb = nn.Dense(width, kernel_init=half, name="map_layer0")(of_t)
-        emb = emb + nn.Dense(width, use_bias=False, kernel_init=start, name="interval")(of_h)
-        return nn.silu(nn.Dense(width, kernel_init=xavier, name="map_layer1")(nn.silu(emb)))
+        first = nn.Dense(width, kernel_init=half, name="map_layer0")
+        embs = [*map(first, of_times)]
+        if not decoupled:
+            branch = nn.Dense(width, use_bias=False, kernel_init=start, name="interval")
+            embs = [embs[0] + branch(of_h)]
+        last = nn.Dense(width, kernel_init=xavier, name="map_layer1")
+        embs = [nn.silu(last(nn.silu(emb))) for emb in embs]
+        return embs[0], embs[-1]
 
-    def _features_of_t(self, t: jax.Array) -> jax.Array:
-        """The features of t, (B, noise_width)."""
+    def _features(self) -> Callable[[jax.Array], jax.Array]:
+        """The features of times: (B,) -> (B, noise_width)."""
         c = self.config
-        time = log_sigma(t) if c.time_input == "log_sigma" else t
         if c.embedding == "fourier":
-            return FourierFeatures(c.noise_width, c.time_scale, name="map_noise")(time)
-        freqs = c.time_scale * layers.frequencies(c.noise_width // 2, endpoint=True)
-        return layers.time_features(time, freqs, sin_first=True)
+            of: Any = layers.FourierFeatures(c.noise_width, c.time_scale, name="map_noise")
+        else:
+            freqs = c.time_scale * layers.frequencies(c.noise_width // 2, endpoint=True)
+            of = partial(layers.time_features, freqs=freqs, sin_first=True)
+        return lambda t: of(layers.log_sigma(t) if c.time_input == "log_sigma" else t)
 
 
 def _label_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
@@ -369,6 +366,7 @@ def make_unet(
         if (value := getattr(config, field)) < 0:
             raise DmfError(f"config.network.{field} is {value}; expected 0 (no label) or more.")
     layers.check_choice("config.network.interval_init", config.interval_init, layers.INTERVAL_INITS)
+    layers.check_choice("config.network.time_routing", config.time_routing, layers.TIME_ROUTINGS)
     layers.check_choice("config.network.resample", config.resample, tuple(RESAMPLE))
     _check_conditioning(config)
     return UNet(config, dtype, how)

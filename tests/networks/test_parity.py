@@ -18,7 +18,8 @@ from dmf.networks import (
     layers,
 )
 from dmf.networks.dit import position_embedding
-from dmf.networks.unet import edm_velocity, log_sigma
+from dmf.networks.layers import log_sigma
+from dmf.networks.unet import edm_velocity
 from tests import GOLDEN
 from tests.networks.small import (
     DIT_REFERENCE,
