@@ -50,6 +50,7 @@ LATER: dict[str, dict[str, Any]] = {
     "network": {
         "interval_input": "t-r",
         "time_input": "features",
+        "init": "lecun",
         "time_routing": "interval",
         "t_blocks": 0,
         "qk_norm": False,

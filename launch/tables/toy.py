@@ -161,7 +161,7 @@ BENCHES = {
     "checkerboard": Bench(
         fields=dict(
             batch_size=2048,
-            network=dict(kind="mlp", width=256, depth=4, time_input="raw", interval_init="random"),
+            network=dict(kind="mlp", width=256, depth=4, time_input="raw", init="torch"),
             # Theirs has t = 1 at the data: its end time t is our 1 - r, its start s our 1 - t.
             times=dict(base="uniform", pairing="above", border="first", r_neq_t_fraction=0.25),
             curriculum=dict(length=20_000.0),
@@ -177,7 +177,7 @@ BENCHES = {
     "thin": Bench(
         fields=dict(
             batch_size=512,
-            network=dict(kind="mlp", width=128, depth=3, time_input="raw", interval_init="random"),
+            network=dict(kind="mlp", width=128, depth=3, time_input="raw", init="torch"),
             times=dict(base="uniform", pairing="sorted", r_neq_t_fraction=0.25),
             curriculum=dict(length=3000.0),
             optimizer=dict(learning_rate=1e-3, warmup_steps=0),

@@ -340,3 +340,12 @@ def test_an_mlp_with_raw_times_is_linear_in_them_before_its_first_activation():
     )
     u = jax.nn.silu(hidden) @ params["output"]["kernel"] + params["output"]["bias"]
     np.testing.assert_allclose(network.apply(params, z, r, t), u, rtol=1e-5)
+
+
+def test_an_mlp_may_start_as_torch_layers_do():
+    """Uniform in +-1 / sqrt(inputs): 4 inputs of the first layer's three parts, then the width."""
+    config = MLPConfig(width=400, depth=2, time_input="raw", interval_init="random", init="torch")
+    params = networks.build(config, (2,)).init(jax.random.key(0))
+    for name, bound in (("input", 0.5), ("time", 0.5), ("interval", 0.5), ("hidden_1", 0.05)):
+        for leaf in params[name].values():
+            assert 0.97 * bound < float(jnp.max(jnp.abs(leaf))) <= bound
