@@ -141,6 +141,35 @@ def guided(config: ConfigDict) -> Fields:
     return dict(guidance=dict(omega=1.0, kappa=0.5, t_start=0.0, t_end=1.0), **_alone("guided_jvp"))
 
 
+def splus(config: ConfigDict) -> Fields:
+    """SPlus (arXiv 2506.07254) in the place of Adam, for every stage of any other method.
+
+    The paper's: the update, a decomposition every 100 steps, b1 .9 and b2 .999, weight decay .01,
+    and learning rates of 2 x width x Adam's. Ours: width 100 for a network without one width, and
+    the kernels of a U-Net's convolutions as matrices. Its average of the weights is config.ema.
+    """
+    width = config.network.get("width")
+    return dict(
+        optimizer=dict(
+            name="splus",
+            rate_factor=2.0 * (width or 100),
+            weight_decay=0.01,
+            b1=0.9,
+            b2=0.999,
+            convolutions=width is None,
+        )
+    )
+
+
+def muon(config: ConfigDict) -> Fields:
+    """Muon in the place of Adam, by optax, for every stage of any other method.
+
+    Published (arXiv 2502.16982): the update, its momentum of .95, and a scale that lets it keep
+    Adam's learning rates. Ours: the kernels of a U-Net's convolutions as matrices.
+    """
+    return dict(optimizer=dict(name="muon", convolutions=config.network.get("width") is None))
+
+
 METHODS: dict[str, Callable[[ConfigDict], Fields]] = {
     "dagger": dagger,
     "linear": linear,
@@ -153,6 +182,8 @@ METHODS: dict[str, Callable[[ConfigDict], Fields]] = {
     "own_velocity": own_velocity,
     "ema_velocity": ema_velocity,
     "guided": guided,
+    "splus": splus,
+    "muon": muon,
 }
 
 

@@ -89,6 +89,13 @@ def _copies(params: Params, ema: EMAConfig) -> tuple[Params, ...]:
     return tuple(jax.tree.map(jnp.copy, params) for _ in ema.halflife_images)
 
 
+def optimizer_steps(step: int, stages: tuple[Stage, ...], curriculum: CurriculumConfig) -> int:
+    """Steps that the optimiser has done since it was last reset, with this one (0-based)."""
+    stage = stage_at(stages, step)
+    kept = stage.index > 0 and curriculum.switch_optimizer == "keep"
+    return step - extent(stages, 0 if kept else stage.index)[0] + 1
+
+
 def learning_rate(
     step: int, stages: tuple[Stage, ...], curriculum: CurriculumConfig, config: OptimizerConfig
 ) -> float:

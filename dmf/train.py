@@ -122,7 +122,7 @@ def loop(run: Context, report: Report) -> bool:
             if n == start:
                 jax.block_until_ready(now)  # the first step is timed by itself
             began, waited_s = time.monotonic(), feed.waited_s
-            now, metrics = run.steps[stage.kind](now, feed.get(n), run.scalars(n))
+            now, metrics = run.advance(now, n, stage, feed.get(n))
             run.stop.unsaved()
             if n == start:
                 report.first_step(n, began, metrics)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmf import optim, state, step
+from dmf import optim, sharding, state, step
 from dmf.errors import DmfError
 from dmf.method.curriculum import CurriculumConfig, build_stages
 from dmf.optim import EMAConfig, OptimizerConfig
@@ -120,3 +120,142 @@ def test_weight_decay_spares_fixed_frequencies():
 def test_an_unknown_optimiser_is_named():
     with pytest.raises(DmfError, match=r"config\.optimizer\.name = 'lion': expected one of adam"):
         optim.build(OptimizerConfig(name="lion"))
+
+
+SPLUS = OptimizerConfig(name="splus", b2=0.95, decompose_every_steps=5)
+ONE = sharding.make_mesh(devices=jax.devices()[:1])
+
+
+def tree(values):
+    """Parameters as a network has them, from arrays by path."""
+    found = {}
+    for path, x in values.items():
+        layer, _, name = path.rpartition("/")
+        found.setdefault(layer or "top", {})[name] = jnp.asarray(x)
+    return found
+
+
+def steps(config, grads, params, mesh=ONE, rate=0.1):
+    """Yields (parameters, direction, optimiser's state) after each of some gradients."""
+    optimizer = optim.build(config)
+    now = jax.device_put(optimizer.init(params), sharding.replicated(mesh))
+    update = jax.jit(optimizer.update)
+    for n, g in enumerate(grads, 1):
+        u, now = update(g, now, params)
+        params = jax.tree.map(lambda p, u: p - rate * u, params, u)
+        if optim.is_due(config, n):
+            now = optim.decomposed(now, mesh)
+        yield params, u, now
+
+
+def gradients(count, shape, seed=0):
+    return [{"a": {"kernel": g}} for g in jax.random.normal(jax.random.key(seed), (count, *shape))]
+
+
+def test_splus_follows_two_public_implementations_for_twenty_steps(golden):
+    """Stored runs of its optax and of its torch code (kvfrans/splus d96bd16), without decay.
+
+    rect has 8 x 20 entries: after its first decomposition its right side has no unique basis.
+    """
+    stored = golden("splus.npz")
+    names = sorted(name[3:] for name in stored if name.startswith("p0/"))
+    lasting = [name for name in names if not name.startswith("rect")]
+    first = tree({name: stored[f"p0/{name}"] for name in names})
+    grads = [
+        tree({n: stored[f"g/{n}"][min(i, len(stored[f"g/{n}"]) - 1)] for n in names})
+        for i in range(20)
+    ]
+    for n, (params, _, _) in enumerate(steps(SPLUS, grads, first), 1):
+        for code in ("optax", "torch"):
+            for name in names if n == 1 else lasting if n in (5, 10, 20) else ():
+                expected = tree({name: stored[f"{code}{n}/{name}"]})
+                (layer, leaf), *_ = [(k, *v.values()) for k, v in expected.items()]
+                found = params[layer][name.rpartition("/")[2]]
+                np.testing.assert_allclose(found, leaf, atol=4e-6, err_msg=f"{name} {n} {code}")
+
+
+def test_the_optimiser_counts_its_steps_from_its_last_reset():
+    found = [state.optimizer_steps(n, STAGES, CURRICULUM) for n in (0, 99, 100, 200, 499)]
+    assert found == [1, 100, 1, 101, 400]
+    reset = dataclasses.replace(CURRICULUM, switch_optimizer="reset")
+    assert [state.optimizer_steps(n, STAGES, reset) for n in (199, 200)] == [100, 1]
+
+
+def test_a_direction_of_splus_has_a_fixed_length_and_follows_rotations():
+    """|U|^2 = m n. U(A G B') = A U(G) B' from the second decomposition on, not before."""
+    grads = gradients(12, (6, 6))
+    a, b = (jnp.linalg.qr(g["a"]["kernel"])[0] for g in gradients(2, (6, 6), seed=1))
+    turned = [{"a": {"kernel": a @ g["a"]["kernel"] @ b.T}} for g in grads]
+    start, config = {"a": {"kernel": jnp.zeros((6, 6))}}, dataclasses.replace(SPLUS, b1=0.5)
+    pairs = zip(steps(config, grads, start), steps(config, turned, start), strict=True)
+    misses = []
+    for (_, u, _), (_, rotated, _) in pairs:
+        u, rotated = u["a"]["kernel"], rotated["a"]["kernel"]
+        assert float(jnp.sum(jnp.square(u))) == pytest.approx(36 * (2 / 12) ** 2, rel=1e-4)
+        misses.append(float(jnp.abs(rotated - a @ u @ b.T).max()))
+    assert misses[0] > 0.1 and max(misses[5:]) < 1e-4
+
+
+def test_the_sign_of_an_eigenvector_does_not_matter():
+    *_, (params, _, now) = steps(SPLUS, gradients(6, (4, 6)), {"a": {"kernel": jnp.zeros((4, 6))}})
+    (splus, *rest), g = now, gradients(1, (4, 6), seed=2)[0]
+    flipped = jax.tree.map(lambda q: q * jnp.where(jnp.arange(len(q)) % 2, -1, 1), splus.turns)
+    update = optim.build(SPLUS).update
+    u, v = (update(g, (splus._replace(turns=q), *rest), params)[0] for q in (splus.turns, flipped))
+    np.testing.assert_allclose(u["a"]["kernel"], v["a"]["kernel"], atol=1e-6)
+
+
+def test_what_splus_does_not_turn_moves_by_signs():
+    """Sides that are too large, tables, and convolutions unless they are asked for."""
+    params = {
+        "large": {"kernel": jnp.ones((3, 9))},
+        "table": {"embedding": jnp.ones((3, 3))},
+        "conv": {"kernel": jnp.ones((3, 3, 2, 4))},
+    }
+    config = dataclasses.replace(SPLUS, largest_side=9)
+    update, now = optim.build(config).update(params, optim.build(config).init(params), params)
+    assert {k: list(v) for k, v in now[0].sums.items()} == {"large/kernel": ["left"]}
+    for leaf in jax.tree.leaves(update):
+        np.testing.assert_allclose(leaf, 1e-3)
+    config = dataclasses.replace(config, convolutions=True, largest_side=100)
+    sums = optim.build(config).init(params)[0].sums
+    assert {k: v.shape for k, v in sums["conv/kernel"].items()} == {
+        "left": (18, 18),
+        "right": (4, 4),
+    }
+
+
+def test_decay_of_splus_is_scaled_as_its_direction():
+    """parameter <- parameter - rate 2 / (m + n) (U + decay parameter)."""
+    params = {"a": {"kernel": jnp.full((2, 6), 3.0)}}
+    config = dataclasses.replace(SPLUS, weight_decay=0.5)
+    update, _ = optim.build(config).update(params, optim.build(config).init(params), params)
+    np.testing.assert_allclose(update["a"]["kernel"], 2 / 8 * (1 + 0.5 * 3.0), rtol=1e-6)
+
+
+def test_eight_devices_share_the_decompositions_and_find_the_same_bits():
+    eight = sharding.make_mesh(devices=jax.devices()[:8])
+    params = {k: {"kernel": jnp.zeros((4, 6))} for k in "abc"}
+    grads = [{k: g["a"] for k in "abc"} for g in gradients(2, (4, 6))]
+    states = [
+        [now for _, _, now in steps(SPLUS, jax.device_put(grads, place), params, mesh)][-1]
+        for mesh in (ONE, eight)
+        for place in [sharding.replicated(mesh)]
+    ]
+    one, many = (jax.tree.leaves(s[0].turns) for s in states)
+    assert len(one) == 6 and float(jnp.abs(one[0] - jnp.eye(4)).max()) > 0.1
+    for a, b in zip(one, many, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_muon_makes_a_matrix_orthogonal_and_leaves_the_rest_to_adam():
+    params = {"a": {"kernel": jnp.zeros((4, 8)), "bias": jnp.zeros(8)}}
+    g = {"a": {"kernel": gradients(1, (4, 8))[0]["a"]["kernel"], "bias": jnp.arange(8.0)}}
+    update, adam = (
+        optimizer.update(g, optimizer.init(params), params)[0]["a"]
+        for optimizer in (optim.build(OptimizerConfig(name=n)) for n in ("muon", "adam"))
+    )
+    np.testing.assert_allclose(update["bias"], adam["bias"], rtol=1e-6)
+    values = jnp.linalg.svd(update["kernel"])[1] / (0.2 * 8**0.5)
+    assert float(values.min()) > 0.65 and float(values.max()) < 1.25  # five Newton-Schulz steps
+    assert float(jnp.sum(update["kernel"] * g["a"]["kernel"])) > 0

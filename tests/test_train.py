@@ -156,6 +156,23 @@ def test_resume_in_every_phase_ends_in_the_same_bits(finished, tmp_path):
             assert (tmp_path / str(n) / log).read_text() == (workdir / log).read_text()
 
 
+@pytest.mark.parametrize("name", ["splus", "muon"])
+def test_a_matrix_optimiser_resumes_between_two_decompositions_in_the_same_bits(name, tmp_path):
+    optimizer = dict(name=name, decompose_every_steps=5)
+    values = merged(runs.QUICK, optimizer=optimizer, curriculum=dict(length=8.0))
+    runs.train(parse(values), tmp_path / "whole")
+    stopped_after(4, values, tmp_path / "cut")  # step 3 is saved; decomposed after 1 and 5
+    runs.train(parse(values), tmp_path / "cut")
+    whole, cut = (leaves(tmp_path / place / "checkpoints" / "8") for place in ("whole", "cut"))
+    for a, b in zip(whole, cut, strict=True):
+        np.testing.assert_array_equal(a, b)
+    without = merged(values, optimizer=dict(decompose_every_steps=100))
+    runs.train(parse(without), tmp_path / "once")
+    once = leaves(tmp_path / "once" / "checkpoints" / "8")
+    same = all(np.array_equal(a, b) for a, b in zip(whole, once, strict=True))
+    assert same == (name == "muon")  # which has nothing to decompose
+
+
 def test_after_pretraining_the_run_goes_on_from_the_averaged_flow_model(finished):
     workdir, _ = finished
     _, ema = pretrained.load(workdir / "checkpoints" / "4")

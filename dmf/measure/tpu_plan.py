@@ -45,8 +45,16 @@ SHAPING = (
 )
 # Fields that are younger than stored rows. With these values the program is the same.
 LATER: dict[str, dict[str, Any]] = {
-    "loss": {"tangent": "data", "delta": 0.005, "weight": "adaptive"},
-    "optimizer": {"name": "adam"},
+    "loss": {"tangent": "data", "delta": 0.005, "weight": "adaptive", "logvar": "off"},
+    "optimizer": {
+        "name": "adam",
+        "rate_factor": 1.0,
+        "momentum": 0.95,
+        "decompose_every_steps": 100,
+        "largest_side": 10_000,
+        "other_scale": 1e-3,
+        "convolutions": False,
+    },
     "network": {
         "interval_input": "t-r",
         "time_input": "features",

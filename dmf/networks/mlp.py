@@ -49,6 +49,7 @@ class MLPConfig:
     init: str = choice("lecun", INITS)
     # * lecun = normal kernels, no biases | torch = as torch.nn.Linear starts, biases too
     init: str = choice("lecun", INITS)
+    logvar: bool = False  # a head for the log variance of the loss (`loss.logvar`)
 
 
 class MLP(nn.Module):

@@ -126,6 +126,16 @@ class Context:
         )
         return self.jit(switch, donate=(0,))(now)  # a program, so that fresh parts are placed too
 
+    def advance(
+        self, now: TrainState, n: int, stage: Stage, batch: dict[str, jax.Array]
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """(the state after step n, its metrics). An optimiser's decomposition follows if due."""
+        now, metrics = self.steps[stage.kind](now, batch, self.scalars(n))
+        done = state.optimizer_steps(n, self.stages, self.config.curriculum)
+        if optim.is_due(self.config.optimizer, done):
+            now = replace(now, opt_state=optim.decomposed(now.opt_state, self.mesh))
+        return now, metrics
+
     def is_scheduled(self, n: int) -> bool:
         """Whether a checkpoint is due after n steps, also where nobody asks the run to stop."""
         return _is_scheduled(self.config, self.scoreboard, n)
