@@ -26,7 +26,6 @@ TIME_INPUTS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "raw": lambda time: time[:, None],
 }
 INITS = ("lecun", "torch")
-INITS = ("lecun", "torch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +45,6 @@ class MLPConfig:
     # * features = sines and cosines of the times | raw = the times themselves
     time_input: str = choice("features", TIME_INPUTS)
     # * of the weights: lecun = normal, biases 0 | torch = as PyTorch's layers start, biases too
-    init: str = choice("lecun", INITS)
-    # * lecun = normal kernels, no biases | torch = as torch.nn.Linear starts, biases too
     init: str = choice("lecun", INITS)
     logvar: bool = False  # a head for the log variance of the loss (`loss.logvar`)
 
