@@ -9,8 +9,9 @@ checkerboard  KL of generated to true points in 60 x 60 bins, at 1, 2, 4, 8 and 
 thin          mean square of x1 -> x0 on test pairs, where x1 is x0 squeezed by s.
               Protocol and public figures: Adit-Mugdha-das/meanflow-thin-endpoint.
 
-A method is one or more names of configs/methods.py, joined by +. A row is one method and seed. It
-is stored as it ends, and its state every 2,000 steps. A stopped command goes on from there.
+A method is one or more names of configs/methods.py, or of RECIPES here, joined by +. A row is one
+method and seed. It is stored as it ends, and its state every 2,000 steps. A stopped command goes
+on from there.
 """
 
 from __future__ import annotations
@@ -58,6 +59,14 @@ BASE: dict[str, Any] = dict(
     loss=dict(p=0.0, residual_scale="unit"),
     ema=dict(halflife_images=(1e4,), evaluate=0.0),
 )
+
+# Besides the names of configs/methods.py: one-field changes of a method, ours.
+RECIPES: dict[str, dict[str, Any]] = {
+    "p1": dict(loss=dict(p=1.0)),  # the adaptive weight in the place of plain squares
+    "p.5": dict(loss=dict(p=0.5)),
+    "zero": dict(network=dict(interval_init="zero")),  # starts from u(z, r, t) = u(z, t, t)
+    "decay": dict(optimizer=dict(decay_fraction=0.4)),  # of the rate, over the last 40 %
+}
 
 
 class Bench(NamedTuple):
@@ -161,7 +170,14 @@ BENCHES = {
     "checkerboard": Bench(
         fields=dict(
             batch_size=2048,
-            network=dict(kind="mlp", width=256, depth=4, time_input="raw", init="torch"),
+            network=dict(
+                kind="mlp",
+                width=256,
+                depth=4,
+                time_input="raw",
+                init="torch",
+                interval_init="random",
+            ),
             # Theirs has t = 1 at the data: its end time t is our 1 - r, its start s our 1 - t.
             times=dict(base="uniform", pairing="above", border="first", r_neq_t_fraction=0.25),
             curriculum=dict(length=20_000.0),
@@ -177,7 +193,14 @@ BENCHES = {
     "thin": Bench(
         fields=dict(
             batch_size=512,
-            network=dict(kind="mlp", width=128, depth=3, time_input="raw", init="torch"),
+            network=dict(
+                kind="mlp",
+                width=128,
+                depth=3,
+                time_input="raw",
+                init="torch",
+                interval_init="random",
+            ),
             times=dict(base="uniform", pairing="sorted", r_neq_t_fraction=0.25),
             curriculum=dict(length=3000.0),
             optimizer=dict(learning_rate=1e-3, warmup_steps=0),
@@ -203,11 +226,17 @@ BENCHES = {
 def config_of(bench: str, method: str, seed: int) -> Config:
     """The config of a row. Raises DmfError for an unknown method."""
     merged: dict[str, Any] = {"seed": seed}
-    for part in (BASE, BENCHES[bench].fields):
+    recipes, names = split_names(method)
+    for part in (BASE, BENCHES[bench].fields, *map(RECIPES.__getitem__, recipes)):
         for key, value in part.items():
             merged[key] = merged.get(key, {}) | value if isinstance(value, dict) else value
-    names = methods.names_in(method.replace("+", ","), "methods.py")
     return parse(methods.apply(complete(merged), names, "methods.py"))
+
+
+def split_names(method: str) -> tuple[list[str], list[str]]:
+    """The recipes and the names of configs/methods.py in a method. Raises DmfError for others."""
+    parts = methods.names_in(method.replace("+", ","), "methods.py", RECIPES)
+    return [n for n in parts if n in RECIPES], [n for n in parts if n not in RECIPES]
 
 
 class Trainer:
@@ -460,7 +489,7 @@ def main() -> None:
     given = arguments()
     names = given.methods.split(",")
     for name in names:
-        methods.names_in(name.replace("+", ","), "methods.py")
+        split_names(name)
     given.out.parent.mkdir(parents=True, exist_ok=True)
     if not given.table:
         for bench in [given.bench] if given.bench else ["thin", "checkerboard"]:
