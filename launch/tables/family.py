@@ -35,11 +35,10 @@ SHOWN = (1, 2, 4, 32)
 SCORE, HELDOUT = "fd_hidden", "fd_hidden_heldout"
 SAMPLES = 2000  # per score
 PICTURED, COLUMNS = 20, 10  # samples per method in the picture, and in a row
-WORSE = 1.05  # more steps are worse if their score is above so many times the best of fewer
 BROKEN = 1 / 3  # of the flow model's own one-step score: what one step has to reach
 SHAPE = (8, 8, 1)
-# Entries that are no one-step method of their own: the start, and one with another target.
-LEFT_OUT = {FLOW: "the start", "guided": "learns another distribution"}
+# Entries that are not compared: the start, another target, other optimisers.
+LEFT_OUT = (FLOW, "guided", "splus", "muon")
 COMMAND = "python launch/tables/family.py --out=docs/family.json --picture=docs/family.png"
 
 
@@ -186,15 +185,12 @@ def picture(rows: list[Row], folder: Path, path: Path) -> None:
     pictures.stack(path, parts)
 
 
-def rises(scores: dict[str, float]) -> str:
-    """Where more sampling steps are worse, as "4 to 32"; "" where the curve falls."""
-    best: tuple[float, str] = (float("inf"), "")
-    found = []
-    for n in sorted(scores, key=int):
-        if scores[n] > WORSE * best[0]:
-            found.append(f"{best[1]} to {n}")
-        best = min(best, (scores[n], n))
-    return ", ".join(found)
+def worse_at(scores: dict[str, float]) -> str:
+    """Where more sampling steps are worse, as "4 to 32"; "-" where the curve falls."""
+    from dmf.run.scoreboard import rises
+
+    found = rises({int(n): score for n, score in scores.items()})
+    return ", ".join(f"{best} to {n}" for best, n in found) or "-"
 
 
 def table(rows: list[Row]) -> str:
@@ -214,7 +210,7 @@ def table(rows: list[Row]) -> str:
         broken = row["method"] != FLOW and flow and scores["1"] > BROKEN * flow
         cells = [f"{scores[str(n)]:.3f}" for n in SHOWN]
         cells[0] += " (broken)" if broken else ""
-        cells += [rises(scores) or "-", f"{row['passes']:.2f}"]
+        cells += [worse_at(scores), f"{row['passes']:.2f}"]
         cells += [f"{max(row['flops_by_passes'].values()):.3f}"]
         cells += [f"{row['temporary_bytes'] / 1e6:.1f}", f"{row['cpu_seconds']:.0f}"]
         lines.append(f"| {row['method']} | {' | '.join(cells)} |")
