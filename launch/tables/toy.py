@@ -65,6 +65,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "p1": dict(loss=dict(p=1.0)),  # the adaptive weight in the place of plain squares
     "p.5": dict(loss=dict(p=0.5)),
     "zero": dict(network=dict(interval_init="zero")),  # starts from u(z, r, t) = u(z, t, t)
+    # flow matching for every pair of times alone: right where u = v, as in the thin benchmark
+    "all_pairs": dict(curriculum=dict(stages=1, kinds=("all_pairs",))),
     "decay": dict(optimizer=dict(decay_fraction=0.4)),  # of the rate, over the last 40 %
 }
 
