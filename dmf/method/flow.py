@@ -42,7 +42,7 @@ BASES: dict[str, Callable[[Array, float, float, int], Array]] = {
     "logit_normal": _logit_normal,
     "uniform": lambda key, mean, std, count: jax.random.uniform(key, (count,)),
 }
-BORDERS = ("pairs", "first")
+BORDERS = ("pairs", "own")
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class TimeLaw:
     the paper, here and in the other sections of the config.
     """
 
-    # * sorted: t and r are the larger and the smaller of two draws | min: t as drawn, r = min(r, t)
-    # | zero: t as drawn, r = 0 | above: r as drawn, t above it
+    # * sorted: t and r are the larger and the smaller of two draws. min: t as drawn, r = min(r, t).
+    # zero: t as drawn, r = 0. above: r as drawn, t a drawn share of the way from r to 1.
     pairing: str = choice("sorted", PAIRINGS)
     # * mean of the normal draw whose sigmoid is t, or of the first draw where two are sorted
     t_mean: float = limited(-0.4, -INF, INF)
@@ -71,8 +71,10 @@ class TimeLaw:
     r_neq_t_fraction: float = limited(0.25, 0, 1)
     # logit_normal = by the means and deviations above | uniform, which reads none of them
     base: str = choice("logit_normal", BASES)
-    # t of r = t rows: pairs = the t of the pairing | first = the first draw by itself
+    # the t of rows with r = t: drawn as the t of the others | own: of a draw of their own
     border: str = choice("pairs", BORDERS)
+    border_mean: float = limited(0.0, -INF, INF)  # * own: mean of the draw whose sigmoid is t
+    border_std: float = limited(1.0, LEAST, INF)  # * own: its standard deviation
 
 
 # The three laws of the official MeanFlow code, in the order of the fields above. The last number is
@@ -227,13 +229,14 @@ def draw_times(key: Array, law: TimeLaw, split: RowSplit) -> tuple[Array, Array]
     """
     key_t, key_r = jax.random.split(key)
     draw = BASES[law.base]
-    first = draw(key_t, law.t_mean, law.t_std, split.batch)
-    second = draw(key_r, law.r_mean, law.r_std, split.batch)
+    t = draw(key_t, law.t_mean, law.t_std, split.batch)
+    r = draw(key_r, law.r_mean, law.r_std, split.batch)
     if law.pairing not in PAIRINGS:
         raise DmfError(
             f"config.times.pairing = {law.pairing!r}: expected one of {', '.join(PAIRINGS)}"
         )
-    r, t = PAIRINGS[law.pairing](second, first)
-    if law.border == "first":
-        t = jnp.where(split.is_pair(), t, first)
+    r, t = PAIRINGS[law.pairing](r, t)
+    if law.border == "own":
+        own = draw(key_t, law.border_mean, law.border_std, split.batch)
+        t = jnp.where(split.is_pair(), t, own)
     return jnp.where(split.is_pair(), r, t), t

@@ -1,6 +1,7 @@
-"""The family table: every method of configs/methods.py, from one flow model, for equal steps.
+r"""The family table: every method of configs/methods.py, from one flow model, for equal steps.
 
-    python launch/tables/family.py --out=docs/family.json --picture=docs/family.png
+    python launch/tables/family.py --out=docs/family.json --picture=docs/family.png \
+        --docs=docs/family.md
     python launch/tables/family.py --methods=dagger,meanflow        these alone
     python launch/tables/family.py --table --out=docs/family.json   runs nothing, prints the table
 
@@ -39,7 +40,10 @@ BROKEN = 1 / 3  # of the flow model's own one-step score: what one step has to r
 SHAPE = (8, 8, 1)
 # Entries that are not compared: the start, another target, other optimisers.
 LEFT_OUT = (FLOW, "guided", "splus", "muon")
-COMMAND = "python launch/tables/family.py --out=docs/family.json --picture=docs/family.png"
+COMMAND = (
+    "python launch/tables/family.py --out=docs/family.json --picture=docs/family.png "
+    "--docs=docs/family.md"
+)
 
 
 def names() -> list[str]:
@@ -217,6 +221,15 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def paste(page: Path, name: str, table: str) -> None:
+    """Puts a table on a page, between <!-- NAME --> and <!-- end of NAME -->."""
+    text, first, end = page.read_text(), f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    if not 0 <= text.find(first) < text.find(end):
+        raise SystemExit(f"error: {page}: expected the lines {first.strip()} and {end}")
+    before, after = text.partition(first)[0], text.partition(end)[2]
+    page.write_text(f"{before}{first}\n{table}\n\n{end}{after}")
+
+
 def stored(path: Path) -> list[Row]:
     """The rows of the file, [] where there is none."""
     return json.loads(path.read_text())["rows"] if path.is_file() else []
@@ -276,6 +289,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "family")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "family" / "family.json")
     parser.add_argument("--picture", type=Path, help="PNG of one-step samples, one grid per method")
+    parser.add_argument("--docs", type=Path, help="page that takes the table between its marks")
     parser.add_argument("--table", action="store_true", help="run nothing, print what is stored")
     return parser.parse_args()
 
@@ -288,6 +302,8 @@ def main() -> None:
         run_all(given.methods, given.seed, folder, given.out)
     rows = stored(given.out)
     print(table(rows))
+    if given.docs:
+        paste(given.docs, "family", table(rows))
     if given.picture:
         picture(rows, folder, given.picture)
 

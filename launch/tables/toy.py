@@ -1,6 +1,7 @@
 """Two public small benchmarks in the plane, with this house's objectives, networks and step.
 
-    python launch/tables/toy.py thin --out=docs/toy.json --plot=docs/toy.png
+    python launch/tables/toy.py --out=docs/toy.json --plot=docs/toy.png --docs=docs/family.md
+    python launch/tables/toy.py thin --seeds=1,2,3
     python launch/tables/toy.py checkerboard --methods=meanflow,meanflow+own_velocity --seeds=0
     python launch/tables/toy.py --table --out=docs/toy.json      runs nothing, prints the tables
 
@@ -42,12 +43,15 @@ from dmf.errors import DmfError
 from dmf.logging import Progress
 from dmf.method import curriculum, guidance, velocity
 from dmf.method.samplers import few_step
+from launch.tables.family import paste
 
 Row = dict[str, Any]
 CHUNK, SAVED = 500, 2000  # steps in one program's call; steps between two saved states
 BINS, EDGE, POINTS, FLOOR = 60, 2.5, 100_000, 1e-8
 CENTRES, SPREAD = 4, 0.5  # blobs on a circle of radius 3, and their standard deviation
-COMMAND = "python launch/tables/toy.py --out=docs/toy.json --plot=docs/toy.png"
+COMMAND = (
+    "python launch/tables/toy.py --out=docs/toy.json --plot=docs/toy.png --docs=docs/family.md"
+)
 METHODS = (
     *("meanflow", "meanflow+own_velocity", "linear", "dagger", "dagger+own_velocity"),
     *("central", "alpha_flow"),
@@ -181,7 +185,7 @@ BENCHES = {
                 interval_init="random",
             ),
             # Theirs has t = 1 at the data: its end time t is our 1 - r, its start s our 1 - t.
-            times=dict(base="uniform", pairing="above", border="first", r_neq_t_fraction=0.25),
+            times=dict(base="uniform", pairing="above", border="own", r_neq_t_fraction=0.25),
             curriculum=dict(length=20_000.0),
             optimizer=dict(learning_rate=2e-4, warmup_steps=0, weight_decay=1e-4),
         ),
@@ -339,40 +343,77 @@ def restored(path: Path, fresh: Any) -> tuple[Any, float]:
     return jax.tree.unflatten(jax.tree.structure(fresh), map(jnp.asarray, leaves)), float(seconds)
 
 
-def run(trainer: Trainer, bench: str, method: str, setting: float, seed: int, folder: Path) -> Row:
+def run(bench: str, trainer: Trainer, case: tuple[int, str, float], folder: Path) -> Row:
     """Trains and scores one row."""
-    kept = folder / f"{bench}_{method}_{setting}_{seed}.npz"
+    seed, method, setting = case
+    kept = folder / kept_name(bench, case)
     row = {"bench": bench, "method": method, "setting": setting, "seed": seed}
     try:
         now, seconds = trainer.train(setting, seed, kept)
     except DmfError as error:
         return row | {"failed": str(error)}
-    scores = trainer.bench.score(setting, partial(trainer.sample(), now.params), seed)
     kept.unlink(missing_ok=True)
-    size, passes = trainer.config.batch_size, trainer.passes()
-    return row | {
+    return row | scored(trainer, setting, seed, now) | {"seconds": round(seconds, 1)}
+
+
+def scored(trainer: Trainer, setting: float, seed: int, now: Any) -> Row:
+    """The scores of a state, its steps, and what they cost in forward passes of a row."""
+    scores = trainer.bench.score(setting, partial(trainer.sample(), now.params), seed)
+    size, passes, steps = trainer.config.batch_size, trainer.passes(), int(now.step)
+    return {
         "scores": {n: round(x, 6) for n, x in scores.items()},
-        "steps": trainer.total,
+        "steps": steps,
         "passes": round(passes, 4),
-        "row_passes": round(trainer.total * size * passes),
-        "seconds": round(seconds, 1),
+        "row_passes": round(steps * size * passes),
     }
+
+
+def kept_name(bench: str, case: tuple[int, str, float]) -> str:
+    """The file of a row's state while it trains."""
+    seed, method, setting = case
+    return f"{bench}_{method}_{setting}_{seed}.npz"
 
 
 def run_all(bench: str, names: list[str], seeds: list[int], out: Path, folder: Path) -> None:
     """Runs what is missing, the seeds in turn, and stores each row as it comes."""
     settings = BENCHES[bench].settings
     cases = itertools.product(seeds, names, settings)
-    done = {(r["bench"], r["seed"], r["method"], r["setting"]) for r in stored(out)}
-    todo = [case for case in cases if (bench, *case) not in done]
+    kept = stored(out)
+    done = {case_of(row) for row in kept if row["bench"] == bench and "unfinished" not in row}
+    todo = [case for case in cases if case not in done]
     trainers, began = {name: Trainer(bench, name) for name in {n for _, n, _ in todo}}, time.time()
-    for i, (seed, name, setting) in enumerate(todo):
-        row = run(trainers[name], bench, name, setting, seed, folder)
-        keep(out, [*stored(out), row])
+    for i, case in enumerate(todo):
+        row = run(bench, trainers[case[1]], case, folder)
+        add(out, row)
         left = (time.time() - began) / (i + 1) * (len(todo) - i - 1)
         said = row.get("failed") or "  ".join(f"{x:.4f}" for x in row["scores"].values())
+        seed, name, setting = case
         label = f"{bench} {name} seed {seed}" + (f" s = {setting}" if setting else "")
         print(f"[{i + 1}/{len(todo)}] {label}: {said}, about {left / 60:.0f} min left", flush=True)
+
+
+def score_unfinished(bench: str, names: list[str], out: Path, folder: Path) -> None:
+    """Scores the states of rows that still train, and stores them as unfinished rows."""
+    about = BENCHES[bench]
+    for case in itertools.product(about.seeds, names, about.settings):
+        seed, method, setting = case
+        path = folder / kept_name(bench, case)
+        if path.is_file():
+            trainer = Trainer(bench, method)
+            now, _ = restored(path, trainer.fresh(seed))
+            row = {"bench": bench, "method": method, "setting": setting, "seed": seed}
+            add(out, row | scored(trainer, setting, seed, now) | {"unfinished": True})
+
+
+def case_of(row: Row) -> tuple[int, str, float]:
+    """(seed, method, setting) of a row."""
+    return row["seed"], row["method"], row["setting"]
+
+
+def add(path: Path, row: Row) -> None:
+    """Stores a row in the place of an unfinished one of the same case."""
+    same = row["bench"], *case_of(row)
+    keep(path, [*(r for r in stored(path) if (r["bench"], *case_of(r)) != same), row])
 
 
 # ---- rows, tables and plot
@@ -430,6 +471,8 @@ def table(rows: list[Row], bench: str) -> str:
                 spread([r["scores"]["1"] for r in by[s]]) if s in by else "" for s in about.settings
             ]
         some = next(iter(by.values()))
+        if any("unfinished" in r for r in some):
+            method += f", unfinished, {some[0]['steps']:,} steps"
         seeds = " to ".join(str(n) for n in sorted({len(v) for v in by.values()}))
         lines.append(f"| {method} | {seeds} | {' | '.join(of)} | {some[0]['passes']:.2f} |")
     return "\n".join(lines)
@@ -482,6 +525,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "toy", help="of states")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "toy" / "toy.json")
     parser.add_argument("--plot", type=Path, help="PNG to write")
+    parser.add_argument("--docs", type=Path, help="page that takes the tables between its marks")
+    parser.add_argument(
+        "--unfinished", action="store_true", help="train nothing, score rows that still train"
+    )
     parser.add_argument("--table", action="store_true", help="run nothing, print what is stored")
     return parser.parse_args()
 
@@ -495,11 +542,16 @@ def main() -> None:
     given.out.parent.mkdir(parents=True, exist_ok=True)
     if not given.table:
         for bench in [given.bench] if given.bench else ["thin", "checkerboard"]:
+            if given.unfinished:
+                score_unfinished(bench, names, given.out, given.folder)
+                continue
             seeds = given.seeds or list(BENCHES[bench].seeds)
             run_all(bench, names, seeds, given.out, given.folder)
     rows = stored(given.out)
     for bench in BENCHES:
         print(f"\n{bench}\n{table(rows, bench)}")
+        if given.docs:
+            paste(given.docs, bench, table(rows, bench))
     if given.plot:
         plot(rows, given.plot)
 

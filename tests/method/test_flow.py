@@ -52,7 +52,7 @@ def test_logit_normal_quantiles():
 @pytest.mark.parametrize("pairing", ["sorted", "above"])
 def test_uniform_times_have_the_quantiles_of_their_pairing(pairing):
     """Two sorted draws: t has the distribution t^2. Above: r is uniform, and t given r too."""
-    law = TimeLaw(pairing, r_neq_t_fraction=0.5, base="uniform", border="first")
+    law = TimeLaw(pairing, r_neq_t_fraction=0.5, base="uniform", border="own")
     split = row_split(200_000, 0.5)
     (r, t), (same, border) = (
         of(flow.draw_times(jax.random.key(0), law, split))
