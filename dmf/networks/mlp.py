@@ -32,8 +32,8 @@ INITS = ("lecun", "torch")
 class MLPConfig:
     """`depth` hidden layers of `width` units.
 
-    interval_init "zero" starts from u(z, r, t) = u(z, t, t). time_input "raw" gives the first
-    layer t and t - r themselves, which span the same functions as t and r.
+    With interval_init "zero" a network starts from u(z, r, t) = u(z, t, t). With time_input "raw"
+    the first layer gets t and t - r themselves, which span the same functions as t and r.
     """
 
     num_classes = 0  # no field: this network takes no class
