@@ -59,8 +59,8 @@ class TimeLaw:
     the paper, here and in the other sections of the config.
     """
 
-    # * sorted: t and r are the larger and the smaller of two draws | min: t as drawn, r = min(r, t)
-    # | zero: r = 0 | above: t is above r
+    # * sorted: r and t are two draws in order | min: t as drawn, r = min(r, t) | zero: r = 0
+    # | above: t is above r
     pairing: str = choice("sorted", PAIRINGS)
     # * mean of the normal draw whose sigmoid is t, or of the first draw where two are sorted
     t_mean: float = limited(-0.4, -INF, INF)
