@@ -170,6 +170,35 @@ def muon(config: ConfigDict) -> Fields:
     return dict(optimizer=dict(name="muon", convolutions=config.network.get("width") is None))
 
 
+def terminal(config: ConfigDict) -> Fields:
+    """The identity in the end time, with a target that passes no gradient.
+
+    Terminal velocity matching and Lagrangian self-distillation (arXiv 2505.18825) rest on it. The
+    papers': the identity, and v of the network itself at the end point. Ours: no gradient through
+    the derivative, which saves two passes, and the start from a flow model.
+    """
+    return _alone("terminal")
+
+
+def lagrangian(config: ConfigDict) -> Fields:
+    """Lagrangian self-distillation (Boffi et al., arXiv 2505.18825), from a flow model.
+
+    The paper's: the identity in the end time, a gradient through its derivative, none through v at
+    the end point, and a squared error without adaptive weight (p = 0). Ours: the laws of times, the
+    share of rows with r = t, and the start; the paper's learned weight is missing.
+    """
+    return _alone("lagrangian") | dict(loss=dict(p=0.0))
+
+
+def flowconsist(config: ConfigDict) -> Fields:
+    """The consistency branch of FlowConsist (arXiv 2602.06346), from a flow model.
+
+    The paper's, by two independent readings: MeanFlow's derivative along u(z, t, t), and flow
+    matching on rows with r = t. Missing: its rectification by a second network. Ours: all numbers.
+    """
+    return _alone("jvp") | dict(loss=dict(tangent="own"))
+
+
 METHODS: dict[str, Callable[[ConfigDict], Fields]] = {
     "dagger": dagger,
     "linear": linear,
@@ -182,6 +211,9 @@ METHODS: dict[str, Callable[[ConfigDict], Fields]] = {
     "own_velocity": own_velocity,
     "ema_velocity": ema_velocity,
     "guided": guided,
+    "terminal": terminal,
+    "lagrangian": lagrangian,
+    "flowconsist": flowconsist,
     "splus": splus,
     "muon": muon,
 }

@@ -12,6 +12,8 @@ the first u only. Here a is the share of t - r that a row steps back (`dmf.metho
                      the MeanFlow identity, arXiv 2505.13447
     central          e = u - sg(v - (t - r) (u+ - u-) / (2 delta))
                      u+- = u(z +- delta v, r, t +- delta); du/dt from two evaluations, no JVP
+    terminal         e = u - sg(u(X, r, r) + (t - r) du/dr),  X = z - (t - r) u
+    lagrangian       the same with a gradient through du/dr (`dmf.method.endpoint`)
 
 Rows with r = t always have the target v. `LossConfig.tangent` may name another direction than v.
 The step back and the derivative follow that direction, and the target keeps v.
@@ -32,6 +34,7 @@ import jax.numpy as jnp
 
 from dmf.errors import DmfError
 from dmf.fields import INF, LEAST, choice, limited
+from dmf.method import endpoint
 from dmf.method.flow import Net, Rows, RowSplit, Tangent, expand
 from dmf.method.velocity import TANGENTS
 from dmf.method.weights import LOG_VARIANCES, OFF, WEIGHTS, Weight
@@ -212,6 +215,23 @@ def central(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -
     return _apart(split, u - rows.v, e, _relative(drift, u_pairs), pairs_cut=True)
 
 
+def terminal(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -> Residuals:
+    """The identity in the end time r, without gradient through its derivative."""
+    return _at_end(net, params, rows, split, through=False)
+
+
+def lagrangian(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -> Residuals:
+    """The identity in the end time r, with a gradient through its derivative."""
+    return _at_end(net, params, rows, split, through=True)
+
+
+def _at_end(net: Net, params: object, rows: Rows, split: RowSplit, through: bool) -> Residuals:
+    border = split.border_of(rows)
+    e, u, drift = endpoint.residual(net, params, split.pairs_of(rows), through)
+    e_border = net(params, border) - border.v if split.n_border else None
+    return Residuals(e_border, e, _relative(drift, u))
+
+
 def _apart(
     split: RowSplit, e_border: Array, e_pairs: Array, change: Array | None, pairs_cut: bool = False
 ) -> Residuals:
@@ -305,6 +325,9 @@ KINDS: dict[str, Kind] = {
     "discrete": Kind(discrete, "difference", extra=1, steps_back=True, limit="jvp"),
     "jvp": Kind(jvp, "derivative", extra=1),
     "central": Kind(central, "difference", extra=2),
+    "terminal": Kind(terminal, "derivative", extra=2),
+    # The gradient through the tangent costs two passes more.
+    "lagrangian": Kind(lagrangian, "derivative", extra=4),
     "guided_discrete": Kind(
         discrete,
         "difference",

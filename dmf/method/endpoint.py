@@ -1,0 +1,39 @@
+"""The identity in the end time r: how the end point of a jump moves as the jump grows shorter.
+
+    X = z - (t - r) u(z, r, t)                the end point of a row's jump
+    dX/dr = u - (t - r) du/dr = v(X, r)       it moves along the flow
+
+So u = v(X, r) + (t - r) du/dr, with z and t fixed. v is the network's own, u(X, r, r): nobody knows
+the data of a row at X. Lagrangian self-distillation (arXiv 2505.18825) and the terminal velocity of
+TVM rest on it.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from dmf.method.flow import Net, Rows, expand
+
+Array = jax.Array
+sg = jax.lax.stop_gradient
+
+
+def residual(net: Net, params: object, pairs: Rows, through: bool) -> tuple[Array, Array, Array]:
+    """(e, u, (t - r) du/dr) of rows with r < t, all (B, ...).
+
+        through   e = u - (t - r) du/dr - sg u(X, r, r)      a gradient through the derivative
+        else      e = u - sg(u(X, r, r) + (t - r) du/dr)
+
+    A row that has r = t after all gets e = u - v.
+    """
+
+    def ending(r: Array) -> Array:
+        return net(params, pairs._replace(r=r))
+
+    u, dudr = jax.jvp(ending, (pairs.r,), (jnp.ones_like(pairs.r),))
+    length = expand(pairs.t - pairs.r, u)
+    drift = length * dudr
+    at_end = net(sg(params), pairs._replace(z=sg(pairs.z - length * u), t=pairs.r))
+    target = sg(jnp.where(length > 0, at_end, pairs.v))
+    return (u - drift - target if through else u - sg(target + drift)), u, drift
