@@ -3,8 +3,12 @@
     X = z - (t - r) u(z, r, t)                the end point of a row's jump
     dX/dr = u - (t - r) du/dr = v(X, r)       it moves along the flow
 
-So u = v(X, r) + (t - r) du/dr, with z and t fixed. v is the network's own, u(X, r, r): nobody knows
-the data of a row at X. Lagrangian self-distillation (arXiv 2505.18825) and the terminal velocity of
+With z and t fixed, this is
+
+    u = v(X, r) + (t - r) du/dr
+
+The network's own u(X, r, r) stands for v, because X lies on no known pair of data and noise.
+Lagrangian self-distillation (arXiv 2505.18825) and the terminal velocity of
 TVM rest on it.
 """
 
