@@ -14,17 +14,22 @@ TVM rest on it.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 
-from dmf.method.flow import Net, Rows, expand
+if TYPE_CHECKING:
+    from dmf.method.flow import Net, Rows
 
 Array = jax.Array
 sg = jax.lax.stop_gradient
 
 
-def residual(net: Net, params: object, pairs: Rows, through: bool) -> tuple[Array, Array, Array]:
-    """(e, u, (t - r) du/dr) of rows with r < t, all (B, ...).
+def residual(
+    net: Net, params: object, pairs: Rows, length: Array, through: bool
+) -> tuple[Array, Array, Array]:
+    """(e, u, (t - r) du/dr) of rows with r < t, all (B, ...). length: t - r, (B, 1, ...).
 
         through   e = u - (t - r) du/dr - sg u(X, r, r)      a gradient through the derivative
         else      e = u - sg(u(X, r, r) + (t - r) du/dr)
@@ -36,7 +41,6 @@ def residual(net: Net, params: object, pairs: Rows, through: bool) -> tuple[Arra
         return net(params, pairs._replace(r=r))
 
     u, dudr = jax.jvp(ending, (pairs.r,), (jnp.ones_like(pairs.r),))
-    length = expand(pairs.t - pairs.r, u)
     drift = length * dudr
     at_end = net(sg(params), pairs._replace(z=sg(pairs.z - length * u), t=pairs.r))
     target = sg(jnp.where(length > 0, at_end, pairs.v))

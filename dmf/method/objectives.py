@@ -226,8 +226,9 @@ def lagrangian(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule
 
 
 def _at_end(net: Net, params: object, rows: Rows, split: RowSplit, through: bool) -> Residuals:
-    border = split.border_of(rows)
-    e, u, drift = endpoint.residual(net, params, split.pairs_of(rows), through)
+    pairs, border = split.pairs_of(rows), split.border_of(rows)
+    length = expand(pairs.t - pairs.r, pairs.z)
+    e, u, drift = endpoint.residual(net, params, pairs, length, through)
     e_border = net(params, border) - border.v if split.n_border else None
     return Residuals(e_border, e, _relative(drift, u))
 
