@@ -116,7 +116,12 @@ def make_train_step(
     def train_step(
         state: TrainState, batch: dict[str, Array], scalars: Scalars
     ) -> tuple[TrainState, Metrics]:
-        rows = draw_rows(state.step, batch, split=split, config=config, seed=scalars.seed)
+        progress = (
+            np.float32(1) if KINDS[kind].v_only else scalars.progress
+        )  # pretraining draws all times
+        rows = draw_rows(
+            state.step, batch, split=split, config=config, seed=scalars.seed, progress=progress
+        )
         rows = jax.lax.with_sharding_constraint(rows, of_rows)
         frozen = {} if average is None else {"average": sharding.whole(mesh, state.ema[average])}
         given = {"progress": scalars.progress, "frozen": frozen, "sums": state.intervals}
@@ -158,17 +163,19 @@ def draw_rows(
     split: RowSplit,
     config: Config,
     seed: np.uint32 | Array | None = None,
+    progress: float | np.float32 | Array = 1.0,
 ) -> Rows:
     """Augment the data, draw noise and times, and lay out the rows of a step.
 
     batch: x (B, H, W, C) float32 in [-1, 1] and label (B,) int32. Encoded images also have std,
         shaped as x. A batch may bring its own noise, shaped as x; otherwise noise is drawn.
     seed: the run's, as an input of the program; None takes the config's, as a constant.
+    progress: of the curriculum, in [0, 1], for a law of times that depends on it.
     """
     keys = step_keys(config.seed if seed is None else seed, step)
     x, condition = _condition(keys, batch, config)
     e = batch["noise"] if "noise" in batch else jax.random.normal(keys["noise"], x.shape)
-    r, t = flow.draw_times(keys["times"], config.times, split)
+    r, t = flow.draw_times(keys["times"], config.times, split, progress)
     z, v = flow.interpolate(x, e, t, config.path)
     # Each row's key comes from its global number, so the number of devices does not show.
     row_keys = jax.vmap(partial(jax.random.fold_in, keys["network"]))(jnp.arange(split.batch))
@@ -196,7 +203,7 @@ def stage_loss(
     how |= dict(config=config, split=split, frozen=frozen, sums=sums)
     _, found = stage_residuals(params, rows, rho, **how)
     total, metrics = jnp.zeros(()), {} if found.change is None else {"change": found.change}
-    weight = config.loss.of_row()
+    weight = config.loss.of_row(config.times)
     for name, e, of in (
         ("border", found.border, split.border_of),
         ("pairs", found.pairs, split.pairs_of),
@@ -204,7 +211,8 @@ def stage_loss(
         if e is None:
             continue
         r, t = of((rows.r, rows.t))
-        loss, squares = weights.weighted_loss(e, r, t, progress, weight)
+        share = found.share if name == "pairs" else None
+        loss, squares = weights.weighted_loss(e, r, t, progress, weight, share)
         total += jnp.sum(loss) / split.batch
         metrics[f"squares_{name}"] = jnp.mean(squares)
     if config.curriculum.interval == intervals.ADAPTIVE and found.products is not None:

@@ -45,7 +45,19 @@ SHAPING = (
 )
 # Fields that are younger than stored rows. With these values the program is the same.
 LATER: dict[str, dict[str, Any]] = {
-    "loss": {"tangent": "data", "delta": 0.005, "weight": "adaptive"},
+    "loss": {
+        "tangent": "data",
+        "tangent_data": 0.0,
+        "target_data": 1.0,
+        "target_clip": 0.0,
+        "delta": 0.005,
+        "weight": "adaptive",
+        "interval_weight": "none",
+        "interval_power": 1.0,
+        "border_weight": "none",
+        "snr_limit": 5.0,
+    },
+    "times": {"difficulty_clusters": 0, "difficulty_share": 0.25},
     "optimizer": {
         "name": "adam",
         "rate_factor": 1.0,

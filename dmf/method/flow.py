@@ -14,15 +14,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dmf.errors import DmfError
-from dmf.fields import INF, LEAST, choice, limited
+from dmf.fields import INF, LEAST, MANY, choice, limited
 
 Array = jax.Array
+FAR = 17.0  # a logit whose sigmoid is as near to 1 as float32 tells
 
 # How two draws become (r, t).
 PAIRINGS: dict[str, Callable[[Array, Array], tuple[Array, Array]]] = {
@@ -55,6 +58,11 @@ class TimeLaw:
     r_std: float = limited(1.0, LEAST, INF)  # * its standard deviation
     # * exact share of rows that keep r < t; the others have r = t
     r_neq_t_fraction: float = limited(0.25, 0, 1)
+    # * rows with r = t start with the noisiest of so many ranges of t, and get one more at a time
+    # (`paced`); 0 = all ranges from the start
+    difficulty_clusters: int = limited(0, 0, MANY)
+    # * all ranges are in use after this share of the curriculum
+    difficulty_share: float = limited(0.25, LEAST, 1)
 
 
 # The three laws of the official MeanFlow code, in the order of the fields above. The last number is
@@ -202,10 +210,13 @@ def interpolate(x: Array, e: Array, t: Array, path: str = "linear") -> tuple[Arr
     return PATHS[path].sample(x, e, tb), PATHS[path].velocity(x, e, tb)
 
 
-def draw_times(key: Array, law: TimeLaw, split: RowSplit) -> tuple[Array, Array]:
+def draw_times(
+    key: Array, law: TimeLaw, split: RowSplit, progress: float | np.float32 | Array = 1.0
+) -> tuple[Array, Array]:
     """(r, t), each (B,) float32: two logit-normal draws, joined as the law says.
 
-    Border rows have r = t. Raises DmfError for an unknown pairing.
+    Border rows have r = t. progress: of the curriculum, in [0, 1]; `paced` says what it changes.
+    Raises DmfError for an unknown pairing.
     """
     key_t, key_r = jax.random.split(key)
     t = jax.nn.sigmoid(law.t_mean + law.t_std * jax.random.normal(key_t, (split.batch,)))
@@ -215,4 +226,79 @@ def draw_times(key: Array, law: TimeLaw, split: RowSplit) -> tuple[Array, Array]
             f"config.times.pairing = {law.pairing!r}: expected one of {', '.join(PAIRINGS)}"
         )
     r, t = PAIRINGS[law.pairing](r, t)
-    return jnp.where(split.is_pair(), r, t), t
+    on_border = paced(t, law, progress) if law.difficulty_clusters else t
+    pair = split.is_pair()
+    return jnp.where(pair, r, on_border), jnp.where(pair, t, on_border)
+
+
+def paced(t: Array, law: TimeLaw, progress: float | np.float32 | Array) -> Array:
+    """Times of rows with r = t, moved into the range of t that is in use: t >= 1 - n / N.
+
+    With N clusters, n rises from 1 to N over `difficulty_share` of the curriculum. So training
+    begins with the noisiest times. Each t moves to the time of the restricted law that as large a
+    share of draws exceeds. At n = N every time stays. t: (B,) draws of the law; returns (B,).
+
+    This is the curriculum of arXiv 2403.10348, which arXiv 2511.19065 uses as DTD.
+    """
+    clusters = law.difficulty_clusters
+    passed = jnp.floor(progress * clusters / law.difficulty_share + 1e-4)  # against rounding
+    n = jnp.clip(1 + passed, 1, clusters)
+    low = 1 - n / clusters
+    least = jnp.maximum(_logit(low), -FAR)
+    wanted = _log_exceeding(_logit(t), law) + _log_exceeding(_logit(low), law)
+
+    def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        middle = (ends[0] + ends[1]) / 2
+        beyond = _log_exceeding(middle, law) < wanted
+        return jnp.where(beyond, ends[0], middle), jnp.where(beyond, middle, ends[1])
+
+    ends = jnp.full_like(t, least), jnp.full_like(t, FAR)
+    moved = jax.nn.sigmoid(jax.lax.fori_loop(0, 40, halve, ends)[1])
+    return jnp.where(n == clusters, t, jnp.maximum(moved, low))
+
+
+def _logit(t: Array) -> Array:
+    return jnp.log(t) - jnp.log1p(-t)
+
+
+def _log_exceeding(logit: Array, law: TimeLaw) -> Array:
+    """log P(t' > t) for a border row's t', from the logit of t. It keeps its digits near t = 1."""
+    first, second = (
+        jax.scipy.special.log_ndtr((mean - logit) / std)
+        for mean, std in ((law.t_mean, law.t_std), (law.r_mean, law.r_std))
+    )
+    if law.pairing != "sorted":  # t as drawn
+        return first
+    return jnp.logaddexp(first, second + jnp.log1p(-jnp.exp(first)))  # the larger of two draws
+
+
+@cache
+def mean_interval(law: TimeLaw) -> float:
+    """E[t - r] over the rows with r < t, by quadrature in float64."""
+    t, of_t = _quadrature(law.t_mean, law.t_std)
+    if law.pairing == "zero":
+        return float(of_t @ t)
+    r, of_r = _quadrature(law.r_mean, law.r_std)
+    apart = of_t @ (np.maximum(t[:, None] - r, 0) @ of_r)
+    if law.pairing == "sorted":
+        return float(2 * apart - of_t @ t + of_r @ r)  # |x| = 2 max(x, 0) - x
+    far = (law.t_mean - law.r_mean) / math.hypot(law.t_std, law.r_std)
+    return float(apart / (0.5 * math.erfc(-far / math.sqrt(2))))  # of those with r < t alone
+
+
+def mean_on_border(law: TimeLaw, f: Callable[[Array], Array]) -> float:
+    """E[f(t)] over the rows with r = t, by quadrature. f: (N,) times -> (N,) values."""
+    t, of_t = _quadrature(law.t_mean, law.t_std)
+    with jax.ensure_compile_time_eval():  # a number, also while a step is traced
+        if law.pairing != "sorted":
+            return float(of_t @ np.asarray(f(jnp.asarray(t))))
+        r, of_r = _quadrature(law.r_mean, law.r_std)
+        larger = np.maximum(t[:, None], r)
+        return float(of_t @ (np.asarray(f(jnp.asarray(larger))) @ of_r))
+
+
+def _quadrature(mean: float, std: float) -> tuple[np.ndarray, np.ndarray]:
+    """Times and their weights, which add up to 1, for one logit-normal draw."""
+    x = np.linspace(-8, 8, 801)
+    weight = np.exp(-(x**2) / 2)
+    return 1 / (1 + np.exp(-(mean + std * x))), weight / weight.sum()

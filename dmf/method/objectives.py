@@ -12,6 +12,9 @@ the first u only. Here a is the share of t - r that a row steps back (`dmf.metho
                      the MeanFlow identity, arXiv 2505.13447
     central          e = u - sg(v - (t - r) (u+ - u-) / (2 delta))
                      u+- = u(z +- delta v, r, t +- delta); du/dt from two evaluations, no JVP
+    split            e = u - T,  T = a sg u2 + (1 - a) sg u1,  a drawn for each row
+                     u2 = u(z, s, t), u1 = u(z - (t - s) u2, r, s), s = t - a (t - r)
+                     the additivity of average velocities, arXiv 2507.16884
 
 Rows with r = t always have the target v. `LossConfig.tangent` may name another direction than v.
 The step back and the derivative follow that direction, and the target keeps v.
@@ -32,8 +35,18 @@ import jax.numpy as jnp
 
 from dmf.errors import DmfError
 from dmf.fields import INF, LEAST, choice, limited
-from dmf.method.flow import Net, Rows, RowSplit, Tangent, expand
-from dmf.method.velocity import TANGENTS
+from dmf.method import weights
+from dmf.method.flow import (
+    Net,
+    Rows,
+    RowSplit,
+    Tangent,
+    TimeLaw,
+    expand,
+    mean_interval,
+    mean_on_border,
+)
+from dmf.method.velocity import TANGENTS, mixed
 from dmf.method.weights import WEIGHTS, Weight
 
 Array = jax.Array
@@ -41,6 +54,7 @@ sg = jax.lax.stop_gradient
 
 # Keeps "unit" finite where a = 0 exactly (t = 1 under dagger). There u = u', and e = 0 / TINY = 0.
 TINY = 1e-12
+MIDDLE = 0x5917  # the purpose of a row's key from which its middle time is drawn
 
 
 @dataclass(frozen=True)
@@ -54,16 +68,38 @@ class LossConfig:
     product_rule: float = limited(1.0, 0, 1)
     # raw = the paper's u - T; unit = (u - T) / w with unit derivative in u
     residual_scale: str = choice("raw", ("raw", "unit"))
+    # T of finite differences and of split is cut to +- this number; 0 = not at all
+    target_clip: float = limited(0.0, 0, INF)
     # direction of u' and du/dt: data = v | own = u(z, t, t) | ema = u(z, t, t) of the evaluated
     # EMA; the target keeps v
     tangent: str = choice("data", TANGENTS)
+    # with tangent own or ema: the share of v in that direction; 1 is v alone
+    tangent_data: float = limited(0.0, 0, 1)
+    target_data: float = limited(1.0, 0, 1)  # the share of v in the target; the rest is u(z, t, t)
     # time step of a central difference; the default is MF-RAE's (arXiv 2511.13019)
     delta: float = limited(5e-3, LEAST, 0.5)
-    weight: str = choice("adaptive", WEIGHTS)  # of a row: adaptive is 1 / (|e|^2 + eps)^p
+    # of a row: adaptive is 1 / (|e|^2 + eps)^p; alpha and norm are alpha-Flow's and ECT's
+    weight: str = choice("adaptive", WEIGHTS)
+    # a factor for rows with r < t: none | progressive = short intervals count more at first
+    interval_weight: str = choice("none", ("none", "progressive"))
+    interval_power: float = limited(1.0, LEAST, INF)  # k of the progressive factor
+    # a factor for rows with r = t: none | min_snr = little weight near noise, with mean 1
+    border_weight: str = choice("none", ("none", "min_snr"))
+    snr_limit: float = limited(5.0, LEAST, INF)  # * gamma of min_snr
 
-    def of_row(self) -> Weight:
-        """The weight of a row from its error, its times and the progress of training."""
-        return WEIGHTS[self.weight](self.p, self.eps)
+    def of_row(self, law: TimeLaw) -> Weight:
+        """The weight of a row from its error, its times and the progress of training.
+
+        law: the law of the times, from which factors of the times get their mean.
+        """
+        pairs = border = None
+        if self.interval_weight == "progressive":
+            pairs = weights.progressive(1 / (1 - mean_interval(law)), self.interval_power)
+        if self.border_weight == "min_snr":
+            plain = weights.min_snr(1.0, self.snr_limit)
+            mean = mean_on_border(law, lambda t: plain(t, t, jnp.zeros(())))
+            border = weights.min_snr(1 / mean, self.snr_limit)
+        return weights.times(WEIGHTS[self.weight](self.p, self.eps), pairs, border)
 
 
 class Residuals(NamedTuple):
@@ -73,6 +109,7 @@ class Residuals(NamedTuple):
         pairs      of r < t rows, None where the batch has no such row
         change     mean change of u along the step back, relative to |u|, of r < t rows
         products   (n_pairs, 2): <e, u - v> and |e|^2 of r < t rows, with e in unit scale
+        share      (n_pairs,) the a of r < t rows, None of kinds whose rows have none
 
     The change is |u - u'| where the kind steps back, and |(t - r) du/dt| of other kinds. Flow
     matching has None. Only kinds that step back have products, for `dmf.method.intervals`.
@@ -82,6 +119,7 @@ class Residuals(NamedTuple):
     pairs: Array | None
     change: Array | None
     products: Array | None = None
+    share: Array | None = None
 
 
 class Rule(NamedTuple):
@@ -98,9 +136,12 @@ class Rule(NamedTuple):
     share: Callable[[Array, Array], Array]
     tangent: Tangent | None = None
 
-    def direction(self, rows: Rows) -> Array:
-        """The velocity along which these rows step back, (B, ...)."""
-        return rows.v if self.tangent is None else self.tangent(rows)
+    def velocities(self, rows: Rows) -> tuple[Array, Array]:
+        """(the velocity along which these rows step back, v in their target), both (B, ...)."""
+        if self.tangent is None:
+            return rows.v, rows.v
+        u = self.tangent(rows)
+        return mixed(rows.v, u, self.loss.tangent_data), mixed(rows.v, u, self.loss.target_data)
 
 
 def discrete_weight(a: Array, r: Array, t: Array, c: float) -> Array:
@@ -111,15 +152,21 @@ def discrete_weight(a: Array, r: Array, t: Array, c: float) -> Array:
     return jnp.where(r < t, a / (1 + c * a), 1.0)
 
 
-def discrete_residual(u: Array, u_next: Array, v: Array, w: Array, scale: str) -> Array:
+def discrete_residual(
+    u: Array, u_next: Array, v: Array, w: Array, scale: str, clip: float = 0.0
+) -> Array:
     """e = u - T with T = w v + (1 - w) sg u', or that divided by w.
 
     u, u_next, v: (B, ...); w: (B,). u_next is u'. scale: "raw", or "unit", which divides by w.
     "unit" has de/du = 1: a stop-gradient keeps the factor 1 / w out of the gradient.
+    clip: T is cut to +-clip where w < 1; 0 cuts nothing.
     Raises DmfError for another scale.
     """
     wb = expand(w, u)
-    raw = u - sg(wb * v + (1 - wb) * u_next)
+    target = wb * v + (1 - wb) * u_next
+    if clip:
+        target = jnp.where(wb < 1, jnp.clip(target, -clip, clip), target)
+    raw = u - sg(target)
     if scale == "raw":
         return raw
     if scale == "unit":
@@ -150,11 +197,39 @@ def discrete(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) 
     pairs, u_pairs = split.pairs_of(rows), split.pairs_of(u)
     # A pair may have r = t after all, by rounding or by its law of times. It does not step back.
     a = jnp.where(pairs.r < pairs.t, rule.share(pairs.r, pairs.t), 0.0)
-    u_next = net(sg(params), shift_back(pairs._replace(v=rule.direction(pairs)), a))
+    along, v = rule.velocities(pairs)
+    u_next = net(sg(params), shift_back(pairs._replace(v=along), a))
     w = discrete_weight(a, pairs.r, pairs.t, rule.loss.product_rule)
-    e = discrete_residual(u_pairs, u_next, pairs.v, w, rule.loss.residual_scale)
+    e = discrete_residual(u_pairs, u_next, v, w, rule.loss.residual_scale, rule.loss.target_clip)
     found = _apart(split, u - rows.v, e, _relative(u_pairs - u_next, u_pairs), pairs_cut=True)
-    return found._replace(products=_products(u_pairs, u_next, pairs.v, a))
+    return found._replace(products=_products(u_pairs, u_next, v, a), share=a)
+
+
+def additive(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -> Residuals:
+    """SplitMeanFlow: u over [r, t] is the mean of u over [r, s] and over [s, t], with sg.
+
+    s = t - a (t - r), and every row draws its own a. The row jumps to s by u(z, s, t). Both other
+    evaluations run on r < t rows only.
+    """
+    u = net(params, rows)
+    pairs, u_pairs = split.pairs_of(rows), split.pairs_of(u)
+    a = jnp.where(pairs.r < pairs.t, middle_share(pairs), 0.0)
+    middle = jnp.clip(pairs.t - a * (pairs.t - pairs.r), pairs.r, pairs.t)
+    late = net(sg(params), pairs._replace(r=middle))
+    early = net(sg(params), shift_back(pairs._replace(v=late), a))
+    w = discrete_weight(a, pairs.r, pairs.t, 0.0)
+    v = jnp.where(expand(pairs.r < pairs.t, late), late, pairs.v)
+    e = discrete_residual(u_pairs, early, v, w, rule.loss.residual_scale, rule.loss.target_clip)
+    found = _apart(split, u - rows.v, e, _relative(u_pairs - early, u_pairs), pairs_cut=True)
+    return found._replace(share=a)
+
+
+def middle_share(rows: Rows) -> Array:
+    """A share of t - r for every row, uniform in (0, 1) by its key; 1/2 of rows without keys."""
+    if rows.keys is None:
+        return jnp.full_like(rows.t, 0.5)
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, MIDDLE))(rows.keys)
+    return jax.vmap(lambda key: jax.random.uniform(key, minval=TINY))(keys)
 
 
 def jvp(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -> Residuals:
@@ -167,10 +242,11 @@ def jvp(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -> Re
     def along(z: Array, r: Array, t: Array) -> Array:
         return net(params, pairs._replace(z=z, r=r, t=t))
 
-    tangents = (rule.direction(pairs), jnp.zeros_like(pairs.r), jnp.ones_like(pairs.t))
+    direction, v = rule.velocities(pairs)
+    tangents = (direction, jnp.zeros_like(pairs.r), jnp.ones_like(pairs.t))
     u, dudt = jax.jvp(along, (pairs.z, pairs.r, pairs.t), tangents)
     drift = expand(pairs.t - pairs.r, dudt) * dudt
-    e = u - sg(pairs.v - drift)
+    e = u - sg(v - drift)
     e_border = net(params, border) - border.v if split.n_border else None
     return Residuals(e_border, e, _relative(drift, u))
 
@@ -182,16 +258,16 @@ def central(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -
     t +- delta would leave [r, 1] takes a smaller delta. At t = 1 delta is 0, and the target is v.
     """
     u, pairs = net(params, rows), split.pairs_of(rows)
-    v, u_pairs = rule.direction(pairs), split.pairs_of(u)
+    (along, v), u_pairs = rule.velocities(pairs), split.pairs_of(u)
     delta = jnp.minimum(rule.loss.delta, jnp.minimum(pairs.t - pairs.r, 1 - pairs.t))
 
     def at(step: Array) -> Array:
         t = jnp.clip(pairs.t + step, pairs.r, 1)  # the sum may round to just beyond an end
-        return net(sg(params), pairs._replace(z=pairs.z + expand(step, v) * v, t=t))
+        return net(sg(params), pairs._replace(z=pairs.z + expand(step, v) * along, t=t))
 
     rate = (pairs.t - pairs.r) / jnp.maximum(2 * delta, TINY)
     drift = expand(rate, v) * (at(delta) - at(-delta))
-    e = u_pairs - sg(pairs.v - drift)
+    e = u_pairs - sg(v - drift)
     return _apart(split, u - rows.v, e, _relative(drift, u_pairs), pairs_cut=True)
 
 
@@ -276,6 +352,9 @@ KINDS: dict[str, Kind] = {
         limit="guided_jvp",
     ),
     "guided_jvp": Kind(jvp, "derivative", extra=1, unguided="jvp"),
+    "split": Kind(additive, "difference", extra=2),
+    "guided_flow": Kind(flow_matching, "plain", v_only=True, unguided="flow"),
+    "guided_split": Kind(additive, "difference", extra=2, unguided="split"),
 }
 GUIDED = tuple(name for name, kind in KINDS.items() if kind.guided)
 FORMER = {"trajectory": "all_pairs"}  # names in old configs and work directories -> names now

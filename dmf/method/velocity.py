@@ -4,7 +4,8 @@
     own    u(z, t, t) of the weights that are trained
     ema    u(z, t, t) of the evaluated average: the EMA of the weights that is sampled and scored
 
-The target keeps v in all three. `dmf.method.guidance` holds the velocity that replaces v there.
+The target keeps v in all three. Two shares of v may mix a direction with v, one in the tangent and
+one in the target. `dmf.method.guidance` holds the velocity that replaces v itself.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import jax
+
+Array = jax.Array
 
 if TYPE_CHECKING:
     from dmf.method.flow import Net, Tangent
@@ -37,6 +40,13 @@ TANGENTS: dict[str, Callable[[Net, object, Mapping[str, object]], Tangent] | Non
     "ema": lambda net, params, frozen: along_own(net, frozen["average"]),
 }
 AVERAGED = ("ema",)  # directions that need the evaluated average among the frozen trees
+
+
+def mixed(v: Array, u: Array, share: float) -> Array:
+    """share v + (1 - share) u: v alone for 1, u alone for 0. v, u: (B, ...)."""
+    if share in (0, 1):  # as they are, to the bit
+        return v if share else u
+    return share * v + (1 - share) * u
 
 
 def passes(name: str) -> int:
