@@ -211,8 +211,12 @@ def stage_loss(
         if e is None:
             continue
         r, t = of((rows.r, rows.t))
-        share = found.share if name == "pairs" else None
-        loss, squares = weights.weighted_loss(e, r, t, progress, weight, share)
+        if config.loss.logvar == weights.OFF:
+            share = found.share if name == "pairs" else None
+            loss, squares = weights.weighted_loss(e, r, t, progress, weight, share)
+        else:
+            lv = how["network"].logvar(params, r, t)
+            loss, squares = weights.learned_loss(e, lv, config.loss.logvar)
         total += jnp.sum(loss) / split.batch
         metrics[f"squares_{name}"] = jnp.mean(squares)
     if config.curriculum.interval == intervals.ADAPTIVE and found.products is not None:

@@ -56,6 +56,7 @@ LATER: dict[str, dict[str, Any]] = {
         "interval_power": 1.0,
         "border_weight": "none",
         "snr_limit": 5.0,
+        "logvar": "off",
     },
     "times": {"difficulty_clusters": 0, "difficulty_share": 0.25},
     "optimizer": {

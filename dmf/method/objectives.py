@@ -27,27 +27,15 @@ by w, so that residuals of all kinds have one scale. The paper's scale "raw" shr
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from dmf.errors import DmfError
-from dmf.fields import INF, LEAST, choice, limited
-from dmf.method import weights
-from dmf.method.flow import (
-    Net,
-    Rows,
-    RowSplit,
-    Tangent,
-    TimeLaw,
-    expand,
-    mean_interval,
-    mean_on_border,
-)
-from dmf.method.velocity import TANGENTS, mixed
-from dmf.method.weights import WEIGHTS, Weight
+from dmf.method.flow import Net, Rows, RowSplit, Tangent, expand
+from dmf.method.velocity import mixed
+from dmf.method.weights import LossConfig
 
 Array = jax.Array
 sg = jax.lax.stop_gradient
@@ -55,51 +43,6 @@ sg = jax.lax.stop_gradient
 # Keeps "unit" finite where a = 0 exactly (t = 1 under dagger). There u = u', and e = 0 / TINY = 0.
 TINY = 1e-12
 MIDDLE = 0x5917  # the purpose of a row's key from which its middle time is drawn
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """The loss. Unknown in the paper and taken from the official MeanFlow recipes: p and eps."""
-
-    p: float = limited(0.75, 0, 2)  # * adaptive weight 1 / (|e|^2 + eps)^p; 0 = squared error
-    # * in the weight; calibrated to the sum over pixels, not the mean
-    eps: float = limited(1e-3, LEAST, INF)
-    # c in w = a / (1 + c a): 1 = discrete MeanFlow, 0 = alpha-Flow
-    product_rule: float = limited(1.0, 0, 1)
-    # raw = the paper's u - T; unit = (u - T) / w with unit derivative in u
-    residual_scale: str = choice("raw", ("raw", "unit"))
-    # T of finite differences and of split is cut to +- this number; 0 = not at all
-    target_clip: float = limited(0.0, 0, INF)
-    # direction of u' and du/dt: data = v | own = u(z, t, t) | ema = u(z, t, t) of the evaluated
-    # EMA; the target keeps v
-    tangent: str = choice("data", TANGENTS)
-    # with tangent own or ema: the share of v in that direction; 1 is v alone
-    tangent_data: float = limited(0.0, 0, 1)
-    target_data: float = limited(1.0, 0, 1)  # the share of v in the target; the rest is u(z, t, t)
-    # time step of a central difference; the default is MF-RAE's (arXiv 2511.13019)
-    delta: float = limited(5e-3, LEAST, 0.5)
-    # of a row: adaptive is 1 / (|e|^2 + eps)^p; alpha and norm are alpha-Flow's and ECT's
-    weight: str = choice("adaptive", WEIGHTS)
-    # a factor for rows with r < t: none | progressive = short intervals count more at first
-    interval_weight: str = choice("none", ("none", "progressive"))
-    interval_power: float = limited(1.0, LEAST, INF)  # k of the progressive factor
-    # a factor for rows with r = t: none | min_snr = little weight near noise, with mean 1
-    border_weight: str = choice("none", ("none", "min_snr"))
-    snr_limit: float = limited(5.0, LEAST, INF)  # * gamma of min_snr
-
-    def of_row(self, law: TimeLaw) -> Weight:
-        """The weight of a row from its error, its times and the progress of training.
-
-        law: the law of the times, from which factors of the times get their mean.
-        """
-        pairs = border = None
-        if self.interval_weight == "progressive":
-            pairs = weights.progressive(1 / (1 - mean_interval(law)), self.interval_power)
-        if self.border_weight == "min_snr":
-            plain = weights.min_snr(1.0, self.snr_limit)
-            mean = mean_on_border(law, lambda t: plain(t, t, jnp.zeros(())))
-            border = weights.min_snr(1 / mean, self.snr_limit)
-        return weights.times(WEIGHTS[self.weight](self.p, self.eps), pairs, border)
 
 
 class Residuals(NamedTuple):

@@ -7,14 +7,21 @@ Training's progress runs from 0 to 1 over the curriculum. A row looked back by a
 
 A factor of the times may follow the adaptive weight. Before it, a factor would be lost: with p = 1
 and eps = 0 the adaptive weight divides it out again.
+
+`LOG_VARIANCES` has another way: a scale e^lv that a head of the network learns for the times r, t.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+
+from dmf.fields import INF, LEAST, choice, limited
+from dmf.method.flow import TimeLaw, mean_interval, mean_on_border
+from dmf.method.velocity import TANGENTS
 
 Array = jax.Array
 Weight = Callable[[Array, Array, Array, Array, Array], Array]  # (s, r, t, progress, a) -> (B,)
@@ -91,6 +98,87 @@ def times(weight: Weight, pairs: Factor | None, border: Factor | None) -> Weight
     return both
 
 
+def paper(m: Array, lv: Array) -> Array:
+    """log(1 + m e^-lv) + lv / 2, the paper's. Its minimum over lv is at e^lv = m."""
+    return jnp.log1p(m * jnp.exp(-lv)) + lv / 2
+
+
+def released(m: Array, lv: Array) -> Array:
+    """log(m e^-lv + c) + lv with c = .01, the released code's, written as log(m + c e^lv).
+
+    It has no minimum over lv, which falls for ever.
+    """
+    return jnp.log(m + 0.01 * jnp.exp(lv))
+
+
+# Forms of the loss of Decoupled MeanFlow (arXiv 2510.24474): (m, lv) -> loss, all (B,). m is the
+# mean of e^2 over pixels. "off" leaves the loss to `WEIGHTS`.
+OFF = "off"
+LOG_VARIANCES: dict[str, Callable[[Array, Array], Array] | None] = {
+    OFF: None,
+    "paper": paper,
+    "released": released,
+}
+
+
+def learned_loss(e: Array, lv: Array, form: str) -> tuple[Array, Array]:
+    """Loss by a learned log variance lv (B,), and sum of squares, of every row; see above.
+
+    The gradient reaches e and lv. form: a key of LOG_VARIANCES.
+    """
+    loss, s = LOG_VARIANCES[form], _squares(e)
+    assert loss is not None
+    return loss(s / (e.size // e.shape[0]), lv), s
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The loss. Unknown in the paper and taken from the official MeanFlow recipes: p and eps."""
+
+    p: float = limited(0.75, 0, 2)  # * adaptive weight 1 / (|e|^2 + eps)^p; 0 = squared error
+    # * in the weight; calibrated to the sum over pixels, not the mean
+    eps: float = limited(1e-3, LEAST, INF)
+    # c in w = a / (1 + c a): 1 = discrete MeanFlow, 0 = alpha-Flow
+    product_rule: float = limited(1.0, 0, 1)
+    # raw = the paper's u - T; unit = (u - T) / w with unit derivative in u
+    residual_scale: str = choice("raw", ("raw", "unit"))
+    # T of finite differences and of split is cut to +- this number; 0 = not at all
+    target_clip: float = limited(0.0, 0, INF)
+    # direction of u' and du/dt: data = v | own = u(z, t, t) | ema = u(z, t, t) of the evaluated
+    # EMA; the target keeps v
+    tangent: str = choice("data", TANGENTS)
+    # with tangent own or ema: the share of v in that direction; 1 is v alone
+    tangent_data: float = limited(0.0, 0, 1)
+    target_data: float = limited(1.0, 0, 1)  # the share of v in the target; the rest is u(z, t, t)
+    # time step of a central difference; the default is MF-RAE's (arXiv 2511.13019)
+    delta: float = limited(5e-3, LEAST, 0.5)
+    # of a row: adaptive is 1 / (|e|^2 + eps)^p; alpha and norm are alpha-Flow's and ECT's
+    weight: str = choice("adaptive", WEIGHTS)
+    # a factor for rows with r < t: none | progressive = short intervals count more at first
+    interval_weight: str = choice("none", ("none", "progressive"))
+    interval_power: float = limited(1.0, LEAST, INF)  # k of the progressive factor
+    # a factor for rows with r = t: none | min_snr = little weight near noise, with mean 1
+    border_weight: str = choice("none", ("none", "min_snr"))
+    snr_limit: float = limited(5.0, LEAST, INF)  # * gamma of min_snr
+    # off | paper, released: a learned log variance of r and t in the place of weight, p and eps;
+    # it needs network.logvar
+    logvar: str = choice(OFF, LOG_VARIANCES)
+
+    def of_row(self, law: TimeLaw) -> Weight:
+        """The weight of a row from its error, its times and the progress of training.
+
+        law: the law of the times, from which factors of the times get their mean.
+        """
+        pairs = border = None
+        if self.interval_weight == "progressive":
+            pairs = progressive(1 / (1 - mean_interval(law)), self.interval_power)
+        if self.border_weight == "min_snr":
+            plain = min_snr(1.0, self.snr_limit)
+            mean = mean_on_border(law, lambda t: plain(t, t, jnp.zeros(())))
+            border = min_snr(1 / mean, self.snr_limit)
+        return times(WEIGHTS[self.weight](self.p, self.eps), pairs, border)
+
+
 def weighted_loss(
     e: Array,
     r: Array,
@@ -105,7 +193,12 @@ def weighted_loss(
     share: a of the rows, (B,); None where they do not look back, which counts as 1.
     Returns (loss, s), both (B,) float32, or float64 for float64 residuals.
     """
-    e = e.astype(jnp.promote_types(e.dtype, jnp.float32))
-    s = jnp.sum(jnp.square(e), axis=tuple(range(1, e.ndim)))
+    s = _squares(e)
     a = jnp.ones_like(s) if share is None else share
     return s * jax.lax.stop_gradient(weight(s, r, t, jnp.asarray(progress), a)), s
+
+
+def _squares(e: Array) -> Array:
+    """The sum of e^2 over pixels, (B,)."""
+    e = e.astype(jnp.promote_types(e.dtype, jnp.float32))
+    return jnp.sum(jnp.square(e), axis=tuple(range(1, e.ndim)))
