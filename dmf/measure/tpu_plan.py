@@ -58,7 +58,6 @@ LATER: dict[str, dict[str, Any]] = {
         "snr_limit": 5.0,
         "logvar": "off",
     },
-    "times": {"difficulty_clusters": 0, "difficulty_share": 0.25},
     "optimizer": {
         "name": "adam",
         "rate_factor": 1.0,
@@ -70,10 +69,20 @@ LATER: dict[str, dict[str, Any]] = {
     },
     "network": {
         "interval_input": "t-r",
+        "time_input": "features",
+        "init": "lecun",
         "time_routing": "interval",
         "t_blocks": 0,
         "qk_norm": False,
         "logvar": False,
+    },
+    "times": {
+        "base": "logit_normal",
+        "border": "pairs",
+        "border_mean": 0.0,
+        "border_std": 1.0,
+        "difficulty_clusters": 0,
+        "difficulty_share": 0.25,
     },
 }
 EARLIER = {"effort": 0.0}  # columns that old rows lack

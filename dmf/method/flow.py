@@ -32,24 +32,38 @@ PAIRINGS: dict[str, Callable[[Array, Array], tuple[Array, Array]]] = {
     "sorted": lambda r, t: (jnp.minimum(r, t), jnp.maximum(r, t)),
     "min": lambda r, t: (jnp.minimum(r, t), t),
     "zero": lambda r, t: (jnp.zeros_like(r), t),
+    "above": lambda r, t: (r, r + (1 - r) * t),
 }
+
+
+def _logit_normal(key: Array, mean: float, std: float, count: int) -> Array:
+    return jax.nn.sigmoid(mean + std * jax.random.normal(key, (count,)))
+
+
+# The law of one draw: (key, mean, std, count) -> (count,) times.
+BASES: dict[str, Callable[[Array, float, float, int], Array]] = {
+    "logit_normal": _logit_normal,
+    "uniform": lambda key, mean, std, count: jax.random.uniform(key, (count,)),
+}
+BORDERS = ("pairs", "own")
 
 
 @dataclass(frozen=True)
 class TimeLaw:
-    """Law of (r, t): two logit-normal draws, a rule that joins them, and the share of r < t.
+    """Law of (r, t): two draws of a base law, a rule that joins them, and the share of r < t.
 
         pairing "sorted": t = max, r = min of the two draws (MeanFlow).
         pairing "min": t as drawn, r = min(r, t), a later CIFAR recipe. Where r lands on t, the row
             has r = t, so fewer rows keep r < t than the field says.
         pairing "zero": t as drawn, r = 0, for a map that only jumps to the data.
+        pairing "above": r as drawn, t a drawn share of the way from r to 1.
 
     The other rows have r = t. A comment that begins with * marks a value that we do not know from
     the paper, here and in the other sections of the config.
     """
 
-    # * sorted: t and r are the larger and the smaller of two draws | min: t as drawn, r = min(r, t)
-    # | zero: t as drawn, r = 0
+    # * sorted: r and t are two draws in order | min: t as drawn, r = min(r, t) | zero: r = 0
+    # | above: t is above r
     pairing: str = choice("sorted", PAIRINGS)
     # * mean of the normal draw whose sigmoid is t, or of the first draw where two are sorted
     t_mean: float = limited(-0.4, -INF, INF)
@@ -58,6 +72,12 @@ class TimeLaw:
     r_std: float = limited(1.0, LEAST, INF)  # * its standard deviation
     # * exact share of rows that keep r < t; the others have r = t
     r_neq_t_fraction: float = limited(0.25, 0, 1)
+    # logit_normal = by the means and deviations above | uniform, which reads none of them
+    base: str = choice("logit_normal", BASES)
+    # the t of rows with r = t: drawn as the t of the others | own: of a draw of their own
+    border: str = choice("pairs", BORDERS)
+    border_mean: float = limited(0.0, -INF, INF)  # * own: mean of the draw whose sigmoid is t
+    border_std: float = limited(1.0, LEAST, INF)  # * own: its standard deviation
     # * rows with r = t start with the noisiest of so many ranges of t, and get one more at a time
     # (`paced`); 0 = all ranges from the start
     difficulty_clusters: int = limited(0, 0, MANY)
@@ -213,22 +233,26 @@ def interpolate(x: Array, e: Array, t: Array, path: str = "linear") -> tuple[Arr
 def draw_times(
     key: Array, law: TimeLaw, split: RowSplit, progress: float | np.float32 | Array = 1.0
 ) -> tuple[Array, Array]:
-    """(r, t), each (B,) float32: two logit-normal draws, joined as the law says.
+    """(r, t), each (B,) float32: two draws of the base law, joined as the law says.
 
     Border rows have r = t. progress: of the curriculum, in [0, 1]; `paced` says what it changes.
     Raises DmfError for an unknown pairing.
     """
     key_t, key_r = jax.random.split(key)
-    t = jax.nn.sigmoid(law.t_mean + law.t_std * jax.random.normal(key_t, (split.batch,)))
-    r = jax.nn.sigmoid(law.r_mean + law.r_std * jax.random.normal(key_r, (split.batch,)))
+    draw = BASES[law.base]
+    t = draw(key_t, law.t_mean, law.t_std, split.batch)
+    r = draw(key_r, law.r_mean, law.r_std, split.batch)
     if law.pairing not in PAIRINGS:
         raise DmfError(
             f"config.times.pairing = {law.pairing!r}: expected one of {', '.join(PAIRINGS)}"
         )
     r, t = PAIRINGS[law.pairing](r, t)
-    on_border = paced(t, law, progress) if law.difficulty_clusters else t
-    pair = split.is_pair()
-    return jnp.where(pair, r, on_border), jnp.where(pair, t, on_border)
+    if law.border == "own":
+        own = draw(key_t, law.border_mean, law.border_std, split.batch)
+        t = jnp.where(split.is_pair(), t, own)
+    if law.difficulty_clusters:
+        t = jnp.where(split.is_pair(), t, paced(t, law, progress))
+    return jnp.where(split.is_pair(), r, t), t
 
 
 def paced(t: Array, law: TimeLaw, progress: float | np.float32 | Array) -> Array:
@@ -263,42 +287,56 @@ def _logit(t: Array) -> Array:
 
 def _log_exceeding(logit: Array, law: TimeLaw) -> Array:
     """log P(t' > t) for a border row's t', from the logit of t. It keeps its digits near t = 1."""
-    first, second = (
-        jax.scipy.special.log_ndtr((mean - logit) / std)
-        for mean, std in ((law.t_mean, law.t_std), (law.r_mean, law.r_std))
-    )
-    if law.pairing != "sorted":  # t as drawn
+    first, *other = (_log_above(logit, law.base, *draw) for draw in _draws_on_border(law))
+    if not other:
         return first
-    return jnp.logaddexp(first, second + jnp.log1p(-jnp.exp(first)))  # the larger of two draws
+    return jnp.logaddexp(first, other[0] + jnp.log1p(-jnp.exp(first)))  # the larger of two draws
+
+
+def _log_above(logit: Array, base: str, mean: float, std: float) -> Array:
+    if base == "uniform":
+        return jax.nn.log_sigmoid(-logit)
+    return jax.scipy.special.log_ndtr((mean - logit) / std)
+
+
+def _draws_on_border(law: TimeLaw) -> tuple[tuple[float, float], ...]:
+    """Mean and deviation of the draws, the larger of which is t of a row with r = t."""
+    if law.border == "own":
+        return ((law.border_mean, law.border_std),)
+    both = (law.t_mean, law.t_std), (law.r_mean, law.r_std)
+    return both if law.pairing == "sorted" else both[:1]
 
 
 @cache
 def mean_interval(law: TimeLaw) -> float:
-    """E[t - r] over the rows with r < t, by quadrature in float64."""
-    t, of_t = _quadrature(law.t_mean, law.t_std)
+    """E[t - r] over the rows with r < t, by quadrature."""
+    t, of_t = _quadrature(law.base, law.t_mean, law.t_std)
     if law.pairing == "zero":
         return float(of_t @ t)
-    r, of_r = _quadrature(law.r_mean, law.r_std)
+    r, of_r = _quadrature(law.base, law.r_mean, law.r_std)
     apart = of_t @ (np.maximum(t[:, None] - r, 0) @ of_r)
     if law.pairing == "sorted":
         return float(2 * apart - of_t @ t + of_r @ r)  # |x| = 2 max(x, 0) - x
     far = (law.t_mean - law.r_mean) / math.hypot(law.t_std, law.r_std)
-    return float(apart / (0.5 * math.erfc(-far / math.sqrt(2))))  # of those with r < t alone
+    kept = 0.5 if law.base == "uniform" else 0.5 * math.erfc(-far / math.sqrt(2))
+    return float(apart / kept)  # of those with r < t alone
 
 
 def mean_on_border(law: TimeLaw, f: Callable[[Array], Array]) -> float:
-    """E[f(t)] over the rows with r = t, by quadrature. f: (N,) times -> (N,) values."""
-    t, of_t = _quadrature(law.t_mean, law.t_std)
+    """E[f(t)] over the rows with r = t, by quadrature. f: times -> values of the same shape."""
+    grids = [_quadrature(law.base, *draw) for draw in _draws_on_border(law)]
+    times, weight = grids[0]
+    if len(grids) == 2:  # the larger of two draws
+        times = np.maximum(times[:, None], grids[1][0]).ravel()
+        weight = np.outer(weight, grids[1][1]).ravel()
     with jax.ensure_compile_time_eval():  # a number, also while a step is traced
-        if law.pairing != "sorted":
-            return float(of_t @ np.asarray(f(jnp.asarray(t))))
-        r, of_r = _quadrature(law.r_mean, law.r_std)
-        larger = np.maximum(t[:, None], r)
-        return float(of_t @ (np.asarray(f(jnp.asarray(larger))) @ of_r))
+        return float(weight @ np.asarray(f(jnp.asarray(times)), np.float64))
 
 
-def _quadrature(mean: float, std: float) -> tuple[np.ndarray, np.ndarray]:
-    """Times and their weights, which add up to 1, for one logit-normal draw."""
+def _quadrature(base: str, mean: float, std: float) -> tuple[np.ndarray, np.ndarray]:
+    """Times and their weights, which add up to 1, for one draw of a base law."""
+    if base == "uniform":
+        return (np.arange(800) + 0.5) / 800, np.full(800, 1 / 800)
     x = np.linspace(-8, 8, 801)
     weight = np.exp(-(x**2) / 2)
     return 1 / (1 + np.exp(-(mean + std * x))), weight / weight.sum()
