@@ -119,18 +119,21 @@ def soflow(config: ConfigDict) -> Fields:
     """SoFlow (arXiv 2512.15657): alpha-Flow's target in unit scale, with alpha falling by a factor.
 
     The released configs' (CIFAR-10 for a U-Net, else ImageNet): ends of alpha, p, times, share of
-    r = t rows. Ours: eps, the start from a flow model, one law for all t. Missing: its guidance.
+    r = t rows. Ours: eps, and the start from a flow model. Missing: its guidance.
     """
-    image = config.network.kind == "unet"
-    first, second = ((-0.9, 1.6), (-4.0, 1.6)) if image else ((0.2, 0.8), (-1.0, 0.8))
+    if config.network.kind == "unet":
+        p, pairs, ends = 0.75, 1.0, (1.0, 0.0003125)
+        t, r, border = (-0.9, 1.6), (-4.0, 1.6), (-0.9, 1.6)
+    else:
+        p, pairs, ends = 1.0, 0.25, (0.1, 0.002)
+        t, r, border = (0.2, 0.8), (-1.0, 0.8), (-0.2, 1.0)
+    times = dict(pairing="min", border="own", r_neq_t_fraction=pairs)
+    for name, law in (("t", t), ("r", r), ("border", border)):
+        times |= {f"{name}_mean": law[0], f"{name}_std": law[1]}
     return dict(
-        loss=dict(product_rule=0.0, residual_scale="unit", p=0.75 if image else 1.0),
-        times=dict(
-            pairing="min",
-            **dict(t_mean=first[0], t_std=first[1], r_mean=second[0], r_std=second[1]),
-            r_neq_t_fraction=1.0 if image else 0.25,
-        ),
-        curriculum=_falling(*((1.0, 0.0003125) if image else (0.1, 0.002))),
+        loss=dict(product_rule=0.0, residual_scale="unit", p=p),
+        times=times,
+        curriculum=_falling(*ends),
     )
 
 

@@ -33,7 +33,12 @@ from tests.tiny import TINY, Setup, merged, residuals
 
 __all__ = ["mlp"]  # a fixture of test_objectives
 C0 = LossConfig(product_rule=0.0)
-LAWS = {**TIME_LAWS, "zero": TimeLaw("zero", -1.1, 2.0, 0.0, 1.0, 1.0)}
+LAWS = {
+    **TIME_LAWS,
+    "zero": TimeLaw("zero", -1.1, 2.0),
+    "uniform": TimeLaw("sorted", base="uniform"),
+    "min_uniform": TimeLaw("min", base="uniform"),
+}
 
 # --- weights of the times -------------------------------------------------------------------------
 
@@ -78,9 +83,17 @@ def test_min_snr_in_velocity_form_and_the_factors_that_make_its_mean_one(
     assert 1 / flow.mean_on_border(law, vp) == pytest.approx(factor_vp, rel=5e-4)
 
 
-@pytest.mark.parametrize("name", ["imagenet", "cifar_v1"])
-def test_the_factor_of_the_border_has_mean_one_under_the_law_that_is_drawn(name):
-    law = dataclasses.replace(TIME_LAWS[name], r_neq_t_fraction=0.0)
+@pytest.mark.parametrize(
+    "law",
+    [
+        TIME_LAWS["imagenet"],
+        TIME_LAWS["cifar_v1"],
+        TimeLaw(border="own", border_mean=0.7),
+        TimeLaw(base="uniform"),
+    ],
+)
+def test_the_factor_of_the_border_has_mean_one_under_the_law_that_is_drawn(law):
+    law = dataclasses.replace(law, r_neq_t_fraction=0.0)
     r, t = flow.draw_times(jax.random.key(1), law, row_split(400_000, 0.0))
     weight = LossConfig(p=0.0, border_weight="min_snr").of_row(law)
     one = jnp.ones_like(t)
@@ -109,12 +122,20 @@ def test_a_factor_counts_after_the_adaptive_weight_and_would_be_lost_before_it(f
 
 # --- paced times ----------------------------------------------------------------------------------
 
-PACED = TimeLaw("min", -0.4, 1.0, -0.4, 1.0, 0.5, 20, 0.25)
+PACED = TimeLaw("min", r_neq_t_fraction=0.5, difficulty_clusters=20, difficulty_share=0.25)
 
 
-@pytest.mark.parametrize("pairing", ["min", "sorted"])
-def test_paced_times_are_the_restricted_law_and_at_last_the_base_law_draw_for_draw(pairing):
-    law, split = dataclasses.replace(PACED, pairing=pairing), row_split(4000, 0.5)
+@pytest.mark.parametrize(
+    ("pairing", "how"),
+    [
+        ("min", {}),
+        ("sorted", {}),
+        ("sorted", dict(border="own", border_mean=-0.4)),
+        ("min", dict(base="uniform")),
+    ],
+)
+def test_paced_times_are_the_restricted_law_and_at_last_the_base_law_draw_for_draw(pairing, how):
+    law, split = dataclasses.replace(PACED, pairing=pairing, **how), row_split(4000, 0.5)
     base = dataclasses.replace(law, difficulty_clusters=0)
     draw = lambda law, progress: flow.draw_times(jax.random.key(3), law, split, progress)  # noqa: E731
     r, t = draw(base, 1.0)
@@ -122,7 +143,8 @@ def test_paced_times_are_the_restricted_law_and_at_last_the_base_law_draw_for_dr
 
     def exceeding(t):
         one = norm.sf((np.log(t / (1 - t)) - law.t_mean) / law.t_std)
-        return one if pairing == "min" else 1 - (1 - one) ** 2
+        one = 1 - t if law.base == "uniform" else one
+        return 1 - (1 - one) ** 2 if pairing == "sorted" and not how else one
 
     for n in (1, 10, 19, 20):
         found_r, found_t = draw(law, np.float32((n - 1) * 0.25 / 20))
