@@ -107,8 +107,8 @@ def test_a_factor_counts_after_the_adaptive_weight_and_would_be_lost_before_it(f
     law = TIME_LAWS["imagenet"]
 
     def grad(config, r, scale=1.0):
-        total = lambda e: weighted_loss(scale * e, r, t, 0.0, config.of_row(law))[0].sum()  # noqa: E731
-        return jax.grad(total)(e)
+        weight = config.of_row(law)
+        return jax.grad(lambda e: weighted_loss(scale * e, r, t, 0.0, weight)[0].sum())(e)
 
     before = grad(plain, 0 * t, jnp.arange(1.0, 9.0)[:, None])
     np.testing.assert_allclose(before, grad(plain, 0 * t), rtol=1e-12)
@@ -137,7 +137,10 @@ PACED = TimeLaw("min", r_neq_t_fraction=0.5, difficulty_clusters=20, difficulty_
 def test_paced_times_are_the_restricted_law_and_at_last_the_base_law_draw_for_draw(pairing, how):
     law, split = dataclasses.replace(PACED, pairing=pairing, **how), row_split(4000, 0.5)
     base = dataclasses.replace(law, difficulty_clusters=0)
-    draw = lambda law, progress: flow.draw_times(jax.random.key(3), law, split, progress)  # noqa: E731
+
+    def draw(law, progress):
+        return flow.draw_times(jax.random.key(3), law, split, progress)
+
     r, t = draw(base, 1.0)
     border = ~np.asarray(split.is_pair())
 
@@ -279,7 +282,10 @@ def test_a_split_row_is_alpha_flows_row_with_its_own_jump(float64, scale):
 
 def test_a_map_that_is_right_at_r_equal_t_alone_has_a_residual(float64):
     net, rows = exact_rows(0.5)
-    wrong = lambda params, rows: net(params, rows) * (1 + 0.1 * (rows.t - rows.r))[:, None]  # noqa: E731
+
+    def wrong(params, rows):
+        return net(params, rows) * (1 + 0.1 * (rows.t - rows.r))[:, None]
+
     found = residuals("split", wrong, None, rows, ALL_PAIRS(64), None, linear, C0)
     np.testing.assert_array_equal(found.share, 0.5)  # rows without keys
     assert float(jnp.abs(found.pairs).max()) > 1e-3
