@@ -47,7 +47,7 @@ SHAPING = (
 )
 # Fields that are younger than stored rows. With these values the program is the same.
 LATER: dict[str, dict[str, Any]] = {
-    "loss": {"tangent": "data", "delta": 0.005, "weight": "adaptive"},
+    "loss": {"tangent": "data", "delta": 0.005, "weight": "adaptive", "logvar": "off"},
     "optimizer": {
         "name": "adam",
         "rate_factor": 1.0,
@@ -59,11 +59,14 @@ LATER: dict[str, dict[str, Any]] = {
     },
     "network": {
         "interval_input": "t-r",
+        "time_input": "features",
+        "init": "lecun",
         "time_routing": "interval",
         "t_blocks": 0,
         "qk_norm": False,
         "logvar": False,
     },
+    "times": {"base": "logit_normal", "border": "pairs", "border_mean": 0.0, "border_std": 1.0},
 }
 OFFICIAL, GUIDED_LAST = "official", "guided_jvp"
 EARLIER = {"effort": 0.0, "rows": SPLIT}  # columns that old rows lack

@@ -34,7 +34,7 @@ from dmf.errors import DmfError
 from dmf.fields import INF, LEAST, choice, limited
 from dmf.method.flow import Net, Rows, RowSplit, Tangent, expand
 from dmf.method.velocity import TANGENTS
-from dmf.method.weights import WEIGHTS, Weight
+from dmf.method.weights import LOG_VARIANCES, OFF, WEIGHTS, Weight
 
 Array = jax.Array
 sg = jax.lax.stop_gradient
@@ -60,6 +60,9 @@ class LossConfig:
     # time step of a central difference; the default is MF-RAE's (arXiv 2511.13019)
     delta: float = limited(5e-3, LEAST, 0.5)
     weight: str = choice("adaptive", WEIGHTS)  # of a row: adaptive is 1 / (|e|^2 + eps)^p
+    # off | paper, released: a learned log variance of r and t in the place of weight, p and eps;
+    # it needs network.logvar
+    logvar: str = choice(OFF, LOG_VARIANCES)
 
     def of_row(self) -> Weight:
         """The weight of a row from its error, its times and the progress of training."""
