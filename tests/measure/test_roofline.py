@@ -87,18 +87,20 @@ def test_products_are_counted_as_often_as_their_loop_runs():
     assert counted(five, (8, 16), (16, 16)) == 5 * 2 * 8 * 16 * 16
 
 
-# As libtpu writes a product of 24 x 12 pairs of matrices, (64, 32) @ (32, 64), and a patch
-# embedding: of the window 24 x 12 with these strides and gaps, one position meets an input.
-TPU = """\
-ENTRY %main (a: f32[24,64,12,32], b: f32[24,64,12,32]) -> f32[24,12,64,64] {
-  %a = f32[24,64,12,32]{3,2,1,0} parameter(0)
-  %b = f32[24,64,12,32]{3,2,1,0} parameter(1)
-  %x = f32[24,32,32,4]{3,2,1,0} parameter(2)
-  %k = f32[4,4,4,768]{3,2,1,0} parameter(3)
-  %e = f32[24,8,8,768]{3,2,1,0} convolution(%x, %k), window={size=4x4 stride=4x4}, dim_labels=b01f_01io->b01f
-  ROOT %c = f32[24,12,64,64]{3,2,1,0} convolution(%a, %b), window={size=24x12 stride=23x11 lhs_dilate=24x12}, dim_labels=0b1f_0o1i->01bf
-}
-"""  # noqa: E501
+# libtpu writes products as convolutions: a patch embedding, and 24 x 12 pairs of matrices.
+# With these strides and gaps, one position of the window 24 x 12 meets an input.
+PATCHES = "window={size=4x4 stride=4x4}, dim_labels=b01f_01io->b01f"
+PAIRS = "window={size=24x12 stride=23x11 lhs_dilate=24x12}, dim_labels=0b1f_0o1i->01bf"
+TPU = f"""\
+ENTRY %main (a: f32[24,64,12,32], b: f32[24,64,12,32]) -> f32[24,12,64,64] {{
+  %a = f32[24,64,12,32]{{3,2,1,0}} parameter(0)
+  %b = f32[24,64,12,32]{{3,2,1,0}} parameter(1)
+  %x = f32[24,32,32,4]{{3,2,1,0}} parameter(2)
+  %k = f32[4,4,4,768]{{3,2,1,0}} parameter(3)
+  %e = f32[24,8,8,768]{{3,2,1,0}} convolution(%x, %k), {PATCHES}
+  ROOT %c = f32[24,12,64,64]{{3,2,1,0}} convolution(%a, %b), {PAIRS}
+}}
+"""
 
 
 def test_products_that_a_tpu_writes_as_convolutions():
