@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from dmf.config import Config
 from dmf.measure import hlo, products
-from dmf.method.objectives import KINDS
+from dmf.method.objectives import KINDS, SPLIT, WHOLE
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,6 @@ def _gpu(bf16: float, tf32: float, fp32: float, memory: float, links: float, she
     return Chip(flops, memory, links, f"NVIDIA, {sheet} data sheet")
 
 
-SPLIT, WHOLE = "split", "whole"  # only r < t rows pay for a second evaluation, or all rows do
 CLOUD = "docs.cloud.google.com/tpu/docs"
 # Part of jax's device_kind -> chip. The first entry that fits counts.
 # Makers give the links of both directions together; one way is half of that.

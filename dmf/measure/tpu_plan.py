@@ -27,10 +27,9 @@ from dmf import fields, networks, optim, sharding, state, step
 from dmf.config import Config, check, to_dict
 from dmf.errors import DmfError
 from dmf.measure import cost, hlo, products, roofline, topologies
-from dmf.measure.roofline import SPLIT, WHOLE
 from dmf.method import curriculum
 from dmf.method.curriculum import Stage
-from dmf.method.objectives import FORMER, KINDS, LAST
+from dmf.method.objectives import FORMER, KINDS, LAST, SPLIT, WHOLE
 from dmf.storage import atomic, records
 
 # Data set -> image shape, classes, images of its training split. A plan reads no data.
@@ -118,12 +117,12 @@ def plan(
     rows, kept, forward = [], read(out), None
     for (given, target), mesh in zip(targets, meshes, strict=True):
         hbm = topologies.hbm_gib(target)
-        for case, stage, layout in _cases(config, list(stages.values()), only):
-            about = _about(case, name, given, target, mesh, stage.kind) | {"rows": layout}
+        for case, stage in _cases(config, list(stages.values()), only):
+            about = _about(case, name, given, target, mesh, stage.kind)
             row = next((row for row in kept if _same(row, about)), None)
             if row is None:
                 forward = forward or cost.forward_flops(config, shape) or float("nan")
-                passes = curriculum.passes(stage, case.times.r_neq_t_fraction)
+                passes = curriculum.passes(stage, case.times.r_neq_t_fraction, case.rows)
                 row = about | {"model_flops": passes * forward / mesh.devices.size}
                 row |= _compile(case, mesh, stage, shape, hbm)
                 kept = [*(read(out) or kept), row]  # another process may have added rows meanwhile
@@ -135,21 +134,18 @@ def plan(
     return rows
 
 
-def _cases(
-    config: Config, stages: list[Stage], only: Sequence[str]
-) -> list[tuple[Config, Stage, str]]:
-    """(config, stage, rows) of every program: the kinds of the run, then the official step.
+def _cases(config: Config, stages: list[Stage], only: Sequence[str]) -> list[tuple[Config, Stage]]:
+    """(config, stage) of every program: the kinds of the run, then the official step.
 
     A run of flow matching alone has no official step beside it. only: as in `plan`.
     """
-    found = [(config, stage, SPLIT) for stage in stages if not only or stage.kind in only]
+    found = [(config, stage) for stage in stages if not only or stage.kind in only]
     learners = [stage for stage in stages if not KINDS[stage.kind].flow_matching]
     if not learners or (only and OFFICIAL not in only):
         return found
     guided = next((stage for stage in learners if KINDS[stage.kind].guided), None)
     official = replace(guided or learners[-1], kind=GUIDED_LAST if guided else LAST)
-    all_rows = replace(config.times, r_neq_t_fraction=1.0)
-    return [*found, (replace(config, times=all_rows), official, WHOLE)]
+    return [*found, (replace(config, rows=WHOLE), official)]
 
 
 ROW = {"kind": str, "fits": bool, "program": str}  # the least that a stored row tells
@@ -286,6 +282,7 @@ def _about(
         "compute_dtype": config.compute_dtype,
         "remat": config.remat,
         "scan_blocks": config.scan_blocks,
+        "rows": config.rows,
         "attention": getattr(config.attention, KINDS[kind].arithmetic),
         "program": _digest(config),
         "effort": getattr(jax.config, "jax_exec_time_optimization_effort", 0.0),
@@ -306,6 +303,8 @@ def _digest(config: Config) -> str:
     shaping = {key: values[key] for key in SHAPING} | {"interval": config.curriculum.interval}
     if config.path != Config.path:  # which old rows do not name
         shaping["path"] = config.path
+    if config.rows != Config.rows:
+        shaping["rows"] = config.rows
     if config.network.kind == "unet" and not config.network.num_classes:  # a field since then
         shaping["network"] = {k: v for k, v in shaping["network"].items() if k != "num_classes"}
     for key, later in LATER.items():

@@ -24,23 +24,25 @@ sys.path.insert(0, str(ROOT))
 
 from dmf.config import Config, parse
 from dmf.measure import roofline, tpu_plan
+from dmf.method.objectives import JOINT, SPLIT, WHOLE
 
 
 @dataclass(frozen=True)
 class Case:
-    """A network and batch; its FSDP shards; the chips it is for."""
+    """A network and batch; its FSDP shards; the chips and the methods it is for."""
 
     config: str
     batch_size: int
     patch: int = 0
     fsdp: int = 1
     topologies: tuple[str, ...] = ("v5e-8", "v4-8")
+    methods: tuple[str, ...] = ("", "guided")
 
 
 CASES = {
     "dit_b4_256": Case("imagenet256:B", 256, patch=4),
     "dit_b4_1024": Case("imagenet256:B", 1024, patch=4),
-    "unet_1024": Case("cifar10", 1024),
+    "unet_1024": Case("cifar10", 1024, methods=("",)),
     "sit_xl2_256": Case("imagenet256:XL", 256),
     "sit_xl2_256_fsdp": Case("imagenet256:XL", 256, fsdp=0),
 }
@@ -75,7 +77,9 @@ def _measure(name: str, method: str, given: argparse.Namespace) -> None:
     kinds = given.kinds.split(",") if given.kinds else [*KINDS[method], tpu_plan.OFFICIAL]
     label = " ".join(part for part in (name, method) if part)
     depth = f" depth {config.network.depth}" if config.network.kind == "dit" else ""
-    tpu_plan.plan(config, targets, given.out, label + depth, kinds)
+    for layout in given.rows.split(","):
+        laid_out = replace(config, rows=layout)
+        tpu_plan.plan(laid_out, targets, given.out, label + depth, kinds)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -86,7 +90,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     found = roofline.of_plan([row for row in rows if row["fits"]], config)
     for row in found:
         same = [other for other in found if _group(other) == _group(row)]
-        whole = next((other for other in same if other["rows"] == roofline.WHOLE), None)
+        whole = next((other for other in same if other["rows"] == WHOLE), None)
         cells = [row["config"], row["topology"], row["kind"], row["rows"], *_cells(row, whole)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -128,6 +132,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--methods", default=",".join(KINDS), help="such as ,guided")
     parser.add_argument("--depth", type=int, default=0, help="blocks of a transformer; 0: all")
     parser.add_argument("--kinds", default="", help="only these, such as jvp,official")
+    parser.add_argument(
+        "--rows", default=f"{SPLIT},{JOINT}", help="layouts beside the official one"
+    )
     parser.add_argument("--print", action="store_true", help="only print what is stored")
     given = parser.parse_args(arguments)
     unknown = [name for name in given.cases.split(",") if name not in CASES]
@@ -136,7 +143,8 @@ def main(arguments: list[str]) -> None:
     if not given.print:
         for name in given.cases.split(","):
             for method in given.methods.split(","):
-                _measure(name, method, given)
+                if method in CASES[name].methods:  # a network without classes is not guided
+                    _measure(name, method, given)
     print(table(tpu_plan.read(given.out)))
 
 
