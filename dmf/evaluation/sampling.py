@@ -62,17 +62,22 @@ class Sampler:
 
         sampler = SAMPLERS[config.run.sampler]
 
-        def noise(seed: jax.Array, row: jax.Array) -> jax.Array:
+        def keys_of(seed: jax.Array, row: jax.Array) -> jax.Array:
             # No training step has this number.
             key = jax.random.fold_in(jax.random.key(seed), 2**31 - 1)
-            keys = jax.vmap(partial(jax.random.fold_in, key))(row)
-            return jax.vmap(lambda k: jax.random.normal(k, image_shape))(keys)
+            return jax.vmap(partial(jax.random.fold_in, key))(row)
+
+        def noise(seed: jax.Array, row: jax.Array) -> jax.Array:
+            return jax.vmap(lambda k: jax.random.normal(k, image_shape))(keys_of(seed, row))
 
         velocity = partial(_velocity, network, config.num_classes, guidance)
 
         def draw(whole: Whole, rows: tuple[jax.Array, jax.Array]) -> jax.Array:
             (params, steps, seed), (row, label) = whole, rows
-            return sampler.draw(velocity(params, label), noise(seed, row), steps, times)
+            u, more = velocity(params, label), {}
+            if sampler.fresh_noise:
+                more = {"keys": keys_of(seed, row)}
+            return sampler.draw(u, noise(seed, row), steps, times, **more)
 
         def draw_on_host(whole: Whole, rows: tuple[jax.Array, jax.Array]) -> jax.Array:
             (params, steps, seed), (row, label) = whole, rows

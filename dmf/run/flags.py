@@ -89,7 +89,8 @@ FLAGS["config"].parser = _ConfigFile(FLAGS["config"].parser)
 flags.DEFINE_string("workdir", None, "")
 flags.DEFINE_string("out", "", "")
 flags.DEFINE_list("steps", ["1"], "")
-SAMPLERS = ("few_step", "euler", "heun", "few_step_on_host")  # dmf.method.samplers loads jax too
+# The keys of dmf.method.samplers, which loads jax too.
+SAMPLERS = ("few_step", "euler", "heun", "few_step_on_host", "restart", "gamma")
 flags.DEFINE_enum("sampler", "", ["", *SAMPLERS], "")
 flags.DEFINE_list("ema", [], "")
 flags.DEFINE_integer("count", 0, "", lower_bound=0, upper_bound=MOST)
