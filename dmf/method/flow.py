@@ -55,6 +55,10 @@ class TimeLaw:
     r_std: float = limited(1.0, LEAST, INF)  # * its standard deviation
     # * exact share of rows that keep r < t; the others have r = t
     r_neq_t_fraction: float = limited(0.25, 0, 1)
+    # the t of rows with r = t: drawn as the t of the others | own: of the normal draw below
+    border: str = choice("pairs", ("pairs", "own"))
+    border_mean: float = limited(0.0, -INF, INF)  # * own: mean of the draw whose sigmoid is t
+    border_std: float = limited(1.0, LEAST, INF)  # * own: its standard deviation
 
 
 # The three laws of the official MeanFlow code, in the order of the fields above. The last number is
@@ -205,14 +209,18 @@ def interpolate(x: Array, e: Array, t: Array, path: str = "linear") -> tuple[Arr
 def draw_times(key: Array, law: TimeLaw, split: RowSplit) -> tuple[Array, Array]:
     """(r, t), each (B,) float32: two logit-normal draws, joined as the law says.
 
-    Border rows have r = t. Raises DmfError for an unknown pairing.
+    Border rows have r = t, of one logit-normal draw where the law has an own one for them. Raises DmfError for an unknown pairing.
     """
     key_t, key_r = jax.random.split(key)
-    t = jax.nn.sigmoid(law.t_mean + law.t_std * jax.random.normal(key_t, (split.batch,)))
+    first = jax.random.normal(key_t, (split.batch,))
+    t = jax.nn.sigmoid(law.t_mean + law.t_std * first)
     r = jax.nn.sigmoid(law.r_mean + law.r_std * jax.random.normal(key_r, (split.batch,)))
     if law.pairing not in PAIRINGS:
         raise DmfError(
             f"config.times.pairing = {law.pairing!r}: expected one of {', '.join(PAIRINGS)}"
         )
     r, t = PAIRINGS[law.pairing](r, t)
+    if law.border == "own":
+        own = jax.nn.sigmoid(law.border_mean + law.border_std * first)
+        t = jnp.where(split.is_pair(), t, own)
     return jnp.where(split.is_pair(), r, t), t
