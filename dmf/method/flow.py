@@ -209,7 +209,8 @@ def interpolate(x: Array, e: Array, t: Array, path: str = "linear") -> tuple[Arr
 def draw_times(key: Array, law: TimeLaw, split: RowSplit) -> tuple[Array, Array]:
     """(r, t), each (B,) float32: two logit-normal draws, joined as the law says.
 
-    Border rows have r = t, of one logit-normal draw where the law has an own one for them. Raises DmfError for an unknown pairing.
+    Border rows have r = t, by a draw of their own where the law says so.
+    Raises DmfError for an unknown pairing.
     """
     key_t, key_r = jax.random.split(key)
     first = jax.random.normal(key_t, (split.batch,))
