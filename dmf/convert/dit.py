@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +30,8 @@ from dmf.networks import layers
 from dmf.networks.dit import DIT_SIZES, DiTConfig
 
 GIVEN = ("heads", "resolution")
+# Fields of a network that neither SiT's nor MeanFlow's program has otherwise.
+PLAIN = {"time_routing": "interval", "qk_norm": False}
 
 Linear = Callable[[str, Any], Any]
 
@@ -144,29 +146,40 @@ def torch_embed(linear: Linear, module: str, time: Any) -> Any:
     return linear(f"{module}.mlp.2", torch.nn.functional.silu(linear(f"{module}.mlp.0", features)))
 
 
-def torch_blocks(linear: Linear, x: Any, cond: Any, depth: int, heads: int) -> Any:
+def torch_blocks(
+    linear: Linear,
+    x: Any,
+    conds: Sequence[Any],
+    heads: int,
+    norm: Callable[[str, Any], Any] | None = None,
+) -> Any:
     """The transformer in PyTorch: embedded patches (B, N, width) -> output of the last layer.
 
-    The patches come without positions, which are added here.
+    - x: the patches without positions, which are added here.
+    - conds: what each block sees, and then the last layer, (B, width) each.
+    - norm: of queries and of keys, by the name of the layer.
     """
     from torch.nn import functional as F
 
     x = x + _torch_positions(math.isqrt(x.shape[1]), x.shape[2] // 4)
-    cond = F.silu(cond)[:, None]
+    seen = [F.silu(cond)[:, None] for cond in conds]
 
     def modulated(x: Any, shift: Any, scale: Any) -> Any:
         return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
-    for i in range(depth):
+    for i, cond in enumerate(seen[:-1]):
         name = f"blocks.{i}"
         chunks = linear(f"{name}.adaLN_modulation.1", cond).chunk(6, dim=-1)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = chunks
         qkv = linear(f"{name}.attn.qkv", modulated(x, shift, scale)).unflatten(-1, (3, heads, -1))
-        mixed = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        if norm:
+            q, k = norm(f"{name}.attn.q_norm", q), norm(f"{name}.attn.k_norm", k)
+        mixed = F.scaled_dot_product_attention(q, k, v)
         x = x + gate * linear(f"{name}.attn.proj", mixed.transpose(1, 2).flatten(2))
         wide = linear(f"{name}.mlp.fc1", modulated(x, shift_mlp, scale_mlp))
         x = x + gate_mlp * linear(f"{name}.mlp.fc2", F.gelu(wide, approximate="tanh"))
-    shift, scale = linear("final_layer.adaLN_modulation.1", cond).chunk(2, dim=-1)
+    shift, scale = linear("final_layer.adaLN_modulation.1", seen[-1]).chunk(2, dim=-1)
     return linear("final_layer.linear", modulated(x, shift, scale))
 
 

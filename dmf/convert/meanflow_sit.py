@@ -51,7 +51,7 @@ def _describe(tensors: Tensors, given: Mapping[str, Any]) -> tuple[DiTConfig, Sh
 
 
 def _rules(config: DiTConfig, shape: Shape, tensors: Tensors | None) -> list[Rule]:
-    expect(config, NAME, {"kind": "dit"})
+    expect(config, NAME, {"kind": "dit", **dit.PLAIN})
     second = _second(tensors) if tensors else EMBEDDERS[0]
     rooms = {name: dit.room(name) for name in ("t_embedder.mlp.0", *dit.modules(config.depth))}
     rooms |= {f"{second}.mlp.{i}": f"interval/mlp_{i}" for i in (0, 2)}
@@ -68,12 +68,13 @@ def _outputs(network: Any, params: Any, arrays: Mapping[str, np.ndarray]) -> dic
     """u(z, r, t) of x, t and r or h; images as (B, C, H, W)."""
     if not {"x", "t"} <= set(arrays) or not {"r", "h"} & set(arrays):
         return {}
-    t, r = np.asarray(arrays["t"], np.float32), _r(arrays)
+    t, r = np.asarray(arrays["t"], np.float32), r_of(arrays)
     z = np.transpose(arrays["x"], (0, 2, 3, 1))
     return {"u": nchw(dit.u(network, params, z, r, t, arrays.get("y")))}
 
 
-def _r(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+def r_of(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The end of the interval, which is given itself or by its length."""
     r = arrays["r"] if "r" in arrays else arrays["t"] - arrays["h"]
     return np.asarray(r, np.float32)
 
@@ -89,7 +90,7 @@ def _torch_outputs(
 ) -> dict[str, np.ndarray]:
     import torch
 
-    r = _r(arrays)
+    r = r_of(arrays)
     seen = r if arrays.get("sees_r", False) else np.asarray(arrays["t"], np.float32) - r
     return {"u": sit.torch_forward(tensors, arrays, {_second(tensors): torch.from_numpy(seen)})}
 

@@ -49,8 +49,8 @@ def velocity(model: Model, params: Any, labels: Any) -> Callable[[Any, Any, Any]
 def function(model: Model, steps: int) -> Callable[[Weights, Any, Any], Any]:
     """sampler(weights, e, labels) -> images of the shape of e, traced as `sampling.Sampler`.
 
-    Raises DmfError for a sampler that loops on the host, which no program can hold, or that draws
-    noise of its own, which the caller of an artifact does not give.
+    Raises DmfError for a sampler that loops on the host, which no program can hold. The same for
+    one with fresh noise, which the caller of an artifact does not give.
     """
     row = SAMPLERS[model.sampler]
     if row.on_host or row.fresh_noise:
