@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dmf.convert import dit, meanflow_sit, sit
+from dmf.convert import dit, sit
 from dmf.convert.kind import Fact, Kind, Shape, Tensors, check_given, expect, fact_of
 from dmf.convert.rules import Rule, conv_layer, linear_layer, plain
 from dmf.errors import DmfError
@@ -73,7 +73,7 @@ def _probe(config: DiTConfig, shape: Shape) -> dict[str, np.ndarray]:
 def _torch_outputs(
     tensors: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    late = meanflow_sit.r_of(arrays), int(arrays["t_blocks"])
+    late = dit.r_of(arrays), int(arrays["t_blocks"])
     return {"u": sit.torch_forward(tensors, arrays, {}, late)}
 
 
@@ -89,7 +89,7 @@ DECOUPLED_DIT = Kind(
     select=sit.SIT.select,
     describe=_describe,
     rules=_rules,
-    outputs=meanflow_sit.MEANFLOW_SIT.outputs,
+    outputs=dit.average_outputs,
     torch_outputs=_torch_outputs,
     probe=_probe,
     facts=(

@@ -22,6 +22,7 @@ from dmf.convert.kind import (
     exact,
     fact_of,
     heads_of,
+    nchw,
     shown,
 )
 from dmf.convert.rules import Rule, plain
@@ -119,6 +120,23 @@ def u(network: Any, params: Any, z: Any, r: Any, t: Any, label: Any) -> np.ndarr
     """Our network's u(z, r, t), for arrays of a source."""
     label = None if label is None else np.asarray(label, np.int32)
     return np.asarray(jax.jit(network.apply)(params, np.asarray(z, np.float32), r, t, label=label))
+
+
+def average_outputs(
+    network: Any, params: Any, arrays: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """u(z, r, t) of x, t and r or h; images as (B, C, H, W)."""
+    if not {"x", "t"} <= set(arrays) or not {"r", "h"} & set(arrays):
+        return {}
+    t, r = np.asarray(arrays["t"], np.float32), r_of(arrays)
+    z = np.transpose(arrays["x"], (0, 2, 3, 1))
+    return {"u": nchw(u(network, params, z, r, t, arrays.get("y")))}
+
+
+def r_of(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The end of the interval, which is given itself or by its length."""
+    r = arrays["r"] if "r" in arrays else arrays["t"] - arrays["h"]
+    return np.asarray(r, np.float32)
 
 
 def probe(config: DiTConfig, shape: Shape) -> dict[str, np.ndarray]:

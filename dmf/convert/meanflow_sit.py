@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dmf.convert import dit, sit
-from dmf.convert.kind import Fact, Kind, Shape, Tensors, check_given, expect, nchw
+from dmf.convert.kind import Fact, Kind, Shape, Tensors, check_given, expect
 from dmf.convert.rules import Rule, conv_layer, linear_layer
 from dmf.errors import DmfError
 from dmf.networks.dit import INTERVAL_INPUTS, DiTConfig
@@ -64,21 +64,6 @@ def _rules(config: DiTConfig, shape: Shape, tensors: Tensors | None) -> list[Rul
     ]
 
 
-def _outputs(network: Any, params: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """u(z, r, t) of x, t and r or h; images as (B, C, H, W)."""
-    if not {"x", "t"} <= set(arrays) or not {"r", "h"} & set(arrays):
-        return {}
-    t, r = np.asarray(arrays["t"], np.float32), r_of(arrays)
-    z = np.transpose(arrays["x"], (0, 2, 3, 1))
-    return {"u": nchw(dit.u(network, params, z, r, t, arrays.get("y")))}
-
-
-def r_of(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The end of the interval, which is given itself or by its length."""
-    r = arrays["r"] if "r" in arrays else arrays["t"] - arrays["h"]
-    return np.asarray(r, np.float32)
-
-
 def _probe(config: DiTConfig, shape: Shape) -> dict[str, np.ndarray]:
     ours = dit.probe(config, shape)
     sees_r = np.array(config.interval_input == "r")  # which no tensor shows PyTorch's side
@@ -90,7 +75,7 @@ def _torch_outputs(
 ) -> dict[str, np.ndarray]:
     import torch
 
-    r = r_of(arrays)
+    r = dit.r_of(arrays)
     seen = r if arrays.get("sees_r", False) else np.asarray(arrays["t"], np.float32) - r
     return {"u": sit.torch_forward(tensors, arrays, {_second(tensors): torch.from_numpy(seen)})}
 
@@ -107,7 +92,7 @@ MEANFLOW_SIT = Kind(
     select=sit.SIT.select,
     describe=_describe,
     rules=_rules,
-    outputs=_outputs,
+    outputs=dit.average_outputs,
     torch_outputs=_torch_outputs,
     probe=_probe,
     facts=(

@@ -180,7 +180,10 @@ def _loop(step: Callable[[Array, Array], Array], e: Array, steps: int | Array) -
 
 def _fresh(keys: Array, i: Array, z: Array) -> Array:
     """The noise of step i, shaped as z. A row's depends on its key and on i alone."""
-    draw = lambda key: jax.random.normal(jax.random.fold_in(key, i), z.shape[1:], z.dtype)  # noqa: E731
+
+    def draw(key: Array) -> Array:
+        return jax.random.normal(jax.random.fold_in(key, i), z.shape[1:], z.dtype)
+
     return jax.vmap(draw)(keys)
 
 
