@@ -93,9 +93,8 @@ def compile_cases(
         except jax.errors.JaxRuntimeError as error:
             _pass_over(kind, error)
         extra = guidance.passes(config.guidance) if KINDS[kind].guided else 0
-        passes = curriculum.passes(
-            Stage(0, kind, 1.0, 0, 1, extra, velocity.passes(config.loss.tangent)), fraction
-        )
+        stage = Stage(0, kind, 1.0, 0, 1, extra, velocity.passes(config.loss.tangent))
+        passes = curriculum.passes(stage, fraction, config.rows)
         programs.append(Program(kind, fraction, passes, run, seconds, found, seen.count - before))
     return programs, start, batch
 

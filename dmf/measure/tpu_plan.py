@@ -116,7 +116,7 @@ def plan(config: Config, names: list[str], out: str = "", name: str = "") -> lis
             row = next((row for row in kept if _same(row, about)), None)
             if row is None:
                 forward = forward or cost.forward_flops(config, shape) or float("nan")
-                passes = curriculum.passes(stage, config.times.r_neq_t_fraction)
+                passes = curriculum.passes(stage, config.times.r_neq_t_fraction, config.rows)
                 row = about | {"model_flops": passes * forward / mesh.devices.size}
                 row |= _compile(config, mesh, stage, shape, hbm)
                 kept = [*(read(out) or kept), row]  # another process may have added rows meanwhile
@@ -275,6 +275,8 @@ def _digest(config: Config) -> str:
     shaping = {key: values[key] for key in SHAPING} | {"interval": config.curriculum.interval}
     if config.path != Config.path:  # which old rows do not name
         shaping["path"] = config.path
+    if config.rows != Config.rows:
+        shaping["rows"] = config.rows
     if config.network.kind == "unet" and not config.network.num_classes:  # a field since then
         shaping["network"] = {k: v for k, v in shaping["network"].items() if k != "num_classes"}
     for key, later in LATER.items():

@@ -187,6 +187,8 @@ def _probe(
 def _gradients(params: Any, law: Rows, rho: Array, *, mesh: Mesh, **how: Any) -> dict[str, Array]:
     """Norm ratio and cosine of two gradients: the mean loss of r < t rows, and of r = t rows."""
 
+    how["split"] = how["split"].micro(mesh.size)  # of one device
+
     def loss(params: Any, law: Rows, rho: Array, part: str) -> tuple[Array, None]:
         _, found = step.stage_residuals(params, law, rho, train=False, **how)
         config, split = how["config"].loss, how["split"]
@@ -194,10 +196,11 @@ def _gradients(params: Any, law: Rows, rho: Array, *, mesh: Mesh, **how: Any) ->
         e, weight = getattr(found, part), config.of_row()
         return jnp.mean(weights.weighted_loss(e, r, t, 0.0, weight)[0]), None
 
-    border, pairs = (
-        sharding.gradient(mesh, partial(loss, part=part))(params, law, rho)[0]
-        for part in ("border", "pairs")
-    )
+    def gradient(part: str) -> Any:
+        grad = jax.grad(partial(loss, part=part), has_aux=True)
+        return sharding.averaged(mesh, grad, how["network"].dtypes)(params, law, rho)[0]
+
+    border, pairs = gradient("border"), gradient("pairs")
     norms = [step.global_norm(g)[0] for g in (border, pairs)]
     inner = jax.tree.reduce(jnp.add, jax.tree.map(jnp.vdot, border, pairs))
     floor = objectives.TINY
