@@ -112,7 +112,8 @@ def gamma(
         z <- a (z - (t - r) u(z, r, t)) + sqrt(s^2 - (a r)^2) e'
 
     The noise of z then has the standard deviation s for every g. The released code adds 1 - a of
-    noise, which is too little between g = 0 and g = 1. g = 0 is `few_step`, g = 1 is `restart`.
+    noise, which is too little for 0 < g < 1.
+    With g = 0 this is `few_step`, and with g = 1 `restart`.
     e: (B, ...) noise; keys: (B,) typed keys of the fresh noise; returns (B, ...).
     """
 
