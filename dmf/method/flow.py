@@ -156,6 +156,12 @@ class RowSplit:
 
         return jax.tree.map(take, tree)
 
+    def join(self, pairs: Array, border: Array) -> Array:
+        """(n_pairs, ...) and (n_border, ...) -> (B, ...), each row in its place."""
+        groups = self.batch // self.group
+        both = [x.reshape(groups, -1, *x.shape[1:]) for x in (pairs, border)]
+        return jnp.concatenate(both, axis=1).reshape(self.batch, *pairs.shape[1:])
+
     def microbatches(self, tree: Any, count: int) -> Any:
         """(B, ...) -> (count, B / count, ...), whole groups dealt in turn.
 

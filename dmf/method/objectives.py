@@ -93,6 +93,7 @@ class Rule(NamedTuple):
         loss      the loss section of the config
         share     (r, t) -> a, the part of t - r that a row steps back, all (B,)
         tangent   direction of the step back and of the derivative, None for v
+        joint     one pass with gradient over all rows, and what r < t rows need without gradient
 
     The share is an interval rule at the rho of the step. Only kinds that step back ask for it.
     """
@@ -100,10 +101,17 @@ class Rule(NamedTuple):
     loss: LossConfig
     share: Callable[[Array, Array], Array]
     tangent: Tangent | None = None
+    joint: bool = False
 
     def direction(self, rows: Rows) -> Array:
         """The velocity along which these rows step back, (B, ...)."""
         return rows.v if self.tangent is None else self.tangent(rows)
+
+
+Residual = Callable[[Net, object, Rows, RowSplit, Rule], Residuals]
+
+# How the rows of a step go through the network; the numbers are equal up to rounding.
+SPLIT, JOINT, WHOLE = LAYOUTS = ("split", "joint", "whole")
 
 
 def discrete_weight(a: Array, r: Array, t: Array, c: float) -> Array:
@@ -163,15 +171,21 @@ def discrete(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) 
 def jvp(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -> Residuals:
     """MeanFlow with du/dt along (dz, dr, dt) = (v, 0, 1), or along another tangent.
 
-    The JVP runs on r < t rows only.
+    The JVP runs on r < t rows only. `rule.joint` evaluates u of these rows once more, with the
+    others and with gradient. The JVP then needs none.
     """
     pairs, border = split.pairs_of(rows), split.border_of(rows)
+    weights = sg(params) if rule.joint else params
 
     def along(z: Array, r: Array, t: Array) -> Array:
-        return net(params, pairs._replace(z=z, r=r, t=t))
+        return net(weights, pairs._replace(z=z, r=r, t=t))
 
     tangents = (rule.direction(pairs), jnp.zeros_like(pairs.r), jnp.ones_like(pairs.t))
     u, dudt = jax.jvp(along, (pairs.z, pairs.r, pairs.t), tangents)
+    if rule.joint:
+        u_all, target = net(params, rows), pairs.v - expand(pairs.t - pairs.r, dudt) * dudt
+        e, change = split.pairs_of(u_all) - sg(target), _relative(pairs.v - target, u)
+        return _apart(split, u_all - rows.v, e, change, pairs_cut=True)
     drift = expand(pairs.t - pairs.r, dudt) * dudt
     e = u - sg(pairs.v - drift)
     e_border = net(params, border) - border.v if split.n_border else None
@@ -211,6 +225,23 @@ def _apart(
     return Residuals(border, e_pairs if pairs_cut else split.pairs_of(e_pairs), change)
 
 
+def on_all_rows(residual: Residual) -> Residual:
+    """A kind's residual with all rows evaluated as rows of r < t are; the same up to rounding.
+
+    A row with r = t neither steps back nor drifts, so that its target is v anyway.
+    """
+
+    def whole(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -> Residuals:
+        found = residual(net, params, rows, RowSplit(split.batch, split.group, split.group), rule)
+        e, change, products = found.pairs, found.change, found.products
+        if change is not None:  # a mean over all rows, of which the border changes by 0
+            change = change * (split.batch / split.n_pairs)
+        cut = None if products is None else split.pairs_of(products)
+        return _apart(split, jnp.asarray(e), jnp.asarray(e), change)._replace(products=cut)
+
+    return whole
+
+
 def _products(u: Array, u_next: Array, v: Array, a: Array) -> Array:
     """(B, 2): <e, u - v> and |e|^2 of e = u + (u - u') / a - v, without gradient.
 
@@ -244,7 +275,7 @@ class Kind(NamedTuple):
     A backward pass counts as two forward passes, and a JVP's tangent as one.
     """
 
-    residual: Callable[[Net, object, Rows, RowSplit, Rule], Residuals]
+    residual: Residual
     arithmetic: str
     extra: int = 0
     steps_back: bool = False
@@ -252,6 +283,10 @@ class Kind(NamedTuple):
     unguided: str = ""
     limit: str = ""
     passes: int = 3
+
+    def laid_out(self, layout: str) -> Residual:
+        """The residual in a layout of `LAYOUTS`."""
+        return on_all_rows(self.residual) if layout == WHOLE and self.extra else self.residual
 
     @property
     def guided(self) -> bool:
