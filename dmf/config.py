@@ -118,7 +118,8 @@ class RunConfig:
     features: str = ""  # converted feature network of the protocol
     reference: str = ""  # the protocol's reference statistics
     vae: str = ""  # converted autoencoder that makes images of latents, for scores and pictures
-    # of scores and pictures; euler and heun follow u(z, t, t), for flow models
+    # of scores and pictures; euler and heun follow u(z, t, t), for flow models; restart and gamma
+    # add fresh noise at every step
     sampler: str = choice("few_step", SAMPLERS)
     tensorboard: bool = True  # write event files where tensorflow and tensorboard are installed
 

@@ -231,7 +231,8 @@ def interpolate(x: Array, e: Array, t: Array, path: str = "linear") -> tuple[Arr
 def draw_times(key: Array, law: TimeLaw, split: RowSplit) -> tuple[Array, Array]:
     """(r, t), each (B,) float32: two draws of the base law, joined as the law says.
 
-    Border rows have r = t. Raises DmfError for an unknown pairing.
+    Border rows have r = t, by a draw of their own where the law says so.
+    Raises DmfError for an unknown pairing.
     """
     key_t, key_r = jax.random.split(key)
     draw = BASES[law.base]
