@@ -27,10 +27,9 @@ from dmf import networks, sharding
 from dmf.config import Config
 from dmf.data import augment
 from dmf.errors import DmfError
-from dmf.method import curriculum, flow, intervals, objectives, velocity, weights
+from dmf.method import curriculum, flow, guidance, intervals, objectives, velocity, weights
 from dmf.method.curriculum import Stage
 from dmf.method.flow import Condition, Rows, RowSplit
-from dmf.method.guidance import guided_velocity
 from dmf.method.objectives import KINDS
 from dmf.networks import Execution, Network, attention
 from dmf.state import TrainState, ema_decays, learning_rate
@@ -109,19 +108,15 @@ def make_train_step(
     """
     split, of_rows = split_for(kind, config, mesh), sharding.rows(mesh)
     average = config.ema.index() if config.loss.tangent in velocity.AVERAGED else None
-    part = split.micro(config.microbatches)
-    loss = partial(stage_loss, kind=kind, network=network, config=config, split=part)
-    gradient = make_gradient(loss, split, config.microbatches, mesh)
+    draw = partial(draw_rows, split=split, config=config)
+    loss = partial(stage_loss, kind=kind, network=network, config=config)
+    on_one = make_gradient(loss, split.micro(mesh.size), config.microbatches)
+    gradient = sharding.averaged(mesh, on_one, network.dtypes)
 
     def train_step(
         state: TrainState, batch: dict[str, Array], scalars: Scalars
     ) -> tuple[TrainState, Metrics]:
-        progress = (
-            np.float32(1) if KINDS[kind].v_only else scalars.progress
-        )  # pretraining draws all times
-        rows = draw_rows(
-            state.step, batch, split=split, config=config, seed=scalars.seed, progress=progress
-        )
+        rows = draw(state.step, batch, seed=scalars.seed, progress=scalars.progress)
         rows = jax.lax.with_sharding_constraint(rows, of_rows)
         frozen = {} if average is None else {"average": sharding.whole(mesh, state.ema[average])}
         given = {"progress": scalars.progress, "frozen": frozen, "sums": state.intervals}
@@ -254,28 +249,40 @@ def stage_residuals(
         return network.apply(params, z, r, t, condition=condition, train=train, rngs=rows.keys)
 
     still = partial(net, train=False)  # without dropout
-    if about.guided:
-        v_g = guided_velocity(still, params, rows, config.network.num_classes, config.guidance)
-        rows = rows._replace(v=v_g)
+    guide = (still, params, rows, config.network.num_classes, config.guidance)
     direction = velocity.TANGENTS[config.loss.tangent]
     tangent = direction(still, params, frozen) if direction else None  # v itself
     rule = objectives.Rule(config.loss, partial(_rule(config, sums), rho), tangent)
-    return rows, about.residual(net, params, rows, split, rule)
+    rule, lack = rule._replace(joint=config.rows == objectives.JOINT), None
+    dropout = train and getattr(config.network, "dropout", False)
+    if about.guided and rule.joint and config.guidance.kappa and split.n_border and not dropout:
+        v_g, v_c, lack = guidance.guided_jointly(*guide, split)
+        if config.loss.tangent == velocity.OWN:
+            rule = rule._replace(tangent=lambda pairs: v_c)  # the same number
+        rows = rows._replace(v=v_g)
+    elif about.guided:
+        rows = rows._replace(v=guidance.guided_velocity(*guide))
+    found = about.laid_out(config.rows)(net, params, rows, split, rule)
+    if lack is None or found.border is None:
+        return rows, found
+    border, v = guidance.complete(found.border, split.border_of(rows.v), lack)
+    return rows._replace(v=split.join(split.pairs_of(rows.v), v)), found._replace(border=border)
 
 
 def make_gradient(
-    loss: Callable[..., tuple[Array, Metrics]], split: RowSplit, count: int, mesh: Mesh
+    loss: Callable[..., tuple[Array, Metrics]], split: RowSplit, count: int
 ) -> Callable[..., tuple[Any, Metrics]]:
     """(params, rows, rho, given) -> (gradient, metrics), averaged over `count` microbatches.
 
-    loss: `stage_loss` with its keywords set. All microbatches run inside one program.
+    loss: `stage_loss` with its keywords set, except the split. split: of all rows.
+    All microbatches run inside one program.
     """
-    gradient, place = sharding.gradient(mesh, loss), sharding.rows(mesh, axis=1)
+    gradient = jax.grad(partial(loss, split=split.micro(count)), has_aux=True)
     if count == 1:
         return gradient
 
     def accumulated(params: Any, rows: Rows, rho: Array, given: Any) -> tuple[Any, Metrics]:
-        micro = jax.lax.with_sharding_constraint(split.microbatches(rows, count), place)
+        micro = split.microbatches(rows, count)
         one = jax.tree.map(lambda x: x[0], micro)
         shapes = jax.eval_shape(gradient, params, one, rho, given)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)

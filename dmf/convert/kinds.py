@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dmf.convert import (
     adm,
+    decoupled_dit,
     dinov2,
     edm,
     inception,
@@ -24,6 +25,7 @@ KINDS: dict[str, Kind] = {
         sit.SIT,
         meanflow_dit.MEANFLOW_DIT,
         meanflow_sit.MEANFLOW_SIT,
+        decoupled_dit.DECOUPLED_DIT,
         meanflow_unet.MEANFLOW_UNET,
         edm.EDM,
         score_sde.RECTIFIED_FLOW,

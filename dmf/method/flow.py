@@ -84,6 +84,14 @@ class TimeLaw:
     # * all ranges are in use after this share of the curriculum
     difficulty_share: float = limited(0.25, LEAST, 1)
 
+    def mean_interval(self) -> float:
+        """E[t - r] over the rows with r < t."""
+        return _mean_interval(self)
+
+    def mean_on_border(self, f: Callable[[Array], Array]) -> float:
+        """E[f(t)] over the rows with r = t. f: times -> values of the same shape."""
+        return _mean_on_border(self, f)
+
 
 # The three laws of the official MeanFlow code, in the order of the fields above. The last number is
 # our share of r < t rows. The ImageNet code states the share of r = t rows instead, .75.
@@ -164,6 +172,12 @@ class RowSplit:
 
         return jax.tree.map(take, tree)
 
+    def join(self, pairs: Array, border: Array) -> Array:
+        """(n_pairs, ...) and (n_border, ...) -> (B, ...), each row in its place."""
+        groups = self.batch // self.group
+        both = [x.reshape(groups, -1, *x.shape[1:]) for x in (pairs, border)]
+        return jnp.concatenate(both, axis=1).reshape(self.batch, *pairs.shape[1:])
+
     def microbatches(self, tree: Any, count: int) -> Any:
         """(B, ...) -> (count, B / count, ...), whole groups dealt in turn.
 
@@ -235,7 +249,8 @@ def draw_times(
 ) -> tuple[Array, Array]:
     """(r, t), each (B,) float32: two draws of the base law, joined as the law says.
 
-    Border rows have r = t. progress: of the curriculum, in [0, 1]; `paced` says what it changes.
+    Border rows have r = t, by a draw of their own where the law says so. progress: of the
+    curriculum, in [0, 1]; `paced` says what it changes.
     Raises DmfError for an unknown pairing.
     """
     key_t, key_r = jax.random.split(key)
@@ -250,7 +265,7 @@ def draw_times(
     if law.border == "own":
         own = draw(key_t, law.border_mean, law.border_std, split.batch)
         t = jnp.where(split.is_pair(), t, own)
-    if law.difficulty_clusters:
+    if law.difficulty_clusters and split.pairs:  # flow matching alone, as pretraining, has all t
         t = jnp.where(split.is_pair(), t, paced(t, law, progress))
     return jnp.where(split.is_pair(), r, t), t
 
@@ -308,7 +323,7 @@ def _draws_on_border(law: TimeLaw) -> tuple[tuple[float, float], ...]:
 
 
 @cache
-def mean_interval(law: TimeLaw) -> float:
+def _mean_interval(law: TimeLaw) -> float:
     """E[t - r] over the rows with r < t, by quadrature."""
     t, of_t = _quadrature(law.base, law.t_mean, law.t_std)
     if law.pairing == "zero":
@@ -322,7 +337,7 @@ def mean_interval(law: TimeLaw) -> float:
     return float(apart / kept)  # of those with r < t alone
 
 
-def mean_on_border(law: TimeLaw, f: Callable[[Array], Array]) -> float:
+def _mean_on_border(law: TimeLaw, f: Callable[[Array], Array]) -> float:
     """E[f(t)] over the rows with r = t, by quadrature. f: times -> values of the same shape."""
     grids = [_quadrature(law.base, *draw) for draw in _draws_on_border(law)]
     times, weight = grids[0]

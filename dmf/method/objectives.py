@@ -71,6 +71,7 @@ class Rule(NamedTuple):
         loss      the loss section of the config
         share     (r, t) -> a, the part of t - r that a row steps back, all (B,)
         tangent   direction of the step back and of the derivative, None for v
+        joint     one pass with gradient over all rows, and what r < t rows need without gradient
 
     The share is an interval rule at the rho of the step. Only kinds that step back ask for it.
     """
@@ -78,13 +79,22 @@ class Rule(NamedTuple):
     loss: LossConfig
     share: Callable[[Array, Array], Array]
     tangent: Tangent | None = None
+    joint: bool = False
 
     def velocities(self, rows: Rows) -> tuple[Array, Array]:
         """(the velocity along which these rows step back, v in their target), both (B, ...)."""
         if self.tangent is None:
             return rows.v, rows.v
-        u = self.tangent(rows)
-        return mixed(rows.v, u, self.loss.tangent_data), mixed(rows.v, u, self.loss.target_data)
+        u, v = self.tangent(rows), rows.v
+        if self.loss.target_data != 1:  # rows with r = t keep v
+            v = jnp.where(expand(rows.r < rows.t, v), mixed(v, u, self.loss.target_data), v)
+        return mixed(rows.v, u, self.loss.tangent_data), v
+
+
+Residual = Callable[[Net, object, Rows, RowSplit, Rule], Residuals]
+
+# How the rows of a step go through the network; the numbers are equal up to rounding.
+SPLIT, JOINT, WHOLE = LAYOUTS = ("split", "joint", "whole")
 
 
 def discrete_weight(a: Array, r: Array, t: Array, c: float) -> Array:
@@ -178,16 +188,22 @@ def middle_share(rows: Rows) -> Array:
 def jvp(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -> Residuals:
     """MeanFlow with du/dt along (dz, dr, dt) = (v, 0, 1), or along another tangent.
 
-    The JVP runs on r < t rows only.
+    The JVP runs on r < t rows only. `rule.joint` evaluates u of these rows once more, with the
+    others and with gradient. The JVP then needs none.
     """
     pairs, border = split.pairs_of(rows), split.border_of(rows)
+    weights = sg(params) if rule.joint else params
 
     def along(z: Array, r: Array, t: Array) -> Array:
-        return net(params, pairs._replace(z=z, r=r, t=t))
+        return net(weights, pairs._replace(z=z, r=r, t=t))
 
     direction, v = rule.velocities(pairs)
     tangents = (direction, jnp.zeros_like(pairs.r), jnp.ones_like(pairs.t))
     u, dudt = jax.jvp(along, (pairs.z, pairs.r, pairs.t), tangents)
+    if rule.joint:
+        u_all, target = net(params, rows), v - expand(pairs.t - pairs.r, dudt) * dudt
+        e, change = split.pairs_of(u_all) - sg(target), _relative(v - target, u)
+        return _apart(split, u_all - rows.v, e, change, pairs_cut=True)
     drift = expand(pairs.t - pairs.r, dudt) * dudt
     e = u - sg(v - drift)
     e_border = net(params, border) - border.v if split.n_border else None
@@ -227,6 +243,23 @@ def _apart(
     return Residuals(border, e_pairs if pairs_cut else split.pairs_of(e_pairs), change)
 
 
+def on_all_rows(residual: Residual) -> Residual:
+    """A kind's residual with all rows evaluated as rows of r < t are; the same up to rounding.
+
+    A row with r = t neither steps back nor drifts, so that its target is v anyway.
+    """
+
+    def whole(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -> Residuals:
+        found = residual(net, params, rows, RowSplit(split.batch, split.group, split.group), rule)
+        e, change = found.pairs, found.change
+        if change is not None:  # a mean over all rows, of which the border changes by 0
+            change = change * (split.batch / split.n_pairs)
+        cut = split.pairs_of({"products": found.products, "share": found.share})
+        return _apart(split, jnp.asarray(e), jnp.asarray(e), change)._replace(**cut)
+
+    return whole
+
+
 def _products(u: Array, u_next: Array, v: Array, a: Array) -> Array:
     """(B, 2): <e, u - v> and |e|^2 of e = u + (u - u') / a - v, without gradient.
 
@@ -260,7 +293,7 @@ class Kind(NamedTuple):
     A backward pass counts as two forward passes, and a JVP's tangent as one.
     """
 
-    residual: Callable[[Net, object, Rows, RowSplit, Rule], Residuals]
+    residual: Residual
     arithmetic: str
     extra: int = 0
     steps_back: bool = False
@@ -268,6 +301,10 @@ class Kind(NamedTuple):
     unguided: str = ""
     limit: str = ""
     passes: int = 3
+
+    def laid_out(self, layout: str) -> Residual:
+        """The residual in a layout of `LAYOUTS`."""
+        return on_all_rows(self.residual) if layout == WHOLE and self.extra else self.residual
 
     @property
     def guided(self) -> bool:

@@ -33,10 +33,10 @@ def along_own(net: Net, params: object) -> Tangent:
 
 # Direction -> what makes it of (net, weights that are trained, frozen trees); None for v itself.
 # net is the network in evaluation mode.
-DATA = "data"
+DATA, OWN = "data", "own"
 TANGENTS: dict[str, Callable[[Net, object, Mapping[str, object]], Tangent] | None] = {
     DATA: None,
-    "own": lambda net, params, frozen: along_own(net, params),
+    OWN: lambda net, params, frozen: along_own(net, params),
     "ema": lambda net, params, frozen: along_own(net, frozen["average"]),
 }
 AVERAGED = ("ema",)  # directions that need the evaluated average among the frozen trees

@@ -15,13 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from dmf.fields import INF, LEAST, choice, limited
-from dmf.method.flow import TimeLaw, mean_interval, mean_on_border
 from dmf.method.velocity import TANGENTS
+
+if TYPE_CHECKING:
+    from dmf.method.flow import TimeLaw
 
 Array = jax.Array
 Weight = Callable[[Array, Array, Array, Array, Array], Array]  # (s, r, t, progress, a) -> (B,)
@@ -171,10 +174,10 @@ class LossConfig:
         """
         pairs = border = None
         if self.interval_weight == "progressive":
-            pairs = progressive(1 / (1 - mean_interval(law)), self.interval_power)
+            pairs = progressive(1 / (1 - law.mean_interval()), self.interval_power)
         if self.border_weight == "min_snr":
             plain = min_snr(1.0, self.snr_limit)
-            mean = mean_on_border(law, lambda t: plain(t, t, jnp.zeros(())))
+            mean = law.mean_on_border(lambda t: plain(t, t, jnp.zeros(())))
             border = min_snr(1 / mean, self.snr_limit)
         return times(WEIGHTS[self.weight](self.p, self.eps), pairs, border)
 

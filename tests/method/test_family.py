@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from dmf import step
 from dmf.method import flow, weights
 from dmf.method.curriculum import CurriculumConfig, build_stages, rho_at
 from dmf.method.flow import TIME_LAWS, Rows, RowSplit, TimeLaw, row_split
@@ -49,7 +48,7 @@ def test_the_progressive_weight_has_mean_one_at_every_progress(name):
     split = row_split(400_000, 1.0)
     r, t = (np.asarray(x, np.float64) for x in flow.draw_times(jax.random.key(0), law, split))
     r, t = r[r < t], t[r < t]
-    rate = 1 / (1 - flow.mean_interval(law))
+    rate = 1 / (1 - law.mean_interval())
     for power in (1.0, 2.0):
         factor = weights.progressive(rate, power)
         for progress in (0.0, 0.3, 0.9):
@@ -60,8 +59,8 @@ def test_the_progressive_weight_has_mean_one_at_every_progress(name):
 
 def test_lambda_of_the_known_laws():
     # Addendum 1.4; an independent replication printed 1.3046 for the first.
-    found = [1 / (1 - flow.mean_interval(TIME_LAWS[n])) for n in ("imagenet", "cifar_v0")]
-    found += [1 / (1 - flow.mean_interval(x)) for x in (TIME_LAWS["cifar_v1"],)]
+    found = [1 / (1 - TIME_LAWS[n].mean_interval()) for n in ("imagenet", "cifar_v0")]
+    found += [1 / (1 - x.mean_interval()) for x in (TIME_LAWS["cifar_v1"],)]
     np.testing.assert_allclose(found, [1.3046, 1.347, 1.619], atol=1e-3)
 
 
@@ -79,8 +78,8 @@ def test_min_snr_in_velocity_form_and_the_factors_that_make_its_mean_one(
     np.testing.assert_allclose(alpha(t), vp(t) * ((1 - t) ** 2 + t**2), rtol=1e-5)
     assert float(alpha(1 / (1 + 5**0.5))) == pytest.approx(0.477, abs=1e-3)
     law = TimeLaw("min", mean, std)
-    assert 1 / flow.mean_on_border(law, alpha) == pytest.approx(factor, rel=5e-4)
-    assert 1 / flow.mean_on_border(law, vp) == pytest.approx(factor_vp, rel=5e-4)
+    assert 1 / law.mean_on_border(alpha) == pytest.approx(factor, rel=5e-4)
+    assert 1 / law.mean_on_border(vp) == pytest.approx(factor_vp, rel=5e-4)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +111,7 @@ def test_a_factor_counts_after_the_adaptive_weight_and_would_be_lost_before_it(f
 
     before = grad(plain, 0 * t, jnp.arange(1.0, 9.0)[:, None])
     np.testing.assert_allclose(before, grad(plain, 0 * t), rtol=1e-12)
-    rate = 1 / (1 - flow.mean_interval(law))
+    rate = 1 / (1 - law.mean_interval())
     expected = grad(plain, 0 * t) * (rate * (1 - t))[:, None]
     np.testing.assert_allclose(grad(both, 0 * t), expected, rtol=1e-9)
     shape = (grad(both, t) / grad(plain, t))[:, 0]
@@ -167,21 +166,17 @@ def test_paced_times_are_the_restricted_law_and_at_last_the_base_law_draw_for_dr
         assert len(set(mine)) > 1900
 
 
-def test_pretraining_draws_all_times_and_other_stages_their_range():
-    values = merged(TINY, times=dict(difficulty_clusters=4, difficulty_share=0.5))
-    setup, found = Setup(values), {}
-    draw = step.draw_rows
-
-    def spy(*args, progress, **how):
-        found["progress"] = progress
-        return draw(*args, progress=progress, **how)
-
+def test_flow_matching_alone_draws_all_times_and_a_step_passes_its_progress_on():
+    law = dataclasses.replace(PACED, r_neq_t_fraction=0.0)
+    _, t = flow.draw_times(jax.random.key(3), law, row_split(64, 0.0), 0.0)
+    assert float(t.min()) < 0.5
+    setup, seen = Setup(merged(TINY, times=dict(difficulty_clusters=4))), []
+    draw = flow.draw_times
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step, "draw_rows", spy)
-        for kind, given in (("flow", True), ("discrete", False)):
-            now = jax.eval_shape(setup.state)
-            jax.eval_shape(setup.step(kind), now, setup.batch(0), setup.scalars(0, kind))
-            assert (not isinstance(found["progress"], jax.Array)) == given
+        patch.setattr(flow, "draw_times", lambda *args: (seen.append(args[3]), draw(*args))[1])
+        now = jax.eval_shape(setup.state)
+        jax.eval_shape(setup.step("discrete"), now, setup.batch(0), setup.scalars(0, "discrete"))
+    assert isinstance(seen[0], jax.Array)  # traced, not a constant
 
 
 # --- intervals and schedules ----------------------------------------------------------------------
