@@ -41,13 +41,13 @@ class CurriculumConfig:
     # * d_i = q^-i; a guided_discrete stage takes the d of the discrete stage before it, or q^-1
     q: float = limited(2.0, ABOVE_1, INF)
     # linear | dagger | floor = dagger with a least d | adaptive = by a table that training keeps.
-    # sigmoid = ECT's, larger near data | fixed = d is a time itself
+    # Also sigmoid = ECT's, larger near data | fixed = d is a time itself
     interval: str = choice("dagger", RULES)
     interval_floor: float = limited(0.1, LEAST, 1)  # of rho: the least d of floor and adaptive
     # adaptive: the table forgets half of a bin in so many images, while it has rows
     interval_halflife_images: float = limited(50e3, LEAST, INF)
     # steps: d falls between discrete stages | smooth: d falls with every discrete step.
-    # sigmoid: d / (1 - d) falls so, and d follows a sigmoid
+    # Also sigmoid: d / (1 - d) falls so, and d follows a sigmoid
     schedule: str = choice("steps", SCHEDULES)
     # smooth, sigmoid: the d of the first and of the last discrete step; () = q^-i of their stages
     ends: tuple[float, ...] = limited((), LEAST, 1)
