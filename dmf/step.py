@@ -128,8 +128,7 @@ def make_train_step(
         ema = tuple(update_ema(e, params, scalars.ema_decays[i]) for i, e in enumerate(state.ema))
         return TrainState(state.step + 1, params, opt_state, ema, sums), metrics
 
-    precision = getattr(config.precision, KINDS[kind].arithmetic)
-    whole = sharding.replicated(mesh)
+    precision, whole = getattr(config.precision, KINDS[kind].arithmetic), sharding.replicated(mesh)
     return jax.jit(
         jax.default_matmul_precision(precision)(train_step),
         donate_argnums=0,
