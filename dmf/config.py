@@ -269,6 +269,11 @@ def _check_run(config: Config, dataset_size: int) -> None:
             f"config.guard.every_steps = 0 with config.guard.action = {guard.action!r}: expected "
             "probes"
         )
+    if config.loss.tangent == velocity.HEAD and not getattr(config.network, "velocity_head", 0):
+        raise DmfError(
+            f"config.loss.tangent = {velocity.HEAD!r}: expected another direction, as "
+            "config.network has no velocity head (network.velocity_head)"
+        )
     for name in ("features", "reference"):
         if getattr(run, name) and not run.protocol:
             raise DmfError(

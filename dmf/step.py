@@ -102,6 +102,7 @@ def make_train_step(
 
         loss                           weighted
         squares_border, squares_pairs  |residual|^2, mean over the r = t and over the r < t rows
+        squares_head_border, squares_head_pairs   the same of the velocity head, if there is one
         change                         how much u changes over the step back, relative to |u|
         interval                       mean share a of t - r, where the interval is adaptive
         grad_norm                      before clipping
@@ -200,6 +201,8 @@ def stage_loss(
     for name, e, of in (
         ("border", found.border, split.border_of),
         ("pairs", found.pairs, split.pairs_of),
+        ("head_border", found.head_border, split.border_of),
+        ("head_pairs", found.head_pairs, split.pairs_of),
     ):
         if e is None:
             continue
@@ -241,13 +244,22 @@ def stage_residuals(
         z, r, t, condition = rows.z, rows.r, rows.t, rows.condition
         return network.apply(params, z, r, t, condition=condition, train=train, rngs=rows.keys)
 
-    still = partial(net, train=False)  # without dropout
+    def whole(params: Any, rows: Rows, train: bool = train) -> tuple[Array, flow.Sides]:
+        at, how = (rows.z, rows.r, rows.t), dict(condition=rows.condition, train=train)
+        return network.apply_with_sides(params, *at, rngs=rows.keys, **how)
+
+    def head(params: Any, rows: Rows) -> Array:
+        return whole(params, rows, train=False)[1][flow.VELOCITY]
+
+    # What knows v(z, t), without dropout.
+    own = head if config.loss.tangent == velocity.HEAD else partial(net, train=False)
     if about.guided:
-        v_g = guided_velocity(still, params, rows, config.network.num_classes, config.guidance)
+        v_g = guided_velocity(own, params, rows, config.network.num_classes, config.guidance)
         rows = rows._replace(v=v_g)
     direction = velocity.TANGENTS[config.loss.tangent]
-    tangent = direction(still, params, frozen) if direction else None  # v itself
+    tangent = direction(own, params, frozen) if direction else None  # v itself
     rule = objectives.Rule(config.loss, partial(_rule(config, sums), rho), tangent)
+    rule = rule._replace(whole=whole if network.sides else None)
     return rows, about.residual(net, params, rows, split, rule)
 
 

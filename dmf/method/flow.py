@@ -92,6 +92,9 @@ class Rows(NamedTuple):
 
 
 Net = Callable[[object, Rows], Array]  # (params, rows) -> u(z, r, t), (B, ...)
+Sides = dict[str, Array]  # side outputs of a network by name
+Whole = Callable[[object, Rows], tuple[Array, Sides]]  # (params, rows) -> u and side outputs
+VELOCITY = "velocity"  # the side output v(z, t) of a network's velocity head, (B, ...)
 Tangent = Callable[[Rows], Array]  # rows -> a velocity per row, (B, ...)
 
 

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 
 from dmf.errors import DmfError
 from dmf.fields import INF, LEAST, choice, limited
-from dmf.method.flow import Net, Rows, RowSplit, Tangent, expand
+from dmf.method.flow import VELOCITY, Net, Rows, RowSplit, Sides, Tangent, Whole, expand
 from dmf.method.velocity import TANGENTS
 from dmf.method.weights import WEIGHTS, Weight
 
@@ -55,7 +55,7 @@ class LossConfig:
     # raw = the paper's u - T; unit = (u - T) / w with unit derivative in u
     residual_scale: str = choice("raw", ("raw", "unit"))
     # direction of u' and du/dt: data = v | own = u(z, t, t) | ema = u(z, t, t) of the evaluated
-    # EMA; the target keeps v
+    # EMA | head = the velocity head of the network; the target keeps v
     tangent: str = choice("data", TANGENTS)
     # time step of a central difference; the default is MF-RAE's (arXiv 2511.13019)
     delta: float = limited(5e-3, LEAST, 0.5)
@@ -74,6 +74,8 @@ class Residuals(NamedTuple):
         change     mean change of u along the step back, relative to |u|, of r < t rows
         products   (n_pairs, 2): <e, u - v> and |e|^2 of r < t rows, with e in unit scale
 
+        head_border, head_pairs   of the velocity head, v_head - v, None without such a head
+
     The change is |u - u'| where the kind steps back, and |(t - r) du/dt| of other kinds. Flow
     matching has None. Only kinds that step back have products, for `dmf.method.intervals`.
     """
@@ -82,6 +84,17 @@ class Residuals(NamedTuple):
     pairs: Array | None
     change: Array | None
     products: Array | None = None
+    head_border: Array | None = None
+    head_pairs: Array | None = None
+
+    def beside(self, sides: Sides, rows: Rows, split: RowSplit) -> Residuals:
+        """With the residuals of the velocity head, if the network has one; sides: of all rows."""
+        if (e := _of_head(sides, rows)) is None:
+            return self
+        border = split.border_of(e) if split.n_border else None
+        return self._replace(
+            head_border=border, head_pairs=split.pairs_of(e) if split.n_pairs else None
+        )
 
 
 class Rule(NamedTuple):
@@ -90,6 +103,7 @@ class Rule(NamedTuple):
         loss      the loss section of the config
         share     (r, t) -> a, the part of t - r that a row steps back, all (B,)
         tangent   direction of the step back and of the derivative, None for v
+        whole     the network with its side outputs, None for a network without any
 
     The share is an interval rule at the rho of the step. Only kinds that step back ask for it.
     """
@@ -97,6 +111,11 @@ class Rule(NamedTuple):
     loss: LossConfig
     share: Callable[[Array, Array], Array]
     tangent: Tangent | None = None
+    whole: Whole | None = None
+
+    def first(self, net: Net, params: object, rows: Rows) -> tuple[Array, Sides]:
+        """u and the side outputs, of the evaluation that the gradient flows through."""
+        return (net(params, rows), {}) if self.whole is None else self.whole(params, rows)
 
     def direction(self, rows: Rows) -> Array:
         """The velocity along which these rows step back, (B, ...)."""
@@ -140,13 +159,14 @@ def shift_back(rows: Rows, a: Array) -> Rows:
 
 def flow_matching(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -> Residuals:
     """e = u(z, r, t) - v on every row, r as drawn."""
-    e = net(params, rows) - rows.v
-    return _apart(split, e, e, None)
+    u, sides = rule.first(net, params, rows)
+    e = u - rows.v
+    return _apart(split, e, e, None).beside(sides, rows, split)
 
 
 def discrete(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -> Residuals:
     """Finite-difference MeanFlow. The second evaluation u', with sg, runs on r < t rows only."""
-    u = net(params, rows)
+    u, sides = rule.first(net, params, rows)
     pairs, u_pairs = split.pairs_of(rows), split.pairs_of(u)
     # A pair may have r = t after all, by rounding or by its law of times. It does not step back.
     a = jnp.where(pairs.r < pairs.t, rule.share(pairs.r, pairs.t), 0.0)
@@ -154,7 +174,8 @@ def discrete(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) 
     w = discrete_weight(a, pairs.r, pairs.t, rule.loss.product_rule)
     e = discrete_residual(u_pairs, u_next, pairs.v, w, rule.loss.residual_scale)
     found = _apart(split, u - rows.v, e, _relative(u_pairs - u_next, u_pairs), pairs_cut=True)
-    return found._replace(products=_products(u_pairs, u_next, pairs.v, a))
+    found = found._replace(products=_products(u_pairs, u_next, pairs.v, a))
+    return found.beside(sides, rows, split)
 
 
 def jvp(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -> Residuals:
@@ -164,15 +185,18 @@ def jvp(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -> Re
     """
     pairs, border = split.pairs_of(rows), split.border_of(rows)
 
-    def along(z: Array, r: Array, t: Array) -> Array:
-        return net(params, pairs._replace(z=z, r=r, t=t))
+    def along(z: Array, r: Array, t: Array) -> tuple[Array, Sides]:
+        return rule.first(net, params, pairs._replace(z=z, r=r, t=t))
 
     tangents = (rule.direction(pairs), jnp.zeros_like(pairs.r), jnp.ones_like(pairs.t))
-    u, dudt = jax.jvp(along, (pairs.z, pairs.r, pairs.t), tangents)
+    u, dudt, sides = jax.jvp(along, (pairs.z, pairs.r, pairs.t), tangents, has_aux=True)
     drift = expand(pairs.t - pairs.r, dudt) * dudt
     e = u - sg(pairs.v - drift)
-    e_border = net(params, border) - border.v if split.n_border else None
-    return Residuals(e_border, e, _relative(drift, u))
+    found = Residuals(None, e, _relative(drift, u), head_pairs=_of_head(sides, pairs))
+    if not split.n_border:
+        return found
+    u_border, sides = rule.first(net, params, border)
+    return found._replace(border=u_border - border.v, head_border=_of_head(sides, border))
 
 
 def central(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -> Residuals:
@@ -181,7 +205,7 @@ def central(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -
     Its error is O(delta^2). u+ and u-, with sg, are evaluated on r < t rows only. A row whose
     t +- delta would leave [r, 1] takes a smaller delta. At t = 1 delta is 0, and the target is v.
     """
-    u, pairs = net(params, rows), split.pairs_of(rows)
+    (u, sides), pairs = rule.first(net, params, rows), split.pairs_of(rows)
     v, u_pairs = rule.direction(pairs), split.pairs_of(u)
     delta = jnp.minimum(rule.loss.delta, jnp.minimum(pairs.t - pairs.r, 1 - pairs.t))
 
@@ -192,7 +216,13 @@ def central(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -
     rate = (pairs.t - pairs.r) / jnp.maximum(2 * delta, TINY)
     drift = expand(rate, v) * (at(delta) - at(-delta))
     e = u_pairs - sg(pairs.v - drift)
-    return _apart(split, u - rows.v, e, _relative(drift, u_pairs), pairs_cut=True)
+    found = _apart(split, u - rows.v, e, _relative(drift, u_pairs), pairs_cut=True)
+    return found.beside(sides, rows, split)
+
+
+def _of_head(sides: Sides, rows: Rows) -> Array | None:
+    """v_head - v of these rows, (B, ...); None of a network without a velocity head."""
+    return sides[VELOCITY] - rows.v if VELOCITY in sides else None
 
 
 def _apart(

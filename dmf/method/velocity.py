@@ -3,8 +3,9 @@
     data   v = e - x of the row itself, the paper's direction
     own    u(z, t, t) of the weights that are trained
     ema    u(z, t, t) of the evaluated average: the EMA of the weights that is sampled and scored
+    head   v(z, t) of the network's velocity head, a side output that is trained beside u
 
-The target keeps v in all three. `dmf.method.guidance` holds the velocity that replaces v there.
+The target keeps v in all four. `dmf.method.guidance` holds the velocity that replaces v there.
 """
 
 from __future__ import annotations
@@ -23,18 +24,19 @@ def along_own(net: Net, params: object) -> Tangent:
 
     It is the direction of improved MeanFlow (arXiv 2512.02012), here also for finite differences.
     v of a single row is noisy. A step along v takes this noise into u' or du/dt. The mean has none.
-    No gradient reaches params. net: without dropout.
+    No gradient reaches params. net: without dropout. It may be the velocity head, of r = t too.
     """
     return lambda rows: net(jax.lax.stop_gradient(params), rows._replace(r=rows.t))
 
 
 # Direction -> what makes it of (net, weights that are trained, frozen trees); None for v itself.
-# net is the network in evaluation mode.
-DATA = "data"
+# net is the network in evaluation mode; for "head" it is the network's velocity head.
+DATA, HEAD = "data", "head"
 TANGENTS: dict[str, Callable[[Net, object, Mapping[str, object]], Tangent] | None] = {
     DATA: None,
     "own": lambda net, params, frozen: along_own(net, params),
     "ema": lambda net, params, frozen: along_own(net, frozen["average"]),
+    HEAD: lambda net, params, frozen: along_own(net, params),
 }
 AVERAGED = ("ema",)  # directions that need the evaluated average among the frozen trees
 

@@ -78,6 +78,9 @@ class Network(NamedTuple):
 
     apply_with_sides(...) -> (u, side outputs by name). Most networks have no side outputs, {}.
 
+    sides: the names of the side outputs. The loss trains them beside u (`objectives.Residuals`).
+    Where `apply` alone is used, a compiler leaves them out.
+
     is_interval(path) -> whether the parameter at a path belongs to the interval branch.
     """
 
@@ -85,6 +88,7 @@ class Network(NamedTuple):
     apply: Callable[..., jax.Array]
     apply_with_sides: Callable[..., tuple[jax.Array, SideOutputs]]
     is_interval: Callable[[tuple[str, ...]], bool] = is_interval_path
+    sides: tuple[str, ...] = ()
 
 
 def build(
