@@ -21,7 +21,7 @@ from dmf import fields
 from dmf.data import DataConfig
 from dmf.errors import DmfError
 from dmf.fields import ABOVE_1, INF, choice, limited
-from dmf.method import guidance, velocity
+from dmf.method import guidance, velocity, weights
 from dmf.method.curriculum import CurriculumConfig, Stage, build_stages
 from dmf.method.flow import PATHS, TimeLaw
 from dmf.method.guidance import GuidanceConfig
@@ -205,6 +205,7 @@ def check(config: Config, num_classes: int, dataset_size: int) -> tuple[Stage, .
     extra = guidance.passes(config.guidance), velocity.passes(config.loss.tangent)
     stages = build_stages(config.curriculum, config.batch_size, dataset_size, *extra)
     _check_kinds(config, stages)
+    _check_logvar(config)
     _check_guidance(config, stages)
     every = config.run.score_every_steps
     if every and stages[-1].last // every > SCORES:
@@ -339,6 +340,18 @@ def _check_kinds(config: Config, stages: tuple[Stage, ...]) -> None:
                 "config.times.r_neq_t_fraction = 0: expected a positive share, as a "
                 f"{stage.kind} stage learns from rows with r < t"
             )
+
+
+def _check_logvar(config: Config) -> None:
+    """The learned log variance and the head that learns it belong together."""
+    form, head = config.loss.logvar, config.network.logvar
+    if (form != weights.OFF) != head:
+        wanted = f"config.loss.logvar = {weights.OFF!r}, or config.network.logvar = True with it"
+        if head:
+            wanted = "paper or released, or config.network.logvar = False"
+        raise DmfError(
+            f"config.loss.logvar = {form!r} with config.network.logvar = {head}: expected {wanted}"
+        )
 
 
 def _check_guidance(config: Config, stages: tuple[Stage, ...]) -> None:

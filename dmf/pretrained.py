@@ -72,15 +72,18 @@ def load_folder(folder: Path, stored: dict[str, Any], ema: float | None = None) 
         raise DmfError(f"checkpoint {folder} has no EMA: expected ema = 0 or none, got {ema:g}")
     if "config" in stored:
         config = parse(stored["config"])
-        network = networks.build(network_config, shape, jnp.dtype(config.compute_dtype))
+        dtype = jnp.dtype(config.compute_dtype)
+        whole = networks.build(config.network, shape, dtype)  # as it was trained
+        network = networks.build(network_config, shape, dtype)
         averages = (
             config.ema if ema is None else EMAConfig(config.ema.halflife_images, evaluate=ema)
         )
         index = averages.index()
     else:
         network, index = build(network_config, shape), None
-    like = abstract_params(network, sharding.make_mesh())
-    params = checkpoint.read_params(folder, index, like)
+        whole = network
+    like = abstract_params(whole, sharding.make_mesh())
+    _, params = networks.without_head(None, checkpoint.read_params(folder, index, like))
     _check_finite(folder, params)
     return network, params
 
@@ -114,10 +117,13 @@ def which(stored: dict[str, Any], ema: float | None) -> str:
 
 
 def described(stored: dict[str, Any]) -> tuple[Any, tuple[int, ...]]:
-    """(network config, image shape) from a checkpoint's metadata."""
+    """(network config, image shape) from a checkpoint's metadata.
+
+    A head for the loss is left out: what reads weights for use does not need it.
+    """
     shape = image_shape(stored.get("image_shape"))
     if "config" in stored:
-        return parse(stored["config"]).network, shape
+        return networks.without_head(parse(stored["config"]).network)[0], shape
     return network_config(stored["network"]), shape
 
 

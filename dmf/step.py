@@ -207,7 +207,11 @@ def stage_loss(
         if e is None:
             continue
         r, t = of((rows.r, rows.t))
-        loss, squares = weights.weighted_loss(e, r, t, progress, weight)
+        if config.loss.logvar == weights.OFF:
+            loss, squares = weights.weighted_loss(e, r, t, progress, weight)
+        else:
+            lv = how["network"].logvar(params, r, t)
+            loss, squares = weights.learned_loss(e, lv, config.loss.logvar)
         total += jnp.sum(loss) / split.batch
         metrics[f"squares_{name}"] = jnp.mean(squares)
     if config.curriculum.interval == intervals.ADAPTIVE and found.products is not None:

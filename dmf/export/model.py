@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,11 @@ class Model:
     params: Any
     ema: float | None  # as for `pretrained.load`
     sampler: str
+
+    def _network(self) -> dict[str, Any]:
+        """The network's fields as stored, without the head for the loss."""
+        stored: dict[str, Any] = self.stored["config"]["network"]
+        return stored | {"logvar": False} if stored.get("logvar") else stored
 
     def rules(self) -> list[Rule]:
         """The key map of the file of weights."""
@@ -83,7 +88,7 @@ class Model:
             },
             "ema": pretrained.which(self.stored, self.ema),
             "image_shape": list(self.shape),
-            "network": self.stored["config"]["network"],
+            "network": self._network(),
             "origin": _origin(self),
             "versions": {
                 name: version(name) for name in ("jax", "jaxlib", "flax", "numpy", "safetensors")
@@ -104,6 +109,7 @@ def open_model(path: str | Path, ema: float | None = None, sampler: str = "") ->
             "expected a flow model or a generator"
         )
     config = parse(stored["config"])
+    config = replace(config, network=pretrained.described(stored)[0])
     params = jax.device_get(params)  # one device is enough for an export
     shape, name = tuple(stored["image_shape"]), sampler or config.run.sampler
     return Model(folder, stored, manifest, config, shape, network, params, ema, name)

@@ -45,7 +45,7 @@ SHAPING = (
 )
 # Fields that are younger than stored rows. With these values the program is the same.
 LATER: dict[str, dict[str, Any]] = {
-    "loss": {"tangent": "data", "delta": 0.005, "weight": "adaptive"},
+    "loss": {"tangent": "data", "delta": 0.005, "weight": "adaptive", "logvar": "off"},
     "optimizer": {
         "name": "adam",
         "rate_factor": 1.0,

@@ -34,7 +34,7 @@ from dmf.errors import DmfError
 from dmf.fields import INF, LEAST, choice, limited
 from dmf.method.flow import VELOCITY, Net, Rows, RowSplit, Sides, Tangent, Whole, expand
 from dmf.method.velocity import TANGENTS
-from dmf.method.weights import WEIGHTS, Weight
+from dmf.method.weights import LOG_VARIANCES, OFF, WEIGHTS, Weight
 
 Array = jax.Array
 sg = jax.lax.stop_gradient
@@ -54,12 +54,15 @@ class LossConfig:
     product_rule: float = limited(1.0, 0, 1)
     # raw = the paper's u - T; unit = (u - T) / w with unit derivative in u
     residual_scale: str = choice("raw", ("raw", "unit"))
-    # direction of u' and du/dt: data = v | own = u(z, t, t) | ema = u(z, t, t) of the evaluated
-    # EMA | head = the velocity head of the network; the target keeps v
+    # direction of u' and du/dt: data = v | own = u(z, t, t) | ema = u(z, t, t) of the average |
+    # head = the velocity head; the target keeps v
     tangent: str = choice("data", TANGENTS)
     # time step of a central difference; the default is MF-RAE's (arXiv 2511.13019)
     delta: float = limited(5e-3, LEAST, 0.5)
     weight: str = choice("adaptive", WEIGHTS)  # of a row: adaptive is 1 / (|e|^2 + eps)^p
+    # off | paper, released: a learned log variance of r and t in the place of weight, p and eps;
+    # it needs network.logvar
+    logvar: str = choice(OFF, LOG_VARIANCES)
 
     def of_row(self) -> Weight:
         """The weight of a row from its error, its times and the progress of training."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ import numpy as np
 
 from dmf.errors import DmfError
 from dmf.method.flow import Condition
+from dmf.networks import layers
 from dmf.networks.adm import ADMConfig, make_adm
 from dmf.networks.dit import DIT_SIZES, DiTConfig, make_dit
 from dmf.networks.layers import PLAIN, REMAT, Execution, check_choice
@@ -38,6 +40,7 @@ __all__ = [
     "UNetConfig",
     "build",
     "is_interval_path",
+    "without_head",
 ]
 
 SideOutputs = dict[str, jax.Array]
@@ -51,7 +54,7 @@ KINDS: dict[str, tuple[type, Callable[..., Any]]] = {
     "adm": (ADMConfig, make_adm),
 }
 # Fields of a network's config that do not change what its weights mean.
-FREE = ("dropout", "interval_init")
+FREE = ("dropout", "interval_init", "logvar")
 
 
 def is_interval_path(path: tuple[str, ...]) -> bool:
@@ -81,6 +84,8 @@ class Network(NamedTuple):
     sides: the names of the side outputs. The loss trains them beside u (`objectives.Residuals`).
     Where `apply` alone is used, a compiler leaves them out.
 
+    logvar(params, r, t) -> (B,), the learned log variance of the loss; only with config.logvar.
+
     is_interval(path) -> whether the parameter at a path belongs to the interval branch.
     """
 
@@ -89,6 +94,7 @@ class Network(NamedTuple):
     apply_with_sides: Callable[..., tuple[jax.Array, SideOutputs]]
     is_interval: Callable[[tuple[str, ...]], bool] = is_interval_path
     sides: tuple[str, ...] = ()
+    logvar: Callable[[Params, jax.Array, jax.Array], jax.Array] | None = None
 
 
 def build(
@@ -112,12 +118,12 @@ def build(
     augment_dim = config.augment_dim if isinstance(config, UNetConfig) else 0
 
     def init(key: jax.Array) -> Params:
-        def of(*size: int) -> jax.ShapeDtypeStruct:
+        def of(*size: int) -> Any:
             return jax.ShapeDtypeStruct(size, jnp.float32)
 
-        augment: Any = of(1, augment_dim) if augment_dim else None
-        condition = Condition(augment=augment)
-        return plain.lazy_init(key, of(1, *shape), of(1), of(1), condition, None)["params"]
+        condition = Condition(augment=of(1, augment_dim) if augment_dim else None)
+        found = plain.lazy_init(key, of(1, *shape), of(1), of(1), condition, None)["params"]
+        return {**found, layers.VARIANCE: layers.variance_start()} if config.logvar else found
 
     def apply_with_sides(
         params: Params,
@@ -140,7 +146,17 @@ def build(
     def apply(*args: Any, **how: Any) -> jax.Array:
         return apply_with_sides(*args, **how)[0]
 
-    return Network(init, apply, apply_with_sides)
+    return Network(init, apply, apply_with_sides, logvar=_logvar if config.logvar else None)
+
+
+def _logvar(params: Params, r: jax.Array, t: jax.Array) -> jax.Array:
+    return layers.log_variance(params[layers.VARIANCE], r, t)
+
+
+def without_head(config: Any, params: Params | None = None) -> tuple[Any, Params]:
+    """(config, params) of any network without the head for the loss, which only training reads."""
+    kept = {name: x for name, x in (params or {}).items() if name != layers.VARIANCE}
+    return (replace(config, logvar=False) if getattr(config, "logvar", False) else config), kept
 
 
 def _module(config: NetworkConfig, shape: tuple[int, ...], dtype: Any, how: Execution) -> Any:

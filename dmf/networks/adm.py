@@ -53,6 +53,7 @@ class ADMConfig:
     dropout: float = limited(0.1, 0, BELOW_1)  # * u and u' of a row share the mask
     # * zero | random: the branch of t - r at the start
     interval_init: str = choice("zero", layers.INTERVAL_INITS)
+    logvar: bool = False  # a head for the log variance of the loss (`loss.logvar`)
 
 
 class Row(NamedTuple):

@@ -67,6 +67,7 @@ class DiTConfig:
     time_routing: str = choice("interval", layers.TIME_ROUTINGS)
     t_blocks: int = limited(0, 0, MOST_BLOCKS)  # decoupled: blocks that see t; else 0
     qk_norm: bool = False  # RMS norm of queries and keys, with a scale per channel of a head
+    logvar: bool = False  # a head for the log variance of the loss (`loss.logvar`)
 
 
 def position_embedding(height: int, width: int, dim: int) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,6 +148,25 @@ def log_sigma(t: jax.Array) -> jax.Array:
     low, high = (sigma / (1 + sigma) for sigma in SIGMA_RANGE)
     t = jnp.clip(at_least_float32(t), low, high)
     return (jnp.log(t) - jnp.log1p(-t)) / 4
+
+
+VARIANCE = "logvar_linear"  # the head's name among the parameters
+VARIANCE_FEATURES = 128  # of t, and of r
+
+
+def variance_start() -> dict[str, jax.Array]:
+    """The parameters of the head `log_variance`, which gives 0 at the start."""
+    return {"kernel": jnp.zeros((2 * VARIANCE_FEATURES, 1)), "bias": jnp.zeros(1)}
+
+
+def log_variance(head: Mapping[str, jax.Array], r: jax.Array, t: jax.Array) -> jax.Array:
+    """A linear map of the features of t and r, (B,) -> (B,): the scale of the loss at these times.
+
+    Decoupled MeanFlow, arXiv 2510.24474. It does not see z, so no derivative of u passes it.
+    """
+    freqs = frequencies(VARIANCE_FEATURES // 2, endpoint=False)
+    features = [time_features(time, freqs, sin_first=False) for time in (t, r)]
+    return (jnp.concatenate(features, axis=-1) @ head["kernel"] + head["bias"])[:, 0]
 
 
 class FourierFeatures(nn.Module):

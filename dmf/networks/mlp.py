@@ -32,6 +32,7 @@ class MLPConfig:
     depth: int = limited(3, 1, MOST_BLOCKS)  # hidden layers
     # * zero | random: the branch of t - r at the start
     interval_init: str = choice("zero", layers.INTERVAL_INITS)
+    logvar: bool = False  # a head for the log variance of the loss (`loss.logvar`)
 
 
 class MLP(nn.Module):

@@ -89,6 +89,7 @@ class UNetConfig:
     num_classes: int = limited(0, 0, MOST_CLASSES)  # of the data; 0 = no label
     # interval: every layer sees t and the branch | decoupled: encoder and middle see t, decoder r
     time_routing: str = choice("interval", layers.TIME_ROUTINGS)
+    logvar: bool = False  # a head for the log variance of the loss (`loss.logvar`)
 
     @property
     def noise_width(self) -> int:

@@ -8,6 +8,9 @@ config.init_labels says what becomes of its label table:
     fresh     every class is drawn anew
     none      only the null class stays, and the network takes no class
     x.json    {"cat": 281, ...}: the start's class that each class of the data takes
+
+A start whose interval branch is silent may go into a network of decoupled times, which has no such
+branch. A head for the loss (network.logvar) that the start lacks starts at zero.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from jax.sharding import Mesh
 from dmf import data, networks, sharding
 from dmf.config import INIT_HINT, Config, differences, parse
 from dmf.errors import DmfError
+from dmf.networks import layers
 from dmf.storage import checkpoint, manifest, paths, records
 
 TABLES = ("y_embedder", "map_label")  # the module of the label table, in a DiT and in a U-Net
@@ -39,6 +43,7 @@ class Init(NamedTuple):
     origin: dict[str, Any] | None  # where its weights were converted from
     classes: int  # of its network
     rows: tuple[int, ...] | None  # its class for each of ours; None: drawn, or only the null class
+    network: Any  # its network's config
 
 
 def find(config: Config, dataset: data.Source) -> Init:
@@ -58,7 +63,8 @@ def opened(config: Config, dataset: data.Source, folder: Path) -> Init:
         raise DmfError(f"config.init = {config.init}: holds a {kind}; expected a flow model")
     theirs = parse(stored["config"])
     old, new = dataclasses.asdict(theirs.network), dataclasses.asdict(config.network)
-    for free in networks.FREE:
+    routed = (old.get("time_routing"), new.get("time_routing")) == ("interval", "decoupled")
+    for free in (*networks.FREE, *(("time_routing", "t_blocks") if routed else ())):
         if free in old:
             old[free] = new.get(free)
     if config.init_labels:
@@ -76,7 +82,8 @@ def opened(config: Config, dataset: data.Source, folder: Path) -> Init:
             f"expected {dataset.image_shape}, as in {config.data.name}"
         )
     rows = _rows(config, theirs.num_classes, dataset)
-    return Init(folder, theirs.ema.index(), stored.get("source"), theirs.num_classes, rows)
+    origin, index = stored.get("source"), theirs.ema.index()
+    return Init(folder, index, origin, theirs.num_classes, rows, theirs.network)
 
 
 def weights(config: Config, init: Init, shape: tuple[int, ...], mesh: Mesh, like: Params) -> Params:
@@ -84,25 +91,40 @@ def weights(config: Config, init: Init, shape: tuple[int, ...], mesh: Mesh, like
 
     shape: of an image. like: the run's weights, as shapes, types and places.
     """
-    if not config.init_labels:
+    shapes = jax.eval_shape(networks.build(init.network, shape).init, jax.random.key(0))
+    if not config.init_labels and set(shapes) == set(like):
         return checkpoint.read_params(init.folder, init.ema, like)
-    theirs: Any = config.network
-    if init.classes != config.num_classes:
-        theirs = dataclasses.replace(theirs, num_classes=init.classes)
-    shapes = jax.eval_shape(networks.build(theirs, shape).init, jax.random.key(0))
     old = jax.tree.map(
         lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p),
         shapes,
         sharding.placed(mesh, shapes),
     )
     found = checkpoint.read_params(init.folder, init.ema, old)
+    if "interval" in found and "interval" not in like:
+        _check_silent(config, found["interval"])
     draw = networks.build(config.network, shape).init
 
     def change(found: Params) -> Params:
-        return relabelled(found, draw(jax.random.key(config.seed)), init.rows)
+        new = draw(jax.random.key(config.seed))
+        kept = {name: x for name, x in found.items() if name in (*new, *TABLES)}
+        kept = {name: x for name, x in new.items() if name == layers.VARIANCE} | kept
+        return relabelled(kept, new, init.rows) if config.init_labels else kept
 
     # One program, so that of the fresh weights only the table is drawn.
     return jax.jit(change, out_shardings=jax.tree.map(lambda x: x.sharding, like))(found)
+
+
+def _check_silent(config: Config, branch: Params) -> None:
+    """Raises DmfError where the start's interval branch gives anything but zero."""
+
+    def loud(last: Params) -> jax.Array:
+        return jnp.any(jnp.stack([jnp.any(x != 0) for x in jax.tree.leaves(last)]))
+
+    if jax.jit(loud)(branch.get("mlp_2", branch)):
+        raise DmfError(
+            f"config.init = {config.init}: its interval branch is not zero; expected a flow model, "
+            "as a network with time_routing 'decoupled' has no such branch"
+        )
 
 
 def described(config: Config, init: Init) -> str:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from dmf import data, networks, pretrained
+from dmf import data, networks, pretrained, sharding
 from dmf.config import parse
 from dmf.data import DataConfig
 from dmf.errors import DmfError
@@ -161,3 +161,40 @@ def test_classes_that_do_not_fit_together_are_one_line_that_names_the_field(
 def test_classes_of_a_start_need_a_start(tmp_path):
     with pytest.raises(DmfError, match="config.init_labels = 'fresh': expected '', as config.init"):
         runs.train(parse(merged(TINY, init_labels="fresh")), tmp_path / "run")
+
+
+def routed(folder, **network):
+    given = dict(network, time_routing="decoupled", t_blocks=1, logvar=True)
+    loss = dict(logvar="paper")
+    return merged(values(folder, "", OLD), network=given, loss=loss)
+
+
+def test_a_flow_model_goes_into_a_network_of_decoupled_times(start, tmp_path):
+    """Its silent branch is left out, and the head for the loss starts at zero."""
+    _, params = start
+    quiet = {**params["interval"]["mlp_2"]}
+    quiet = jax.tree.map(np.zeros_like, quiet)
+    silent = {**params, "interval": {**params["interval"], "mlp_2": quiet}}
+    dataset = dataclasses.replace(data.load(DataConfig(), "train"), num_classes=OLD)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    for name, weights in (("silent", silent), ("loud", params)):
+        meta = pretrained.metadata(NETWORKS["dit"], SHAPE, {})
+        checkpoint.save_weights(tmp_path / name, weights, meta, {})
+        config = parse(routed(tmp_path / name))
+        like = pretrained.abstract_params(networks.build(config.network, SHAPE), mesh)
+        found = init.find(config, dataset)
+        if name == "loud":
+            with pytest.raises(DmfError, match="its interval branch is not zero; expected a flow"):
+                init.weights(config, found, SHAPE, mesh, like)
+            continue
+        new = init.weights(config, found, SHAPE, mesh, like)
+        assert jax.tree.map(np.shape, new) == jax.tree.map(np.shape, like)
+        assert not np.any(new["logvar_linear"]["kernel"])
+        old = {key: x for key, x in silent.items() if key != "interval"}
+        same = jax.tree.map(np.array_equal, {k: new[k] for k in old}, old)
+        assert all(jax.tree.leaves(same))
+    decoupled = dataclasses.replace(NETWORKS["dit"], time_routing="decoupled", t_blocks=1)
+    meta = pretrained.metadata(decoupled, SHAPE, {})
+    checkpoint.save_weights(tmp_path / "decoupled", old, meta, {})
+    with pytest.raises(DmfError, match="t_blocks: 1 -> 0.*time_routing: decoupled -> interval"):
+        init.find(parse(values(tmp_path / "decoupled", "", OLD)), dataset)
