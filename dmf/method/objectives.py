@@ -54,8 +54,8 @@ class LossConfig:
     product_rule: float = limited(1.0, 0, 1)
     # raw = the paper's u - T; unit = (u - T) / w with unit derivative in u
     residual_scale: str = choice("raw", ("raw", "unit"))
-    # direction of u' and du/dt; the target keeps v.
-    # data = v | own = u(z, t, t) | ema = the same of the evaluated EMA | head = the velocity head
+    # direction of u' and du/dt: data = v | own = u(z, t, t) | ema = u(z, t, t) of the EMA |
+    # head = the velocity head
     tangent: str = choice("data", TANGENTS)
     # time step of a central difference; the default is MF-RAE's (arXiv 2511.13019)
     delta: float = limited(5e-3, LEAST, 0.5)
