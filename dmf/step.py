@@ -102,7 +102,6 @@ def make_train_step(
 
         loss                           weighted
         squares_border, squares_pairs  |residual|^2, mean over the r = t and over the r < t rows
-        squares_head_border, squares_head_pairs   the same of the velocity head, if there is one
         change                         how much u changes over the step back, relative to |u|
         interval                       mean share a of t - r, where the interval is adaptive
         grad_norm                      before clipping
@@ -191,6 +190,7 @@ def stage_loss(
     given: progress, frozen and sums by name, as in `stage_residuals`. All may be missing.
     how: kind, network and train, as in `stage_residuals`.
     With an adaptive interval, metrics["intervals"] is what the rows add to its table.
+    A velocity head has its own squares, squares_head_border and squares_head_pairs.
     """
     progress, frozen = given.get("progress", 0.0), given.get("frozen", {})
     sums = given.get("sums", ())
