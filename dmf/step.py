@@ -30,14 +30,14 @@ from dmf.errors import DmfError
 from dmf.method import curriculum, flow, intervals, objectives, velocity, weights
 from dmf.method.curriculum import Stage
 from dmf.method.flow import Condition, Rows, RowSplit
-from dmf.method.guidance import guided_velocity
+from dmf.method.guidance import drawn, guided_velocity, told_velocity
 from dmf.method.objectives import KINDS
 from dmf.networks import Execution, Network, attention
 from dmf.state import TrainState, ema_decays, learning_rate
 
 Array = jax.Array
 Metrics = dict[str, Array]
-PURPOSES = ("flip", "augment", "label", "noise", "times", "network", "latent")
+PURPOSES = ("flip", "augment", "label", "noise", "times", "network", "latent", "guidance")
 
 
 class Scalars(NamedTuple):
@@ -170,6 +170,8 @@ def draw_rows(
     e = batch["noise"] if "noise" in batch else jax.random.normal(keys["noise"], x.shape)
     r, t = flow.draw_times(keys["times"], config.times, split)
     z, v = flow.interpolate(x, e, t, config.path)
+    if config.guidance.told:
+        condition = condition._replace(guidance=drawn(keys["guidance"], config.guidance, split))
     # Each row's key comes from its global number, so the number of devices does not show.
     row_keys = jax.vmap(partial(jax.random.fold_in, keys["network"]))(jnp.arange(split.batch))
     return Rows(z, r, t, v, condition, row_keys)
@@ -257,14 +259,23 @@ def stage_residuals(
 
     # What knows v(z, t), without dropout.
     own = head if config.loss.tangent == velocity.HEAD else partial(net, train=False)
-    if about.guided:
-        v_g = guided_velocity(own, params, rows, config.network.num_classes, config.guidance)
-        rows = rows._replace(v=v_g)
+    rows = _guided(own, params, rows, about.guided, config)
     direction = velocity.TANGENTS[config.loss.tangent]
     tangent = direction(own, params, frozen) if direction else None  # v itself
     rule = objectives.Rule(config.loss, partial(_rule(config, sums), rho), tangent)
     rule = rule._replace(whole=whole if network.sides else None)
     return rows, about.residual(net, params, rows, split, rule)
+
+
+def _guided(own: flow.Net, params: Any, rows: Rows, guided: bool, config: Config) -> Rows:
+    """The rows with the guided velocity as v, where the kind is guided."""
+    null = config.network.num_classes
+    if not guided:  # then v is the same for every guidance, and the network is told none
+        return rows._replace(condition=rows.condition._replace(guidance=None))
+    if not config.guidance.told:
+        return rows._replace(v=guided_velocity(own, params, rows, null, config.guidance))
+    v_g, v_c = told_velocity(own, params, rows, null)
+    return rows._replace(v=v_g, own=v_c if config.loss.tangent in velocity.ONLINE else None)
 
 
 def make_gradient(

@@ -62,6 +62,7 @@ LATER: dict[str, dict[str, Any]] = {
         "qk_norm": False,
         "logvar": False,
     },
+    "guidance": {"most": 1.0, "power": 1.0},
 }
 EARLIER = {"effort": 0.0}  # columns that old rows lack
 LEGEND = """\

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import jax
 
 if TYPE_CHECKING:
-    from dmf.method.flow import Net, Tangent
+    from dmf.method.flow import Net, Rows, Tangent
 
 
 def along_own(net: Net, params: object) -> Tangent:
@@ -25,8 +25,15 @@ def along_own(net: Net, params: object) -> Tangent:
     It is the direction of improved MeanFlow (arXiv 2512.02012), here also for finite differences.
     v of a single row is noisy. A step along v takes this noise into u' or du/dt. The mean has none.
     No gradient reaches params. net: without dropout. It may be the velocity head, of r = t too.
+    Where guidance has evaluated it already, it is not evaluated again.
     """
-    return lambda rows: net(jax.lax.stop_gradient(params), rows._replace(r=rows.t))
+
+    def direction(rows: Rows) -> jax.Array:
+        if rows.own is not None:
+            return rows.own
+        return net(jax.lax.stop_gradient(params), rows._replace(r=rows.t))
+
+    return direction
 
 
 # Direction -> what makes it of (net, weights that are trained, frozen trees); None for v itself.
@@ -38,6 +45,7 @@ TANGENTS: dict[str, Callable[[Net, object, Mapping[str, object]], Tangent] | Non
     "ema": lambda net, params, frozen: along_own(net, frozen["average"]),
     HEAD: lambda net, params, frozen: along_own(net, params),
 }
+ONLINE = ("own", HEAD)  # directions by the weights that train
 AVERAGED = ("ema",)  # directions that need the evaluated average among the frozen trees
 
 

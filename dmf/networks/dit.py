@@ -142,11 +142,12 @@ class TimeEmbedder(nn.Module):
 
     width: int
     zero_last: bool = False
+    start: layers.Initializer = nn.initializers.normal(0.02)
 
     @nn.compact
     def __call__(self, time: jax.Array) -> jax.Array:
         """Embed times (B,); identically zero at the start when `zero_last`."""
-        normal = nn.initializers.normal(0.02)
+        normal = self.start
         last = nn.initializers.zeros if self.zero_last else normal
         freqs = layers.frequencies(TIME_FEATURES // 2, endpoint=False)
         x = layers.time_features(time, freqs, sin_first=False)
