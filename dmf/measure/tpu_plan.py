@@ -57,11 +57,14 @@ LATER: dict[str, dict[str, Any]] = {
     },
     "network": {
         "interval_input": "t-r",
+        "time_input": "features",
+        "init": "lecun",
         "time_routing": "interval",
         "t_blocks": 0,
         "qk_norm": False,
         "logvar": False,
     },
+    "times": {"base": "logit_normal", "border": "pairs", "border_mean": 0.0, "border_std": 1.0},
 }
 EARLIER = {"effort": 0.0}  # columns that old rows lack
 LEGEND = """\
