@@ -57,12 +57,15 @@ LATER: dict[str, dict[str, Any]] = {
     },
     "network": {
         "interval_input": "t-r",
+        "time_input": "features",
+        "init": "lecun",
         "time_routing": "interval",
         "t_blocks": 0,
         "qk_norm": False,
         "logvar": False,
     },
     "guidance": {"most": 1.0, "power": 1.0},
+    "times": {"base": "logit_normal", "border": "pairs", "border_mean": 0.0, "border_std": 1.0},
 }
 EARLIER = {"effort": 0.0}  # columns that old rows lack
 LEGEND = """\

@@ -29,24 +29,38 @@ PAIRINGS: dict[str, Callable[[Array, Array], tuple[Array, Array]]] = {
     "sorted": lambda r, t: (jnp.minimum(r, t), jnp.maximum(r, t)),
     "min": lambda r, t: (jnp.minimum(r, t), t),
     "zero": lambda r, t: (jnp.zeros_like(r), t),
+    "above": lambda r, t: (r, r + (1 - r) * t),
 }
+
+
+def _logit_normal(key: Array, mean: float, std: float, count: int) -> Array:
+    return jax.nn.sigmoid(mean + std * jax.random.normal(key, (count,)))
+
+
+# The law of one draw: (key, mean, std, count) -> (count,) times.
+BASES: dict[str, Callable[[Array, float, float, int], Array]] = {
+    "logit_normal": _logit_normal,
+    "uniform": lambda key, mean, std, count: jax.random.uniform(key, (count,)),
+}
+BORDERS = ("pairs", "own")
 
 
 @dataclass(frozen=True)
 class TimeLaw:
-    """Law of (r, t): two logit-normal draws, a rule that joins them, and the share of r < t.
+    """Law of (r, t): two draws of a base law, a rule that joins them, and the share of r < t.
 
         pairing "sorted": t = max, r = min of the two draws (MeanFlow).
         pairing "min": t as drawn, r = min(r, t), a later CIFAR recipe. Where r lands on t, the row
             has r = t, so fewer rows keep r < t than the field says.
         pairing "zero": t as drawn, r = 0, for a map that only jumps to the data.
+        pairing "above": r as drawn, t a drawn share of the way from r to 1.
 
     The other rows have r = t. A comment that begins with * marks a value that we do not know from
     the paper, here and in the other sections of the config.
     """
 
-    # * sorted: t and r are the larger and the smaller of two draws | min: t as drawn, r = min(r, t)
-    # | zero: t as drawn, r = 0
+    # * sorted: r and t are two draws in order | min: t as drawn, r = min(r, t) | zero: r = 0
+    # | above: t is above r
     pairing: str = choice("sorted", PAIRINGS)
     # * mean of the normal draw whose sigmoid is t, or of the first draw where two are sorted
     t_mean: float = limited(-0.4, -INF, INF)
@@ -55,6 +69,12 @@ class TimeLaw:
     r_std: float = limited(1.0, LEAST, INF)  # * its standard deviation
     # * exact share of rows that keep r < t; the others have r = t
     r_neq_t_fraction: float = limited(0.25, 0, 1)
+    # logit_normal = by the means and deviations above | uniform, which reads none of them
+    base: str = choice("logit_normal", BASES)
+    # the t of rows with r = t: drawn as the t of the others | own: of a draw of their own
+    border: str = choice("pairs", BORDERS)
+    border_mean: float = limited(0.0, -INF, INF)  # * own: mean of the draw whose sigmoid is t
+    border_std: float = limited(1.0, LEAST, INF)  # * own: its standard deviation
 
 
 # The three laws of the official MeanFlow code, in the order of the fields above. The last number is
@@ -210,16 +230,20 @@ def interpolate(x: Array, e: Array, t: Array, path: str = "linear") -> tuple[Arr
 
 
 def draw_times(key: Array, law: TimeLaw, split: RowSplit) -> tuple[Array, Array]:
-    """(r, t), each (B,) float32: two logit-normal draws, joined as the law says.
+    """(r, t), each (B,) float32: two draws of the base law, joined as the law says.
 
     Border rows have r = t. Raises DmfError for an unknown pairing.
     """
     key_t, key_r = jax.random.split(key)
-    t = jax.nn.sigmoid(law.t_mean + law.t_std * jax.random.normal(key_t, (split.batch,)))
-    r = jax.nn.sigmoid(law.r_mean + law.r_std * jax.random.normal(key_r, (split.batch,)))
+    draw = BASES[law.base]
+    t = draw(key_t, law.t_mean, law.t_std, split.batch)
+    r = draw(key_r, law.r_mean, law.r_std, split.batch)
     if law.pairing not in PAIRINGS:
         raise DmfError(
             f"config.times.pairing = {law.pairing!r}: expected one of {', '.join(PAIRINGS)}"
         )
     r, t = PAIRINGS[law.pairing](r, t)
+    if law.border == "own":
+        own = draw(key_t, law.border_mean, law.border_std, split.batch)
+        t = jnp.where(split.is_pair(), t, own)
     return jnp.where(split.is_pair(), r, t), t

@@ -25,6 +25,9 @@ from dmf.storage import checkpoint, paths, records
 FILE = "scores.jsonl"
 CURVES, SAMPLES = "curves.png", "samples.png"
 Row = dict[str, Any]
+# More sampling steps are worse where their score is above so many times the best of fewer steps.
+# The margin is ours.
+WORSE = 1.05
 ROW: dict[Any, Any] = {  # a line of the file; other names are those of scores
     "step": records.COUNT,
     "stage": records.Maybe(str),
@@ -89,6 +92,34 @@ def boundaries(stages: tuple[Stage, ...], from_init: bool, every: int) -> dict[i
     return {b.step: b for b in start + inner + ends}
 
 
+def rises(scores: Mapping[int, float]) -> list[tuple[int, int]]:
+    """Where more sampling steps are worse: pairs (the best number of fewer steps, the number).
+
+    scores: by number of sampling steps, lower is better. [] where the curve falls or stays.
+    """
+    found: list[tuple[int, int]] = []
+    best = min(scores, default=0)
+    for n in sorted(scores):
+        if scores[n] > WORSE * scores[best]:
+            found.append((best, n))
+        best = n if scores[n] < scores[best] else best
+    return found
+
+
+def curve(rows: Sequence[Row], main: str) -> str:
+    """What the scores of one model say of more sampling steps, as one line.
+
+    "" where fewer than two numbers of steps were scored.
+    """
+    scores = {row["nfe"]: row[main] for row in rows if "nfe" in row and main in row}
+    if len(scores) < 2:
+        return ""
+    worse = [f"{n} ({scores[n]:.3f}) than {best} ({scores[best]:.3f})" for best, n in rises(scores)]
+    if not worse:
+        return f"curve     {main} falls or stays with more steps"
+    return f"warning   more steps are worse: {main} is higher at {', at '.join(worse)}"
+
+
 class Scoreboard:
     """The boundaries of a run, and its scores.jsonl, best.json and pictures."""
 
@@ -136,7 +167,7 @@ class Scoreboard:
         if self.main:
             rows = self._judge.score(params, steps)
             print(f"after {boundary.name} ({boundary.kind}), step {boundary.step}")
-            print(self._judge.table(rows), flush=True)
+            print(_scored(self._judge, rows), flush=True)
         by = {"scored_by": self._scored_by} if self._scored_by else {}
         for row in rows:
             about = {"step": boundary.step, "stage": boundary.name, "kind": boundary.kind}
@@ -236,4 +267,10 @@ class Scoreboard:
         for b in self.boundaries.values():
             rows = [r for r in scores if r["step"] == b.step]
             if b.full and rows:
-                print(f"\n{b.name}\n{judge.table(rows)}")
+                print(f"\n{b.name}\n{_scored(judge, rows)}")
+
+
+def _scored(judge: Judge, rows: Sequence[Row]) -> str:
+    """Scores of one model as a printed table, and whether its curve falls."""
+    said = curve(rows, judge.main)
+    return judge.table(rows) + (f"\n{said}" if said else "")

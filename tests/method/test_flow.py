@@ -49,6 +49,23 @@ def test_logit_normal_quantiles():
     np.testing.assert_allclose(np.quantile(t, [0.158655, 0.5, 0.841345]), expected, atol=0.005)
 
 
+@pytest.mark.parametrize("pairing", ["sorted", "above"])
+def test_uniform_times_have_the_quantiles_of_their_pairing(pairing):
+    """Two sorted draws: t has the distribution t^2. Above: r is uniform, and t given r too."""
+    law = TimeLaw(pairing, r_neq_t_fraction=0.5, base="uniform", border="own")
+    split = row_split(200_000, 0.5)
+    (r, t), (same, border) = (
+        of(flow.draw_times(jax.random.key(0), law, split))
+        for of in (split.pairs_of, split.border_of)
+    )
+    seen = [border, r, (t - r) / (1 - r)] if pairing == "above" else [border, t**2, r / t]
+    np.testing.assert_array_equal(same, border)
+    for uniform in seen:
+        np.testing.assert_allclose(
+            np.quantile(uniform, [0.1, 0.5, 0.9]), [0.1, 0.5, 0.9], atol=0.01
+        )
+
+
 @pytest.mark.parametrize("parts", [1, 2, 4, 8])
 def test_split_takes_the_same_rows_whatever_the_number_of_devices(parts):
     assert row_split(64, 0.75, parts) == RowSplit(64, 4, 3)

@@ -326,3 +326,26 @@ def test_label_is_short_for_a_condition_and_both_are_refused():
     np.testing.assert_array_equal(short, long)
     with pytest.raises(DmfError, match="label and condition are both given; expected one"):
         network.apply(params, z, r, t, label=label, condition=given)
+
+
+def test_an_mlp_with_raw_times_is_linear_in_them_before_its_first_activation():
+    """One hidden layer: its input is z A + t b + (t - r) c + d, so two calls give the same u."""
+    network = build(MLPConfig(width=5, depth=1, time_input="raw", interval_init="random"), (2,))
+    params = network.init(jax.random.key(0))
+    assert params["time"]["kernel"].shape == params["interval"]["kernel"].shape == (1, 5)
+    z, t, r = jnp.ones((3, 2)), jnp.array([0.3, 0.6, 1.0]), jnp.array([0.1, 0.6, 0.0])
+    hidden = z @ params["input"]["kernel"] + params["input"]["bias"]
+    hidden += (
+        t[:, None] * params["time"]["kernel"] + (t - r)[:, None] * params["interval"]["kernel"]
+    )
+    u = jax.nn.silu(hidden) @ params["output"]["kernel"] + params["output"]["bias"]
+    np.testing.assert_allclose(network.apply(params, z, r, t), u, rtol=1e-5)
+
+
+def test_an_mlp_may_start_as_torch_layers_do():
+    """Uniform in +-1 / sqrt(inputs): 4 inputs of the first layer's three parts, then the width."""
+    config = MLPConfig(width=400, depth=2, time_input="raw", interval_init="random", init="torch")
+    params = networks.build(config, (2,)).init(jax.random.key(0))
+    for name, bound in (("input", 0.5), ("time", 0.5), ("interval", 0.5), ("hidden_1", 0.05)):
+        for leaf in params[name].values():
+            assert 0.97 * bound < float(jnp.max(jnp.abs(leaf))) <= bound
