@@ -195,6 +195,37 @@ def muon(config: ConfigDict) -> Fields:
     return dict(optimizer=dict(name="muon", convolutions=config.network.get("width") is None))
 
 
+def decoupled(config: ConfigDict) -> Fields:
+    """Decoupled MeanFlow (arXiv 2510.24474), from the flow model in config.init.
+
+    It is called DMF too, and is no part of the curriculum of arXiv 2604.08837.
+
+    The paper's, or its released code's for XL/2 at 256 px:
+
+    - early blocks see t, late ones and the output see r, by the weights of the flow model
+    - 20 of 28 blocks (XL) and 18 of 24 (L) see t
+    - half of the rows for flow matching, by a law of t of their own; the laws
+    - the learned log variance in the paper's form; `loss.logvar=released` has the code's
+    - guidance from the own velocity: v + .6 (v_c - v_u) on t <= .7
+    - Adam at 1e-4 with decays .9 and .95, and clipping at 1
+
+    Ours: about 5 of 7 blocks for other depths, the U-Net's routing, and no guidance for data
+    without classes. A row serves one of the two losses; theirs uses each image for both. The length
+    is the data set's. Theirs is 400,000 steps of 256 images.
+    """
+    network: dict[str, Any] = dict(time_routing="decoupled", logvar=True)
+    if config.network.kind == "dit":
+        depth = config.network.depth
+        network["t_blocks"] = {28: 20, 24: 18}.get(depth, max(1, round(depth * 5 / 7)))
+    law = dict(pairing="sorted", t_mean=0.4, t_std=1.0, r_mean=-1.2, r_std=1.0)
+    own = dict(border="own", border_mean=0.0, border_std=1.0, r_neq_t_fraction=0.5)
+    found: Fields = dict(network=network, times=law | own, loss=dict(logvar="paper"))
+    if not config.network.num_classes:
+        return found | _alone("jvp")
+    guidance = dict(omega=1.0, kappa=0.6, t_start=0.0, t_end=0.7)
+    return found | dict(guidance=guidance) | _alone("guided_jvp")
+
+
 METHODS: dict[str, Callable[[ConfigDict], Fields]] = {
     "dagger": dagger,
     "linear": linear,
@@ -208,6 +239,7 @@ METHODS: dict[str, Callable[[ConfigDict], Fields]] = {
     "ema_velocity": ema_velocity,
     "improved": improved,
     "guided": guided,
+    "decoupled": decoupled,
     "splus": splus,
     "muon": muon,
 }

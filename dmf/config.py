@@ -25,7 +25,7 @@ from dmf.method import guidance, velocity, weights
 from dmf.method.curriculum import CurriculumConfig, Stage, build_stages
 from dmf.method.flow import PATHS, TimeLaw
 from dmf.method.guidance import GuidanceConfig
-from dmf.method.objectives import FORMER, GUIDED, KINDS, LAST, LossConfig
+from dmf.method.objectives import FORMER, GUIDED, KINDS, LAST, LAYOUTS, LossConfig
 from dmf.method.samplers import SAMPLERS
 from dmf.networks import NetworkConfig, UNetConfig, attention
 from dmf.optim import EMAConfig, OptimizerConfig
@@ -118,7 +118,8 @@ class RunConfig:
     features: str = ""  # converted feature network of the protocol
     reference: str = ""  # the protocol's reference statistics
     vae: str = ""  # converted autoencoder that makes images of latents, for scores and pictures
-    # of scores and pictures; euler and heun follow u(z, t, t), for flow models
+    # of scores and pictures; euler and heun follow u(z, t, t), for flow models; restart and gamma
+    # add fresh noise at every step
     sampler: str = choice("few_step", SAMPLERS)
     tensorboard: bool = True  # write event files where tensorflow and tensorboard are installed
 
@@ -147,6 +148,9 @@ class Config:
     remat: str = choice("none", REMATS)
     # a DiT's blocks as one compiled block, run depth times: compiles faster
     scan_blocks: bool = False
+    # layout of the rows: split = apart where that saves passes | joint = one pass with gradient |
+    # whole = all alike
+    rows: str = choice("split", LAYOUTS)
     label_dropout: float = limited(0.0, 0, 0.999)  # * share of rows trained with the null class
     path: str = choice("linear", PATHS)  # from data to noise: linear is z = (1 - t) x + t e
     network: NetworkConfig = field(default_factory=UNetConfig)

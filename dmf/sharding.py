@@ -55,9 +55,9 @@ def make_mesh(
     return jax.make_mesh((replica, fsdp), ROWS, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
-def rows(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """Rows split over all devices, all other axes whole. axis: position of the row axis."""
-    return NamedSharding(mesh, PartitionSpec(*(None,) * axis, ROWS))
+def rows(mesh: Mesh) -> NamedSharding:
+    """Rows, the first axis, split over all devices; all other axes whole."""
+    return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -197,10 +197,16 @@ def per_device(
 def on_rows(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` of arrays with a row axis first, as a call per device on its own rows.
 
-    XLA cannot split some kernels by itself.
+    XLA cannot split some kernels by itself. Inside a device's program the rows are its own already.
     """
     cut = PartitionSpec(ROWS)
-    return jax.shard_map(function, mesh=mesh, in_specs=cut, out_specs=cut, check_vma=False)
+    apart = jax.shard_map(function, mesh=mesh, in_specs=cut, out_specs=cut, check_vma=False)
+
+    def call(*arrays: Any) -> Any:
+        inside = jax.sharding.get_abstract_mesh().manual_axes
+        return (function if inside else apart)(*arrays)
+
+    return call
 
 
 def in_pieces(mesh: Mesh, count: int, rows_per_device: int) -> list[slice]:
@@ -247,22 +253,56 @@ def whole(mesh: Mesh, tree: Any) -> Any:
     )
 
 
-def gradient(mesh: Mesh, loss: Callable[..., Any]) -> Callable[..., Any]:
-    """`jax.grad(loss, has_aux=True)` of parameters placed by `placed`.
+def averaged(
+    mesh: Mesh, function: Callable[..., Any], dtypes: Callable[[Any], Any]
+) -> Callable[..., Any]:
+    """`function(params, rows, *rest) -> (gradient, metrics)` of each device's rows, averaged.
 
-    The gradient is placed like the parameters. Split weights are gathered for the step, in half
-    precision where the network casts them to it. Each device keeps the sum of its own part of the
-    gradient. XLA by itself would gather the activations of the rows.
+        params     placed by `placed`, and so is the gradient
+        rows       split over the mesh; rest: whole
+        function   of means over the rows that it is given, with whole weights
+        dtypes     of the weights as they are used, `Network.dtypes`; they are sent as these
+
+    Each device adds up its own gradient, and the devices exchange it once, at the end. XLA by
+    itself would send the parts of a sum apart, and also numbers of rows.
     """
-    if mesh.shape["fsdp"] == 1:
-        return jax.grad(loss, has_aux=True)
+    if mesh.size == 1:
+        return function
 
-    @jax.custom_vjp
-    def gather(params: Any) -> Any:
-        return jax.lax.with_sharding_constraint(params, replicated(mesh))
+    def call(params: Any, rows: Any, *rest: Any) -> Any:
+        specs = jax.tree.map(lambda place: place.spec, placed(mesh, params))
+        sent_as, cut, whole = dtypes(params), PartitionSpec(ROWS), PartitionSpec()
 
-    def scatter(_: None, grads: Any) -> tuple[Any]:
-        return (jax.lax.with_sharding_constraint(grads, placed(mesh, grads)),)
+        def on_one(params: Any, rows: Any, *rest: Any) -> Any:
+            weights = jax.tree.map(_gathered, params, specs, sent_as)
+            grads, metrics = function(weights, rows, *rest)
+            grads = jax.tree.map(_summed, grads, specs, sent_as)
+            return jax.tree.map(lambda g: g / mesh.size, grads), jax.lax.pmean(metrics, ROWS)
 
-    gather.defvjp(lambda params: (gather(params), None), scatter)
-    return jax.grad(lambda params, *rest: loss(gather(params), *rest), has_aux=True)
+        places = (specs, cut, *(whole,) * len(rest))
+        apart = jax.shard_map(
+            on_one, mesh=mesh, in_specs=places, out_specs=(specs, whole), check_vma=False
+        )
+        return apart(params, rows, *rest)
+
+    return call
+
+
+def _gathered(weight: jax.Array, spec: PartitionSpec, sent_as: Any) -> jax.Array:
+    """Inside a device's program: a weight from the parts that the devices of a replica hold."""
+    if "fsdp" not in spec:
+        return weight
+    sent = weight.astype(sent_as)
+    return jax.lax.all_gather(sent, "fsdp", axis=spec.index("fsdp"), tiled=True).astype(
+        weight.dtype
+    )
+
+
+def _summed(gradient: jax.Array, spec: PartitionSpec, sent_as: Any) -> jax.Array:
+    """Inside a device's program: the sum over all devices, and the part of it that stays here."""
+    sent = gradient.astype(sent_as)
+    if "fsdp" not in spec:
+        return jax.lax.psum(sent, ROWS).astype(gradient.dtype)
+    axis = spec.index("fsdp")
+    part = jax.lax.psum_scatter(sent, "fsdp", scatter_dimension=axis, tiled=True)
+    return jax.lax.psum(part, "replica").astype(gradient.dtype)

@@ -27,10 +27,9 @@ from dmf import networks, sharding
 from dmf.config import Config
 from dmf.data import augment
 from dmf.errors import DmfError
-from dmf.method import curriculum, flow, intervals, objectives, velocity, weights
+from dmf.method import curriculum, flow, guidance, intervals, objectives, velocity, weights
 from dmf.method.curriculum import Stage
 from dmf.method.flow import Condition, Rows, RowSplit
-from dmf.method.guidance import drawn, guided_velocity, told_velocity
 from dmf.method.objectives import KINDS
 from dmf.networks import Execution, Network, attention
 from dmf.state import TrainState, ema_decays, learning_rate
@@ -109,9 +108,9 @@ def make_train_step(
     """
     split, of_rows = split_for(kind, config, mesh), sharding.rows(mesh)
     average = config.ema.index() if config.loss.tangent in velocity.AVERAGED else None
-    part = split.micro(config.microbatches)
-    loss = partial(stage_loss, kind=kind, network=network, config=config, split=part)
-    gradient = make_gradient(loss, split, config.microbatches, mesh)
+    loss = partial(stage_loss, kind=kind, network=network, config=config)
+    on_one = make_gradient(loss, split.micro(mesh.size), config.microbatches)
+    gradient = sharding.averaged(mesh, on_one, network.dtypes)
 
     def train_step(
         state: TrainState, batch: dict[str, Array], scalars: Scalars
@@ -171,7 +170,9 @@ def draw_rows(
     r, t = flow.draw_times(keys["times"], config.times, split)
     z, v = flow.interpolate(x, e, t, config.path)
     if config.guidance.told:
-        condition = condition._replace(guidance=drawn(keys["guidance"], config.guidance, split))
+        condition = condition._replace(
+            guidance=guidance.drawn(keys["guidance"], config.guidance, split)
+        )
     # Each row's key comes from its global number, so the number of devices does not show.
     row_keys = jax.vmap(partial(jax.random.fold_in, keys["network"]))(jnp.arange(split.batch))
     return Rows(z, r, t, v, condition, row_keys)
@@ -246,51 +247,73 @@ def stage_residuals(
     if about.v_only:
         params = freeze_interval(params, network.is_interval)
 
-    def net(params: Any, rows: Rows, train: bool = train) -> Array:
-        z, r, t, condition = rows.z, rows.r, rows.t, rows.condition
-        return network.apply(params, z, r, t, condition=condition, train=train, rngs=rows.keys)
-
-    def whole(params: Any, rows: Rows, train: bool = train) -> tuple[Array, flow.Sides]:
-        at, how = (rows.z, rows.r, rows.t), dict(condition=rows.condition, train=train)
-        return network.apply_with_sides(params, *at, rngs=rows.keys, **how)
-
-    def head(params: Any, rows: Rows) -> Array:
-        return whole(params, rows, train=False)[1][flow.VELOCITY]
-
-    # What knows v(z, t), without dropout.
-    own = head if config.loss.tangent == velocity.HEAD else partial(net, train=False)
-    rows = _guided(own, params, rows, about.guided, config)
+    whole, net, own = _views(network, config, train)
+    rows = _told(own, params, rows, about.guided, config)
+    guide = (own, params, rows, config.network.num_classes, config.guidance)
     direction = velocity.TANGENTS[config.loss.tangent]
     tangent = direction(own, params, frozen) if direction else None  # v itself
     rule = objectives.Rule(config.loss, partial(_rule(config, sums), rho), tangent)
+    rule, lack = rule._replace(joint=config.rows == objectives.JOINT), None
     rule = rule._replace(whole=whole if network.sides else None)
-    return rows, about.residual(net, params, rows, split, rule)
+    alone = network.sides or (train and getattr(config.network, "dropout", False))
+    if about.guided and rule.joint and config.guidance.kappa and split.n_border and not alone:
+        v_g, v_c, lack = guidance.guided_jointly(*guide, split)
+        if config.loss.tangent == velocity.OWN:
+            rule = rule._replace(tangent=lambda pairs: v_c)  # the same number
+        rows = rows._replace(v=v_g)
+    elif about.guided and not config.guidance.told:
+        rows = rows._replace(v=guidance.guided_velocity(*guide))
+    found = about.laid_out(config.rows)(net, params, rows, split, rule)
+    if lack is None or found.border is None:
+        return rows, found
+    border, v = guidance.complete(found.border, split.border_of(rows.v), lack)
+    return rows._replace(v=split.join(split.pairs_of(rows.v), v)), found._replace(border=border)
 
 
-def _guided(own: flow.Net, params: Any, rows: Rows, guided: bool, config: Config) -> Rows:
-    """The rows with the guided velocity as v, where the kind is guided."""
-    null = config.network.num_classes
+def _views(network: Network, config: Config, train: bool) -> tuple[flow.Whole, flow.Net, flow.Net]:
+    """(u and side outputs, u alone, what knows v(z, t) and has no dropout), of (params, rows)."""
+
+    def given(rows: Rows, train: bool) -> dict[str, Any]:
+        return dict(condition=rows.condition, train=train, rngs=rows.keys)
+
+    def whole(params: Any, rows: Rows) -> tuple[Array, flow.Sides]:
+        return network.apply_with_sides(params, rows.z, rows.r, rows.t, **given(rows, train))
+
+    def net(params: Any, rows: Rows, train: bool = train) -> Array:
+        return network.apply(params, rows.z, rows.r, rows.t, **given(rows, train))
+
+    def head(params: Any, rows: Rows) -> Array:
+        out = network.apply_with_sides(params, rows.z, rows.r, rows.t, **given(rows, False))
+        return out[1][flow.VELOCITY]
+
+    still = partial(net, train=False)
+    return whole, net, head if config.loss.tangent == velocity.HEAD else still
+
+
+def _told(own: flow.Net, params: Any, rows: Rows, guided: bool, config: Config) -> Rows:
+    """The rows with the velocity v_g of a network that is told its guidance, else unchanged."""
     if not guided:  # then v is the same for every guidance, and the network is told none
         return rows._replace(condition=rows.condition._replace(guidance=None))
     if not config.guidance.told:
-        return rows._replace(v=guided_velocity(own, params, rows, null, config.guidance))
-    v_g, v_c = told_velocity(own, params, rows, null)
+        return rows
+    v_g, v_c = guidance.told_velocity(own, params, rows, config.network.num_classes)
     return rows._replace(v=v_g, own=v_c if config.loss.tangent in velocity.ONLINE else None)
 
 
 def make_gradient(
-    loss: Callable[..., tuple[Array, Metrics]], split: RowSplit, count: int, mesh: Mesh
+    loss: Callable[..., tuple[Array, Metrics]], split: RowSplit, count: int
 ) -> Callable[..., tuple[Any, Metrics]]:
     """(params, rows, rho, given) -> (gradient, metrics), averaged over `count` microbatches.
 
-    loss: `stage_loss` with its keywords set. All microbatches run inside one program.
+    loss: `stage_loss` with its keywords set, except the split. split: of all rows.
+    All microbatches run inside one program.
     """
-    gradient, place = sharding.gradient(mesh, loss), sharding.rows(mesh, axis=1)
+    gradient = jax.grad(partial(loss, split=split.micro(count)), has_aux=True)
     if count == 1:
         return gradient
 
     def accumulated(params: Any, rows: Rows, rho: Array, given: Any) -> tuple[Any, Metrics]:
-        micro = jax.lax.with_sharding_constraint(split.microbatches(rows, count), place)
+        micro = split.microbatches(rows, count)
         one = jax.tree.map(lambda x: x[0], micro)
         shapes = jax.eval_shape(gradient, params, one, rho, given)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)

@@ -34,7 +34,7 @@ from dmf import processes
 from dmf.config import Config
 from dmf.data.feed import Feed
 from dmf.method import curriculum
-from dmf.run.context import Context, compile_ahead, first_state, opened
+from dmf.run.context import Ahead, Context, compile_ahead, first_state, opened
 from dmf.run.guard import Diverged
 from dmf.run.report import Report
 from dmf.run.scoreboard import OpenJudge
@@ -94,12 +94,15 @@ def loop(run: Context, report: Report) -> bool:
     step runs, or before the state is saved. `run.stop.here` says whether to stop. `unsaved` and
     `saved` tell it whether a stop now would lose a step.
     """
-    compiling = compile_ahead(run)
-    now = first_state(run)
+    with compile_ahead(run) as ahead:
+        now = first_state(run)
+        report.start(now)
+        return steps(run, report, ahead, now)
+
+
+def steps(run: Context, report: Report, ahead: Ahead, now: TrainState) -> bool:
+    """All steps of `loop` from this state. ahead: what compiles their programs."""
     saved = start = int(now.step)  # fresh weights are not saved: they can be drawn again
-    report.start(now)
-    if compiling:
-        compiling.join()
     with Feed(run.batch, start, run.total) as feed:
         for n in range(start, run.total + 1):
             stopped, boundary = run.stop.here(), run.scoreboard.boundaries.get(n)
@@ -119,6 +122,8 @@ def loop(run: Context, report: Report) -> bool:
                 break
             stage = curriculum.stage_at(run.stages, n)
             now = run.switched(now, n, stage)
+            if n in (start, stage.first):
+                ahead.wait(("step", stage.kind))
             if n == start:
                 jax.block_until_ready(now)  # the first step is timed by itself
             began, waited_s = time.monotonic(), feed.waited_s
@@ -132,6 +137,7 @@ def loop(run: Context, report: Report) -> bool:
             report.hold(n + 1, stage, metrics)
             if run.is_probed(n + 1, stage):
                 report.settle()
+                ahead.wait(("probe", stage.kind))
                 report.probe(n + 1, stage, now)
             if run.is_scheduled(n + 1) and n + 1 not in run.scoreboard.boundaries:
                 report.settle()

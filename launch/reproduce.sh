@@ -31,6 +31,8 @@ tpu_plan | the same, a copy of the state on each device | docs/tpu_plan.json | |
 tpu_plan | the CIFAR U-Net | docs/tpu_plan.json | 2 to 4 minutes a row on 2 cores | tpu | JAX_EXEC_TIME_OPTIMIZATION_EFFORT=-1 python main.py --mode=plan --out=docs/tpu_plan.json --topology=v5e-16,v4-32 --config=configs/cifar10.py --config.compute_dtype=bfloat16
 tpu_plan | the same, its state split | docs/tpu_plan.json | | tpu | JAX_EXEC_TIME_OPTIMIZATION_EFFORT=-1 python main.py --mode=plan --out=docs/tpu_plan.json --topology=v5e-16,v4-32 --config=configs/cifar10.py --config.compute_dtype=bfloat16 --config.mesh.replica=1 --config.mesh.fsdp=0
 study | docs/study.md: the study of variants | docs/study.json, docs/study.png | 1 hour 40 minutes on 2 cores | | python launch/tables/study.py --out=docs/study.json --plot=docs/study.png --docs=docs/study.md
+family | docs/family.md: each method from one flow model | docs/family.json, docs/family.png | 3 minutes a method on 2 cores | | python launch/tables/family.py --out=docs/family.json --picture=docs/family.png --docs=docs/family.md
+toy | docs/family.md: two public benchmarks in the plane | docs/toy.json, docs/toy.png | 20 minutes a row of the checkerboard | | python launch/tables/toy.py --out=docs/toy.json --plot=docs/toy.png --docs=docs/family.md
 END
 }
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import tempfile
+from dataclasses import replace
 
 from tests import GOLDEN, devices
 
@@ -42,6 +43,46 @@ def float64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture(scope="module")
+def shared_programs():
+    """All runs of a module share the programs of a config: a run alone would trace them again.
+
+    For modules whose tests change nothing inside a step, a probe or a sampler.
+    """
+    from dmf import step
+    from dmf.config import GuardConfig, RunConfig
+    from dmf.evaluation.sampling import Sampler
+    from dmf.run.probe import Probe
+
+    made = {}
+
+    def trained(config):
+        return replace(config, run=RunConfig(), guard=GuardConfig())
+
+    def one_step(kind, network, optimizer, config, mesh, place):
+        key = "step", kind, trained(config), mesh
+        if key not in made:
+            made[key] = make_step(kind, network, optimizer, config, mesh, place)
+        return made[key]
+
+    def probe(self, kind):
+        key = "probe", kind, trained(self._config), self._split, self._mesh
+        return made.setdefault(key, made.get(key) or make_probe(self, kind))
+
+    def sampler(self, network, config, shape, labels, mesh, guidance=None, **how):
+        make_sampler(self, network, config, shape, labels, mesh, guidance, **how)
+        if not (guidance or how):
+            key = "sampler", trained(config), config.run.sampler, shape, mesh
+            self._draw = made.setdefault(key, self._draw)
+
+    make_step, make_probe, make_sampler = step.make_train_step, Probe._jit, Sampler.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "make_train_step", one_step)
+        patch.setattr(Probe, "_jit", probe)
+        patch.setattr(Sampler, "__init__", sampler)
+        yield
 
 
 @pytest.fixture

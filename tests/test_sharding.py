@@ -12,10 +12,11 @@ from configs import cifar10, imagenet256
 from dmf import networks, optim, sharding, state, step
 from dmf.config import parse
 from dmf.errors import DmfError
+from dmf.measure import hlo
 from dmf.sharding import MeshConfig
 from dmf.storage import checkpoint
 from tests.test_step import largest_difference
-from tests.tiny import TINY, UNET, Setup, merged
+from tests.tiny import TINY, UNET, Setup, linear_network, merged
 
 # Wide enough that most weights are split. Adam does not divide by rounding (see test_step).
 WIDE = merged(TINY, network=dict(width=128, heads=4), optimizer=dict(eps=1e-4))
@@ -128,21 +129,37 @@ def test_a_device_of_eight_holds_at_most_a_seventh_of_the_state(config, shape):
     assert part < sum(np.prod(x.shape) for x in jax.tree.leaves(whole)) / 7
 
 
-def test_split_weights_are_gathered_and_gradients_keep_their_part_only():
-    setup = Setup(merged(WIDE, mesh=dict(fsdp=8)), devices=8)
-    compiled = (
-        setup.step("discrete")
-        .lower(setup.state(), setup.batch(0), setup.scalars(0, "discrete"))
-        .compile()
-    )
-    used = set(
-        re.findall(
-            r"\b(all-gather|all-to-all|collective-permute|reduce-scatter|all-reduce)\b",
-            compiled.as_text(),
-        )
-    )
-    # XLA on CPU has no reduce-scatter: it sums all and keeps a part. Rows are never exchanged.
-    assert used == {"all-gather", "all-reduce"}
+OWN = merged(
+    TINY,
+    batch_size=64,
+    loss=dict(tangent="own"),
+    guidance=dict(omega=0.6, kappa=0.7),
+    curriculum=dict(kinds=("guided_jvp",), stages=1),
+)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("fsdp", [1, 4, 8])
+def test_the_gradient_is_sent_once_and_nothing_else_is(dtype, fsdp):
+    """A guided JVP with its own tangent and microbatches sends what flow matching sends.
+
+    Weights and gradients travel in the dtype in which the network uses them. XLA's part for CPUs
+    lifts sums to float32, so the types are read before it.
+    """
+    mesh, sent = dict(replica=8 // fsdp, fsdp=fsdp), {}
+    both = merged(OWN, microbatches=2, curriculum=dict(kinds=("all_pairs", "guided_jvp"), stages=2))
+    for kind in ("all_pairs", "guided_jvp"):
+        setup = Setup(merged(both, mesh=mesh), devices=8)
+        setup.network = linear_network(jnp.dtype(dtype))
+        given = jax.eval_shape(setup.state), setup.batch(0), setup.scalars(0, kind)
+        lowered = setup.step(kind).lower(*given)
+        found = hlo.collectives(hlo.parse(lowered.compile().as_text()), 8)
+        assert set(found) == {"all-reduce", *("all-gather", "reduce-scatter") * (fsdp > 1)}
+        sent[kind] = sum(moved.bytes for moved in found.values())
+        types = re.findall(r"stablehlo.all_gather.*?-> tensor<64x256x(\w+)>", lowered.as_text())
+        assert types == [dict(float32="f32", bfloat16="bf16")[dtype]] * (fsdp > 1)
+    assert sent["guided_jvp"] <= 1.01 * sent["all_pairs"]
+    assert sent["all_pairs"] <= 2 * 4 * (2 * 2**14 + 13 * 256)  # a sum is sent twice at most
 
 
 def test_an_array_is_split_along_its_largest_axis_that_divides_or_not_at_all():

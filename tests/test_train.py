@@ -32,6 +32,9 @@ def leaves(folder):
     return [np.asarray(x) for x in jax.tree.leaves({k: found[k] for k in items if k in found})]
 
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A finished tiny run and its scores."""

@@ -3,6 +3,7 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dmf import networks, optim, sharding, state, step
@@ -115,6 +116,25 @@ class Setup:
         for n in range(steps):
             now, metrics = train_step(now, self.batch(n), self.scalars(n, kind))
         return now, {k: float(v) for k, v in metrics.items()}
+
+
+def linear_network(dtype=jnp.float32):
+    """The least that a step can train: it has classes, an interval branch and a weight to split."""
+
+    def init(key):
+        shapes = dict(kernel=(64, 256), out=(256, 64), table=(11, 256), interval=(256,))
+        return {name: jax.random.normal(key, size) / 8 for name, size in shapes.items()}
+
+    def apply(params, z, r, t, *, condition, train=False, rngs=None):
+        inner = z.reshape(len(z), -1).astype(dtype) @ params["kernel"].astype(dtype)
+        times = (t - r)[:, None] * params["interval"]
+        inner = jnp.tanh(inner + times + params["table"][condition.label])
+        return (inner @ params["out"]).reshape(z.shape)
+
+    def dtypes(params):
+        return {name: dtype if name == "kernel" else x.dtype for name, x in params.items()}
+
+    return networks.Network(init, apply, None, lambda path: path == ("interval",), dtypes=dtypes)
 
 
 def residuals(kind, net, params, rows, split, rho, interval, loss, tangent=None):

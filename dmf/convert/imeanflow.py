@@ -7,7 +7,7 @@ inference may lack the velocity head.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -164,34 +164,13 @@ def _torch_outputs(
 ) -> dict[str, np.ndarray]:
     """The network in PyTorch from its Flax tree: kernels are (in, out), images (B, H, W, C)."""
     import torch
-    from torch.nn import functional as F
 
-    def weight(name: str) -> Any:
-        return tensors[f"net.{name}"].float()
-
-    def linear(module: str, x: Any) -> Any:
-        bias = tensors.get(f"net.{module}._flax_linear.bias")
-        y = x @ weight(f"{module}._flax_linear.kernel")
-        return y if bias is None else y + bias.float()
-
-    def norm(name: str, x: Any) -> Any:
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight(f"{name}.kernel")
+    weight, linear, norm, block = _torch_layers(tensors, int(arrays["heads"]))
 
     def embed(module: str, time: Any) -> Any:
         return dit.torch_embed(
             lambda name, x: linear(re.sub(r"\.(\d)$", r".layers_\1", name), x), module, time
         )
-
-    def block(name: str, x: Any) -> Any:
-        heads, y = int(arrays["heads"]), norm(f"{name}.norm1", x)
-        q, k, v = (linear(f"{name}.attn.{w}_proj", y).unflatten(-1, (heads, -1)) for w in "qkv")
-        q, k = (_torch_rotated(norm(f"{name}.attn.{w}_norm", y)) for w, y in (("q", q), ("k", k)))
-        mixed = F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in (q, k, v)))
-        y = linear(f"{name}.attn.out_proj", mixed.transpose(1, 2).flatten(2))
-        x = x + y * weight(f"{name}.attn_scale")
-        y = norm(f"{name}.norm2", x)
-        y = F.silu(linear(f"{name}.mlp.w1", y)) * linear(f"{name}.mlp.w3", y)
-        return x + linear(f"{name}.mlp.w2", y) * weight(f"{name}.mlp_scale")
 
     given = {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in arrays.items()}
     told = {
@@ -218,6 +197,36 @@ def _torch_outputs(
             y = norm(f"{name}_final_layer.norm", y[:, -patches.shape[1] :])
             found[name] = dit.torch_image(linear(f"{name}_final_layer.linear", y), patch).numpy()
     return found
+
+
+def _torch_layers(tensors: Mapping[str, Any], heads: int) -> tuple[Callable[..., Any], ...]:
+    """(a weight by name, a linear layer, a norm, a block) in PyTorch, by names without net."""
+    import torch
+    from torch.nn import functional as F
+
+    def weight(name: str) -> Any:
+        return tensors[f"net.{name}"].float()
+
+    def linear(module: str, x: Any) -> Any:
+        bias = tensors.get(f"net.{module}._flax_linear.bias")
+        y = x @ weight(f"{module}._flax_linear.kernel")
+        return y if bias is None else y + bias.float()
+
+    def norm(name: str, x: Any) -> Any:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight(f"{name}.kernel")
+
+    def block(name: str, x: Any) -> Any:
+        y = norm(f"{name}.norm1", x)
+        q, k, v = (linear(f"{name}.attn.{w}_proj", y).unflatten(-1, (heads, -1)) for w in "qkv")
+        q, k = (_torch_rotated(norm(f"{name}.attn.{w}_norm", y)) for w, y in (("q", q), ("k", k)))
+        mixed = F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in (q, k, v)))
+        y = linear(f"{name}.attn.out_proj", mixed.transpose(1, 2).flatten(2))
+        x = x + y * weight(f"{name}.attn_scale")
+        y = norm(f"{name}.norm2", x)
+        y = F.silu(linear(f"{name}.mlp.w1", y)) * linear(f"{name}.mlp.w3", y)
+        return x + linear(f"{name}.mlp.w2", y) * weight(f"{name}.mlp_scale")
+
+    return weight, linear, norm, block
 
 
 def _torch_rotated(x: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dmf.convert import (
     adm,
+    decoupled_dit,
     dinov2,
     edm,
     imeanflow,
@@ -26,6 +27,7 @@ KINDS: dict[str, Kind] = {
         meanflow_dit.MEANFLOW_DIT,
         meanflow_sit.MEANFLOW_SIT,
         imeanflow.IMEANFLOW,
+        decoupled_dit.DECOUPLED_DIT,
         meanflow_unet.MEANFLOW_UNET,
         edm.EDM,
         score_sde.RECTIFIED_FLOW,

@@ -175,7 +175,7 @@ def _check_guidance(found: Opened, config: Config, by: Contrast) -> None:
             "expected no --guidance, or a flow model"
         )
     averages = any(kind_of(kind).arithmetic != "plain" for kind in kinds)
-    if averages and config.run.sampler.startswith("few_step"):
+    if averages and SAMPLERS[config.run.sampler].averages:
         raise DmfError(
             f"{given}: a contrast of average velocities is no average of the guided velocity; "
             "expected --sampler=euler or heun"

@@ -67,16 +67,15 @@ class Sampler:
         sampler = SAMPLERS[config.run.sampler]
 
         def noise(seed: jax.Array, row: jax.Array) -> jax.Array:
-            # No training step has this number.
-            key = jax.random.fold_in(jax.random.key(seed), 2**31 - 1)
-            keys = jax.vmap(partial(jax.random.fold_in, key))(row)
-            return jax.vmap(lambda k: jax.random.normal(k, image_shape))(keys)
+            return jax.vmap(lambda k: jax.random.normal(k, image_shape))(_keys(seed, row))
 
         velocity = partial(_velocity, network, config.num_classes, contrasts, given)
 
         def draw(whole: Whole, rows: tuple[jax.Array, jax.Array]) -> jax.Array:
             (params, steps, seed), (row, label) = whole, rows
-            return sampler.draw(velocity(params, label), noise(seed, row), steps, times)
+            u, keys = velocity(params, label), _keys(seed, row)
+            more = {"keys": keys} if sampler.fresh_noise else {}
+            return sampler.draw(u, noise(seed, row), steps, times, **more)
 
         def draw_on_host(whole: Whole, rows: tuple[jax.Array, jax.Array]) -> jax.Array:
             (params, steps, seed), (row, label) = whole, rows
@@ -115,6 +114,12 @@ class Sampler:
             put = sharding.put_padded(self._mesh, per_device, rows)
             drawn = self._draw((params, np.int32(steps), self._seed), put)
             yield sharding.fetch(self._mesh, drawn)[: len(row)]
+
+
+def _keys(seed: jax.Array, row: jax.Array) -> jax.Array:
+    """One key per sample, by seed and number of the sample. No training step has this key."""
+    key = jax.random.fold_in(jax.random.key(seed), 2**31 - 1)
+    return jax.vmap(partial(jax.random.fold_in, key))(row)
 
 
 def _velocity(

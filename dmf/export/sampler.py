@@ -53,11 +53,16 @@ def velocity(model: Model, params: Any, labels: Any) -> Callable[[Any, Any, Any]
 def function(model: Model, steps: int) -> Callable[[Weights, Any, Any], Any]:
     """sampler(weights, e, labels) -> images of the shape of e, traced as `sampling.Sampler`.
 
-    Raises DmfError for a sampler that loops on the host, which no program can hold.
+    Raises DmfError for a sampler that loops on the host, which no program can hold. The same for
+    one with fresh noise, which the caller of an artifact does not give.
     """
-    if SAMPLERS[model.sampler].on_host:
-        inside = ", ".join(name for name, row in SAMPLERS.items() if not row.on_host)
+    row = SAMPLERS[model.sampler]
+    if row.on_host or row.fresh_noise:
+        kept = {name for name, x in SAMPLERS.items() if not (x.on_host or x.fresh_noise)}
+        inside = ", ".join(name for name in SAMPLERS if name in kept)
         what = "loops on the host, and a program cannot"
+        if row.fresh_noise:
+            what = "draws noise of its own, and a program gets none"
         raise DmfError(
             f"sampler = {model.sampler!r} {what}: expected one of {inside}, by --sampler"
         )

@@ -22,7 +22,7 @@ from dmf import fields
 from dmf.errors import DmfError
 from dmf.fields import ABOVE_1, INF, LEAST, MANY, MOST, choice, limited
 from dmf.method.intervals import ADAPTIVE, RULES
-from dmf.method.objectives import BETWEEN, FIRST, KINDS, LAST, PRETRAINING
+from dmf.method.objectives import BETWEEN, FIRST, JOINT, KINDS, LAST, PRETRAINING, SPLIT, WHOLE
 
 UNITS = ("steps", "epochs", "images")
 SCHEDULES = ("steps", "smooth")
@@ -191,14 +191,30 @@ def progress_at(stages: tuple[Stage, ...], step: int) -> float:
     return min(1.0, max(0.0, (step - first) / (last - first)))
 
 
-def passes(stage: Stage, r_neq_t_fraction: float) -> float:
-    """Forward passes per row of a step of this stage. A backward pass counts as two."""
+def passes(stage: Stage, r_neq_t_fraction: float, layout: str = SPLIT) -> float:
+    """Forward passes per row of a step of this stage. A backward pass counts as two.
+
+    layout: `config.rows`. "whole" makes all rows pay like those with r < t. "joint" repeats u of
+    r < t rows for a JVP, and has v_c of r = t rows from u where there is no dropout. An own
+    direction that is v_c costs nothing there, and is counted all the same.
+    """
     kind = KINDS[stage.kind]
+    guided = stage.guidance_passes
+    share = 1.0 if layout == WHOLE else r_neq_t_fraction
     extra = kind.extra + (stage.tangent_passes if kind.extra else 0)
-    return kind.passes + stage.guidance_passes + extra * r_neq_t_fraction
+    if layout == JOINT and kind.extra:
+        extra += kind.arithmetic == "derivative"
+        if guided == 2:  # v_u and v_c
+            guided, extra = 1, extra + 1
+    return kind.passes + guided + extra * share
 
 
-def table(stages: tuple[Stage, ...], config: CurriculumConfig, r_neq_t_fraction: float) -> str:
+def table(
+    stages: tuple[Stage, ...],
+    config: CurriculumConfig,
+    r_neq_t_fraction: float,
+    layout: str = SPLIT,
+) -> str:
     """The curriculum as a printed table: stage, kind, d, steps, cost in forward passes per row."""
     mark = {"linear": "", ADAPTIVE: "*"}.get(config.interval, "+")
     width = 24 if any(s.fall != 1 for s in stages) else 12
@@ -206,9 +222,9 @@ def table(stages: tuple[Stage, ...], config: CurriculumConfig, r_neq_t_fraction:
     for s in stages:
         d = f"{s.rho:.6g}" if s.fall == 1 else f"{s.rho:.6g}..{rho_at(s, s.last - 1):.6g}"
         d = f"{d}{mark}" if KINDS[s.kind].steps_back else "-"
-        cost = passes(s, r_neq_t_fraction)
+        cost = passes(s, r_neq_t_fraction, layout)
         lines.append(f"{s.name:<10}{s.kind:<16}{d:>{width}}{s.steps:>10}{s.first:>10}{cost:>12.2f}")
-    total = sum(s.steps * passes(s, r_neq_t_fraction) for s in stages)
+    total = sum(s.steps * passes(s, r_neq_t_fraction, layout) for s in stages)
     steps = stages[-1].last
     lines.append(f"{'all':<10}{'':<16}{'':>{width}}{steps:>10}{'':>10}{total / steps:>12.2f}")
     if mark and any(KINDS[s.kind].steps_back for s in stages):

@@ -163,6 +163,12 @@ class RowSplit:
 
         return jax.tree.map(take, tree)
 
+    def join(self, pairs: Array, border: Array) -> Array:
+        """(n_pairs, ...) and (n_border, ...) -> (B, ...), each row in its place."""
+        groups = self.batch // self.group
+        both = [x.reshape(groups, -1, *x.shape[1:]) for x in (pairs, border)]
+        return jnp.concatenate(both, axis=1).reshape(self.batch, *pairs.shape[1:])
+
     def microbatches(self, tree: Any, count: int) -> Any:
         """(B, ...) -> (count, B / count, ...), whole groups dealt in turn.
 
@@ -232,7 +238,8 @@ def interpolate(x: Array, e: Array, t: Array, path: str = "linear") -> tuple[Arr
 def draw_times(key: Array, law: TimeLaw, split: RowSplit) -> tuple[Array, Array]:
     """(r, t), each (B,) float32: two draws of the base law, joined as the law says.
 
-    Border rows have r = t. Raises DmfError for an unknown pairing.
+    Border rows have r = t, by a draw of their own where the law says so.
+    Raises DmfError for an unknown pairing.
     """
     key_t, key_r = jax.random.split(key)
     draw = BASES[law.base]

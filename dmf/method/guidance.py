@@ -139,13 +139,47 @@ def guided_velocity(
             "rows.condition.label = None: expected classes, as guidance contrasts a class with none"
         )
     frozen, now = jax.lax.stop_gradient(params), rows._replace(r=rows.t)
-    nobody = rows.condition._replace(label=jnp.full_like(label, null_class))
-    v_u = net(frozen, now._replace(condition=nobody))
+    v_u = net(frozen, _of_nobody(now, null_class))
     v_g = config.omega * rows.v + (1 - config.omega - config.kappa) * v_u
     if config.kappa:
         v_g += config.kappa * net(frozen, now)
-    guided = (config.t_start <= rows.t) & (rows.t <= config.t_end) & (label != null_class)
-    return jnp.where(expand(guided, v_g), v_g, rows.v)
+    return jnp.where(expand(_guided(rows, null_class, config), v_g), v_g, rows.v)
+
+
+def guided_jointly(
+    net: Net, params: object, rows: Rows, null_class: int, config: GuidanceConfig, split: RowSplit
+) -> tuple[Array, Array, Array]:
+    """(v_g, v_c of r < t rows, what r = t rows still lack), by one pass.
+
+    v_u of all rows and v_c of r < t rows share the pass. On r = t rows v_c is u itself, without
+    dropout. So their v_g lacks the last number, (n_border,), times u: see `complete`.
+    Arguments as of `guided_velocity`.
+    """
+    frozen, now = jax.lax.stop_gradient(params), rows._replace(r=rows.t)
+    parts = _of_nobody(now, null_class), split.pairs_of(now)
+    v = net(frozen, jax.tree.map(lambda *x: jnp.concatenate(x), *parts))
+    v_u, v_c = v[: split.batch], v[split.batch :]
+    own = split.join(v_c, jnp.zeros_like(split.border_of(v_u)))
+    v_g = config.omega * rows.v + (1 - config.omega - config.kappa) * v_u + config.kappa * own
+    guided = _guided(rows, null_class, config)
+    lack = jnp.where(split.border_of(guided), config.kappa, 0.0)
+    return jnp.where(expand(guided, v_g), v_g, rows.v), v_c, lack
+
+
+def complete(e: Array, v: Array, lack: Array) -> tuple[Array, Array]:
+    """(e, v_g) of r = t rows, whose u = e + v, with their own v_c. `guided_jointly` has v, lack."""
+    own = jax.lax.stop_gradient(expand(lack, e) * (e + v))
+    return e - own, v + own
+
+
+def _of_nobody(rows: Rows, null_class: int) -> Rows:
+    nobody = jnp.full_like(jnp.asarray(rows.condition.label), null_class)
+    return rows._replace(condition=rows.condition._replace(label=nobody))
+
+
+def _guided(rows: Rows, null_class: int, config: GuidanceConfig) -> Array:
+    label = rows.condition.label
+    return (config.t_start <= rows.t) & (rows.t <= config.t_end) & (label != null_class)
 
 
 @dataclass(frozen=True)

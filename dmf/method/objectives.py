@@ -90,9 +90,9 @@ class Residuals(NamedTuple):
     head_border: Array | None = None
     head_pairs: Array | None = None
 
-    def beside(self, sides: Sides, rows: Rows, split: RowSplit) -> Residuals:
-        """With the residuals of the velocity head, if the network has one; sides: of all rows."""
-        if (e := _of_head(sides, rows)) is None:
+    def beside(self, e: Array | None, split: RowSplit) -> Residuals:
+        """With the residuals e of the velocity head, of all rows; None without such a head."""
+        if e is None:
             return self
         border = split.border_of(e) if split.n_border else None
         return self._replace(
@@ -107,6 +107,7 @@ class Rule(NamedTuple):
         share     (r, t) -> a, the part of t - r that a row steps back, all (B,)
         tangent   direction of the step back and of the derivative, None for v
         whole     the network with its side outputs, None for a network without any
+        joint     one pass with gradient over all rows, and what r < t rows need without gradient
 
     The share is an interval rule at the rho of the step. Only kinds that step back ask for it.
     """
@@ -115,6 +116,7 @@ class Rule(NamedTuple):
     share: Callable[[Array, Array], Array]
     tangent: Tangent | None = None
     whole: Whole | None = None
+    joint: bool = False
 
     def first(self, net: Net, params: object, rows: Rows) -> tuple[Array, Sides]:
         """u and the side outputs, of the evaluation that the gradient flows through."""
@@ -123,6 +125,12 @@ class Rule(NamedTuple):
     def direction(self, rows: Rows) -> Array:
         """The velocity along which these rows step back, (B, ...)."""
         return rows.v if self.tangent is None else self.tangent(rows)
+
+
+Residual = Callable[[Net, object, Rows, RowSplit, Rule], Residuals]
+
+# How the rows of a step go through the network; the numbers are equal up to rounding.
+SPLIT, JOINT, WHOLE = LAYOUTS = ("split", "joint", "whole")
 
 
 def discrete_weight(a: Array, r: Array, t: Array, c: float) -> Array:
@@ -164,7 +172,7 @@ def flow_matching(net: Net, params: object, rows: Rows, split: RowSplit, rule: R
     """e = u(z, r, t) - v on every row, r as drawn."""
     u, sides = rule.first(net, params, rows)
     e = u - rows.v
-    return _apart(split, e, e, None).beside(sides, rows, split)
+    return _apart(split, e, e, None).beside(_of_head(sides, rows), split)
 
 
 def discrete(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -> Residuals:
@@ -178,21 +186,32 @@ def discrete(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) 
     e = discrete_residual(u_pairs, u_next, pairs.v, w, rule.loss.residual_scale)
     found = _apart(split, u - rows.v, e, _relative(u_pairs - u_next, u_pairs), pairs_cut=True)
     found = found._replace(products=_products(u_pairs, u_next, pairs.v, a))
-    return found.beside(sides, rows, split)
+    return found.beside(_of_head(sides, rows), split)
 
 
 def jvp(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -> Residuals:
     """MeanFlow with du/dt along (dz, dr, dt) = (v, 0, 1), or along another tangent.
 
-    The JVP runs on r < t rows only.
+    The JVP runs on r < t rows only. `rule.joint` evaluates u of these rows once more, with the
+    others and with gradient. The JVP then needs none.
     """
     pairs, border = split.pairs_of(rows), split.border_of(rows)
+    weights = sg(params) if rule.joint else params
 
     def along(z: Array, r: Array, t: Array) -> tuple[Array, Sides]:
-        return rule.first(net, params, pairs._replace(z=z, r=r, t=t))
+        return rule.first(net, weights, pairs._replace(z=z, r=r, t=t))
 
     tangents = (rule.direction(pairs), jnp.zeros_like(pairs.r), jnp.ones_like(pairs.t))
     u, dudt, sides = jax.jvp(along, (pairs.z, pairs.r, pairs.t), tangents, has_aux=True)
+    if rule.joint:
+        (u_all, sides), target = (
+            rule.first(net, params, rows),
+            pairs.v - expand(pairs.t - pairs.r, dudt) * dudt,
+        )
+        e, change = split.pairs_of(u_all) - sg(target), _relative(pairs.v - target, u)
+        return _apart(split, u_all - rows.v, e, change, pairs_cut=True).beside(
+            _of_head(sides, rows), split
+        )
     drift = expand(pairs.t - pairs.r, dudt) * dudt
     e = u - sg(pairs.v - drift)
     found = Residuals(None, e, _relative(drift, u), head_pairs=_of_head(sides, pairs))
@@ -220,7 +239,7 @@ def central(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -
     drift = expand(rate, v) * (at(delta) - at(-delta))
     e = u_pairs - sg(pairs.v - drift)
     found = _apart(split, u - rows.v, e, _relative(drift, u_pairs), pairs_cut=True)
-    return found.beside(sides, rows, split)
+    return found.beside(_of_head(sides, rows), split)
 
 
 def _of_head(sides: Sides, rows: Rows) -> Array | None:
@@ -239,6 +258,25 @@ def _apart(
     if not split.n_pairs:
         return Residuals(border, None, change)
     return Residuals(border, e_pairs if pairs_cut else split.pairs_of(e_pairs), change)
+
+
+def on_all_rows(residual: Residual) -> Residual:
+    """A kind's residual with all rows evaluated as rows of r < t are; the same up to rounding.
+
+    A row with r = t neither steps back nor drifts, so that its target is v anyway.
+    """
+
+    def whole(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -> Residuals:
+        found = residual(net, params, rows, RowSplit(split.batch, split.group, split.group), rule)
+        e, change, products = found.pairs, found.change, found.products
+        if change is not None:  # a mean over all rows, of which the border changes by 0
+            change = change * (split.batch / split.n_pairs)
+        cut = None if products is None else split.pairs_of(products)
+        e_head = found.head_pairs
+        found = _apart(split, jnp.asarray(e), jnp.asarray(e), change)._replace(products=cut)
+        return found.beside(e_head, split)
+
+    return whole
 
 
 def _products(u: Array, u_next: Array, v: Array, a: Array) -> Array:
@@ -274,7 +312,7 @@ class Kind(NamedTuple):
     A backward pass counts as two forward passes, and a JVP's tangent as one.
     """
 
-    residual: Callable[[Net, object, Rows, RowSplit, Rule], Residuals]
+    residual: Residual
     arithmetic: str
     extra: int = 0
     steps_back: bool = False
@@ -282,6 +320,10 @@ class Kind(NamedTuple):
     unguided: str = ""
     limit: str = ""
     passes: int = 3
+
+    def laid_out(self, layout: str) -> Residual:
+        """The residual in a layout of `LAYOUTS`."""
+        return on_all_rows(self.residual) if layout == WHOLE and self.extra else self.residual
 
     @property
     def guided(self) -> bool:

@@ -38,14 +38,14 @@ def along_own(net: Net, params: object) -> Tangent:
 
 # Direction -> what makes it of (net, weights that are trained, frozen trees); None for v itself.
 # net is the network in evaluation mode; for "head" it is the network's velocity head.
-DATA, HEAD = "data", "head"
+DATA, OWN, HEAD = "data", "own", "head"
 TANGENTS: dict[str, Callable[[Net, object, Mapping[str, object]], Tangent] | None] = {
     DATA: None,
-    "own": lambda net, params, frozen: along_own(net, params),
+    OWN: lambda net, params, frozen: along_own(net, params),
     "ema": lambda net, params, frozen: along_own(net, frozen["average"]),
     HEAD: lambda net, params, frozen: along_own(net, params),
 }
-ONLINE = ("own", HEAD)  # directions by the weights that train
+ONLINE = (OWN, HEAD)  # directions by the weights that train
 AVERAGED = ("ema",)  # directions that need the evaluated average among the frozen trees
 
 

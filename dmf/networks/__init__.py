@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -93,6 +94,9 @@ class Network(NamedTuple):
     logvar(params, r, t) -> (B,), the learned log variance of the loss; only with config.logvar.
 
     is_interval(path) -> whether the parameter at a path belongs to the interval branch.
+
+    dtypes(params) -> the dtype in which each weight is used. It is the compute dtype where the
+    weight is cast to it before anything else, and the weight's own elsewhere.
     """
 
     init: Callable[[jax.Array], Params]
@@ -101,6 +105,7 @@ class Network(NamedTuple):
     is_interval: Callable[[tuple[str, ...]], bool] = is_interval_path
     sides: tuple[str, ...] = ()
     logvar: Callable[[Params, jax.Array, jax.Array], jax.Array] | None = None
+    dtypes: Callable[[Params], Any] = lambda params: jax.tree.map(lambda x: x.dtype, params)
 
 
 def build(
@@ -121,14 +126,10 @@ def build(
     shape = tuple(image_shape)
     # `plain` makes the weights: a scan over blocks reads weights that are there already.
     plain, module = _module(config, shape, dtype, PLAIN), _module(config, shape, dtype, how)
-    augment_dim = config.augment_dim if isinstance(config, UNetConfig) else 0
+    row = _one_row(shape, config.augment_dim if isinstance(config, UNetConfig) else 0)
 
     def init(key: jax.Array) -> Params:
-        def of(*size: int) -> Any:
-            return jax.ShapeDtypeStruct(size, jnp.float32)
-
-        condition = Condition(augment=of(1, augment_dim) if augment_dim else None)
-        found = plain.lazy_init(key, of(1, *shape), of(1), of(1), condition, None)["params"]
+        found = plain.lazy_init(key, *row, None)["params"]
         return {**found, layers.VARIANCE: layers.variance_start()} if config.logvar else found
 
     def apply_with_sides(
@@ -152,9 +153,9 @@ def build(
     def apply(*args: Any, **how: Any) -> jax.Array:
         return apply_with_sides(*args, **how)[0]
 
+    logvar, dtypes = _logvar if config.logvar else None, partial(_dtypes, plain, row)
     sides = (VELOCITY,) if getattr(config, "velocity_head", 0) else ()
-    logvar = _logvar if config.logvar else None
-    return Network(init, apply, apply_with_sides, sides=sides, logvar=logvar)
+    return Network(init, apply, apply_with_sides, is_interval_path, sides, logvar, dtypes)
 
 
 def _logvar(params: Params, r: jax.Array, t: jax.Array) -> jax.Array:
@@ -171,6 +172,34 @@ def without_head(config: Any, params: Params | None = None) -> tuple[Any, Params
     kept = {name: x for name, x in (params or {}).items() if not is_head(name)}
     heads = {name: off for name, off in HEADS.items() if getattr(config, name, off) != off}
     return (replace(config, **heads) if heads else config), kept
+
+
+def _one_row(shape: tuple[int, ...], augment_dim: int) -> tuple[Any, Any, Any, Condition]:
+    """Shapes of z, r, t and condition of one row, for tracing. It has no class."""
+
+    def of(*size: int) -> Any:
+        return jax.ShapeDtypeStruct(size, jnp.float32)
+
+    condition = Condition(augment=of(1, augment_dim) if augment_dim else None)
+    return of(1, *shape), of(1), of(1), condition
+
+
+def _dtypes(module: Any, row: tuple[Any, ...], params: Params) -> Any:
+    """The dtype to which a module casts each weight before anything else, or the weight's own."""
+
+    def u(weights: Params, *row: Any) -> Any:
+        return module.apply({"params": weights}, *row, None)
+
+    program = jax.make_jaxpr(u)(params, *row).jaxpr
+    leaves, tree = jax.tree.flatten(params)
+
+    def of(leaf: Any, variable: Any) -> Any:
+        uses = [e for e in program.eqns if any(v is variable for v in e.invars)]
+        cast = uses and all(e.primitive.name == "convert_element_type" for e in uses)
+        found = {e.params["new_dtype"] for e in uses} if cast else set()
+        return found.pop() if len(found) == 1 else leaf.dtype
+
+    return jax.tree.unflatten(tree, map(of, leaves, program.invars))
 
 
 def _module(config: NetworkConfig, shape: tuple[int, ...], dtype: Any, how: Execution) -> Any:

@@ -27,7 +27,7 @@ from dmf.errors import DmfError
 from dmf.fields import MOST_BLOCKS, MOST_CLASSES, REQUIRED, WIDEST, choice, limited
 from dmf.method.flow import VELOCITY, Condition
 from dmf.networks import attention, layers
-from dmf.networks.dit import Dense, PatchEmbed, TimeEmbedder
+from dmf.networks.layers import Dense, PatchEmbed, TimeEmbedder
 
 MOST_TOKENS = 1000  # of one input
 BLOCK_GAIN = 0.32  # the paper's code: standard deviation of a block's kernels, times sqrt(fan_in)

@@ -338,40 +338,57 @@ def _init_params(run: Context, init: starts.Init) -> Any:
     return params
 
 
-def compile_ahead(run: Context) -> threading.Thread | None:
-    """Starts to compile the program of the first step, while the state is read or drawn.
+class Ahead:
+    """Programs that a thread compiles before their first call, in the given order.
 
-    It is the wrong program only where the newest checkpoint turns out to be damaged.
+    A later call with such arguments finds the program. An error is not told here: the call meets
+    it again and tells it.
     """
-    n = max(run.checkpoints.complete(), default=0)
-    if n >= run.total:
-        return None
-    kind = curriculum.stage_at(run.stages, n).kind
 
-    def tell(program: jax.stages.Compiled) -> None:
-        if line := sharding.memory(run.mesh, program):
+    def __init__(self, programs: dict[Any, Callable[[], Any]]):
+        """programs: what compiles each program, by its name."""
+        self._left, self._made = dict(programs), {name: threading.Event() for name in programs}
+        # Not a daemon: a process that ends while a daemon compiles would abort.
+        threading.Thread(target=self._work, name="compiling").start()
+
+    def _work(self) -> None:
+        for name, made in self._made.items():
+            try:
+                with suppress(DmfError, RuntimeError, TypeError, ValueError):
+                    self._left.pop(name, lambda: None)()
+            finally:
+                made.set()
+
+    def wait(self, name: Any) -> None:
+        """Waits while this program is being made. If that has not begun, its call makes it."""
+        if self._left.pop(name, None) is None and name in self._made:
+            self._made[name].wait()
+
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._left.clear()  # the thread begins no further program
+
+
+def compile_ahead(run: Context) -> Ahead:
+    """Starts to compile the programs ("step", kind) and ("probe", kind), the next ones first.
+
+    The order is wrong only where the newest checkpoint turns out to be damaged.
+    """
+    n, programs = max(run.checkpoints.complete(), default=0), dict[Any, Callable[[], Any]]()
+    batch = run.batch(n) if n < run.total else {}  # of any step: the programs take its shapes
+
+    def make(kind: str, at: int, first: bool) -> None:
+        made = run.steps[kind].lower(run.like, batch, run.scalars(at)).compile()
+        if first and (line := sharding.memory(run.mesh, made)):
             print(f"memory    {line}", flush=True)
 
-    return compiling(run.steps[kind], run.like, run.batch(n), run.scalars(n), then=tell)
-
-
-def compiling(
-    function: jax.stages.Wrapped,
-    *arguments: Any,
-    then: Callable[[jax.stages.Compiled], None] = lambda program: None,
-) -> threading.Thread:
-    """Compiles a jitted function for such arguments, in a thread. Join the thread to wait for it.
-
-    arguments: arrays, or their shapes and places. then: is given the program. A later call with
-    such arguments finds the program. An error is not told here: the call meets it again and tells
-    it.
-    """
-
-    def compile_quietly() -> None:
-        with suppress(DmfError, RuntimeError, TypeError, ValueError):
-            then(function.lower(*arguments).compile())
-
-    # Not a daemon: a process that ends while a daemon compiles would abort.
-    thread = threading.Thread(target=compile_quietly, name="compiling")
-    thread.start()
-    return thread
+    for stage in run.stages:
+        if n < stage.last:
+            kind, first = stage.kind, not programs
+            programs.setdefault(("step", kind), partial(make, kind, max(n, stage.first), first))
+            if run.probe:
+                probe = partial(run.probe.compile, kind, run.like.params)
+                programs.setdefault(("probe", kind), probe)
+    return Ahead(programs)

@@ -90,7 +90,7 @@ class Probe:
         share = config.times.r_neq_t_fraction if 0 < config.times.r_neq_t_fraction < 1 else 0.5
         pairs = min(max(round(share * per_device), 1), per_device - 1)
         self._split, self.rows = RowSplit(count, per_device, pairs), count
-        self._programs: dict[str, Callable[..., Any]] = {}
+        self._programs: dict[str, Any] = {}
 
     @property
     def about(self) -> dict[str, Any]:
@@ -100,20 +100,34 @@ class Probe:
     @cached_property
     def drawn(self) -> tuple[Rows, Rows]:
         """(even rows, law rows), which all probes of the run share."""
-        draw = jax.jit(
-            partial(_draw, config=self._config, split=self._split),
-            out_shardings=sharding.rows(self._mesh),
-        )
-        return draw(sharding.put_rows(self._mesh, self._images))
+        return self._draw(sharding.put_rows(self._mesh, self._images))
+
+    @cached_property
+    def _draw(self) -> Any:
+        draw = partial(_draw, config=self._config, split=self._split)
+        return jax.jit(draw, out_shardings=sharding.rows(self._mesh))
 
     def __call__(self, kind: str, params: Any, rho: float) -> dict[str, float]:
         """The numbers of a stage of this kind at this rho. params: the weights that are trained."""
-        if kind not in self._programs:
-            self._programs[kind] = self._compile(kind)
-        found = self._programs[kind](params, *self.drawn, np.float32(rho))
+        found = self._program(kind)(params, *self.drawn, np.float32(rho))
         return {name: float(value) for name, value in jax.device_get(found).items()}
 
-    def _compile(self, kind: str) -> Callable[..., Any]:
+    def compile(self, kind: str, params: Any) -> None:
+        """Compiles the program of a kind of stage. Nothing runs, so a thread may do it meanwhile.
+
+        params: arrays, or their shapes and places.
+        """
+        place = sharding.rows(self._mesh)
+        drawn = jax.eval_shape(self._draw, sharding.put_rows(self._mesh, self._images))
+        rows = jax.tree.map(lambda x: x.update(sharding=place), drawn)
+        self._program(kind).lower(params, *rows, np.float32(0)).compile()
+
+    def _program(self, kind: str) -> Any:
+        if kind not in self._programs:
+            self._programs.setdefault(kind, self._jit(kind))  # two threads use the same one
+        return self._programs[kind]
+
+    def _jit(self, kind: str) -> Any:
         config, mesh = self._config, self._mesh
         network = step.network_for(kind, config, self._shape, mesh)
         probe = jax.default_matmul_precision(getattr(config.precision, KINDS[kind].arithmetic))(
@@ -187,6 +201,8 @@ def _probe(
 def _gradients(params: Any, law: Rows, rho: Array, *, mesh: Mesh, **how: Any) -> dict[str, Array]:
     """Norm ratio and cosine of two gradients: the mean loss of r < t rows, and of r = t rows."""
 
+    how["split"] = how["split"].micro(mesh.size)  # of one device
+
     def loss(params: Any, law: Rows, rho: Array, part: str) -> tuple[Array, None]:
         _, found = step.stage_residuals(params, law, rho, train=False, **how)
         config, split = how["config"].loss, how["split"]
@@ -194,10 +210,11 @@ def _gradients(params: Any, law: Rows, rho: Array, *, mesh: Mesh, **how: Any) ->
         e, weight = getattr(found, part), config.of_row()
         return jnp.mean(weights.weighted_loss(e, r, t, 0.0, weight)[0]), None
 
-    border, pairs = (
-        sharding.gradient(mesh, partial(loss, part=part))(params, law, rho)[0]
-        for part in ("border", "pairs")
-    )
+    def gradient(part: str) -> Any:
+        grad = jax.grad(partial(loss, part=part), has_aux=True)
+        return sharding.averaged(mesh, grad, how["network"].dtypes)(params, law, rho)[0]
+
+    border, pairs = gradient("border"), gradient("pairs")
     norms = [step.global_norm(g)[0] for g in (border, pairs)]
     inner = jax.tree.reduce(jnp.add, jax.tree.map(jnp.vdot, border, pairs))
     floor = objectives.TINY

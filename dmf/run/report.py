@@ -77,7 +77,7 @@ class Report:
         if run.mesh.devices.size > 1:
             print(f"mesh      {sharding.describe(run.mesh, now)}")
         share = config.times.r_neq_t_fraction
-        print(curriculum.table(run.stages, config.curriculum, share))
+        print(curriculum.table(run.stages, config.curriculum, share, config.rows))
         self._interventions()
         if run.probe:
             print(

@@ -197,7 +197,7 @@ class Scoreboard:
             # A config that was changed may have had other boundaries.
             self._judge.stack(self._workdir / SAMPLES, [p for p in full if p.exists()])
         rules, times = self._config.curriculum, self._config.times
-        print(curriculum.table(stages, rules, times.r_neq_t_fraction))
+        print(curriculum.table(stages, rules, times.r_neq_t_fraction, self._config.rows))
         if self._judge and shown:
             self._print_scores(self._judge, shown)
 

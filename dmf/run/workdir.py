@@ -46,7 +46,13 @@ FREE = (
     "config.guard.rows:",
 )
 # How a step is computed: it changes values by rounding only, and the devices may be others.
-COMPUTED = ("config.mesh.", "config.attention.", "config.remat:", "config.scan_blocks:")
+COMPUTED = (
+    "config.mesh.",
+    "config.attention.",
+    "config.remat:",
+    "config.scan_blocks:",
+    "config.rows:",
+)
 # What no flag lets through, and why. Of SWITCHES only turning them on or off is refused,
 # of INTERVAL only a change to or from adaptive.
 OPTIMIZER = "the optimiser's state on disk has other parts"

@@ -216,7 +216,9 @@ def table(rows: list[Row]) -> str:
         cells[0] += " (broken)" if broken else ""
         cells += [worse_at(scores), f"{row['passes']:.2f}"]
         cells += [f"{max(row['flops_by_passes'].values()):.3f}"]
-        cells += [f"{row['temporary_bytes'] / 1e6:.1f}", f"{row['cpu_seconds']:.0f}"]
+        # A run that was stopped has lost the seconds of its earlier starts.
+        seconds = f"{row['cpu_seconds']:.0f}" if row["starts"] == 1 else "-"
+        cells += [f"{row['temporary_bytes'] / 1e6:.1f}", seconds]
         lines.append(f"| {row['method']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -45,7 +45,7 @@ def test_only_rows_that_failed_or_have_other_flags_are_run_again(tmp_path):
 def test_the_family_on_the_page_is_the_stored_one_and_no_method_is_broken():
     rows, text = stored("family"), (ROOT / "docs" / "family.md").read_text()
     assert family.table(rows) in text and "broken)" not in family.table(rows)
-    assert len([row for row in rows if "failed" not in row]) >= 5
+    assert len([row for row in rows if "failed" not in row]) >= 4
     for row in rows:
         derived = {"jvp", "guided_jvp"} & set(row["flops_by_passes"])
         assert max(row["flops_by_passes"].values()) <= (1.06 if derived else 1.03)

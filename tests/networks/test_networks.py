@@ -51,6 +51,30 @@ def test_parameters_are_a_plain_float32_tree_with_an_interval_branch():
     assert not is_interval_path(("t_embedder", "mlp_0", "kernel"))
 
 
+@pytest.mark.parametrize("kind", SMALL)
+def test_a_network_says_which_weights_it_casts_to_half_precision(kind):
+    """Casting these weights ahead changes no bit of u; casting any other does."""
+    config, shape, label = SMALL[kind]
+    network, params = build(config, shape, jnp.bfloat16), random_params(kind)
+    assert {jnp.dtype("float32")} == set(jax.tree.leaves(small_network(kind).dtypes(params)))
+    found = leaf_paths(network.dtypes(params))
+    cast = [path for path, dtype in found.items() if dtype == jnp.bfloat16]
+    assert 0 < len(cast) < len(found)
+    given = small(kind)
+
+    @fast_compile
+    def u(params):
+        return network.apply(params, *given[:3], condition=condition(given[3]))
+
+    def rounded(paths):
+        half = {p: x.astype(jnp.bfloat16) for p, x in leaf_paths(params).items() if p in paths}
+        flat = leaf_paths(params) | {p: np.asarray(x, np.float32) for p, x in half.items()}
+        return np.asarray(u(nested(flat)))
+
+    np.testing.assert_array_equal(rounded(()), rounded(cast))
+    assert (rounded(()) != rounded(set(found) - set(cast))).any()
+
+
 def test_initial_spread():
     """The initialisation of EDM (U-Net) and SiT (DiT), by the spread of single kernels."""
     config = UNetConfig(

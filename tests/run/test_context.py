@@ -4,10 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import monitoring
 
 from dmf.config import parse
@@ -47,7 +50,8 @@ def test_a_call_finds_the_program_that_the_thread_has_made():
     arguments = {"x": jnp.ones(3)}, np.float32(2.0)
     state = jnp.ones(4)
     with Heard() as names:
-        context.compiling(function, jax.ShapeDtypeStruct((4,), jnp.float32), *arguments).join()
+        shapes = jax.ShapeDtypeStruct((4,), jnp.float32), *arguments
+        context.Ahead({"it": lambda: function.lower(*shapes).compile()}).wait("it")
         assert len(traced) == 1 and names.count("jit(twice_plus)") == 1
         np.testing.assert_array_equal(function(state, *arguments), np.full(4, 8.0))
     assert len(traced) == 1 and names.count("jit(twice_plus)") == 1
@@ -57,28 +61,67 @@ def test_what_cannot_be_compiled_is_told_by_the_call_alone(capfd):
     def broken(x):
         raise ValueError("no such thing")
 
-    context.compiling(jax.jit(broken), np.ones(3)).join()
+    context.Ahead({"it": lambda: jax.jit(broken).lower(np.ones(3))}).wait("it")
     assert capfd.readouterr() == ("", "")
 
 
 def test_a_run_and_a_resumed_run_compile_each_program_once(tmp_path):
-    config = merged(MLP, run=dict(checkpoint_every_steps=1, keep_checkpoints=20))
+    saved = dict(checkpoint_every_steps=1, keep_checkpoints=20)
+    config = merged(MLP, run=saved, guard=dict(every_steps=100, rows=8))
     for first in (0, 5):  # the second start is inside a stage
-        run = runs.open_run(parse(config), tmp_path)
+        run = context.open_run(parse(config), tmp_path)  # without a judge and its programs
         with Heard() as names:
             runs.loop(run)
         run.close()
         assert run.metrics.read()[-1]["step"] == run.total
         kinds = {stage.kind for stage in run.stages if stage.last > first}
         assert names.count("jit(train_step)") == len(kinds)
+        assert names.count("jit(wrapper)") == len(kinds)  # the probes
         for n in range(6, run.stages[-1].last + 1):
             shutil.rmtree(tmp_path / FOLDER / str(n), ignore_errors=True)
 
 
+def test_programs_are_made_in_their_order_and_none_is_made_twice():
+    begun, go, made = threading.Event(), threading.Event(), []
+
+    def first():
+        begun.set()
+        assert go.wait(60)
+        made.append("first")
+
+    programs = {"first": first, **{name: partial(made.append, name) for name in ("b", "c", "d")}}
+    with context.Ahead(programs) as ahead:
+        assert begun.wait(60)
+        ahead.wait("c")  # it has not begun: its call makes it, and the thread does not
+        ahead.wait("none of them")
+        go.set()
+        ahead.wait("first")
+        ahead.wait("d")
+    assert made in (["first", "b", "d"], ["first", "b"], ["first"])  # the wait for d may take it
+
+
+def test_a_run_that_ends_early_begins_no_further_program():
+    begun, go, made = threading.Event(), threading.Event(), []
+
+    def first():
+        begun.set()
+        assert go.wait(60)
+
+    programs = {"first": first, "second": partial(made.append, 2)}
+    with pytest.raises(ZeroDivisionError), context.Ahead(programs):
+        assert begun.wait(60)
+        raise ZeroDivisionError
+    go.set()
+    for thread in threading.enumerate():
+        if thread.name == "compiling":
+            thread.join(60)
+    assert not made
+
+
 def test_an_error_meanwhile_ends_the_process_at_once():
     code = (
-        "import time, jax; from dmf import main; from dmf.run import context\n"
-        "context.compiling(jax.jit(lambda x: time.sleep(600)), 1.0)\n"
+        "import time; from dmf import main; from dmf.run import context\n"
+        "context.Ahead({'it': lambda: time.sleep(600)})\n"
         "main._stop(2, 'error: the weights cannot be read')"
     )
     done = subprocess.run(

@@ -12,14 +12,14 @@ import pytest
 from dmf.errors import DmfError
 from dmf.storage import checkpoint
 from tests.runs import steps_on_disk, store
-from tests.tiny import Setup
+from tests.tiny import MLP, Setup
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """A work directory with checkpoints of steps 6 and 9, and the state of step 6."""
     folder = tmp_path_factory.mktemp("two")
-    setup = Setup()
+    setup = Setup(MLP)  # few leaves: they are read fifty times
     saved = store(folder)
     saved.save(6, setup.run("all_pairs", 1)[0])
     older = saved.restore_latest(setup.state())
