@@ -281,6 +281,11 @@ def _check_run(config: Config, dataset_size: int) -> None:
             f"config.guard.every_steps = 0 with config.guard.action = {guard.action!r}: expected "
             "probes"
         )
+    if config.loss.tangent == velocity.HEAD and not getattr(config.network, "velocity_head", 0):
+        raise DmfError(
+            f"config.loss.tangent = {velocity.HEAD!r}: expected another direction, as "
+            "config.network has no velocity head (network.velocity_head)"
+        )
     for name in ("features", "reference"):
         if getattr(run, name) and not run.protocol:
             raise DmfError(
@@ -382,7 +387,12 @@ def _check_guidance(config: Config, stages: tuple[Stage, ...]) -> None:
             f"config.label_dropout = 0: expected a positive share, as a {kinds[0]} stage guides "
             "away from the null class, which is learnt from dropped labels"
         )
-    if given.omega == 1 and not given.kappa:
+    if given.told and (given.kappa or not getattr(config.network, "takes_guidance", False)):
+        raise DmfError(
+            f"config.guidance.most = {given.most:g}: expected 1, or kappa = 0 and a network that "
+            "is told guidance, as network.kind = in_context_dit with network.scale_tokens"
+        )
+    if given.omega == 1 and not given.kappa and not given.told:
         raise DmfError(
             "config.guidance.omega = 1 with kappa = 0: expected other values, as this guides "
             f"nothing: a {kinds[0]} stage would be a {KINDS[kinds[0]].unguided} stage that costs "

@@ -36,7 +36,7 @@ from dmf.state import TrainState, ema_decays, learning_rate
 
 Array = jax.Array
 Metrics = dict[str, Array]
-PURPOSES = ("flip", "augment", "label", "noise", "times", "network", "latent")
+PURPOSES = ("flip", "augment", "label", "noise", "times", "network", "latent", "guidance")
 
 
 class Scalars(NamedTuple):
@@ -171,6 +171,10 @@ def draw_rows(
     e = batch["noise"] if "noise" in batch else jax.random.normal(keys["noise"], x.shape)
     r, t = flow.draw_times(keys["times"], config.times, split, progress)
     z, v = flow.interpolate(x, e, t, config.path)
+    if config.guidance.told:
+        condition = condition._replace(
+            guidance=guidance.drawn(keys["guidance"], config.guidance, split)
+        )
     # Each row's key comes from its global number, so the number of devices does not show.
     row_keys = jax.vmap(partial(jax.random.fold_in, keys["network"]))(jnp.arange(split.batch))
     return Rows(z, r, t, v, condition, row_keys)
@@ -191,6 +195,7 @@ def stage_loss(
     given: progress, frozen and sums by name, as in `stage_residuals`. All may be missing.
     how: kind, network and train, as in `stage_residuals`.
     With an adaptive interval, metrics["intervals"] is what the rows add to its table.
+    A velocity head has its own squares, squares_head_border and squares_head_pairs.
     """
     progress, frozen = given.get("progress", 0.0), given.get("frozen", {})
     sums = given.get("sums", ())
@@ -201,6 +206,8 @@ def stage_loss(
     for name, e, of in (
         ("border", found.border, split.border_of),
         ("pairs", found.pairs, split.pairs_of),
+        ("head_border", found.head_border, split.border_of),
+        ("head_pairs", found.head_pairs, split.pairs_of),
     ):
         if e is None:
             continue
@@ -243,29 +250,57 @@ def stage_residuals(
     if about.v_only:
         params = freeze_interval(params, network.is_interval)
 
-    def net(params: Any, rows: Rows, train: bool = train) -> Array:
-        z, r, t, condition = rows.z, rows.r, rows.t, rows.condition
-        return network.apply(params, z, r, t, condition=condition, train=train, rngs=rows.keys)
-
-    still = partial(net, train=False)  # without dropout
-    guide = (still, params, rows, config.network.num_classes, config.guidance)
+    whole, net, own = _views(network, config, train)
+    rows = _told(own, params, rows, about.guided, config)
+    guide = (own, params, rows, config.network.num_classes, config.guidance)
     direction = velocity.TANGENTS[config.loss.tangent]
-    tangent = direction(still, params, frozen) if direction else None  # v itself
+    tangent = direction(own, params, frozen) if direction else None  # v itself
     rule = objectives.Rule(config.loss, partial(_rule(config, sums), rho), tangent)
     rule, lack = rule._replace(joint=config.rows == objectives.JOINT), None
-    dropout = train and getattr(config.network, "dropout", False)
-    if about.guided and rule.joint and config.guidance.kappa and split.n_border and not dropout:
+    rule = rule._replace(whole=whole if network.sides else None)
+    alone = network.sides or (train and getattr(config.network, "dropout", False))
+    if about.guided and rule.joint and config.guidance.kappa and split.n_border and not alone:
         v_g, v_c, lack = guidance.guided_jointly(*guide, split)
         if config.loss.tangent == velocity.OWN:
             rule = rule._replace(tangent=lambda pairs: v_c)  # the same number
         rows = rows._replace(v=v_g)
-    elif about.guided:
+    elif about.guided and not config.guidance.told:
         rows = rows._replace(v=guidance.guided_velocity(*guide))
     found = about.laid_out(config.rows)(net, params, rows, split, rule)
     if lack is None or found.border is None:
         return rows, found
     border, v = guidance.complete(found.border, split.border_of(rows.v), lack)
     return rows._replace(v=split.join(split.pairs_of(rows.v), v)), found._replace(border=border)
+
+
+def _views(network: Network, config: Config, train: bool) -> tuple[flow.Whole, flow.Net, flow.Net]:
+    """(u and side outputs, u alone, what knows v(z, t) and has no dropout), of (params, rows)."""
+
+    def given(rows: Rows, train: bool) -> dict[str, Any]:
+        return dict(condition=rows.condition, train=train, rngs=rows.keys)
+
+    def whole(params: Any, rows: Rows) -> tuple[Array, flow.Sides]:
+        return network.apply_with_sides(params, rows.z, rows.r, rows.t, **given(rows, train))
+
+    def net(params: Any, rows: Rows, train: bool = train) -> Array:
+        return network.apply(params, rows.z, rows.r, rows.t, **given(rows, train))
+
+    def head(params: Any, rows: Rows) -> Array:
+        out = network.apply_with_sides(params, rows.z, rows.r, rows.t, **given(rows, False))
+        return out[1][flow.VELOCITY]
+
+    still = partial(net, train=False)
+    return whole, net, head if config.loss.tangent == velocity.HEAD else still
+
+
+def _told(own: flow.Net, params: Any, rows: Rows, guided: bool, config: Config) -> Rows:
+    """The rows with the velocity v_g of a network that is told its guidance, else unchanged."""
+    if not guided:  # then v is the same for every guidance, and the network is told none
+        return rows._replace(condition=rows.condition._replace(guidance=None))
+    if not config.guidance.told:
+        return rows
+    v_g, v_c = guidance.told_velocity(own, params, rows, config.network.num_classes)
+    return rows._replace(v=v_g, own=v_c if config.loss.tangent in velocity.ONLINE else None)
 
 
 def make_gradient(

@@ -26,6 +26,7 @@ import numpy as np
 from dmf.convert.leaves import nested
 from dmf.convert.rules import relative_l2
 from dmf.errors import DmfError
+from dmf.method.guidance import condition_of
 from dmf.method.samplers import SAMPLERS
 
 if TYPE_CHECKING:
@@ -41,9 +42,12 @@ LIMITS = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
 def velocity(model: Model, params: Any, labels: Any) -> Callable[[Any, Any, Any], Any]:
-    """u(z, r, t) of the model; it ignores the labels if the model has no classes."""
-    classes = labels if model.config.num_classes else None
-    return lambda z, r, t: model.network.apply(params, z, r, t, label=classes)
+    """u(z, r, t) of the model; it ignores the labels if the model has no classes.
+
+    A network that is told its guidance is told the config's.
+    """
+    condition = condition_of(model.config.network, labels, model.config.guidance)
+    return lambda z, r, t: model.network.apply(params, z, r, t, condition=condition)
 
 
 def function(model: Model, steps: int) -> Callable[[Weights, Any, Any], Any]:

@@ -67,6 +67,7 @@ LATER: dict[str, dict[str, Any]] = {
         "qk_norm": False,
         "logvar": False,
     },
+    "guidance": {"most": 1.0, "power": 1.0},
     "times": dict(base="logit_normal", border="pairs", border_mean=0.0, border_std=1.0)
     | dict(difficulty_clusters=0, difficulty_share=0.25),
 }

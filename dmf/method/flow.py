@@ -106,10 +106,12 @@ class Condition(NamedTuple):
     """The network's inputs besides z, r and t, each with leading axis B, None where absent.
 
     label: (B,) int32 classes. augment: (B, augment_dim) float32, the augmentation that was used.
+    guidance: (B, 3) float32, scale, start and end of guidance; `method/guidance.py` says its use.
     """
 
     label: Array | None = None
     augment: Array | None = None
+    guidance: Array | None = None
 
 
 class Rows(NamedTuple):
@@ -117,6 +119,7 @@ class Rows(NamedTuple):
 
     z: (B, ...) point on the path. r, t: (B,) times. v: (B, ...) conditional velocity.
     keys: (B,) one typed random key per row for the network's own noise, or None.
+    own: (B, ...) the network's own velocity at z and t, where guidance has evaluated it already.
     """
 
     z: Array
@@ -125,9 +128,13 @@ class Rows(NamedTuple):
     v: Array
     condition: Condition = Condition()
     keys: Array | None = None
+    own: Array | None = None
 
 
 Net = Callable[[object, Rows], Array]  # (params, rows) -> u(z, r, t), (B, ...)
+Sides = dict[str, Array]  # side outputs of a network by name
+Whole = Callable[[object, Rows], tuple[Array, Sides]]  # (params, rows) -> u and side outputs
+VELOCITY = "velocity"  # the side output v(z, t) of a network's velocity head, (B, ...)
 Tangent = Callable[[Rows], Array]  # rows -> a velocity per row, (B, ...)
 
 

@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 
 from dmf.errors import DmfError
-from dmf.method.flow import Net, Rows, RowSplit, Tangent, expand
+from dmf.method.flow import VELOCITY, Net, Rows, RowSplit, Sides, Tangent, Whole, expand
 from dmf.method.velocity import mixed
 from dmf.method.weights import LossConfig
 
@@ -54,6 +54,8 @@ class Residuals(NamedTuple):
         products   (n_pairs, 2): <e, u - v> and |e|^2 of r < t rows, with e in unit scale
         share      (n_pairs,) the a of r < t rows, None of kinds whose rows have none
 
+        head_border, head_pairs   of the velocity head, v_head - v, None without such a head
+
     The change is |u - u'| where the kind steps back, and |(t - r) du/dt| of other kinds. Flow
     matching has None. Only kinds that step back have products, for `dmf.method.intervals`.
     """
@@ -63,6 +65,17 @@ class Residuals(NamedTuple):
     change: Array | None
     products: Array | None = None
     share: Array | None = None
+    head_border: Array | None = None
+    head_pairs: Array | None = None
+
+    def beside(self, e: Array | None, split: RowSplit) -> Residuals:
+        """With the residuals e of the velocity head, of all rows; None without such a head."""
+        if e is None:
+            return self
+        border = split.border_of(e) if split.n_border else None
+        return self._replace(
+            head_border=border, head_pairs=split.pairs_of(e) if split.n_pairs else None
+        )
 
 
 class Rule(NamedTuple):
@@ -71,6 +84,7 @@ class Rule(NamedTuple):
         loss      the loss section of the config
         share     (r, t) -> a, the part of t - r that a row steps back, all (B,)
         tangent   direction of the step back and of the derivative, None for v
+        whole     the network with its side outputs, None for a network without any
         joint     one pass with gradient over all rows, and what r < t rows need without gradient
 
     The share is an interval rule at the rho of the step. Only kinds that step back ask for it.
@@ -79,7 +93,12 @@ class Rule(NamedTuple):
     loss: LossConfig
     share: Callable[[Array, Array], Array]
     tangent: Tangent | None = None
+    whole: Whole | None = None
     joint: bool = False
+
+    def first(self, net: Net, params: object, rows: Rows) -> tuple[Array, Sides]:
+        """u and the side outputs, of the evaluation that the gradient flows through."""
+        return (net(params, rows), {}) if self.whole is None else self.whole(params, rows)
 
     def velocities(self, rows: Rows) -> tuple[Array, Array]:
         """(the velocity along which these rows step back, v in their target), both (B, ...)."""
@@ -140,13 +159,14 @@ def shift_back(rows: Rows, a: Array) -> Rows:
 
 def flow_matching(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -> Residuals:
     """e = u(z, r, t) - v on every row, r as drawn."""
-    e = net(params, rows) - rows.v
-    return _apart(split, e, e, None)
+    u, sides = rule.first(net, params, rows)
+    e = u - rows.v
+    return _apart(split, e, e, None).beside(_of_head(sides, rows), split)
 
 
 def discrete(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -> Residuals:
     """Finite-difference MeanFlow. The second evaluation u', with sg, runs on r < t rows only."""
-    u = net(params, rows)
+    u, sides = rule.first(net, params, rows)
     pairs, u_pairs = split.pairs_of(rows), split.pairs_of(u)
     # A pair may have r = t after all, by rounding or by its law of times. It does not step back.
     a = jnp.where(pairs.r < pairs.t, rule.share(pairs.r, pairs.t), 0.0)
@@ -155,7 +175,8 @@ def discrete(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) 
     w = discrete_weight(a, pairs.r, pairs.t, rule.loss.product_rule)
     e = discrete_residual(u_pairs, u_next, v, w, rule.loss.residual_scale, rule.loss.target_clip)
     found = _apart(split, u - rows.v, e, _relative(u_pairs - u_next, u_pairs), pairs_cut=True)
-    return found._replace(products=_products(u_pairs, u_next, v, a), share=a)
+    found = found._replace(products=_products(u_pairs, u_next, v, a), share=a)
+    return found.beside(_of_head(sides, rows), split)
 
 
 def additive(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -> Residuals:
@@ -164,7 +185,7 @@ def additive(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) 
     s = t - a (t - r), and every row draws its own a. The row jumps to s by u(z, s, t). Both other
     evaluations run on r < t rows only.
     """
-    u = net(params, rows)
+    u, sides = rule.first(net, params, rows)
     pairs, u_pairs = split.pairs_of(rows), split.pairs_of(u)
     a = jnp.where(pairs.r < pairs.t, middle_share(pairs), 0.0)
     middle = jnp.clip(pairs.t - a * (pairs.t - pairs.r), pairs.r, pairs.t)
@@ -174,7 +195,7 @@ def additive(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) 
     v = jnp.where(expand(pairs.r < pairs.t, late), late, pairs.v)
     e = discrete_residual(u_pairs, early, v, w, rule.loss.residual_scale, rule.loss.target_clip)
     found = _apart(split, u - rows.v, e, _relative(u_pairs - early, u_pairs), pairs_cut=True)
-    return found._replace(share=a)
+    return found._replace(share=a).beside(_of_head(sides, rows), split)
 
 
 def middle_share(rows: Rows) -> Array:
@@ -194,20 +215,25 @@ def jvp(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -> Re
     pairs, border = split.pairs_of(rows), split.border_of(rows)
     weights = sg(params) if rule.joint else params
 
-    def along(z: Array, r: Array, t: Array) -> Array:
-        return net(weights, pairs._replace(z=z, r=r, t=t))
+    def along(z: Array, r: Array, t: Array) -> tuple[Array, Sides]:
+        return rule.first(net, weights, pairs._replace(z=z, r=r, t=t))
 
     direction, v = rule.velocities(pairs)
     tangents = (direction, jnp.zeros_like(pairs.r), jnp.ones_like(pairs.t))
-    u, dudt = jax.jvp(along, (pairs.z, pairs.r, pairs.t), tangents)
+    u, dudt, sides = jax.jvp(along, (pairs.z, pairs.r, pairs.t), tangents, has_aux=True)
     if rule.joint:
-        u_all, target = net(params, rows), v - expand(pairs.t - pairs.r, dudt) * dudt
+        u_all, sides = rule.first(net, params, rows)
+        target = v - expand(pairs.t - pairs.r, dudt) * dudt
         e, change = split.pairs_of(u_all) - sg(target), _relative(v - target, u)
-        return _apart(split, u_all - rows.v, e, change, pairs_cut=True)
+        found = _apart(split, u_all - rows.v, e, change, pairs_cut=True)
+        return found.beside(_of_head(sides, rows), split)
     drift = expand(pairs.t - pairs.r, dudt) * dudt
     e = u - sg(v - drift)
-    e_border = net(params, border) - border.v if split.n_border else None
-    return Residuals(e_border, e, _relative(drift, u))
+    found = Residuals(None, e, _relative(drift, u), head_pairs=_of_head(sides, pairs))
+    if not split.n_border:
+        return found
+    u_border, sides = rule.first(net, params, border)
+    return found._replace(border=u_border - border.v, head_border=_of_head(sides, border))
 
 
 def central(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -> Residuals:
@@ -216,7 +242,7 @@ def central(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -
     Its error is O(delta^2). u+ and u-, with sg, are evaluated on r < t rows only. A row whose
     t +- delta would leave [r, 1] takes a smaller delta. At t = 1 delta is 0, and the target is v.
     """
-    u, pairs = net(params, rows), split.pairs_of(rows)
+    (u, sides), pairs = rule.first(net, params, rows), split.pairs_of(rows)
     (along, v), u_pairs = rule.velocities(pairs), split.pairs_of(u)
     delta = jnp.minimum(rule.loss.delta, jnp.minimum(pairs.t - pairs.r, 1 - pairs.t))
 
@@ -227,7 +253,13 @@ def central(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -
     rate = (pairs.t - pairs.r) / jnp.maximum(2 * delta, TINY)
     drift = expand(rate, v) * (at(delta) - at(-delta))
     e = u_pairs - sg(v - drift)
-    return _apart(split, u - rows.v, e, _relative(drift, u_pairs), pairs_cut=True)
+    found = _apart(split, u - rows.v, e, _relative(drift, u_pairs), pairs_cut=True)
+    return found.beside(_of_head(sides, rows), split)
+
+
+def _of_head(sides: Sides, rows: Rows) -> Array | None:
+    """v_head - v of these rows, (B, ...); None of a network without a velocity head."""
+    return sides[VELOCITY] - rows.v if VELOCITY in sides else None
 
 
 def _apart(
@@ -255,7 +287,9 @@ def on_all_rows(residual: Residual) -> Residual:
         if change is not None:  # a mean over all rows, of which the border changes by 0
             change = change * (split.batch / split.n_pairs)
         cut = split.pairs_of({"products": found.products, "share": found.share})
-        return _apart(split, jnp.asarray(e), jnp.asarray(e), change)._replace(**cut)
+        e_head = found.head_pairs
+        found = _apart(split, jnp.asarray(e), jnp.asarray(e), change)._replace(**cut)
+        return found.beside(e_head, split)
 
     return whole
 

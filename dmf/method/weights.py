@@ -147,10 +147,10 @@ class LossConfig:
     residual_scale: str = choice("raw", ("raw", "unit"))
     # T of finite differences and of split is cut to +- this number; 0 = not at all
     target_clip: float = limited(0.0, 0, INF)
-    # direction of u' and du/dt: data = v | own = u(z, t, t) | ema = u(z, t, t) of the evaluated
-    # EMA; the target keeps v
+    # direction of u' and du/dt: data = v | own = u(z, t, t) | ema = u(z, t, t) of the EMA |
+    # head = the velocity head
     tangent: str = choice("data", TANGENTS)
-    # with tangent own or ema: the share of v in that direction; 1 is v alone
+    # with another tangent than data: the share of v in that direction; 1 is v alone
     tangent_data: float = limited(0.0, 0, 1)
     target_data: float = limited(1.0, 0, 1)  # the share of v in the target; the rest is u(z, t, t)
     # time step of a central difference; the default is MF-RAE's (arXiv 2511.13019)

@@ -30,6 +30,7 @@ KINDS = {
     "sit": "SiT S/B/L/XL (PyTorch)",
     "meanflow_dit": "official MeanFlow on latents (Flax msgpack)",
     "meanflow_sit": "MeanFlow in SiT's layout (PyTorch), with an r_embedder or h_embedder",
+    "imeanflow": "improved MeanFlow on latents (Flax msgpack)",
     "decoupled_dit": "Decoupled MeanFlow (PyTorch), published as DMF",
     "meanflow_unet": "MeanFlow CIFAR-10 U-Net, or a flow model in the same network (PyTorch)",
     "edm": "EDM and ECT networks, VP DDPM++ or VE NCSN++ (pickle)",

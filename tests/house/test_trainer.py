@@ -16,7 +16,8 @@ def reached(start):
 def test_the_trainer_reaches_few_modules():
     found = reached("train")
     assert {"step", "run.context", "networks.attention"} <= found
-    assert len(found) <= 45, sorted(found)
+    # The 46th is networks.in_context, the transformer of improved MeanFlow.
+    assert len(found) <= 46, sorted(found)
 
 
 def test_the_trainer_reaches_no_evaluation_and_no_readers_of_other_files():
