@@ -270,12 +270,7 @@ def _check_run(config: Config, dataset_size: int) -> None:
             f"config.loss.tangent = {config.loss.tangent!r} with config.ema.evaluate = 0: expected "
             "the half-life of the EMA to go along"
         )
-    for name, default in (("tangent_data", 0), ("target_data", 1)):
-        if config.loss.tangent == velocity.DATA and getattr(config.loss, name) != default:
-            raise DmfError(
-                f"config.loss.{name} = {getattr(config.loss, name)} with config.loss.tangent = "
-                f"'data': expected {default}, or another tangent, which v is mixed with"
-            )
+    config.loss.check(config.times)
     if guard.action != "off" and not guard.every_steps:
         raise DmfError(
             f"config.guard.every_steps = 0 with config.guard.action = {guard.action!r}: expected "

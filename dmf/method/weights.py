@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from dmf.errors import DmfError
 from dmf.fields import INF, LEAST, choice, limited
-from dmf.method.velocity import TANGENTS
+from dmf.method.velocity import DATA, TANGENTS
 
 if TYPE_CHECKING:
     from dmf.method.flow import TimeLaw
@@ -166,6 +167,21 @@ class LossConfig:
     # off | paper, released: a learned log variance of r and t in the place of weight, p and eps;
     # it needs network.logvar
     logvar: str = choice(OFF, LOG_VARIANCES)
+
+    def check(self, law: TimeLaw) -> None:
+        """Raises DmfError for fields that contradict each other, or the law of the times."""
+        for name, default in (("tangent_data", 0), ("target_data", 1)):
+            if self.tangent == DATA and getattr(self, name) != default:
+                raise DmfError(
+                    f"config.loss.{name} = {getattr(self, name)} with config.loss.tangent = "
+                    f"'{DATA}': expected {default}, or another tangent, which v is mixed with"
+                )
+        if self.border_weight != "none" and law.difficulty_clusters:
+            raise DmfError(
+                f"config.loss.border_weight = {self.border_weight!r} with "
+                f"config.times.difficulty_clusters = {law.difficulty_clusters}: expected "
+                "'none', or 0 clusters, as each of them shifts the times of rows with r = t"
+            )
 
     def of_row(self, law: TimeLaw) -> Weight:
         """The weight of a row from its error, its times and the progress of training.

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
+from dmf.config import check, parse
+from dmf.errors import DmfError
 from dmf.method import flow, weights
 from dmf.method.curriculum import CurriculumConfig, build_stages, rho_at
 from dmf.method.flow import TIME_LAWS, Rows, RowSplit, TimeLaw, row_split
@@ -347,6 +349,19 @@ def test_with_the_exact_u_no_share_of_v_moves_the_mean_gradient(float64):
             return jnp.sum(found.reshape(n, 4) ** 2, axis=1)
 
         np.testing.assert_allclose(jax.jacobian(total)(1.0), 0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("loss", "times", "message"),
+    [
+        (dict(tangent_data=0.5), {}, "tangent_data = 0.5 with config.loss.tangent = 'data'"),
+        (dict(target_data=0.5), {}, "target_data = 0.5 with config.loss.tangent = 'data'"),
+        (dict(border_weight="min_snr"), dict(difficulty_clusters=4), "border_weight = 'min_snr'"),
+    ],
+)
+def test_choices_that_contradict_each_other_name_their_keys(loss, times, message):
+    with pytest.raises(DmfError, match=f"config.loss.{message}.*expected"):
+        check(parse(merged(TINY, loss=loss, times=times)), 10, 1352)
 
 
 # --- public code on fixed draws -------------------------------------------------------------------
