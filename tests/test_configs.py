@@ -84,7 +84,7 @@ def test_sizes_and_methods_come_in_any_order():
     assert both.to_dict() == load("digits:floor,own_velocity").to_dict()
 
 
-@pytest.mark.parametrize("size", imagenet256.SIZES)
+@pytest.mark.parametrize("size", imagenet256.GUIDANCE)
 def test_a_guided_size_is_the_guided_config(size):
     assert (
         load(f"imagenet256:guided,{size}").to_dict() == load(f"imagenet256_guided:{size}").to_dict()
@@ -97,10 +97,10 @@ def test_a_guided_size_is_the_guided_config(size):
         ("digits:meanflw", "configs/digits.py:meanflw: expected one of dagger, linear, floor, "),
         ("photos:linear,XL", "configs/photos.py:XL: expected one of dagger, linear, floor, "),
         (
-            "imagenet256:M",
-            "configs/imagenet256.py:M: expected one of XL, L, B, S, dagger, linear, ",
+            "imagenet256:Q",
+            "configs/imagenet256.py:Q: expected one of XL, L, M, B, S, ",
         ),
-        ("imagenet256:XL,B", "configs/imagenet256.py:XL,B: expected one size of XL, L, B, S"),
+        ("imagenet256:XL,B", "configs/imagenet256.py:XL,B: expected one size of XL, L, M, B, S"),
         (
             "cifar10:dagger,linear",
             "configs/cifar10.py:dagger,linear: expected dagger or linear, as each sets "
