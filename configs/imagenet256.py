@@ -4,8 +4,11 @@ r"""ImageNet 256x256 in the latents of the SD autoencoder: SiT-XL/2 becomes a on
     python main.py --mode=encode --source=tfds:imagenet2012 --vae=sd_vae --out=latents
     python main.py --config=configs/imagenet256.py --workdir=runs/imagenet256 \
         --config.init=sit_xl2 --config.data.data_dir=latents
-    python main.py --config=configs/imagenet256.py:B ...            another size: S, B, L or XL
+    python main.py --config=configs/imagenet256.py:B ...            another size: S, B, M, L or XL
     python main.py --config=configs/imagenet256.py:B,meanflow ...   another method
+    python main.py --config=configs/imagenet256.py:XL,in_context,improved ...
+
+The last one takes improved MeanFlow's transformer, in its size: B, M, L or XL.
 
 All methods: configs/methods.py.
 
@@ -43,9 +46,10 @@ from configs import methods
 from dmf.config import complete
 from dmf.errors import DmfError
 from dmf.method.flow import TIME_LAWS
-from dmf.networks import DIT_SIZES
+from dmf.networks import DIT_SIZES, IN_CONTEXT_SIZES
 
-SIZES = ("XL", "L", "B", "S")
+SIZES = ("XL", "L", "M", "B", "S")
+IN_CONTEXT = "in_context"  # improved MeanFlow's transformer in the place of SiT's
 # Official MeanFlow for XL/2, L/2 and B/2; none is known for S/2, which takes the values of B/2.
 GUIDANCE = {
     "XL": dict(omega=0.2, kappa=0.92, t_start=0.0, t_end=0.75),
@@ -57,19 +61,24 @@ GUIDANCE = {
 
 def get_config(argument: str = ""):
     """The config with the size and the methods named in the argument, in any order."""
-    names = methods.names_in(argument, "imagenet256.py", SIZES)
+    names = methods.names_in(argument, "imagenet256.py", (*SIZES, IN_CONTEXT))
     sizes = [name for name in names if name in SIZES] or ["XL"]
     if len(sizes) > 1:
         raise DmfError(
             f"configs/imagenet256.py:{argument}: expected one size of {', '.join(SIZES)}"
         )
+    size, kind, shapes = sizes[0], "dit", DIT_SIZES
+    if IN_CONTEXT in names:
+        kind, shapes = "in_context_dit", IN_CONTEXT_SIZES
+    if size not in shapes or (size not in GUIDANCE and "guided" in names):
+        raise DmfError(f"configs/imagenet256.py:{argument}: expected another size than {size}")
     config = complete(
         dict(
             seed=0,
             batch_size=1024,
             label_dropout=0.1,
             network=dict(
-                kind="dit", **DIT_SIZES[sizes[0]], patch=2, num_classes=1000, interval_init="zero"
+                kind=kind, **shapes[size], patch=2, num_classes=1000, interval_init="zero"
             ),
             data=dict(name="imagenet256_latents", flip=True),
             times=asdict(TIME_LAWS["imagenet"]),
@@ -89,9 +98,9 @@ def get_config(argument: str = ""):
             ),
         )
     )
-    chosen = [name for name in names if name not in SIZES]
+    chosen = [name for name in names if name not in (*SIZES, IN_CONTEXT)]
     config = methods.apply(config, chosen, "imagenet256.py")
     if "guided" in chosen:
-        config.guidance.update(GUIDANCE[sizes[0]])
+        config.guidance.update(GUIDANCE[size])
         config.curriculum.length = 40.0  # see configs/imagenet256_guided.py
     return config

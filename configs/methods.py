@@ -17,9 +17,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from configs import relatives
+from configs.relatives import Fields, alone
 from dmf.errors import DmfError
-
-Fields = dict[str, dict[str, Any]]  # section -> field -> value
 
 
 def dagger(config: ConfigDict) -> Fields:
@@ -70,7 +70,7 @@ def meanflow(config: ConfigDict) -> Fields:
 
     The paper's: the identity. Ours: to start from a flow model, for as long as the curriculum.
     """
-    return _alone("jvp")
+    return alone("jvp")
 
 
 def central(config: ConfigDict) -> Fields:
@@ -80,42 +80,7 @@ def central(config: ConfigDict) -> Fields:
     difference and delta. Missing here: the teacher that gives v there. Ours: a smaller delta near
     the ends of the times. It needs no forward mode, so every attention kernel can compute it.
     """
-    return _alone("central") | dict(loss=dict(delta=5e-3))
-
-
-def alpha_flow(config: ConfigDict) -> Fields:
-    """alpha-Flow (arXiv 2510.20771): from all pairs to the exact derivative by a shrinking alpha.
-
-    The paper's:
-
-    - c = 0 in the target, the same alpha for all times, and the least alpha, .005
-    - p = 1, with a gradient that does not shrink with alpha
-    - v of the data as direction
-    - the shares of its B/2 schedule: 1 - sigmoid(25 (x - 1/2)) is 1 until x = .288, to within the
-      least alpha, and 0 from x = .712
-
-    Ours:
-
-    - the way down is geometric; theirs is that sigmoid
-    - 8 discrete stages
-    - the start from a flow model; theirs is from scratch
-
-    Missing here: their clipped target. A run of another length also needs
-    config.curriculum.stage_lengths that add up to it.
-    """
-    discrete, edge = 8, 0.288
-    shares = (edge, *((1 - 2 * edge) / discrete,) * discrete, edge)
-    return dict(
-        loss=dict(product_rule=0.0, residual_scale="unit", p=1.0, tangent="data"),
-        curriculum=dict(
-            stages=discrete + 2,
-            kinds=(),
-            q=0.005 ** (-1 / discrete),
-            interval="linear",
-            schedule="smooth",
-            stage_lengths=tuple(share * config.curriculum.length for share in shares),
-        ),
-    )
+    return alone("central") | dict(loss=dict(delta=5e-3))
 
 
 def own_velocity(config: ConfigDict) -> Fields:
@@ -132,13 +97,38 @@ def ema_velocity(config: ConfigDict) -> Fields:
     return dict(loss=dict(tangent="ema"))
 
 
+def improved(config: ConfigDict) -> Fields:
+    """Improved MeanFlow (arXiv 2512.02012), as far as the network of the config goes.
+
+    The paper's:
+
+    - the exact derivative along the network's own velocity, which the target keeps out
+    - p = 1, eps = .01 on the sum over pixels, half of the rows with r < t
+    - the velocity head as that velocity, where the network has one; u(z, t, t) elsewhere
+    - a scale up to 8 by a power law and an interval that the network is told, where it can be
+
+    Its public code's: what samples and scores are told, omega 7.5 in [.4, .65].
+    Ours: the times and the optimiser of the data set's config, and the start from config.init.
+    """
+    network = config.network
+    told = network.get("scale_tokens", 0) > 0 and network.num_classes > 0
+    head = network.get("velocity_head", 0) > 0
+    found = alone("guided_jvp" if told else "jvp") | dict(
+        loss=dict(tangent="head" if head else "own", p=1.0, eps=0.01),
+        times=dict(r_neq_t_fraction=0.5),
+    )
+    if told:
+        found["guidance"] = dict(most=8.0, power=1.0, omega=7.5, t_start=0.4, t_end=0.65)
+    return found
+
+
 def guided(config: ConfigDict) -> Fields:
     """One more stage that puts classifier-free guidance into the weights of config.init.
 
     MeanFlow's (arXiv 2505.13447): the guided velocity. Official code for B/2: omega and kappa.
     Ours: a stage after the others, with the exact derivative. It needs a network with classes.
     """
-    return dict(guidance=dict(omega=1.0, kappa=0.5, t_start=0.0, t_end=1.0), **_alone("guided_jvp"))
+    return dict(guidance=dict(omega=1.0, kappa=0.5, t_start=0.0, t_end=1.0), **alone("guided_jvp"))
 
 
 def splus(config: ConfigDict) -> Fields:
@@ -170,6 +160,37 @@ def muon(config: ConfigDict) -> Fields:
     return dict(optimizer=dict(name="muon", convolutions=config.network.get("width") is None))
 
 
+def decoupled(config: ConfigDict) -> Fields:
+    """Decoupled MeanFlow (arXiv 2510.24474), from the flow model in config.init.
+
+    It is called DMF too, and is no part of the curriculum of arXiv 2604.08837.
+
+    The paper's, or its released code's for XL/2 at 256 px:
+
+    - early blocks see t, late ones and the output see r, by the weights of the flow model
+    - 20 of 28 blocks (XL) and 18 of 24 (L) see t
+    - half of the rows for flow matching, by a law of t of their own; the laws
+    - the learned log variance in the paper's form; `loss.logvar=released` has the code's
+    - guidance from the own velocity: v + .6 (v_c - v_u) on t <= .7
+    - Adam at 1e-4 with decays .9 and .95, and clipping at 1
+
+    Ours: about 5 of 7 blocks for other depths, the U-Net's routing, and no guidance for data
+    without classes. A row serves one of the two losses; theirs uses each image for both. The length
+    is the data set's. Theirs is 400,000 steps of 256 images.
+    """
+    network: dict[str, Any] = dict(time_routing="decoupled", logvar=True)
+    if config.network.kind == "dit":
+        depth = config.network.depth
+        network["t_blocks"] = {28: 20, 24: 18}.get(depth, max(1, round(depth * 5 / 7)))
+    law = dict(pairing="sorted", t_mean=0.4, t_std=1.0, r_mean=-1.2, r_std=1.0)
+    own = dict(border="own", border_mean=0.0, border_std=1.0, r_neq_t_fraction=0.5)
+    found: Fields = dict(network=network, times=law | own, loss=dict(logvar="paper"))
+    if not config.network.num_classes:
+        return found | alone("jvp")
+    guidance = dict(omega=1.0, kappa=0.6, t_start=0.0, t_end=0.7)
+    return found | dict(guidance=guidance) | alone("guided_jvp")
+
+
 def terminal(config: ConfigDict) -> Fields:
     """The identity in the end time, with a target that passes no gradient.
 
@@ -177,7 +198,7 @@ def terminal(config: ConfigDict) -> Fields:
     papers': the identity, and v of the network itself at the end point. Ours: no gradient through
     the derivative, which saves two passes, and the start from a flow model.
     """
-    return _alone("terminal")
+    return alone("terminal")
 
 
 def lagrangian(config: ConfigDict) -> Fields:
@@ -187,7 +208,7 @@ def lagrangian(config: ConfigDict) -> Fields:
     the end point, and a squared error without adaptive weight (p = 0). Ours: the laws of times, the
     share of rows with r = t, and the start; the paper's learned weight is missing.
     """
-    return _alone("lagrangian") | dict(loss=dict(p=0.0))
+    return alone("lagrangian") | dict(loss=dict(p=0.0))
 
 
 def flowconsist(config: ConfigDict) -> Fields:
@@ -196,7 +217,7 @@ def flowconsist(config: ConfigDict) -> Fields:
     The paper's, by two independent readings: MeanFlow's derivative along u(z, t, t), and flow
     matching on rows with r = t. Missing: its rectification by a second network. Ours: all numbers.
     """
-    return _alone("jvp") | dict(loss=dict(tangent="own"))
+    return alone("jvp") | dict(loss=dict(tangent="own"))
 
 
 METHODS: dict[str, Callable[[ConfigDict], Fields]] = {
@@ -207,10 +228,21 @@ METHODS: dict[str, Callable[[ConfigDict], Fields]] = {
     "flow": flow,
     "meanflow": meanflow,
     "central": central,
-    "alpha_flow": alpha_flow,
+    "alpha_flow": relatives.alpha_flow,
+    "soflow": relatives.soflow,
+    "euler": relatives.euler,
+    "ect": relatives.ect,
+    "adcm": relatives.adcm,
+    "accelerated": relatives.accelerated,
+    "accelerated_snr": relatives.accelerated_snr,
+    "split_meanflow": relatives.split_meanflow,
+    "guided_split_meanflow": relatives.guided_split_meanflow,
+    "beta_tangent": relatives.beta_tangent,
     "own_velocity": own_velocity,
     "ema_velocity": ema_velocity,
+    "improved": improved,
     "guided": guided,
+    "decoupled": decoupled,
     "terminal": terminal,
     "lagrangian": lagrangian,
     "flowconsist": flowconsist,
@@ -250,8 +282,3 @@ def apply(config: ConfigDict, names: Collection[str], file: str) -> ConfigDict:
     for (section, field), (_, value) in seen.items():
         config[section][field] = value
     return config
-
-
-def _alone(kind: str) -> Fields:
-    """A curriculum of one stage, without pretraining."""
-    return dict(curriculum=dict(stages=1, kinds=(kind,), pretrain_length=0.0))

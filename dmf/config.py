@@ -25,8 +25,9 @@ from dmf.method import guidance, velocity, weights
 from dmf.method.curriculum import CurriculumConfig, Stage, build_stages
 from dmf.method.flow import PATHS, TimeLaw
 from dmf.method.guidance import GuidanceConfig
-from dmf.method.objectives import FORMER, GUIDED, KINDS, LAST, LAYOUTS, LossConfig
+from dmf.method.objectives import FORMER, GUIDED, KINDS, LAST, LAYOUTS
 from dmf.method.samplers import SAMPLERS
+from dmf.method.weights import LossConfig
 from dmf.networks import NetworkConfig, UNetConfig, attention
 from dmf.optim import EMAConfig, OptimizerConfig
 from dmf.sharding import MeshConfig
@@ -118,7 +119,8 @@ class RunConfig:
     features: str = ""  # converted feature network of the protocol
     reference: str = ""  # the protocol's reference statistics
     vae: str = ""  # converted autoencoder that makes images of latents, for scores and pictures
-    # of scores and pictures; euler and heun follow u(z, t, t), for flow models
+    # of scores and pictures; euler and heun follow u(z, t, t), for flow models; restart and gamma
+    # add fresh noise at every step
     sampler: str = choice("few_step", SAMPLERS)
     tensorboard: bool = True  # write event files where tensorflow and tensorboard are installed
 
@@ -268,10 +270,16 @@ def _check_run(config: Config, dataset_size: int) -> None:
             f"config.loss.tangent = {config.loss.tangent!r} with config.ema.evaluate = 0: expected "
             "the half-life of the EMA to go along"
         )
+    config.loss.check(config.times)
     if guard.action != "off" and not guard.every_steps:
         raise DmfError(
             f"config.guard.every_steps = 0 with config.guard.action = {guard.action!r}: expected "
             "probes"
+        )
+    if config.loss.tangent == velocity.HEAD and not getattr(config.network, "velocity_head", 0):
+        raise DmfError(
+            f"config.loss.tangent = {velocity.HEAD!r}: expected another direction, as "
+            "config.network has no velocity head (network.velocity_head)"
         )
     for name in ("features", "reference"):
         if getattr(run, name) and not run.protocol:
@@ -374,7 +382,12 @@ def _check_guidance(config: Config, stages: tuple[Stage, ...]) -> None:
             f"config.label_dropout = 0: expected a positive share, as a {kinds[0]} stage guides "
             "away from the null class, which is learnt from dropped labels"
         )
-    if given.omega == 1 and not given.kappa:
+    if given.told and (given.kappa or not getattr(config.network, "takes_guidance", False)):
+        raise DmfError(
+            f"config.guidance.most = {given.most:g}: expected 1, or kappa = 0 and a network that "
+            "is told guidance, as network.kind = in_context_dit with network.scale_tokens"
+        )
+    if given.omega == 1 and not given.kappa and not given.told:
         raise DmfError(
             "config.guidance.omega = 1 with kappa = 0: expected other values, as this guides "
             f"nothing: a {kinds[0]} stage would be a {KINDS[kinds[0]].unguided} stage that costs "

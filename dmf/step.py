@@ -36,7 +36,7 @@ from dmf.state import TrainState, ema_decays, learning_rate
 
 Array = jax.Array
 Metrics = dict[str, Array]
-PURPOSES = ("flip", "augment", "label", "noise", "times", "network", "latent")
+PURPOSES = ("flip", "augment", "label", "noise", "times", "network", "latent", "guidance")
 
 
 class Scalars(NamedTuple):
@@ -108,6 +108,7 @@ def make_train_step(
     """
     split, of_rows = split_for(kind, config, mesh), sharding.rows(mesh)
     average = config.ema.index() if config.loss.tangent in velocity.AVERAGED else None
+    draw = partial(draw_rows, split=split, config=config)
     loss = partial(stage_loss, kind=kind, network=network, config=config)
     on_one = make_gradient(loss, split.micro(mesh.size), config.microbatches)
     gradient = sharding.averaged(mesh, on_one, network.dtypes)
@@ -115,7 +116,7 @@ def make_train_step(
     def train_step(
         state: TrainState, batch: dict[str, Array], scalars: Scalars
     ) -> tuple[TrainState, Metrics]:
-        rows = draw_rows(state.step, batch, split=split, config=config, seed=scalars.seed)
+        rows = draw(state.step, batch, seed=scalars.seed, progress=scalars.progress)
         rows = jax.lax.with_sharding_constraint(rows, of_rows)
         frozen = {} if average is None else {"average": sharding.whole(mesh, state.ema[average])}
         given = {"progress": scalars.progress, "frozen": frozen, "sums": state.intervals}
@@ -127,8 +128,7 @@ def make_train_step(
         ema = tuple(update_ema(e, params, scalars.ema_decays[i]) for i, e in enumerate(state.ema))
         return TrainState(state.step + 1, params, opt_state, ema, sums), metrics
 
-    precision = getattr(config.precision, KINDS[kind].arithmetic)
-    whole = sharding.replicated(mesh)
+    precision, whole = getattr(config.precision, KINDS[kind].arithmetic), sharding.replicated(mesh)
     return jax.jit(
         jax.default_matmul_precision(precision)(train_step),
         donate_argnums=0,
@@ -157,18 +157,24 @@ def draw_rows(
     split: RowSplit,
     config: Config,
     seed: np.uint32 | Array | None = None,
+    progress: float | np.float32 | Array = 1.0,
 ) -> Rows:
     """Augment the data, draw noise and times, and lay out the rows of a step.
 
     batch: x (B, H, W, C) float32 in [-1, 1] and label (B,) int32. Encoded images also have std,
         shaped as x. A batch may bring its own noise, shaped as x; otherwise noise is drawn.
     seed: the run's, as an input of the program; None takes the config's, as a constant.
+    progress: of the curriculum, in [0, 1], for a law of times that depends on it.
     """
     keys = step_keys(config.seed if seed is None else seed, step)
     x, condition = _condition(keys, batch, config)
     e = batch["noise"] if "noise" in batch else jax.random.normal(keys["noise"], x.shape)
-    r, t = flow.draw_times(keys["times"], config.times, split)
+    r, t = flow.draw_times(keys["times"], config.times, split, progress)
     z, v = flow.interpolate(x, e, t, config.path)
+    if config.guidance.told:
+        condition = condition._replace(
+            guidance=guidance.drawn(keys["guidance"], config.guidance, split)
+        )
     # Each row's key comes from its global number, so the number of devices does not show.
     row_keys = jax.vmap(partial(jax.random.fold_in, keys["network"]))(jnp.arange(split.batch))
     return Rows(z, r, t, v, condition, row_keys)
@@ -189,22 +195,26 @@ def stage_loss(
     given: progress, frozen and sums by name, as in `stage_residuals`. All may be missing.
     how: kind, network and train, as in `stage_residuals`.
     With an adaptive interval, metrics["intervals"] is what the rows add to its table.
+    A velocity head has its own squares, squares_head_border and squares_head_pairs.
     """
     progress, frozen = given.get("progress", 0.0), given.get("frozen", {})
     sums = given.get("sums", ())
     how |= dict(config=config, split=split, frozen=frozen, sums=sums)
     _, found = stage_residuals(params, rows, rho, **how)
     total, metrics = jnp.zeros(()), {} if found.change is None else {"change": found.change}
-    weight = config.loss.of_row()
+    weight = config.loss.of_row(config.times)
     for name, e, of in (
         ("border", found.border, split.border_of),
         ("pairs", found.pairs, split.pairs_of),
+        ("head_border", found.head_border, split.border_of),
+        ("head_pairs", found.head_pairs, split.pairs_of),
     ):
         if e is None:
             continue
         r, t = of((rows.r, rows.t))
         if config.loss.logvar == weights.OFF:
-            loss, squares = weights.weighted_loss(e, r, t, progress, weight)
+            share = found.share if name == "pairs" else None
+            loss, squares = weights.weighted_loss(e, r, t, progress, weight, share)
         else:
             lv = how["network"].logvar(params, r, t)
             loss, squares = weights.learned_loss(e, lv, config.loss.logvar)
@@ -240,29 +250,57 @@ def stage_residuals(
     if about.v_only:
         params = freeze_interval(params, network.is_interval)
 
-    def net(params: Any, rows: Rows, train: bool = train) -> Array:
-        z, r, t, condition = rows.z, rows.r, rows.t, rows.condition
-        return network.apply(params, z, r, t, condition=condition, train=train, rngs=rows.keys)
-
-    still = partial(net, train=False)  # without dropout
-    guide = (still, params, rows, config.network.num_classes, config.guidance)
+    whole, net, own = _views(network, config, train)
+    rows = _told(own, params, rows, about.guided, config)
+    guide = (own, params, rows, config.network.num_classes, config.guidance)
     direction = velocity.TANGENTS[config.loss.tangent]
-    tangent = direction(still, params, frozen) if direction else None  # v itself
+    tangent = direction(own, params, frozen) if direction else None  # v itself
     rule = objectives.Rule(config.loss, partial(_rule(config, sums), rho), tangent)
     rule, lack = rule._replace(joint=config.rows == objectives.JOINT), None
-    dropout = train and getattr(config.network, "dropout", False)
-    if about.guided and rule.joint and config.guidance.kappa and split.n_border and not dropout:
+    rule = rule._replace(whole=whole if network.sides else None)
+    alone = network.sides or (train and getattr(config.network, "dropout", False))
+    if about.guided and rule.joint and config.guidance.kappa and split.n_border and not alone:
         v_g, v_c, lack = guidance.guided_jointly(*guide, split)
         if config.loss.tangent == velocity.OWN:
             rule = rule._replace(tangent=lambda pairs: v_c)  # the same number
         rows = rows._replace(v=v_g)
-    elif about.guided:
+    elif about.guided and not config.guidance.told:
         rows = rows._replace(v=guidance.guided_velocity(*guide))
     found = about.laid_out(config.rows)(net, params, rows, split, rule)
     if lack is None or found.border is None:
         return rows, found
     border, v = guidance.complete(found.border, split.border_of(rows.v), lack)
     return rows._replace(v=split.join(split.pairs_of(rows.v), v)), found._replace(border=border)
+
+
+def _views(network: Network, config: Config, train: bool) -> tuple[flow.Whole, flow.Net, flow.Net]:
+    """(u and side outputs, u alone, what knows v(z, t) and has no dropout), of (params, rows)."""
+
+    def given(rows: Rows, train: bool) -> dict[str, Any]:
+        return dict(condition=rows.condition, train=train, rngs=rows.keys)
+
+    def whole(params: Any, rows: Rows) -> tuple[Array, flow.Sides]:
+        return network.apply_with_sides(params, rows.z, rows.r, rows.t, **given(rows, train))
+
+    def net(params: Any, rows: Rows, train: bool = train) -> Array:
+        return network.apply(params, rows.z, rows.r, rows.t, **given(rows, train))
+
+    def head(params: Any, rows: Rows) -> Array:
+        out = network.apply_with_sides(params, rows.z, rows.r, rows.t, **given(rows, False))
+        return out[1][flow.VELOCITY]
+
+    still = partial(net, train=False)
+    return whole, net, head if config.loss.tangent == velocity.HEAD else still
+
+
+def _told(own: flow.Net, params: Any, rows: Rows, guided: bool, config: Config) -> Rows:
+    """The rows with the velocity v_g of a network that is told its guidance, else unchanged."""
+    if not guided:  # then v is the same for every guidance, and the network is told none
+        return rows._replace(condition=rows.condition._replace(guidance=None))
+    if not config.guidance.told:
+        return rows
+    v_g, v_c = guidance.told_velocity(own, params, rows, config.network.num_classes)
+    return rows._replace(v=v_g, own=v_c if config.loss.tangent in velocity.ONLINE else None)
 
 
 def make_gradient(

@@ -109,6 +109,11 @@ def _changes(config: Any, direction: Direction, leaves: Sequence[str]) -> dict[s
         last = [leaf for leaf in leaves if re.match(LAST[config.kind], leaf)]
         found |= {leaf: (note, np.negative) for leaf in last}
     if direction.other_time:
+        if getattr(config, "time_routing", "interval") == "decoupled":
+            raise DmfError(
+                f"--set=time={direction.time}: expected the other time, as no program with "
+                "decoupled times has this one"
+            )
         if getattr(config, "interval_input", "t-r") == "r":
             raise DmfError(
                 f"--set=second=r,time={direction.time}: expected second=t-r or the other time, "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from dmf.convert.kind import (
     exact,
     fact_of,
     heads_of,
+    nchw,
     shown,
 )
 from dmf.convert.rules import Rule, plain
@@ -30,6 +31,8 @@ from dmf.networks import layers
 from dmf.networks.dit import DIT_SIZES, DiTConfig
 
 GIVEN = ("heads", "resolution")
+# Fields of a network that neither SiT's nor MeanFlow's program has otherwise.
+PLAIN = {"time_routing": "interval", "qk_norm": False}
 
 Linear = Callable[[str, Any], Any]
 
@@ -119,6 +122,23 @@ def u(network: Any, params: Any, z: Any, r: Any, t: Any, label: Any) -> np.ndarr
     return np.asarray(jax.jit(network.apply)(params, np.asarray(z, np.float32), r, t, label=label))
 
 
+def average_outputs(
+    network: Any, params: Any, arrays: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """u(z, r, t) of x, t and r or h; images as (B, C, H, W)."""
+    if not {"x", "t"} <= set(arrays) or not {"r", "h"} & set(arrays):
+        return {}
+    t, r = np.asarray(arrays["t"], np.float32), r_of(arrays)
+    z = np.transpose(arrays["x"], (0, 2, 3, 1))
+    return {"u": nchw(u(network, params, z, r, t, arrays.get("y")))}
+
+
+def r_of(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The end of the interval, which is given itself or by its length."""
+    r = arrays["r"] if "r" in arrays else arrays["t"] - arrays["h"]
+    return np.asarray(r, np.float32)
+
+
 def probe(config: DiTConfig, shape: Shape) -> dict[str, np.ndarray]:
     """Random inputs: images at times near both ends and between, with intervals and one null class.
 
@@ -144,29 +164,40 @@ def torch_embed(linear: Linear, module: str, time: Any) -> Any:
     return linear(f"{module}.mlp.2", torch.nn.functional.silu(linear(f"{module}.mlp.0", features)))
 
 
-def torch_blocks(linear: Linear, x: Any, cond: Any, depth: int, heads: int) -> Any:
+def torch_blocks(
+    linear: Linear,
+    x: Any,
+    conds: Sequence[Any],
+    heads: int,
+    norm: Callable[[str, Any], Any] | None = None,
+) -> Any:
     """The transformer in PyTorch: embedded patches (B, N, width) -> output of the last layer.
 
-    The patches come without positions, which are added here.
+    - x: the patches without positions, which are added here.
+    - conds: what each block sees, and then the last layer, (B, width) each.
+    - norm: of queries and of keys, by the name of the layer.
     """
     from torch.nn import functional as F
 
     x = x + _torch_positions(math.isqrt(x.shape[1]), x.shape[2] // 4)
-    cond = F.silu(cond)[:, None]
+    seen = [F.silu(cond)[:, None] for cond in conds]
 
     def modulated(x: Any, shift: Any, scale: Any) -> Any:
         return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
-    for i in range(depth):
+    for i, cond in enumerate(seen[:-1]):
         name = f"blocks.{i}"
         chunks = linear(f"{name}.adaLN_modulation.1", cond).chunk(6, dim=-1)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = chunks
         qkv = linear(f"{name}.attn.qkv", modulated(x, shift, scale)).unflatten(-1, (3, heads, -1))
-        mixed = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        if norm:
+            q, k = norm(f"{name}.attn.q_norm", q), norm(f"{name}.attn.k_norm", k)
+        mixed = F.scaled_dot_product_attention(q, k, v)
         x = x + gate * linear(f"{name}.attn.proj", mixed.transpose(1, 2).flatten(2))
         wide = linear(f"{name}.mlp.fc1", modulated(x, shift_mlp, scale_mlp))
         x = x + gate_mlp * linear(f"{name}.mlp.fc2", F.gelu(wide, approximate="tanh"))
-    shift, scale = linear("final_layer.adaLN_modulation.1", cond).chunk(2, dim=-1)
+    shift, scale = linear("final_layer.adaLN_modulation.1", seen[-1]).chunk(2, dim=-1)
     return linear("final_layer.linear", modulated(x, shift, scale))
 
 

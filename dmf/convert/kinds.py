@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dmf.convert import (
     adm,
+    decoupled_dit,
     dinov2,
     edm,
+    imeanflow,
     inception,
     meanflow_dit,
     meanflow_sit,
@@ -24,6 +26,8 @@ KINDS: dict[str, Kind] = {
         sit.SIT,
         meanflow_dit.MEANFLOW_DIT,
         meanflow_sit.MEANFLOW_SIT,
+        imeanflow.IMEANFLOW,
+        decoupled_dit.DECOUPLED_DIT,
         meanflow_unet.MEANFLOW_UNET,
         edm.EDM,
         score_sde.RECTIFIED_FLOW,

@@ -42,7 +42,7 @@ def _describe(tensors: Tensors, given: Mapping[str, Any]) -> tuple[DiTConfig, Sh
 
 
 def _rules(config: DiTConfig, shape: Shape, tensors: Tensors | None) -> list[Rule]:
-    expect(config, NAME, {"kind": "dit", "interval_input": "t-r"})
+    expect(config, NAME, {"kind": "dit", "interval_input": "t-r", **dit.PLAIN})
     modules = ["t_embedder.mlp.0", *dit.modules(config.depth), "final_layer.linear"]
     rooms = {_flax(module): dit.room(module) for module in modules}
     rooms |= {_flax(f"h_embedder.mlp.{i}"): f"interval/mlp_{i}" for i in (0, 2)}
@@ -86,7 +86,7 @@ def _torch_outputs(
     patches = windows.flatten(3).flatten(1, 2) @ kernel.reshape(-1, width)
     patches = patches + weight(f"{PATCHES}.bias")
     depth = sum(name.endswith(".attn.qkv._flax_linear.kernel") for name in tensors)
-    tokens = dit.torch_blocks(linear, patches, cond, depth, int(arrays["heads"]))
+    tokens = dit.torch_blocks(linear, patches, [cond] * (depth + 1), int(arrays["heads"]))
     return {"u": dit.torch_image(tokens, patch).numpy()}
 
 

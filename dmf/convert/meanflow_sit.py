@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dmf.convert import dit, sit
-from dmf.convert.kind import Fact, Kind, Shape, Tensors, check_given, expect, nchw
+from dmf.convert.kind import Fact, Kind, Shape, Tensors, check_given, expect
 from dmf.convert.rules import Rule, conv_layer, linear_layer
 from dmf.errors import DmfError
 from dmf.networks.dit import INTERVAL_INPUTS, DiTConfig
@@ -51,7 +51,7 @@ def _describe(tensors: Tensors, given: Mapping[str, Any]) -> tuple[DiTConfig, Sh
 
 
 def _rules(config: DiTConfig, shape: Shape, tensors: Tensors | None) -> list[Rule]:
-    expect(config, NAME, {"kind": "dit"})
+    expect(config, NAME, {"kind": "dit", **dit.PLAIN})
     second = _second(tensors) if tensors else EMBEDDERS[0]
     rooms = {name: dit.room(name) for name in ("t_embedder.mlp.0", *dit.modules(config.depth))}
     rooms |= {f"{second}.mlp.{i}": f"interval/mlp_{i}" for i in (0, 2)}
@@ -62,20 +62,6 @@ def _rules(config: DiTConfig, shape: Shape, tensors: Tensors | None) -> list[Rul
         *dit.label_table(config, sit.TABLE),
         *(rule for module, room in rooms.items() for rule in linear_layer(module, room)),
     ]
-
-
-def _outputs(network: Any, params: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """u(z, r, t) of x, t and r or h; images as (B, C, H, W)."""
-    if not {"x", "t"} <= set(arrays) or not {"r", "h"} & set(arrays):
-        return {}
-    t, r = np.asarray(arrays["t"], np.float32), _r(arrays)
-    z = np.transpose(arrays["x"], (0, 2, 3, 1))
-    return {"u": nchw(dit.u(network, params, z, r, t, arrays.get("y")))}
-
-
-def _r(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-    r = arrays["r"] if "r" in arrays else arrays["t"] - arrays["h"]
-    return np.asarray(r, np.float32)
 
 
 def _probe(config: DiTConfig, shape: Shape) -> dict[str, np.ndarray]:
@@ -89,7 +75,7 @@ def _torch_outputs(
 ) -> dict[str, np.ndarray]:
     import torch
 
-    r = _r(arrays)
+    r = dit.r_of(arrays)
     seen = r if arrays.get("sees_r", False) else np.asarray(arrays["t"], np.float32) - r
     return {"u": sit.torch_forward(tensors, arrays, {_second(tensors): torch.from_numpy(seen)})}
 
@@ -106,7 +92,7 @@ MEANFLOW_SIT = Kind(
     select=sit.SIT.select,
     describe=_describe,
     rules=_rules,
-    outputs=_outputs,
+    outputs=dit.average_outputs,
     torch_outputs=_torch_outputs,
     probe=_probe,
     facts=(

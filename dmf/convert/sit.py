@@ -26,6 +26,7 @@ from dmf.convert.rules import (
     linear_layer,
     optional,
     reversed_layer,
+    unread,
 )
 from dmf.errors import DmfError
 from dmf.networks import layers
@@ -44,18 +45,18 @@ NO_INTERVAL = (
 
 
 def described(
-    tensors: Tensors, given: Mapping[str, Any], name: str
+    tensors: Tensors, given: Mapping[str, Any], name: str, norms: bool = False
 ) -> tuple[DiTConfig, Shape, int]:
     """(config, image shape, rows of the last layer over those of a velocity), which is 1 or 2.
 
-    name: of the kind. Raises DmfError.
+    name: of the kind. norms: its queries and keys may be normalised. Raises DmfError.
     """
     dit.check_fields(given, name)
     width, channels, patch, _ = axes(tensors, "x_embedder.proj.weight", 4, name)
     hidden, _ = axes(tensors, "blocks.0.mlp.fc1.weight", 2, name)
     out, _ = axes(tensors, f"{LAST}.weight", 2, name)
     for name in tensors:
-        if ".q_norm." in name or ".k_norm." in name:
+        if not norms and (".q_norm." in name or ".k_norm." in name):
             raise DmfError(
                 f"tensor {name} normalises queries or keys: "
                 "expected attention without that, as in this network"
@@ -107,7 +108,7 @@ def _resolution(tensors: Tensors, patch: int, given: int | None) -> int:
 
 
 def _rules(config: DiTConfig, shape: Shape, tensors: Tensors | None) -> list[Rule]:
-    expect(config, NAME, {"kind": "dit", "interval_input": "t-r"})
+    expect(config, NAME, {"kind": "dit", "interval_input": "t-r", **dit.PLAIN})
     velocity = config.patch**2 * shape[-1]
     rows = tensors[f"{LAST}.weight"].shape[0] if tensors else 2 * velocity
     note = "time reversed: the embedder of t becomes the embedder of 1 - t"
@@ -124,6 +125,17 @@ def _rules(config: DiTConfig, shape: Shape, tensors: Tensors | None) -> list[Rul
         *dit.label_table(config, TABLE),
         *copies,
         *_last_layer(config.patch, shape[-1], rows != velocity),
+        *projectors(tensors),
+    ]
+
+
+def projectors(tensors: Tensors | None) -> list[Rule]:
+    """Rules of REPA's projectors, which are left out where a file has them."""
+    note = "a projector of REPA onto features of images, which only its training reads"
+    found = {name: x for name, x in (tensors or {}).items() if name.startswith("projectors.")}
+    none = functools.partial(np.broadcast_to, np.float32(0))
+    return [
+        unread(name, functools.partial(none, tuple(x.shape)), note) for name, x in found.items()
     ]
 
 
@@ -205,11 +217,15 @@ def _torch_outputs(
 
 
 def torch_forward(
-    tensors: Mapping[str, Any], arrays: Mapping[str, np.ndarray], seconds: Mapping[str, Any]
+    tensors: Mapping[str, Any],
+    arrays: Mapping[str, np.ndarray],
+    seconds: Mapping[str, Any],
+    late: tuple[np.ndarray, int] | None = None,
 ) -> np.ndarray:
     """The network in PyTorch on x, t, y and heads.
 
     seconds: what further embedders see, by their names.
+    late: (time, n) where the blocks after the first n, and the last layer, see a time of their own.
     """
     import torch
     from torch.nn import functional as F
@@ -222,15 +238,24 @@ def torch_forward(
 
     kernel = weight("x_embedder.proj.weight")
     x, t = torch.from_numpy(np.ascontiguousarray(arrays["x"])), torch.from_numpy(arrays["t"])
-    cond = dit.torch_embed(linear, "t_embedder", t)
-    for name, seen in seconds.items():
-        cond = cond + dit.torch_embed(linear, name, seen)
-    if TABLE in tensors:
-        cond = cond + weight(TABLE)[torch.from_numpy(arrays["y"])]
+
+    def condition(time: Any) -> Any:
+        cond = dit.torch_embed(linear, "t_embedder", time)
+        for name, seen in seconds.items():
+            cond = cond + dit.torch_embed(linear, name, seen)
+        return cond + weight(TABLE)[torch.from_numpy(arrays["y"])] if TABLE in tensors else cond
+
+    def norm(name: str, x: Any) -> Any:
+        return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight(f"{name}.scale")
+
+    depth = sum(name.endswith(".attn.qkv.weight") for name in tensors)
+    conds = [condition(t)] * (depth + 1)
+    if late:
+        conds[late[1] :] = [condition(torch.from_numpy(late[0]))] * (depth + 1 - late[1])
+    norms = norm if "blocks.0.attn.q_norm.scale" in tensors else None
     grid = F.conv2d(x, kernel, weight("x_embedder.proj.bias"), stride=kernel.shape[2:])
     patches = grid.flatten(2).transpose(1, 2)
-    depth = sum(name.endswith(".attn.qkv.weight") for name in tensors)
-    tokens = dit.torch_blocks(linear, patches, cond, depth, int(arrays["heads"]))
+    tokens = dit.torch_blocks(linear, patches, conds, int(arrays["heads"]), norms)
     out = dit.torch_image(tokens, kernel.shape[2])
     return out[..., : x.shape[1]].permute(0, 3, 1, 2).numpy()
 

@@ -20,7 +20,7 @@ from dmf.errors import DmfError, short
 from dmf.evaluation import pictures, protocols, sampling
 from dmf.logging import Count
 from dmf.method.curriculum import build_stages
-from dmf.method.guidance import Contrast
+from dmf.method.guidance import Contrast, tells
 from dmf.method.objectives import kind_of
 from dmf.method.samplers import SAMPLERS, TIMES
 from dmf.pretrained import Opened
@@ -97,7 +97,8 @@ def write_samples(
     name = f"samples_{config.run.sampler}_{'_'.join(map(str, steps))}.png"
     target = paths.at(out or sampling.home(found.folder, found.stored) / name)
     _write(target, images, steps, count, choice.raw)
-    each = SAMPLERS[config.run.sampler].evaluations * (2 if choice.guidance else 1)
+    twice = choice.guidance and not tells(config.network)
+    each = SAMPLERS[config.run.sampler].evaluations * (2 if twice else 1)
     print(f"samples   {target}: {count:,} images, NFE {', '.join(str(n * each) for n in steps)}")
     return target
 
@@ -145,6 +146,18 @@ def _check_guidance(found: Opened, config: Config, by: Contrast) -> None:
         channels = found.stored["image_shape"][-1]
         raise DmfError(f"--guidance_channels={by.channels}: expected at most {channels}")
     kinds = _begun(found, config)
+    if tells(config.network):
+        if by.channels or by.scale < 1:
+            raise DmfError(
+                f"{given}: these weights are told their guidance: expected a scale of at least 1 "
+                "and no --guidance_channels"
+            )
+        if kinds and not config.guidance.told:
+            raise DmfError(
+                f"{given}: config.guidance.most = 1, so these weights were told no guidance in "
+                "training; expected no --guidance"
+            )
+        return
     if any(kind_of(kind).guided for kind in kinds):
         g = config.guidance
         raise DmfError(
@@ -162,7 +175,7 @@ def _check_guidance(found: Opened, config: Config, by: Contrast) -> None:
             "expected no --guidance, or a flow model"
         )
     averages = any(kind_of(kind).arithmetic != "plain" for kind in kinds)
-    if averages and config.run.sampler.startswith("few_step"):
+    if averages and SAMPLERS[config.run.sampler].averages:
         raise DmfError(
             f"{given}: a contrast of average velocities is no average of the guided velocity; "
             "expected --sampler=euler or heun"

@@ -19,7 +19,8 @@ from dmf.config import Config, parse
 from dmf.data import Source
 from dmf.errors import DmfError
 from dmf.evaluation.protocols import Protocol
-from dmf.method.guidance import Contrast, contrast
+from dmf.method.flow import Condition
+from dmf.method.guidance import Contrast, condition_of, contrast, tells
 from dmf.method.samplers import SAMPLERS, Times, Velocity, uniform
 from dmf.metrics.labelled import DigitsScorer, PhotosScorer
 from dmf.networks.frozen.vae import unscaled
@@ -54,25 +55,27 @@ class Sampler:
     ):
         """labels: (N,) int32, of the samples in their order, repeated as often as needed.
 
-        guidance: of a flow model with classes; each evaluation then costs two.
+        guidance: of a flow model with classes; each evaluation then costs two. A network that is
+            told its guidance costs one, and None is the config's guidance.
         times: a value of `samplers.TIMES`.
         """
         self._mesh, self._labels, self._seed = mesh, labels, np.uint32(config.seed)
-        self._rows = ROWS_PER_DEVICE // 2 if guidance else ROWS_PER_DEVICE
+        contrasts = guidance if not tells(config.network) else None
+        self._rows = ROWS_PER_DEVICE // 2 if contrasts else ROWS_PER_DEVICE
+        given = partial(condition_of, config.network, by=guidance or config.guidance)
 
         sampler = SAMPLERS[config.run.sampler]
 
         def noise(seed: jax.Array, row: jax.Array) -> jax.Array:
-            # No training step has this number.
-            key = jax.random.fold_in(jax.random.key(seed), 2**31 - 1)
-            keys = jax.vmap(partial(jax.random.fold_in, key))(row)
-            return jax.vmap(lambda k: jax.random.normal(k, image_shape))(keys)
+            return jax.vmap(lambda k: jax.random.normal(k, image_shape))(_keys(seed, row))
 
-        velocity = partial(_velocity, network, config.num_classes, guidance)
+        velocity = partial(_velocity, network, config.num_classes, contrasts, given)
 
         def draw(whole: Whole, rows: tuple[jax.Array, jax.Array]) -> jax.Array:
             (params, steps, seed), (row, label) = whole, rows
-            return sampler.draw(velocity(params, label), noise(seed, row), steps, times)
+            u, keys = velocity(params, label), _keys(seed, row)
+            more = {"keys": keys} if sampler.fresh_noise else {}
+            return sampler.draw(u, noise(seed, row), steps, times, **more)
 
         def draw_on_host(whole: Whole, rows: tuple[jax.Array, jax.Array]) -> jax.Array:
             (params, steps, seed), (row, label) = whole, rows
@@ -113,17 +116,24 @@ class Sampler:
             yield sharding.fetch(self._mesh, drawn)[: len(row)]
 
 
+def _keys(seed: jax.Array, row: jax.Array) -> jax.Array:
+    """One key per sample, by seed and number of the sample. No training step has this key."""
+    key = jax.random.fold_in(jax.random.key(seed), 2**31 - 1)
+    return jax.vmap(partial(jax.random.fold_in, key))(row)
+
+
 def _velocity(
     network: networks.Network,
     classes: int,
     guidance: Contrast | None,
+    given: Callable[[jax.Array], Condition],
     params: Any,
     label: jax.Array,
 ) -> Velocity:
     """u(z, r, t), or the guided velocity by one evaluation of twice the rows."""
     if guidance is None:
-        of_classes = label if classes else None
-        return lambda z, r, t: network.apply(params, z, r, t, label=of_classes)
+        condition = given(label)
+        return lambda z, r, t: network.apply(params, z, r, t, condition=condition)
     labels = jnp.concatenate([label, jnp.full_like(label, classes)])
 
     def guided(z: jax.Array, r: jax.Array, t: jax.Array) -> jax.Array:

@@ -37,9 +37,10 @@ class Model:
     sampler: str
 
     def _network(self) -> dict[str, Any]:
-        """The network's fields as stored, without the head for the loss."""
+        """The network's fields as stored, without the heads for the loss."""
         stored: dict[str, Any] = self.stored["config"]["network"]
-        return stored | {"logvar": False} if stored.get("logvar") else stored
+        heads = networks.HEADS.items()
+        return stored | {name: off for name, off in heads if stored.get(name, off) != off}
 
     def rules(self) -> list[Rule]:
         """The key map of the file of weights."""

@@ -26,6 +26,7 @@ import numpy as np
 from dmf.convert.leaves import nested
 from dmf.convert.rules import relative_l2
 from dmf.errors import DmfError
+from dmf.method.guidance import condition_of
 from dmf.method.samplers import SAMPLERS
 
 if TYPE_CHECKING:
@@ -41,19 +42,27 @@ LIMITS = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
 def velocity(model: Model, params: Any, labels: Any) -> Callable[[Any, Any, Any], Any]:
-    """u(z, r, t) of the model; it ignores the labels if the model has no classes."""
-    classes = labels if model.config.num_classes else None
-    return lambda z, r, t: model.network.apply(params, z, r, t, label=classes)
+    """u(z, r, t) of the model; it ignores the labels if the model has no classes.
+
+    A network that is told its guidance is told the config's.
+    """
+    condition = condition_of(model.config.network, labels, model.config.guidance)
+    return lambda z, r, t: model.network.apply(params, z, r, t, condition=condition)
 
 
 def function(model: Model, steps: int) -> Callable[[Weights, Any, Any], Any]:
     """sampler(weights, e, labels) -> images of the shape of e, traced as `sampling.Sampler`.
 
-    Raises DmfError for a sampler that loops on the host, which no program can hold.
+    Raises DmfError for a sampler that loops on the host, which no program can hold. The same for
+    one with fresh noise, which the caller of an artifact does not give.
     """
-    if SAMPLERS[model.sampler].on_host:
-        inside = ", ".join(name for name, row in SAMPLERS.items() if not row.on_host)
+    row = SAMPLERS[model.sampler]
+    if row.on_host or row.fresh_noise:
+        kept = {name for name, x in SAMPLERS.items() if not (x.on_host or x.fresh_noise)}
+        inside = ", ".join(name for name in SAMPLERS if name in kept)
         what = "loops on the host, and a program cannot"
+        if row.fresh_noise:
+            what = "draws noise of its own, and a program gets none"
         raise DmfError(
             f"sampler = {model.sampler!r} {what}: expected one of {inside}, by --sampler"
         )

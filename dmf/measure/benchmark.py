@@ -22,7 +22,7 @@ from dmf import sharding
 from dmf.config import Config, check
 from dmf.data import load
 from dmf.errors import DmfError
-from dmf.measure import cost
+from dmf.measure import cost, roofline
 from dmf.measure.cost import Compilations
 from dmf.measure.programs import Program, compile_cases, fits, take_turns
 from dmf.method import flow
@@ -113,6 +113,18 @@ def format_rows(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def format_least(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines of the least times of the rows on this chip, none where the chip is unknown."""
+    if not any(row["roofline"]["ms"] for row in rows):
+        return []
+    lines = [f"{'kind':>16}{'r<t':>6}{'ms':>10}{roofline.heading()}"]
+    for row in rows:
+        ms = "-" if row["step_ms"] is None else f"{row['step_ms']:.3f}"
+        start = f"{row['kind']:>16}{row['r_neq_t']:>6.2f}{ms:>10}"
+        lines.append(start + roofline.format_row(row["roofline"]))
+    return [*lines, roofline.LEGEND]
+
+
 def _cases(config: Config, stages: Sequence[Stage]) -> list[tuple[str, float]]:
     kinds = {stage.kind for stage in stages if not KINDS[stage.kind].flow_matching}
     own = {(kind, config.times.r_neq_t_fraction) for kind in kinds}
@@ -144,13 +156,17 @@ def _rows(
 ) -> list[dict[str, Any]]:
     base = programs[0]
     whole = next((p for p in programs if (p.kind, p.fraction) == WHOLE_JVP), None)
-    peak = cost.peak_flops(mesh.devices.flat[0].device_kind)
+    known = roofline.chip(mesh.devices.flat[0].device_kind)
+    peak = known.flops["bfloat16"] if known else None
+    official = whole.least.seconds * 1e3 if whole and whole.least else None
     rows = []
     for p in programs:
         seconds = statistics.median(p.seconds) if p.seconds else None
         ratio, limit = _paired(p, base), p.passes / base.passes
         model = None if forward is None else p.passes * forward
         speed = None if model is None or seconds is None else model / seconds / mesh.devices.size
+        least = roofline.columns(p.least, batch_size, p.counts.compiler_seconds)
+        least["over_official"] = roofline.over(official, least["ms"])
         rows.append(
             {
                 "kind": p.kind,
@@ -172,6 +188,7 @@ def _rows(
                 "utilisation": _over(speed, peak),
                 "compile_s": p.compile_s,
                 "programs": None if p.compile_s is None else p.programs,
+                "roofline": least,
             }
         )
     return rows
@@ -240,6 +257,7 @@ def _report(about: dict[str, Any], rows: list[dict[str, Any]], total: dict[str, 
         f"median of {about['rounds']} rounds",
         format_rows(rows),
         LEGEND,
+        *format_least(rows),
     ]
     lines += _uncounted(about, [row["kind"] for row in rows])
     if None not in total.values():

@@ -1,4 +1,4 @@
-"""What a program costs: FLOPs, bytes and memory of a compiled step, and a device's peak.
+"""What a program costs: FLOPs, bytes and memory of a compiled step.
 
 XLA counts the body of a loop once. It counts a kernel that it does not know (cuDNN, Pallas) as 0.
 The model FLOPs of a step therefore do not come from its program.
@@ -16,23 +16,6 @@ import jax.numpy as jnp
 from dmf import networks
 from dmf.config import Config
 
-# Part of jax's device_kind -> bfloat16 FLOP/s of one such device, without sparsity, by its maker.
-# The first entry that fits counts.
-PEAK_FLOPS = {
-    "TPU v4 lite": 138e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6": 918e12,
-    "A100": 312e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-}
-
 
 @dataclass(frozen=True)
 class Counts:
@@ -41,12 +24,15 @@ class Counts:
     arguments_bytes: of the state, the batch and the numbers it is given.
 
     temporary_bytes: the most that it holds besides these at one time.
+
+    compiler_seconds: XLA's own estimate of its time.
     """
 
     flops: float | None
     bytes: float | None
     arguments_bytes: int | None
     temporary_bytes: int | None
+    compiler_seconds: float | None = None
 
     @property
     def memory_bytes(self) -> int | None:
@@ -64,7 +50,13 @@ def counts(compiled: jax.stages.Compiled) -> Counts:
         cost.get("bytes accessed"),
         getattr(memory, "argument_size_in_bytes", None),
         getattr(memory, "temp_size_in_bytes", None),
+        _positive(cost.get("optimal_seconds")),
     )
+
+
+def _positive(seconds: float | None) -> float | None:
+    """Backends without an estimate give none, or a negative number."""
+    return seconds if seconds is not None and seconds > 0 else None
 
 
 def forward_flops(config: Config, image_shape: tuple[int, ...]) -> float | None:
@@ -79,16 +71,6 @@ def forward_flops(config: Config, image_shape: tuple[int, ...]) -> float | None:
     # Lowered, not compiled: backends would change convolutions and softmax.
     found = jax.jit(network.apply).lower(params, z, time, time).cost_analysis()
     return (found or {}).get("flops")
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """The bfloat16 FLOP/s of one device by its maker.
-
-    None for a device that is not in `PEAK_FLOPS`, and for a slice of one (MIG).
-    """
-    if "MIG" in device_kind:
-        return None
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
 
 
 def batch_shapes(config: Config, image_shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:

@@ -153,7 +153,7 @@ def _compared(module: Module, condition: dict[str, Instruction]) -> list[list[In
 
     found = []
     for outer in condition.values():
-        inside = _inside(module, outer)
+        inside = inside_of(module, outer)
         for i in inside.values() or (outer,):
             if i.opcode == "compare" and "direction=LT" in i.rest:
                 given = [x for x in map((inside or condition).get, i.operands) if x]
@@ -161,7 +161,7 @@ def _compared(module: Module, condition: dict[str, Instruction]) -> list[list[In
     return found
 
 
-def _inside(module: Module, instruction: Instruction) -> dict[str, Instruction]:
+def inside_of(module: Module, instruction: Instruction) -> dict[str, Instruction]:
     """The instructions of a fusion; none of anything else."""
     called = instruction.attribute("calls") if instruction.opcode == "fusion" else None
     return module.computations.get(called or "", {})
@@ -207,7 +207,7 @@ def collectives(module: Module, devices: int) -> dict[str, Moved]:
     moved: dict[str, Moved] = {}
     chains = set()
     for where, instruction, times in walk(module):
-        fused = _inside(module, instruction)
+        fused = inside_of(module, instruction)
         for found in fused.values() or (instruction,):
             kind = found.opcode.removesuffix("-start")
             if kind not in KINDS:
@@ -267,7 +267,7 @@ def _moved(
         made = given[1]
         given = given[1:2]
     elif found.opcode == "fusion":
-        inside = _inside(module, found)
+        inside = inside_of(module, found)
         for number, whole in enumerate(given):
             part, updated = _used(module, inside, number)
             given[number] = int(min(part, whole))
@@ -296,7 +296,7 @@ def _used(module: Module, inside: dict[str, Instruction], number: int) -> tuple[
         elif found.opcode == "dynamic-update-slice" and not names.intersection(operands[1:]):
             part, updated = part + occupied(inside[operands[1]].result, False), True
         elif found.opcode == "fusion":  # a fusion inside the fusion
-            within = _inside(module, found)
+            within = inside_of(module, found)
             for position, name in enumerate(operands):
                 if name in names:
                     inner, changed = _used(module, within, position)

@@ -14,8 +14,9 @@ from jax.sharding import Mesh
 from dmf import networks, optim, sharding, state, step
 from dmf.config import Config
 from dmf.errors import DmfError
-from dmf.measure import cost
+from dmf.measure import cost, roofline
 from dmf.measure.cost import Compilations, Counts
+from dmf.measure.roofline import Bounds
 from dmf.method import curriculum, guidance, velocity
 from dmf.method.curriculum import Stage
 from dmf.method.objectives import KINDS, PRETRAINING
@@ -30,6 +31,8 @@ class Program:
     compile_s: None where the memory was too small to compile it.
 
     programs: how many compilations were seen.
+
+    least: the bounds of its time, None for an unknown chip.
     """
 
     kind: str
@@ -40,6 +43,7 @@ class Program:
     counts: Counts
     programs: int
     device_peak: int | None = None
+    least: Bounds | None = None
     seconds: list[float] = field(default_factory=list)
 
     def __call__(
@@ -86,16 +90,19 @@ def compile_cases(
         )
         lowered = run.lower(now, batch, _scalars(0, len(config.ema.halflife_images)))
         before, started = seen.count, time.perf_counter()
-        found, seconds = Counts(None, None, None, None), None
+        found, seconds, least = Counts(None, None, None, None), None, None
         try:
             compiled = lowered.compile()
             seconds, found = time.perf_counter() - started, cost.counts(compiled)
+            least = roofline.of_program(compiled, mesh, case, kind)
         except jax.errors.JaxRuntimeError as error:
             _pass_over(kind, error)
         extra = guidance.passes(config.guidance) if KINDS[kind].guided else 0
         stage = Stage(0, kind, 1.0, 0, 1, extra, velocity.passes(config.loss.tangent))
         passes = curriculum.passes(stage, fraction, config.rows)
-        programs.append(Program(kind, fraction, passes, run, seconds, found, seen.count - before))
+        made = Program(kind, fraction, passes, run, seconds, found, seen.count - before)
+        made.least = least
+        programs.append(made)
     return programs, start, batch
 
 

@@ -1,8 +1,8 @@
 """Training steps compiled for TPUs that are not there: what they cost, and whether they fit.
 
 libtpu (`pip install "jax[tpu]"`) compiles ahead of time, on any machine, and allocates nothing.
-There is one row per kind of stage.
-It has model FLOPs, bytes, memory, collectives and compile time.
+There is one row per kind of stage, and one for the JVP of the whole batch, as in the official
+code. It has FLOPs, bytes, memory, collectives, compile time, and the least time on the chip.
 
 Rows are kept in a JSON file and not compiled again: a compilation takes minutes.
 Many convolutions take most of an hour.
@@ -15,7 +15,8 @@ import hashlib
 import json
 import re
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,10 @@ import numpy as np
 from dmf import fields, networks, optim, sharding, state, step
 from dmf.config import Config, check, to_dict
 from dmf.errors import DmfError
-from dmf.measure import cost, hlo, topologies
+from dmf.measure import cost, hlo, products, roofline, topologies
 from dmf.method import curriculum
 from dmf.method.curriculum import Stage
-from dmf.method.objectives import FORMER, KINDS
+from dmf.method.objectives import FORMER, KINDS, LAST, SPLIT, WHOLE
 from dmf.storage import atomic, records
 
 # Data set -> image shape, classes, images of its training split. A plan reads no data.
@@ -45,7 +46,9 @@ SHAPING = (
 )
 # Fields that are younger than stored rows. With these values the program is the same.
 LATER: dict[str, dict[str, Any]] = {
-    "loss": {"tangent": "data", "delta": 0.005, "weight": "adaptive", "logvar": "off"},
+    "loss": dict(tangent="data", tangent_data=0.0, target_data=1.0, target_clip=0.0, delta=0.005)
+    | dict(weight="adaptive", interval_weight="none", interval_power=1.0)
+    | dict(border_weight="none", snr_limit=5.0, logvar="off"),
     "optimizer": {
         "name": "adam",
         "rate_factor": 1.0,
@@ -64,9 +67,12 @@ LATER: dict[str, dict[str, Any]] = {
         "qk_norm": False,
         "logvar": False,
     },
-    "times": {"base": "logit_normal", "border": "pairs", "border_mean": 0.0, "border_std": 1.0},
+    "guidance": {"most": 1.0, "power": 1.0},
+    "times": dict(base="logit_normal", border="pairs", border_mean=0.0, border_std=1.0)
+    | dict(difficulty_clusters=0, difficulty_share=0.25),
 }
-EARLIER = {"effort": 0.0}  # columns that old rows lack
+OFFICIAL, GUIDED_LAST = "official", "guided_jvp"
+EARLIER = {"effort": 0.0, "rows": SPLIT}  # columns that old rows lack
 LEGEND = """\
 per device. TFLOP: of the model, forward passes x the plain network's FLOPs
 GB: 1e9 bytes moved to and from memory, an estimate; state (with the batch), temp, total, HBM: GiB
@@ -82,7 +88,9 @@ HURRIED = (
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def plan(config: Config, names: list[str], out: str = "", name: str = "") -> list[dict[str, Any]]:
+def plan(
+    config: Config, names: list[str], out: str = "", name: str = "", only: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """Compiles a config's steps for every topology, prints the table and returns its rows.
 
     names: of topologies, Cloud's such as v4-32 and v5e-16, or libtpu's such as v5e:4x4.
@@ -90,6 +98,8 @@ def plan(config: Config, names: list[str], out: str = "", name: str = "") -> lis
     out: a JSON file. A new row is added to it as soon as it is known.
 
     name: the rows' label, such as the config's file.
+
+    only: kinds to compile, with "official" for the JVP of all rows. Without any, all are compiled.
 
     Raises DmfError for a missing libtpu, an unknown topology, a batch that does not divide, and a
     wrong config. It does so before anything is compiled.
@@ -111,20 +121,35 @@ def plan(config: Config, names: list[str], out: str = "", name: str = "") -> lis
     rows, kept, forward = [], read(out), None
     for (given, target), mesh in zip(targets, meshes, strict=True):
         hbm = topologies.hbm_gib(target)
-        for kind, stage in stages.items():
-            about = _about(config, name, given, target, mesh, kind)
+        for case, stage in _cases(config, list(stages.values()), only):
+            about = _about(case, name, given, target, mesh, stage.kind)
             row = next((row for row in kept if _same(row, about)), None)
             if row is None:
                 forward = forward or cost.forward_flops(config, shape) or float("nan")
-                passes = curriculum.passes(stage, config.times.r_neq_t_fraction, config.rows)
+                passes = curriculum.passes(stage, case.times.r_neq_t_fraction, case.rows)
                 row = about | {"model_flops": passes * forward / mesh.devices.size}
-                row |= _compile(config, mesh, stage, shape, hbm)
+                row |= _compile(case, mesh, stage, shape, hbm)
                 kept = [*(read(out) or kept), row]  # another process may have added rows meanwhile
                 _write(out, kept)
             rows.append(row)
             print(format_rows(rows[-1:], heading=len(rows) == 1), flush=True)
     print(legend(rows), flush=True)
+    print(roofline.format_plan(roofline.of_plan(rows, config)), flush=True)
     return rows
+
+
+def _cases(config: Config, stages: list[Stage], only: Sequence[str]) -> list[tuple[Config, Stage]]:
+    """(config, stage) of every program: the kinds of the run, then the official step.
+
+    A run of flow matching alone has no official step beside it. only: as in `plan`.
+    """
+    found = [(config, stage) for stage in stages if not only or stage.kind in only]
+    learners = [stage for stage in stages if not KINDS[stage.kind].flow_matching]
+    if not learners or (only and OFFICIAL not in only):
+        return found
+    guided = next((stage for stage in learners if KINDS[stage.kind].guided), None)
+    official = replace(guided or learners[-1], kind=GUIDED_LAST if guided else LAST)
+    return [*found, (replace(config, rows=WHOLE), official)]
 
 
 ROW = {"kind": str, "fits": bool, "program": str}  # the least that a stored row tells
@@ -167,9 +192,11 @@ def measure(compiled: jax.stages.Compiled, devices: int, hbm_gib: float) -> dict
 
         state_bytes     all arguments, in the padded layouts of a TPU
         total_bytes     these, temporaries, new results and the program itself
+        flops           of matrix products (`products.flops`)
         bytes_accessed  to and from the chip's main memory (`hlo.traffic`)
         xla_bytes       XLA's count, with the memory on the chip;
                         None where it leaves out rounds of a loop
+        compiler_seconds  the compiler's own estimate; None as above
         loops           rounds of each loop; None where unknown, counted as one
         xla_remat       instructions with which the compiler computes a value again
 
@@ -184,14 +211,17 @@ def measure(compiled: jax.stages.Compiled, devices: int, hbm_gib: float) -> dict
     looped = any(n != 1 for n in rounds)
     names = (name for instructions in module.computations.values() for name in instructions)
     moved = hlo.collectives(module, devices)
+    estimates: dict[str, Any] = {} if looped else compiled.cost_analysis() or {}
     return {
         "fits": total <= hbm_gib * UNITS["G"],
         "state_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "total_bytes": total,
         "hbm_bytes": round(hbm_gib * UNITS["G"]),
+        "flops": products.flops(module),
         "bytes_accessed": hlo.traffic(module),
-        "xla_bytes": None if looped else (compiled.cost_analysis() or {}).get("bytes accessed"),
+        "xla_bytes": estimates.get("bytes accessed"),
+        "compiler_seconds": estimates.get("optimal_seconds"),
         "collectives": {kind: asdict(total) for kind, total in moved.items()},
         "loops": rounds,
         "xla_remat": sum(".remat" in name for name in names),
@@ -215,7 +245,8 @@ def format_rows(rows: list[dict[str, Any]], heading: bool = True) -> str:
             for kind, m in row.get("collectives", {}).items()
         )
         read = row.get("bytes_accessed")
-        kind = row["kind"] + "*" * _unknown(row)
+        whole = " whole" * (row.get("rows") == WHOLE)
+        kind = row["kind"] + whole + "*" * _unknown(row)
         lines.append(
             f"{row['topology']:<10}{'x'.join(map(str, row['mesh'])):>8}  "
             f"{kind:<16}{row['model_flops'] / 1e12:>9.2f}"
@@ -255,6 +286,7 @@ def _about(
         "compute_dtype": config.compute_dtype,
         "remat": config.remat,
         "scan_blocks": config.scan_blocks,
+        "rows": config.rows,
         "attention": getattr(config.attention, KINDS[kind].arithmetic),
         "program": _digest(config),
         "effort": getattr(jax.config, "jax_exec_time_optimization_effort", 0.0),

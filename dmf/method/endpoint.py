@@ -20,16 +20,18 @@ import jax
 import jax.numpy as jnp
 
 if TYPE_CHECKING:
-    from dmf.method.flow import Net, Rows
+    from dmf.method.flow import Net, Rows, Sides, Whole
 
 Array = jax.Array
 sg = jax.lax.stop_gradient
 
 
 def residual(
-    net: Net, params: object, pairs: Rows, length: Array, through: bool
-) -> tuple[Array, Array, Array]:
-    """(e, u, (t - r) du/dr) of rows with r < t, all (B, ...). length: t - r, (B, 1, ...).
+    net: Net, first: Whole, params: object, pairs: Rows, length: Array, through: bool
+) -> tuple[Array, Array, Array, Sides]:
+    """(e, u, (t - r) du/dr, side outputs) of rows with r < t, all (B, ...).
+
+    first: the network with its side outputs. length: t - r, (B, 1, ...).
 
         through   e = u - (t - r) du/dr - sg u(X, r, r)      a gradient through the derivative
         else      e = u - sg(u(X, r, r) + (t - r) du/dr)
@@ -37,11 +39,11 @@ def residual(
     A row that has r = t after all gets e = u - v.
     """
 
-    def ending(r: Array) -> Array:
-        return net(params, pairs._replace(r=r))
+    def ending(r: Array) -> tuple[Array, Sides]:
+        return first(params, pairs._replace(r=r))
 
-    u, dudr = jax.jvp(ending, (pairs.r,), (jnp.ones_like(pairs.r),))
+    u, dudr, sides = jax.jvp(ending, (pairs.r,), (jnp.ones_like(pairs.r),), has_aux=True)
     drift = length * dudr
     at_end = net(sg(params), pairs._replace(z=sg(pairs.z - length * u), t=pairs.r))
     target = sg(jnp.where(length > 0, at_end, pairs.v))
-    return (u - drift - target if through else u - sg(target + drift)), u, drift
+    return (u - drift - target if through else u - sg(target + drift)), u, drift, sides

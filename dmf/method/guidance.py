@@ -11,19 +11,27 @@ noisy v gives the same scale.
 A guided kind (`objectives.KINDS`) is its unguided kind with v_g in place of v. That holds in the
 target, in the direction of the derivative and in the step back.
 
+A network may be told the guidance instead (improved MeanFlow, arXiv 2512.02012). Then each row has
+a scale w and an interval of times of its own, which `drawn` draws and the network sees:
+
+    v_g = v + (1 - 1 / w) (v_c - v_u)     v_c told w, v_u told 1; w is 1 outside the interval
+
+So one set of weights samples at every scale and interval.
+
 `contrast` is the guidance of sampling, for flow models. It needs no training of its own.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dmf.errors import DmfError
 from dmf.fields import BELOW_1, INF, LEAST, limited
-from dmf.method.flow import Net, Rows, RowSplit, expand
+from dmf.method.flow import Condition, Net, Rows, RowSplit, expand
 
 Array = jax.Array
 EDGE = 1e-6  # by which a time may miss an end of an interval by rounding
@@ -34,17 +42,86 @@ class GuidanceConfig:
     """Guidance of the guided stages. The effective scale is omega / (1 - kappa).
 
     The defaults guide nothing: v_g = v.
+
+    With `most` above 1 the network is told the guidance: each row draws its own scale. Then omega,
+    t_start and t_end are what the samples and scores of the run are told, and kappa is 0.
     """
 
     omega: float = limited(1.0, LEAST, INF)  # weight of v
     kappa: float = limited(0.0, 0, BELOW_1)  # weight of v_c, below 1; 0 = v_c is not evaluated
     t_start: float = limited(0.0, 0, 1)  # only rows with t_start <= t <= t_end are guided
     t_end: float = limited(1.0, 0, 1)  # the other end, above t_start
+    most: float = limited(1.0, 1, INF)  # the largest scale that a network is told; 1 = told none
+    power: float = limited(1.0, 0, INF)  # the law of the scale: density s^-power on [1, most]
+
+    @property
+    def told(self) -> bool:
+        """Whether the network is told a guidance that each row draws."""
+        return self.most > 1
 
 
 def passes(config: GuidanceConfig) -> int:
-    """Forward passes that v_g costs every row: one for v_u, one for v_c where kappa is not 0."""
-    return 2 if config.kappa else 1
+    """Forward passes that v_g costs every row: one for v_u, one for v_c where it is evaluated."""
+    return 2 if config.kappa or config.told else 1
+
+
+def drawn(key: Array, config: GuidanceConfig, split: RowSplit) -> Array:
+    """(B, 3) float32: scale, start and end of each row's guidance.
+
+    The scale has density s^-power on [1, most]. The start is uniform in [0, .5] and the end in
+    [.5, 1] for rows with r < t. Rows with r = t have the whole interval.
+    """
+    u, start, end = jax.random.uniform(key, (3, split.batch))
+    b = 1 - config.power
+    top = jnp.log(config.most)
+    log_scale = u * top if b == 0 else jnp.log1p(u * jnp.expm1(b * top)) / b
+    pair = split.is_pair()
+    ends = jnp.where(pair, start / 2, 0.0), jnp.where(pair, (1 + end) / 2, 1.0)
+    return jnp.stack([jnp.exp(log_scale), *ends], axis=1)
+
+
+def tells(network: Any) -> bool:
+    """Whether a network is told its guidance, in the evaluation itself; network: its config."""
+    return bool(getattr(network, "takes_guidance", False))
+
+
+def condition_of(network: Any, label: Array, by: GuidanceConfig | Contrast) -> Condition:
+    """What a network is given of labels (B,) and of guidance while it is sampled.
+
+    network: its config. It tells whether there are classes, and whether the network is told.
+    """
+    classes = label if network.num_classes else None
+    if not tells(network):
+        return Condition(classes)
+    if isinstance(by, Contrast):
+        told = by.scale, by.start, by.end
+    else:
+        told = by.omega, by.t_start, by.t_end
+    rows = jnp.broadcast_to(jnp.array(told, jnp.float32), (label.shape[0], 3))
+    return Condition(classes, guidance=rows)
+
+
+def told_velocity(net: Net, params: object, rows: Rows, null_class: int) -> tuple[Array, Array]:
+    """(v_g, v_c) of rows that are told their guidance, both (B, ...), without gradient.
+
+    v_g is v where the label was dropped. v_c is told the scale that counts at this row's t.
+    net: the network in evaluation mode, or its velocity head.
+    """
+    label, told = rows.condition.label, rows.condition.guidance
+    if label is None or told is None:
+        raise DmfError("rows.condition lacks label or guidance: expected both, to tell a network")
+    frozen, now = jax.lax.stop_gradient(params), rows._replace(r=rows.t)
+    inside = (told[:, 1] <= rows.t) & (rows.t <= told[:, 2])
+    scale, ones = jnp.where(inside, told[:, 0], 1.0).astype(told.dtype), jnp.ones_like(told[:, 0])
+
+    def at(label: Array, scale: Array) -> Array:
+        guidance = jnp.stack([scale, jnp.zeros_like(ones), ones], axis=1)
+        condition = rows.condition._replace(label=label, guidance=guidance)
+        return net(frozen, now._replace(condition=condition))
+
+    v_c, v_u = at(label, scale), at(jnp.full_like(label, null_class), ones)
+    v_g = rows.v + expand(1 - 1 / scale, v_c) * (v_c - v_u)
+    return jnp.where(expand(label != null_class, v_g), v_g, rows.v), v_c
 
 
 def guided_velocity(

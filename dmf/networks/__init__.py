@@ -20,10 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmf.errors import DmfError
-from dmf.method.flow import Condition
+from dmf.method.flow import VELOCITY, Condition
 from dmf.networks import layers
 from dmf.networks.adm import ADMConfig, make_adm
 from dmf.networks.dit import DIT_SIZES, DiTConfig, make_dit
+from dmf.networks.in_context import IN_CONTEXT_SIZES, InContextConfig, make_in_context_dit
 from dmf.networks.layers import PLAIN, REMAT, Execution, check_choice
 from dmf.networks.mlp import MLPConfig, make_mlp
 from dmf.networks.unet import UNetConfig, make_unet
@@ -34,18 +35,21 @@ __all__ = [
     "DIT_SIZES",
     "DiTConfig",
     "Execution",
+    "IN_CONTEXT_SIZES",
+    "InContextConfig",
     "MLPConfig",
     "Network",
     "NetworkConfig",
     "Params",
     "UNetConfig",
     "build",
+    "is_head",
     "is_interval_path",
     "without_head",
 ]
 
 SideOutputs = dict[str, jax.Array]
-NetworkConfig = UNetConfig | DiTConfig | MLPConfig | ADMConfig
+NetworkConfig = UNetConfig | DiTConfig | MLPConfig | ADMConfig | InContextConfig
 Params = dict[str, Any]
 
 KINDS: dict[str, tuple[type, Callable[..., Any]]] = {
@@ -53,9 +57,11 @@ KINDS: dict[str, tuple[type, Callable[..., Any]]] = {
     "dit": (DiTConfig, make_dit),
     "mlp": (MLPConfig, make_mlp),
     "adm": (ADMConfig, make_adm),
+    "in_context_dit": (InContextConfig, make_in_context_dit),
 }
 # Fields of a network's config that do not change what its weights mean.
-FREE = ("dropout", "interval_init", "logvar")
+HEADS: dict[str, Any] = {"logvar": False, "velocity_head": 0}  # of the loss alone, when left out
+FREE = ("dropout", "interval_init", *HEADS)
 
 
 def is_interval_path(path: tuple[str, ...]) -> bool:
@@ -82,6 +88,9 @@ class Network(NamedTuple):
 
     apply_with_sides(...) -> (u, side outputs by name). Most networks have no side outputs, {}.
 
+    sides: the names of the side outputs. The loss trains them beside u (`objectives.Residuals`).
+    Where `apply` alone is used, a compiler leaves them out.
+
     logvar(params, r, t) -> (B,), the learned log variance of the loss; only with config.logvar.
 
     is_interval(path) -> whether the parameter at a path belongs to the interval branch.
@@ -94,6 +103,7 @@ class Network(NamedTuple):
     apply: Callable[..., jax.Array]
     apply_with_sides: Callable[..., tuple[jax.Array, SideOutputs]]
     is_interval: Callable[[tuple[str, ...]], bool] = is_interval_path
+    sides: tuple[str, ...] = ()
     logvar: Callable[[Params, jax.Array, jax.Array], jax.Array] | None = None
     dtypes: Callable[[Params], Any] = lambda params: jax.tree.map(lambda x: x.dtype, params)
 
@@ -144,17 +154,24 @@ def build(
         return apply_with_sides(*args, **how)[0]
 
     logvar, dtypes = _logvar if config.logvar else None, partial(_dtypes, plain, row)
-    return Network(init, apply, apply_with_sides, is_interval_path, logvar, dtypes)
+    sides = (VELOCITY,) if getattr(config, "velocity_head", 0) else ()
+    return Network(init, apply, apply_with_sides, is_interval_path, sides, logvar, dtypes)
 
 
 def _logvar(params: Params, r: jax.Array, t: jax.Array) -> jax.Array:
     return layers.log_variance(params[layers.VARIANCE], r, t)
 
 
+def is_head(name: str) -> bool:
+    """Whether a module of this name serves the loss alone; name: the first part of a path."""
+    return name == layers.VARIANCE or name.startswith("head_")
+
+
 def without_head(config: Any, params: Params | None = None) -> tuple[Any, Params]:
-    """(config, params) of any network without the head for the loss, which only training reads."""
-    kept = {name: x for name, x in (params or {}).items() if name != layers.VARIANCE}
-    return (replace(config, logvar=False) if getattr(config, "logvar", False) else config), kept
+    """(config, params) of any network without the heads for the loss, which only training reads."""
+    kept = {name: x for name, x in (params or {}).items() if not is_head(name)}
+    heads = {name: off for name, off in HEADS.items() if getattr(config, name, off) != off}
+    return (replace(config, **heads) if heads else config), kept
 
 
 def _one_row(shape: tuple[int, ...], augment_dim: int) -> tuple[Any, Any, Any, Condition]:
@@ -224,12 +241,15 @@ def _condition(
     if label is not None and condition is not None:
         raise DmfError("label and condition are both given; expected one of them.")
     found = Condition(label=label) if condition is None else condition
+    told = isinstance(config, InContextConfig) and config.takes_guidance
     classes = config.num_classes
     width = config.augment_dim if isinstance(config, UNetConfig) else 0
     if found.label is not None:
         _check("label", found.label, (batch,) if classes else None, jnp.integer)
     if found.augment is not None:
         _check("augment", found.augment, (batch, width) if width else None, jnp.floating)
+    if found.guidance is not None:
+        _check("guidance", found.guidance, (batch, 3) if told else None, jnp.floating)
     return found
 
 

@@ -14,7 +14,6 @@ The first blocks see t. The later blocks and the last layer see r, by the same `
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +26,8 @@ from dmf.errors import DmfError
 from dmf.fields import MOST_BLOCKS, MOST_CLASSES, REQUIRED, WIDEST, choice, limited
 from dmf.method.flow import Condition
 from dmf.networks import attention, layers
+from dmf.networks.layers import Dense, PatchEmbed, TimeEmbedder
 
-TIME_FEATURES = 256
 INTERVAL_INPUTS = ("t-r", "r")
 
 DIT_SIZES: dict[str, dict[str, int]] = {
@@ -86,19 +85,6 @@ def _modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     return x * (1 + scale) + shift
 
 
-class Dense(nn.Dense):
-    """Flax's layer on the tokens of all rows as one matrix.
-
-    The gradient of its kernel is then one plain matrix product. Otherwise XLA on a CPU transposes
-    copies of the operands, and a DiT's gradient takes a quarter longer.
-    """
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map x (..., inputs) to (..., features)."""
-        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.features)
-
-
 def _norm(dtype: jnp.dtype | None) -> nn.LayerNorm:
     return nn.LayerNorm(
         epsilon=1e-6, use_bias=False, use_scale=False, use_fast_variance=False, dtype=dtype
@@ -115,43 +101,6 @@ def _modulation(
     zeros = nn.initializers.zeros
     dense = nn.Dense(parts * width, dtype=dtype, kernel_init=zeros, name="adaLN_modulation_1")
     return jnp.split(dense(nn.silu(cond))[:, None, :], parts, axis=-1)
-
-
-class PatchEmbed(nn.Module):
-    """Linear map of patches, (B, H, W, C) -> (B, H/p * W/p, width), row by row."""
-
-    patch: int
-    width: int
-    dtype: jnp.dtype | None
-
-    @nn.compact
-    def __call__(self, z: jax.Array) -> jax.Array:
-        """Cut z into patches and project them."""
-        # Xavier for this matrix (p * p * C, width), not for a sliding convolution.
-        limit = math.sqrt(6 / (self.patch**2 * z.shape[-1] + self.width))
-        window, init = (self.patch, self.patch), layers.uniform_within(limit)
-        proj = nn.Conv(
-            self.width, window, window, "VALID", dtype=self.dtype, kernel_init=init, name="proj"
-        )
-        x = proj(z)
-        return x.reshape(x.shape[0], -1, self.width)
-
-
-class TimeEmbedder(nn.Module):
-    """Two-layer MLP on the features of a raw time, (B,) -> (B, width), always in float32."""
-
-    width: int
-    zero_last: bool = False
-
-    @nn.compact
-    def __call__(self, time: jax.Array) -> jax.Array:
-        """Embed times (B,); identically zero at the start when `zero_last`."""
-        normal = nn.initializers.normal(0.02)
-        last = nn.initializers.zeros if self.zero_last else normal
-        freqs = layers.frequencies(TIME_FEATURES // 2, endpoint=False)
-        x = layers.time_features(time, freqs, sin_first=False)
-        x = nn.silu(nn.Dense(self.width, kernel_init=normal, name="mlp_0")(x))
-        return nn.Dense(self.width, kernel_init=last, name="mlp_2")(x)
 
 
 class Attention(nn.Module):

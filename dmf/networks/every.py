@@ -69,6 +69,8 @@ def least(config: Any) -> tuple[int, int]:
         layers, times = [9 * (base * n) ** 2 for n in wide], config.blocks
     elif config.kind in ("dit", "dinov2"):  # queries, keys, values and output of attention
         layers, times = [4 * config.width**2], config.depth
+    elif config.kind == "in_context_dit":
+        layers, times = [4 * config.width**2], config.depth + config.velocity_head
     elif config.kind == "mlp":
         layers, times = [config.width**2], config.depth - 1
     else:

@@ -24,6 +24,7 @@ TIME_ROUTINGS = ("interval", "decoupled")
 FOURIER_SCALE = 16.0  # standard deviation of EDM's random frequencies
 # EDM is trained and sampled in this range. Outside it, c_noise keeps the value of its end.
 SIGMA_RANGE = (0.002, 80.0)
+TIME_FEATURES = 256  # of a transformer's time embedder
 
 
 def _is_matmul(primitive: Any, *operands: Any, **params: Any) -> bool:
@@ -207,6 +208,57 @@ def xavier(gain: float = 1.0) -> Initializer:
         return uniform_within(gain * math.sqrt(6 / fans))(key, shape, dtype)
 
     return init
+
+
+class Dense(nn.Dense):
+    """Flax's layer on the tokens of all rows as one matrix.
+
+    The gradient of its kernel is then one plain matrix product. Otherwise XLA on a CPU transposes
+    copies of the operands, and a DiT's gradient takes a quarter longer.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map x (..., inputs) to (..., features)."""
+        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.features)
+
+
+class PatchEmbed(nn.Module):
+    """Linear map of patches, (B, H, W, C) -> (B, H/p * W/p, width), row by row."""
+
+    patch: int
+    width: int
+    dtype: jnp.dtype | None
+
+    @nn.compact
+    def __call__(self, z: jax.Array) -> jax.Array:
+        """Cut z into patches and project them."""
+        # Xavier for this matrix (p * p * C, width), not for a sliding convolution.
+        limit = math.sqrt(6 / (self.patch**2 * z.shape[-1] + self.width))
+        window, init = (self.patch, self.patch), uniform_within(limit)
+        proj = nn.Conv(
+            self.width, window, window, "VALID", dtype=self.dtype, kernel_init=init, name="proj"
+        )
+        x = proj(z)
+        return x.reshape(x.shape[0], -1, self.width)
+
+
+class TimeEmbedder(nn.Module):
+    """Two-layer MLP on the features of a raw time, (B,) -> (B, width), always in float32."""
+
+    width: int
+    zero_last: bool = False
+    start: Initializer = nn.initializers.normal(0.02)
+
+    @nn.compact
+    def __call__(self, time: jax.Array) -> jax.Array:
+        """Embed times (B,); identically zero at the start when `zero_last`."""
+        normal = self.start
+        last = nn.initializers.zeros if self.zero_last else normal
+        freqs = frequencies(TIME_FEATURES // 2, endpoint=False)
+        x = time_features(time, freqs, sin_first=False)
+        x = nn.silu(nn.Dense(self.width, kernel_init=normal, name="mlp_0")(x))
+        return nn.Dense(self.width, kernel_init=last, name="mlp_2")(x)
 
 
 class LabelEmbedder(nn.Module):

@@ -30,6 +30,8 @@ KINDS = {
     "sit": "SiT S/B/L/XL (PyTorch)",
     "meanflow_dit": "official MeanFlow on latents (Flax msgpack)",
     "meanflow_sit": "MeanFlow in SiT's layout (PyTorch), with an r_embedder or h_embedder",
+    "imeanflow": "improved MeanFlow on latents (Flax msgpack)",
+    "decoupled_dit": "Decoupled MeanFlow (PyTorch), published as DMF",
     "meanflow_unet": "MeanFlow CIFAR-10 U-Net, or a flow model in the same network (PyTorch)",
     "edm": "EDM and ECT networks, VP DDPM++ or VE NCSN++ (pickle)",
     "rectified_flow": "rectified flow on CIFAR-10 (score_sde layout)",
@@ -89,7 +91,8 @@ FLAGS["config"].parser = _ConfigFile(FLAGS["config"].parser)
 flags.DEFINE_string("workdir", None, "")
 flags.DEFINE_string("out", "", "")
 flags.DEFINE_list("steps", ["1"], "")
-SAMPLERS = ("few_step", "euler", "heun", "few_step_on_host")  # dmf.method.samplers loads jax too
+# The keys of dmf.method.samplers, which loads jax too.
+SAMPLERS = ("few_step", "euler", "heun", "few_step_on_host", "restart", "gamma")
 flags.DEFINE_enum("sampler", "", ["", *SAMPLERS], "")
 flags.DEFINE_list("ema", [], "")
 flags.DEFINE_integer("count", 0, "", lower_bound=0, upper_bound=MOST)

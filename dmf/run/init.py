@@ -10,7 +10,7 @@ config.init_labels says what becomes of its label table:
     x.json    {"cat": 281, ...}: the start's class that each class of the data takes
 
 A start whose interval branch is silent may go into a network of decoupled times, which has no such
-branch. A head for the loss (network.logvar) that the start lacks starts at zero.
+branch. A head for the loss (network.logvar or velocity_head) that the start lacks starts afresh.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from jax.sharding import Mesh
 from dmf import data, networks, sharding
 from dmf.config import INIT_HINT, Config, differences, parse
 from dmf.errors import DmfError
-from dmf.networks import layers
 from dmf.storage import checkpoint, manifest, paths, records
 
 TABLES = ("y_embedder", "map_label")  # the module of the label table, in a DiT and in a U-Net
@@ -107,7 +106,7 @@ def weights(config: Config, init: Init, shape: tuple[int, ...], mesh: Mesh, like
     def change(found: Params) -> Params:
         new = draw(jax.random.key(config.seed))
         kept = {name: x for name, x in found.items() if name in (*new, *TABLES)}
-        kept = {name: x for name, x in new.items() if name == layers.VARIANCE} | kept
+        kept = {name: x for name, x in new.items() if networks.is_head(name)} | kept
         return relabelled(kept, new, init.rows) if config.init_labels else kept
 
     # One program, so that of the fresh weights only the table is drawn.

@@ -2,6 +2,8 @@
 
     pip install -r requirements-parity.txt
     python launch/tables/against_pytorch.py --out=docs/against_pytorch.json
+    python launch/tables/against_pytorch.py --sampling --depth=12 --width=768 --heads=12 \\
+        --dit_batch=4 --rounds=9 --out=docs/against_pytorch_sampling.json     one-step generation
 
 Both sides have the same network, weights, batch, loss, Adam and EMA.
 PyTorch runs eagerly: modules, F.scaled_dot_product_attention, the fused Adam, AveragedModel.
@@ -21,6 +23,7 @@ import os
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -38,6 +41,7 @@ from dmf.convert import audit
 from dmf.convert.native import NATIVE
 from dmf.convert.rules import relative_l2
 from dmf.errors import DmfError
+from dmf.method import samplers
 from dmf.method.flow import Rows
 from launch.tables.torch_networks import DiT, UNet
 
@@ -241,6 +245,51 @@ def compare(ours, theirs, rounds):
     return rows
 
 
+def generate(config, shape, module, rounds):
+    """One-step generation of both sides in turns, from equal weights and noise.
+
+    Ends the program if the images differ. Returns the times, and images per second.
+    """
+    network = networks.build(config.network, shape)
+    params = no_zeros(network.init(jax.random.key(0)))
+    leaves = {leaf: np.asarray(x) for leaf, x in audit.flat(params).items()}
+    tensors = audit.write(NATIVE.rules(config.network, shape, None), leaves)
+    model = module(config.network, shape).eval()
+    model.load_state_dict({key: torch.from_numpy(np.array(x)) for key, x in tensors.items()})
+    e = np.random.default_rng(3).standard_normal((config.batch_size, *shape)).astype(np.float32)
+    zero, one = np.zeros(len(e), np.float32), np.ones(len(e), np.float32)
+    drawn = jax.jit(lambda params, e: samplers.one_step(partial(network.apply, params), e))
+
+    def ours():
+        return np.asarray(drawn(params, e))
+
+    def theirs():
+        with torch.inference_mode():
+            x = as_torch(e)
+            return (x - model(x, as_torch(zero), as_torch(one))).movedim(1, 3).numpy()
+
+    difference = relative_l2(ours(), theirs())
+    if not difference <= SAME:
+        raise SystemExit(f"images differ by {difference:.1e}: expected {SAME:g} or less")
+    seconds = {ours: [], theirs: []}
+    for _ in range(rounds):
+        for side, taken in seconds.items():
+            started = time.perf_counter()
+            side()
+            taken.append(time.perf_counter() - started)
+    mine, others = seconds.values()
+    return {
+        "network": dataclasses.asdict(config.network),
+        "image_shape": shape,
+        "batch_size": config.batch_size,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "difference": difference,
+        "ours_images_per_s": len(e) / statistics.median(mine),
+        "torch_images_per_s": len(e) / statistics.median(others),
+        "ratio": statistics.median(b / a for a, b in zip(mine, others, strict=True)),
+    }
+
+
 def table(rows):
     lines = [f"{'kind':>12}{'r<t':>8}{'ours ms':>12}{'PyTorch ms':>12}{'PyTorch/ours':>14}"]
     lines += [
@@ -315,6 +364,7 @@ def main(argv=None):
     )
     parser.add_argument("--unet_batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--sampling", action="store_true", help="one-step generation of the DiT")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     found = {
@@ -325,6 +375,11 @@ def main(argv=None):
     }
     found["device"] = jax.devices()[0].device_kind
     found["threads_of_torch"] = torch.get_num_threads()
+    if args.sampling:
+        module, values, shape = configs(args)["dit"]
+        found["sampling"] = generate(parse(values), shape, module, args.rounds)
+        print(json.dumps(found["sampling"], indent=1))
+        args.networks = ()
     built = {name: build(name, args) for name in args.networks}
     for name, (ours, model) in built.items():
         config, shape = ours.config, ours.shape

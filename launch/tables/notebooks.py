@@ -23,15 +23,18 @@ FOLDER = ROOT / "notebooks"
 # The lengths that a notebook sets.
 SHORT = re.compile(r"(length(?:, config\.curriculum\.length)? ?= ?(?:\(\s*)?)([\d.]+)(,\s*[\d.]+)?")
 
+SHALLOW = "config.network.depth = 1"
+
 
 def shortened(source: str) -> str:
-    """A cell's code with every length of training a hundredth."""
+    """A cell's code with every length of training a hundredth, and the demo's network shallow."""
 
     def hundredth(found: re.Match[str]) -> str:
         numbers = [float(n) / 100 for n in re.findall(r"[\d.]+", found[0][len(found[1]) :])]
         return found[1] + ", ".join(map(str, numbers))
 
-    return SHORT.sub(hundredth, source)
+    shallow = source.replace("config = get_config()", "config = get_config(); " + SHALLOW)
+    return SHORT.sub(hundredth, shallow)
 
 
 def run(path: Path, out: Path, short: bool, limit_s: int = 900) -> list[Path]:

@@ -1,6 +1,7 @@
 """What the tests of scores share: a run of seconds, protocols of pixels, a random Inception."""
 
 import json
+from functools import partial
 
 import jax
 import numpy as np
@@ -62,6 +63,15 @@ def written(folder, name="own.json", **fields):
     return str(path)
 
 
+def drawn(rng, path, leaf):
+    """A random leaf of a convolutional network: drawn by NumPy, so that nothing is compiled."""
+    name = jax.tree_util.keystr(path)
+    if len(leaf.shape) > 1:
+        scale = np.sqrt(2 / np.prod(leaf.shape[:-1]))
+        return (scale * rng.standard_normal(leaf.shape, np.float32)).astype(leaf.dtype)
+    return np.full(leaf.shape, "scale" in name or "var" in name, leaf.dtype)
+
+
 @pytest.fixture(scope="session")
 def inception(tmp_path_factory):
     """A converted Inception network with random weights, and a protocol that takes any weights."""
@@ -70,7 +80,8 @@ def inception(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("inception") / "weights"
     network = build_inception(InceptionConfig())
-    params = network.init(jax.random.key(0))
+    shapes, rng = jax.eval_shape(network.init, jax.random.key(0)), np.random.default_rng(0)
+    params = jax.tree_util.tree_map_with_path(partial(drawn, rng), shapes)
     about = {"source": {"file": "random.pth", "sha256": "ab" * 32}}
     known = features.known_features(network, params, "inception")
     checkpoint.save_weights(

@@ -3,16 +3,21 @@
 import json
 import shutil
 
+import jax
 import pytest
 
+from dmf import data, pretrained, sharding
 from dmf.config import parse
 from dmf.errors import DmfError
 from dmf.evaluation import protocols, scoring
+from dmf.evaluation.boundary import RunJudge
 from dmf.evaluation.judge import Setting
 from dmf.storage import checkpoint
 from tests.evaluation.conftest import written
 from tests.runs import train
 from tests.tiny import MLP, TINY, merged
+
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 
 def test_a_run_scores_itself_by_a_protocol_and_keeps_its_best_checkpoint(place, tmp_path):
@@ -72,14 +77,19 @@ def test_scores_of_other_settings_are_no_rivals_for_the_best(place, tmp_path):
 def test_the_label_rule_is_the_protocols_in_training_as_in_scoring(place, tmp_path):
     """With every rule for labels, the score in training is the checkpoint's score."""
     kinds = dict(stages=1, kinds=("all_pairs",), length=2.0, pretrain_length=0.0)
-    found = {}
+    values, found = merged(TINY, curriculum=kinds, run=dict(score_steps=(1,))), {}
+    train(parse(values), tmp_path / "run")
+    network, params = pretrained.load(tmp_path / "run")
+    dataset, mesh = data.load(parse(values).data, "train"), sharding.make_mesh()
+    params = jax.device_put(params, sharding.replicated(mesh))
     for rule in protocols.LABELS:
         name = written(tmp_path, f"{rule}.json", labels=rule, metrics=["fid"], count=64)
         run = dict(protocol=name, reference=str(place / "ref.npz"), score_samples=64)
-        rows = train(parse(merged(TINY, curriculum=kinds, run=run)), tmp_path / rule)
+        judge = RunJudge(parse(merged(values, run=run)), dataset, network, mesh)
+        rows = judge.score(params, [1])  # as the run scores itself at its boundaries
         setting = Setting(name, "", str(place / "ref.npz"))
         again = scoring.score_checkpoint(
-            tmp_path / rule, setting, [1], out=str(tmp_path / f"{rule}_out.json")
+            tmp_path / "run", setting, [1], out=str(tmp_path / f"{rule}_out.json")
         )
         assert rows[0]["fid"] == again[0]["fid"]
         found[rule] = again[0]["fid"]

@@ -57,7 +57,7 @@ def test_a_loop_on_the_host_draws_the_same_samples_with_one_program():
     np.testing.assert_array_equal(eight(same, 5, 3), outside(params, 5, 3))
 
 
-@pytest.mark.parametrize("name", ["few_step", "euler", "heun"])
+@pytest.mark.parametrize("name", ["few_step", "euler", "heun", "gamma"])
 def test_one_program_serves_every_number_of_steps(name):
     draw, params = sampler(sampler=name)
     samples = [draw(params, 4, n) for n in (1, 2, 7)]

@@ -104,11 +104,14 @@ def test_the_weights_of_a_folder_come_back_bit_for_bit(checkpoints, models, tmp_
     jax.tree.map(np.testing.assert_array_equal, theirs, ours)
 
 
-def test_a_sampler_that_loops_on_the_host_is_refused_and_leaves_nothing(checkpoints, tmp_path):
-    with pytest.raises(
-        DmfError, match="sampler = 'few_step_on_host' loops on the host.*few_step, euler, heun"
-    ):
-        to_folder(checkpoints["dit"], tmp_path / "model", sampler="few_step_on_host")
+@pytest.mark.parametrize(
+    ("name", "why"), [("few_step_on_host", "loops on the host"), ("gamma", "draws noise of its")]
+)
+def test_a_sampler_that_no_program_can_hold_is_refused_and_leaves_nothing(
+    checkpoints, tmp_path, name, why
+):
+    with pytest.raises(DmfError, match=f"sampler = '{name}' {why}.*: expected one of few_step, eu"):
+        to_folder(checkpoints["dit"], tmp_path / "model", sampler=name)
     assert not list(tmp_path.iterdir())
 
 

@@ -10,7 +10,7 @@ import pytest
 from dmf import sharding, step
 from dmf.config import parse
 from dmf.errors import DmfError
-from dmf.measure import benchmark, cost, programs, tpu_plan
+from dmf.measure import benchmark, cost, programs, roofline, tpu_plan
 from dmf.measure.cost import Compilations, Counts
 from tests.tiny import TINY, UNET, Setup, merged
 
@@ -112,25 +112,6 @@ def test_model_flops_are_those_of_the_matrices(stored):
     assert flow["model_gflops"] == pytest.approx(flow["gflops"] * devices, rel=0.35)
 
 
-@pytest.mark.parametrize(
-    ("kind", "peak"),
-    [("TPU v4", 275e12), ("TPU v5 lite", 197e12), ("TPU v5p", 459e12), ("TPU v6 lite", 918e12)]
-    + [
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("cpu", None),
-    ]
-    + [
-        ("NVIDIA H200 NVL", 835e12),
-        ("NVIDIA H100 NVL", 835e12),
-        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
-    ],
-)
-def test_peaks_by_device(kind, peak):
-    assert cost.peak_flops(kind) == peak
-
-
 def test_the_table_has_every_case_and_a_time_for_each(stored, rows):
     assert set(rows) == set(benchmark.CASES)
     assert all(r["step_ms"] > 0 and r["compile_s"] > 0 for r in rows.values())
@@ -152,7 +133,7 @@ def test_the_table_has_every_case_and_a_time_for_each(stored, rows):
 
 
 def test_utilisation_is_the_models_flops_by_time_devices_and_peak(monkeypatch):
-    monkeypatch.setattr(cost, "PEAK_FLOPS", {"cpu": 1e12})
+    monkeypatch.setattr(roofline, "CHIPS", {"cpu": roofline.Chip({"bfloat16": 1e12}, 1, 1, "")})
     nothing = Counts(None, None, None, None)
     programs = [benchmark.Program("flow", 0.0, 3.0, None, 1.0, nothing, 1, seconds=[4.0, 2.0, 3.0])]
     programs.append(

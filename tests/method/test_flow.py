@@ -1,5 +1,7 @@
 """The path, the laws of (r, t) and the exact split into rows with r = t and r < t."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -117,3 +119,18 @@ def test_the_law_zero_jumps_to_the_data_and_keeps_t_as_drawn():
     _, same = flow.draw_times(jax.random.key(0), TimeLaw(pairing="min"), split)
     assert (split.pairs_of(r) == 0).all() and (split.border_of(r) == split.border_of(t)).all()
     np.testing.assert_array_equal(t, same)
+
+
+def test_border_rows_may_have_a_law_of_their_own():
+    """Two draws, one for flow matching and one for the average, leave the other rows alone."""
+    split = row_split(20_000, 0.5)
+    law = TimeLaw("sorted", 0.4, 1.0, -1.2, 1.0, 0.5)
+    own = dataclasses.replace(law, border="own", border_mean=0.7, border_std=0.5)
+    (r, t), (r_own, t_own) = (flow.draw_times(jax.random.key(0), x, split) for x in (law, own))
+    for before, after in ((r, r_own), (t, t_own)):
+        np.testing.assert_array_equal(split.pairs_of(after), split.pairs_of(before))
+    of_border, r_border = split.border_of((t_own, r_own))
+    np.testing.assert_array_equal(of_border, r_border)
+    logit = np.log(of_border / (1 - of_border))
+    assert logit.mean() == pytest.approx(0.7, abs=0.02)
+    assert logit.std() == pytest.approx(0.5, abs=0.02)

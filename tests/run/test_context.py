@@ -108,12 +108,13 @@ def test_a_run_that_ends_early_begins_no_further_program():
         assert go.wait(60)
 
     programs = {"first": first, "second": partial(made.append, 2)}
-    with pytest.raises(ZeroDivisionError), context.Ahead(programs) as ahead:
+    with pytest.raises(ZeroDivisionError), context.Ahead(programs):
         assert begun.wait(60)
         raise ZeroDivisionError
     go.set()
-    ahead.wait("second")
-    [thread.join(60) for thread in threading.enumerate() if thread.name == "compiling"]
+    for thread in threading.enumerate():
+        if thread.name == "compiling":
+            thread.join(60)
     assert not made
 
 

@@ -1,6 +1,7 @@
 """The probe: closed-form numbers, the gradients it compares, and a run that it does not change."""
 
 import json
+from functools import partial
 
 import jax
 import jax.flatten_util
@@ -42,8 +43,8 @@ def test_two_halves_of_a_true_average_velocity_end_where_the_whole_does():
         np.testing.assert_allclose(found, A * (rows.t - rows.r) / 4, rtol=1e-12)
 
 
-def made(devices=1, **changes):
-    setup = Setup(merged(TINY, guard=dict(rows=16), **changes), devices=devices)
+def made(devices=1, base=TINY, **changes):
+    setup = Setup(merged(base, guard=dict(rows=16), **changes), devices=devices)
     now = setup.state()
     place = sharding.placed(setup.mesh, now).params
     return (
@@ -84,11 +85,13 @@ def test_one_row_gone_astray_moves_the_mean_and_not_the_median():
 
 
 def test_gradients_are_those_of_the_two_kinds_of_rows():
-    setup, now, look = made()
+    setup, now, look = made(base=MLP)
     found = look("discrete", now.params, 0.25)
     (_, law), split = look.drawn, look._split
 
-    def loss(params, part):
+    @partial(jax.jit, static_argnames="part")
+    @jax.grad
+    def gradient(params, part):
         how = dict(
             kind="discrete", network=setup.network, config=setup.config, split=split, train=False
         )
@@ -97,7 +100,7 @@ def test_gradients_are_those_of_the_two_kinds_of_rows():
         return weights.weighted_loss(e, law.r[: len(e)], law.t[: len(e)], 0.0, weight)[0].mean()
 
     border, pairs = (
-        jax.flatten_util.ravel_pytree(jax.grad(loss)(now.params, part))[0]
+        jax.flatten_util.ravel_pytree(gradient(now.params, part=part))[0]
         for part in ("border", "pairs")
     )
     assert found["gradient_ratio"] == pytest.approx(
@@ -109,15 +112,15 @@ def test_gradients_are_those_of_the_two_kinds_of_rows():
 
 
 def test_the_finer_the_interval_the_fewer_ulps_are_left_and_half_precision_leaves_fewer():
-    _, now, look = made()
+    _, now, look = made(base=MLP)
     ulps = [look("discrete", now.params, 2.0**-i)["change_ulps"] for i in (1, 5, 9)]
     assert ulps[0] > 8 * ulps[1] > 64 * ulps[2]
-    _, now, half = made(compute_dtype="bfloat16")
+    _, now, half = made(base=MLP, compute_dtype="bfloat16")
     assert half("discrete", now.params, 2.0**-9)["change_ulps"] < 1
 
 
 def test_intervals_are_spread_evenly_and_times_are_valid():
-    _, _, look = made()
+    _, _, look = made(base=MLP)
     even, _ = look.drawn
     assert (np.histogram(even.t - even.r, probe.EDGES)[0] == 4).all()
     assert (even.r >= 0).all() and (even.t <= 1).all()

@@ -25,6 +25,7 @@ from tests.bucket import Bucket, Refused, serve
 from tests.test_train import leaves
 from tests.tiny import MLP, Setup, merged
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
 # One program, two stages of four steps, scored.
 SCORED = merged(
     MLP,
