@@ -32,7 +32,7 @@ from dmf.errors import DmfError
 
 def get_config(size: str = "XL"):
     """The config of configs/imagenet256.py:guided in one of its sizes."""
-    if size not in imagenet256.SIZES:
-        known = ", ".join(imagenet256.SIZES)
+    if size not in imagenet256.GUIDANCE:
+        known = ", ".join(imagenet256.GUIDANCE)
         raise DmfError(f"configs/imagenet256_guided.py:{size}: expected one of {known}")
     return imagenet256.get_config(f"{size},guided")

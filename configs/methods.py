@@ -17,9 +17,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from configs import relatives
+from configs.relatives import Fields, alone
 from dmf.errors import DmfError
-
-Fields = dict[str, dict[str, Any]]  # section -> field -> value
 
 
 def dagger(config: ConfigDict) -> Fields:
@@ -70,7 +70,7 @@ def meanflow(config: ConfigDict) -> Fields:
 
     The paper's: the identity. Ours: to start from a flow model, for as long as the curriculum.
     """
-    return _alone("jvp")
+    return alone("jvp")
 
 
 def central(config: ConfigDict) -> Fields:
@@ -80,42 +80,7 @@ def central(config: ConfigDict) -> Fields:
     difference and delta. Missing here: the teacher that gives v there. Ours: a smaller delta near
     the ends of the times. It needs no forward mode, so every attention kernel can compute it.
     """
-    return _alone("central") | dict(loss=dict(delta=5e-3))
-
-
-def alpha_flow(config: ConfigDict) -> Fields:
-    """alpha-Flow (arXiv 2510.20771): from all pairs to the exact derivative by a shrinking alpha.
-
-    The paper's:
-
-    - c = 0 in the target, the same alpha for all times, and the least alpha, .005
-    - p = 1, with a gradient that does not shrink with alpha
-    - v of the data as direction
-    - the shares of its B/2 schedule: 1 - sigmoid(25 (x - 1/2)) is 1 until x = .288, to within the
-      least alpha, and 0 from x = .712
-
-    Ours:
-
-    - the way down is geometric; theirs is that sigmoid
-    - 8 discrete stages
-    - the start from a flow model; theirs is from scratch
-
-    Missing here: their clipped target. A run of another length also needs
-    config.curriculum.stage_lengths that add up to it.
-    """
-    discrete, edge = 8, 0.288
-    shares = (edge, *((1 - 2 * edge) / discrete,) * discrete, edge)
-    return dict(
-        loss=dict(product_rule=0.0, residual_scale="unit", p=1.0, tangent="data"),
-        curriculum=dict(
-            stages=discrete + 2,
-            kinds=(),
-            q=0.005 ** (-1 / discrete),
-            interval="linear",
-            schedule="smooth",
-            stage_lengths=tuple(share * config.curriculum.length for share in shares),
-        ),
-    )
+    return alone("central") | dict(loss=dict(delta=5e-3))
 
 
 def own_velocity(config: ConfigDict) -> Fields:
@@ -148,7 +113,7 @@ def improved(config: ConfigDict) -> Fields:
     network = config.network
     told = network.get("scale_tokens", 0) > 0 and network.num_classes > 0
     head = network.get("velocity_head", 0) > 0
-    found = _alone("guided_jvp" if told else "jvp") | dict(
+    found = alone("guided_jvp" if told else "jvp") | dict(
         loss=dict(tangent="head" if head else "own", p=1.0, eps=0.01),
         times=dict(r_neq_t_fraction=0.5),
     )
@@ -163,7 +128,7 @@ def guided(config: ConfigDict) -> Fields:
     MeanFlow's (arXiv 2505.13447): the guided velocity. Official code for B/2: omega and kappa.
     Ours: a stage after the others, with the exact derivative. It needs a network with classes.
     """
-    return dict(guidance=dict(omega=1.0, kappa=0.5, t_start=0.0, t_end=1.0), **_alone("guided_jvp"))
+    return dict(guidance=dict(omega=1.0, kappa=0.5, t_start=0.0, t_end=1.0), **alone("guided_jvp"))
 
 
 def splus(config: ConfigDict) -> Fields:
@@ -221,9 +186,9 @@ def decoupled(config: ConfigDict) -> Fields:
     own = dict(border="own", border_mean=0.0, border_std=1.0, r_neq_t_fraction=0.5)
     found: Fields = dict(network=network, times=law | own, loss=dict(logvar="paper"))
     if not config.network.num_classes:
-        return found | _alone("jvp")
+        return found | alone("jvp")
     guidance = dict(omega=1.0, kappa=0.6, t_start=0.0, t_end=0.7)
-    return found | dict(guidance=guidance) | _alone("guided_jvp")
+    return found | dict(guidance=guidance) | alone("guided_jvp")
 
 
 METHODS: dict[str, Callable[[ConfigDict], Fields]] = {
@@ -234,7 +199,16 @@ METHODS: dict[str, Callable[[ConfigDict], Fields]] = {
     "flow": flow,
     "meanflow": meanflow,
     "central": central,
-    "alpha_flow": alpha_flow,
+    "alpha_flow": relatives.alpha_flow,
+    "soflow": relatives.soflow,
+    "euler": relatives.euler,
+    "ect": relatives.ect,
+    "adcm": relatives.adcm,
+    "accelerated": relatives.accelerated,
+    "accelerated_snr": relatives.accelerated_snr,
+    "split_meanflow": relatives.split_meanflow,
+    "guided_split_meanflow": relatives.guided_split_meanflow,
+    "beta_tangent": relatives.beta_tangent,
     "own_velocity": own_velocity,
     "ema_velocity": ema_velocity,
     "improved": improved,
@@ -276,8 +250,3 @@ def apply(config: ConfigDict, names: Collection[str], file: str) -> ConfigDict:
     for (section, field), (_, value) in seen.items():
         config[section][field] = value
     return config
-
-
-def _alone(kind: str) -> Fields:
-    """A curriculum of one stage, without pretraining."""
-    return dict(curriculum=dict(stages=1, kinds=(kind,), pretrain_length=0.0))

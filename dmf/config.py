@@ -25,8 +25,9 @@ from dmf.method import guidance, velocity, weights
 from dmf.method.curriculum import CurriculumConfig, Stage, build_stages
 from dmf.method.flow import PATHS, TimeLaw
 from dmf.method.guidance import GuidanceConfig
-from dmf.method.objectives import FORMER, GUIDED, KINDS, LAST, LAYOUTS, LossConfig
+from dmf.method.objectives import FORMER, GUIDED, KINDS, LAST, LAYOUTS
 from dmf.method.samplers import SAMPLERS
+from dmf.method.weights import LossConfig
 from dmf.networks import NetworkConfig, UNetConfig, attention
 from dmf.optim import EMAConfig, OptimizerConfig
 from dmf.sharding import MeshConfig
@@ -269,6 +270,7 @@ def _check_run(config: Config, dataset_size: int) -> None:
             f"config.loss.tangent = {config.loss.tangent!r} with config.ema.evaluate = 0: expected "
             "the half-life of the EMA to go along"
         )
+    config.loss.check(config.times)
     if guard.action != "off" and not guard.every_steps:
         raise DmfError(
             f"config.guard.every_steps = 0 with config.guard.action = {guard.action!r}: expected "

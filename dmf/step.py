@@ -108,6 +108,7 @@ def make_train_step(
     """
     split, of_rows = split_for(kind, config, mesh), sharding.rows(mesh)
     average = config.ema.index() if config.loss.tangent in velocity.AVERAGED else None
+    draw = partial(draw_rows, split=split, config=config)
     loss = partial(stage_loss, kind=kind, network=network, config=config)
     on_one = make_gradient(loss, split.micro(mesh.size), config.microbatches)
     gradient = sharding.averaged(mesh, on_one, network.dtypes)
@@ -115,7 +116,7 @@ def make_train_step(
     def train_step(
         state: TrainState, batch: dict[str, Array], scalars: Scalars
     ) -> tuple[TrainState, Metrics]:
-        rows = draw_rows(state.step, batch, split=split, config=config, seed=scalars.seed)
+        rows = draw(state.step, batch, seed=scalars.seed, progress=scalars.progress)
         rows = jax.lax.with_sharding_constraint(rows, of_rows)
         frozen = {} if average is None else {"average": sharding.whole(mesh, state.ema[average])}
         given = {"progress": scalars.progress, "frozen": frozen, "sums": state.intervals}
@@ -127,8 +128,7 @@ def make_train_step(
         ema = tuple(update_ema(e, params, scalars.ema_decays[i]) for i, e in enumerate(state.ema))
         return TrainState(state.step + 1, params, opt_state, ema, sums), metrics
 
-    precision = getattr(config.precision, KINDS[kind].arithmetic)
-    whole = sharding.replicated(mesh)
+    precision, whole = getattr(config.precision, KINDS[kind].arithmetic), sharding.replicated(mesh)
     return jax.jit(
         jax.default_matmul_precision(precision)(train_step),
         donate_argnums=0,
@@ -157,17 +157,19 @@ def draw_rows(
     split: RowSplit,
     config: Config,
     seed: np.uint32 | Array | None = None,
+    progress: float | np.float32 | Array = 1.0,
 ) -> Rows:
     """Augment the data, draw noise and times, and lay out the rows of a step.
 
     batch: x (B, H, W, C) float32 in [-1, 1] and label (B,) int32. Encoded images also have std,
         shaped as x. A batch may bring its own noise, shaped as x; otherwise noise is drawn.
     seed: the run's, as an input of the program; None takes the config's, as a constant.
+    progress: of the curriculum, in [0, 1], for a law of times that depends on it.
     """
     keys = step_keys(config.seed if seed is None else seed, step)
     x, condition = _condition(keys, batch, config)
     e = batch["noise"] if "noise" in batch else jax.random.normal(keys["noise"], x.shape)
-    r, t = flow.draw_times(keys["times"], config.times, split)
+    r, t = flow.draw_times(keys["times"], config.times, split, progress)
     z, v = flow.interpolate(x, e, t, config.path)
     if config.guidance.told:
         condition = condition._replace(
@@ -200,7 +202,7 @@ def stage_loss(
     how |= dict(config=config, split=split, frozen=frozen, sums=sums)
     _, found = stage_residuals(params, rows, rho, **how)
     total, metrics = jnp.zeros(()), {} if found.change is None else {"change": found.change}
-    weight = config.loss.of_row()
+    weight = config.loss.of_row(config.times)
     for name, e, of in (
         ("border", found.border, split.border_of),
         ("pairs", found.pairs, split.pairs_of),
@@ -211,7 +213,8 @@ def stage_loss(
             continue
         r, t = of((rows.r, rows.t))
         if config.loss.logvar == weights.OFF:
-            loss, squares = weights.weighted_loss(e, r, t, progress, weight)
+            share = found.share if name == "pairs" else None
+            loss, squares = weights.weighted_loss(e, r, t, progress, weight, share)
         else:
             lv = how["network"].logvar(params, r, t)
             loss, squares = weights.learned_loss(e, lv, config.loss.logvar)

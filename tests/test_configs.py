@@ -3,11 +3,13 @@
 import importlib.util
 import json
 
+import numpy as np
 import pytest
 
 from configs import imagenet256, methods
 from dmf import config, networks
 from dmf.errors import DmfError
+from dmf.method.curriculum import rho_at
 from tests import ROOT
 
 # Of each file and variant, what the version before configs/methods.py gave.
@@ -50,7 +52,7 @@ def test_a_variant_of_before_is_valid_and_the_same_config(name):
 
 
 def test_every_config_file_is_tried_above():
-    files = {path.stem for path in (ROOT / "configs").glob("[a-z]*.py")} - {"methods"}
+    files = {path.stem for path in (ROOT / "configs").glob("[a-z]*.py")} - {"methods", "relatives"}
     # The argument of cifar10_from is a directory: tests/convert/test_command.py tries it.
     assert files - {"cifar10_from"} == {name.partition(":")[0] for name in BEFORE}
 
@@ -58,9 +60,9 @@ def test_every_config_file_is_tried_above():
 @pytest.mark.parametrize("file", TAKING_METHODS)
 @pytest.mark.parametrize("method", methods.METHODS)
 def test_every_data_set_takes_every_method(file, method):
-    if method == "guided" and file not in LABELLED:
+    if method.startswith("guided") and file not in LABELLED:
         with pytest.raises(
-            DmfError, match="has 'guided_jvp': expected no guided stage, as config.n"
+            DmfError, match="has 'guided_.*': expected no guided stage, as config.n"
         ):
             checked(f"{file}:{method}")
         return
@@ -82,7 +84,7 @@ def test_sizes_and_methods_come_in_any_order():
     assert both.to_dict() == load("digits:floor,own_velocity").to_dict()
 
 
-@pytest.mark.parametrize("size", imagenet256.SIZES)
+@pytest.mark.parametrize("size", imagenet256.GUIDANCE)
 def test_a_guided_size_is_the_guided_config(size):
     assert (
         load(f"imagenet256:guided,{size}").to_dict() == load(f"imagenet256_guided:{size}").to_dict()
@@ -95,10 +97,10 @@ def test_a_guided_size_is_the_guided_config(size):
         ("digits:meanflw", "configs/digits.py:meanflw: expected one of dagger, linear, floor, "),
         ("photos:linear,XL", "configs/photos.py:XL: expected one of dagger, linear, floor, "),
         (
-            "imagenet256:M",
-            "configs/imagenet256.py:M: expected one of XL, L, B, S, dagger, linear, ",
+            "imagenet256:Q",
+            "configs/imagenet256.py:Q: expected one of XL, L, M, B, S, ",
         ),
-        ("imagenet256:XL,B", "configs/imagenet256.py:XL,B: expected one size of XL, L, B, S"),
+        ("imagenet256:XL,B", "configs/imagenet256.py:XL,B: expected one size of XL, L, M, B, S"),
         (
             "cifar10:dagger,linear",
             "configs/cifar10.py:dagger,linear: expected dagger or linear, as each sets "
@@ -133,12 +135,14 @@ def test_the_papers_curriculum_on_imagenet():
     assert stages[-1].last == 48 * 1251 and stages[4].rho == 1 / 16
 
 
-def test_alpha_flow_goes_from_all_pairs_to_its_least_alpha_in_the_shares_of_its_schedule():
+def test_alpha_flow_follows_its_sigmoid_between_its_edges_and_hands_over_there():
     parsed, stages = checked("cifar10:alpha_flow")
-    ramp = [s for s in stages if s.kind == "discrete"]
-    steps = sum(s.steps for s in ramp)
-    assert stages[0].steps == stages[-1].steps == round(0.288 * 96_000)
-    assert steps == pytest.approx(0.424 * 96_000, abs=1)
-    last = ramp[-1].rho * ramp[-1].fall ** (ramp[-1].steps - 1)
-    assert last == pytest.approx(0.005, rel=1e-9) and 0.5 < ramp[0].rho < 0.53
-    assert (parsed.loss.product_rule, parsed.loss.residual_scale, parsed.loss.p) == (0, "unit", 1)
+    assert [s.kind for s in stages] == ["all_pairs", "discrete", "jvp"]
+    total, ramp = 96_000, stages[1]
+    for step in (ramp.first, 48_000, ramp.last - 1):
+        alpha = 1 / (1 + np.exp(25 * (step / total - 0.5)))
+        assert rho_at(ramp, step) == pytest.approx(alpha, rel=2e-3)
+    before, after = (1 / (1 + np.exp(25 * (s / total - 0.5))) for s in (ramp.first, ramp.last))
+    assert before == pytest.approx(0.995, abs=1e-5) and after == pytest.approx(0.005, abs=1e-5)
+    found = parsed.loss
+    assert (found.product_rule, found.residual_scale, found.weight) == (0, "raw", "alpha")

@@ -46,7 +46,9 @@ SHAPING = (
 )
 # Fields that are younger than stored rows. With these values the program is the same.
 LATER: dict[str, dict[str, Any]] = {
-    "loss": {"tangent": "data", "delta": 0.005, "weight": "adaptive", "logvar": "off"},
+    "loss": dict(tangent="data", tangent_data=0.0, target_data=1.0, target_clip=0.0, delta=0.005)
+    | dict(weight="adaptive", interval_weight="none", interval_power=1.0)
+    | dict(border_weight="none", snr_limit=5.0, logvar="off"),
     "optimizer": {
         "name": "adam",
         "rate_factor": 1.0,
@@ -66,7 +68,8 @@ LATER: dict[str, dict[str, Any]] = {
         "logvar": False,
     },
     "guidance": {"most": 1.0, "power": 1.0},
-    "times": {"base": "logit_normal", "border": "pairs", "border_mean": 0.0, "border_std": 1.0},
+    "times": dict(base="logit_normal", border="pairs", border_mean=0.0, border_std=1.0)
+    | dict(difficulty_clusters=0, difficulty_share=0.25),
 }
 OFFICIAL, GUIDED_LAST = "official", "guided_jvp"
 EARLIER = {"effort": 0.0, "rows": SPLIT}  # columns that old rows lack

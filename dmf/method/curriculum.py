@@ -20,12 +20,12 @@ from dataclasses import dataclass, replace
 
 from dmf import fields
 from dmf.errors import DmfError
-from dmf.fields import ABOVE_1, INF, LEAST, MANY, MOST, choice, limited
+from dmf.fields import ABOVE_1, BELOW_1, INF, LEAST, MANY, MOST, choice, limited
 from dmf.method.intervals import ADAPTIVE, RULES
 from dmf.method.objectives import BETWEEN, FIRST, JOINT, KINDS, LAST, PRETRAINING, SPLIT, WHOLE
 
 UNITS = ("steps", "epochs", "images")
-SCHEDULES = ("steps", "smooth")
+SCHEDULES = ("steps", "smooth", "sigmoid")
 SWITCHES = ("keep", "reset")
 
 
@@ -40,13 +40,17 @@ class CurriculumConfig:
     kinds: tuple[str, ...] = ()  # one per stage; () = all_pairs, discrete x (K - 2), jvp
     # * d_i = q^-i; a guided_discrete stage takes the d of the discrete stage before it, or q^-1
     q: float = limited(2.0, ABOVE_1, INF)
-    # linear | dagger | floor = dagger with a least d | adaptive = by a table that training keeps
+    # linear | dagger | floor = dagger with a least d | adaptive = by a table that training keeps.
+    # Also sigmoid = ECT's, larger near data | fixed = d is a time itself
     interval: str = choice("dagger", RULES)
     interval_floor: float = limited(0.1, LEAST, 1)  # of rho: the least d of floor and adaptive
     # adaptive: the table forgets half of a bin in so many images, while it has rows
     interval_halflife_images: float = limited(50e3, LEAST, INF)
-    # steps: d falls between discrete stages | smooth: d falls with every discrete step
+    # steps: d falls between discrete stages | smooth: d falls with every discrete step.
+    # Also sigmoid: d / (1 - d) falls so, and d follows a sigmoid
     schedule: str = choice("steps", SCHEDULES)
+    # smooth, sigmoid: the d of the first and of the last discrete step; () = q^-i of their stages
+    ends: tuple[float, ...] = limited((), LEAST, 1)
     length: float = limited(96000.0, LEAST, INF)  # of the K stages together, in length_unit
     # explicit lengths that add up to `length`; () = equal
     stage_lengths: tuple[float, ...] = limited((), LEAST, INF)
@@ -72,7 +76,8 @@ class Stage:
         rho: of its first step; 1 for kinds that do not step back.
         guidance_passes: forward passes of every row for the guided velocity.
         tangent_passes: forward passes of an r < t row for the direction of the step back.
-        fall: each step multiplies rho by it. It is 1 unless the schedule is smooth.
+        fall: each step multiplies rho by it. It is 1 where the schedule is by steps.
+        odds: fall multiplies rho / (1 - rho) instead, as a sigmoid schedule has it.
         rate: a factor on the learning rate, 1 unless `dmf.run.guard` has lowered it.
 
     `dmf.run.guard` may cut a stage into parts, which share its index.
@@ -87,6 +92,7 @@ class Stage:
     tangent_passes: int = 0
     fall: float = 1.0
     rate: float = 1.0
+    odds: bool = False
 
     @property
     def last(self) -> int:
@@ -145,7 +151,7 @@ def build_stages(
         stages.append(Stage(i, kind, at, first, end - first, extra, tangent_passes))
         first = end
     _check_sizes(config, stages)
-    return _smooth(stages) if config.schedule == "smooth" else tuple(stages)
+    return tuple(stages) if config.schedule == "steps" else _smooth(stages, config)
 
 
 def _check_sizes(config: CurriculumConfig, stages: list[Stage]) -> None:
@@ -181,8 +187,10 @@ def extent(stages: tuple[Stage, ...], index: int) -> tuple[int, int]:
 
 
 def rho_at(stage: Stage, step: int) -> float:
-    """rho of a step of the stage: rho fall^n, n steps after its first."""
-    return stage.rho * stage.fall ** (step - stage.first)
+    """rho of a step of the stage: rho fall^n, n steps after its first. odds: of rho / (1 - rho)."""
+    if not stage.odds:
+        return stage.rho * stage.fall ** (step - stage.first)
+    return 1 / (1 + (1 / stage.rho - 1) / stage.fall ** (step - stage.first))
 
 
 def progress_at(stages: tuple[Stage, ...], step: int) -> float:
@@ -216,7 +224,7 @@ def table(
     layout: str = SPLIT,
 ) -> str:
     """The curriculum as a printed table: stage, kind, d, steps, cost in forward passes per row."""
-    mark = {"linear": "", ADAPTIVE: "*"}.get(config.interval, "+")
+    mark = {"linear": "", "fixed": "", ADAPTIVE: "*"}.get(config.interval, "+")
     width = 24 if any(s.fall != 1 for s in stages) else 12
     lines = [f"{'stage':<10}{'kind':<16}{'d':>{width}}{'steps':>10}{'first':>10}{'passes/row':>12}"]
     for s in stages:
@@ -238,25 +246,32 @@ def _legend(config: CurriculumConfig) -> str:
     if config.interval == ADAPTIVE:
         ratio = "* times a ratio that training measures by t and t - r"
         return f"{ratio}, at least {least}; 1 at the start"
+    if config.interval == "sigmoid":
+        return "+ the interval is dagger's, with up to 5 d near data"
     end = f", to {least} d at least" if config.interval == "floor" else ""
     dagger = "the dagger interval is d at t = r and shrinks towards t = 1"
     return f"+ largest d of the stage: {dagger}{end}"
 
 
-def _smooth(stages: list[Stage]) -> tuple[Stage, ...]:
+def _smooth(stages: list[Stage], config: CurriculumConfig) -> tuple[Stage, ...]:
     """The stages with rho falling by one factor per discrete step, from first d to last d.
 
-    A guided stage that steps back keeps the rho that was reached before it.
+    In a sigmoid schedule the factor is of rho / (1 - rho). A guided stage that steps back keeps the
+    rho that was reached before it.
     """
     ladder = [s for s in stages if _shrinks(s.kind)]
     count = sum(s.steps for s in ladder)
-    if count < 2:
+    if not ladder or count < 2 and not config.ends:
         return tuple(stages)
-    fall = (ladder[-1].rho / ladder[0].rho) ** (1 / (count - 1))
-    found, done, reached = [], 0, ladder[0].rho
+    first, last = config.ends or (ladder[0].rho, ladder[-1].rho)
+    odds = config.schedule == "sigmoid"
+    drop = last / first if not odds else (1 / first - 1) / (1 / last - 1)
+    fall = drop ** (1 / max(1, count - 1))
+    whole = Stage(0, BETWEEN, first, 0, count, fall=fall, odds=odds)  # all their steps in a row
+    found, done, reached = [], 0, first
     for s in stages:
         if _shrinks(s.kind):
-            s = replace(s, rho=ladder[0].rho * fall**done, fall=fall)
+            s = replace(s, rho=rho_at(whole, done), fall=fall, odds=odds)
             done, reached = done + s.steps, rho_at(s, s.last - 1)
         elif KINDS[s.kind].steps_back and done:
             s = replace(s, rho=reached)
@@ -297,6 +312,7 @@ def _check(config: CurriculumConfig, kinds: tuple[str, ...]) -> None:
             f"config.curriculum.stage_lengths has {len(config.stage_lengths)} entries: "
             f"expected {len(kinds)}, one per stage"
         )
+    _check_ends(config)
     total = sum(config.stage_lengths)
     if config.stage_lengths and abs(total - config.length) > 1e-6 * max(total, config.length):
         raise DmfError(
@@ -307,4 +323,15 @@ def _check(config: CurriculumConfig, kinds: tuple[str, ...]) -> None:
         raise DmfError(
             f"config.curriculum.stage_learning_rates has {len(config.stage_learning_rates)} "
             f"entries: expected {len(kinds)}, one per stage"
+        )
+
+
+def _check_ends(config: CurriculumConfig) -> None:
+    """Two ends, for a schedule that has them; a sigmoid never reaches 1."""
+    most = BELOW_1 if config.schedule == "sigmoid" else 1
+    fits = len(config.ends) == 2 and config.schedule != "steps" and max(config.ends) <= most
+    if config.ends and not fits:
+        raise DmfError(
+            f"config.curriculum.ends = {config.ends} with schedule = {config.schedule!r}: expected "
+            "(), or two numbers with schedule = smooth, or two numbers below 1 with sigmoid"
         )

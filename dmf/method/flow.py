@@ -14,15 +14,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dmf.errors import DmfError
-from dmf.fields import INF, LEAST, choice, limited
+from dmf.fields import INF, LEAST, MANY, choice, limited
 
 Array = jax.Array
+FAR = 17.0  # a logit whose sigmoid is as near to 1 as float32 tells
 
 # How two draws become (r, t).
 PAIRINGS: dict[str, Callable[[Array, Array], tuple[Array, Array]]] = {
@@ -75,6 +78,19 @@ class TimeLaw:
     border: str = choice("pairs", BORDERS)
     border_mean: float = limited(0.0, -INF, INF)  # * own: mean of the draw whose sigmoid is t
     border_std: float = limited(1.0, LEAST, INF)  # * own: its standard deviation
+    # * rows with r = t start with the noisiest of so many ranges of t, and get one more at a time
+    # (`paced`); 0 = all ranges from the start
+    difficulty_clusters: int = limited(0, 0, MANY)
+    # * all ranges are in use after this share of the curriculum
+    difficulty_share: float = limited(0.25, LEAST, 1)
+
+    def mean_interval(self) -> float:
+        """E[t - r] over the rows with r < t."""
+        return _mean_interval(self)
+
+    def mean_on_border(self, f: Callable[[Array], Array]) -> float:
+        """E[f(t)] over the rows with r = t. f: times -> values of the same shape."""
+        return _mean_on_border(self, f)
 
 
 # The three laws of the official MeanFlow code, in the order of the fields above. The last number is
@@ -235,10 +251,13 @@ def interpolate(x: Array, e: Array, t: Array, path: str = "linear") -> tuple[Arr
     return PATHS[path].sample(x, e, tb), PATHS[path].velocity(x, e, tb)
 
 
-def draw_times(key: Array, law: TimeLaw, split: RowSplit) -> tuple[Array, Array]:
+def draw_times(
+    key: Array, law: TimeLaw, split: RowSplit, progress: float | np.float32 | Array = 1.0
+) -> tuple[Array, Array]:
     """(r, t), each (B,) float32: two draws of the base law, joined as the law says.
 
-    Border rows have r = t, by a draw of their own where the law says so.
+    Border rows have r = t, by a draw of their own where the law says so. progress: of the
+    curriculum, in [0, 1]; `paced` says what it changes.
     Raises DmfError for an unknown pairing.
     """
     key_t, key_r = jax.random.split(key)
@@ -253,4 +272,93 @@ def draw_times(key: Array, law: TimeLaw, split: RowSplit) -> tuple[Array, Array]
     if law.border == "own":
         own = draw(key_t, law.border_mean, law.border_std, split.batch)
         t = jnp.where(split.is_pair(), t, own)
+    if law.difficulty_clusters and split.pairs:  # flow matching alone, as pretraining, has all t
+        t = jnp.where(split.is_pair(), t, paced(t, law, progress))
     return jnp.where(split.is_pair(), r, t), t
+
+
+def paced(t: Array, law: TimeLaw, progress: float | np.float32 | Array) -> Array:
+    """Times of rows with r = t, moved into the range of t that is in use: t >= 1 - n / N.
+
+    With N clusters, n rises from 1 to N over `difficulty_share` of the curriculum. So training
+    begins with the noisiest times. Each t moves to the time of the restricted law that as large a
+    share of draws exceeds. At n = N every time stays. t: (B,) draws of the law; returns (B,).
+
+    This is the curriculum of arXiv 2403.10348, which arXiv 2511.19065 uses as DTD.
+    """
+    clusters = law.difficulty_clusters
+    passed = jnp.floor(progress * clusters / law.difficulty_share + 1e-4)  # against rounding
+    n = jnp.clip(1 + passed, 1, clusters)
+    low = 1 - n / clusters
+    least = jnp.maximum(_logit(low), -FAR)
+    wanted = _log_exceeding(_logit(t), law) + _log_exceeding(_logit(low), law)
+
+    def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        middle = (ends[0] + ends[1]) / 2
+        beyond = _log_exceeding(middle, law) < wanted
+        return jnp.where(beyond, ends[0], middle), jnp.where(beyond, middle, ends[1])
+
+    ends = jnp.full_like(t, least), jnp.full_like(t, FAR)
+    moved = jax.nn.sigmoid(jax.lax.fori_loop(0, 40, halve, ends)[1])
+    return jnp.where(n == clusters, t, jnp.maximum(moved, low))
+
+
+def _logit(t: Array) -> Array:
+    return jnp.log(t) - jnp.log1p(-t)
+
+
+def _log_exceeding(logit: Array, law: TimeLaw) -> Array:
+    """log P(t' > t) for a border row's t', from the logit of t. It keeps its digits near t = 1."""
+    first, *other = (_log_above(logit, law.base, *draw) for draw in _draws_on_border(law))
+    if not other:
+        return first
+    return jnp.logaddexp(first, other[0] + jnp.log1p(-jnp.exp(first)))  # the larger of two draws
+
+
+def _log_above(logit: Array, base: str, mean: float, std: float) -> Array:
+    if base == "uniform":
+        return jax.nn.log_sigmoid(-logit)
+    return jax.scipy.special.log_ndtr((mean - logit) / std)
+
+
+def _draws_on_border(law: TimeLaw) -> tuple[tuple[float, float], ...]:
+    """Mean and deviation of the draws, the larger of which is t of a row with r = t."""
+    if law.border == "own":
+        return ((law.border_mean, law.border_std),)
+    both = (law.t_mean, law.t_std), (law.r_mean, law.r_std)
+    return both if law.pairing == "sorted" else both[:1]
+
+
+@cache
+def _mean_interval(law: TimeLaw) -> float:
+    """E[t - r] over the rows with r < t, by quadrature."""
+    t, of_t = _quadrature(law.base, law.t_mean, law.t_std)
+    if law.pairing == "zero":
+        return float(of_t @ t)
+    r, of_r = _quadrature(law.base, law.r_mean, law.r_std)
+    apart = of_t @ (np.maximum(t[:, None] - r, 0) @ of_r)
+    if law.pairing == "sorted":
+        return float(2 * apart - of_t @ t + of_r @ r)  # |x| = 2 max(x, 0) - x
+    far = (law.t_mean - law.r_mean) / math.hypot(law.t_std, law.r_std)
+    kept = 0.5 if law.base == "uniform" else 0.5 * math.erfc(-far / math.sqrt(2))
+    return float(apart / kept)  # of those with r < t alone
+
+
+def _mean_on_border(law: TimeLaw, f: Callable[[Array], Array]) -> float:
+    """E[f(t)] over the rows with r = t, by quadrature. f: times -> values of the same shape."""
+    grids = [_quadrature(law.base, *draw) for draw in _draws_on_border(law)]
+    times, weight = grids[0]
+    if len(grids) == 2:  # the larger of two draws
+        times = np.maximum(times[:, None], grids[1][0]).ravel()
+        weight = np.outer(weight, grids[1][1]).ravel()
+    with jax.ensure_compile_time_eval():  # a number, also while a step is traced
+        return float(weight @ np.asarray(f(jnp.asarray(times)), np.float64))
+
+
+def _quadrature(base: str, mean: float, std: float) -> tuple[np.ndarray, np.ndarray]:
+    """Times and their weights, which add up to 1, for one draw of a base law."""
+    if base == "uniform":
+        return (np.arange(800) + 0.5) / 800, np.full(800, 1 / 800)
+    x = np.linspace(-8, 8, 801)
+    weight = np.exp(-(x**2) / 2)
+    return 1 / (1 + np.exp(-(mean + std * x))), weight / weight.sum()

@@ -2,6 +2,8 @@
 
     linear     a = rho everywhere
     dagger     rho is the share of the noise ratio t / (1 - t), and a follows from it
+    sigmoid    dagger, with a larger rho where there is less noise
+    fixed      rho is the time D itself, whatever t - r
     floor      dagger, with a least a
     adaptive   rho times a ratio from a table that training itself keeps
 
@@ -74,7 +76,26 @@ def floored(rho: Array, r: Array, t: Array, floor: float) -> Array:
     return jnp.maximum(dagger(rho, r, t), rho * floor)
 
 
-INTERVALS: dict[str, Interval] = {"linear": linear, "dagger": dagger}
+def sigmoid(rho: Array, r: Array, t: Array) -> Array:
+    """dagger at rho (1 + 8 sigmoid(-n)), at most 1, with the noise ratio n = t / (1 - t).
+
+    At r = 0 it is ECT's map for fine-tuning (arXiv 2406.14548). r, t: (B,).
+    """
+    noise = t / jnp.maximum(1 - t, TINY)
+    return dagger(jnp.minimum(rho * (1 + 8 * jax.nn.sigmoid(-noise)), 1), r, t)
+
+
+def fixed(rho: Array, r: Array, t: Array) -> Array:
+    """a = rho / (t - r), at most 1: D = rho, as in Euler Mean Flows (arXiv 2602.02571)."""
+    return jnp.minimum(rho / jnp.maximum(t - r, TINY), 1)
+
+
+INTERVALS: dict[str, Interval] = {
+    "linear": linear,
+    "dagger": dagger,
+    "sigmoid": sigmoid,
+    "fixed": fixed,
+}
 RULES = (*INTERVALS, "floor", ADAPTIVE)
 
 

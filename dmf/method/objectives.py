@@ -12,6 +12,9 @@ the first u only. Here a is the share of t - r that a row steps back (`dmf.metho
                      the MeanFlow identity, arXiv 2505.13447
     central          e = u - sg(v - (t - r) (u+ - u-) / (2 delta))
                      u+- = u(z +- delta v, r, t +- delta); du/dt from two evaluations, no JVP
+    split            e = u - T,  T = a sg u2 + (1 - a) sg u1,  a drawn for each row
+                     u2 = u(z, s, t), u1 = u(z - (t - s) u2, r, s), s = t - a (t - r)
+                     the additivity of average velocities, arXiv 2507.16884
 
 Rows with r = t always have the target v. `LossConfig.tangent` may name another direction than v.
 The step back and the derivative follow that direction, and the target keeps v.
@@ -24,49 +27,22 @@ by w, so that residuals of all kinds have one scale. The paper's scale "raw" shr
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from dmf.errors import DmfError
-from dmf.fields import INF, LEAST, choice, limited
 from dmf.method.flow import VELOCITY, Net, Rows, RowSplit, Sides, Tangent, Whole, expand
-from dmf.method.velocity import TANGENTS
-from dmf.method.weights import LOG_VARIANCES, OFF, WEIGHTS, Weight
+from dmf.method.velocity import mixed
+from dmf.method.weights import LossConfig
 
 Array = jax.Array
 sg = jax.lax.stop_gradient
 
 # Keeps "unit" finite where a = 0 exactly (t = 1 under dagger). There u = u', and e = 0 / TINY = 0.
 TINY = 1e-12
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """The loss. Unknown in the paper and taken from the official MeanFlow recipes: p and eps."""
-
-    p: float = limited(0.75, 0, 2)  # * adaptive weight 1 / (|e|^2 + eps)^p; 0 = squared error
-    # * in the weight; calibrated to the sum over pixels, not the mean
-    eps: float = limited(1e-3, LEAST, INF)
-    # c in w = a / (1 + c a): 1 = discrete MeanFlow, 0 = alpha-Flow
-    product_rule: float = limited(1.0, 0, 1)
-    # raw = the paper's u - T; unit = (u - T) / w with unit derivative in u
-    residual_scale: str = choice("raw", ("raw", "unit"))
-    # direction of u' and du/dt: data = v | own = u(z, t, t) | ema = u(z, t, t) of the EMA |
-    # head = the velocity head
-    tangent: str = choice("data", TANGENTS)
-    # time step of a central difference; the default is MF-RAE's (arXiv 2511.13019)
-    delta: float = limited(5e-3, LEAST, 0.5)
-    weight: str = choice("adaptive", WEIGHTS)  # of a row: adaptive is 1 / (|e|^2 + eps)^p
-    # off | paper, released: a learned log variance of r and t in the place of weight, p and eps;
-    # it needs network.logvar
-    logvar: str = choice(OFF, LOG_VARIANCES)
-
-    def of_row(self) -> Weight:
-        """The weight of a row from its error, its times and the progress of training."""
-        return WEIGHTS[self.weight](self.p, self.eps)
+MIDDLE = 0x5917  # the purpose of a row's key from which its middle time is drawn
 
 
 class Residuals(NamedTuple):
@@ -76,6 +52,7 @@ class Residuals(NamedTuple):
         pairs      of r < t rows, None where the batch has no such row
         change     mean change of u along the step back, relative to |u|, of r < t rows
         products   (n_pairs, 2): <e, u - v> and |e|^2 of r < t rows, with e in unit scale
+        share      (n_pairs,) the a of r < t rows, None of kinds whose rows have none
 
         head_border, head_pairs   of the velocity head, v_head - v, None without such a head
 
@@ -87,6 +64,7 @@ class Residuals(NamedTuple):
     pairs: Array | None
     change: Array | None
     products: Array | None = None
+    share: Array | None = None
     head_border: Array | None = None
     head_pairs: Array | None = None
 
@@ -122,9 +100,14 @@ class Rule(NamedTuple):
         """u and the side outputs, of the evaluation that the gradient flows through."""
         return (net(params, rows), {}) if self.whole is None else self.whole(params, rows)
 
-    def direction(self, rows: Rows) -> Array:
-        """The velocity along which these rows step back, (B, ...)."""
-        return rows.v if self.tangent is None else self.tangent(rows)
+    def velocities(self, rows: Rows) -> tuple[Array, Array]:
+        """(the velocity along which these rows step back, v in their target), both (B, ...)."""
+        if self.tangent is None:
+            return rows.v, rows.v
+        u, v = self.tangent(rows), rows.v
+        if self.loss.target_data != 1:  # rows with r = t keep v
+            v = jnp.where(expand(rows.r < rows.t, v), mixed(v, u, self.loss.target_data), v)
+        return mixed(rows.v, u, self.loss.tangent_data), v
 
 
 Residual = Callable[[Net, object, Rows, RowSplit, Rule], Residuals]
@@ -141,15 +124,21 @@ def discrete_weight(a: Array, r: Array, t: Array, c: float) -> Array:
     return jnp.where(r < t, a / (1 + c * a), 1.0)
 
 
-def discrete_residual(u: Array, u_next: Array, v: Array, w: Array, scale: str) -> Array:
+def discrete_residual(
+    u: Array, u_next: Array, v: Array, w: Array, scale: str, clip: float = 0.0
+) -> Array:
     """e = u - T with T = w v + (1 - w) sg u', or that divided by w.
 
     u, u_next, v: (B, ...); w: (B,). u_next is u'. scale: "raw", or "unit", which divides by w.
     "unit" has de/du = 1: a stop-gradient keeps the factor 1 / w out of the gradient.
+    clip: T is cut to +-clip where w < 1; 0 cuts nothing.
     Raises DmfError for another scale.
     """
     wb = expand(w, u)
-    raw = u - sg(wb * v + (1 - wb) * u_next)
+    target = wb * v + (1 - wb) * u_next
+    if clip:
+        target = jnp.where(wb < 1, jnp.clip(target, -clip, clip), target)
+    raw = u - sg(target)
     if scale == "raw":
         return raw
     if scale == "unit":
@@ -181,12 +170,40 @@ def discrete(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) 
     pairs, u_pairs = split.pairs_of(rows), split.pairs_of(u)
     # A pair may have r = t after all, by rounding or by its law of times. It does not step back.
     a = jnp.where(pairs.r < pairs.t, rule.share(pairs.r, pairs.t), 0.0)
-    u_next = net(sg(params), shift_back(pairs._replace(v=rule.direction(pairs)), a))
+    along, v = rule.velocities(pairs)
+    u_next = net(sg(params), shift_back(pairs._replace(v=along), a))
     w = discrete_weight(a, pairs.r, pairs.t, rule.loss.product_rule)
-    e = discrete_residual(u_pairs, u_next, pairs.v, w, rule.loss.residual_scale)
+    e = discrete_residual(u_pairs, u_next, v, w, rule.loss.residual_scale, rule.loss.target_clip)
     found = _apart(split, u - rows.v, e, _relative(u_pairs - u_next, u_pairs), pairs_cut=True)
-    found = found._replace(products=_products(u_pairs, u_next, pairs.v, a))
+    found = found._replace(products=_products(u_pairs, u_next, v, a), share=a)
     return found.beside(_of_head(sides, rows), split)
+
+
+def additive(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -> Residuals:
+    """SplitMeanFlow: u over [r, t] is the mean of u over [r, s] and over [s, t], with sg.
+
+    s = t - a (t - r), and every row draws its own a. The row jumps to s by u(z, s, t). Both other
+    evaluations run on r < t rows only.
+    """
+    u, sides = rule.first(net, params, rows)
+    pairs, u_pairs = split.pairs_of(rows), split.pairs_of(u)
+    a = jnp.where(pairs.r < pairs.t, middle_share(pairs), 0.0)
+    middle = jnp.clip(pairs.t - a * (pairs.t - pairs.r), pairs.r, pairs.t)
+    late = net(sg(params), pairs._replace(r=middle))
+    early = net(sg(params), shift_back(pairs._replace(v=late), a))
+    w = discrete_weight(a, pairs.r, pairs.t, 0.0)
+    v = jnp.where(expand(pairs.r < pairs.t, late), late, pairs.v)
+    e = discrete_residual(u_pairs, early, v, w, rule.loss.residual_scale, rule.loss.target_clip)
+    found = _apart(split, u - rows.v, e, _relative(u_pairs - early, u_pairs), pairs_cut=True)
+    return found._replace(share=a).beside(_of_head(sides, rows), split)
+
+
+def middle_share(rows: Rows) -> Array:
+    """A share of t - r for every row, uniform in (0, 1) by its key; 1/2 of rows without keys."""
+    if rows.keys is None:
+        return jnp.full_like(rows.t, 0.5)
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, MIDDLE))(rows.keys)
+    return jax.vmap(lambda key: jax.random.uniform(key, minval=TINY))(keys)
 
 
 def jvp(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -> Residuals:
@@ -201,19 +218,17 @@ def jvp(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -> Re
     def along(z: Array, r: Array, t: Array) -> tuple[Array, Sides]:
         return rule.first(net, weights, pairs._replace(z=z, r=r, t=t))
 
-    tangents = (rule.direction(pairs), jnp.zeros_like(pairs.r), jnp.ones_like(pairs.t))
+    direction, v = rule.velocities(pairs)
+    tangents = (direction, jnp.zeros_like(pairs.r), jnp.ones_like(pairs.t))
     u, dudt, sides = jax.jvp(along, (pairs.z, pairs.r, pairs.t), tangents, has_aux=True)
     if rule.joint:
-        (u_all, sides), target = (
-            rule.first(net, params, rows),
-            pairs.v - expand(pairs.t - pairs.r, dudt) * dudt,
-        )
-        e, change = split.pairs_of(u_all) - sg(target), _relative(pairs.v - target, u)
-        return _apart(split, u_all - rows.v, e, change, pairs_cut=True).beside(
-            _of_head(sides, rows), split
-        )
+        u_all, sides = rule.first(net, params, rows)
+        target = v - expand(pairs.t - pairs.r, dudt) * dudt
+        e, change = split.pairs_of(u_all) - sg(target), _relative(v - target, u)
+        found = _apart(split, u_all - rows.v, e, change, pairs_cut=True)
+        return found.beside(_of_head(sides, rows), split)
     drift = expand(pairs.t - pairs.r, dudt) * dudt
-    e = u - sg(pairs.v - drift)
+    e = u - sg(v - drift)
     found = Residuals(None, e, _relative(drift, u), head_pairs=_of_head(sides, pairs))
     if not split.n_border:
         return found
@@ -228,16 +243,16 @@ def central(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -
     t +- delta would leave [r, 1] takes a smaller delta. At t = 1 delta is 0, and the target is v.
     """
     (u, sides), pairs = rule.first(net, params, rows), split.pairs_of(rows)
-    v, u_pairs = rule.direction(pairs), split.pairs_of(u)
+    (along, v), u_pairs = rule.velocities(pairs), split.pairs_of(u)
     delta = jnp.minimum(rule.loss.delta, jnp.minimum(pairs.t - pairs.r, 1 - pairs.t))
 
     def at(step: Array) -> Array:
         t = jnp.clip(pairs.t + step, pairs.r, 1)  # the sum may round to just beyond an end
-        return net(sg(params), pairs._replace(z=pairs.z + expand(step, v) * v, t=t))
+        return net(sg(params), pairs._replace(z=pairs.z + expand(step, v) * along, t=t))
 
     rate = (pairs.t - pairs.r) / jnp.maximum(2 * delta, TINY)
     drift = expand(rate, v) * (at(delta) - at(-delta))
-    e = u_pairs - sg(pairs.v - drift)
+    e = u_pairs - sg(v - drift)
     found = _apart(split, u - rows.v, e, _relative(drift, u_pairs), pairs_cut=True)
     return found.beside(_of_head(sides, rows), split)
 
@@ -268,12 +283,12 @@ def on_all_rows(residual: Residual) -> Residual:
 
     def whole(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -> Residuals:
         found = residual(net, params, rows, RowSplit(split.batch, split.group, split.group), rule)
-        e, change, products = found.pairs, found.change, found.products
+        e, change = found.pairs, found.change
         if change is not None:  # a mean over all rows, of which the border changes by 0
             change = change * (split.batch / split.n_pairs)
-        cut = None if products is None else split.pairs_of(products)
+        cut = split.pairs_of({"products": found.products, "share": found.share})
         e_head = found.head_pairs
-        found = _apart(split, jnp.asarray(e), jnp.asarray(e), change)._replace(products=cut)
+        found = _apart(split, jnp.asarray(e), jnp.asarray(e), change)._replace(**cut)
         return found.beside(e_head, split)
 
     return whole
@@ -351,6 +366,9 @@ KINDS: dict[str, Kind] = {
         limit="guided_jvp",
     ),
     "guided_jvp": Kind(jvp, "derivative", extra=1, unguided="jvp"),
+    "split": Kind(additive, "difference", extra=2),
+    "guided_flow": Kind(flow_matching, "plain", v_only=True, unguided="flow"),
+    "guided_split": Kind(additive, "difference", extra=2, unguided="split"),
 }
 GUIDED = tuple(name for name, kind in KINDS.items() if kind.guided)
 FORMER = {"trajectory": "all_pairs"}  # names in old configs and work directories -> names now

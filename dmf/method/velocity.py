@@ -5,7 +5,8 @@
     ema    u(z, t, t) of the evaluated average: the EMA of the weights that is sampled and scored
     head   v(z, t) of the network's velocity head, a side output that is trained beside u
 
-The target keeps v in all four. `dmf.method.guidance` holds the velocity that replaces v there.
+The target keeps v in all four. Two shares of v may mix a direction with v, one in the tangent and
+one in the target. `dmf.method.guidance` holds the velocity that replaces v itself.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import jax
+
+Array = jax.Array
 
 if TYPE_CHECKING:
     from dmf.method.flow import Net, Rows, Tangent
@@ -47,6 +50,13 @@ TANGENTS: dict[str, Callable[[Net, object, Mapping[str, object]], Tangent] | Non
 }
 ONLINE = (OWN, HEAD)  # directions by the weights that train
 AVERAGED = ("ema",)  # directions that need the evaluated average among the frozen trees
+
+
+def mixed(v: Array, u: Array, share: float) -> Array:
+    """share v + (1 - share) u: v alone for 1, u alone for 0. v, u: (B, ...)."""
+    if share in (0, 1):  # as they are, to the bit
+        return v if share else u
+    return share * v + (1 - share) * u
 
 
 def passes(name: str) -> int:

@@ -205,10 +205,11 @@ def _gradients(params: Any, law: Rows, rho: Array, *, mesh: Mesh, **how: Any) ->
 
     def loss(params: Any, law: Rows, rho: Array, part: str) -> tuple[Array, None]:
         _, found = step.stage_residuals(params, law, rho, train=False, **how)
-        config, split = how["config"].loss, how["split"]
+        config, split = how["config"], how["split"]
         r, t = (split.border_of if part == "border" else split.pairs_of)((law.r, law.t))
-        e, weight = getattr(found, part), config.of_row()
-        return jnp.mean(weights.weighted_loss(e, r, t, 0.0, weight)[0]), None
+        e, weight = getattr(found, part), config.loss.of_row(config.times)
+        share = found.share if part == "pairs" else None
+        return jnp.mean(weights.weighted_loss(e, r, t, 0.0, weight, share)[0]), None
 
     def gradient(part: str) -> Any:
         grad = jax.grad(partial(loss, part=part), has_aux=True)
