@@ -40,14 +40,14 @@ NETWORK = Network(None, lambda *a, **k: with_sides(*a, **k)[0], with_sides, side
 PLAIN = NETWORK._replace(sides=())
 
 
-def config(tangent="own"):
-    return parse(merged(TINY, batch_size=8, loss=dict(tangent=tangent, p=0.5)))
+def config(tangent="own", layout="split"):
+    return parse(merged(TINY, batch_size=8, rows=layout, loss=dict(tangent=tangent, p=0.5)))
 
 
-def loss(params, kind, network, tangent="own"):
+def loss(params, kind, network, tangent="own", layout="split"):
     # The check that a network of the config has a head stands in dmf.config, not here.
     how = dict(kind=kind, network=network, split=SPLIT)
-    return step.stage_loss(params, rows(), 0.25, config=config(tangent), **how)
+    return step.stage_loss(params, rows(), 0.25, config=config(tangent, layout), **how)
 
 
 @pytest.mark.parametrize("kind", ["flow", "all_pairs", "discrete", "central", "jvp"])
@@ -58,7 +58,7 @@ def test_an_exact_head_is_the_boundary_form_and_adds_its_own_loss(float64, kind)
         np.testing.assert_allclose(found[name], without[name], rtol=1e-14)
     here = rows()
     e = with_sides(PARAMS, here.z, here.r, here.t)[1][VELOCITY] - here.v
-    own, squares = weighted_loss(e, here.r, here.t, 0.0, config().loss.of_row())
+    own, squares = weighted_loss(e, here.r, here.t, 0.0, config().loss.of_row(config().times))
     np.testing.assert_allclose(total, boundary + own.mean(), rtol=1e-14)
     found_squares = found["squares_head_border"] + found["squares_head_pairs"]
     np.testing.assert_allclose(found_squares / 2, squares.mean(), rtol=1e-14)
@@ -72,7 +72,9 @@ def test_the_head_learns_through_its_own_loss_alone_and_u_not_through_the_tangen
 
     def own(params, free):
         side = with_sides({**params, **free}, here.z, here.r, here.t)[1][VELOCITY]
-        return weighted_loss(side - here.v, here.r, here.t, 0.0, config().loss.of_row())[0].mean()
+        return weighted_loss(
+            side - here.v, here.r, here.t, 0.0, config().loss.of_row(config().times)
+        )[0].mean()
 
     of_head = jax.grad(partial(own, params))({"head": params["head"]})
     np.testing.assert_allclose(found["head"], of_head["head"], rtol=1e-13)
@@ -80,3 +82,14 @@ def test_the_head_learns_through_its_own_loss_alone_and_u_not_through_the_tangen
     _, moved = loss(params, kind, NETWORK, "head")
     _, still = loss(PARAMS, kind, NETWORK, "head")
     assert abs(moved["squares_pairs"] - still["squares_pairs"]) > 1e-4
+
+
+@pytest.mark.parametrize("layout", ["joint", "whole"])
+@pytest.mark.parametrize("kind", ["discrete", "jvp"])
+def test_every_layout_trains_the_head_as_the_default_does(float64, kind, layout):
+    def found(layout):
+        return jax.value_and_grad(lambda p: loss(p, kind, NETWORK, "head", layout), has_aux=True)(
+            PARAMS | {"head": jnp.array(0.3)}
+        )
+
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12), found(layout), found("split"))
