@@ -266,8 +266,10 @@ def test_the_loss_hands_progress_and_times_to_the_weight(monkeypatch):
     rows = step.draw_rows(jnp.int32(0), setup.batch(0), split=split, config=setup.config)
     how = dict(kind="all_pairs", network=setup.network, config=setup.config, split=split)
     step.stage_loss(setup.state().params, rows, 1.0, {"progress": 0.75}, **how)
-    (_, r, t, progress), (_, r_pairs, t_pairs, _) = seen
-    assert float(progress) == 0.75 and (r == t).all() and (r_pairs < t_pairs).all()
+    (_, r, t, progress, a), (_, r_pairs, t_pairs, *_) = seen
+    assert (
+        (a == 1).all() and float(progress) == 0.75 and (r == t).all() and (r_pairs < t_pairs).all()
+    )
     stage = setup.stages[-1]
     told = step.step_scalars(stage.last - 1, stage, setup.stages, setup.config)
     assert told.progress == np.float32(7 / 8) and told.progress.dtype == np.float32

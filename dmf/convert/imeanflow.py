@@ -140,7 +140,7 @@ def _unused(config: InContextConfig, shape: Shape) -> list[Rule]:
     }
 
     def zeros(size: tuple[int, ...]) -> Any:
-        return lambda: (np.zeros(size, np.float32),)
+        return lambda: np.zeros(size, np.float32)
 
     why = "the last layer of a velocity head without blocks"
     return [unread(f"net.v_final_layer.{x}", zeros(s), why, why) for x, s in sizes.items()]

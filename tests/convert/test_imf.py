@@ -19,6 +19,7 @@ from dmf.convert import leaves
 from dmf.convert.command import convert
 from dmf.convert.imeanflow import IMEANFLOW
 from dmf.convert.rules import relative_l2
+from dmf.export.weights import export
 from dmf.method.flow import VELOCITY, Condition, Rows, RowSplit, interpolate
 from dmf.method.guidance import told_velocity
 from dmf.networks.every import network_config
@@ -28,6 +29,7 @@ from tests import GOLDEN
 from tests.convert import imfs
 from tests.tiny import TINY
 
+PATCHES = "net.x_embedder.proj.kernel"
 LIMIT = 5e-6  # relative L2 in float32
 
 
@@ -98,6 +100,11 @@ def test_a_file_goes_both_ways_bit_for_bit(tmp_path):
     report = convert("imeanflow", source, out, given=given, check="none")
     assert report["source"]["copy"] == "ema"
     assert report["network"]["velocity_head"] == 2
+    # What is exported for use has no head; the code's own last layer of it is zero.
+    used = export(out, tmp_path / "u.safetensors", kind="imeanflow")
+    assert not [name for name in used if ".v_heads_" in name]
+    assert not used["net.v_final_layer.norm.kernel"].any()
+    np.testing.assert_array_equal(used[PATCHES], named[PATCHES])
     config, mesh = report["network"], sharding.make_mesh()
     whole = networks.build(network_config(config), imfs.SHAPE)
     found = checkpoint.read_params(out, None, abstract_params(whole, mesh))

@@ -79,6 +79,13 @@ def test_nor_does_it_in_a_unet_with_dropout():
     assert discrete.flops == pytest.approx(1.25 * flow.flops, rel=0.02)
 
 
+def test_a_split_costs_the_passes_that_are_counted():
+    values = merged(TINY, network=dict(depth=2, width=128), batch_size=64)
+    values = merged(values, curriculum=dict(stages=2, kinds=("all_pairs", "split")))
+    flow, split = counts_on_one_device(values, (("all_pairs", 0.25), ("split", 0.25)))
+    assert split.flops / flow.flops == pytest.approx((3 + 2 * 0.25) / 3, rel=0.03)
+
+
 def test_rounds_with_other_numbers_compile_nothing(rows):
     assert [row["programs"] for row in rows.values()] == [1] * len(rows)
 

@@ -133,7 +133,7 @@ def test_the_scale_table_raw_drifts_with_the_stage_and_unit_does_not(float64):
     assert ratio["raw", 0.0] < 0.015 and 0.8 < ratio["raw", 0.5] < 1.2 and ratio["raw", 1.0] > 60
 
 
-@pytest.mark.parametrize("kind", ["discrete", "jvp"])
+@pytest.mark.parametrize("kind", ["discrete", "jvp", "split"])
 @pytest.mark.parametrize("scale", ["raw", "unit"])
 def test_rows_with_r_equal_t_are_flow_matching_in_every_stage(float64, kind, scale):
     net, params = random_net(jax.random.key(0))

@@ -73,7 +73,7 @@ def test_the_table_of_stages_says_what_the_rules_do_to_d():
     [
         (
             dict(interval="adaptiv"),
-            "interval = 'adaptiv': expected one of linear, dagger, floor, adaptive",
+            "interval = 'adaptiv': expected one of linear, dagger, sigmoid, fixed, floor, adaptive",
         ),
         (dict(interval_floor=0.0), "interval_floor = 0.0: expected a number above 0 and at most 1"),
         (dict(interval_floor=1.5), "interval_floor = 1.5: expected a number above 0 and at most 1"),
