@@ -77,7 +77,9 @@ def test_the_compiled_work_is_what_the_table_says(monkeypatch):
     rows = benchmark.benchmark(parse(values), rounds=1)
     assert [(r["kind"], r["r_neq_t"]) for r in rows] == [("flow", 0.0), ("guided_jvp", 0.75)]
     assert rows[1]["limit"] == (5 + 0.75) / 3
-    assert rows[1]["flops_ratio"] == pytest.approx(rows[1]["limit"], rel=0.05)
+    # v_u, v_c and u share the embeddings of z and t: 6 % of the products of so small a network.
+    # One pass too few or too many would be 17 %.
+    assert rows[1]["flops_ratio"] == pytest.approx(rows[1]["limit"], rel=0.07)
 
 
 @pytest.fixture(scope="module")
