@@ -171,7 +171,7 @@ def draw_rows(
     e = batch["noise"] if "noise" in batch else jax.random.normal(keys["noise"], x.shape)
     r, t = flow.draw_times(keys["times"], config.times, split, progress)
     z, v = flow.interpolate(x, e, t, config.path)
-    if config.guidance.told:
+    if getattr(config.network, "takes_guidance", False) and config.guidance.told:
         condition = condition._replace(
             guidance=guidance.drawn(keys["guidance"], config.guidance, split)
         )

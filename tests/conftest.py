@@ -71,9 +71,9 @@ def shared_programs():
         key = "probe", kind, trained(self._config), self._split, self._mesh
         return made.setdefault(key, made.get(key) or make_probe(self, kind))
 
-    def sampler(self, network, config, shape, labels, mesh, guidance=None, **how):
-        make_sampler(self, network, config, shape, labels, mesh, guidance, **how)
-        if not (guidance or how):
+    def sampler(self, network, config, shape, labels, mesh, guidance=None, *more, **how):
+        make_sampler(self, network, config, shape, labels, mesh, guidance, *more, **how)
+        if not (guidance or more or how):
             key = "sampler", trained(config), config.run.sampler, shape, mesh
             self._draw = made.setdefault(key, self._draw)
 

@@ -34,7 +34,8 @@ def test_guidance_is_sits_contrast_in_an_interval_and_on_the_first_channels():
         """u = label + 1, or 0 without class, at any time."""
 
         @staticmethod
-        def apply(params, z, r, t, label):
+        def apply(params, z, r, t, label=None, condition=None):
+            label = condition.label if label is None else label
             return jnp.where(label == 10, 0.0, label + 1.0)[:, None, None, None] + 0 * z
 
     config, mesh = Setup(dict(TINY)).config, Setup(dict(TINY)).mesh

@@ -190,12 +190,12 @@ def test_the_guided_recipe_for_imagenet_differs_in_its_stage_and_guidance_alone(
                 guidance=dict(omega=1.0, kappa=0.0, t_end=1.0),
             ),
             "config.guidance.t_start = 0.25: expected 0.0, or one of guided_discrete, "
-            "guided_jvp in config.curriculum.kinds",
+            "guided_jvp, guided_flow, guided_split in config.curriculum.kinds",
         ),
         (
-            dict(curriculum=dict(kinds=("discrete", "guided_flow"))),
-            "config.curriculum.kinds has 'guided_flow': expected only flow, all_pairs, discrete, "
-            "jvp, central, guided_discrete, guided_jvp",
+            dict(curriculum=dict(kinds=("discrete", "guided_central"))),
+            "config.curriculum.kinds has 'guided_central': expected only flow, all_pairs, "
+            "discrete, jvp, central",
         ),
         (
             dict(times=dict(r_neq_t_fraction=0.0)),
