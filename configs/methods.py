@@ -228,16 +228,6 @@ METHODS: dict[str, Callable[[ConfigDict], Fields]] = {
     "flow": flow,
     "meanflow": meanflow,
     "central": central,
-    "alpha_flow": relatives.alpha_flow,
-    "soflow": relatives.soflow,
-    "euler": relatives.euler,
-    "ect": relatives.ect,
-    "adcm": relatives.adcm,
-    "accelerated": relatives.accelerated,
-    "accelerated_snr": relatives.accelerated_snr,
-    "split_meanflow": relatives.split_meanflow,
-    "guided_split_meanflow": relatives.guided_split_meanflow,
-    "beta_tangent": relatives.beta_tangent,
     "own_velocity": own_velocity,
     "ema_velocity": ema_velocity,
     "improved": improved,
@@ -248,6 +238,7 @@ METHODS: dict[str, Callable[[ConfigDict], Fields]] = {
     "flowconsist": flowconsist,
     "splus": splus,
     "muon": muon,
+    **relatives.RELATIVES,
 }
 
 

@@ -1,10 +1,12 @@
 """Published relatives of MeanFlow that change times, weights, intervals or the identity.
 
 `configs.methods` has the table of all methods, their common words and what "Ours" means. Here stand
-those of the finite-difference family, of weighted times and of the split.
+those of the finite-difference family, of weighted times and of the split, with a table of their own
+that `configs.methods` takes over.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -154,6 +156,28 @@ def guided_split_meanflow(config: ConfigDict) -> Fields:
     return dict(loss=dict(residual_scale="raw"), times=times, guidance=guidance) | two
 
 
+def shortcut(config: ConfigDict) -> Fields:
+    """Shortcut models (arXiv 2410.12557): one step is two steps of half its length.
+
+    The paper's: the midpoint, steps of 1 to 1/64 in their places, a quarter of the rows with r < t,
+    uniform times elsewhere, the squared error. Ours: the start from a flow model, targets by the
+    weights that train (the paper's average is missing), and t off the grid on rows with r = t.
+    """
+    times = dict(base="uniform", pairing="dyadic", border="own", r_neq_t_fraction=0.25)
+    return dict(times=times, loss=dict(residual_scale="raw", p=0.0)) | alone("midpoint")
+
+
+def semigroup(config: ConfigDict) -> Fields:
+    """Progressive self-distillation (Boffi et al., arXiv 2505.18825), in its midpoint form.
+
+    The paper's: the mean of two halves without gradient, uniform r <= t, the squared error. Ours: a
+    quarter of the rows with r < t and the start; the paper's learned weight is missing. Its uniform
+    form is split_meanflow with --config.loss.p=0 and these times.
+    """
+    times = dict(base="uniform", pairing="sorted", border="own", r_neq_t_fraction=0.25)
+    return dict(times=times, loss=dict(residual_scale="raw", p=0.0)) | alone("midpoint")
+
+
 def beta_tangent(config: ConfigDict) -> Fields:
     """The step back goes along .94 v + .06 u(z, t, t), between the data's direction and one's own.
 
@@ -177,3 +201,19 @@ def _to_data(mean: float, std: float) -> dict[str, Any]:
 def alone(kind: str) -> Fields:
     """A curriculum of one stage, without pretraining."""
     return dict(curriculum=dict(stages=1, kinds=(kind,), pretrain_length=0.0))
+
+
+RELATIVES: dict[str, Callable[[ConfigDict], Fields]] = {
+    "alpha_flow": alpha_flow,
+    "soflow": soflow,
+    "euler": euler,
+    "ect": ect,
+    "adcm": adcm,
+    "accelerated": accelerated,
+    "accelerated_snr": accelerated_snr,
+    "split_meanflow": split_meanflow,
+    "guided_split_meanflow": guided_split_meanflow,
+    "shortcut": shortcut,
+    "semigroup": semigroup,
+    "beta_tangent": beta_tangent,
+}

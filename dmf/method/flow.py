@@ -28,13 +28,29 @@ Array = jax.Array
 FAR = 17.0  # a logit whose sigmoid is as near to 1 as float32 tells
 MIDDLE = 0x5917  # the purpose of a row's key from which its middle time is drawn
 
+HALVINGS = 6  # the shortest interval of dyadic times is 2^-6
+
+
+def _dyadic(r: Array, t: Array) -> tuple[Array, Array]:
+    """An interval of length 2^-k with ends at multiples of it: one draw chooses k, the other where.
+
+    Uniform draws give every k of 0 .. HALVINGS alike, and every place alike.
+    """
+    k = jnp.minimum(jnp.floor(r * (HALVINGS + 1)), HALVINGS).astype(jnp.int32)
+    length = jnp.ldexp(jnp.ones_like(t), -k)
+    low = jnp.minimum(jnp.floor(t / length) * length, 1 - length)
+    return low, low + length
+
+
 # How two draws become (r, t).
 PAIRINGS: dict[str, Callable[[Array, Array], tuple[Array, Array]]] = {
     "sorted": lambda r, t: (jnp.minimum(r, t), jnp.maximum(r, t)),
     "min": lambda r, t: (jnp.minimum(r, t), t),
     "zero": lambda r, t: (jnp.zeros_like(r), t),
     "above": lambda r, t: (r, r + (1 - r) * t),
+    "dyadic": _dyadic,
 }
+DRAWN = ("sorted", "min", "zero")  # pairings where t is one of the draws
 
 
 def _logit_normal(key: Array, mean: float, std: float, count: int) -> Array:
@@ -58,13 +74,14 @@ class TimeLaw:
             has r = t, so fewer rows keep r < t than the field says.
         pairing "zero": t as drawn, r = 0, for a map that only jumps to the data.
         pairing "above": r as drawn, t a drawn share of the way from r to 1.
+        pairing "dyadic": t - r = 2^-k for k = 0 .. 6, and r is a multiple of it (shortcut models).
 
     The other rows have r = t. A comment that begins with * marks a value that we do not know from
     the paper, here and in the other sections of the config.
     """
 
     # * sorted: r and t are two draws in order | min: t as drawn, r = min(r, t) | zero: r = 0
-    # | above: t is above r
+    # | above: t is above r | dyadic: t - r = 2^-k, and both are multiples of it
     pairing: str = choice("sorted", PAIRINGS)
     # * mean of the normal draw whose sigmoid is t, or of the first draw where two are sorted
     t_mean: float = limited(-0.4, -INF, INF)
@@ -84,6 +101,14 @@ class TimeLaw:
     difficulty_clusters: int = limited(0, 0, MANY)
     # * all ranges are in use after this share of the curriculum
     difficulty_share: float = limited(0.25, LEAST, 1)
+
+    def check_border(self) -> None:
+        """Raises DmfError where the t of rows with r = t is no draw, so that its law is unknown."""
+        if self.border == "pairs" and self.pairing not in DRAWN:
+            raise DmfError(
+                f"config.times.pairing = {self.pairing!r} with config.times.border = 'pairs': "
+                "expected 'own' for a weight or a pace of rows with r = t"
+            )
 
     def mean_interval(self) -> float:
         """E[t - r] over the rows with r < t."""
@@ -337,6 +362,10 @@ def _mean_interval(law: TimeLaw) -> float:
     if law.pairing == "zero":
         return float(of_t @ t)
     r, of_r = _quadrature(law.base, law.r_mean, law.r_std)
+    if law.pairing not in DRAWN:
+        with jax.ensure_compile_time_eval():  # a number, also while a step is traced
+            low, high = PAIRINGS[law.pairing](*np.meshgrid(r, t))
+            return float(of_t @ np.asarray(high - low, np.float64) @ of_r)
     apart = of_t @ (np.maximum(t[:, None] - r, 0) @ of_r)
     if law.pairing == "sorted":
         return float(2 * apart - of_t @ t + of_r @ r)  # |x| = 2 max(x, 0) - x
@@ -365,9 +394,14 @@ def _quadrature(base: str, mean: float, std: float) -> tuple[np.ndarray, np.ndar
     return 1 / (1 + np.exp(-(mean + std * x))), weight / weight.sum()
 
 
+def half(rows: Rows) -> Array:
+    """1/2 for every row, (B,)."""
+    return jnp.full_like(rows.t, 0.5)
+
+
 def middle_share(rows: Rows) -> Array:
     """A share of t - r for every row, uniform in (0, 1) by its key; 1/2 of rows without keys."""
     if rows.keys is None:
-        return jnp.full_like(rows.t, 0.5)
+        return half(rows)
     keys = jax.vmap(lambda key: jax.random.fold_in(key, MIDDLE))(rows.keys)
     return jax.vmap(lambda key: jax.random.uniform(key, minval=1e-12))(keys)

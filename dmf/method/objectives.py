@@ -15,6 +15,7 @@ the first u only. Here a is the share of t - r that a row steps back (`dmf.metho
     split            e = u - T,  T = a sg u2 + (1 - a) sg u1,  a drawn for each row
                      u2 = u(z, s, t), u1 = u(z - (t - s) u2, r, s), s = t - a (t - r)
                      the additivity of average velocities, arXiv 2507.16884
+    midpoint         the same with a = 1/2, as in shortcut models, arXiv 2410.12557
     terminal         e = u - sg(u(X, r, r) + (t - r) du/dr),  X = z - (t - r) u
     lagrangian       the same with a gradient through du/dr (`dmf.method.endpoint`)
 
@@ -182,15 +183,23 @@ def discrete(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) 
     return found.beside(_of_head(sides, rows), split)
 
 
-def additive(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) -> Residuals:
+def additive(
+    net: Net,
+    params: object,
+    rows: Rows,
+    split: RowSplit,
+    rule: Rule,
+    *,
+    share: Callable[[Rows], Array] = flow.middle_share,
+) -> Residuals:
     """SplitMeanFlow: u over [r, t] is the mean of u over [r, s] and over [s, t], with sg.
 
-    s = t - a (t - r), and every row draws its own a. The row jumps to s by u(z, s, t). Both other
-    evaluations run on r < t rows only.
+    s = t - a (t - r), where share gives a of every row. The row jumps to s by u(z, s, t). Both
+    other evaluations run on r < t rows only.
     """
     u, sides = rule.first(net, params, rows)
     pairs, u_pairs = split.pairs_of(rows), split.pairs_of(u)
-    a = jnp.where(pairs.r < pairs.t, flow.middle_share(pairs), 0.0)
+    a = jnp.where(pairs.r < pairs.t, share(pairs), 0.0)
     middle = jnp.clip(pairs.t - a * (pairs.t - pairs.r), pairs.r, pairs.t)
     late = net(sg(params), pairs._replace(r=middle))
     early = net(sg(params), shift_back(pairs._replace(v=late), a))
@@ -377,6 +386,7 @@ KINDS: dict[str, Kind] = {
     ),
     "guided_jvp": Kind(jvp, "derivative", extra=1, unguided="jvp"),
     "split": Kind(additive, "difference", extra=2),
+    "midpoint": Kind(partial(additive, share=flow.half), "difference", extra=2),
     "guided_flow": Kind(flow_matching, "plain", v_only=True, unguided="flow"),
     "guided_split": Kind(additive, "difference", extra=2, unguided="split"),
 }

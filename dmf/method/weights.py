@@ -182,6 +182,8 @@ class LossConfig:
                 f"config.times.difficulty_clusters = {law.difficulty_clusters}: expected "
                 "'none', or 0 clusters, as each of them shifts the times of rows with r = t"
             )
+        if self.border_weight != "none" or law.difficulty_clusters:
+            law.check_border()
 
     def of_row(self, law: TimeLaw) -> Weight:
         """The weight of a row from its error, its times and the progress of training.

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from configs import methods
 from dmf.convert.command import KINDS
 from dmf.measure import cost
 from dmf.measure.tpu_plan import DATA
@@ -303,6 +304,12 @@ def test_our_scores_on_the_page_of_methods_are_the_stored_ones():
         values = [seed[method]["1"]["fd_hidden"] for seed in seeds]
         cells.append(f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}")
     assert f"| fd_hidden, one step | {' | '.join(cells)} |" in page("methods.md")
+
+
+def test_every_method_has_its_line_in_the_table_of_methods():
+    table = page("methods.md").partition("| name | what it is |")[2].partition("\n\n")[0]
+    first = re.findall(r"^\| (.*?) \|", table, re.M)
+    assert sorted(re.findall(r"`(\w+)`", " ".join(first))) == sorted(methods.METHODS)
 
 
 def test_the_tests_that_a_method_is_to_extend_exist():
