@@ -104,12 +104,16 @@ def _modulation(
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; the columns of qkv are [q | k | v], each head-major."""
+    """Multi-head self-attention; the columns of qkv are [q | k | v], each head-major.
+
+    grid: rows and columns of the tokens, for rotary positions of queries and keys.
+    """
 
     heads: int
     attend: attention.Kernel
     dtype: jnp.dtype | None
     qk_norm: bool = False
+    grid: tuple[int, int] | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -121,6 +125,9 @@ class Attention(nn.Module):
         if self.qk_norm:
             q = nn.RMSNorm(epsilon=1e-6, dtype=self.dtype, name="q_norm")(q)
             k = nn.RMSNorm(epsilon=1e-6, dtype=self.dtype, name="k_norm")(k)
+        if self.grid:
+            angle = layers.grid_angles(*self.grid, width // self.heads)
+            q, k = layers.rotated(q, angle), layers.rotated(k, angle)
         y = self.attend(q, k, v).reshape(batch, tokens, width)
         return Dense(width, dtype=self.dtype, kernel_init=layers.xavier(), name="proj")(y)
 
