@@ -30,7 +30,7 @@ from dmf.convert.rules import (
 )
 from dmf.errors import DmfError
 from dmf.networks import layers
-from dmf.networks.dit import DiTConfig, position_embedding
+from dmf.networks.dit import DiTConfig
 
 NAME = "sit"
 COPIES = Copies(
@@ -144,7 +144,7 @@ def positions(width: int, patch: int, shape: Shape, tensors: Tensors | None) -> 
     rows, columns = shape[0] // patch, shape[1] // patch
 
     def table() -> np.ndarray:
-        return position_embedding(rows, columns, width)[None].astype(np.float32)
+        return layers.position_embedding(rows, columns, width)[None].astype(np.float32)
 
     note = f"the sine-cosine table of {rows}x{columns} patches, column first"
     return constant("pos_embed", table, note, rounding("pos_embed", tensors))

@@ -69,18 +69,6 @@ class DiTConfig:
     logvar: bool = False  # a head for the log variance of the loss (`loss.logvar`)
 
 
-def position_embedding(height: int, width: int, dim: int) -> np.ndarray:
-    """Fixed embedding (height * width, dim), float64: [sin | cos] of column, then of row."""
-    freqs = layers.frequencies(dim // 4, endpoint=False)
-
-    def one_axis(position: np.ndarray) -> np.ndarray:
-        angle = position.reshape(-1, 1) * freqs
-        return np.concatenate((np.sin(angle), np.cos(angle)), axis=1)
-
-    row, column = np.mgrid[:height, :width].astype(np.float64)
-    return np.concatenate((one_axis(column), one_axis(row)), axis=1)
-
-
 def _modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     return x * (1 + scale) + shift
 
@@ -104,16 +92,12 @@ def _modulation(
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; the columns of qkv are [q | k | v], each head-major.
-
-    grid: rows and columns of the tokens, for rotary positions of queries and keys.
-    """
+    """Multi-head self-attention; the columns of qkv are [q | k | v], each head-major."""
 
     heads: int
     attend: attention.Kernel
     dtype: jnp.dtype | None
     qk_norm: bool = False
-    grid: tuple[int, int] | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -125,9 +109,6 @@ class Attention(nn.Module):
         if self.qk_norm:
             q = nn.RMSNorm(epsilon=1e-6, dtype=self.dtype, name="q_norm")(q)
             k = nn.RMSNorm(epsilon=1e-6, dtype=self.dtype, name="k_norm")(k)
-        if self.grid:
-            angle = layers.grid_angles(*self.grid, width // self.heads)
-            q, k = layers.rotated(q, angle), layers.rotated(k, angle)
         y = self.attend(q, k, v).reshape(batch, tokens, width)
         return Dense(width, dtype=self.dtype, kernel_init=layers.xavier(), name="proj")(y)
 
@@ -203,7 +184,7 @@ class DiT(nn.Module):
         batch, height, width, channels = z.shape
         rows, columns = height // c.patch, width // c.patch
         x = PatchEmbed(c.patch, c.width, self.dtype, name="x_embedder")(z)
-        x = x + jnp.asarray(position_embedding(rows, columns, c.width), x.dtype)
+        x = x + jnp.asarray(layers.position_embedding(rows, columns, c.width), x.dtype)
         early, late = self._conditions(r, t, condition.label)
         x = self._scanned(x, early, late) if self.how.scan else self._unrolled(x, early, late)
         x = FinalLayer(c.patch**2 * channels, name="final_layer")(x, late)

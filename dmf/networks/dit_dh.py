@@ -30,7 +30,6 @@ from dmf.errors import DmfError
 from dmf.fields import MOST_BLOCKS, MOST_CLASSES, REQUIRED, WIDEST, choice, limited
 from dmf.method.flow import Condition
 from dmf.networks import attention, layers
-from dmf.networks.dit import Attention, position_embedding
 from dmf.networks.layers import Dense, PatchEmbed
 
 FREQUENCIES = 256  # random ones of a time embedder
@@ -86,6 +85,27 @@ class FourierEmbedder(nn.Module):
         return nn.Dense(self.width, kernel_init=last, name="mlp_2")(x)
 
 
+class RotaryAttention(nn.Module):
+    """Self-attention with rotary positions of queries and keys; qkv is [q | k | v], head-major."""
+
+    heads: int
+    grid: tuple[int, int]
+    attend: attention.Kernel
+    dtype: jnp.dtype | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Mix tokens (B, rows * columns, width), row by row."""
+        batch, tokens, width = x.shape
+        layer = partial(Dense, dtype=self.dtype, kernel_init=layers.xavier())
+        qkv = layer(3 * width, name="qkv")(x)
+        qkv = qkv.reshape(batch, tokens, 3, self.heads, width // self.heads)
+        angle = layers.grid_angles(*self.grid, width // self.heads)
+        q, k = layers.rotated(qkv[:, :, 0], angle), layers.rotated(qkv[:, :, 1], angle)
+        y = self.attend(q, k, qkv[:, :, 2]).reshape(batch, tokens, width)
+        return layer(width, name="proj")(y)
+
+
 class SwiGLU(nn.Module):
     """w3(silu(a) * b), where w12 x = [a | b]."""
 
@@ -130,7 +150,7 @@ class DHBlock(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = _modulation(
             cond, 6, x.shape[-1], dtype
         )
-        attn = Attention(self.heads, self.attend, dtype, grid=self.grid, name="attn")
+        attn = RotaryAttention(self.heads, self.grid, self.attend, dtype, name="attn")
         x = x + gate_a * attn(_norm(dtype, "norm1")(x) * (1 + scale_a) + shift_a)
         mlp = SwiGLU(self.hidden, dtype, name="mlp")
         return x + gate_m * mlp(_norm(dtype, "norm2")(x) * (1 + scale_m) + shift_m)
@@ -183,7 +203,7 @@ class DiTDH(nn.Module):
             cond = cond + table(condition.label, z.shape[0])
         cond = nn.silu(cond)[:, None]
         s = PatchEmbed(1, c.width, dtype, name="s_embedder")(z)
-        s = s + jnp.asarray(position_embedding(rows, columns, c.width), s.dtype)
+        s = s + jnp.asarray(layers.position_embedding(rows, columns, c.width), s.dtype)
         for i in range(c.depth):
             s = make(c.heads, c.hidden(c.width), *how, name=f"blocks_{i}")(s, cond)
         s = nn.silu(time[:, None] + s)

@@ -175,6 +175,18 @@ def grid_angles(rows: int, columns: int, dim: int) -> np.ndarray:
     return np.concatenate(halves, axis=1)
 
 
+def position_embedding(height: int, width: int, dim: int) -> np.ndarray:
+    """Fixed embedding (height * width, dim), float64: [sin | cos] of column, then of row."""
+    freqs = frequencies(dim // 4, endpoint=False)
+
+    def one_axis(position: np.ndarray) -> np.ndarray:
+        angle = position.reshape(-1, 1) * freqs
+        return np.concatenate((np.sin(angle), np.cos(angle)), axis=1)
+
+    row, column = np.mgrid[:height, :width].astype(np.float64)
+    return np.concatenate((one_axis(column), one_axis(row)), axis=1)
+
+
 VARIANCE = "logvar_linear"  # the head's name among the parameters
 VARIANCE_FEATURES = 128  # of t, and of r
 
