@@ -28,15 +28,10 @@ Array = jax.Array
 FAR = 17.0  # a logit whose sigmoid is as near to 1 as float32 tells
 MIDDLE = 0x5917  # the purpose of a row's key from which its middle time is drawn
 
-HALVINGS = 6  # the shortest interval of dyadic times is 2^-6
-
 
 def _dyadic(r: Array, t: Array) -> tuple[Array, Array]:
-    """An interval of length 2^-k with ends at multiples of it: one draw chooses k, the other where.
-
-    Uniform draws give every k of 0 .. HALVINGS alike, and every place alike.
-    """
-    k = jnp.minimum(jnp.floor(r * (HALVINGS + 1)), HALVINGS).astype(jnp.int32)
+    """An interval [low, low + 2^-k] with low a multiple of 2^-k. k is one of 0 .. 6."""
+    k = jnp.minimum(jnp.floor(7 * r), 6).astype(jnp.int32)
     length = jnp.ldexp(jnp.ones_like(t), -k)
     low = jnp.minimum(jnp.floor(t / length) * length, 1 - length)
     return low, low + length
@@ -102,13 +97,10 @@ class TimeLaw:
     # * all ranges are in use after this share of the curriculum
     difficulty_share: float = limited(0.25, LEAST, 1)
 
-    def check_border(self) -> None:
-        """Raises DmfError where the t of rows with r = t is no draw, so that its law is unknown."""
-        if self.border == "pairs" and self.pairing not in DRAWN:
-            raise DmfError(
-                f"config.times.pairing = {self.pairing!r} with config.times.border = 'pairs': "
-                "expected 'own' for a weight or a pace of rows with r = t"
-            )
+    @property
+    def t_is_drawn(self) -> bool:
+        """Whether t is one of the two draws, before any border of its own."""
+        return self.pairing in DRAWN
 
     def mean_interval(self) -> float:
         """E[t - r] over the rows with r < t."""
@@ -362,7 +354,7 @@ def _mean_interval(law: TimeLaw) -> float:
     if law.pairing == "zero":
         return float(of_t @ t)
     r, of_r = _quadrature(law.base, law.r_mean, law.r_std)
-    if law.pairing not in DRAWN:
+    if not law.t_is_drawn:
         with jax.ensure_compile_time_eval():  # a number, also while a step is traced
             low, high = PAIRINGS[law.pairing](*np.meshgrid(r, t))
             return float(of_t @ np.asarray(high - low, np.float64) @ of_r)

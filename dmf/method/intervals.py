@@ -42,6 +42,7 @@ Array = jax.Array
 Interval = Callable[[Array, Array, Array], Array]  # (rho, r, t) -> a (B,), times (B,)
 
 TINY = 1e-30
+LEAST = 1e-12  # of a share that divides
 BINS = 8  # of t and of t - r, each over (0, 1)
 ADAPTIVE = "adaptive"
 
@@ -127,6 +128,20 @@ def share(rho: Array, r: Array, t: Array, sums: Array, floor: float) -> Array:
     dot, square = sums
     ratio = jnp.where(square > 0, dot / jnp.where(square > 0, square, 1), 1).reshape(-1)
     return jnp.clip(rho * ratio[_bin(r, t)], rho * floor, 1)
+
+
+def products(u: Array, u_next: Array, v: Array, a: Array) -> Array:
+    """(B, 2): <e, u - v> and |e|^2 of e = u + (u - u') / a - v, without gradient.
+
+    u, u_next, v: (B, ...); a: (B,). u_next is u'.
+    """
+    u, u_next, v = (
+        jax.lax.stop_gradient(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+        for x in (u, u_next, v)
+    )
+    share = jnp.maximum(a, LEAST).reshape(a.shape + (1,) * (u.ndim - a.ndim))
+    e, axes = u + (u - u_next) / share - v, tuple(range(1, u.ndim))
+    return jnp.stack([jnp.sum(e * (u - v), axes), jnp.sum(e * e, axes)], axis=1)
 
 
 def tally(r: Array, t: Array, products: Array) -> Array:

@@ -39,6 +39,7 @@ import jax.numpy as jnp
 from dmf.errors import DmfError
 from dmf.method import endpoint, flow
 from dmf.method.flow import VELOCITY, Net, Rows, RowSplit, Sides, Tangent, Whole, expand
+from dmf.method.intervals import products
 from dmf.method.velocity import mixed
 from dmf.method.weights import LossConfig
 
@@ -179,7 +180,7 @@ def discrete(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) 
     w = discrete_weight(a, pairs.r, pairs.t, rule.loss.product_rule)
     e = discrete_residual(u_pairs, u_next, v, w, rule.loss.residual_scale, rule.loss.target_clip)
     found = _apart(split, u - rows.v, e, _relative(u_pairs - u_next, u_pairs), pairs_cut=True)
-    found = found._replace(products=_products(u_pairs, u_next, v, a), share=a)
+    found = found._replace(products=products(u_pairs, u_next, v, a), share=a)
     return found.beside(_of_head(sides, rows), split)
 
 
@@ -189,7 +190,6 @@ def additive(
     rows: Rows,
     split: RowSplit,
     rule: Rule,
-    *,
     share: Callable[[Rows], Array] = flow.middle_share,
 ) -> Residuals:
     """SplitMeanFlow: u over [r, t] is the mean of u over [r, s] and over [s, t], with sg.
@@ -313,16 +313,6 @@ def on_all_rows(residual: Residual) -> Residual:
         return found.beside(e_head, split)
 
     return whole
-
-
-def _products(u: Array, u_next: Array, v: Array, a: Array) -> Array:
-    """(B, 2): <e, u - v> and |e|^2 of e = u + (u - u') / a - v, without gradient.
-
-    The adaptive interval sums them in its table.
-    """
-    u, u_next, v = (sg(x.astype(jnp.promote_types(x.dtype, jnp.float32))) for x in (u, u_next, v))
-    e, axes = u + (u - u_next) / expand(jnp.maximum(a, TINY), u) - v, tuple(range(1, u.ndim))
-    return jnp.stack([jnp.sum(e * (u - v), axes), jnp.sum(e * e, axes)], axis=1)
 
 
 def _relative(change: Array, u: Array) -> Array:

@@ -182,8 +182,12 @@ class LossConfig:
                 f"config.times.difficulty_clusters = {law.difficulty_clusters}: expected "
                 "'none', or 0 clusters, as each of them shifts the times of rows with r = t"
             )
-        if self.border_weight != "none" or law.difficulty_clusters:
-            law.check_border()
+        weighted = self.border_weight != "none" or law.difficulty_clusters
+        if weighted and law.border == "pairs" and not law.t_is_drawn:
+            raise DmfError(
+                f"config.times.pairing = {law.pairing!r} with config.times.border = 'pairs': "
+                "expected 'own' for a weight or a pace of rows with r = t"
+            )
 
     def of_row(self, law: TimeLaw) -> Weight:
         """The weight of a row from its error, its times and the progress of training.
