@@ -23,6 +23,7 @@ from dmf.method.flow import Condition
 from dmf.method.guidance import Contrast, condition_of, contrast, tells
 from dmf.method.samplers import SAMPLERS, Times, Velocity, uniform
 from dmf.metrics.labelled import DigitsScorer, PhotosScorer
+from dmf.networks.every import AUTOENCODERS
 from dmf.networks.frozen.vae import unscaled
 from dmf.storage import paths
 
@@ -286,11 +287,12 @@ def make_decoder(
         return lambda x: x
     folder, stored = pretrained.open_folder(path)
     config, _ = pretrained.described(stored)
-    if config.kind != "vae" or config.latent_channels != image_shape[-1]:
+    if config.kind not in AUTOENCODERS or config.latent_channels != image_shape[-1]:
         raise DmfError(
             f"--vae={path}: holds a {config.kind}; expected an autoencoder of "
             f"{image_shape[-1]}-channel latents"
         )
+    config.latent_shape(config.factor * image_shape[0])  # some have one size alone
     network, params = pretrained.load_folder(folder, stored)
     theirs = (trained_on or {}).get("vae", {}).get("sha256")
     mine = stored.get("source", {}).get("source", {}).get("sha256")
