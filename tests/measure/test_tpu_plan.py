@@ -278,6 +278,15 @@ def test_a_row_that_is_in_the_file_is_not_compiled_again(compiled, tmp_path, cap
     assert text.count("topology") == 12 and "reduce-scatter 28" in text and "1x8" in text
 
 
+def test_auto_is_planned_in_every_layout_that_makes_another_program(compiled, capsys):
+    rows = tpu_plan.plan(parse(merged(TINY, rows="auto")), ["v5e-8"])
+    learners = [("discrete", "split"), ("jvp", "split"), ("jvp", "joint")]
+    learners += [("discrete", "whole"), ("jvp", "whole")]  # the last one is the official step
+    found = [(row["kind"], row["rows"]) for row in rows]
+    assert found == [("flow", "split"), ("all_pairs", "split"), *learners]
+    assert "rows = auto takes split on v5e:2x4: by the roofline" in capsys.readouterr().out
+
+
 def test_rows_are_on_disk_as_soon_as_they_are_known(compiled, tmp_path, monkeypatch):
     out, whole = tmp_path / "plan.json", tpu_plan._compile
 
@@ -351,7 +360,7 @@ def test_what_the_compilers_refuse_is_one_line(monkeypatch, error, stage):
         raise error("no such\nkernel")
 
     lowered = SimpleNamespace(compile=refuse)
-    monkeypatch.setattr(tpu_plan, "_lower", refuse if stage == "lower" else lambda *_: lowered)
+    monkeypatch.setattr(tpu_plan, "lower", refuse if stage == "lower" else lambda *_: lowered)
     with pytest.raises(
         DmfError, match="^the flow step does not compile: no such kernel; expected other attention"
     ):
@@ -364,7 +373,7 @@ def test_what_is_our_own_fault_is_not_laid_on_the_compiler(monkeypatch):
     def fault(*_):
         raise KeyError("x")
 
-    monkeypatch.setattr(tpu_plan, "_lower", fault)
+    monkeypatch.setattr(tpu_plan, "lower", fault)
     with pytest.raises(KeyError):
         tpu_plan._compile(
             parse(TINY), sharding.make_mesh(), SimpleNamespace(kind="flow"), (8, 8, 1), 1.0
@@ -374,7 +383,7 @@ def test_what_is_our_own_fault_is_not_laid_on_the_compiler(monkeypatch):
 def test_seconds_of_compilation_are_of_nothing_else(monkeypatch):
     clock = iter([0.0, 10.0, 13.0])  # before lowering, before and after compiling
     monkeypatch.setattr(tpu_plan.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(tpu_plan, "_lower", lambda *_: SimpleNamespace(compile=lambda: stand_in(0)))
+    monkeypatch.setattr(tpu_plan, "lower", lambda *_: SimpleNamespace(compile=lambda: stand_in(0)))
     row = tpu_plan._compile(
         parse(TINY), sharding.make_mesh(), SimpleNamespace(kind="flow"), (8, 8, 1), 1.0
     )
