@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -235,14 +236,22 @@ def of_plan(rows: list[dict[str, Any]], config: Config) -> list[dict[str, Any]]:
     return found
 
 
-def decided_of_plan(
-    rows: list[dict[str, Any]], target: str, stages: Sequence[Stage], share: float
-) -> str:
-    """What `config.rows` = auto takes on a topology, in words. rows: of all its layouts."""
-    found = [row for row in rows if row["libtpu_name"] == target]
-    ms = {(row["kind"], _layout(row)): row["ms"] if row["fits"] else None for row in found}
-    layout, why = decided(stages, share, lambda kind, layout: ms[kind, layout])
-    return f"rows = auto takes {layout} on {target}: {why}"
+def of_auto(rows: list[dict[str, Any]], stages: Sequence[Stage], config: Config) -> list[str]:
+    """Lines that say what `config.rows` = auto takes on each topology. rows: from `of_plan`."""
+    ms = {
+        (row["libtpu_name"], row["kind"], _layout(row)): row["ms"] if row["fits"] else None
+        for row in rows
+    }
+
+    def of_step(target: str, kind: str, layout: str) -> float | None:
+        return ms[target, kind, layout]
+
+    lines = []
+    for target in dict.fromkeys(row["libtpu_name"] for row in rows):
+        share = config.times.r_neq_t_fraction
+        layout, why = decided(stages, share, partial(of_step, target))
+        lines.append(f"rows = auto takes {layout} on {target}: {why}")
+    return lines
 
 
 def over(official: float | None, ms: float | None) -> float | None:

@@ -110,7 +110,8 @@ def plan(
             f"config.data.name is {config.data.name!r}: expected one of {', '.join(DATA)}"
         )
     shape, classes, images = DATA[config.data.name]
-    stages = {stage.kind: stage for stage in check(config, classes, images)}
+    every = check(config, classes, images)
+    stages = {stage.kind: stage for stage in every}
     targets = [(given, topologies.libtpu_name(given)) for given in names]
     topologies.prepare()
     meshes = [sharding.make_mesh(config.mesh, topologies.devices(*target)) for target in targets]
@@ -133,13 +134,9 @@ def plan(
                 _write(out, kept)
             rows.append(row)
             print(format_rows(rows[-1:], heading=len(rows) == 1), flush=True)
-    print(legend(rows), flush=True)
     least = roofline.of_plan(rows, config)
-    print(roofline.format_plan(least), flush=True)
-    if config.rows == AUTO and not only:
-        every, share = check(config, classes, images), config.times.r_neq_t_fraction
-        for _, target in targets:
-            print(roofline.decided_of_plan(least, target, every, share), flush=True)
+    auto = roofline.of_auto(least, every, config) if config.rows == AUTO and not only else []
+    print("\n".join([legend(rows), roofline.format_plan(least), *auto]), flush=True)
     return rows
 
 
