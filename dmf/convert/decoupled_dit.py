@@ -55,7 +55,7 @@ def _rules(config: DiTConfig, shape: Shape, tensors: Tensors | None) -> list[Rul
     rooms |= {layers.VARIANCE: layers.VARIANCE} if config.logvar else {}
     norms = [f"blocks.{i}.attn.{x}_norm" for i in range(config.depth) for x in "qk"]
     return [
-        sit.positions(config, shape, tensors),
+        sit.positions(config.width, config.patch, shape, tensors),
         *conv_layer("x_embedder.proj", "x_embedder/proj"),
         *dit.label_table(config, sit.TABLE),
         *(rule for module, room in rooms.items() for rule in linear_layer(module, room)),

@@ -26,7 +26,13 @@ EMBEDDER = {
     "adm": ("time_embed_0/kernel", {"endpoint": False}, False),
     "unet": ("map_layer0/kernel", {"endpoint": True}, True),
 }
-LAST = {"dit": r"final_layer/linear/", "adm": r"out_2/", "unet": r"dec/\d+x\d+_aux_conv/"}
+LAST = {
+    "dit": r"final_layer/linear/",
+    "in_context_dit": r"(head_)?final_layer/linear/",
+    "dit_dh": r"final_layer/linear/",
+    "adm": r"out_2/",
+    "unet": r"dec/\d+x\d+_aux_conv/",
+}
 
 
 class Direction(NamedTuple):
@@ -109,6 +115,11 @@ def _changes(config: Any, direction: Direction, leaves: Sequence[str]) -> dict[s
         last = [leaf for leaf in leaves if re.match(LAST[config.kind], leaf)]
         found |= {leaf: (note, np.negative) for leaf in last}
     if direction.other_time:
+        if config.kind not in EMBEDDER:
+            raise DmfError(
+                f"--set=time={direction.time}: expected the other time, as no change of weights "
+                f"reverses that of network.kind {config.kind}"
+            )
         if getattr(config, "time_routing", "interval") == "decoupled":
             raise DmfError(
                 f"--set=time={direction.time}: expected the other time, as no program with "

@@ -57,7 +57,7 @@ def _rules(config: DiTConfig, shape: Shape, tensors: Tensors | None) -> list[Rul
     rooms |= {f"{second}.mlp.{i}": f"interval/mlp_{i}" for i in (0, 2)}
     rooms |= {sit.LAST: dit.room(sit.LAST)}
     return [
-        sit.positions(config, shape, tensors),
+        sit.positions(config.width, config.patch, shape, tensors),
         *conv_layer("x_embedder.proj", "x_embedder/proj"),
         *dit.label_table(config, sit.TABLE),
         *(rule for module, room in rooms.items() for rule in linear_layer(module, room)),

@@ -30,7 +30,7 @@ from dmf.convert.rules import (
 )
 from dmf.errors import DmfError
 from dmf.networks import layers
-from dmf.networks.dit import DiTConfig, position_embedding
+from dmf.networks.dit import DiTConfig
 
 NAME = "sit"
 COPIES = Copies(
@@ -69,7 +69,7 @@ def described(
         )
     block, heads = r"blocks\.(\d+)\.", given.get("heads")
     config = dit.config_of(tensors, patch, hidden, width, TABLE, block, heads)
-    resolution = _resolution(tensors, patch, given.get("resolution"))
+    resolution = resolution_of(tensors, patch, given.get("resolution"))
     return config, (resolution, resolution, channels), out // rows
 
 
@@ -83,7 +83,7 @@ def _describe(tensors: Tensors, given: Mapping[str, Any]) -> tuple[DiTConfig, Sh
     return described(tensors, given, NAME)[:2]
 
 
-def _resolution(tensors: Tensors, patch: int, given: int | None) -> int:
+def resolution_of(tensors: Tensors, patch: int, given: int | None) -> int:
     """Side of the square image, from the rows of the position table. Raises DmfError."""
     if "pos_embed" not in tensors:
         if given is None:
@@ -117,7 +117,7 @@ def _rules(config: DiTConfig, shape: Shape, tensors: Tensors | None) -> list[Rul
         rule for name in dit.modules(config.depth) for rule in linear_layer(name, dit.room(name))
     ]
     return [
-        positions(config, shape, tensors),
+        positions(config.width, config.patch, shape, tensors),
         *conv_layer("x_embedder.proj", "x_embedder/proj"),
         *reversed_layer("t_embedder.mlp.0", "t_embedder/mlp_0", angles, sin_first=False, note=note),
         *optional(linear_layer("h_embedder.mlp.0", "interval/mlp_0"), NO_INTERVAL, fill="init"),
@@ -139,19 +139,25 @@ def projectors(tensors: Tensors | None) -> list[Rule]:
     ]
 
 
-def positions(config: DiTConfig, shape: Shape, tensors: Tensors | None) -> Rule:
+def positions(width: int, patch: int, shape: Shape, tensors: Tensors | None) -> Rule:
     """The rule of the table of positions, which the network computes itself."""
-    rows, columns = shape[0] // config.patch, shape[1] // config.patch
-    half = tensors and "pos_embed" in tensors and tensors["pos_embed"].dtype.itemsize == 2
-    # Half precision rounds a sine by up to 2^-9, float32 an angle of 64 radians by 4e-6.
-    # A table in another order would be wrong by about 1.
-    atol = 2**-8 if half else 1e-5
+    rows, columns = shape[0] // patch, shape[1] // patch
 
     def table() -> np.ndarray:
-        return position_embedding(rows, columns, config.width)[None].astype(np.float32)
+        return layers.position_embedding(rows, columns, width)[None].astype(np.float32)
 
     note = f"the sine-cosine table of {rows}x{columns} patches, column first"
-    return constant("pos_embed", table, note, atol)
+    return constant("pos_embed", table, note, rounding("pos_embed", tensors))
+
+
+def rounding(name: str, tensors: Tensors | None) -> float:
+    """By how much a table of sines in a file may differ from ours.
+
+    Half precision rounds a sine by up to 2^-9, float32 an angle of 64 radians by 4e-6.
+    A table in another order would be wrong by about 1.
+    """
+    half = tensors and name in tensors and tensors[name].dtype.itemsize == 2
+    return 2**-8 if half else 1e-5
 
 
 def _last_layer(patch: int, channels: int, sigma: bool) -> list[Rule]:

@@ -24,6 +24,7 @@ from dmf.method.flow import VELOCITY, Condition
 from dmf.networks import layers
 from dmf.networks.adm import ADMConfig, make_adm
 from dmf.networks.dit import DIT_SIZES, DiTConfig, make_dit
+from dmf.networks.dit_dh import DIT_DH_SIZES, DiTDHConfig, make_dit_dh
 from dmf.networks.in_context import IN_CONTEXT_SIZES, InContextConfig, make_in_context_dit
 from dmf.networks.layers import PLAIN, REMAT, Execution, check_choice
 from dmf.networks.mlp import MLPConfig, make_mlp
@@ -32,8 +33,10 @@ from dmf.networks.unet import UNetConfig, make_unet
 __all__ = [
     "ADMConfig",
     "Condition",
+    "DIT_DH_SIZES",
     "DIT_SIZES",
     "DiTConfig",
+    "DiTDHConfig",
     "Execution",
     "IN_CONTEXT_SIZES",
     "InContextConfig",
@@ -49,7 +52,7 @@ __all__ = [
 ]
 
 SideOutputs = dict[str, jax.Array]
-NetworkConfig = UNetConfig | DiTConfig | MLPConfig | ADMConfig | InContextConfig
+NetworkConfig = UNetConfig | DiTConfig | MLPConfig | ADMConfig | InContextConfig | DiTDHConfig
 Params = dict[str, Any]
 
 KINDS: dict[str, tuple[type, Callable[..., Any]]] = {
@@ -58,6 +61,7 @@ KINDS: dict[str, tuple[type, Callable[..., Any]]] = {
     "mlp": (MLPConfig, make_mlp),
     "adm": (ADMConfig, make_adm),
     "in_context_dit": (InContextConfig, make_in_context_dit),
+    "dit_dh": (DiTDHConfig, make_dit_dh),
 }
 # Fields of a network's config that do not change what its weights mean.
 HEADS: dict[str, Any] = {"logvar": False, "velocity_head": 0}  # of the loss alone, when left out

@@ -69,18 +69,6 @@ class DiTConfig:
     logvar: bool = False  # a head for the log variance of the loss (`loss.logvar`)
 
 
-def position_embedding(height: int, width: int, dim: int) -> np.ndarray:
-    """Fixed embedding (height * width, dim), float64: [sin | cos] of column, then of row."""
-    freqs = layers.frequencies(dim // 4, endpoint=False)
-
-    def one_axis(position: np.ndarray) -> np.ndarray:
-        angle = position.reshape(-1, 1) * freqs
-        return np.concatenate((np.sin(angle), np.cos(angle)), axis=1)
-
-    row, column = np.mgrid[:height, :width].astype(np.float64)
-    return np.concatenate((one_axis(column), one_axis(row)), axis=1)
-
-
 def _modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     return x * (1 + scale) + shift
 
@@ -196,7 +184,7 @@ class DiT(nn.Module):
         batch, height, width, channels = z.shape
         rows, columns = height // c.patch, width // c.patch
         x = PatchEmbed(c.patch, c.width, self.dtype, name="x_embedder")(z)
-        x = x + jnp.asarray(position_embedding(rows, columns, c.width), x.dtype)
+        x = x + jnp.asarray(layers.position_embedding(rows, columns, c.width), x.dtype)
         early, late = self._conditions(r, t, condition.label)
         x = self._scanned(x, early, late) if self.how.scan else self._unrolled(x, early, late)
         x = FinalLayer(c.patch**2 * channels, name="final_layer")(x, late)

@@ -67,7 +67,11 @@ def least(config: Any) -> tuple[int, int]:
         wide = config.channels if config.kind == "vae" else config.channel_mult
         base = 1 if config.kind == "vae" else config.channels
         layers, times = [9 * (base * n) ** 2 for n in wide], config.blocks
-    elif config.kind in ("dit", "dinov2"):  # queries, keys, values and output of attention
+    elif config.kind in (
+        "dit",
+        "dinov2",
+        "dit_dh",
+    ):  # queries, keys, values and output of attention
         layers, times = [4 * config.width**2], config.depth
     elif config.kind == "in_context_dit":
         layers, times = [4 * config.width**2], config.depth + config.velocity_head

@@ -21,7 +21,6 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dmf.errors import DmfError
 from dmf.fields import MOST_BLOCKS, MOST_CLASSES, REQUIRED, WIDEST, choice, limited
@@ -78,20 +77,6 @@ def _fan_in(gain: float) -> nn.initializers.Initializer:
     return nn.initializers.variance_scaling(gain**2, "fan_in", "normal")
 
 
-def rotated(x: jax.Array) -> jax.Array:
-    """Rotary positions: channels 2 k and 2 k + 1 of token n turn by the angle n 1e4^(-2 k / dim).
-
-    x: (B, N, heads, dim). It computes in float32 at least.
-    """
-    tokens, dim = x.shape[1], x.shape[3]
-    angle = np.arange(tokens)[:, None] * layers.frequencies(dim // 2, endpoint=False)
-    wide = layers.at_least_float32(x)
-    cos, sin = (jnp.asarray(f(angle), wide.dtype)[:, None] for f in (np.cos, np.sin))
-    even, odd = wide[..., ::2], wide[..., 1::2]
-    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return turned.reshape(x.shape).astype(x.dtype)
-
-
 class RotaryAttention(nn.Module):
     """Self-attention with norms and rotary positions of queries and keys.
 
@@ -109,8 +94,9 @@ class RotaryAttention(nn.Module):
         layer = _layer(self.dtype)
         qkv = layer(3 * width, name="qkv")(x)
         qkv = qkv.reshape(batch, tokens, 3, self.heads, width // self.heads)
-        q = rotated(_norm(self.dtype, "q_norm")(qkv[:, :, 0]))
-        k = rotated(_norm(self.dtype, "k_norm")(qkv[:, :, 1]))
+        angle = layers.line_angles(tokens, width // self.heads)
+        q = layers.rotated(_norm(self.dtype, "q_norm")(qkv[:, :, 0]), angle)
+        k = layers.rotated(_norm(self.dtype, "k_norm")(qkv[:, :, 1]), angle)
         y = self.attend(q, k, qkv[:, :, 2]).reshape(batch, tokens, width)
         return layer(width, name="proj")(y)
 

@@ -151,6 +151,42 @@ def log_sigma(t: jax.Array) -> jax.Array:
     return (jnp.log(t) - jnp.log1p(-t)) / 4
 
 
+def rotated(x: jax.Array, angle: np.ndarray) -> jax.Array:
+    """Rotary positions: channels 2 k and 2 k + 1 of token n turn by angle[n, k].
+
+    x: (B, N, heads, dim). angle: (N, dim / 2). It computes in float32 at least.
+    """
+    wide = at_least_float32(x)
+    cos, sin = (jnp.asarray(f(angle), wide.dtype)[:, None] for f in (np.cos, np.sin))
+    even, odd = wide[..., ::2], wide[..., 1::2]
+    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)
+
+
+def line_angles(tokens: int, dim: int) -> np.ndarray:
+    """Angles (tokens, dim / 2) of tokens in a line, for `rotated`: n 1e4^(-2 k / dim)."""
+    return np.arange(tokens)[:, None] * frequencies(dim // 2, endpoint=False)
+
+
+def grid_angles(rows: int, columns: int, dim: int) -> np.ndarray:
+    """Angles (rows * columns, dim / 2) of tokens in a grid: those of its row, then its column."""
+    row, column = np.indices((rows, columns)).reshape(2, -1)
+    halves = line_angles(rows, dim // 2)[row], line_angles(columns, dim // 2)[column]
+    return np.concatenate(halves, axis=1)
+
+
+def position_embedding(height: int, width: int, dim: int) -> np.ndarray:
+    """Fixed embedding (height * width, dim), float64: [sin | cos] of column, then of row."""
+    freqs = frequencies(dim // 4, endpoint=False)
+
+    def one_axis(position: np.ndarray) -> np.ndarray:
+        angle = position.reshape(-1, 1) * freqs
+        return np.concatenate((np.sin(angle), np.cos(angle)), axis=1)
+
+    row, column = np.mgrid[:height, :width].astype(np.float64)
+    return np.concatenate((one_axis(column), one_axis(row)), axis=1)
+
+
 VARIANCE = "logvar_linear"  # the head's name among the parameters
 VARIANCE_FEATURES = 128  # of t, and of r
 
@@ -175,12 +211,13 @@ class FourierFeatures(nn.Module):
 
     width: int
     scale: float
+    spread: float = FOURIER_SCALE
 
     @nn.compact
     def __call__(self, time: jax.Array) -> jax.Array:
         """Map time (B,) to (B, width)."""
         freqs = jax.lax.stop_gradient(
-            self.param("freqs", nn.initializers.normal(FOURIER_SCALE), (self.width // 2,))
+            self.param("freqs", nn.initializers.normal(self.spread), (self.width // 2,))
         )
         return time_features(time, 2 * math.pi * self.scale * freqs, sin_first=True)
 

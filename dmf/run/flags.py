@@ -32,6 +32,7 @@ KINDS = {
     "meanflow_sit": "MeanFlow in SiT's layout (PyTorch), with an r_embedder or h_embedder",
     "imeanflow": "improved MeanFlow on latents (Flax msgpack)",
     "decoupled_dit": "Decoupled MeanFlow (PyTorch), published as DMF",
+    "dit_dh": "DiT-DH in autoencoder features, teacher or MeanFlow student (PyTorch)",
     "meanflow_unet": "MeanFlow CIFAR-10 U-Net, or a flow model in the same network (PyTorch)",
     "edm": "EDM and ECT networks, VP DDPM++ or VE NCSN++ (pickle)",
     "rectified_flow": "rectified flow on CIFAR-10 (score_sde layout)",

@@ -177,11 +177,15 @@ def picture(rows: list[Row], folder: Path, path: Path) -> None:
     """One grid of one-step samples per method, and the flow model's at 1 and 32 steps."""
     from dmf.evaluation import pictures
 
-    named = {"flow model, 32 steps": samples_of(folder / FLOW, 32)}
+    named = {}
+    if (folder / FLOW / "checkpoints").is_dir():
+        named["flow model, 32 steps"] = samples_of(folder / FLOW, 32)
     for row in rows:
         if "failed" not in row and (folder / row["method"] / "checkpoints").is_dir():
             called = "flow model" if row["method"] == FLOW else row["method"]
             named[f"{called}, 1 step"] = samples_of(folder / row["method"], 1)
+    if not named:
+        raise SystemExit(f"error: {folder} holds no runs to draw; expected those of --out")
     parts, of = [], list(named.items())
     for first in range(0, len(of), 3):
         parts.append(folder / f"part{first}.png")
@@ -261,6 +265,9 @@ def missing(wanted: list[str], rows: list[Row], seed: int, folder: Path) -> list
 def run_all(wanted: list[str], seed: int, folder: Path, out: Path) -> None:
     """Runs what is missing, storing each row as it comes."""
     todo = missing([FLOW, *wanted], stored(out), seed, folder)
+    start = folder / FLOW / "checkpoints" / str(FLOW_STEPS)
+    if todo and FLOW not in todo and not start.is_dir():
+        todo = [FLOW, *todo]  # its row is stored, and the weights that the others need are gone
     began = time.monotonic()
     for i, method in enumerate(todo):
         row = run(method, seed, folder)

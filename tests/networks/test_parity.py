@@ -17,8 +17,7 @@ from dmf.networks import (
     build,
     layers,
 )
-from dmf.networks.dit import position_embedding
-from dmf.networks.layers import log_sigma
+from dmf.networks.layers import log_sigma, position_embedding
 from dmf.networks.unet import edm_velocity
 from tests import GOLDEN
 from tests.networks.small import (
