@@ -149,8 +149,8 @@ class Config:
     remat: str = choice("none", REMATS)
     # a DiT's blocks as one compiled block, run depth times: compiles faster
     scan_blocks: bool = False
-    # layout of the rows: split = apart where that saves passes | joint = one pass with gradient |
-    # whole = all alike | auto = the fastest of them on this chip (docs/performance.md)
+    # layout of the rows: split = apart where it saves passes | joint = one pass with gradient |
+    # whole = all alike | auto = the fastest
     rows: str = choice("split", (*LAYOUTS, AUTO))
     label_dropout: float = limited(0.0, 0, 0.999)  # * share of rows trained with the null class
     path: str = choice("linear", PATHS)  # from data to noise: linear is z = (1 - t) x + t e

@@ -455,17 +455,25 @@ def test_shapes_and_classes_are_those_of_the_data():
 
 
 @NEEDS_LIBTPU
-def test_a_tiny_step_really_compiles_for_four_chips(tmp_path):
+def test_compiled_steps_for_real_chips_send_the_gradient_and_nothing_else(tmp_path):
     # In a new process: this one has fake devices, and libtpu reads its environment when it loads.
     values = merged(
-        TINY, curriculum=dict(stages=1, kinds=("discrete",), pretrain_length=0.0), mesh=dict(fsdp=2)
+        TINY,
+        network=dict(width=128),  # arrays that are worth splitting
+        curriculum=dict(stages=1, kinds=("jvp",), pretrain_length=0.0),
     )
     code = "import sys, json; from dmf.config import parse; from dmf.measure import tpu_plan; "
-    code += "tpu_plan.plan(parse(json.loads(sys.argv[1])), ['v5e-4'], sys.argv[2])"
+    code += "values = json.loads(sys.argv[1]); "
+    code += "[tpu_plan.plan(parse(values | dict(mesh=dict(fsdp=n))), ['v5e-4'], sys.argv[2], "
+    code += "only=['jvp']) for n in (1, 4)]"
     out = tmp_path / "plan.json"
     given = [sys.executable, "-c", code, json.dumps(values), str(out)]
     done = subprocess.run(given, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert not done.returncode, done.stderr[-2000:]
-    (row,) = tpu_plan.read(str(out))
-    assert row["fits"] and row["mesh"] == [2, 2] and row["hbm_bytes"] == round(15.75 * 2**30)
-    assert row["collectives"]["all-reduce"]["count"] >= 1
+    parallel, split = tpu_plan.read(str(out))
+    assert parallel["fits"] and parallel["hbm_bytes"] == round(15.75 * 2**30)
+    assert parallel["mesh"] == [4, 1] and set(parallel["collectives"]) == {"all-reduce"}
+    assert split["mesh"] == [1, 4] and "all-gather" in split["collectives"]
+    assert set(split["collectives"]) <= {"all-gather", "reduce-scatter", "all-reduce"}
+    sent = [sum(m["bytes"] for m in row["collectives"].values()) for row in (parallel, split)]
+    assert sent[1] < 1.1 * sent[0]  # a ring's sum is a scatter and a gather
