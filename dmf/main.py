@@ -65,10 +65,15 @@ def _start(config: Config, workdir: str, stop: sigterm.Stop) -> None:
     if not processes.is_first():  # one process speaks for all; errors still go to stderr
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     from dmf.evaluation.boundary import RunJudge
+    from dmf.method.objectives import AUTO
     from dmf.run import programs
     from dmf.train import train
 
     programs.keep(paths.at(workdir))
+    if config.rows == AUTO:
+        from dmf.measure.layout import settled
+
+        config = settled(config, paths.at(workdir))
     train(config, workdir, STARTED, FLAGS.allow_change, stop, RunJudge)
 
 
