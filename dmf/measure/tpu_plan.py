@@ -69,7 +69,7 @@ LATER: dict[str, dict[str, Any]] = {
     },
     "guidance": {"most": 1.0, "power": 1.0},
     "times": dict(base="logit_normal", border="pairs", border_mean=0.0, border_std=1.0)
-    | dict(difficulty_clusters=0, difficulty_share=0.25),
+    | dict(difficulty_clusters=0, difficulty_share=0.25, shift=1.0),
 }
 OFFICIAL, GUIDED_LAST = "official", "guided_jvp"
 EARLIER = {"effort": 0.0, "rows": SPLIT}  # columns that old rows lack
