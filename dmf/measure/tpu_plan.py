@@ -38,6 +38,7 @@ DATA = {
     "photos": ((16, 16, 3), 12, 3864),
     "cifar10": ((32, 32, 3), 10, 50_000),
     "imagenet256_latents": ((32, 32, 4), 1000, 1_281_167),
+    "imagenet256_features": ((16, 16, 768), 1000, 1_281_167),
 }
 # Sections of the config that change a program and have no column. A row has a digest of them.
 SHAPING = (
