@@ -13,9 +13,13 @@ It is the discrete curriculum in the place of MF-RAE's second stage (arXiv 2511.
 here: MF-RAE's first stage, consistency mid-training on a teacher's states, and its teacher in the
 target. Without the first, its authors saw XL diverge in the second epoch. We have not run it.
 
-MF-RAE's: DiT-DH-XL, two uniform times moved to noise by sqrt(16 * 16 * 768 / 4096), three quarters
-of the rows with r = t, p = 1, eps = 1e-3, batch 256, Adam at 1e-4 with decays .9 and .95, clipping
-at 1, an average of decay .9999, 36 epochs, no guidance.
+MF-RAE's:
+
+- DiT-DH-XL, batch 256, 36 epochs, no guidance
+- two uniform times, moved to noise by sqrt(16 * 16 * 768 / 4096)
+- three quarters of the rows with r = t, p = 1, eps = 1e-3
+- Adam at 1e-4 with decays .9 and .95, clipping at 1, an average of decay .9999
+
 RAE's (arXiv 2510.11690): label dropout .1.
 Ours: the curriculum with K = 6 and q = 2 as in configs/imagenet256.py, the warm-up and the guard.
 
