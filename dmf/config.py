@@ -25,7 +25,7 @@ from dmf.method import guidance, velocity, weights
 from dmf.method.curriculum import CurriculumConfig, Stage, build_stages
 from dmf.method.flow import PATHS, TimeLaw
 from dmf.method.guidance import GuidanceConfig
-from dmf.method.objectives import FORMER, GUIDED, KINDS, LAST, LAYOUTS
+from dmf.method.objectives import AUTO, FORMER, GUIDED, KINDS, LAST, LAYOUTS
 from dmf.method.samplers import SAMPLERS
 from dmf.method.weights import LossConfig
 from dmf.networks import NetworkConfig, UNetConfig, attention
@@ -149,9 +149,9 @@ class Config:
     remat: str = choice("none", REMATS)
     # a DiT's blocks as one compiled block, run depth times: compiles faster
     scan_blocks: bool = False
-    # layout of the rows: split = apart where that saves passes | joint = one pass with gradient |
-    # whole = all alike
-    rows: str = choice("split", LAYOUTS)
+    # layout of the rows: split = apart where it saves passes | joint = one pass with gradient |
+    # whole = all alike | auto = the fastest
+    rows: str = choice("split", (*LAYOUTS, AUTO))
     label_dropout: float = limited(0.0, 0, 0.999)  # * share of rows trained with the null class
     path: str = choice("linear", PATHS)  # from data to noise: linear is z = (1 - t) x + t e
     network: NetworkConfig = field(default_factory=UNetConfig)

@@ -65,10 +65,15 @@ def _start(config: Config, workdir: str, stop: sigterm.Stop) -> None:
     if not processes.is_first():  # one process speaks for all; errors still go to stderr
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     from dmf.evaluation.boundary import RunJudge
+    from dmf.method.objectives import AUTO
     from dmf.run import programs
     from dmf.train import train
 
     programs.keep(paths.at(workdir))
+    if config.rows == AUTO:
+        from dmf.measure.layout import settled
+
+        config = settled(config, paths.at(workdir))
     train(config, workdir, STARTED, FLAGS.allow_change, stop, RunJudge)
 
 
@@ -121,7 +126,7 @@ def _encode() -> Callable[[], Any]:
     if FLAGS.verify:
         return partial(verify, flags.needed_out("the directory of encoded latents"))
     source, out = flags.need("source"), flags.needed_out("the directory to make")
-    what = " the directory of a converted autoencoder (--mode=convert --kind=sd_vae)"
+    what = " the directory of a converted autoencoder (--mode=convert, kind sd_vae or rae_decoder)"
     vae = flags.need("vae", what)
     call = partial(encode, vae, source, out, data_dir=FLAGS.data_dir, split=FLAGS.split)
     return partial(call, size=FLAGS.size or 256, batch=FLAGS.batch, dtype=FLAGS.dtype)

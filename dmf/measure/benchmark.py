@@ -22,7 +22,7 @@ from dmf import sharding
 from dmf.config import Config, check
 from dmf.data import load
 from dmf.errors import DmfError
-from dmf.measure import cost, roofline
+from dmf.measure import cost, layout, roofline
 from dmf.measure.cost import Compilations
 from dmf.measure.programs import Program, compile_cases, fits, take_turns
 from dmf.method import flow
@@ -79,7 +79,7 @@ def benchmark(config: Config, out: str = "", rounds: int = ROUNDS) -> list[dict[
     Raises DmfError where flow matching does not fit, and where a share of `CASES` is no whole
     number of the batch's rows.
     """
-    dataset = load(config.data, "train")
+    config, dataset = layout.settled(config), load(config.data, "train")
     shape = dataset.image_shape
     stages = check(config, dataset.num_classes, len(dataset))
     mesh = sharding.make_mesh(config.mesh)

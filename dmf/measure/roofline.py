@@ -6,7 +6,9 @@ all work of the other two hidden behind it. No figure here was compared with a r
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,7 +16,9 @@ from jax.sharding import Mesh
 
 from dmf.config import Config
 from dmf.measure import hlo, products
-from dmf.method.objectives import KINDS, SPLIT, WHOLE
+from dmf.method import curriculum
+from dmf.method.curriculum import Stage
+from dmf.method.objectives import KINDS, LAYOUTS, SPLIT, WHOLE
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,47 @@ def of_program(
     return bounds(flops, hlo.traffic(module), sent, known, arithmetic(config, kind))
 
 
+def program_of(stage: Stage, share: float, layout: str) -> str:
+    """The first layout in which a stage's program is the same: as many passes of a row.
+
+    share: of rows with r < t.
+    """
+    wanted = curriculum.passes(stage, share, layout)
+    return next(x for x in LAYOUTS if curriculum.passes(stage, share, x) == wanted)
+
+
+def programs(stages: Sequence[Stage], share: float) -> list[tuple[Stage, str]]:
+    """(stage, layout) of every program that the layouts make. share: as in `program_of`."""
+    every = [(stage, layout) for layout in LAYOUTS for stage in stages]
+    return [
+        (stage, layout) for stage, layout in every if program_of(stage, share, layout) == layout
+    ]
+
+
+def decided(
+    stages: Sequence[Stage], share: float, ms: Callable[[str, str], float | None]
+) -> tuple[str, str]:
+    """(the layout with the least time of all steps of a run, why, in words).
+
+    ms: (kind, layout) -> least time of a step; None where it does not fit, or is unknown.
+        It is asked about layouts of `program_of` alone.
+    Of equal layouts the first of `LAYOUTS` counts, and "split" where no time is known.
+    """
+    hours = {}
+    for layout in LAYOUTS:
+        found = [(s.steps, ms(s.kind, program_of(s, share, layout))) for s in stages]
+        known = [steps * step_ms for steps, step_ms in found if step_ms is not None]
+        hours[layout] = sum(known) / 3.6e6 if len(known) == len(found) else float("inf")
+    best = min(LAYOUTS, key=lambda layout: hours[layout])
+    if hours[best] == float("inf"):
+        return SPLIT, "no layout fits, or its time is unknown"
+    told = (
+        f"{layout} {hours[layout]:.3g} h" if hours[layout] < float("inf") else f"{layout} unknown"
+        for layout in LAYOUTS
+    )
+    return best, f"by the roofline all steps take at least: {', '.join(told)}"
+
+
 def columns(found: Bounds | None, batch_size: int, compiler_s: float | None) -> dict[str, Any]:
     """The numbers of `COLUMNS` for one step, except its ratio to the official one."""
     keys = [key for key, *_ in COLUMNS] + ["binds"]
@@ -189,6 +234,24 @@ def of_plan(rows: list[dict[str, Any]], config: Config) -> list[dict[str, Any]]:
     for row in found:
         row["over_official"] = over(whole.get(row["libtpu_name"]), row["ms"])
     return found
+
+
+def of_auto(rows: list[dict[str, Any]], stages: Sequence[Stage], config: Config) -> list[str]:
+    """Lines that say what `config.rows` = auto takes on each topology. rows: from `of_plan`."""
+    ms = {
+        (row["libtpu_name"], row["kind"], _layout(row)): row["ms"] if row["fits"] else None
+        for row in rows
+    }
+
+    def of_step(target: str, kind: str, layout: str) -> float | None:
+        return ms[target, kind, layout]
+
+    lines = []
+    for target in dict.fromkeys(row["libtpu_name"] for row in rows):
+        share = config.times.r_neq_t_fraction
+        layout, why = decided(stages, share, partial(of_step, target))
+        lines.append(f"rows = auto takes {layout} on {target}: {why}")
+    return lines
 
 
 def over(official: float | None, ms: float | None) -> float | None:

@@ -29,7 +29,7 @@ from dmf.errors import DmfError
 from dmf.measure import cost, hlo, products, roofline, topologies
 from dmf.method import curriculum
 from dmf.method.curriculum import Stage
-from dmf.method.objectives import FORMER, KINDS, LAST, SPLIT, WHOLE
+from dmf.method.objectives import AUTO, FORMER, KINDS, LAST, SPLIT, WHOLE
 from dmf.storage import atomic, records
 
 # Data set -> image shape, classes, images of its training split. A plan reads no data.
@@ -38,6 +38,7 @@ DATA = {
     "photos": ((16, 16, 3), 12, 3864),
     "cifar10": ((32, 32, 3), 10, 50_000),
     "imagenet256_latents": ((32, 32, 4), 1000, 1_281_167),
+    "imagenet256_features": ((16, 16, 768), 1000, 1_281_167),
 }
 # Sections of the config that change a program and have no column. A row has a digest of them.
 SHAPING = (
@@ -69,7 +70,7 @@ LATER: dict[str, dict[str, Any]] = {
     },
     "guidance": {"most": 1.0, "power": 1.0},
     "times": dict(base="logit_normal", border="pairs", border_mean=0.0, border_std=1.0)
-    | dict(difficulty_clusters=0, difficulty_share=0.25),
+    | dict(difficulty_clusters=0, difficulty_share=0.25, shift=1.0),
 }
 OFFICIAL, GUIDED_LAST = "official", "guided_jvp"
 EARLIER = {"effort": 0.0, "rows": SPLIT}  # columns that old rows lack
@@ -110,7 +111,8 @@ def plan(
             f"config.data.name is {config.data.name!r}: expected one of {', '.join(DATA)}"
         )
     shape, classes, images = DATA[config.data.name]
-    stages = {stage.kind: stage for stage in check(config, classes, images)}
+    every = check(config, classes, images)
+    stages = {stage.kind: stage for stage in every}
     targets = [(given, topologies.libtpu_name(given)) for given in names]
     topologies.prepare()
     meshes = [sharding.make_mesh(config.mesh, topologies.devices(*target)) for target in targets]
@@ -133,23 +135,30 @@ def plan(
                 _write(out, kept)
             rows.append(row)
             print(format_rows(rows[-1:], heading=len(rows) == 1), flush=True)
-    print(legend(rows), flush=True)
-    print(roofline.format_plan(roofline.of_plan(rows, config)), flush=True)
+    least = roofline.of_plan(rows, config)
+    auto = roofline.of_auto(least, every, config) if config.rows == AUTO and not only else []
+    print("\n".join([legend(rows), roofline.format_plan(least), *auto]), flush=True)
     return rows
 
 
 def _cases(config: Config, stages: list[Stage], only: Sequence[str]) -> list[tuple[Config, Stage]]:
     """(config, stage) of every program: the kinds of the run, then the official step.
 
+    With `rows` = auto the kinds are there in every layout that makes another program.
     A run of flow matching alone has no official step beside it. only: as in `plan`.
     """
-    found = [(config, stage) for stage in stages if not only or stage.kind in only]
+    given = [stage for stage in stages if not only or stage.kind in only]
+    found = [(config, stage) for stage in given]
+    if config.rows == AUTO:
+        differing = roofline.programs(given, config.times.r_neq_t_fraction)
+        found = [(replace(config, rows=layout), stage) for stage, layout in differing]
     learners = [stage for stage in stages if not KINDS[stage.kind].flow_matching]
     if not learners or (only and OFFICIAL not in only):
         return found
     guided = next((stage for stage in learners if KINDS[stage.kind].guided), None)
     official = replace(guided or learners[-1], kind=GUIDED_LAST if guided else LAST)
-    return [*found, (replace(config, rows=WHOLE), official)]
+    there = any((case.rows, stage.kind) == (WHOLE, official.kind) for case, stage in found)
+    return found if there else [*found, (replace(config, rows=WHOLE), official)]
 
 
 ROW = {"kind": str, "fits": bool, "program": str}  # the least that a stored row tells
@@ -321,7 +330,7 @@ def _digest(config: Config) -> str:
     return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _lower(config: Config, mesh: Any, kind: str, shape: tuple[int, ...]) -> jax.stages.Lowered:
+def lower(config: Config, mesh: Any, kind: str, shape: tuple[int, ...]) -> jax.stages.Lowered:
     """The step program of a kind on the mesh's devices. It takes shapes, not arrays."""
     network, optimizer = step.network_for(kind, config, shape, mesh), optim.build(config.optimizer)
     plain = networks.build(config.network, shape)
@@ -345,7 +354,7 @@ def _compile(
     """The columns of a row about the compiled program of a stage, or about its refusal."""
     started = time.perf_counter()
     try:
-        lowered = _lower(config, mesh, stage.kind, shape)
+        lowered = lower(config, mesh, stage.kind, shape)
         started = time.perf_counter()
         compiled = lowered.compile()
     except Exception as error:

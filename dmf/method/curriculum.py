@@ -211,7 +211,7 @@ def passes(stage: Stage, r_neq_t_fraction: float, layout: str = SPLIT) -> float:
     share = 1.0 if layout == WHOLE else r_neq_t_fraction
     extra = kind.extra + (stage.tangent_passes if kind.extra else 0)
     if layout == JOINT and kind.extra:
-        extra += kind.arithmetic == "derivative"
+        extra += kind.repeats
         if guided == 2:  # v_u and v_c
             guided, extra = 1, extra + 1
     return kind.passes + guided + extra * share

@@ -117,6 +117,7 @@ Residual = Callable[[Net, object, Rows, RowSplit, Rule], Residuals]
 
 # How the rows of a step go through the network; the numbers are equal up to rounding.
 SPLIT, JOINT, WHOLE = LAYOUTS = ("split", "joint", "whole")
+AUTO = "auto"  # the fastest of these, which a run decides before its first step
 
 
 def discrete_weight(a: Array, r: Array, t: Array, c: float) -> Array:
@@ -356,6 +357,11 @@ class Kind(NamedTuple):
     def guided(self) -> bool:
         """Whether `dmf.method.guidance` replaces v in the target."""
         return bool(self.unguided)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the joint layout evaluates u of r < t rows a second time."""
+        return self.residual is jvp
 
     @property
     def flow_matching(self) -> bool:

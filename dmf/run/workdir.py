@@ -26,6 +26,7 @@ import jax
 from dmf import processes
 from dmf.config import Config, differences, parse, to_dict
 from dmf.errors import DmfError
+from dmf.method.objectives import AUTO
 from dmf.storage import checkpoint, paths, records
 from dmf.storage.manifest import steps_in
 
@@ -122,8 +123,14 @@ def claim(
             becomes the directory's by `note_change`.
         forget: files of a run before that a fresh run must not find.
 
-    Raises DmfError where the directory holds another run's checkpoints.
+    Raises DmfError where the directory holds another run's checkpoints, and where the layout of
+    the rows is not decided.
     """
+    if config.rows == AUTO:
+        raise DmfError(
+            f"config.rows = {AUTO!r}: expected split, joint or whole; main.py decides it by "
+            "dmf.measure.layout.settled"
+        )
     mine = to_dict(config)
     with paths.writing(f"--workdir={workdir}"):
         paths.make(workdir)
@@ -224,6 +231,12 @@ def _again(torn: bytes, after: bytes) -> bool:
     """Whether a line is the next one up to where a kill has cut it. Their times may differ."""
     cut, first, last = torn.rstrip(b"\n"), len('{"utc": "'), len('{"utc": "' + utc())
     return cut[:first] == after[: len(cut)][:first] and cut[last:] == after[last : len(cut)]
+
+
+def layout(workdir: Path) -> str:
+    """The layout of the rows that the run in a directory began with, "" without a checkpoint."""
+    begun = steps_in(workdir / checkpoint.FOLDER)
+    return str(_stored(workdir)["rows"]) if begun else ""
 
 
 def _stored(workdir: Path) -> dict[str, Any]:

@@ -257,7 +257,7 @@ def test_batches_of_latents_have_std_in_benchmark_and_plan(monkeypatch):
     monkeypatch.setattr(step, "make_train_step", lambda *_: StandIn())
     seen = []
     monkeypatch.setattr(StandIn, "lower", lambda self, now, batch, scalars: seen.append(batch))
-    tpu_plan._lower(config, sharding.make_mesh(), "flow", (32, 32, 4))
+    tpu_plan.lower(config, sharding.make_mesh(), "flow", (32, 32, 4))
     assert seen == [shapes]
 
 

@@ -278,6 +278,15 @@ def test_a_row_that_is_in_the_file_is_not_compiled_again(compiled, tmp_path, cap
     assert text.count("topology") == 12 and "reduce-scatter 28" in text and "1x8" in text
 
 
+def test_auto_is_planned_in_every_layout_that_makes_another_program(compiled, capsys):
+    rows = tpu_plan.plan(parse(merged(TINY, rows="auto")), ["v5e-8"])
+    learners = [("discrete", "split"), ("jvp", "split"), ("jvp", "joint")]
+    learners += [("discrete", "whole"), ("jvp", "whole")]  # the last one is the official step
+    found = [(row["kind"], row["rows"]) for row in rows]
+    assert found == [("flow", "split"), ("all_pairs", "split"), *learners]
+    assert "rows = auto takes split on v5e:2x4: by the roofline" in capsys.readouterr().out
+
+
 def test_rows_are_on_disk_as_soon_as_they_are_known(compiled, tmp_path, monkeypatch):
     out, whole = tmp_path / "plan.json", tpu_plan._compile
 
@@ -351,7 +360,7 @@ def test_what_the_compilers_refuse_is_one_line(monkeypatch, error, stage):
         raise error("no such\nkernel")
 
     lowered = SimpleNamespace(compile=refuse)
-    monkeypatch.setattr(tpu_plan, "_lower", refuse if stage == "lower" else lambda *_: lowered)
+    monkeypatch.setattr(tpu_plan, "lower", refuse if stage == "lower" else lambda *_: lowered)
     with pytest.raises(
         DmfError, match="^the flow step does not compile: no such kernel; expected other attention"
     ):
@@ -364,7 +373,7 @@ def test_what_is_our_own_fault_is_not_laid_on_the_compiler(monkeypatch):
     def fault(*_):
         raise KeyError("x")
 
-    monkeypatch.setattr(tpu_plan, "_lower", fault)
+    monkeypatch.setattr(tpu_plan, "lower", fault)
     with pytest.raises(KeyError):
         tpu_plan._compile(
             parse(TINY), sharding.make_mesh(), SimpleNamespace(kind="flow"), (8, 8, 1), 1.0
@@ -374,7 +383,7 @@ def test_what_is_our_own_fault_is_not_laid_on_the_compiler(monkeypatch):
 def test_seconds_of_compilation_are_of_nothing_else(monkeypatch):
     clock = iter([0.0, 10.0, 13.0])  # before lowering, before and after compiling
     monkeypatch.setattr(tpu_plan.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(tpu_plan, "_lower", lambda *_: SimpleNamespace(compile=lambda: stand_in(0)))
+    monkeypatch.setattr(tpu_plan, "lower", lambda *_: SimpleNamespace(compile=lambda: stand_in(0)))
     row = tpu_plan._compile(
         parse(TINY), sharding.make_mesh(), SimpleNamespace(kind="flow"), (8, 8, 1), 1.0
     )
@@ -446,17 +455,25 @@ def test_shapes_and_classes_are_those_of_the_data():
 
 
 @NEEDS_LIBTPU
-def test_a_tiny_step_really_compiles_for_four_chips(tmp_path):
+def test_compiled_steps_for_real_chips_send_the_gradient_and_nothing_else(tmp_path):
     # In a new process: this one has fake devices, and libtpu reads its environment when it loads.
     values = merged(
-        TINY, curriculum=dict(stages=1, kinds=("discrete",), pretrain_length=0.0), mesh=dict(fsdp=2)
+        TINY,
+        network=dict(width=128),  # arrays that are worth splitting
+        curriculum=dict(stages=1, kinds=("jvp",), pretrain_length=0.0),
     )
     code = "import sys, json; from dmf.config import parse; from dmf.measure import tpu_plan; "
-    code += "tpu_plan.plan(parse(json.loads(sys.argv[1])), ['v5e-4'], sys.argv[2])"
+    code += "values = json.loads(sys.argv[1]); "
+    code += "[tpu_plan.plan(parse(values | dict(mesh=dict(fsdp=n))), ['v5e-4'], sys.argv[2], "
+    code += "only=['jvp']) for n in (1, 4)]"
     out = tmp_path / "plan.json"
     given = [sys.executable, "-c", code, json.dumps(values), str(out)]
     done = subprocess.run(given, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert not done.returncode, done.stderr[-2000:]
-    (row,) = tpu_plan.read(str(out))
-    assert row["fits"] and row["mesh"] == [2, 2] and row["hbm_bytes"] == round(15.75 * 2**30)
-    assert row["collectives"]["all-reduce"]["count"] >= 1
+    parallel, split = tpu_plan.read(str(out))
+    assert parallel["fits"] and parallel["hbm_bytes"] == round(15.75 * 2**30)
+    assert parallel["mesh"] == [4, 1] and set(parallel["collectives"]) == {"all-reduce"}
+    assert split["mesh"] == [1, 4] and "all-gather" in split["collectives"]
+    assert set(split["collectives"]) <= {"all-gather", "reduce-scatter", "all-reduce"}
+    sent = [sum(m["bytes"] for m in row["collectives"].values()) for row in (parallel, split)]
+    assert sent[1] < 1.1 * sent[0]  # a ring's sum is a scatter and a gather

@@ -308,7 +308,7 @@ def test_a_plan_lowers_the_adaptive_step_and_tells_it_from_others(monkeypatch):
     monkeypatch.setattr(topologies, "libtpu_version", lambda: "any")
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     config = parse(ADAPTIVE)
-    tpu_plan._lower(config, mesh, "discrete", (8, 8, 1))
+    tpu_plan.lower(config, mesh, "discrete", (8, 8, 1))
     found = {
         tpu_plan._about(
             parse(merged(TINY, curriculum=dict(interval=name))), "", "", "", mesh, "discrete"
