@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,48 +27,16 @@ from dmf import networks, sharding
 from dmf.config import Config
 from dmf.data import augment
 from dmf.errors import DmfError
-from dmf.method import curriculum, flow, guidance, intervals, objectives, velocity, weights
-from dmf.method.curriculum import Stage
+from dmf.method import flow, guidance, intervals, objectives, rectify, velocity, weights
 from dmf.method.flow import Condition, Rows, RowSplit
 from dmf.method.objectives import KINDS
 from dmf.networks import Execution, Network, attention
-from dmf.state import TrainState, ema_decays, learning_rate
+from dmf.state import Scalars, Second, TrainState
+from dmf.state import step_scalars as step_scalars
 
 Array = jax.Array
 Metrics = dict[str, Array]
 PURPOSES = ("flip", "augment", "label", "noise", "times", "network", "latent", "guidance")
-
-
-class Scalars(NamedTuple):
-    """The numbers that a step is told.
-
-        rho             how far a row looks back, as a share of t - r (`method/intervals.py`)
-        learning_rate   of the step
-        ema_decays      of the step, one per average
-        seed            of the run
-        progress        share of the curriculum that is done, in [0, 1]
-
-    They are traced, so no program depends on their values.
-    """
-
-    rho: np.float32 | Array
-    learning_rate: np.float32 | Array
-    ema_decays: np.ndarray | Array
-    seed: np.uint32 | Array
-    progress: np.float32 | Array = np.float32(0)
-
-
-def step_scalars(step: int, stage: Stage, stages: tuple[Stage, ...], config: Config) -> Scalars:
-    """The traced numbers of a step, all float32 except the seed."""
-    rate = learning_rate(step, stages, config.curriculum, config.optimizer)
-    decays = ema_decays(step, stages, config.curriculum, config.ema, config.batch_size)
-    return Scalars(
-        np.float32(curriculum.rho_at(stage, step)),
-        np.float32(rate),
-        np.asarray(decays, np.float32),
-        np.uint32(config.seed),
-        np.float32(curriculum.progress_at(stages, step)),
-    )
 
 
 def network_for(kind: str, config: Config, image_shape: tuple[int, ...], mesh: Mesh) -> Network:
@@ -103,6 +71,7 @@ def make_train_step(
         squares_border, squares_pairs  |residual|^2, mean over the r = t and over the r < t rows
         change                         how much u changes over the step back, relative to |u|
         interval                       mean share a of t - r, where the interval is adaptive
+        rectified, squares_second      of `method/rectify.py`, where a second network is trained
         grad_norm                      before clipping
         nonfinite_leaf                 index in jax.tree.leaves, or -1
     """
@@ -110,8 +79,13 @@ def make_train_step(
     average = config.ema.index() if config.loss.tangent in velocity.AVERAGED else None
     draw = partial(draw_rows, split=split, config=config)
     loss = partial(stage_loss, kind=kind, network=network, config=config)
-    on_one = make_gradient(loss, split.micro(mesh.size), config.microbatches)
-    gradient = sharding.averaged(mesh, on_one, network.dtypes)
+    beside = partial(second_loss, network=network, config=config)
+    parts = split.micro(mesh.size), config.microbatches
+    gradient, second_gradient = (
+        sharding.averaged(mesh, make_gradient(of, *parts), network.dtypes) for of in (loss, beside)
+    )
+    if has_second := KINDS[kind].second:
+        rectify.check(config.loss, config.num_classes, config.label_dropout)
 
     def train_step(
         state: TrainState, batch: dict[str, Array], scalars: Scalars
@@ -119,14 +93,20 @@ def make_train_step(
         rows = draw(state.step, batch, seed=scalars.seed, progress=scalars.progress)
         rows = jax.lax.with_sharding_constraint(rows, of_rows)
         frozen = {} if average is None else {"average": sharding.whole(mesh, state.ema[average])}
+        if state.second and has_second:
+            both = {"second": state.second.params, "generator": state.params}
+            frozen |= {name: sharding.whole(mesh, tree) for name, tree in both.items()}
         given = {"progress": scalars.progress, "frozen": frozen, "sums": state.intervals}
         grads, metrics = gradient(state.params, rows, scalars.rho, given)
         sums = _tallied(state.intervals, metrics.pop("intervals", None), config)
         metrics["grad_norm"], metrics["nonfinite_leaf"] = global_norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: p - scalars.learning_rate * u, state.params, updates)
+        (params, opt_state), second = moved(state, grads, optimizer, scalars), state.second
+        if second and has_second:
+            grads, found = second_gradient(second.params, rows, scalars.rho, given)
+            rate = config.optimizer.second_rate
+            second, metrics = moved(second, grads, optimizer, scalars, rate), metrics | found
         ema = tuple(update_ema(e, params, scalars.ema_decays[i]) for i, e in enumerate(state.ema))
-        return TrainState(state.step + 1, params, opt_state, ema, sums), metrics
+        return TrainState(state.step + 1, params, opt_state, ema, sums, second), metrics
 
     precision, whole = getattr(config.precision, KINDS[kind].arithmetic), sharding.replicated(mesh)
     return jax.jit(
@@ -200,7 +180,7 @@ def stage_loss(
     progress, frozen = given.get("progress", 0.0), given.get("frozen", {})
     sums = given.get("sums", ())
     how |= dict(config=config, split=split, frozen=frozen, sums=sums)
-    _, found = stage_residuals(params, rows, rho, **how)
+    rows, found = stage_residuals(params, rows, rho, **how)
     total, metrics = jnp.zeros(()), {} if found.change is None else {"change": found.change}
     weight = config.loss.of_row(config.times)
     for name, e, of in (
@@ -224,7 +204,28 @@ def stage_loss(
         r, t = split.pairs_of((rows.r, rows.t))
         metrics["interval"] = jnp.mean(_rule(config, sums)(rho, r, t))
         metrics["intervals"] = intervals.tally(r, t, found.products)
+    if KINDS[how["kind"]].second:
+        loss = _rectified(params, frozen["second"], split.pairs_of(rows), config, how["network"])
+        total += rectify.weight(config.loss, progress) * jnp.sum(loss) / split.batch
+        metrics["rectified"] = jnp.mean(loss)
     return total, metrics | {"loss": total}
+
+
+def _rectified(params: Any, second: Any, pairs: Rows, config: Config, network: Network) -> Array:
+    _, net, own = _views(network, config, True)
+    null = config.network.num_classes
+    return rectify.generator_loss(net, own, params, second, pairs, config.loss, null)
+
+
+def second_loss(
+    params: Any, rows: Rows, rho: Array, given: Any, *, split: RowSplit, **how: Any
+) -> tuple[Array, Metrics]:
+    """The mean squared error of a second network on images of given["frozen"]["generator"]."""
+    network, pairs = how["network"], rectify.untold(split.pairs_of(rows))
+    net = _views(network, how["config"], True)[1]
+    params = freeze_interval(params, network.is_interval)
+    e = rectify.second_residual(net, params, given["frozen"]["generator"], pairs)
+    return jnp.mean(jnp.square(e)), {"squares_second": jnp.sum(jnp.square(e)) / len(e)}
 
 
 def stage_residuals(
@@ -341,6 +342,15 @@ def freeze_interval(params: Any, is_interval: Callable[[tuple[str, ...]], bool])
         return jax.lax.stop_gradient(x) if is_interval(tuple(p.key for p in path)) else x
 
     return jax.tree_util.tree_map_with_path(freeze, params)
+
+
+def moved(
+    now: TrainState | Second, grads: Any, optimizer: Any, scalars: Scalars, factor: float = 1.0
+) -> Second:
+    """The weights and the optimiser's state after its step. factor: on the learning rate."""
+    updates, opt_state = optimizer.update(grads, now.opt_state, now.params)
+    rate = scalars.learning_rate if factor == 1 else factor * scalars.learning_rate
+    return Second(jax.tree.map(lambda p, u: p - rate * u, now.params, updates), opt_state)
 
 
 def update_ema(ema: Any, params: Any, decay: Array) -> Any:

@@ -101,9 +101,7 @@ class Setup:
     def state(self, randomise=True):
         """A fresh state. By default no weight is at its zero start, so that no branch is dead."""
         params = self.weights(randomise)
-        fresh = state.create(
-            params, self.optimizer, self.config.ema, self.config.curriculum.interval
-        )
+        fresh = state.create(params, self.optimizer, self.config.ema, self.config.curriculum)
         return jax.device_put(fresh, sharding.placed(self.mesh, fresh))
 
     def step(self, kind):

@@ -76,7 +76,7 @@ def compile_cases(
 
     def fresh() -> state.TrainState:
         params = network.init(jax.random.key(0))
-        return state.create(params, optimizer, config.ema, config.curriculum.interval)
+        return state.create(params, optimizer, config.ema, config.curriculum)
 
     place = sharding.placed(mesh, jax.eval_shape(fresh))
     start = jax.jit(fresh, out_shardings=place, compiler_options=sharding.compiler_options(mesh))

@@ -49,7 +49,8 @@ SHAPING = (
 LATER: dict[str, dict[str, Any]] = {
     "loss": dict(tangent="data", tangent_data=0.0, target_data=1.0, target_clip=0.0, delta=0.005)
     | dict(weight="adaptive", interval_weight="none", interval_power=1.0)
-    | dict(border_weight="none", snr_limit=5.0, logvar="off"),
+    | dict(border_weight="none", snr_limit=5.0, logvar="off")
+    | dict(rectify_weight=1.0, rectify_from=0.0, rectify_ramp=0.1, rectify_guidance=1.0),
     "optimizer": {
         "name": "adam",
         "rate_factor": 1.0,
@@ -58,6 +59,7 @@ LATER: dict[str, dict[str, Any]] = {
         "largest_side": 10_000,
         "other_scale": 1e-3,
         "convolutions": False,
+        "second_rate": 1.0,
     },
     "network": {
         "interval_input": "t-r",
@@ -334,8 +336,8 @@ def lower(config: Config, mesh: Any, kind: str, shape: tuple[int, ...]) -> jax.s
     """The step program of a kind on the mesh's devices. It takes shapes, not arrays."""
     network, optimizer = step.network_for(kind, config, shape, mesh), optim.build(config.optimizer)
     plain = networks.build(config.network, shape)
-    params, interval = jax.eval_shape(plain.init, jax.random.key(0)), config.curriculum.interval
-    now = jax.eval_shape(lambda given: state.create(given, optimizer, config.ema, interval), params)
+    params, rules = jax.eval_shape(plain.init, jax.random.key(0)), config.curriculum
+    now = jax.eval_shape(lambda given: state.create(given, optimizer, config.ema, rules), params)
     batch = cost.batch_shapes(config, shape)
     scalars = step.Scalars(
         np.float32(1),

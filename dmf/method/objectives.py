@@ -22,7 +22,6 @@ Rows with r = t always have the target v. `LossConfig.tangent` may name another 
 The step back and the derivative follow that direction, and the target keeps v.
 As a -> 0, the discrete residual divided by w tends to the jvp residual. The scale "unit" divides
 by w, so that residuals of all kinds have one scale. The paper's scale "raw" shrinks with w.
-
 `KINDS` has one row per kind. No other file compares the name of a kind.
 """
 
@@ -334,10 +333,10 @@ class Kind(NamedTuple):
         unguided     the same kind without guidance, "" where this kind has no guidance
         limit        the kind whose residual this one tends to as a -> 0, or ""
         passes       forward passes of every row
+        second       a second network is trained beside (`dmf.method.rectify`)
 
-    The arithmetic picks matmul precision and attention kernel. A fine difference needs exact
-    products. A derivative needs a forward mode.
-    A backward pass counts as two forward passes, and a JVP's tangent as one.
+    The arithmetic picks matmul precision and kernels: a fine difference needs exact products, a
+    derivative a forward mode. A backward pass counts as two passes, and a JVP's tangent as one.
     """
 
     residual: Residual
@@ -348,6 +347,7 @@ class Kind(NamedTuple):
     unguided: str = ""
     limit: str = ""
     passes: int = 3
+    second: bool = False
 
     def laid_out(self, layout: str) -> Residual:
         """The residual in a layout of `LAYOUTS`."""
@@ -375,9 +375,10 @@ KINDS: dict[str, Kind] = {
     "discrete": Kind(discrete, "difference", extra=1, steps_back=True, limit="jvp"),
     "jvp": Kind(jvp, "derivative", extra=1),
     "central": Kind(central, "difference", extra=2),
+    # A jump (3), v_real and v_fake (2), and the second network's jump and step (4).
+    "rectify": Kind(jvp, "derivative", extra=10, second=True),
     "terminal": Kind(partial(at_end, through=False), "derivative", extra=2),
-    # The gradient through the tangent costs two passes more.
-    "lagrangian": Kind(partial(at_end, through=True), "derivative", extra=4),
+    "lagrangian": Kind(partial(at_end, through=True), "derivative", extra=4),  # 2 of its gradient
     "guided_discrete": Kind(
         discrete, "difference", 1, True, unguided="discrete", limit="guided_jvp"
     ),

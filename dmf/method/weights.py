@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from dmf.errors import DmfError
-from dmf.fields import INF, LEAST, choice, limited
+from dmf.fields import BELOW_1, INF, LEAST, choice, limited
 from dmf.method.velocity import DATA, TANGENTS
 
 if TYPE_CHECKING:
@@ -167,6 +167,13 @@ class LossConfig:
     # off | paper, released: a learned log variance of r and t in the place of weight, p and eps;
     # it needs network.logvar
     logvar: str = choice(OFF, LOG_VARIANCES)
+    # stages of kind rectify: * how much the rectification counts beside the identity
+    rectify_weight: float = limited(1.0, 0, INF)
+    # * it counts from this share of the curriculum on
+    rectify_from: float = limited(0.0, 0, BELOW_1)
+    rectify_ramp: float = limited(0.1, LEAST, 1)  # * and rises to its weight over this share
+    # * scale of guidance of the velocity that stands for the data; 1 = none
+    rectify_guidance: float = limited(1.0, 1, INF)
 
     def check(self, law: TimeLaw) -> None:
         """Raises DmfError for fields that contradict each other, or the law of the times."""

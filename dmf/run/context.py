@@ -133,7 +133,8 @@ class Context:
         now, metrics = self.steps[stage.kind](now, batch, self.scalars(n))
         done = state.optimizer_steps(n, self.stages, self.config.curriculum)
         if optim.is_due(self.config.optimizer, done):
-            now = replace(now, opt_state=optim.decomposed(now.opt_state, self.mesh))
+            parts = optim.decomposed((now.opt_state, now.second), self.mesh)
+            now = replace(now, opt_state=parts[0], second=parts[1])
         return now, metrics
 
     def is_scheduled(self, n: int) -> bool:
@@ -267,7 +268,7 @@ def _prepare(config: Config, guard: Guard) -> dict[str, Any]:
 
 
 def _started(config: Config, optimizer: optax.GradientTransformation, params: Any) -> TrainState:
-    return state.create(params, optimizer, config.ema, config.curriculum.interval)
+    return state.create(params, optimizer, config.ema, config.curriculum)
 
 
 def _check_same(config: Config, workdir: Path, about: dict[str, Any], guard: Guard) -> None:
