@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from dmf.config import Config, parse
 from dmf.measure import roofline, tpu_plan
-from dmf.method.objectives import JOINT, SPLIT, WHOLE
+from dmf.method.objectives import JOINT, SHARED, SPLIT, WHOLE
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--depth", type=int, default=0, help="blocks of a transformer; 0: all")
     parser.add_argument("--kinds", default="", help="only these, such as jvp,official")
     parser.add_argument(
-        "--rows", default=f"{SPLIT},{JOINT}", help="layouts beside the official one"
+        "--rows", default=f"{SPLIT},{SHARED},{JOINT}", help="layouts beside the official one"
     )
     parser.add_argument("--print", action="store_true", help="only print what is stored")
     given = parser.parse_args(arguments)

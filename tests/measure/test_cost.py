@@ -86,6 +86,19 @@ def test_a_split_costs_the_passes_that_are_counted():
     assert split.flops / flow.flops == pytest.approx((3 + 2 * 0.25) / 3, rel=0.03)
 
 
+def test_a_second_network_costs_the_passes_that_are_counted():
+    """By XLA's counts before it compiles: of matrices they are the same."""
+    values = merged(TINY, network=dict(depth=2, width=128), batch_size=64, loss=dict(tangent="own"))
+    rules = dict(stages=2, kinds=("all_pairs", "rectify"))
+    setup = Setup(merged(values, curriculum=rules, times=dict(r_neq_t_fraction=0.25)))
+    like, batch, scalars = jax.eval_shape(setup.state), setup.batch(0), setup.scalars(0, "rectify")
+    flow, both = (
+        setup.step(kind).lower(like, batch, scalars).cost_analysis()["flops"]
+        for kind in ("all_pairs", "rectify")
+    )
+    assert both / flow == pytest.approx((3 + 11 * 0.25) / 3, rel=0.03)
+
+
 def test_rounds_with_other_numbers_compile_nothing(rows):
     assert [row["programs"] for row in rows.values()] == [1] * len(rows)
 
