@@ -7,7 +7,7 @@ switch, a warm-up or an EMA ramp compiles nothing, and a resumed run needs no st
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,6 @@ from dmf.method.curriculum import (
 )
 from dmf.method.objectives import KINDS
 from dmf.optim import EMAConfig, OptimizerConfig
-
-if TYPE_CHECKING:
-    from dmf.config import Config
 
 Params = Any
 Array = jax.Array
@@ -159,8 +156,8 @@ class Scalars(NamedTuple):
     progress: np.float32 | Array = np.float32(0)
 
 
-def step_scalars(step: int, stage: Stage, stages: tuple[Stage, ...], config: Config) -> Scalars:
-    """The traced numbers of a step, all float32 except the seed."""
+def step_scalars(step: int, stage: Stage, stages: tuple[Stage, ...], config: Any) -> Scalars:
+    """The traced numbers of a step, all float32 except the seed. config: `dmf.config.Config`."""
     rate = learning_rate(step, stages, config.curriculum, config.optimizer)
     decays = ema_decays(step, stages, config.curriculum, config.ema, config.batch_size)
     return Scalars(
