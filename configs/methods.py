@@ -224,9 +224,9 @@ def rectified(config: ConfigDict) -> Fields:
     """FlowConsist (arXiv 2602.06346) whole: its consistency branch, then rectification beside it.
 
     The paper's, by two readings: v_real of the generator itself, v_fake of a second network that
-    is trained on the generator's images, their difference as the gradient. Ours: half of the
-    steps without it, its weight of 1 with a rise over a tenth of the run, times in [.02, .98],
-    one step of each network, one learning rate, no guidance.
+    is trained on the generator's images, their difference as the gradient. Ours: the first half
+    without it, its weight of 1 with a rise over a tenth of the run, no guidance. Ours too: times
+    in [.02, .98], one step of each network, one learning rate.
     """
     curriculum = dict(
         stages=2,

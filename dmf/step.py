@@ -55,12 +55,7 @@ def network_for(kind: str, config: Config, image_shape: tuple[int, ...], mesh: M
 
 
 def make_train_step(
-    kind: str,
-    network: Network,
-    optimizer: optax.GradientTransformation,
-    config: Config,
-    mesh: Mesh,
-    place: Any,
+    kind: str, network: Network, optimizer: Any, config: Config, mesh: Mesh, place: Any
 ) -> jax.stages.Wrapped:
     """The jitted step of a kind: (state, batch, scalars) -> (state, metrics).
 
@@ -71,7 +66,6 @@ def make_train_step(
         squares_border, squares_pairs  |residual|^2, mean over the r = t and over the r < t rows
         change                         how much u changes over the step back, relative to |u|
         interval                       mean share a of t - r, where the interval is adaptive
-        rectified, squares_second      of `method/rectify.py`, where a second network is trained
         grad_norm                      before clipping
         nonfinite_leaf                 index in jax.tree.leaves, or -1
     """
@@ -84,18 +78,16 @@ def make_train_step(
     gradient, second_gradient = (
         sharding.averaged(mesh, make_gradient(of, *parts), network.dtypes) for of in (loss, beside)
     )
-    if has_second := KINDS[kind].second:
-        rectify.check(config.loss, config.num_classes, config.label_dropout)
+    given_classes = config.num_classes, config.label_dropout
+    has_second = KINDS[kind].second and rectify.fits(config.loss, *given_classes)
 
-    def train_step(
-        state: TrainState, batch: dict[str, Array], scalars: Scalars
-    ) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Any, scalars: Scalars) -> tuple[TrainState, Metrics]:
         rows = draw(state.step, batch, seed=scalars.seed, progress=scalars.progress)
         rows = jax.lax.with_sharding_constraint(rows, of_rows)
         frozen = {} if average is None else {"average": sharding.whole(mesh, state.ema[average])}
         if state.second and has_second:
             both = {"second": state.second.params, "generator": state.params}
-            frozen |= {name: sharding.whole(mesh, tree) for name, tree in both.items()}
+            frozen |= sharding.whole(mesh, both)
         given = {"progress": scalars.progress, "frozen": frozen, "sums": state.intervals}
         grads, metrics = gradient(state.params, rows, scalars.rho, given)
         sums = _tallied(state.intervals, metrics.pop("intervals", None), config)
@@ -103,19 +95,17 @@ def make_train_step(
         (params, opt_state), second = moved(state, grads, optimizer, scalars), state.second
         if second and has_second:
             grads, found = second_gradient(second.params, rows, scalars.rho, given)
-            rate = config.optimizer.second_rate
-            second, metrics = moved(second, grads, optimizer, scalars, rate), metrics | found
+            second = moved(second, grads, optimizer, scalars, config.optimizer.second_rate)
+            metrics |= found
         ema = tuple(update_ema(e, params, scalars.ema_decays[i]) for i, e in enumerate(state.ema))
         return TrainState(state.step + 1, params, opt_state, ema, sums, second), metrics
 
     precision, whole = getattr(config.precision, KINDS[kind].arithmetic), sharding.replicated(mesh)
-    return jax.jit(
-        jax.default_matmul_precision(precision)(train_step),
-        donate_argnums=0,
-        in_shardings=(place, of_rows, whole),
-        out_shardings=(place, whole),
-        compiler_options=sharding.compiler_options(mesh),
+    places: dict[str, Any] = dict(
+        in_shardings=(place, of_rows, whole), out_shardings=(place, whole)
     )
+    program, options = jax.default_matmul_precision(precision), sharding.compiler_options(mesh)
+    return jax.jit(program(train_step), donate_argnums=0, compiler_options=options, **places)
 
 
 def split_for(kind: str, config: Config, mesh: Mesh) -> RowSplit:
@@ -346,7 +336,11 @@ def freeze_interval(params: Any, is_interval: Callable[[tuple[str, ...]], bool])
 
 
 def moved(
-    now: TrainState | Second, grads: Any, optimizer: Any, scalars: Scalars, factor: float = 1.0
+    now: TrainState | Second,
+    grads: Any,
+    optimizer: optax.GradientTransformation,
+    scalars: Scalars,
+    factor: float = 1.0,
 ) -> Second:
     """The weights and the optimiser's state after its step. factor: on the learning rate."""
     updates, opt_state = optimizer.update(grads, now.opt_state, now.params)

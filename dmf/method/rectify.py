@@ -30,13 +30,14 @@ NEAREST, FARTHEST = 0.02, 0.98  # the t' that are drawn
 GENERATOR, SECOND = 0x6E12, 0x5EC0  # purposes of a row's key, one per network that is trained
 
 
-def check(loss: LossConfig, num_classes: int, label_dropout: float) -> None:
-    """Raises DmfError where guidance of v_real lacks classes, or the null class."""
+def fits(loss: LossConfig, num_classes: int, label_dropout: float) -> bool:
+    """True; raises DmfError where guidance of v_real lacks classes, or the null class."""
     if loss.rectify_guidance != 1 and not (num_classes and label_dropout):
         raise DmfError(
             f"config.loss.rectify_guidance = {loss.rectify_guidance}: expected 1, or a network "
             "with classes and config.label_dropout above 0, from which the null class is learnt"
         )
+    return True
 
 
 def jump(net: Net, params: object, rows: Rows) -> Array:
