@@ -145,7 +145,7 @@ def test_a_resumed_run_says_that_other_versions_made_the_finished_shards(
         and "23 images in 3 classes, 2 of 4 shards" in printed
     )
     shard(tmp_path, 3).unlink()
-    made_with = encode._made_with()
+    made_with = encode.made_with()
     monkeypatch.setattr(encode, "_made_with", lambda: made_with | {"jax": "99"})
     encode.encode(vae, str(source), tmp_path, **SETTINGS)
     assert (
