@@ -34,7 +34,8 @@ from dmf.errors import DmfError
 from dmf.evaluation import draw, sampling
 from dmf.evaluation.draw import Choice
 from dmf.logging import Count
-from dmf.method.samplers import PAIRS, SAMPLERS, TIMES
+from dmf.method.keys import PAIRS
+from dmf.method.samplers import SAMPLERS, TIMES
 from dmf.storage import paths, records
 from dmf.storage.manifest import step_of
 

@@ -186,7 +186,7 @@ def _redrawn(seed: int, shape: tuple[int, ...]) -> Callable[[np.ndarray], np.nda
     """numbers (n,) -> the noise of these pairs, drawn again from its keys on the host."""
     import jax
 
-    from dmf.method import samplers
+    from dmf.method import keys
 
     try:
         cpu = jax.local_devices(backend="cpu")[0]
@@ -198,8 +198,8 @@ def _redrawn(seed: int, shape: tuple[int, ...]) -> Callable[[np.ndarray], np.nda
 
     @jax.jit
     def draw(row: jax.Array) -> jax.Array:
-        keys = samplers.keys_of(jax.numpy.uint32(seed), row, samplers.PAIRS)
-        return samplers.noise_of(keys, shape)
+        found = keys.keys_of(jax.numpy.uint32(seed), row, keys.PAIRS)
+        return keys.noise_of(found, shape)
 
     def noise(number: np.ndarray) -> np.ndarray:
         with jax.default_device(cpu):

@@ -21,7 +21,8 @@ from dmf.errors import DmfError
 from dmf.evaluation.protocols import Protocol
 from dmf.method.flow import Condition
 from dmf.method.guidance import Contrast, condition_of, contrast, tells
-from dmf.method.samplers import SAMPLERS, SAMPLES, Times, Velocity, keys_of, noise_of, uniform
+from dmf.method.keys import SAMPLES, keys_of, noise_of
+from dmf.method.samplers import SAMPLERS, Times, Velocity, uniform
 from dmf.metrics.labelled import DigitsScorer, PhotosScorer
 from dmf.networks.every import AUTOENCODERS
 from dmf.networks.frozen.vae import unscaled
@@ -59,7 +60,7 @@ class Sampler:
 
         guidance: of a flow model with classes; each evaluation then costs two. A network that is
             told its guidance costs one, and None is the config's guidance.
-        times: a value of `samplers.TIMES`. purpose: of the noise, as `samplers.keys_of` takes it.
+        times: a value of `samplers.TIMES`. purpose: of the noise, as `keys.keys_of` takes it.
         """
         self._mesh, self._labels, self._seed = mesh, labels, np.uint32(config.seed)
         contrasts = guidance if not tells(config.network) else None

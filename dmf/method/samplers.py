@@ -30,21 +30,7 @@ Move = Callable[[Array, Array, Array, Array], Array]  # (z, r, t, t - r) -> z at
 Times = Callable[[Any, Any], Any]  # (i, number of steps) -> t_i; both may be traced
 SHIFT = 3.0  # of the shifted times, as Stable Diffusion 3 samples
 SIGMAS, RHO = (80.0, 0.002), 7  # of EDM's times
-# Purposes of a sample's key. Neither is a training step's. Pairs have a noise of their own, so that
-# no score is taken at a noise that training has seen.
-SAMPLES, PAIRS = 2**31 - 1, 2**31 - 2
 GAMMA = 0.9  # of the sampler `gamma`, as in the released code
-
-
-def keys_of(seed: Array, row: Array, purpose: int = SAMPLES) -> Array:
-    """(B,) typed keys, one per sample, by seed, purpose and number (B,) of the sample."""
-    key = jax.random.fold_in(jax.random.key(seed), purpose)
-    return jax.vmap(lambda n: jax.random.fold_in(key, n))(row)
-
-
-def noise_of(keys: Array, shape: tuple[int, ...]) -> Array:
-    """(B, *shape) standard normal noise, one draw per key."""
-    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
 def uniform(i: Any, steps: Any) -> Any:

@@ -305,7 +305,7 @@ def test_two_processes_cannot_encode_into_one_directory(
     handle = os.open(copy / "train", os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_SH)
-        with pytest.raises(DmfError, match="train: another process encodes into it"):
+        with pytest.raises(DmfError, match="train: another process writes into it"):
             encode.encode(vae, str(source), copy, **SETTINGS)
     finally:
         os.close(handle)
