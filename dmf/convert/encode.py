@@ -97,9 +97,7 @@ def encode(
             network, params = pretrained.load_folder(vae_folder, stored)
             _encode_shards(files, missing, plan, opened, network, params, parts)
             opened.tell_orientations()
-        written = f"{finish(folder, plan, files):.2f} GB in {len(files)} shards"
-        count = f"{plan['count']:,} images and their mirror images"
-        print(f"complete  {folder}: {count}, {written}")
+        finish(folder, plan, files, f"{plan['count']:,} images and their mirror images")
     return folder
 
 
@@ -330,11 +328,15 @@ def made_with() -> dict[str, str]:
 
 
 def finish(
-    folder: Path, plan: dict[str, Any], files: list[Path], more: dict[str, Any] | None = None
-) -> float:
-    """Writes the labels of all shards as one file, then the metadata; returns the shards' GB.
+    folder: Path,
+    plan: dict[str, Any],
+    files: list[Path],
+    what: str,
+    more: dict[str, Any] | None = None,
+) -> None:
+    """Writes the labels of all shards as one file, then the metadata, and says so.
 
-    more: of the metadata, besides the plan.
+    what: is complete, in words. more: of the metadata, besides the plan.
     """
     sidecars = [shards.read_sidecar(file) for file in files]
     labels = np.concatenate([np.array(s["labels"], np.int32) for s in sidecars])
@@ -349,7 +351,8 @@ def finish(
     ]
     about = {**plan, **(more or {}), "made_with": by, "labels": entry, "shards": entries}
     shards.write_json(folder / shards.METADATA, records.sealed(about))
-    return sum(e["bytes"] for e in entries) / 1e9
+    size = f"{sum(e['bytes'] for e in entries) / 1e9:.2f} GB in {len(files)} shards"
+    print(f"complete  {folder}: {what}, {size}")
 
 
 def write_array(path: Path, array: np.ndarray) -> dict[str, Any]:

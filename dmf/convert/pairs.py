@@ -27,6 +27,7 @@ import jax
 import numpy as np
 
 from dmf import pretrained, sharding
+from dmf.config import Config
 from dmf.convert import encode
 from dmf.convert.encode_claim import claimed, intact
 from dmf.data import shards
@@ -90,19 +91,18 @@ def write_pairs(
         if missing:
             encode.note_other_versions([f for f, good in zip(files, whole, strict=True) if good])
             shards.remove(folder / shards.METADATA)
-            sampler = sampling.Sampler(
-                found.network,
-                config,
-                tuple(plan["image_shape"]),
-                labels,
-                sharding.make_mesh(),
-                choice.guidance,
-                TIMES[choice.times],
-                PAIRS,
-            )
+            sampler = _sampler(found, config, labels, choice)
             _draw_shards(sampler, found.params, plan, files, missing, identities)
         _finish(folder, plan, files, rule)
     return folder
+
+
+def _sampler(
+    found: pretrained.Opened, config: Config, labels: np.ndarray, choice: Choice
+) -> sampling.Sampler:
+    shape, mesh = tuple(found.stored["image_shape"]), sharding.make_mesh()
+    by, times = choice.guidance, TIMES[choice.times]
+    return sampling.Sampler(found.network, config, shape, labels, mesh, by, times, PAIRS)
 
 
 def rule_of(keep: str) -> tuple[str, Fraction]:
@@ -157,7 +157,7 @@ def verify(out: str | Path) -> dict[str, Any]:
 
 def _plan(
     found: pretrained.Opened,
-    config: Any,
+    config: Config,
     choice: Choice,
     labels: np.ndarray,
     count: int,
@@ -292,8 +292,6 @@ def _finish(
     }
     shards.remove(folder / shards.METADATA)
     entry = encode.write_array(folder / shards.KEPT, chosen)
-    size = encode.finish(folder, plan, files, {"truncation": truncation, "kept": entry})
-    print(
-        f"complete  {folder}: {plan['count']:,} pairs, {size:.3g} GB in {len(files)} shards; "
-        f"{len(chosen):,} are kept, of distances up to {truncation['largest']:.4g}"
-    )
+    largest = f"{truncation['largest']:.4g}"
+    what = f"{plan['count']:,} pairs, {len(chosen):,} kept, of distances up to {largest}"
+    encode.finish(folder, plan, files, what, {"truncation": truncation, "kept": entry})

@@ -66,7 +66,6 @@ class Sampler:
         contrasts = guidance if not tells(config.network) else None
         self._rows = ROWS_PER_DEVICE // 2 if contrasts else ROWS_PER_DEVICE
         given = partial(condition_of, config.network, by=guidance or config.guidance)
-
         sampler = SAMPLERS[config.run.sampler]
 
         def noise(seed: jax.Array, row: jax.Array) -> jax.Array:
