@@ -251,7 +251,7 @@ def test_a_batch_may_bring_its_noise_along():
 
 def test_the_network_says_which_parameters_are_frozen():
     grad = jax.grad(
-        lambda p: sum(jnp.sum(x) for x in jax.tree.leaves(step.freeze_interval(p, *of)))
+        lambda p: sum(jnp.sum(x) for x in jax.tree.leaves(flow.freeze_interval(p, *of)))
     )
     of = [lambda path: path[0] == "a"]
     assert grad({"a": {"k": 1.0}, "interval": {"k": 1.0}}) == {"a": {"k": 0}, "interval": {"k": 1}}

@@ -121,6 +121,7 @@ class Rows(NamedTuple):
     z: (B, ...) point on the path. r, t: (B,) times. v: (B, ...) conditional velocity.
     keys: (B,) one typed random key per row for the network's own noise, or None.
     own: (B, ...) the network's own velocity at z and t, where guidance has evaluated it already.
+    data: (B, ...) the conditional velocity, where v is a teacher's.
     """
 
     z: Array
@@ -130,6 +131,7 @@ class Rows(NamedTuple):
     condition: Condition = Condition()
     keys: Array | None = None
     own: Array | None = None
+    data: Array | None = None
 
 
 Net = Callable[[object, Rows], Array]  # (params, rows) -> u(z, r, t), (B, ...)
@@ -371,3 +373,16 @@ def middle_share(rows: Rows) -> Array:
         return jnp.full_like(rows.t, 0.5)
     keys = jax.vmap(lambda key: jax.random.fold_in(key, MIDDLE))(rows.keys)
     return jax.vmap(lambda key: jax.random.uniform(key, minval=1e-12))(keys)
+
+
+def freeze_interval(params: Any, is_interval: Callable[[tuple[str, ...]], bool]) -> Any:
+    """No gradient into the interval branch.
+
+    Pure flow matching leaves the branch at its zero start, so u = v for every r.
+    is_interval: the network's, of a parameter's path.
+    """
+
+    def freeze(path: tuple[Any, ...], x: Array) -> Array:
+        return jax.lax.stop_gradient(x) if is_interval(tuple(p.key for p in path)) else x
+
+    return jax.tree_util.tree_map_with_path(freeze, params)
