@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 Array = jax.Array
 sg = jax.lax.stop_gradient
 PATH = 0x7EAC  # the purpose of a row's key from which its pairs of states are drawn
-TRUE, RELEASED = LABELS = ("true", "released")
+LABELS = TRUE, RELEASED = ("true", "released")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class TeacherConfig:
     # pairs of states per path, each a row of the loss; 0 = all of them
     pairs: int = limited(0, 0, 10_000)
     # times that the network is told: true | released = even ones, whatever the shift
-    labels: str = choice(TRUE, LABELS)
+    labels: str = choice("true", LABELS)
 
     def check(self, loss: LossConfig, kinds: Collection[str], classes: int) -> None:
         """Raises DmfError where the fields contradict each other, the loss or the stages.
@@ -210,6 +210,6 @@ def path_rows(
     count = config.per_path
     condition: Condition = jax.tree.map(lambda x: jnp.repeat(x, count, 0), rows.condition)
     split = jax.vmap(lambda key: jax.random.split(key, count))
-    keys = None if rows.keys is None else flat(split(rows.keys))
+    keys = flat(split(rows.keys)) if rows.keys is not None else None
     found = Rows(flat(sg(first)), flat(r), flat(t), flat(v), condition, keys)
     return found, RowSplit(len(found.t), 1, 1)

@@ -149,7 +149,7 @@ class LossConfig:
     # T of finite differences and of split is cut to +- this number; 0 = not at all
     target_clip: float = limited(0.0, 0, INF)
     # what plays v in the target: data = e - x | teacher = the velocity of config.teacher
-    velocity: str = choice(DATA, (DATA, TEACHER))
+    velocity: str = choice("data", (DATA, TEACHER))
     # direction of u' and du/dt: data = e - x | own = u(z, t, t) | ema = u(z, t, t) of the EMA |
     # head = the velocity head | teacher = the velocity of config.teacher
     tangent: str = choice("data", TANGENTS)
