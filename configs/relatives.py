@@ -178,10 +178,10 @@ def distilled(config: ConfigDict) -> Fields:
 
 
 def mid_training(config: ConfigDict) -> Fields:
-    """Consistency mid-training (CMT, arXiv 2509.24526) as arXiv 2511.13019 has it, then `distilled`.
+    """Consistency mid-training (CMT, arXiv 2509.24526), as arXiv 2511.13019 has it.
 
     The paper's: 16 states of Euler's path of the teacher, 8 pairs per path (its 512 px code), and
-    27 of 207 thousand steps on them. The label of a state is its true time.
+    27 of 207 thousand steps on them; then `distilled`. The label of a state is its true time.
 
     Ours: a batch counts paths, 8 rows each. The weight of rows is that of `distilled`. A run of
     another length also needs config.curriculum.stage_lengths that add up to it.

@@ -151,7 +151,7 @@ class Config:
     remat: str = choice("none", REMATS)
     # a DiT's blocks as one compiled block, run depth times: compiles faster
     scan_blocks: bool = False
-    # layout of the rows: split = apart where it saves passes | joint = one pass with gradient |
+    # layout of the rows: split | shared = guided passes in one | joint = also one gradient pass |
     # whole = all alike | auto = the fastest
     rows: str = choice("split", (*LAYOUTS, AUTO))
     label_dropout: float = limited(0.0, 0, 0.999)  # * share of rows trained with the null class

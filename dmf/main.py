@@ -126,7 +126,7 @@ def _encode() -> Callable[[], Any]:
     if FLAGS.verify:
         return partial(verify, flags.needed_out("the directory of encoded latents"))
     source, out = flags.need("source"), flags.needed_out("the directory to make")
-    what = " the directory of a converted autoencoder (--mode=convert --kind=sd_vae)"
+    what = " the directory of a converted autoencoder (--mode=convert, kind sd_vae or rae_decoder)"
     vae = flags.need("vae", what)
     call = partial(encode, vae, source, out, data_dir=FLAGS.data_dir, split=FLAGS.split)
     return partial(call, size=FLAGS.size or 256, batch=FLAGS.batch, dtype=FLAGS.dtype)

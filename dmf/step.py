@@ -273,7 +273,8 @@ def stage_residuals(
     rule, lack = rule._replace(joint=config.rows == objectives.JOINT), None
     rule = rule._replace(whole=whole if network.sides else None)
     alone = network.sides or (train and getattr(config.network, "dropout", False))
-    if about.guided and rule.joint and config.guidance.kappa and split.n_border and not alone:
+    shared = config.rows in (objectives.SHARED, objectives.JOINT) and split.n_border and not alone
+    if about.guided and shared and config.guidance.kappa:
         v_g, v_c, lack = guidance.guided_jointly(*guide, split)
         if config.loss.tangent == velocity.OWN:
             rule = rule._replace(tangent=lambda pairs: v_c)  # the same number

@@ -11,6 +11,7 @@ import pytest
 
 from dmf import pretrained
 from dmf.convert import audit
+from dmf.storage.readers.read import Several
 from dmf.storage.readers.tree import Tensor
 
 needs_torch = pytest.mark.skipif(
@@ -73,7 +74,9 @@ def hollow(shapes):
 
 def convert_arrays(kind, arrays, given=None, which=""):
     """(config, image shape, network, params) of a kind from a tree of arrays, audited."""
-    tree = jax.tree.map(lambda x: tensors_of({"": x})[""], arrays)
+    lazy = functools.partial(jax.tree.map, lambda x: tensors_of({"": x})[""])
+    several = isinstance(arrays, Several)
+    tree = Several({name: lazy(x) for name, x in arrays.items()}) if several else lazy(arrays)
     tensors, _ = kind.select(tree, which)
     config, shape = kind.describe(tensors, given or {})
     network = pretrained.build(config, shape)

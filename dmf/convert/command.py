@@ -2,7 +2,7 @@
 
 Each kind of file is a `Kind` (kind.py), and kinds.py lists them. `convert` calls, in this order:
 
-    read.open_file           the file as a tree of tensors    storage/readers/
+    read.open_files          the file as a tree of tensors    storage/readers/
     kind.select              one copy of the weights          copies.py
     sides.said               what a config.json tells         sides.py
     kind.describe            their shapes -> network config
@@ -64,7 +64,8 @@ def convert(
     """Converts the weights of `source` into a checkpoint directory; returns the report.
 
     - kind: a key of KINDS.
-    - source: the file, a folder with one such file, or the directory of Orbax.
+    - source: the file, a folder with one such file, or the directory of Orbax. A kind in several
+      files takes them with commas.
     - out: the directory to make; it holds the report too, as conversion.json.
     - copy: which of the file's copies of the weights, or its dotted path; "" takes the best.
     - drop: patterns of names of tensors that are left out.
@@ -78,7 +79,7 @@ def convert(
     started, found = time.monotonic(), kind_of(kind)
     paths.check_free(Path(out))
     wanted = forward.wanted(check)  # first, as a bad --check is best noticed before the work
-    weights = read.open_file(source)
+    weights = read.open_files(source) if found.several else read.open_file(source)
     try:
         config, shape, params, report = _converted(
             found, weights, copy, drop, given or {}, wanted, align_steps
@@ -86,7 +87,7 @@ def convert(
     except DmfError as error:
         text = str(error)
         raise DmfError(text if text.startswith(f"{source}: ") else f"{source}: {text}") from error
-    report["source"]["sha256"] = read.sha256(weights.path)
+    report["source"]["sha256"] = weights.sha256()
     _save(Path(out), config, shape, params, report)
     count = sum(row["values"] for row in report["tensors"])
     seconds = time.monotonic() - started
@@ -157,7 +158,7 @@ def _converted(
     ours = kind is native.NATIVE
     report: dict[str, Any] = {
         "kind": kind.name,
-        "source": {"file": weights.path.name, "format": weights.format, "copy": copy},
+        "source": {"file": weights.file, "format": weights.format, "copy": copy},
         "licence": native.licence(weights) if ours else kind.licence,
         "conventions": kind.conventions + direction.note(way),
         "network": dataclasses.asdict(config),  # as in the source: an alignment comes later

@@ -29,7 +29,7 @@ from dmf.convert.kind import (
 )
 from dmf.convert.rules import Rule, constant, conv_layer, linear_layer, optional, plain
 from dmf.errors import DmfError
-from dmf.networks import layers
+from dmf.networks import attention, layers
 from dmf.networks.dit_dh import DIT_DH_SIZES, DiTDHConfig
 
 NAME = "dit_dh"
@@ -128,7 +128,7 @@ def _embedder(theirs: str, ours: str) -> tuple[list[Rule], list[Rule]]:
 
 def rotary_table(rows: int, columns: int, dim: int) -> np.ndarray:
     """Angles (rows * columns, dim) as the public code lays them out: each twice, side by side."""
-    return np.repeat(layers.grid_angles(rows, columns, dim), 2, axis=1)
+    return np.repeat(attention.grid_angles(rows, columns, dim), 2, axis=1)
 
 
 def _rotary(config: DiTDHConfig, shape: Shape, tensors: Tensors | None) -> list[Rule]:

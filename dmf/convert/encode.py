@@ -34,6 +34,7 @@ from dmf.convert.encode_read import Chunk, Decoded, chunks, decoded
 from dmf.data import images, shards
 from dmf.errors import DmfError
 from dmf.logging import Count
+from dmf.networks.every import AUTOENCODERS
 from dmf.storage import paths, records
 
 LAYOUT = (
@@ -62,7 +63,7 @@ def encode(
 ) -> Path:
     """Encodes a source of images, or goes on with it; returns the folder of the split.
 
-    - vae_dir: a converted autoencoder with its encoder (`--mode=convert --kind=sd_vae`).
+    - vae_dir: a converted autoencoder with its encoder (`--mode=convert`, a kind such as sd_vae).
     - source: a folder, an .npz or tfds:NAME; see `images.open_images` for data_dir and split.
     - out: directory to make. The split train, or a slice of it, goes to OUT/train.
       Any other goes to OUT/heldout.
@@ -167,25 +168,22 @@ def _plan(
 ) -> dict[str, Any]:
     """All that the values depend on, as plain JSON. Raises DmfError."""
     config, _ = pretrained.described(stored)
-    if config.kind != "vae" or config.part != "both" or config.image_channels != 3:
+    known = config.kind in AUTOENCODERS
+    if not known or config.part != "both" or config.image_channels != 3:
         what = f"a {config.kind}"
-        if config.kind == "vae":
+        if known:
             what = f"the part {config.part!r} for {config.image_channels} channels"
         raise DmfError(
             f"{vae_dir} holds {what}: expected an autoencoder of RGB images with its encoder"
         )
-    if size % config.factor:
-        raise DmfError(
-            f"size is {size}: expected a multiple of {config.factor}, "
-            f"by which {vae_dir} shrinks an image"
-        )
+    latent_shape = config.latent_shape(size)
     report = stored.get("source") or {}
     weights = {name: report.get("source", {}).get(name, "") for name in ("file", "copy", "sha256")}
     return {
         "format": shards.FORMAT,
         "count": len(source),
         "num_classes": source.num_classes,
-        "latent_shape": [size // config.factor, size // config.factor, config.latent_channels],
+        "latent_shape": list(latent_shape),
         "dtype": dtype,
         "layout": LAYOUT,
         "flips": True,

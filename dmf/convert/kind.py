@@ -64,6 +64,7 @@ class Kind(NamedTuple):
     time: str = ""
     sign: str = ""
     hint: str = ""  # what a failed forward check may point to
+    several: bool = False  # whether its parts may lie in several files
 
 
 def tensor_of(tensors: Tensors, name: str, kind: str) -> Tensor:

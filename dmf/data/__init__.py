@@ -27,11 +27,11 @@ class DataConfig:
 
     name: str = "digits"  # a key of `DATASETS`; "" where weights were converted
     # cifar10: where TFDS data is prepared, "" = $TFDS_DATA_DIR, else ~/tensorflow_datasets;
-    # imagenet256_latents: what --mode=encode has written
+    # imagenet256_latents, imagenet256_features: what --mode=encode has written
     data_dir: str = ""
     # digits, photos: share of the one set that is "heldout", whatever the training seed
     holdout_fraction: float = limited(0.25, 0, 1)
-    # cifar10, imagenet256_latents: random images, to try the code path only; reads no file
+    # cifar10 and the two of ImageNet: random images, to try the code path only; reads no file
     mock: bool = False
     # * mirror each training image with probability 1/2, without telling the network;
     # latents: take the stored mirror image
@@ -147,19 +147,20 @@ def _load_cifar10(config: DataConfig, split: Split) -> Source:
     return Dataset(images, labels, cifar10.NUM_CLASSES, cifar10.MAX_VALUE, "cifar10", split)
 
 
-def _load_imagenet256(config: DataConfig, split: Split) -> Source:
+def _load_latents(config: DataConfig, split: Split) -> Source:
     from dmf.data import latents
 
     if config.mock:
-        return latents.mock(split, config.flip)
-    return latents.read(config.data_dir, split, config.flip)
+        return latents.mock(split, config.flip, config.name)
+    return latents.read(config.data_dir, split, config.flip, config.name)
 
 
 DATASETS: dict[str, Callable[[DataConfig, Split], Source]] = {
     "digits": _load_digits,
     "photos": _load_photos,
     "cifar10": _load_cifar10,
-    "imagenet256_latents": _load_imagenet256,
+    "imagenet256_latents": _load_latents,
+    "imagenet256_features": _load_latents,
 }
 
 

@@ -21,7 +21,10 @@ from dmf.storage import paths
 NAME = "imagenet256_latents"
 # Metadata that tell data sets apart.
 ORIGIN = ("scale", "shift", "dtype", "source", "vae", "labels")
-MOCK_IMAGES, MOCK_SHAPE, MOCK_CLASSES, MOCK_STD = 2048, (32, 32, 4), 1000, 0.1
+FEATURES = "imagenet256_features"  # of a representation autoencoder
+# Name -> how many images a mock has, and their shape.
+MOCKS = {NAME: (2048, (32, 32, 4)), FEATURES: (64, (16, 16, 768))}
+MOCK_CLASSES, MOCK_STD = 1000, 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +68,7 @@ class Latents:
         return {name: self.about[name] for name in ORIGIN if name in self.about}
 
 
-def read(data_dir: str, split: str, flip: bool) -> Latents:
+def read(data_dir: str, split: str, flip: bool, name: str = NAME) -> Latents:
     """Opens one split below `data_dir`; "train" may also be `data_dir` itself.
 
     Reads the labels, and no latents yet. Raises DmfError where the split is not encoded, or not to
@@ -73,13 +76,13 @@ def read(data_dir: str, split: str, flip: bool) -> Latents:
     """
     if not data_dir:
         raise DmfError(
-            f"config.data.data_dir is '' for {NAME!r}: expected the OUT of `--mode=encode`"
+            f"config.data.data_dir is '' for {name!r}: expected the OUT of `--mode=encode`"
         )
     root = Path(paths.expanded(data_dir))
     folder = root if split == "train" and os.path.isfile(root / shards.METADATA) else root / split
     about = shards.metadata(folder)
-    for name, size, _ in shards.files(about):
-        shards.check_size(folder / name, size)
+    for file, size, _ in shards.files(about):
+        shards.check_size(folder / file, size)
     labels = _labels(folder, about)
     return Latents(
         fetch=shards.Shards(folder, about).fetch,
@@ -88,18 +91,19 @@ def read(data_dir: str, split: str, flip: bool) -> Latents:
         image_shape=tuple(about["latent_shape"]),
         scale=about["scale"],
         shift=about.get("shift", 0.0),
-        name=NAME,
+        name=name,
         split=split,
         flip=flip and split == "train",
         about=about,
     )
 
 
-def mock(split: str, flip: bool) -> Latents:
+def mock(split: str, flip: bool, name: str = NAME) -> Latents:
     """Random latents of random classes, to try the code path only; reads no file."""
     rng = np.random.default_rng(0 if split == "train" else 1)
-    images = rng.integers(0, 256, (MOCK_IMAGES, *MOCK_SHAPE), np.uint8)
-    labels = rng.integers(0, MOCK_CLASSES, MOCK_IMAGES).astype(np.int32)
+    count, shape = MOCKS[name]
+    images = rng.integers(0, 256, (count, *shape), np.uint8)
+    labels = rng.integers(0, MOCK_CLASSES, count).astype(np.int32)
 
     def fetch(records: np.ndarray) -> np.ndarray:
         mean = images[records // 2].astype(np.float32) / np.float32(127.5) - np.float32(1)
@@ -107,7 +111,7 @@ def mock(split: str, flip: bool) -> Latents:
         return np.stack([mean, np.full_like(mean, MOCK_STD)], axis=1)
 
     return Latents(
-        fetch, labels, MOCK_CLASSES, MOCK_SHAPE, 1.0, NAME, split, flip and split == "train", {}
+        fetch, labels, MOCK_CLASSES, shape, 1.0, name, split, flip and split == "train", {}
     )
 
 

@@ -131,7 +131,7 @@ def _labels(found: Opened, config: Config, chosen: tuple[int, ...]) -> np.ndarra
     if chosen:
         return np.array(chosen, np.int32)
     # Converted weights have no data at hand, and latents are too large to read for their labels.
-    in_turn = pretrained.is_converted(found.stored) or config.data.name == latents.NAME
+    in_turn = pretrained.is_converted(found.stored) or config.data.name in latents.MOCKS
     if not classes or in_turn:
         return np.arange(max(classes, 1), dtype=np.int32)
     return data.load(config.data, "train").labels

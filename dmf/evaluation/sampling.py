@@ -23,6 +23,7 @@ from dmf.method.flow import Condition
 from dmf.method.guidance import Contrast, condition_of, contrast, tells
 from dmf.method.samplers import SAMPLERS, Times, Velocity, uniform
 from dmf.metrics.labelled import DigitsScorer, PhotosScorer
+from dmf.networks.every import AUTOENCODERS
 from dmf.networks.frozen.vae import unscaled
 from dmf.storage import paths
 
@@ -286,26 +287,14 @@ def make_decoder(
         return lambda x: x
     folder, stored = pretrained.open_folder(path)
     config, _ = pretrained.described(stored)
-    if config.kind != "vae" or config.latent_channels != image_shape[-1]:
+    if config.kind not in AUTOENCODERS or config.latent_channels != image_shape[-1]:
         raise DmfError(
             f"--vae={path}: holds a {config.kind}; expected an autoencoder of "
             f"{image_shape[-1]}-channel latents"
         )
+    config.latent_shape(config.factor * image_shape[0])  # some have one size alone
     network, params = pretrained.load_folder(folder, stored)
-    theirs = (trained_on or {}).get("vae", {}).get("sha256")
-    mine = stored.get("source", {}).get("source", {}).get("sha256")
-    known, ours = {"shift": 0.0, **(trained_on or {})}, (network.scale, network.shift)
-    wanted = (known["scale"], known["shift"]) if "scale" in known else ours
-    if wanted != ours:
-        raise DmfError(
-            f"--vae={path}: its latents have (scale, shift) = {ours}; expected {wanted}, as in "
-            "training"
-        )
-    if theirs and theirs != mine:
-        print(
-            f"warning: the autoencoder {path} comes from another file than the training latents' "
-            "autoencoder"
-        )
+    _compare_latents(path, stored, network, trained_on or {})
 
     def decode(params: Any, z: jax.Array) -> jax.Array:
         return network.decode(params, unscaled(z, network.scale, network.shift))
@@ -321,3 +310,26 @@ def make_decoder(
         return np.concatenate([y[: p.stop - p.start] for p, y in zip(pieces, found, strict=True)])
 
     return images
+
+
+def _compare_latents(
+    path: str, stored: dict[str, Any], network: Any, trained_on: dict[str, Any]
+) -> None:
+    """Raises DmfError where an autoencoder scales latents otherwise than in training.
+
+    It warns of one from another file.
+    """
+    theirs = trained_on.get("vae", {}).get("sha256")
+    mine = stored.get("source", {}).get("source", {}).get("sha256")
+    known, ours = {"shift": 0.0, **trained_on}, (network.scale, network.shift)
+    wanted = (known["scale"], known["shift"]) if "scale" in known else ours
+    if wanted != ours:
+        raise DmfError(
+            f"--vae={path}: its latents have (scale, shift) = {ours}; expected {wanted}, as in "
+            "training"
+        )
+    if theirs and theirs != mine:
+        print(
+            f"warning: the autoencoder {path} comes from another file than the training latents' "
+            "autoencoder"
+        )

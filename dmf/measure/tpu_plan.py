@@ -38,6 +38,7 @@ DATA = {
     "photos": ((16, 16, 3), 12, 3864),
     "cifar10": ((32, 32, 3), 10, 50_000),
     "imagenet256_latents": ((32, 32, 4), 1000, 1_281_167),
+    "imagenet256_features": ((16, 16, 768), 1000, 1_281_167),
 }
 # Sections of the config that change a program and have no column. A row has a digest of them.
 SHAPING = (
@@ -69,7 +70,7 @@ LATER: dict[str, dict[str, Any]] = {
     },
     "guidance": {"most": 1.0, "power": 1.0},
     "times": dict(base="logit_normal", border="pairs", border_mean=0.0, border_std=1.0)
-    | dict(difficulty_clusters=0, difficulty_share=0.25),
+    | dict(difficulty_clusters=0, difficulty_share=0.25, shift=1.0),
 }
 OFFICIAL, GUIDED_LAST = "official", "guided_jvp"
 EARLIER = {"effort": 0.0, "rows": SPLIT}  # columns that old rows lack

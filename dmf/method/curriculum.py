@@ -23,7 +23,17 @@ from dmf import fields
 from dmf.errors import DmfError
 from dmf.fields import ABOVE_1, BELOW_1, INF, LEAST, MANY, MOST, choice, limited
 from dmf.method.intervals import ADAPTIVE, RULES
-from dmf.method.objectives import BETWEEN, FIRST, JOINT, KINDS, LAST, PRETRAINING, SPLIT, WHOLE
+from dmf.method.objectives import (
+    BETWEEN,
+    FIRST,
+    JOINT,
+    KINDS,
+    LAST,
+    PRETRAINING,
+    SHARED,
+    SPLIT,
+    WHOLE,
+)
 
 UNITS = ("steps", "epochs", "images")
 SCHEDULES = ("steps", "smooth", "sigmoid")
@@ -210,18 +220,18 @@ def progress_at(stages: tuple[Stage, ...], step: int) -> float:
 def passes(stage: Stage, r_neq_t_fraction: float, layout: str = SPLIT) -> float:
     """Forward passes per row of a step of this stage. A backward pass counts as two.
 
-    layout: `config.rows`. "whole" makes all rows pay like those with r < t. "joint" repeats u of
-    r < t rows for a JVP, and has v_c of r = t rows from u where there is no dropout. An own
-    direction that is v_c costs nothing there, and is counted all the same.
+    layout: `config.rows`. "whole" makes all rows pay like those with r < t. "shared" and "joint"
+    have v_c of r = t rows from u where there is no dropout. An own direction that is v_c costs
+    nothing there, and is counted all the same. "joint" repeats u of r < t rows for a JVP.
     """
     kind = KINDS[stage.kind]
     guided = stage.guidance_passes
     share = 1.0 if layout == WHOLE else r_neq_t_fraction
     extra = kind.extra + (stage.tangent_passes if kind.extra else 0)
-    if layout == JOINT and kind.extra:
+    if layout in (SHARED, JOINT) and kind.extra and guided == 2:  # v_u and v_c
+        guided, extra = 1, extra + 1
+    if layout == JOINT:
         extra += kind.repeats
-        if guided == 2:  # v_u and v_c
-            guided, extra = 1, extra + 1
     return kind.passes + guided + extra * share + stage.teacher_passes
 
 

@@ -79,6 +79,8 @@ class TimeLaw:
     border: str = choice("pairs", BORDERS)
     border_mean: float = limited(0.0, -INF, INF)  # * own: mean of the draw whose sigmoid is t
     border_std: float = limited(1.0, LEAST, INF)  # * own: its standard deviation
+    # both times move to noise, t' = s t / (1 + (s - 1) t), as in latents of many values; 1 = not
+    shift: float = limited(1.0, LEAST, INF)
     # * rows with r = t start with the noisiest of so many ranges of t, and get one more at a time
     # (`paced`); 0 = all ranges from the start
     difficulty_clusters: int = limited(0, 0, MANY)
@@ -277,7 +279,18 @@ def draw_times(
         t = jnp.where(split.is_pair(), t, own)
     if law.difficulty_clusters and split.pairs:  # flow matching alone, as pretraining, has all t
         t = jnp.where(split.is_pair(), t, paced(t, law, progress))
+    if law.shift != 1:
+        r, t = shifted(r, law.shift), shifted(t, law.shift)
     return jnp.where(split.is_pair(), r, t), t
+
+
+def shifted(t: Any, shift: float) -> Any:
+    """Times nearer to noise: s t / (1 + (s - 1) t), with s above 1 (arXiv 2403.03206).
+
+    A latent of many values needs more noise to lose its content. For flows in the features of an
+    autoencoder s = sqrt(values / 4096), arXiv 2510.11690: 6.93 for 16 x 16 x 768.
+    """
+    return shift * t / (1 + (shift - 1) * t)
 
 
 def paced(t: Array, law: TimeLaw, progress: float | np.float32 | Array) -> Array:
@@ -335,10 +348,10 @@ def _draws_on_border(law: TimeLaw) -> tuple[tuple[float, float], ...]:
 @cache
 def _mean_interval(law: TimeLaw) -> float:
     """E[t - r] over the rows with r < t, by quadrature."""
-    t, of_t = _quadrature(law.base, law.t_mean, law.t_std)
+    t, of_t = _quadrature(law, law.t_mean, law.t_std)
     if law.pairing == "zero":
         return float(of_t @ t)
-    r, of_r = _quadrature(law.base, law.r_mean, law.r_std)
+    r, of_r = _quadrature(law, law.r_mean, law.r_std)
     apart = of_t @ (np.maximum(t[:, None] - r, 0) @ of_r)
     if law.pairing == "sorted":
         return float(2 * apart - of_t @ t + of_r @ r)  # |x| = 2 max(x, 0) - x
@@ -349,7 +362,7 @@ def _mean_interval(law: TimeLaw) -> float:
 
 def _mean_on_border(law: TimeLaw, f: Callable[[Array], Array]) -> float:
     """E[f(t)] over the rows with r = t, by quadrature. f: times -> values of the same shape."""
-    grids = [_quadrature(law.base, *draw) for draw in _draws_on_border(law)]
+    grids = [_quadrature(law, *draw) for draw in _draws_on_border(law)]
     times, weight = grids[0]
     if len(grids) == 2:  # the larger of two draws
         times = np.maximum(times[:, None], grids[1][0]).ravel()
@@ -358,13 +371,15 @@ def _mean_on_border(law: TimeLaw, f: Callable[[Array], Array]) -> float:
         return float(weight @ np.asarray(f(jnp.asarray(times)), np.float64))
 
 
-def _quadrature(base: str, mean: float, std: float) -> tuple[np.ndarray, np.ndarray]:
-    """Times and their weights, which add up to 1, for one draw of a base law."""
-    if base == "uniform":
-        return (np.arange(800) + 0.5) / 800, np.full(800, 1 / 800)
-    x = np.linspace(-8, 8, 801)
-    weight = np.exp(-(x**2) / 2)
-    return 1 / (1 + np.exp(-(mean + std * x))), weight / weight.sum()
+def _quadrature(law: TimeLaw, mean: float, std: float) -> tuple[np.ndarray, np.ndarray]:
+    """Times and their weights, which add up to 1, for one draw of a law's base, shifted."""
+    if law.base == "uniform":
+        times, weight = (np.arange(800) + 0.5) / 800, np.full(800, 1 / 800)
+    else:
+        x = np.linspace(-8, 8, 801)
+        weight = np.exp(-(x**2) / 2)
+        times, weight = 1 / (1 + np.exp(-(mean + std * x))), weight / weight.sum()
+    return (times if law.shift == 1 else shifted(times, law.shift)), weight
 
 
 def middle_share(rows: Rows) -> Array:

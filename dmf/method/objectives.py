@@ -114,7 +114,7 @@ class Rule(NamedTuple):
 Residual = Callable[[Net, object, Rows, RowSplit, Rule], Residuals]
 
 # How the rows of a step go through the network; the numbers are equal up to rounding.
-SPLIT, JOINT, WHOLE = LAYOUTS = ("split", "joint", "whole")
+SPLIT, SHARED, JOINT, WHOLE = LAYOUTS = ("split", "shared", "joint", "whole")
 AUTO = "auto"  # the fastest of these, which a run decides before its first step
 
 

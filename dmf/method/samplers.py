@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from dmf.errors import DmfError
+from dmf.method import flow
 from dmf.method.flow import expand
 
 Array = jax.Array
@@ -39,12 +40,7 @@ def uniform(i: Any, steps: Any) -> Any:
 
 def shifted(i: Any, steps: Any) -> Any:
     """t' = s t / (1 + (s - 1) t) of the uniform times: more steps near noise, arXiv 2403.03206."""
-    return moved(uniform(i, steps), SHIFT)
-
-
-def moved(t: Any, shift: float) -> Any:
-    """t' = s t / (1 + (s - 1) t): for s above 1 nearer to noise. 0 and 1 stay."""
-    return shift * t / (1 + (shift - 1) * t)
+    return flow.shifted(uniform(i, steps), SHIFT)
 
 
 def edm(i: Any, steps: Any) -> Any:

@@ -27,7 +27,7 @@ import numpy as np
 
 from dmf.errors import DmfError
 from dmf.fields import INF, LEAST, choice, limited
-from dmf.method import samplers, velocity
+from dmf.method import flow, samplers, velocity
 from dmf.method.flow import Condition, Net, Rows, RowSplit, Tangent
 from dmf.method.guidance import Contrast, contrast
 from dmf.method.objectives import KINDS
@@ -162,7 +162,7 @@ def placed(
 def grid(config: TeacherConfig) -> tuple[np.ndarray, np.ndarray]:
     """(times of the states, times that the network is told), from 1 to 0, float32."""
     even = 1 - np.arange(config.states) / (config.states - 1)
-    true = samplers.moved(even, config.shift)
+    true = flow.shifted(even, config.shift)
     told = even if config.labels == RELEASED else true
     return true.astype(np.float32), told.astype(np.float32)
 

@@ -7,7 +7,8 @@
     cudnn     fused and fast on NVIDIA; no forward mode
     flash     fused and fast on TPUs; no forward mode
 
-The last two fail under jax.jvp, when the program is compiled.
+The last two fail under jax.jvp, when the program is compiled. Rotary positions of queries and keys
+stand here too: `rotated`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dmf.errors import DmfError
 
@@ -240,6 +242,30 @@ _flash.defvjp(_flash_forward, _flash_backward)
 
 def _precision(x: Array) -> str:
     return "default" if x.dtype in (jnp.bfloat16, jnp.float16) else "highest"
+
+
+def rotated(x: Array, angle: np.ndarray) -> Array:
+    """Rotary positions: channels 2 k and 2 k + 1 of token n turn by angle[n, k].
+
+    x: (B, N, heads, dim), queries or keys. angle: (N, dim / 2). It computes in float32 at least.
+    """
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    cos, sin = (jnp.asarray(f(angle), wide.dtype)[:, None] for f in (np.cos, np.sin))
+    even, odd = wide[..., ::2], wide[..., 1::2]
+    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)
+
+
+def line_angles(tokens: int, dim: int) -> np.ndarray:
+    """Angles (tokens, dim / 2) of tokens in a line, for `rotated`: n 1e4^(-2 k / dim)."""
+    return np.arange(tokens)[:, None] * 1e4 ** (-np.arange(dim // 2) / (dim // 2))
+
+
+def grid_angles(rows: int, columns: int, dim: int) -> np.ndarray:
+    """Angles (rows * columns, dim / 2) of tokens in a grid: those of its row, then its column."""
+    row, column = np.indices((rows, columns)).reshape(2, -1)
+    halves = line_angles(rows, dim // 2)[row], line_angles(columns, dim // 2)[column]
+    return np.concatenate(halves, axis=1)
 
 
 KERNELS: dict[str, Kernel] = {"xla": xla, "chunked": chunked, "cudnn": cudnn, "flash": flash}

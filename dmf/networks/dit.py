@@ -91,28 +91,6 @@ def _modulation(
     return jnp.split(dense(nn.silu(cond))[:, None, :], parts, axis=-1)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention; the columns of qkv are [q | k | v], each head-major."""
-
-    heads: int
-    attend: attention.Kernel
-    dtype: jnp.dtype | None
-    qk_norm: bool = False
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Mix tokens (B, N, width)."""
-        batch, tokens, width = x.shape
-        qkv = Dense(3 * width, dtype=self.dtype, kernel_init=layers.xavier(), name="qkv")(x)
-        qkv = qkv.reshape(batch, tokens, 3, self.heads, width // self.heads)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        if self.qk_norm:
-            q = nn.RMSNorm(epsilon=1e-6, dtype=self.dtype, name="q_norm")(q)
-            k = nn.RMSNorm(epsilon=1e-6, dtype=self.dtype, name="k_norm")(k)
-        y = self.attend(q, k, v).reshape(batch, tokens, width)
-        return Dense(width, dtype=self.dtype, kernel_init=layers.xavier(), name="proj")(y)
-
-
 class FeedForward(nn.Module):
     """Two-layer MLP with the tanh form of GELU."""
 
@@ -139,7 +117,7 @@ class DiTBlock(nn.Module):
         """Map tokens (B, N, width) given the conditioning vector (B, width)."""
         c, dtype = self.config, self.dtype
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = _modulation(cond, 6, c.width, dtype)
-        attn = Attention(c.heads, self.attend, dtype, c.qk_norm, name="attn")
+        attn = layers.Attention(c.heads, self.attend, dtype, c.qk_norm, name="attn")
         x = x + gate_a * attn(_modulate(_norm(dtype)(x), shift_a, scale_a))
         mlp = FeedForward(int(c.width * c.mlp_ratio), dtype, name="mlp")
         return x + gate_m * mlp(_modulate(_norm(dtype)(x), shift_m, scale_m))

@@ -85,27 +85,6 @@ class FourierEmbedder(nn.Module):
         return nn.Dense(self.width, kernel_init=last, name="mlp_2")(x)
 
 
-class RotaryAttention(nn.Module):
-    """Self-attention with rotary positions of queries and keys; qkv is [q | k | v], head-major."""
-
-    heads: int
-    grid: tuple[int, int]
-    attend: attention.Kernel
-    dtype: jnp.dtype | None
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Mix tokens (B, rows * columns, width), row by row."""
-        batch, tokens, width = x.shape
-        layer = partial(Dense, dtype=self.dtype, kernel_init=layers.xavier())
-        qkv = layer(3 * width, name="qkv")(x)
-        qkv = qkv.reshape(batch, tokens, 3, self.heads, width // self.heads)
-        angle = layers.grid_angles(*self.grid, width // self.heads)
-        q, k = layers.rotated(qkv[:, :, 0], angle), layers.rotated(qkv[:, :, 1], angle)
-        y = self.attend(q, k, qkv[:, :, 2]).reshape(batch, tokens, width)
-        return layer(width, name="proj")(y)
-
-
 class SwiGLU(nn.Module):
     """w3(silu(a) * b), where w12 x = [a | b]."""
 
@@ -150,7 +129,7 @@ class DHBlock(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = _modulation(
             cond, 6, x.shape[-1], dtype
         )
-        attn = RotaryAttention(self.heads, self.grid, self.attend, dtype, name="attn")
+        attn = layers.Attention(self.heads, self.attend, dtype, grid=self.grid, name="attn")
         x = x + gate_a * attn(_norm(dtype, "norm1")(x) * (1 + scale_a) + shift_a)
         mlp = SwiGLU(self.hidden, dtype, name="mlp")
         return x + gate_m * mlp(_norm(dtype, "norm2")(x) * (1 + scale_m) + shift_m)

@@ -10,11 +10,17 @@ from typing import Any
 from dmf import fields, networks
 from dmf.errors import DmfError
 from dmf.networks import NetworkConfig, UNetConfig
-from dmf.networks.frozen import dinov2, inception, vae
+from dmf.networks.frozen import dinov2, inception, rae, vae
 
-# Networks other than u(z, r, t): kind -> (config class, how one is built).
-OTHERS: dict[str, tuple[type, Any]] = {
+# Images to latents and back: kind -> (config class, how one is built). A config has part, factor,
+# image_channels, latent_channels, scale, shift and latent_shape; `vae.VAE` is what is built.
+AUTOENCODERS: dict[str, tuple[type, Any]] = {
     "vae": (vae.VAEConfig, vae.build_vae),
+    "rae": (rae.RAEConfig, rae.build_rae),
+}
+# Networks other than u(z, r, t): the same of all.
+OTHERS: dict[str, tuple[type, Any]] = {
+    **AUTOENCODERS,
     "inception": (inception.InceptionConfig, inception.build_inception),
     "dinov2": (dinov2.DinoConfig, dinov2.build_dinov2),
 }
@@ -71,6 +77,7 @@ def least(config: Any) -> tuple[int, int]:
         "dit",
         "dinov2",
         "dit_dh",
+        "rae",
     ):  # queries, keys, values and output of attention
         layers, times = [4 * config.width**2], config.depth
     elif config.kind == "in_context_dit":

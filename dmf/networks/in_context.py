@@ -94,9 +94,9 @@ class RotaryAttention(nn.Module):
         layer = _layer(self.dtype)
         qkv = layer(3 * width, name="qkv")(x)
         qkv = qkv.reshape(batch, tokens, 3, self.heads, width // self.heads)
-        angle = layers.line_angles(tokens, width // self.heads)
-        q = layers.rotated(_norm(self.dtype, "q_norm")(qkv[:, :, 0]), angle)
-        k = layers.rotated(_norm(self.dtype, "k_norm")(qkv[:, :, 1]), angle)
+        angle = attention.line_angles(tokens, width // self.heads)
+        q = attention.rotated(_norm(self.dtype, "q_norm")(qkv[:, :, 0]), angle)
+        k = attention.rotated(_norm(self.dtype, "k_norm")(qkv[:, :, 1]), angle)
         y = self.attend(q, k, qkv[:, :, 2]).reshape(batch, tokens, width)
         return layer(width, name="proj")(y)
 

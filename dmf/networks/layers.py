@@ -151,30 +151,6 @@ def log_sigma(t: jax.Array) -> jax.Array:
     return (jnp.log(t) - jnp.log1p(-t)) / 4
 
 
-def rotated(x: jax.Array, angle: np.ndarray) -> jax.Array:
-    """Rotary positions: channels 2 k and 2 k + 1 of token n turn by angle[n, k].
-
-    x: (B, N, heads, dim). angle: (N, dim / 2). It computes in float32 at least.
-    """
-    wide = at_least_float32(x)
-    cos, sin = (jnp.asarray(f(angle), wide.dtype)[:, None] for f in (np.cos, np.sin))
-    even, odd = wide[..., ::2], wide[..., 1::2]
-    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return turned.reshape(x.shape).astype(x.dtype)
-
-
-def line_angles(tokens: int, dim: int) -> np.ndarray:
-    """Angles (tokens, dim / 2) of tokens in a line, for `rotated`: n 1e4^(-2 k / dim)."""
-    return np.arange(tokens)[:, None] * frequencies(dim // 2, endpoint=False)
-
-
-def grid_angles(rows: int, columns: int, dim: int) -> np.ndarray:
-    """Angles (rows * columns, dim / 2) of tokens in a grid: those of its row, then its column."""
-    row, column = np.indices((rows, columns)).reshape(2, -1)
-    halves = line_angles(rows, dim // 2)[row], line_angles(columns, dim // 2)[column]
-    return np.concatenate(halves, axis=1)
-
-
 def position_embedding(height: int, width: int, dim: int) -> np.ndarray:
     """Fixed embedding (height * width, dim), float64: [sin | cos] of column, then of row."""
     freqs = frequencies(dim // 4, endpoint=False)
@@ -258,6 +234,35 @@ class Dense(nn.Dense):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map x (..., inputs) to (..., features)."""
         return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.features)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; the columns of qkv are [q | k | v], each head-major.
+
+    grid: rows and columns of the tokens, for rotary positions of queries and keys.
+    """
+
+    heads: int
+    attend: attention.Kernel
+    dtype: jnp.dtype | None
+    qk_norm: bool = False
+    grid: tuple[int, int] | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Mix tokens (B, N, width)."""
+        batch, tokens, width = x.shape
+        qkv = Dense(3 * width, dtype=self.dtype, kernel_init=xavier(), name="qkv")(x)
+        qkv = qkv.reshape(batch, tokens, 3, self.heads, width // self.heads)
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        if self.qk_norm:
+            q = nn.RMSNorm(epsilon=1e-6, dtype=self.dtype, name="q_norm")(q)
+            k = nn.RMSNorm(epsilon=1e-6, dtype=self.dtype, name="k_norm")(k)
+        if self.grid:
+            angle = attention.grid_angles(*self.grid, width // self.heads)
+            q, k = attention.rotated(q, angle), attention.rotated(k, angle)
+        y = self.attend(q, k, v).reshape(batch, tokens, width)
+        return Dense(width, dtype=self.dtype, kernel_init=xavier(), name="proj")(y)
 
 
 class PatchEmbed(nn.Module):

@@ -38,6 +38,7 @@ KINDS = {
     "rectified_flow": "rectified flow on CIFAR-10 (score_sde layout)",
     "torchcfm": "TorchCFM CIFAR-10 U-Net",
     "sd_vae": "Stable Diffusion autoencoder",
+    "rae_decoder": "representation autoencoder: decoder, stat.pt and DINOv2 with registers",
     "fid_inception": "InceptionV3 for FID",
     "dinov2": "DINOv2 ViT-S/B/L for FD-DINOv2",
     "dmf": "a file that --mode=export wrote in our own layout",

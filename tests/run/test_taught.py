@@ -9,7 +9,7 @@ import pytest
 from dmf import networks, pretrained
 from dmf.config import parse
 from dmf.errors import DmfError
-from dmf.networks import MLPConfig
+from dmf.networks import DiTConfig, MLPConfig
 from dmf.storage import checkpoint
 from tests import runs
 from tests.conversion import small_noise
@@ -86,16 +86,21 @@ def test_another_teacher_is_refused(finished, tmp_path):
         ),
         (
             dict(num_classes=7),
-            "config.teacher.place = .*num_classes: 7 -> 0; expected the same netw",
+            "config.teacher.place = .*num_classes: 7 -> 10; expected the same netw",
         ),
         (None, "config.teacher.place = '' with config.curriculum.kinds = 'teacher_path': expected"),
     ],
 )
 def test_a_teacher_that_does_not_fit_is_one_line(tmp_path, network, message):
-    place = ""
+    place, base = "", VALUES
+    if network and "num_classes" in network:
+        base = merged(VALUES, network=TINY["network"])
+        theirs = DiTConfig(depth=1, width=32, heads=2, patch=4, **network)
+    else:
+        theirs = MLPConfig(**dict(width=32, depth=1) | (network or {}))
     if network:
-        place = stored(tmp_path / "teacher", MLPConfig(**dict(width=32, depth=1) | network))
-    values = merged(VALUES, teacher=dict(VALUES["teacher"], place=place))
+        place = stored(tmp_path / "teacher", theirs)
+    values = merged(base, teacher=dict(VALUES["teacher"], place=place))
     with pytest.raises(DmfError, match=message) as error:
         runs.train(parse(values), tmp_path / "run")
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()

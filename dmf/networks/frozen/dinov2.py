@@ -30,7 +30,7 @@ import numpy as np
 from dmf.errors import DmfError
 from dmf.fields import MOST_BLOCKS, REQUIRED, WIDEST, limited
 from dmf.networks import attention, layers
-from dmf.networks.dit import Attention, PatchEmbed
+from dmf.networks.layers import Attention, PatchEmbed
 
 SIZE = 224
 MLP_RATIO = 4
@@ -76,19 +76,19 @@ class Dino(NamedTuple):
     apply: Callable[..., jax.Array]
 
 
-def resampling(source: int, target: int) -> np.ndarray:
+def resampling(source: int, target: int, offset: float = OFFSET) -> np.ndarray:
     """The matrix (target, source) that resamples one axis of a table of positions, float64.
 
-    Row i is the cubic kernel, a = -0.75, at (i + 1/2) source / (target + 0.1) - 1/2.
+    Row i is the cubic kernel, a = -0.75, at (i + 1/2) source / (target + offset) - 1/2.
     Positions beyond the ends repeat the last one. Rows sum to 1. Equal sizes give the identity.
 
-    This is PyTorch's bicubic interpolation without antialiasing, as DINOv2's program calls it.
-    The program gives the factor (target + 0.1) / source instead of the size.
+    This is PyTorch's bicubic interpolation without antialiasing. DINOv2's program calls it with
+    an offset of 0.1: it gives the factor (target + 0.1) / source instead of the size.
     All samples then lie a little to the left; from 37 to 16, by up to 0.22 of a position.
     """
     if source == target:
         return np.eye(target)
-    position = (np.arange(target) + 0.5) * source / (target + OFFSET) - 0.5
+    position = (np.arange(target) + 0.5) * source / (target + offset) - 0.5
     matrix = np.zeros((target, source))
     for step in (-1, 0, 1, 2):
         tap = np.floor(position) + step

@@ -66,9 +66,18 @@ class VAEConfig:
         """The side of an image over the side of its latent."""
         return 2 ** (len(self.channels) - 1)
 
+    def latent_shape(self, size: int) -> tuple[int, int, int]:
+        """The shape of a square image's latent. Raises DmfError unless `factor` divides it."""
+        if size % self.factor:
+            raise DmfError(
+                f"size is {size}: expected a multiple of {self.factor}, by which the autoencoder "
+                "shrinks an image"
+            )
+        return size // self.factor, size // self.factor, self.latent_channels
+
 
 class VAE(NamedTuple):
-    """An autoencoder as pure functions.
+    """An autoencoder as pure functions. Other kinds have the same (`dmf.networks.frozen.rae`).
 
     init(key) -> params: A nested dict of float32 arrays.
 

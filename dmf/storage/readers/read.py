@@ -10,6 +10,7 @@ Opening reads no tensor.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from dmf.errors import DmfError, printable
-from dmf.storage import manifest
+from dmf.storage import manifest, paths
 from dmf.storage.readers import flaxfile, torchfile
 from dmf.storage.readers.orbaxfile import read_orbax
 from dmf.storage.readers.span import Span, short, whole
@@ -66,6 +67,36 @@ class Weights:
     format: str
     tree: Any
     metadata: dict[str, str] = field(default_factory=dict)
+    more: tuple[Path, ...] = ()  # the other files of `open_files`
+
+    @property
+    def file(self) -> str:
+        """The file's name, or all names with commas."""
+        return ", ".join(path.name for path in (self.path, *self.more))
+
+    def sha256(self) -> str:
+        """The SHA-256 of the file, or one made of those of all files, in any order."""
+        found = sorted(sha256(path) for path in (self.path, *self.more))
+        return hashlib.sha256("".join(found).encode()).hexdigest() if self.more else found[0]
+
+
+class Several(dict[str, Any]):
+    """The trees of several files, by their places."""
+
+
+def open_files(source: str | Path) -> Weights:
+    """The weight files of a list with commas, or the one at `source`, see `open_file`.
+
+    The tree of several is a `Several`. Raises DmfError.
+    """
+    names = [str(source)] if os.path.exists(source) else str(source).split(",")
+    first, *more = (open_file(paths.expanded(name)) for name in names)
+    if not more:
+        return first
+    opened = [first, *more]
+    tree = Several({str(weights.path): weights.tree for weights in opened})
+    formats = ", ".join(dict.fromkeys(weights.format for weights in opened))
+    return Weights(first.path, formats, tree, more=tuple(weights.path for weights in more))
 
 
 def open_file(path: str | Path) -> Weights:
