@@ -97,15 +97,13 @@ def make_train_step(
     """The jitted step of a kind: (state, batch, scalars) -> (state, metrics).
 
     With a teacher, its weights follow, placed as the parameters. The given state is consumed.
-    batch: as `draw_rows` takes it, rows split over the mesh.
-    place: where the state lives, from `sharding.placed`. metrics, all scalars:
+    batch: as for `draw_rows`, split over the mesh. place: by `sharding.placed`. Scalar metrics:
 
         loss                           weighted
         squares_border, squares_pairs  |residual|^2, mean over the r = t and over the r < t rows
         change                         how much u changes over the step back, relative to |u|
         interval                       mean share a of t - r, where the interval is adaptive
-        grad_norm                      before clipping
-        nonfinite_leaf                 index in jax.tree.leaves, or -1
+        grad_norm, nonfinite_leaf      before clipping; index in jax.tree.leaves, or -1
     """
     split, of_rows = split_for(kind, config, mesh), sharding.rows(mesh)
     average = config.ema.index() if config.loss.tangent in velocity.AVERAGED else None
@@ -120,8 +118,7 @@ def make_train_step(
         rows = draw(state.step, batch, seed=scalars.seed, progress=scalars.progress)
         rows = jax.lax.with_sharding_constraint(rows, of_rows)
         frozen = {} if average is None else {"average": sharding.whole(mesh, state.ema[average])}
-        if taught is not None:
-            frozen[velocity.TEACHER] = sharding.whole(mesh, taught)
+        frozen |= {} if taught is None else {velocity.TEACHER: sharding.whole(mesh, taught)}
         given = {"progress": scalars.progress, "frozen": frozen, "sums": state.intervals}
         grads, metrics = gradient(state.params, rows, scalars.rho, given)
         sums = _tallied(state.intervals, metrics.pop("intervals", None), config)
@@ -259,7 +256,7 @@ def stage_residuals(
     """
     about = KINDS[kind]
     if about.v_only:
-        params = flow.freeze_interval(params, network.is_interval)
+        params = networks.freeze_interval(params, network.is_interval)
 
     whole, net, own = _views(network, config, train)
     rows = _told(own, params, rows, about.guided, config)

@@ -140,8 +140,7 @@ def build_stages(
         config.length_unit
     ]
     lengths = config.stage_lengths or (config.length / len(kinds),) * len(kinds)
-    stages = []
-    first = 0
+    stages, first = list[Stage](), 0
     if config.pretrain_length:
         first = round(config.pretrain_length * per_unit)
         if not first:
@@ -149,8 +148,7 @@ def build_stages(
                 f"config.curriculum.pretrain_length = {config.pretrain_length:g} "
                 f"{config.length_unit}: expected 0, or at least one step"
             )
-        taught = by_teacher(False, KINDS[PRETRAINING].passes)
-        stages.append(Stage(-1, PRETRAINING, 1.0, 0, first, teacher_passes=taught))
+        stages.append(Stage(-1, PRETRAINING, 1.0, 0, first, teacher_passes=by_teacher(False, 3)))
     start, done, rho = first, 0.0, 1 / config.q
     for i, (kind, length) in enumerate(zip(kinds, lengths, strict=True)):
         done += length
@@ -165,8 +163,8 @@ def build_stages(
         extra = guidance_passes if KINDS[kind].guided else 0
         at = rho if KINDS[kind].steps_back else 1.0
         taught = by_teacher(KINDS[kind].taught, KINDS[kind].passes)
-        stage = Stage(i, kind, at, first, end - first, extra, tangent_passes)
-        stages.append(replace(stage, teacher_passes=taught))
+        passes = extra, tangent_passes, 1.0, 1.0, False, taught
+        stages.append(Stage(i, kind, at, first, end - first, *passes))
         first = end
     _check_sizes(config, stages)
     return tuple(stages) if config.schedule == "steps" else _smooth(stages, config)

@@ -388,16 +388,3 @@ def middle_share(rows: Rows) -> Array:
         return jnp.full_like(rows.t, 0.5)
     keys = jax.vmap(lambda key: jax.random.fold_in(key, MIDDLE))(rows.keys)
     return jax.vmap(lambda key: jax.random.uniform(key, minval=1e-12))(keys)
-
-
-def freeze_interval(params: Any, is_interval: Callable[[tuple[str, ...]], bool]) -> Any:
-    """No gradient into the interval branch.
-
-    Pure flow matching leaves the branch at its zero start, so u = v for every r.
-    is_interval: the network's, of a parameter's path.
-    """
-
-    def freeze(path: tuple[Any, ...], x: Array) -> Array:
-        return jax.lax.stop_gradient(x) if is_interval(tuple(p.key for p in path)) else x
-
-    return jax.tree_util.tree_map_with_path(freeze, params)

@@ -209,7 +209,8 @@ def path_rows(
 
     count = config.per_path
     condition: Condition = jax.tree.map(lambda x: jnp.repeat(x, count, 0), rows.condition)
-    split = jax.vmap(lambda key: jax.random.split(key, count))
-    keys = flat(split(rows.keys)) if rows.keys is not None else None
-    found = Rows(flat(sg(first)), flat(r), flat(t), flat(v), condition, keys)
+    found = Rows(flat(sg(first)), flat(r), flat(t), flat(v), condition)
+    if rows.keys is not None:
+        each = jax.vmap(lambda key: jax.random.split(key, count))(rows.keys)
+        found = found._replace(keys=flat(each))
     return found, RowSplit(len(found.t), 1, 1)

@@ -95,7 +95,10 @@ def test_no_gradient_reaches_the_teacher(kind):
 
 def test_guidance_leads_away_from_the_null_class():
     here = rows()._replace(condition=Condition(label=jnp.arange(16) % 3))
-    net = lambda params, rows: exact(params, rows.z, rows.r, rows.t, condition=rows.condition)  # noqa: E731
+
+    def net(params, rows):
+        return exact(params, rows.z, rows.r, rows.t, condition=rows.condition)
+
     frozen = {"teacher": 1.0}
     plain, guided = (
         teacher.known(net, frozen, TeacherConfig(guidance=scale), 2)(here) for scale in (1, 3)
