@@ -150,8 +150,8 @@ class LossConfig:
     target_clip: float = limited(0.0, 0, INF)
     # what plays v in the target: data = e - x | teacher = the velocity of config.teacher
     velocity: str = choice("data", (DATA, TEACHER))
-    # direction of u' and du/dt: data = e - x | own = u(z, t, t) | ema = the same of the EMA |
-    # head, teacher = v of either
+    # direction of u' and du/dt: data = e - x | own = u(z, t, t) | ema = the same of the EMA.
+    # Further: head = the velocity head | teacher = the velocity of config.teacher
     tangent: str = choice("data", TANGENTS)
     # with another tangent than data: the share of v in that direction; 1 is v alone
     tangent_data: float = limited(0.0, 0, 1)
