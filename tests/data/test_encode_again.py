@@ -146,7 +146,7 @@ def test_a_resumed_run_says_that_other_versions_made_the_finished_shards(
     )
     shard(tmp_path, 3).unlink()
     made_with = encode.made_with()
-    monkeypatch.setattr(encode, "_made_with", lambda: made_with | {"jax": "99"})
+    monkeypatch.setattr(encode, "made_with", lambda: made_with | {"jax": "99"})
     encode.encode(vae, str(source), tmp_path, **SETTINGS)
     assert (
         f"note      finished shards were made otherwise (jax: {jax.__version__} -> 99): the "
