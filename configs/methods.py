@@ -255,6 +255,8 @@ METHODS: dict[str, Callable[[ConfigDict], Fields]] = {
     "split_meanflow": relatives.split_meanflow,
     "guided_split_meanflow": relatives.guided_split_meanflow,
     "beta_tangent": relatives.beta_tangent,
+    "distilled": relatives.distilled,
+    "mid_training": relatives.mid_training,
     "own_velocity": own_velocity,
     "ema_velocity": ema_velocity,
     "improved": improved,

@@ -27,7 +27,7 @@ from dmf import networks, sharding
 from dmf.config import Config
 from dmf.data import augment
 from dmf.errors import DmfError
-from dmf.method import flow, guidance, intervals, objectives, rectify, velocity, weights
+from dmf.method import flow, guidance, intervals, objectives, rectify, teacher, velocity, weights
 from dmf.method.flow import Condition, Rows, RowSplit
 from dmf.method.objectives import KINDS
 from dmf.networks import Execution, Network, attention
@@ -59,19 +59,18 @@ def make_train_step(
 ) -> jax.stages.Wrapped:
     """The jitted step of a kind: (state, batch, scalars) -> (state, metrics).
 
-    The given state is consumed. batch: as `draw_rows` takes it, rows split over the mesh.
-    place: where the state lives, from `sharding.placed`. metrics, all scalars:
+    With a teacher, its weights follow, placed as the parameters. The given state is consumed.
+    batch: as for `draw_rows`, split over the mesh. place: by `sharding.placed`. Scalar metrics:
 
         loss                           weighted
         squares_border, squares_pairs  |residual|^2, mean over the r = t and over the r < t rows
         change                         how much u changes over the step back, relative to |u|
         interval                       mean share a of t - r, where the interval is adaptive
-        grad_norm                      before clipping
-        nonfinite_leaf                 index in jax.tree.leaves, or -1
+        grad_norm, nonfinite_leaf      before clipping; index in jax.tree.leaves, or -1
     """
     split, of_rows = split_for(kind, config, mesh), sharding.rows(mesh)
     average = config.ema.index() if config.loss.tangent in velocity.AVERAGED else None
-    draw = partial(draw_rows, split=split, config=config)
+    draw = partial(draw_rows, split=split, config=config, at_noise=KINDS[kind].taught)
     loss = partial(stage_loss, kind=kind, network=network, config=config)
     beside = partial(second_loss, network=network, config=config)
     parts = split.micro(mesh.size), config.microbatches
@@ -81,10 +80,13 @@ def make_train_step(
     given_classes = config.num_classes, config.label_dropout
     has_second = KINDS[kind].second and rectify.fits(config.loss, *given_classes)
 
-    def train_step(state: TrainState, batch: Any, scalars: Scalars) -> tuple[TrainState, Metrics]:
+    def train_step(
+        state: TrainState, batch: Any, scalars: Scalars, taught: Any = None
+    ) -> tuple[TrainState, Metrics]:
         rows = draw(state.step, batch, seed=scalars.seed, progress=scalars.progress)
         rows = jax.lax.with_sharding_constraint(rows, of_rows)
         frozen = {} if average is None else {"average": sharding.whole(mesh, state.ema[average])}
+        frozen |= {} if taught is None else {velocity.TEACHER: sharding.whole(mesh, taught)}
         if state.second and has_second:
             both = {"second": state.second.params, "generator": state.params}
             frozen |= sharding.whole(mesh, both)
@@ -101,9 +103,8 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state, ema, sums, second), metrics
 
     precision, whole = getattr(config.precision, KINDS[kind].arithmetic), sharding.replicated(mesh)
-    places: dict[str, Any] = dict(
-        in_shardings=(place, of_rows, whole), out_shardings=(place, whole)
-    )
+    given = (place, of_rows, whole, *([place.params] if config.taught else []))
+    places: dict[str, Any] = dict(in_shardings=given, out_shardings=(place, whole))
     program, options = jax.default_matmul_precision(precision), sharding.compiler_options(mesh)
     return jax.jit(program(train_step), donate_argnums=0, compiler_options=options, **places)
 
@@ -111,7 +112,8 @@ def make_train_step(
 def split_for(kind: str, config: Config, mesh: Mesh) -> RowSplit:
     """The r < t rows of a step of this kind. A kind that learns v alone has none."""
     fraction = 0.0 if KINDS[kind].v_only else config.times.r_neq_t_fraction
-    return flow.row_split(config.batch_size, fraction, mesh.devices.size * config.microbatches)
+    parts, fraction = mesh.size * config.microbatches, 1.0 if KINDS[kind].taught else fraction
+    return flow.row_split(config.batch_size, fraction, parts)
 
 
 def step_keys(seed: int | np.uint32 | Array, step: Array) -> dict[str, Array]:
@@ -128,6 +130,7 @@ def draw_rows(
     config: Config,
     seed: np.uint32 | Array | None = None,
     progress: float | np.float32 | Array = 1.0,
+    at_noise: bool = False,
 ) -> Rows:
     """Augment the data, draw noise and times, and lay out the rows of a step.
 
@@ -135,11 +138,14 @@ def draw_rows(
         shaped as x. A batch may bring its own noise, shaped as x; otherwise noise is drawn.
     seed: the run's, as an input of the program; None takes the config's, as a constant.
     progress: of the curriculum, in [0, 1], for a law of times that depends on it.
+    at_noise: every row is noise at t = 1, with r = 0, where a teacher's path starts.
     """
     keys = step_keys(config.seed if seed is None else seed, step)
     x, condition = _condition(keys, batch, config)
     e = batch["noise"] if "noise" in batch else jax.random.normal(keys["noise"], x.shape)
     r, t = flow.draw_times(keys["times"], config.times, split, progress)
+    if at_noise:
+        r, t = jnp.zeros_like(r), jnp.ones_like(t)
     z, v = flow.interpolate(x, e, t, config.path)
     if getattr(config.network, "takes_guidance", False) and config.guidance.told:
         condition = condition._replace(
@@ -169,6 +175,9 @@ def stage_loss(
     """
     progress, frozen = given.get("progress", 0.0), given.get("frozen", {})
     sums = given.get("sums", ())
+    if KINDS[how["kind"]].taught:
+        v_t = _by_teacher(_views(how["network"], config, False)[1], frozen, config)
+        rows, split = teacher.path_rows(v_t, rows, config.teacher)
     how |= dict(config=config, split=split, frozen=frozen, sums=sums)
     rows, found = stage_residuals(params, rows, rho, **how)
     total, metrics = jnp.zeros(()), {} if found.change is None else {"change": found.change}
@@ -213,7 +222,7 @@ def second_loss(
     """The mean squared error of a second network on images of given["frozen"]["generator"]."""
     network, pairs = how["network"], rectify.untold(split.pairs_of(rows))
     net = _views(network, how["config"], True)[1]
-    params = freeze_interval(params, network.is_interval)
+    params = networks.freeze_interval(params, network.is_interval)
     e = rectify.second_residual(net, params, given["frozen"]["generator"], pairs)
     return jnp.mean(jnp.square(e)), {"squares_second": jnp.sum(jnp.square(e)) / len(e)}
 
@@ -233,19 +242,22 @@ def stage_residuals(
 ) -> tuple[Rows, objectives.Residuals]:
     """(the rows, with the guided velocity as v where the kind is guided; their residuals).
 
-    frozen: trees that no gradient reaches, by name. "average" is the evaluated average, for
-        config.loss.tangent = ema.
+    frozen: trees that no gradient reaches, by name: "average", the evaluated average, for
+        config.loss.tangent = ema, and "teacher".
     sums: the table of an adaptive interval. train: with dropout.
     """
     about = KINDS[kind]
     if about.v_only:
-        params = freeze_interval(params, network.is_interval)
+        params = networks.freeze_interval(params, network.is_interval)
 
     whole, net, own = _views(network, config, train)
     rows = _told(own, params, rows, about.guided, config)
     guide = (own, params, rows, config.network.num_classes, config.guidance)
     direction = velocity.TANGENTS[config.loss.tangent]
     tangent = direction(own, params, frozen) if direction else None  # v itself
+    if velocity.TEACHER in frozen and not about.taught:
+        v_t = _by_teacher(net, frozen, config)
+        rows, tangent = teacher.placed(v_t, rows, tangent, config.loss)
     rule = objectives.Rule(config.loss, partial(_rule(config, sums), rho), tangent)
     rule, lack = rule._replace(joint=config.rows == objectives.JOINT), None
     rule = rule._replace(whole=whole if network.sides else None)
@@ -295,6 +307,11 @@ def _told(own: flow.Net, params: Any, rows: Rows, guided: bool, config: Config) 
     return rows._replace(v=v_g, own=v_c if config.loss.tangent in velocity.ONLINE else None)
 
 
+def _by_teacher(net: Any, frozen: Mapping[str, Any], config: Config) -> flow.Tangent:
+    still = partial(net, train=False)
+    return teacher.known(still, frozen, config.teacher, config.network.num_classes)
+
+
 def make_gradient(
     loss: Callable[..., tuple[Array, Metrics]], split: RowSplit, count: int
 ) -> Callable[..., tuple[Any, Metrics]]:
@@ -320,19 +337,6 @@ def make_gradient(
         return jax.lax.scan(add, zeros, micro)[0]
 
     return accumulated
-
-
-def freeze_interval(params: Any, is_interval: Callable[[tuple[str, ...]], bool]) -> Any:
-    """No gradient into the interval branch.
-
-    Pure flow matching leaves the branch at its zero start, so u = v for every r.
-    is_interval: the network's, of a parameter's path.
-    """
-
-    def freeze(path: tuple[Any, ...], x: Array) -> Array:
-        return jax.lax.stop_gradient(x) if is_interval(tuple(p.key for p in path)) else x
-
-    return jax.tree_util.tree_map_with_path(freeze, params)
 
 
 def moved(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmf import config, step
+from dmf import config, networks, step
 from dmf.method import flow, weights
 from dmf.networks import is_interval_path
 from tests.tiny import TINY, UNET, Setup, linear_network, merged
@@ -259,7 +259,7 @@ def test_a_batch_may_bring_its_noise_along():
 
 def test_the_network_says_which_parameters_are_frozen():
     grad = jax.grad(
-        lambda p: sum(jnp.sum(x) for x in jax.tree.leaves(step.freeze_interval(p, *of)))
+        lambda p: sum(jnp.sum(x) for x in jax.tree.leaves(networks.freeze_interval(p, *of)))
     )
     of = [lambda path: path[0] == "a"]
     assert grad({"a": {"k": 1.0}, "interval": {"k": 1.0}}) == {"a": {"k": 0}, "interval": {"k": 1}}

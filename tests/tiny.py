@@ -110,6 +110,12 @@ class Setup:
             kind, self.network, self.optimizer, self.config, self.mesh, place
         )
 
+    def taught(self):
+        """(the weights of a frozen teacher,), placed as the parameters; () without one."""
+        if not self.config.taught:
+            return ()
+        return (jax.tree.map(lambda x: 0.9 * x, self.state().params),)
+
     def batch(self, n):
         rng = np.random.default_rng(n)
         return sharding.put_rows(
@@ -128,7 +134,7 @@ class Setup:
         """(state, metrics of the last step) after some steps of one kind."""
         train_step, now = self.step(kind), self.state(**start)
         for n in range(steps):
-            now, metrics = train_step(now, self.batch(n), self.scalars(n, kind))
+            now, metrics = train_step(now, self.batch(n), self.scalars(n, kind), *self.taught())
         return now, {k: float(v) for k, v in metrics.items()}
 
 

@@ -49,7 +49,7 @@ SHAPING = (
 LATER: dict[str, dict[str, Any]] = {
     "loss": dict(tangent="data", tangent_data=0.0, target_data=1.0, target_clip=0.0, delta=0.005)
     | dict(weight="adaptive", interval_weight="none", interval_power=1.0)
-    | dict(border_weight="none", snr_limit=5.0, logvar="off")
+    | dict(border_weight="none", snr_limit=5.0, logvar="off", velocity="data")
     | dict(rectify_weight=1.0, rectify_from=0.0, rectify_ramp=0.1, rectify_guidance=1.0),
     "optimizer": {
         "name": "adam",
@@ -320,6 +320,8 @@ def _digest(config: Config) -> str:
         shaping["path"] = config.path
     if config.rows != Config.rows:
         shaping["rows"] = config.rows
+    if config.taught:
+        shaping["teacher"] = asdict(replace(config.teacher, place="given"))
     if config.network.kind == "unet" and not config.network.num_classes:  # a field since then
         shaping["network"] = {k: v for k, v in shaping["network"].items() if k != "num_classes"}
     for key, later in LATER.items():
@@ -347,7 +349,7 @@ def lower(config: Config, mesh: Any, kind: str, shape: tuple[int, ...]) -> jax.s
     )
     place = sharding.placed(mesh, now)
     run = step.make_train_step(kind, network, optimizer, config, mesh, place)
-    return run.lower(now, batch, scalars)
+    return run.lower(now, batch, scalars, *([params] if config.taught else []))
 
 
 def _compile(

@@ -123,6 +123,7 @@ class Rows(NamedTuple):
     z: (B, ...) point on the path. r, t: (B,) times. v: (B, ...) conditional velocity.
     keys: (B,) one typed random key per row for the network's own noise, or None.
     own: (B, ...) the network's own velocity at z and t, where guidance has evaluated it already.
+    data: (B, ...) the conditional velocity, where v is a teacher's.
     """
 
     z: Array
@@ -132,6 +133,7 @@ class Rows(NamedTuple):
     condition: Condition = Condition()
     keys: Array | None = None
     own: Array | None = None
+    data: Array | None = None
 
 
 Net = Callable[[object, Rows], Array]  # (params, rows) -> u(z, r, t), (B, ...)

@@ -3,13 +3,12 @@
 Every kind gives a residual e per row, u minus a target. sg stops the gradient: it flows through
 the first u only. Here a is the share of t - r that a row steps back (`dmf.method.intervals`):
 
-    flow, all_pairs  e = u - v
-                     flow matching; flow has r = t on every row
+    flow, all_pairs  e = u - v, flow matching; flow has r = t on every row
+    teacher_path     the same, v from a teacher's path (`dmf.method.teacher`)
     discrete         e = u - T,  T = w v + (1 - w) sg u',  w = a / (1 + c a)
                      u' = u(z - D v, r, t - D),  D = a (t - r)
                      c = 1: arXiv 2604.08837 Eq. 5; c = 0: alpha-Flow
-    jvp              e = u - sg(v - (t - r) du/dt)
-                     the MeanFlow identity, arXiv 2505.13447
+    jvp              e = u - sg(v - (t - r) du/dt), the MeanFlow identity, arXiv 2505.13447
     central          e = u - sg(v - (t - r) (u+ - u-) / (2 delta))
                      u+- = u(z +- delta v, r, t +- delta); du/dt from two evaluations, no JVP
     split            e = u - T,  T = a sg u2 + (1 - a) sg u1,  a drawn for each row
@@ -330,6 +329,7 @@ class Kind(NamedTuple):
         extra        forward passes of an r < t row beyond `passes`
         steps_back   the kind looks back over an interval that shrinks with rho
         v_only       every row has r = t and the interval branch is frozen, so u = v stays
+        taught       rows are pairs of states of a teacher's path (`dmf.method.teacher`)
         unguided     the same kind without guidance, "" where this kind has no guidance
         limit        the kind whose residual this one tends to as a -> 0, or ""
         passes       forward passes of every row
@@ -344,6 +344,7 @@ class Kind(NamedTuple):
     extra: int = 0
     steps_back: bool = False
     v_only: bool = False
+    taught: bool = False
     unguided: str = ""
     limit: str = ""
     passes: int = 3
@@ -372,6 +373,7 @@ class Kind(NamedTuple):
 KINDS: dict[str, Kind] = {
     "flow": Kind(flow_matching, "plain", v_only=True),
     "all_pairs": Kind(flow_matching, "plain"),
+    "teacher_path": Kind(flow_matching, "plain", taught=True),
     "discrete": Kind(discrete, "difference", extra=1, steps_back=True, limit="jvp"),
     "jvp": Kind(jvp, "derivative", extra=1),
     "central": Kind(central, "difference", extra=2),

@@ -54,7 +54,7 @@ def counts_on_one_device(values, cases):
     for kind, fraction in cases:
         setup = Setup(merged(values, times=dict(r_neq_t_fraction=fraction)))
         lowered = setup.step(kind).lower(
-            jax.eval_shape(setup.state), setup.batch(0), setup.scalars(0, kind)
+            jax.eval_shape(setup.state), setup.batch(0), setup.scalars(0, kind), *setup.taught()
         )
         # The counts do not need LLVM's part, which takes most of the time.
         quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -97,6 +97,18 @@ def test_a_second_network_costs_the_passes_that_are_counted():
         for kind in ("all_pairs", "rectify")
     )
     assert both / flow == pytest.approx((3 + 11 * 0.25) / 3, rel=0.03)
+
+
+def test_a_teacher_costs_one_pass_of_the_rows_that_use_it():
+    values = merged(TINY, network=dict(depth=2, width=128), batch_size=64)
+    (flow,) = counts_on_one_device(values, (("all_pairs", 0.25),))
+    for loss, passes in (
+        (dict(velocity="teacher", tangent="teacher"), 3 + 0.25 + 1),
+        (dict(tangent="teacher"), 3 + 0.25 + 0.25),
+    ):
+        taught = merged(values, loss=loss)
+        (found,) = counts_on_one_device(taught, (("discrete", 0.25),))
+        assert found.flops / flow.flops == pytest.approx(passes / 3, rel=0.03), loss
 
 
 def test_rounds_with_other_numbers_compile_nothing(rows):
