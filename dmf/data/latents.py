@@ -1,6 +1,7 @@
-"""The data set of encoded images: the normal law of each image's latent.
+"""Data sets in shards: the normal law of each image's latent, and pairs of noise and sample.
 
-`dmf.convert.encode` writes the files. Reading needs neither TensorFlow nor jax.
+`dmf.convert.encode` and `dmf.convert.pairs` write the files. Reading needs neither TensorFlow nor
+jax, except where the noise of pairs is drawn again.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ from dmf.storage import paths
 NAME = "imagenet256_latents"
 # Metadata that tell data sets apart.
 ORIGIN = ("scale", "shift", "dtype", "source", "vae", "labels")
+OF_PAIRS = (
+    *("weights", "sampler", "steps", "times", "guidance", "seed"),
+    *("noise", "dtype", "truncation", "labels", "kept"),
+)
 FEATURES = "imagenet256_features"  # of a representation autoencoder
 # Name -> how many images a mock has, and their shape.
 MOCKS = {NAME: (2048, (32, 32, 4)), FEATURES: (64, (16, 16, 768))}
@@ -98,6 +103,111 @@ def read(data_dir: str, split: str, flip: bool, name: str = NAME) -> Latents:
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """A `Source` of samples of a model, each with the noise that the sampler made it from."""
+
+    fetch: Callable[[np.ndarray], np.ndarray]  # numbers (n,) -> (n, k, h, w, c); the sample is last
+    kept: np.ndarray  # (N,) int32, the numbers of the pairs that are used
+    labels: np.ndarray  # (N,) int32, in [0, num_classes)
+    redraw: Callable[[np.ndarray], np.ndarray] | None  # numbers (n,) -> noise (n, h, w, c)
+    about: dict[str, Any]  # the metadata of the files
+    split: str = "train"
+    name: str = "pairs"
+    mixed: bool = False  # labels may come in turn
+    flip: bool = False
+    classes: tuple[str, ...] = ()
+
+    @property
+    def num_classes(self) -> int:
+        return self.about["num_classes"]
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        return tuple(self.about["image_shape"])
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def rows(self, index: np.ndarray, mirrored: np.ndarray) -> dict[str, np.ndarray]:
+        """x and noise, each (n, h, w, c) float32, and label (n,) int32. Raises DmfError."""
+        number = self.kept[index]
+        found = self.fetch(number).astype(np.float32)
+        noise = found[:, 0] if self.redraw is None else self.redraw(number)
+        return {"x": found[:, -1], "noise": noise, "label": self.labels[index]}
+
+    def origin(self) -> dict[str, Any]:
+        """Which model made the pairs and how, and which of them are kept."""
+        return {name: self.about[name] for name in OF_PAIRS}
+
+
+def read_pairs(data_dir: str, split: str) -> Pairs:
+    """Opens the pairs of a folder. Reads their labels, and no pair yet.
+
+    Raises DmfError where they are not written to their end, where a file has another size than the
+    metadata say, and for any split but "train".
+    """
+    folder, about = _pairs(data_dir)
+    if split != "train":
+        raise DmfError(f"{folder} holds pairs, which have no split {split!r}: expected 'train'")
+    for name, size, _ in shards.files(about):
+        shards.check_size(folder / name, size)
+    labels, kept = _labels(folder, about), _numbers(folder / shards.KEPT, about["kept"])
+    inside = len(kept) and kept.min() >= 0 and kept.max() < about["count"]
+    if len(kept) != about["truncation"]["kept"] or not inside:
+        raise DmfError(
+            f"{folder / shards.KEPT} holds {len(kept)} numbers: expected "
+            f"{about['truncation']['kept']} of 0 to {about['count'] - 1}"
+        )
+    shape, stored = tuple(about["image_shape"]), about["noise"] == "stored"
+    record = (1 + stored, *shape)
+    return Pairs(
+        shards.Shards(folder, about, shards.PAIRS, record).fetch,
+        kept,
+        labels[kept],
+        None if stored else _redrawn(about["seed"], shape),
+        about,
+    )
+
+
+def behind_pairs(data_dir: str) -> dict[str, Any]:
+    """The data config of the model that made the pairs, {} where it is not known."""
+    return _pairs(data_dir)[1]["data"]
+
+
+def _pairs(data_dir: str) -> tuple[Path, dict[str, Any]]:
+    if not data_dir:
+        raise DmfError("config.data.data_dir is '' for 'pairs': expected the OUT of `--mode=pairs`")
+    folder = Path(paths.expanded(data_dir))
+    return folder, shards.metadata(folder, shards.PAIRS)
+
+
+def _redrawn(seed: int, shape: tuple[int, ...]) -> Callable[[np.ndarray], np.ndarray]:
+    """numbers (n,) -> the noise of these pairs, drawn again from its keys on the host."""
+    import jax
+
+    from dmf.method import keys
+
+    try:
+        cpu = jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        raise DmfError(
+            "the noise of pairs is redrawn on the CPU, which jax does not see: expected cpu among "
+            "JAX_PLATFORMS, or pairs made with --noise=stored"
+        ) from error
+
+    @jax.jit
+    def draw(row: jax.Array) -> jax.Array:
+        found = keys.keys_of(jax.numpy.uint32(seed), row, keys.PAIRS)
+        return keys.noise_of(found, shape)
+
+    def noise(number: np.ndarray) -> np.ndarray:
+        with jax.default_device(cpu):
+            return np.asarray(draw(number.astype(np.int32)))
+
+    return noise
+
+
 def mock(split: str, flip: bool, name: str = NAME) -> Latents:
     """Random latents of random classes, to try the code path only; reads no file."""
     rng = np.random.default_rng(0 if split == "train" else 1)
@@ -116,17 +226,25 @@ def mock(split: str, flip: bool, name: str = NAME) -> Latents:
 
 
 def _labels(folder: Path, about: dict[str, Any]) -> np.ndarray:
-    path, entry = folder / shards.LABELS, about["labels"]
-    shards.check_sum(path, entry["bytes"], entry["sha256"])
-    try:
-        labels = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        why = " ".join(str(error).split())[:200]
-        raise DmfError(
-            f"{path} cannot be read ({type(error).__name__}: {why}): expected an array of labels"
-        ) from error
-    if labels.shape != (about["count"],) or labels.dtype != np.int32:
+    path = folder / shards.LABELS
+    labels = _numbers(path, about["labels"])
+    if labels.shape != (about["count"],):
         raise DmfError(
             f"{path} holds {labels.dtype}{list(labels.shape)}: expected int32[{about['count']}]"
         )
     return labels
+
+
+def _numbers(path: Path, entry: dict[str, Any]) -> np.ndarray:
+    """A file of int32 numbers. Raises DmfError where it is damaged."""
+    shards.check_sum(path, entry["bytes"], entry["sha256"])
+    try:
+        found = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise DmfError(
+            f"{path} cannot be read ({type(error).__name__}: {why}): expected an array of numbers"
+        ) from error
+    if found.ndim != 1 or found.dtype != np.int32:
+        raise DmfError(f"{path} holds {found.dtype}{list(found.shape)}: expected one axis of int32")
+    return found

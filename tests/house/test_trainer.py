@@ -21,7 +21,8 @@ def test_the_trainer_reaches_few_modules():
     # The 48th is networks.dit_dh, the transformer of flows in an autoencoder's features.
     # The 49th is method.teacher, a frozen flow model in the loss. It samples: method.samplers was
     # reached already.
-    assert len(found) <= 49, sorted(found)
+    # The 50th is method.keys, by which the noise of stored pairs is drawn again.
+    assert len(found) <= 50, sorted(found)
 
 
 def test_the_trainer_reaches_no_evaluation_and_no_readers_of_other_files():
