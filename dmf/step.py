@@ -61,7 +61,6 @@ def make_train_step(
 
     With a teacher, its weights follow, placed as the parameters. The given state is consumed.
     batch: as for `draw_rows`, split over the mesh. place: by `sharding.placed`. Scalar metrics:
-
         loss                           weighted
         squares_border, squares_pairs  |residual|^2, mean over the r = t and over the r < t rows
         change                         how much u changes over the step back, relative to |u|
@@ -77,8 +76,7 @@ def make_train_step(
     gradient, second_gradient = (
         sharding.averaged(mesh, make_gradient(of, *parts), network.dtypes) for of in (loss, beside)
     )
-    given_classes = config.num_classes, config.label_dropout
-    has_second = KINDS[kind].second and rectify.fits(config.loss, *given_classes)
+    has_second = KINDS[kind].second and rectify.fits(config)
 
     def train_step(
         state: TrainState, batch: Any, scalars: Scalars, taught: Any = None
@@ -88,8 +86,7 @@ def make_train_step(
         frozen = {} if average is None else {"average": sharding.whole(mesh, state.ema[average])}
         frozen |= {} if taught is None else {velocity.TEACHER: sharding.whole(mesh, taught)}
         if state.second and has_second:
-            both = {"second": state.second.params, "generator": state.params}
-            frozen |= sharding.whole(mesh, both)
+            frozen |= sharding.whole(mesh, {"second": state.second.params, "first": state.params})
         given = {"progress": scalars.progress, "frozen": frozen, "sums": state.intervals}
         grads, metrics = gradient(state.params, rows, scalars.rho, given)
         sums = _tallied(state.intervals, metrics.pop("intervals", None), config)
@@ -219,11 +216,11 @@ def _rectified(params: Any, second: Any, pairs: Rows, config: Config, network: N
 def second_loss(
     params: Any, rows: Rows, rho: Array, given: Any, *, split: RowSplit, **how: Any
 ) -> tuple[Array, Metrics]:
-    """The mean squared error of a second network on images of given["frozen"]["generator"]."""
+    """The mean squared error of a second network on images of given["frozen"]["first"]."""
     network, pairs = how["network"], rectify.untold(split.pairs_of(rows))
     net = _views(network, how["config"], True)[1]
     params = networks.freeze_interval(params, network.is_interval)
-    e = rectify.second_residual(net, params, given["frozen"]["generator"], pairs)
+    e = rectify.second_residual(net, params, given["frozen"]["first"], pairs)
     return jnp.mean(jnp.square(e)), {"squares_second": jnp.sum(jnp.square(e)) / len(e)}
 
 

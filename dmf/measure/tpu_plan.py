@@ -51,16 +51,8 @@ LATER: dict[str, dict[str, Any]] = {
     | dict(weight="adaptive", interval_weight="none", interval_power=1.0)
     | dict(border_weight="none", snr_limit=5.0, logvar="off", velocity="data")
     | dict(rectify_weight=1.0, rectify_from=0.0, rectify_ramp=0.1, rectify_guidance=1.0),
-    "optimizer": {
-        "name": "adam",
-        "rate_factor": 1.0,
-        "momentum": 0.95,
-        "decompose_every_steps": 100,
-        "largest_side": 10_000,
-        "other_scale": 1e-3,
-        "convolutions": False,
-        "second_rate": 1.0,
-    },
+    "optimizer": dict(name="adam", rate_factor=1.0, momentum=0.95, decompose_every_steps=100)
+    | dict(largest_side=10_000, other_scale=1e-3, convolutions=False, second_rate=1.0),
     "network": {
         "interval_input": "t-r",
         "time_input": "features",

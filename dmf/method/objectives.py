@@ -335,8 +335,7 @@ class Kind(NamedTuple):
         passes       forward passes of every row
         second       a second network is trained beside (`dmf.method.rectify`)
 
-    The arithmetic picks matmul precision and kernels: a fine difference needs exact products, a
-    derivative a forward mode. A backward pass counts as two passes, and a JVP's tangent as one.
+    A backward pass counts as two forward passes, and a JVP's tangent as one.
     """
 
     residual: Residual
@@ -377,7 +376,6 @@ KINDS: dict[str, Kind] = {
     "discrete": Kind(discrete, "difference", extra=1, steps_back=True, limit="jvp"),
     "jvp": Kind(jvp, "derivative", extra=1),
     "central": Kind(central, "difference", extra=2),
-    # A jump (3), v_real and v_fake (2), and the second network's jump and step (4).
     "rectify": Kind(jvp, "derivative", extra=10, second=True),
     "terminal": Kind(partial(at_end, through=False), "derivative", extra=2),
     "lagrangian": Kind(partial(at_end, through=True), "derivative", extra=4),  # 2 of its gradient

@@ -12,7 +12,7 @@ into the generator. Both velocities have no gradient here. From FlowConsist (arX
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +30,12 @@ NEAREST, FARTHEST = 0.02, 0.98  # the t' that are drawn
 GENERATOR, SECOND = 0x6E12, 0x5EC0  # purposes of a row's key, one per network that is trained
 
 
-def fits(loss: LossConfig, num_classes: int, label_dropout: float) -> bool:
-    """True; raises DmfError where guidance of v_real lacks classes, or the null class."""
-    if loss.rectify_guidance != 1 and not (num_classes and label_dropout):
+def fits(config: Any) -> bool:
+    """True for a run's config. Raises DmfError where guidance of v_real lacks classes, or the null class."""
+    scale = config.loss.rectify_guidance
+    if scale != 1 and not (config.num_classes and config.label_dropout):
         raise DmfError(
-            f"config.loss.rectify_guidance = {loss.rectify_guidance}: expected 1, or a network "
+            f"config.loss.rectify_guidance = {scale}: expected 1, or a network "
             "with classes and config.label_dropout above 0, from which the null class is learnt"
         )
     return True
