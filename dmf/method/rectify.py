@@ -31,7 +31,7 @@ GENERATOR, SECOND = 0x6E12, 0x5EC0  # purposes of a row's key, one per network t
 
 
 def fits(config: Any) -> bool:
-    """True for a run's config. Raises DmfError where guidance of v_real lacks classes, or the null class."""
+    """True. Raises DmfError where guidance of v_real lacks classes, or the null class."""
     scale = config.loss.rectify_guidance
     if scale != 1 and not (config.num_classes and config.label_dropout):
         raise DmfError(
