@@ -154,14 +154,7 @@ def draw_rows(
 
 
 def stage_loss(
-    params: Any,
-    rows: Rows,
-    rho: Array,
-    given: Mapping[str, Any] = {},
-    *,
-    config: Config,
-    split: RowSplit,
-    **how: Any,
+    params: Any, rows: Rows, rho: Array, given: Any = {}, *, config: Config, split: Any, **how: Any
 ) -> tuple[Array, Metrics]:
     """Mean weighted loss of the rows for one kind of stage, and its metrics.
 
