@@ -154,14 +154,20 @@ def draw_rows(
 
 
 def stage_loss(
-    params: Any, rows: Rows, rho: Array, given: Any = {}, *, config: Config, split: Any, **how: Any
+    params: Any,
+    rows: Rows,
+    rho: Array,
+    given: Mapping[str, Any] = {},
+    *,
+    config: Config,
+    split: Any,
+    **how: Any,
 ) -> tuple[Array, Metrics]:
     """Mean weighted loss of the rows for one kind of stage, and its metrics.
 
     given: progress, frozen and sums by name, as in `stage_residuals`. All may be missing.
     how: kind, network and train, as in `stage_residuals`.
     With an adaptive interval, metrics["intervals"] is what the rows add to its table.
-    A velocity head has its own squares, squares_head_border and squares_head_pairs.
     """
     progress, frozen = given.get("progress", 0.0), given.get("frozen", {})
     sums = given.get("sums", ())
@@ -196,7 +202,6 @@ def stage_loss(
     if KINDS[how["kind"]].second:
         loss = _rectified(params, frozen["second"], split.pairs_of(rows), config, how["network"])
         total += rectify.weight(config.loss, progress) * jnp.sum(loss) / split.batch
-        metrics["rectified"] = jnp.mean(loss)
     return total, metrics | {"loss": total}
 
 
