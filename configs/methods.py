@@ -215,9 +215,26 @@ def flowconsist(config: ConfigDict) -> Fields:
     """The consistency branch of FlowConsist (arXiv 2602.06346), from a flow model.
 
     The paper's, by two independent readings: MeanFlow's derivative along u(z, t, t), and flow
-    matching on rows with r = t. Missing: its rectification by a second network. Ours: all numbers.
+    matching on rows with r = t. Its other branch is `rectified`. Ours: all numbers.
     """
     return alone("jvp") | dict(loss=dict(tangent="own"))
+
+
+def rectified(config: ConfigDict) -> Fields:
+    """FlowConsist (arXiv 2602.06346) whole: its consistency branch, then rectification beside it.
+
+    The paper's, by two readings: v_real of the generator itself, v_fake of a second network that
+    is trained on the generator's images, their difference as the gradient. Ours: the first half
+    without it, its weight of 1 with a rise over a tenth of the run, no guidance. Ours too: times
+    in [.02, .98], one step of each network, one learning rate.
+    """
+    curriculum = dict(
+        stages=2,
+        kinds=("jvp", "rectify"),
+        pretrain_length=0.0,
+        stage_lengths=(config.curriculum.length / 2,) * 2,
+    )
+    return dict(loss=dict(tangent="own", rectify_from=0.5), curriculum=curriculum)
 
 
 METHODS: dict[str, Callable[[ConfigDict], Fields]] = {
@@ -236,6 +253,7 @@ METHODS: dict[str, Callable[[ConfigDict], Fields]] = {
     "terminal": terminal,
     "lagrangian": lagrangian,
     "flowconsist": flowconsist,
+    "rectified": rectified,
     "splus": splus,
     "muon": muon,
     **relatives.RELATIVES,

@@ -187,6 +187,37 @@ def beta_tangent(config: ConfigDict) -> Fields:
     return dict(loss=dict(tangent="own", tangent_data=0.94, target_data=1.0))
 
 
+def distilled(config: ConfigDict) -> Fields:
+    """MeanFlow distillation (arXiv 2511.13019): a frozen flow model plays v, with a central step.
+
+    The paper's: the teacher in target and tangent, on every row; delta, uniform times that are
+    sorted, a quarter of rows with r < t. The teacher is config.teacher.place, or else config.init.
+
+    Ours: p = 1 on |e|^2. The released code has it on |e|^4, about twice the gradient where e is
+    large. Missing: its shift of times.
+    """
+    loss = dict(velocity="teacher", tangent="teacher", delta=5e-3, p=1.0)
+    times = dict(base="uniform", pairing="sorted", r_neq_t_fraction=0.25)
+    return alone("central") | dict(loss=loss, times=times)
+
+
+def mid_training(config: ConfigDict) -> Fields:
+    """Consistency mid-training (CMT, arXiv 2509.24526), as arXiv 2511.13019 has it.
+
+    The paper's: 16 states of Euler's path of the teacher, 8 pairs per path (its 512 px code), and
+    27 of 207 thousand steps on them; then `distilled`. The label of a state is its true time.
+
+    Ours: a batch counts paths, 8 rows each. The weight of rows is that of `distilled`. A run of
+    another length also needs config.curriculum.stage_lengths that add up to it.
+    """
+    fields = distilled(config)
+    share = 27 / 207
+    two = dict(stages=2, kinds=("teacher_path", "central"), pretrain_length=0.0)
+    two |= dict(stage_lengths=tuple(x * config.curriculum.length for x in (share, 1 - share)))
+    path = dict(states=16, solver="euler", pairs=8, labels="true")
+    return fields | dict(curriculum=two, teacher=path)
+
+
 def _falling(first: float, last: float) -> dict[str, Any]:
     """One stage of finite differences whose d falls by a factor per step, without pretraining."""
     fields = dict(interval="linear", schedule="smooth", ends=(first, last))
@@ -216,4 +247,6 @@ RELATIVES: dict[str, Callable[[ConfigDict], Fields]] = {
     "shortcut": shortcut,
     "semigroup": semigroup,
     "beta_tangent": beta_tangent,
+    "distilled": distilled,
+    "mid_training": mid_training,
 }

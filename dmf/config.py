@@ -13,6 +13,7 @@ import dataclasses
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from ml_collections import config_dict
@@ -21,12 +22,13 @@ from dmf import fields
 from dmf.data import DataConfig
 from dmf.errors import DmfError
 from dmf.fields import ABOVE_1, INF, choice, limited
-from dmf.method import guidance, velocity, weights
+from dmf.method import guidance, teacher, velocity
 from dmf.method.curriculum import CurriculumConfig, Stage, build_stages
 from dmf.method.flow import PATHS, TimeLaw
 from dmf.method.guidance import GuidanceConfig
 from dmf.method.objectives import AUTO, FORMER, GUIDED, KINDS, LAST, LAYOUTS
 from dmf.method.samplers import SAMPLERS
+from dmf.method.teacher import TeacherConfig
 from dmf.method.weights import LossConfig
 from dmf.networks import NetworkConfig, UNetConfig, attention
 from dmf.optim import EMAConfig, OptimizerConfig
@@ -149,7 +151,7 @@ class Config:
     remat: str = choice("none", REMATS)
     # a DiT's blocks as one compiled block, run depth times: compiles faster
     scan_blocks: bool = False
-    # layout of the rows: split = apart where it saves passes | joint = one pass with gradient |
+    # layout of the rows: split | shared = guided passes in one | joint = also one gradient pass |
     # whole = all alike | auto = the fastest
     rows: str = choice("split", (*LAYOUTS, AUTO))
     label_dropout: float = limited(0.0, 0, 0.999)  # * share of rows trained with the null class
@@ -160,6 +162,7 @@ class Config:
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
@@ -172,6 +175,11 @@ class Config:
     def num_classes(self) -> int:
         """Classes that the network is conditioned on, 0 if none. This number is the null class."""
         return self.network.num_classes
+
+    @property
+    def taught(self) -> bool:
+        """Whether a frozen teacher takes part in the run."""
+        return bool(teacher.uses(self.loss, self.curriculum.kinds))
 
 
 def complete(values: Mapping[str, Any]) -> config_dict.ConfigDict:
@@ -207,11 +215,14 @@ def check(config: Config, num_classes: int, dataset_size: int) -> tuple[Stage, .
     """
     _check_run(config, dataset_size)
     _check_labels(config, num_classes)
-    extra = guidance.passes(config.guidance), velocity.passes(config.loss.tangent)
-    stages = build_stages(config.curriculum, config.batch_size, dataset_size, *extra)
+    loss, taught = config.loss, config.teacher
+    extra = guidance.passes(config.guidance), taught.tangent_passes(loss)
+    by_teacher = partial(taught.passes, loss)
+    sizes = config.batch_size, dataset_size
+    stages = build_stages(config.curriculum, *sizes, *extra, by_teacher)
     _check_kinds(config, stages)
-    _check_logvar(config)
     _check_guidance(config, stages)
+    config.teacher.check(config.loss, config.curriculum.kinds, config.num_classes)
     every = config.run.score_every_steps
     if every and stages[-1].last // every > SCORES:
         raise DmfError(
@@ -270,7 +281,7 @@ def _check_run(config: Config, dataset_size: int) -> None:
             f"config.loss.tangent = {config.loss.tangent!r} with config.ema.evaluate = 0: expected "
             "the half-life of the EMA to go along"
         )
-    config.loss.check(config.times)
+    config.loss.check(config.times, config.network.logvar)
     if guard.action != "off" and not guard.every_steps:
         raise DmfError(
             f"config.guard.every_steps = 0 with config.guard.action = {guard.action!r}: expected "
@@ -346,18 +357,6 @@ def _check_kinds(config: Config, stages: tuple[Stage, ...]) -> None:
                 "config.times.r_neq_t_fraction = 0: expected a positive share, as a "
                 f"{stage.kind} stage learns from rows with r < t"
             )
-
-
-def _check_logvar(config: Config) -> None:
-    """The learned log variance and the head that learns it belong together."""
-    form, head = config.loss.logvar, config.network.logvar
-    if (form != weights.OFF) != head:
-        wanted = f"config.loss.logvar = {weights.OFF!r}, or config.network.logvar = True with it"
-        if head:
-            wanted = "paper or released, or config.network.logvar = False"
-        raise DmfError(
-            f"config.loss.logvar = {form!r} with config.network.logvar = {head}: expected {wanted}"
-        )
 
 
 def _check_guidance(config: Config, stages: tuple[Stage, ...]) -> None:

@@ -132,6 +132,24 @@ def _encode() -> Callable[[], Any]:
     return partial(call, size=FLAGS.size or 256, batch=FLAGS.batch, dtype=FLAGS.dtype)
 
 
+def _pairs() -> Callable[[], Any]:
+    from dmf.convert import pairs
+    from dmf.evaluation.draw import Choice
+
+    if FLAGS.verify:
+        _check_read(("verify", "out"), "--verify")
+        return partial(pairs.verify, flags.needed_out("the directory of pairs"))
+    path, out = flags.need("workdir"), flags.needed_out("the directory to make")
+    count = flags.need("count", " how many pairs to draw,")
+    steps = flags.steps() if FLAGS["steps"].present else [pairs.STEPS]
+    if len(steps) > 1:
+        raise DmfError(f"--steps={','.join(FLAGS.steps)}: expected one number for pairs")
+    labels, guidance = flags.labels(), flags.guidance()
+    choice = Choice(FLAGS.sampler, FLAGS.seed, labels, guidance, FLAGS.times)
+    call = partial(pairs.write_pairs, path, out, count, ema=flags.ema(), choice=choice)
+    return partial(call, steps=steps[0], noise=FLAGS.noise, dtype=FLAGS.dtype, keep=FLAGS.keep)
+
+
 def _benchmark() -> Callable[[], Any]:
     from dmf.measure.benchmark import benchmark
 
@@ -186,6 +204,14 @@ COMMANDS = {
         "store images as latents of an autoencoder",
         ("source", "split", "data_dir", "size", "vae", "dtype", "batch", "verify", "out"),
         _encode,
+    ),
+    "pairs": Command(
+        "store pairs of noise and sample that a checkpoint makes",
+        (
+            *("workdir", "out", "count", "steps", "sampler", "ema", "seed", "labels", *GUIDED),
+            *("times", "noise", "dtype", "keep", "verify"),
+        ),
+        _pairs,
     ),
     "benchmark": Command("time the training steps side by side", ("config", "out"), _benchmark),
     "plan": Command("compile the steps for absent TPUs", ("config", "topology", "out"), _plan),

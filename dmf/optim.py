@@ -168,6 +168,8 @@ class OptimizerConfig:
     b2: float = limited(0.999, 0, BELOW_1)  # * decay of Adam's mean of the squared gradient
     eps: float = limited(1e-8, LEAST, INF)  # * added to the root of the mean square
     weight_decay: float = limited(0.0, 0, INF)  # * decoupled (AdamW)
+    # * learning rate of the second network of a rectify stage, as a factor on the first one's
+    second_rate: float = limited(1.0, LEAST, INF)
     clip_norm: float = limited(0.0, 0, INF)  # * global gradient norm; 0 = off
     # multiplies every learning rate: an optimiser's own unit, with Adam's rates beside it
     rate_factor: float = limited(1.0, LEAST, INF)

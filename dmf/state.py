@@ -7,17 +7,34 @@ switch, a warm-up or an EMA ramp compiles nothing, and a resumed run needs no st
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from dmf.method import intervals
-from dmf.method.curriculum import CurriculumConfig, Stage, extent, stage_at
+from dmf.method.curriculum import (
+    CurriculumConfig,
+    Stage,
+    extent,
+    progress_at,
+    rho_at,
+    stage_at,
+)
+from dmf.method.objectives import KINDS
 from dmf.optim import EMAConfig, OptimizerConfig
 
 Params = Any
+Array = jax.Array
+
+
+class Second(NamedTuple):
+    """A second network that trains beside the first, with its optimiser's state."""
+
+    params: Params
+    opt_state: Any
 
 
 @jax.tree_util.register_dataclass
@@ -27,6 +44,7 @@ class TrainState:
 
     step: () int32, steps done. ema: one tree like params per configured half-life.
     intervals: the table of `dmf.method.intervals`, () where the curriculum has none.
+    second: () where no stage trains a second network.
     """
 
     step: jax.Array
@@ -34,20 +52,40 @@ class TrainState:
     opt_state: Any
     ema: tuple[Params, ...]
     intervals: jax.Array | tuple[()] = ()
+    second: Second | tuple[()] = ()
 
 
 def create(
-    params: Params, optimizer: optax.GradientTransformation, ema: EMAConfig, interval: str = ""
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    ema: EMAConfig,
+    curriculum: CurriculumConfig | None = None,
 ) -> TrainState:
     """The state before the first step.
 
-    Every EMA starts at the weights. interval: a rule of `dmf.method.intervals`; the adaptive one
-    starts with an empty table.
+    Every EMA starts at the weights, and so does a second network. The adaptive interval starts
+    with an empty table.
     """
-    table = intervals.empty() if interval == intervals.ADAPTIVE else ()
+    curriculum = curriculum or CurriculumConfig()
+    table = intervals.empty() if curriculum.interval == intervals.ADAPTIVE else ()
+    second = _second(params, optimizer) if has_second(curriculum) else ()
     return TrainState(
-        jnp.zeros((), jnp.int32), params, optimizer.init(params), _copies(params, ema), table
+        jnp.zeros((), jnp.int32),
+        params,
+        optimizer.init(params),
+        _copies(params, ema),
+        table,
+        second,
     )
+
+
+def has_second(curriculum: CurriculumConfig) -> bool:
+    """Whether a stage trains a second network."""
+    return any(KINDS[kind].second for kind in curriculum.kinds)
+
+
+def _second(params: Params, optimizer: optax.GradientTransformation) -> Second:
+    return Second(jax.tree.map(jnp.copy, params), optimizer.init(params))
 
 
 def evaluated(state: TrainState, ema: EMAConfig) -> Params:
@@ -79,6 +117,9 @@ def switch(
         state = replace(state, params=jax.tree.map(jnp.copy, evaluated(state, ema)))
     if handover or curriculum.switch_optimizer == "reset":
         state = replace(state, opt_state=optimizer.init(state.params))
+        if state.second:  # after pretraining it starts from the flow model too
+            now = state.params if handover else state.second.params
+            state = replace(state, second=_second(now, optimizer))
     if handover or curriculum.switch_ema == "reset":
         state = replace(state, ema=_copies(state.params, ema))
     return state
@@ -94,6 +135,38 @@ def optimizer_steps(step: int, stages: tuple[Stage, ...], curriculum: Curriculum
     stage = stage_at(stages, step)
     kept = stage.index > 0 and curriculum.switch_optimizer == "keep"
     return step - extent(stages, 0 if kept else stage.index)[0] + 1
+
+
+class Scalars(NamedTuple):
+    """The numbers that a step is told.
+
+        rho             how far a row looks back, as a share of t - r (`method/intervals.py`)
+        learning_rate   of the step
+        ema_decays      of the step, one per average
+        seed            of the run
+        progress        share of the curriculum that is done, in [0, 1]
+
+    They are traced, so no program depends on their values.
+    """
+
+    rho: np.float32 | Array
+    learning_rate: np.float32 | Array
+    ema_decays: np.ndarray | Array
+    seed: np.uint32 | Array
+    progress: np.float32 | Array = np.float32(0)
+
+
+def step_scalars(step: int, stage: Stage, stages: tuple[Stage, ...], config: Any) -> Scalars:
+    """The traced numbers of a step, all float32 except the seed. config: `dmf.config.Config`."""
+    rate = learning_rate(step, stages, config.curriculum, config.optimizer)
+    decays = ema_decays(step, stages, config.curriculum, config.ema, config.batch_size)
+    return Scalars(
+        np.float32(rho_at(stage, step)),
+        np.float32(rate),
+        np.asarray(decays, np.float32),
+        np.uint32(config.seed),
+        np.float32(progress_at(stages, step)),
+    )
 
 
 def learning_rate(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,48 +27,16 @@ from dmf import networks, sharding
 from dmf.config import Config
 from dmf.data import augment
 from dmf.errors import DmfError
-from dmf.method import curriculum, flow, guidance, intervals, objectives, velocity, weights
-from dmf.method.curriculum import Stage
+from dmf.method import flow, guidance, intervals, objectives, rectify, teacher, velocity, weights
 from dmf.method.flow import Condition, Rows, RowSplit
 from dmf.method.objectives import KINDS
 from dmf.networks import Execution, Network, attention
-from dmf.state import TrainState, ema_decays, learning_rate
+from dmf.state import Scalars, Second, TrainState
+from dmf.state import step_scalars as step_scalars
 
 Array = jax.Array
 Metrics = dict[str, Array]
 PURPOSES = ("flip", "augment", "label", "noise", "times", "network", "latent", "guidance")
-
-
-class Scalars(NamedTuple):
-    """The numbers that a step is told.
-
-        rho             how far a row looks back, as a share of t - r (`method/intervals.py`)
-        learning_rate   of the step
-        ema_decays      of the step, one per average
-        seed            of the run
-        progress        share of the curriculum that is done, in [0, 1]
-
-    They are traced, so no program depends on their values.
-    """
-
-    rho: np.float32 | Array
-    learning_rate: np.float32 | Array
-    ema_decays: np.ndarray | Array
-    seed: np.uint32 | Array
-    progress: np.float32 | Array = np.float32(0)
-
-
-def step_scalars(step: int, stage: Stage, stages: tuple[Stage, ...], config: Config) -> Scalars:
-    """The traced numbers of a step, all float32 except the seed."""
-    rate = learning_rate(step, stages, config.curriculum, config.optimizer)
-    decays = ema_decays(step, stages, config.curriculum, config.ema, config.batch_size)
-    return Scalars(
-        np.float32(curriculum.rho_at(stage, step)),
-        np.float32(rate),
-        np.asarray(decays, np.float32),
-        np.uint32(config.seed),
-        np.float32(curriculum.progress_at(stages, step)),
-    )
 
 
 def network_for(kind: str, config: Config, image_shape: tuple[int, ...], mesh: Mesh) -> Network:
@@ -87,61 +55,62 @@ def network_for(kind: str, config: Config, image_shape: tuple[int, ...], mesh: M
 
 
 def make_train_step(
-    kind: str,
-    network: Network,
-    optimizer: optax.GradientTransformation,
-    config: Config,
-    mesh: Mesh,
-    place: Any,
+    kind: str, network: Network, optimizer: Any, config: Config, mesh: Mesh, place: Any
 ) -> jax.stages.Wrapped:
     """The jitted step of a kind: (state, batch, scalars) -> (state, metrics).
 
-    The given state is consumed. batch: as `draw_rows` takes it, rows split over the mesh.
-    place: where the state lives, from `sharding.placed`. metrics, all scalars:
-
+    With a teacher, its weights follow, placed as the parameters. The given state is consumed.
+    batch: as for `draw_rows`, split over the mesh. place: by `sharding.placed`. Scalar metrics:
         loss                           weighted
         squares_border, squares_pairs  |residual|^2, mean over the r = t and over the r < t rows
         change                         how much u changes over the step back, relative to |u|
         interval                       mean share a of t - r, where the interval is adaptive
-        grad_norm                      before clipping
-        nonfinite_leaf                 index in jax.tree.leaves, or -1
+        grad_norm, nonfinite_leaf      before clipping; index in jax.tree.leaves, or -1
     """
     split, of_rows = split_for(kind, config, mesh), sharding.rows(mesh)
     average = config.ema.index() if config.loss.tangent in velocity.AVERAGED else None
-    draw = partial(draw_rows, split=split, config=config)
+    draw = partial(draw_rows, split=split, config=config, at_noise=KINDS[kind].taught)
     loss = partial(stage_loss, kind=kind, network=network, config=config)
-    on_one = make_gradient(loss, split.micro(mesh.size), config.microbatches)
-    gradient = sharding.averaged(mesh, on_one, network.dtypes)
+    beside = partial(second_loss, network=network, config=config)
+    parts = split.micro(mesh.size), config.microbatches
+    gradient, second_gradient = (
+        sharding.averaged(mesh, make_gradient(of, *parts), network.dtypes) for of in (loss, beside)
+    )
+    has_second = KINDS[kind].second and rectify.fits(config)
 
     def train_step(
-        state: TrainState, batch: dict[str, Array], scalars: Scalars
+        state: TrainState, batch: Any, scalars: Scalars, taught: Any = None
     ) -> tuple[TrainState, Metrics]:
         rows = draw(state.step, batch, seed=scalars.seed, progress=scalars.progress)
         rows = jax.lax.with_sharding_constraint(rows, of_rows)
         frozen = {} if average is None else {"average": sharding.whole(mesh, state.ema[average])}
+        frozen |= {} if taught is None else {velocity.TEACHER: sharding.whole(mesh, taught)}
+        if state.second and has_second:
+            frozen |= sharding.whole(mesh, {"second": state.second.params, "first": state.params})
         given = {"progress": scalars.progress, "frozen": frozen, "sums": state.intervals}
         grads, metrics = gradient(state.params, rows, scalars.rho, given)
         sums = _tallied(state.intervals, metrics.pop("intervals", None), config)
         metrics["grad_norm"], metrics["nonfinite_leaf"] = global_norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: p - scalars.learning_rate * u, state.params, updates)
+        (params, opt_state), second = moved(state, grads, optimizer, scalars), state.second
+        if second and has_second:
+            grads, found = second_gradient(second.params, rows, scalars.rho, given)
+            second = moved(second, grads, optimizer, scalars, config.optimizer.second_rate)
+            metrics |= found
         ema = tuple(update_ema(e, params, scalars.ema_decays[i]) for i, e in enumerate(state.ema))
-        return TrainState(state.step + 1, params, opt_state, ema, sums), metrics
+        return TrainState(state.step + 1, params, opt_state, ema, sums, second), metrics
 
     precision, whole = getattr(config.precision, KINDS[kind].arithmetic), sharding.replicated(mesh)
-    return jax.jit(
-        jax.default_matmul_precision(precision)(train_step),
-        donate_argnums=0,
-        in_shardings=(place, of_rows, whole),
-        out_shardings=(place, whole),
-        compiler_options=sharding.compiler_options(mesh),
-    )
+    given = (place, of_rows, whole, *([place.params] if config.taught else []))
+    places: dict[str, Any] = dict(in_shardings=given, out_shardings=(place, whole))
+    program, options = jax.default_matmul_precision(precision), sharding.compiler_options(mesh)
+    return jax.jit(program(train_step), donate_argnums=0, compiler_options=options, **places)
 
 
 def split_for(kind: str, config: Config, mesh: Mesh) -> RowSplit:
     """The r < t rows of a step of this kind. A kind that learns v alone has none."""
     fraction = 0.0 if KINDS[kind].v_only else config.times.r_neq_t_fraction
-    return flow.row_split(config.batch_size, fraction, mesh.devices.size * config.microbatches)
+    parts, fraction = mesh.size * config.microbatches, 1.0 if KINDS[kind].taught else fraction
+    return flow.row_split(config.batch_size, fraction, parts)
 
 
 def step_keys(seed: int | np.uint32 | Array, step: Array) -> dict[str, Array]:
@@ -158,6 +127,7 @@ def draw_rows(
     config: Config,
     seed: np.uint32 | Array | None = None,
     progress: float | np.float32 | Array = 1.0,
+    at_noise: bool = False,
 ) -> Rows:
     """Augment the data, draw noise and times, and lay out the rows of a step.
 
@@ -165,11 +135,14 @@ def draw_rows(
         shaped as x. A batch may bring its own noise, shaped as x; otherwise noise is drawn.
     seed: the run's, as an input of the program; None takes the config's, as a constant.
     progress: of the curriculum, in [0, 1], for a law of times that depends on it.
+    at_noise: every row is noise at t = 1, with r = 0, where a teacher's path starts.
     """
     keys = step_keys(config.seed if seed is None else seed, step)
     x, condition = _condition(keys, batch, config)
     e = batch["noise"] if "noise" in batch else jax.random.normal(keys["noise"], x.shape)
     r, t = flow.draw_times(keys["times"], config.times, split, progress)
+    if at_noise:
+        r, t = jnp.zeros_like(r), jnp.ones_like(t)
     z, v = flow.interpolate(x, e, t, config.path)
     if getattr(config.network, "takes_guidance", False) and config.guidance.told:
         condition = condition._replace(
@@ -187,7 +160,7 @@ def stage_loss(
     given: Mapping[str, Any] = {},
     *,
     config: Config,
-    split: RowSplit,
+    split: Any,
     **how: Any,
 ) -> tuple[Array, Metrics]:
     """Mean weighted loss of the rows for one kind of stage, and its metrics.
@@ -195,12 +168,14 @@ def stage_loss(
     given: progress, frozen and sums by name, as in `stage_residuals`. All may be missing.
     how: kind, network and train, as in `stage_residuals`.
     With an adaptive interval, metrics["intervals"] is what the rows add to its table.
-    A velocity head has its own squares, squares_head_border and squares_head_pairs.
     """
     progress, frozen = given.get("progress", 0.0), given.get("frozen", {})
     sums = given.get("sums", ())
+    if KINDS[how["kind"]].taught:
+        v_t = _by_teacher(_views(how["network"], config, False)[1], frozen, config)
+        rows, split = teacher.path_rows(v_t, rows, config.teacher)
     how |= dict(config=config, split=split, frozen=frozen, sums=sums)
-    _, found = stage_residuals(params, rows, rho, **how)
+    rows, found = stage_residuals(params, rows, rho, **how)
     total, metrics = jnp.zeros(()), {} if found.change is None else {"change": found.change}
     weight = config.loss.of_row(config.times)
     for name, e, of in (
@@ -224,7 +199,27 @@ def stage_loss(
         r, t = split.pairs_of((rows.r, rows.t))
         metrics["interval"] = jnp.mean(_rule(config, sums)(rho, r, t))
         metrics["intervals"] = intervals.tally(r, t, found.products)
+    if KINDS[how["kind"]].second:
+        loss = _rectified(params, frozen["second"], split.pairs_of(rows), config, how["network"])
+        total += rectify.weight(config.loss, progress) * jnp.sum(loss) / split.batch
     return total, metrics | {"loss": total}
+
+
+def _rectified(params: Any, second: Any, pairs: Rows, config: Config, network: Network) -> Array:
+    _, net, own = _views(network, config, True)
+    null = config.network.num_classes
+    return rectify.generator_loss(net, own, params, second, pairs, config.loss, null)
+
+
+def second_loss(
+    params: Any, rows: Rows, rho: Array, given: Any, *, split: RowSplit, **how: Any
+) -> tuple[Array, Metrics]:
+    """The mean squared error of a second network on images of given["frozen"]["first"]."""
+    network, pairs = how["network"], rectify.untold(split.pairs_of(rows))
+    net = _views(network, how["config"], True)[1]
+    params = networks.freeze_interval(params, network.is_interval)
+    e = rectify.second_residual(net, params, given["frozen"]["first"], pairs)
+    return jnp.mean(jnp.square(e)), {"squares_second": jnp.sum(jnp.square(e)) / len(e)}
 
 
 def stage_residuals(
@@ -242,24 +237,28 @@ def stage_residuals(
 ) -> tuple[Rows, objectives.Residuals]:
     """(the rows, with the guided velocity as v where the kind is guided; their residuals).
 
-    frozen: trees that no gradient reaches, by name. "average" is the evaluated average, for
-        config.loss.tangent = ema.
+    frozen: trees that no gradient reaches, by name: "average", the evaluated average, for
+        config.loss.tangent = ema, and "teacher".
     sums: the table of an adaptive interval. train: with dropout.
     """
     about = KINDS[kind]
     if about.v_only:
-        params = freeze_interval(params, network.is_interval)
+        params = networks.freeze_interval(params, network.is_interval)
 
     whole, net, own = _views(network, config, train)
     rows = _told(own, params, rows, about.guided, config)
     guide = (own, params, rows, config.network.num_classes, config.guidance)
     direction = velocity.TANGENTS[config.loss.tangent]
     tangent = direction(own, params, frozen) if direction else None  # v itself
+    if velocity.TEACHER in frozen and not about.taught:
+        v_t = _by_teacher(net, frozen, config)
+        rows, tangent = teacher.placed(v_t, rows, tangent, config.loss)
     rule = objectives.Rule(config.loss, partial(_rule(config, sums), rho), tangent)
     rule, lack = rule._replace(joint=config.rows == objectives.JOINT), None
     rule = rule._replace(whole=whole if network.sides else None)
     alone = network.sides or (train and getattr(config.network, "dropout", False))
-    if about.guided and rule.joint and config.guidance.kappa and split.n_border and not alone:
+    shared = config.rows in (objectives.SHARED, objectives.JOINT) and split.n_border and not alone
+    if about.guided and shared and config.guidance.kappa:
         v_g, v_c, lack = guidance.guided_jointly(*guide, split)
         if config.loss.tangent == velocity.OWN:
             rule = rule._replace(tangent=lambda pairs: v_c)  # the same number
@@ -303,6 +302,11 @@ def _told(own: flow.Net, params: Any, rows: Rows, guided: bool, config: Config) 
     return rows._replace(v=v_g, own=v_c if config.loss.tangent in velocity.ONLINE else None)
 
 
+def _by_teacher(net: Any, frozen: Mapping[str, Any], config: Config) -> flow.Tangent:
+    still = partial(net, train=False)
+    return teacher.known(still, frozen, config.teacher, config.network.num_classes)
+
+
 def make_gradient(
     loss: Callable[..., tuple[Array, Metrics]], split: RowSplit, count: int
 ) -> Callable[..., tuple[Any, Metrics]]:
@@ -330,17 +334,17 @@ def make_gradient(
     return accumulated
 
 
-def freeze_interval(params: Any, is_interval: Callable[[tuple[str, ...]], bool]) -> Any:
-    """No gradient into the interval branch.
-
-    Pure flow matching leaves the branch at its zero start, so u = v for every r.
-    is_interval: the network's, of a parameter's path.
-    """
-
-    def freeze(path: tuple[Any, ...], x: Array) -> Array:
-        return jax.lax.stop_gradient(x) if is_interval(tuple(p.key for p in path)) else x
-
-    return jax.tree_util.tree_map_with_path(freeze, params)
+def moved(
+    now: TrainState | Second,
+    grads: Any,
+    optimizer: optax.GradientTransformation,
+    scalars: Scalars,
+    factor: float = 1.0,
+) -> Second:
+    """The weights and the optimiser's state after its step. factor: on the learning rate."""
+    updates, opt_state = optimizer.update(grads, now.opt_state, now.params)
+    rate = scalars.learning_rate if factor == 1 else factor * scalars.learning_rate
+    return Second(jax.tree.map(lambda p, u: p - rate * u, now.params, updates), opt_state)
 
 
 def update_ema(ema: Any, params: Any, decay: Array) -> Any:

@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import itertools
 import os
 import shutil
 import signal
@@ -35,6 +36,18 @@ LONGEST = ("test_survive", "test_processes", "test_notebooks", "test_train", "te
 def pytest_collection_modifyitems(items):
     """The longest files first: no worker is left alone with them at the end."""
     items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
+MODULES = itertools.count(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgetful():
+    """Programs and traces of past modules are let go now and then: they took 8 GB of a worker."""
+    yield
+    if next(MODULES) % 15 == 0:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

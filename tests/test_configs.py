@@ -21,6 +21,7 @@ SETS = {
     "photos": ((16, 16, 3), 12, 3864),
     "cifar10": ((32, 32, 3), 10, 50_000),
     "imagenet256_latents": ((32, 32, 4), 1000, 1_281_167),
+    "imagenet256_features": ((16, 16, 768), 1000, 1_281_167),
 }
 
 
@@ -54,7 +55,10 @@ def test_a_variant_of_before_is_valid_and_the_same_config(name):
 def test_every_config_file_is_tried_above():
     files = {path.stem for path in (ROOT / "configs").glob("[a-z]*.py")} - {"methods", "relatives"}
     # The argument of cifar10_from is a directory: tests/convert/test_command.py tries it.
-    assert files - {"cifar10_from"} == {name.partition(":")[0] for name in BEFORE}
+    # That of features is younger: `test_the_curriculum_in_features_of_an_autoencoder`.
+    assert files - {"cifar10_from", "imagenet256_rae"} == {
+        name.partition(":")[0] for name in BEFORE
+    }
 
 
 @pytest.mark.parametrize("file", TAKING_METHODS)
@@ -133,6 +137,19 @@ def test_the_papers_curriculum_on_imagenet():
     _, stages = checked("imagenet256")
     assert [s.kind for s in stages] == ["all_pairs", *["discrete"] * 4, "jvp"]
     assert stages[-1].last == 48 * 1251 and stages[4].rho == 1 / 16
+
+
+def test_the_curriculum_in_features_of_an_autoencoder():
+    parsed, stages = checked("imagenet256_rae")
+    assert [s.kind for s in stages] == ["all_pairs", *["discrete"] * 4, "jvp"]
+    assert stages[-1].last == 36 * 5004 and (parsed.times.shift**2) == pytest.approx(48)
+    assert parsed.network.width == 1152 and parsed.network.interval_init == "zero"
+    parsed, stages = checked("imagenet256_rae:central,S")
+    assert [s.kind for s in stages] == ["central"] and parsed.network.width == 384
+    assert parsed.loss.delta == 5e-3
+    for name, message in (("L", "expected one of S, B, XL, "), ("S,B", "expected one size of S")):
+        with pytest.raises(DmfError, match=f"configs/imagenet256_rae.py:{name}: {message}"):
+            load(f"imagenet256_rae:{name}")
 
 
 def test_alpha_flow_follows_its_sigmoid_between_its_edges_and_hands_over_there():

@@ -7,13 +7,15 @@ import jax.numpy as jnp
 import pytest
 
 from dmf import step
+from dmf.method import curriculum
+from dmf.method.curriculum import Stage
 from dmf.method.objectives import KINDS, LAYOUTS
 from tests.test_step import largest_difference
 from tests.tiny import TINY, Setup, linear_network, merged
 
 GUIDED = dict(omega=0.6, kappa=0.7, t_start=0.2, t_end=0.8)
 ALL = [
-    *((kind, "data", "dagger") for kind in KINDS),
+    *((kind, "data", "dagger") for kind in KINDS if not KINDS[kind].taught),  # all rows alike
     ("guided_jvp", "own", "dagger"),
     ("guided_discrete", "own", "adaptive"),
     ("jvp", "own", "dagger"),
@@ -59,6 +61,21 @@ def test_every_layout_has_the_loss_gradient_and_metrics_of_the_default(
         assert largest_difference(found, grads) < 1e-10 * scale, layout
         assert set(told) == set(metrics)
         assert largest_difference(told, metrics) < 1e-10 * (1 + float(metrics["loss"])), layout
+
+
+@pytest.mark.parametrize(
+    ("kind", "guidance", "passes"),
+    [
+        ("jvp", 0, [3.25, 3.25, 3.5, 4.0]),
+        ("discrete", 0, [3.25, 3.25, 3.25, 4.0]),
+        ("terminal", 0, [3.5, 3.5, 3.5, 5.0]),  # its identity has no joint form
+        ("guided_jvp", 2, [5.25, 4.5, 4.75, 6.0]),  # 2, or 1 + p where v_u and v_c share a pass
+        ("guided_jvp", 1, [4.25, 4.25, 4.5, 5.0]),
+    ],
+)
+def test_the_passes_of_every_layout_are_counted(kind, guidance, passes):
+    stage = Stage(0, kind, 1.0, 0, 1, guidance, 0)
+    assert [curriculum.passes(stage, 0.25, layout) for layout in LAYOUTS] == passes
 
 
 @pytest.mark.parametrize("kind", ["guided_jvp", "discrete"])

@@ -21,7 +21,7 @@ from tests.tiny import TINY, UNET, Setup, linear_network, merged
 # Wide enough that most weights are split. Adam does not divide by rounding (see test_step).
 WIDE = merged(TINY, network=dict(width=128, heads=4), optimizer=dict(eps=1e-4))
 WIDE_UNET = merged(UNET, network=dict(channels=64), optimizer=dict(eps=1e-4))
-KINDS = ("flow", "all_pairs", "discrete", "jvp")
+KINDS = ("discrete", "jvp")
 
 
 def bytes_on_a_device(tree):
@@ -48,10 +48,10 @@ BOTH = dict(replica=2, fsdp=4)
     ("kind", "name", "values", "mesh"),
     [
         *((kind, "dit", WIDE, BOTH) for kind in KINDS),
-        ("discrete", "unet", WIDE_UNET, BOTH),
+        ("all_pairs", "unet", WIDE_UNET, BOTH),
         ("discrete", "dit", WIDE, dict(fsdp=8)),
     ],
-    ids=[*KINDS, "discrete_unet", "discrete_fsdp8"],
+    ids=[*KINDS, "unet", "fsdp8"],
 )
 def test_split_weights_take_the_same_five_steps_as_one_device(alone, kind, name, values, mesh):
     one = alone(kind, name, values)

@@ -176,6 +176,18 @@ def test_a_matrix_optimiser_resumes_between_two_decompositions_in_the_same_bits(
     assert same == (name == "muon")  # which has nothing to decompose
 
 
+def test_a_run_with_a_second_network_resumes_in_the_same_bits(tmp_path):
+    rules = dict(stages=2, kinds=("all_pairs", "rectify"), length=8.0)
+    values = merged(runs.QUICK, loss=dict(tangent="own"), curriculum=rules)
+    runs.train(parse(values), tmp_path / "whole")
+    stopped_after(7, values, tmp_path / "cut")  # step 6 is saved, two steps into the second stage
+    runs.train(parse(values), tmp_path / "cut")
+    whole, cut = (leaves(tmp_path / place / "checkpoints" / "8") for place in ("whole", "cut"))
+    assert (tmp_path / "cut" / "checkpoints" / "8" / "second").is_dir()
+    for a, b in zip(whole, cut, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_after_pretraining_the_run_goes_on_from_the_averaged_flow_model(finished):
     workdir, _ = finished
     _, ema = pretrained.load(workdir / "checkpoints" / "4")

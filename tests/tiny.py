@@ -1,6 +1,6 @@
 """The smallest complete runs: a config of seconds, its network, data, mesh and state."""
 
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ UNET = dict(
         channels=16,
         channel_mult=(1,),
         blocks=1,
-        attention_resolutions=(8,),
+        attention_resolutions=(),  # the middle block has it in any case
         dropout=0.3,
         augment_dim=6,
     ),
@@ -64,30 +64,44 @@ def merged(base, **changes):
     return out
 
 
+def drawn(init, randomise):
+    """Weights in host memory. With noise on them, no weight is at its zero start."""
+    with jax.ensure_compile_time_eval():
+        params = jax.device_get(init(jax.random.key(1)))
+    rng = np.random.default_rng(2)
+
+    def noisy(x):
+        return x + 0.05 * rng.standard_normal(x.shape, np.float32).astype(x.dtype)
+
+    return jax.tree.map(noisy, params) if randomise else params
+
+
+@lru_cache(maxsize=16)
+def drawn_once(network, randomise):
+    """The weights of a configured network, which all tests of a worker share."""
+    return drawn(networks.build(network, (8, 8, 1)).init, randomise)
+
+
 class Setup:
     """All that a step needs, on the given number of devices."""
 
     def __init__(self, values=None, devices=1):
         self.config = parse(values or TINY)
         self.mesh = sharding.make_mesh(self.config.mesh, jax.devices()[:devices])
-        self.network = networks.build(self.config.network, (8, 8, 1))
+        self.network = self.configured = networks.build(self.config.network, (8, 8, 1))
         self.optimizer = optim.build(self.config.optimizer)
         self.stages = build_stages(self.config.curriculum, self.config.batch_size, 1000)
 
+    def weights(self, randomise):
+        """Weights of this network; a test may have put another one in the place of the config's."""
+        if self.network is self.configured:
+            return drawn_once(self.config.network, randomise)
+        return drawn(self.network.init, randomise)
+
     def state(self, randomise=True):
         """A fresh state. By default no weight is at its zero start, so that no branch is dead."""
-        params = self.network.init(jax.random.key(1))
-        if randomise:
-            leaves, tree = jax.tree.flatten(params)
-            keys = jax.random.split(jax.random.key(2), len(leaves))
-            noise = [
-                0.05 * jax.random.normal(k, x.shape, x.dtype)
-                for k, x in zip(keys, leaves, strict=True)
-            ]
-            params = jax.tree.unflatten(tree, [a + b for a, b in zip(leaves, noise, strict=True)])
-        fresh = state.create(
-            params, self.optimizer, self.config.ema, self.config.curriculum.interval
-        )
+        params = self.weights(randomise)
+        fresh = state.create(params, self.optimizer, self.config.ema, self.config.curriculum)
         return jax.device_put(fresh, sharding.placed(self.mesh, fresh))
 
     def step(self, kind):
@@ -95,6 +109,12 @@ class Setup:
         return step.make_train_step(
             kind, self.network, self.optimizer, self.config, self.mesh, place
         )
+
+    def taught(self):
+        """(the weights of a frozen teacher,), placed as the parameters; () without one."""
+        if not self.config.taught:
+            return ()
+        return (jax.tree.map(lambda x: 0.9 * x, self.state().params),)
 
     def batch(self, n):
         rng = np.random.default_rng(n)
@@ -114,7 +134,7 @@ class Setup:
         """(state, metrics of the last step) after some steps of one kind."""
         train_step, now = self.step(kind), self.state(**start)
         for n in range(steps):
-            now, metrics = train_step(now, self.batch(n), self.scalars(n, kind))
+            now, metrics = train_step(now, self.batch(n), self.scalars(n, kind), *self.taught())
         return now, {k: float(v) for k, v in metrics.items()}
 
 

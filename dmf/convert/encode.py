@@ -92,12 +92,12 @@ def encode(
         missing = [k for k in range(total) if not whole[k]]
         _announce(source, opened, folder, former, whole)
         if missing:
-            _note_other_versions([file for file, good in zip(files, whole, strict=True) if good])
+            note_other_versions([file for file, good in zip(files, whole, strict=True) if good])
             shards.remove(folder / shards.METADATA)
             network, params = pretrained.load_folder(vae_folder, stored)
             _encode_shards(files, missing, plan, opened, network, params, parts)
             opened.tell_orientations()
-        _finish(folder, plan, files)
+        finish(folder, plan, files, f"{plan['count']:,} images and their mirror images")
     return folder
 
 
@@ -206,9 +206,9 @@ def _network(stored: dict[str, Any]) -> dict[str, Any]:
     return {key: x for key, x in plain.items() if key not in later or x != later[key]}
 
 
-def _note_other_versions(kept: list[Path]) -> None:
+def note_other_versions(kept: list[Path]) -> None:
     """Prints a line where other libraries or devices have made the shards that are kept."""
-    now = _made_with()
+    now = made_with()
     found = {
         d
         for file in kept
@@ -241,16 +241,16 @@ def _encode_shards(
     dtype, batch = np.dtype(shards.DTYPES[plan["dtype"]]), plan["batch_per_device"]
     encoded = _encoded(inputs, _program(network, mesh), params, mesh, batch, dtype, source)
 
-    def counted(parts: Iterable[Encoded]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def counted(parts: Iterable[Encoded]) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
         nonlocal done
         for _, values, labels in parts:
-            yield values, labels
+            yield values, {"labels": labels}
             done += len(labels)
             progress.show(done)
 
     with contextlib.closing(inputs), contextlib.closing(encoded):
         for shard, parts in itertools.groupby(encoded, lambda part: part[0].shard):
-            shards.write_shard(files[shard], counted(parts), _made_with(), identities[shard])
+            shards.write_shard(files[shard], counted(parts), made_with(), identities[shard])
 
 
 def _program(network: Any, mesh: Mesh) -> Program:
@@ -320,30 +320,44 @@ def _encoded(
         yield fetch(*pending)
 
 
-def _made_with() -> dict[str, str]:
+def made_with() -> dict[str, str]:
     """Libraries and device, on which the bits depend too; others agree within round-off."""
     names = ("jax", "jaxlib", "numpy", "pillow", "array_record")
     versions = {name: importlib.metadata.version(name) for name in names}
     return {**versions, "device": jax.devices()[0].device_kind}
 
 
-def _finish(folder: Path, plan: dict[str, Any], files: list[Path]) -> None:
-    """Writes the labels of all shards as one file, then the metadata."""
+def finish(
+    folder: Path,
+    plan: dict[str, Any],
+    files: list[Path],
+    what: str,
+    more: dict[str, Any] | None = None,
+) -> None:
+    """Writes the labels of all shards as one file, then the metadata, and says so.
+
+    what: is complete, in words. more: of the metadata, besides the plan.
+    """
     sidecars = [shards.read_sidecar(file) for file in files]
-    content = io.BytesIO()
-    np.save(content, np.concatenate([np.array(s["labels"], np.int32) for s in sidecars]))
-    path = folder / shards.LABELS
-    shards.write(path, content.getvalue())
-    labels = {"name": path.name, "bytes": len(content.getvalue()), "sha256": shards.sha256(path)}
-    made_with: list[dict[str, str]] = []
+    labels = np.concatenate([np.array(s["labels"], np.int32) for s in sidecars])
+    entry = write_array(folder / shards.LABELS, labels)
+    by: list[dict[str, str]] = []
     for sidecar in sidecars:
-        if sidecar["made_with"] not in made_with:
-            made_with.append(sidecar["made_with"])
+        if sidecar["made_with"] not in by:
+            by.append(sidecar["made_with"])
     told = ("count", "bytes", "sha256")
     entries = [
         {"name": f.name, **{k: s[k] for k in told}} for f, s in zip(files, sidecars, strict=True)
     ]
-    about = {**plan, "made_with": made_with, "labels": labels, "shards": entries}
+    about = {**plan, **(more or {}), "made_with": by, "labels": entry, "shards": entries}
     shards.write_json(folder / shards.METADATA, records.sealed(about))
     size = f"{sum(e['bytes'] for e in entries) / 1e9:.2f} GB in {len(files)} shards"
-    print(f"complete  {folder}: {plan['count']:,} images and their mirror images, {size}")
+    print(f"complete  {folder}: {what}, {size}")
+
+
+def write_array(path: Path, array: np.ndarray) -> dict[str, Any]:
+    """Writes an array as .npy; returns its name, bytes and SHA-256."""
+    content = io.BytesIO()
+    np.save(content, array)
+    shards.write(path, content.getvalue())
+    return {"name": path.name, "bytes": len(content.getvalue()), "sha256": shards.sha256(path)}

@@ -1,4 +1,4 @@
-"""Who may write into a folder of latents, with which settings, and which shards stand already."""
+"""Who may write into a folder of shards, with which settings, and which shards stand already."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dmf.errors import DmfError, printable
 from dmf.logging import Count
 from dmf.storage import paths, records
 
-PLANNED = "what an encoding wrote there"
+PLANNED = "what the command wrote there"
 VERIFIERS = 4  # threads: hashing frees the interpreter's lock
 
 
@@ -24,7 +24,7 @@ def claimed(folder: Path, plan: dict[str, Any], parts: dict[Path, str]) -> Itera
 
     parts: shard -> identity of its images. Raises DmfError.
     """
-    taken = f"{folder}: another process encodes into it; expected one at a time"
+    taken = f"{folder}: another process writes into it; expected one at a time"
     with contextlib.ExitStack() as held:
         with shards.writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def _settle(path: Path, plan: dict[str, Any], parts: dict[Path, str]) -> None:
     text = "; ".join(f"{d.removeprefix('plan.'):.200}" for d in changed)
     begun = shards.begun(folder)
     if not begun and not (folder / shards.METADATA).exists():
-        for file in folder.glob("latents-*.array_record"):  # in place, but without a sidecar
+        for file in folder.glob("*-of-*.array_record"):  # in place, but without a sidecar
             shards.remove(file)
         what = "was begun otherwise, with no shard finished: it begins anew"
         print(printable(f"note      {folder} {what} ({text})"), flush=True)

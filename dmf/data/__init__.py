@@ -7,6 +7,7 @@ TensorFlow nor a network connection, and this module imports no reader before it
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,11 +28,12 @@ class DataConfig:
 
     name: str = "digits"  # a key of `DATASETS`; "" where weights were converted
     # cifar10: where TFDS data is prepared, "" = $TFDS_DATA_DIR, else ~/tensorflow_datasets;
-    # imagenet256_latents: what --mode=encode has written
+    # imagenet256_latents, imagenet256_features: what --mode=encode has written;
+    # pairs: what --mode=pairs has written
     data_dir: str = ""
     # digits, photos: share of the one set that is "heldout", whatever the training seed
     holdout_fraction: float = limited(0.25, 0, 1)
-    # cifar10, imagenet256_latents: random images, to try the code path only; reads no file
+    # cifar10 and the two of ImageNet: random images, to try the code path only; reads no file
     mock: bool = False
     # * mirror each training image with probability 1/2, without telling the network;
     # latents: take the stored mirror image
@@ -147,19 +149,34 @@ def _load_cifar10(config: DataConfig, split: Split) -> Source:
     return Dataset(images, labels, cifar10.NUM_CLASSES, cifar10.MAX_VALUE, "cifar10", split)
 
 
-def _load_imagenet256(config: DataConfig, split: Split) -> Source:
+def _load_latents(config: DataConfig, split: Split) -> Source:
     from dmf.data import latents
 
     if config.mock:
-        return latents.mock(split, config.flip)
-    return latents.read(config.data_dir, split, config.flip)
+        return latents.mock(split, config.flip, config.name)
+    return latents.read(config.data_dir, split, config.flip, config.name)
+
+
+def _load_pairs(config: DataConfig, split: Split) -> Source:
+    from dmf.data import latents
+
+    _check_no_mock(config)
+    if config.flip or config.augment:
+        name = "flip" if config.flip else "augment"
+        raise DmfError(
+            f"config.data.{name} = {getattr(config, name)} for 'pairs': expected "
+            f"{0.0 if name == 'augment' else False}, as a changed sample has another noise"
+        )
+    return latents.read_pairs(config.data_dir, split)
 
 
 DATASETS: dict[str, Callable[[DataConfig, Split], Source]] = {
     "digits": _load_digits,
     "photos": _load_photos,
     "cifar10": _load_cifar10,
-    "imagenet256_latents": _load_imagenet256,
+    "imagenet256_latents": _load_latents,
+    "imagenet256_features": _load_latents,
+    "pairs": _load_pairs,
 }
 
 
@@ -175,6 +192,17 @@ def load(config: DataConfig, split: Split) -> Source:
     if split not in ("train", "heldout"):
         raise DmfError(f"split is {split!r}: expected 'train' or 'heldout'")
     return DATASETS[config.name](config, split)
+
+
+def behind(config: DataConfig) -> DataConfig:
+    """The data of the model that made the pairs, whose name may be ""; other data are their own."""
+    if config.name != "pairs":
+        return config
+    from dmf.data import latents
+
+    found = latents.behind_pairs(config.data_dir)
+    known = {f.name for f in dataclasses.fields(DataConfig)}
+    return DataConfig(**({"name": ""} | {k: v for k, v in found.items() if k in known}))
 
 
 def held_out_or(train: Source, config: DataConfig) -> tuple[Source, str]:

@@ -133,8 +133,9 @@ def scorer_of_run(config: Config, train: data.Source, mesh: Mesh) -> tuple[Any, 
         return ProtocolScorer(config, train.image_shape, mesh, data.identity(train)), "fid"
     found = sampling.make_scorer(config.data, train)
     if found:
+        behind = data.behind(config.data)
         about = {
-            "data": [config.data.name, config.data.holdout_fraction],
+            "data": [behind.name, behind.holdout_fraction],
             "count": config.run.score_samples,
         }
         found[0].scored_by = _scored_by(about, config)

@@ -78,9 +78,9 @@ def write_samples(
     if not choice.raw:
         sampling.check_images(shape, choice.vae, ", or --raw for latents as they are")
     decode = sampling.make_decoder(choice.vae, shape, mesh, found.stored.get("data"))
-    labels = _labels(found, config, choice.labels)
+    labels = labels_of(found, config, choice.labels)
     if choice.guidance:
-        _check_guidance(found, config, choice.guidance)
+        check_guidance(found, config, choice.guidance)
     drawn = sampling.Sampler(
         found.network, config, shape, labels, mesh, choice.guidance, TIMES[choice.times]
     )
@@ -119,7 +119,7 @@ def _check_out(out: str, steps: Sequence[int], choice: Choice) -> None:
         paths.check_free(Path(out))
 
 
-def _labels(found: Opened, config: Config, chosen: tuple[int, ...]) -> np.ndarray:
+def labels_of(found: Opened, config: Config, chosen: tuple[int, ...]) -> np.ndarray:
     """The labels of the samples in their order, repeated as often as needed."""
     classes = config.num_classes
     if chosen and not classes:
@@ -131,13 +131,13 @@ def _labels(found: Opened, config: Config, chosen: tuple[int, ...]) -> np.ndarra
     if chosen:
         return np.array(chosen, np.int32)
     # Converted weights have no data at hand, and latents are too large to read for their labels.
-    in_turn = pretrained.is_converted(found.stored) or config.data.name == latents.NAME
+    in_turn = pretrained.is_converted(found.stored) or config.data.name in latents.MOCKS
     if not classes or in_turn:
         return np.arange(max(classes, 1), dtype=np.int32)
     return data.load(config.data, "train").labels
 
 
-def _check_guidance(found: Opened, config: Config, by: Contrast) -> None:
+def check_guidance(found: Opened, config: Config, by: Contrast) -> None:
     """Raises DmfError where a contrast of classes makes no sense of these weights."""
     given = f"--guidance={by.scale:g}"
     if not config.num_classes:

@@ -105,6 +105,8 @@ class Extractor:
         self._rows = ROWS_PER_DEVICE.get(mesh.devices.flat[0].platform, ROWS_PER_ACCELERATOR)
         self._params = jax.device_put(self._params, sharding.replicated(mesh))
         self._extract = sharding.per_device(mesh, self._features)
+        outputs, network = self.space.outputs, self._network
+        self._pool = jax.jit(lambda params, x: outputs(network, params, x)["pool"])
 
     def _features(self, params: Any, images: jax.Array) -> dict[str, jax.Array]:
         x = images.astype(jnp.float32)
@@ -155,11 +157,8 @@ class Extractor:
             return "self-check: the space of pixels has nothing to check"
         errors = {"resized images": _relative(*self._resized())}
         if self._known is not None:
-            size, network = self.space.size, self._network
-            apply = jax.jit(lambda params, x: self.space.outputs(network, params, x)["pool"])
-            errors["features"] = _relative(
-                np.asarray(apply(self._params, known_batch(size))), self._known
-            )
+            found = self._pool(self._params, known_batch(self.space.size))
+            errors["features"] = _relative(np.asarray(found), self._known)
         bound = CPU_BOUND if self._mesh.devices.flat[0].platform == "cpu" else BOUND
         for what, error in errors.items():
             if not error <= bound:

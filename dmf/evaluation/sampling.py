@@ -21,6 +21,7 @@ from dmf.errors import DmfError
 from dmf.evaluation.protocols import Protocol
 from dmf.method.flow import Condition
 from dmf.method.guidance import Contrast, condition_of, contrast, tells
+from dmf.method.keys import SAMPLES, keys_of, noise_of
 from dmf.method.samplers import SAMPLERS, Times, Velocity, uniform
 from dmf.metrics.labelled import DigitsScorer, PhotosScorer
 from dmf.networks.every import AUTOENCODERS
@@ -53,28 +54,28 @@ class Sampler:
         mesh: Mesh,
         guidance: Contrast | None = None,
         times: Times = uniform,
+        purpose: int = SAMPLES,
     ):
         """labels: (N,) int32, of the samples in their order, repeated as often as needed.
 
         guidance: of a flow model with classes; each evaluation then costs two. A network that is
             told its guidance costs one, and None is the config's guidance.
-        times: a value of `samplers.TIMES`.
+        times: a value of `samplers.TIMES`. purpose: of the noise, as `keys.keys_of` takes it.
         """
         self._mesh, self._labels, self._seed = mesh, labels, np.uint32(config.seed)
         contrasts = guidance if not tells(config.network) else None
         self._rows = ROWS_PER_DEVICE // 2 if contrasts else ROWS_PER_DEVICE
         given = partial(condition_of, config.network, by=guidance or config.guidance)
-
         sampler = SAMPLERS[config.run.sampler]
 
         def noise(seed: jax.Array, row: jax.Array) -> jax.Array:
-            return jax.vmap(lambda k: jax.random.normal(k, image_shape))(_keys(seed, row))
+            return noise_of(keys_of(seed, row, purpose), image_shape)
 
         velocity = partial(_velocity, network, config.num_classes, contrasts, given)
 
         def draw(whole: Whole, rows: tuple[jax.Array, jax.Array]) -> jax.Array:
             (params, steps, seed), (row, label) = whole, rows
-            u, keys = velocity(params, label), _keys(seed, row)
+            u, keys = velocity(params, label), keys_of(seed, row, purpose)
             more = {"keys": keys} if sampler.fresh_noise else {}
             return sampler.draw(u, noise(seed, row), steps, times, **more)
 
@@ -93,11 +94,20 @@ class Sampler:
         def evaluate(params: Any, label: jax.Array, *at: jax.Array) -> jax.Array:
             return program(params, (label, *at))
 
-        self._draw = draw_on_host if sampler.on_host else compiled(draw)
+        self._draw, self._start = draw_on_host if sampler.on_host else compiled(draw), start
+
+    @property
+    def rows(self) -> int:
+        """How many samples the devices draw at once."""
+        return self._rows * self._mesh.devices.size
 
     def labels(self, count: int) -> np.ndarray:
         """(count,) int32: the given labels in their order, each as often as there."""
         return np.resize(self._labels, count)
+
+    def labels_at(self, row: np.ndarray) -> np.ndarray:
+        """(n,) int32: the labels of the samples with these numbers (n,)."""
+        return self._labels[row % len(self._labels)]
 
     def __call__(self, params: Any, count: int, steps: int, first: int = 0) -> np.ndarray:
         """Samples first .. first + count - 1, (count, H, W, C) float32.
@@ -108,19 +118,33 @@ class Sampler:
 
     def pieces(self, params: Any, count: int, steps: int, first: int = 0) -> Iterator[np.ndarray]:
         """The samples of a call, as many at a time as the devices draw at once."""
-        per_device = min(self._rows, count)
+        for _, drawn in self._pieces(params, count, steps, first, False):
+            yield drawn
+
+    def pairs(
+        self, params: Any, count: int, steps: int, first: int = 0
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(noise, samples) of a call, as `pieces`. The devices work on while a piece is used."""
+        return self._pieces(params, count, steps, first, True)
+
+    def _pieces(
+        self, params: Any, count: int, steps: int, first: int, noise: bool
+    ) -> Iterator[tuple[Any, np.ndarray]]:
+        per_device, waiting = min(self._rows, count), None
         for piece in sharding.in_pieces(self._mesh, count, per_device):
             row = np.arange(first + piece.start, first + piece.stop, dtype=np.int32)
-            rows = (row, self._labels[row % len(self._labels)])
+            rows = (row, self.labels_at(row))
             put = sharding.put_padded(self._mesh, per_device, rows)
-            drawn = self._draw((params, np.int32(steps), self._seed), put)
-            yield sharding.fetch(self._mesh, drawn)[: len(row)]
+            start = self._start(self._seed, put[0]) if noise else ()
+            drawn = start, self._draw((params, np.int32(steps), self._seed), put)
+            if waiting:
+                yield self._fetched(*waiting)
+            waiting = drawn, len(row)
+        if waiting:
+            yield self._fetched(*waiting)
 
-
-def _keys(seed: jax.Array, row: jax.Array) -> jax.Array:
-    """One key per sample, by seed and number of the sample. No training step has this key."""
-    key = jax.random.fold_in(jax.random.key(seed), 2**31 - 1)
-    return jax.vmap(partial(jax.random.fold_in, key))(row)
+    def _fetched(self, drawn: Any, count: int) -> Any:
+        return jax.tree.map(lambda x: x[:count], sharding.fetch(self._mesh, drawn))
 
 
 def _velocity(
@@ -151,10 +175,16 @@ def evaluations(sampler: str) -> int:
 
 
 def make_scorer(config: data.DataConfig, train: Source) -> tuple[Any, str] | None:
-    """(scorer, name of its main score) of a data set; None where samples are only pictured."""
-    if config.name not in SCORERS:
+    """(scorer, name of its main score) of a data set; None where samples are only pictured.
+
+    Samples of a run on pairs are compared with the data behind them.
+    """
+    behind = data.behind(config)
+    if behind.name not in SCORERS:
         return None
-    scorer, main = SCORERS[config.name]
+    scorer, main = SCORERS[behind.name]
+    if behind is not config:
+        config, train = behind, data.load(behind, "train")
     sets = [data.whole(source) for source in (train, data.load(config, "heldout"))]
     return scorer(*(found[name] for found in sets for name in ("x", "label"))), main
 

@@ -128,7 +128,11 @@ def _images(model: Model) -> str:
 def _latent(model: Model) -> dict[str, Any] | None:
     """How samples become images if they are latents; None if they are images."""
     data = model.stored.get("data") or {}
-    if "scale" not in data and model.config.data.name != latents.NAME and model.shape[-1] in (1, 3):
+    if (
+        "scale" not in data
+        and model.config.data.name not in latents.MOCKS
+        and model.shape[-1] in (1, 3)
+    ):
         return None
     vae = data.get("vae") or {}
     unknown = "the scale was not recorded; Stable Diffusion's first autoencoder has 0.18215"

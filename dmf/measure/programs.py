@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -17,7 +18,7 @@ from dmf.errors import DmfError
 from dmf.measure import cost, roofline
 from dmf.measure.cost import Compilations, Counts
 from dmf.measure.roofline import Bounds
-from dmf.method import curriculum, guidance, velocity
+from dmf.method import curriculum, guidance
 from dmf.method.curriculum import Stage
 from dmf.method.objectives import KINDS, PRETRAINING
 
@@ -33,6 +34,8 @@ class Program:
     programs: how many compilations were seen.
 
     least: the bounds of its time, None for an unknown chip.
+
+    teacher: the weights of a frozen teacher, where the config has one.
     """
 
     kind: str
@@ -45,13 +48,14 @@ class Program:
     device_peak: int | None = None
     least: Bounds | None = None
     seconds: list[float] = field(default_factory=list)
+    teacher: tuple[Any, ...] = ()
 
     def __call__(
         self, now: Any, batch: Any, scalars: step.Scalars, seen: Compilations
     ) -> tuple[Any, float]:
         """Runs one step to its end and returns (state, seconds)."""
         before, started = seen.count, time.perf_counter()
-        now, metrics = self.run(now, batch, scalars)
+        now, metrics = self.run(now, batch, scalars, *self.teacher)
         jax.block_until_ready((now, metrics))
         seconds = time.perf_counter() - started
         self.programs += seen.count - before
@@ -76,19 +80,20 @@ def compile_cases(
 
     def fresh() -> state.TrainState:
         params = network.init(jax.random.key(0))
-        return state.create(params, optimizer, config.ema, config.curriculum.interval)
+        return state.create(params, optimizer, config.ema, config.curriculum)
 
     place = sharding.placed(mesh, jax.eval_shape(fresh))
     start = jax.jit(fresh, out_shardings=place, compiler_options=sharding.compiler_options(mesh))
     now = start()  # real arrays: a step lowered from shapes would be compiled again for arrays
     batch = sharding.put_rows(mesh, random_batch(config, shape, num_classes))
+    taught = (jax.tree.map(jnp.copy, now.params),) if config.taught else ()
     programs = []
     for kind, fraction in cases:
         case = replace(config, times=replace(config.times, r_neq_t_fraction=fraction))
         run = step.make_train_step(
             kind, step.network_for(kind, case, shape, mesh), optimizer, case, mesh, place
         )
-        lowered = run.lower(now, batch, _scalars(0, len(config.ema.halflife_images)))
+        lowered = run.lower(now, batch, _scalars(0, len(config.ema.halflife_images)), *taught)
         before, started = seen.count, time.perf_counter()
         found, seconds, least = Counts(None, None, None, None), None, None
         try:
@@ -98,10 +103,12 @@ def compile_cases(
         except jax.errors.JaxRuntimeError as error:
             _pass_over(kind, error)
         extra = guidance.passes(config.guidance) if KINDS[kind].guided else 0
-        stage = Stage(0, kind, 1.0, 0, 1, extra, velocity.passes(config.loss.tangent))
+        by_teacher = config.teacher.passes(config.loss, KINDS[kind].taught, KINDS[kind].passes)
+        along = config.teacher.tangent_passes(config.loss)
+        stage = Stage(0, kind, 1.0, 0, 1, extra, along, teacher_passes=by_teacher)
         passes = curriculum.passes(stage, fraction, config.rows)
         made = Program(kind, fraction, passes, run, seconds, found, seen.count - before)
-        made.least = least
+        made.least, made.teacher = least, taught
         programs.append(made)
     return programs, start, batch
 

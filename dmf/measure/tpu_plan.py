@@ -38,6 +38,7 @@ DATA = {
     "photos": ((16, 16, 3), 12, 3864),
     "cifar10": ((32, 32, 3), 10, 50_000),
     "imagenet256_latents": ((32, 32, 4), 1000, 1_281_167),
+    "imagenet256_features": ((16, 16, 768), 1000, 1_281_167),
 }
 # Sections of the config that change a program and have no column. A row has a digest of them.
 SHAPING = (
@@ -48,16 +49,10 @@ SHAPING = (
 LATER: dict[str, dict[str, Any]] = {
     "loss": dict(tangent="data", tangent_data=0.0, target_data=1.0, target_clip=0.0, delta=0.005)
     | dict(weight="adaptive", interval_weight="none", interval_power=1.0)
-    | dict(border_weight="none", snr_limit=5.0, logvar="off"),
-    "optimizer": {
-        "name": "adam",
-        "rate_factor": 1.0,
-        "momentum": 0.95,
-        "decompose_every_steps": 100,
-        "largest_side": 10_000,
-        "other_scale": 1e-3,
-        "convolutions": False,
-    },
+    | dict(border_weight="none", snr_limit=5.0, logvar="off", velocity="data")
+    | dict(rectify_weight=1.0, rectify_from=0.0, rectify_ramp=0.1, rectify_guidance=1.0),
+    "optimizer": dict(name="adam", rate_factor=1.0, momentum=0.95, decompose_every_steps=100)
+    | dict(largest_side=10_000, other_scale=1e-3, convolutions=False, second_rate=1.0),
     "network": {
         "interval_input": "t-r",
         "time_input": "features",
@@ -69,7 +64,7 @@ LATER: dict[str, dict[str, Any]] = {
     },
     "guidance": {"most": 1.0, "power": 1.0},
     "times": dict(base="logit_normal", border="pairs", border_mean=0.0, border_std=1.0)
-    | dict(difficulty_clusters=0, difficulty_share=0.25),
+    | dict(difficulty_clusters=0, difficulty_share=0.25, shift=1.0),
 }
 OFFICIAL, GUIDED_LAST = "official", "guided_jvp"
 EARLIER = {"effort": 0.0, "rows": SPLIT}  # columns that old rows lack
@@ -317,6 +312,8 @@ def _digest(config: Config) -> str:
         shaping["path"] = config.path
     if config.rows != Config.rows:
         shaping["rows"] = config.rows
+    if config.taught:
+        shaping["teacher"] = asdict(replace(config.teacher, place="given"))
     if config.network.kind == "unet" and not config.network.num_classes:  # a field since then
         shaping["network"] = {k: v for k, v in shaping["network"].items() if k != "num_classes"}
     for key, later in LATER.items():
@@ -333,8 +330,8 @@ def lower(config: Config, mesh: Any, kind: str, shape: tuple[int, ...]) -> jax.s
     """The step program of a kind on the mesh's devices. It takes shapes, not arrays."""
     network, optimizer = step.network_for(kind, config, shape, mesh), optim.build(config.optimizer)
     plain = networks.build(config.network, shape)
-    params, interval = jax.eval_shape(plain.init, jax.random.key(0)), config.curriculum.interval
-    now = jax.eval_shape(lambda given: state.create(given, optimizer, config.ema, interval), params)
+    params, rules = jax.eval_shape(plain.init, jax.random.key(0)), config.curriculum
+    now = jax.eval_shape(lambda given: state.create(given, optimizer, config.ema, rules), params)
     batch = cost.batch_shapes(config, shape)
     scalars = step.Scalars(
         np.float32(1),
@@ -344,7 +341,7 @@ def lower(config: Config, mesh: Any, kind: str, shape: tuple[int, ...]) -> jax.s
     )
     place = sharding.placed(mesh, now)
     run = step.make_train_step(kind, network, optimizer, config, mesh, place)
-    return run.lower(now, batch, scalars)
+    return run.lower(now, batch, scalars, *([params] if config.taught else []))
 
 
 def _compile(

@@ -16,13 +16,24 @@ A compiled step takes rho as an input. So a switch between two stages of one kin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from dmf import fields
 from dmf.errors import DmfError
 from dmf.fields import ABOVE_1, BELOW_1, INF, LEAST, MANY, MOST, choice, limited
 from dmf.method.intervals import ADAPTIVE, RULES
-from dmf.method.objectives import BETWEEN, FIRST, JOINT, KINDS, LAST, PRETRAINING, SPLIT, WHOLE
+from dmf.method.objectives import (
+    BETWEEN,
+    FIRST,
+    JOINT,
+    KINDS,
+    LAST,
+    PRETRAINING,
+    SHARED,
+    SPLIT,
+    WHOLE,
+)
 
 UNITS = ("steps", "epochs", "images")
 SCHEDULES = ("steps", "smooth", "sigmoid")
@@ -76,6 +87,7 @@ class Stage:
         rho: of its first step; 1 for kinds that do not step back.
         guidance_passes: forward passes of every row for the guided velocity.
         tangent_passes: forward passes of an r < t row for the direction of the step back.
+        teacher_passes: forward passes by the teacher, for every row or every path.
         fall: each step multiplies rho by it. It is 1 where the schedule is by steps.
         odds: fall multiplies rho / (1 - rho) instead, as a sigmoid schedule has it.
         rate: a factor on the learning rate, 1 unless `dmf.run.guard` has lowered it.
@@ -93,6 +105,7 @@ class Stage:
     fall: float = 1.0
     rate: float = 1.0
     odds: bool = False
+    teacher_passes: float = 0.0
 
     @property
     def last(self) -> int:
@@ -111,11 +124,13 @@ def build_stages(
     dataset_size: int,
     guidance_passes: int = 0,
     tangent_passes: int = 0,
+    by_teacher: Callable[[bool, int], float] = lambda on_path, each: 0.0,
 ) -> tuple[Stage, ...]:
     """The run as consecutive stages, in steps.
 
         guidance_passes   of a row of a guided stage for its velocity, `guidance.passes`
         tangent_passes    of an r < t row for the direction of its step back, `velocity.passes`
+        by_teacher        `TeacherConfig.passes` of a kind
 
     Raises DmfError naming the config key where the curriculum makes no sense.
     """
@@ -125,8 +140,7 @@ def build_stages(
         config.length_unit
     ]
     lengths = config.stage_lengths or (config.length / len(kinds),) * len(kinds)
-    stages = []
-    first = 0
+    stages, first = list[Stage](), 0
     if config.pretrain_length:
         first = round(config.pretrain_length * per_unit)
         if not first:
@@ -134,7 +148,7 @@ def build_stages(
                 f"config.curriculum.pretrain_length = {config.pretrain_length:g} "
                 f"{config.length_unit}: expected 0, or at least one step"
             )
-        stages.append(Stage(-1, PRETRAINING, 1.0, 0, first))
+        stages.append(Stage(-1, PRETRAINING, 1.0, 0, first, teacher_passes=by_teacher(False, 3)))
     start, done, rho = first, 0.0, 1 / config.q
     for i, (kind, length) in enumerate(zip(kinds, lengths, strict=True)):
         done += length
@@ -148,7 +162,9 @@ def build_stages(
         rho = config.q**-i if _shrinks(kind) else rho
         extra = guidance_passes if KINDS[kind].guided else 0
         at = rho if KINDS[kind].steps_back else 1.0
-        stages.append(Stage(i, kind, at, first, end - first, extra, tangent_passes))
+        taught = by_teacher(KINDS[kind].taught, KINDS[kind].passes)
+        passes = extra, tangent_passes, 1.0, 1.0, False, taught
+        stages.append(Stage(i, kind, at, first, end - first, *passes))
         first = end
     _check_sizes(config, stages)
     return tuple(stages) if config.schedule == "steps" else _smooth(stages, config)
@@ -202,19 +218,19 @@ def progress_at(stages: tuple[Stage, ...], step: int) -> float:
 def passes(stage: Stage, r_neq_t_fraction: float, layout: str = SPLIT) -> float:
     """Forward passes per row of a step of this stage. A backward pass counts as two.
 
-    layout: `config.rows`. "whole" makes all rows pay like those with r < t. "joint" repeats u of
-    r < t rows for a JVP, and has v_c of r = t rows from u where there is no dropout. An own
-    direction that is v_c costs nothing there, and is counted all the same.
+    layout: `config.rows`. "whole" makes all rows pay like those with r < t. "shared" and "joint"
+    have v_c of r = t rows from u where there is no dropout. An own direction that is v_c costs
+    nothing there, and is counted all the same. "joint" repeats u of r < t rows for a JVP.
     """
     kind = KINDS[stage.kind]
     guided = stage.guidance_passes
     share = 1.0 if layout == WHOLE else r_neq_t_fraction
     extra = kind.extra + (stage.tangent_passes if kind.extra else 0)
-    if layout == JOINT and kind.extra:
+    if layout in (SHARED, JOINT) and kind.extra and guided == 2:  # v_u and v_c
+        guided, extra = 1, extra + 1
+    if layout == JOINT:
         extra += kind.repeats
-        if guided == 2:  # v_u and v_c
-            guided, extra = 1, extra + 1
-    return kind.passes + guided + extra * share
+    return kind.passes + guided + extra * share + stage.teacher_passes
 
 
 def table(

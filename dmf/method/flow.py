@@ -26,7 +26,6 @@ from dmf.fields import INF, LEAST, MANY, choice, limited
 
 Array = jax.Array
 FAR = 17.0  # a logit whose sigmoid is as near to 1 as float32 tells
-MIDDLE = 0x5917  # the purpose of a row's key from which its middle time is drawn
 
 
 def _dyadic(r: Array, t: Array) -> tuple[Array, Array]:
@@ -45,7 +44,6 @@ PAIRINGS: dict[str, Callable[[Array, Array], tuple[Array, Array]]] = {
     "above": lambda r, t: (r, r + (1 - r) * t),
     "dyadic": _dyadic,
 }
-DRAWN = ("sorted", "min", "zero")  # pairings where t is one of the draws
 
 
 def _logit_normal(key: Array, mean: float, std: float, count: int) -> Array:
@@ -91,6 +89,8 @@ class TimeLaw:
     border: str = choice("pairs", BORDERS)
     border_mean: float = limited(0.0, -INF, INF)  # * own: mean of the draw whose sigmoid is t
     border_std: float = limited(1.0, LEAST, INF)  # * own: its standard deviation
+    # both times move to noise, t' = s t / (1 + (s - 1) t), as in latents of many values; 1 = not
+    shift: float = limited(1.0, LEAST, INF)
     # * rows with r = t start with the noisiest of so many ranges of t, and get one more at a time
     # (`paced`); 0 = all ranges from the start
     difficulty_clusters: int = limited(0, 0, MANY)
@@ -100,7 +100,7 @@ class TimeLaw:
     @property
     def t_is_drawn(self) -> bool:
         """Whether t is one of the two draws, before any border of its own."""
-        return self.pairing in DRAWN
+        return self.pairing in ("sorted", "min", "zero")
 
     def mean_interval(self) -> float:
         """E[t - r] over the rows with r < t."""
@@ -138,6 +138,7 @@ class Rows(NamedTuple):
     z: (B, ...) point on the path. r, t: (B,) times. v: (B, ...) conditional velocity.
     keys: (B,) one typed random key per row for the network's own noise, or None.
     own: (B, ...) the network's own velocity at z and t, where guidance has evaluated it already.
+    data: (B, ...) the conditional velocity, where v is a teacher's.
     """
 
     z: Array
@@ -147,6 +148,7 @@ class Rows(NamedTuple):
     condition: Condition = Condition()
     keys: Array | None = None
     own: Array | None = None
+    data: Array | None = None
 
 
 Net = Callable[[object, Rows], Array]  # (params, rows) -> u(z, r, t), (B, ...)
@@ -292,7 +294,18 @@ def draw_times(
         t = jnp.where(split.is_pair(), t, own)
     if law.difficulty_clusters and split.pairs:  # flow matching alone, as pretraining, has all t
         t = jnp.where(split.is_pair(), t, paced(t, law, progress))
+    if law.shift != 1:
+        r, t = shifted(r, law.shift), shifted(t, law.shift)
     return jnp.where(split.is_pair(), r, t), t
+
+
+def shifted(t: Any, shift: float) -> Any:
+    """Times nearer to noise: s t / (1 + (s - 1) t), with s above 1 (arXiv 2403.03206).
+
+    A latent of many values needs more noise to lose its content. For flows in the features of an
+    autoencoder s = sqrt(values / 4096), arXiv 2510.11690: 6.93 for 16 x 16 x 768.
+    """
+    return shift * t / (1 + (shift - 1) * t)
 
 
 def paced(t: Array, law: TimeLaw, progress: float | np.float32 | Array) -> Array:
@@ -350,10 +363,10 @@ def _draws_on_border(law: TimeLaw) -> tuple[tuple[float, float], ...]:
 @cache
 def _mean_interval(law: TimeLaw) -> float:
     """E[t - r] over the rows with r < t, by quadrature."""
-    t, of_t = _quadrature(law.base, law.t_mean, law.t_std)
+    t, of_t = _quadrature(law, law.t_mean, law.t_std)
     if law.pairing == "zero":
         return float(of_t @ t)
-    r, of_r = _quadrature(law.base, law.r_mean, law.r_std)
+    r, of_r = _quadrature(law, law.r_mean, law.r_std)
     if not law.t_is_drawn:
         with jax.ensure_compile_time_eval():  # a number, also while a step is traced
             low, high = PAIRINGS[law.pairing](*np.meshgrid(r, t))
@@ -368,32 +381,20 @@ def _mean_interval(law: TimeLaw) -> float:
 
 def _mean_on_border(law: TimeLaw, f: Callable[[Array], Array]) -> float:
     """E[f(t)] over the rows with r = t, by quadrature. f: times -> values of the same shape."""
-    grids = [_quadrature(law.base, *draw) for draw in _draws_on_border(law)]
-    times, weight = grids[0]
-    if len(grids) == 2:  # the larger of two draws
-        times = np.maximum(times[:, None], grids[1][0]).ravel()
-        weight = np.outer(weight, grids[1][1]).ravel()
+    (times, weight), *other = (_quadrature(law, *draw) for draw in _draws_on_border(law))
+    if other:  # the larger of two draws
+        times = np.maximum(times[:, None], other[0][0]).ravel()
+        weight = np.outer(weight, other[0][1]).ravel()
     with jax.ensure_compile_time_eval():  # a number, also while a step is traced
         return float(weight @ np.asarray(f(jnp.asarray(times)), np.float64))
 
 
-def _quadrature(base: str, mean: float, std: float) -> tuple[np.ndarray, np.ndarray]:
-    """Times and their weights, which add up to 1, for one draw of a base law."""
-    if base == "uniform":
-        return (np.arange(800) + 0.5) / 800, np.full(800, 1 / 800)
-    x = np.linspace(-8, 8, 801)
-    weight = np.exp(-(x**2) / 2)
-    return 1 / (1 + np.exp(-(mean + std * x))), weight / weight.sum()
-
-
-def half(rows: Rows) -> Array:
-    """1/2 for every row, (B,)."""
-    return jnp.full_like(rows.t, 0.5)
-
-
-def middle_share(rows: Rows) -> Array:
-    """A share of t - r for every row, uniform in (0, 1) by its key; 1/2 of rows without keys."""
-    if rows.keys is None:
-        return half(rows)
-    keys = jax.vmap(lambda key: jax.random.fold_in(key, MIDDLE))(rows.keys)
-    return jax.vmap(lambda key: jax.random.uniform(key, minval=1e-12))(keys)
+def _quadrature(law: TimeLaw, mean: float, std: float) -> tuple[np.ndarray, np.ndarray]:
+    """Times and their weights, which add up to 1, for one draw of a law's base, shifted."""
+    if law.base == "uniform":
+        times, weight = (np.arange(800) + 0.5) / 800, np.full(800, 1 / 800)
+    else:
+        x = np.linspace(-8, 8, 801)
+        weight = np.exp(-(x**2) / 2)
+        times, weight = 1 / (1 + np.exp(-(mean + std * x))), weight / weight.sum()
+    return (times if law.shift == 1 else shifted(times, law.shift)), weight

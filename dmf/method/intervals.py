@@ -33,10 +33,13 @@ which makes the next a smaller again.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from dmf.method.flow import Rows
 
 Array = jax.Array
 Interval = Callable[[Array, Array, Array], Array]  # (rho, r, t) -> a (B,), times (B,)
@@ -45,6 +48,7 @@ TINY = 1e-30
 LEAST = 1e-12  # of a share that divides
 BINS = 8  # of t and of t - r, each over (0, 1)
 ADAPTIVE = "adaptive"
+MIDDLE = 0x5917  # the purpose of a row's key from which its middle time is drawn
 
 
 def linear(rho: Array, r: Array, t: Array) -> Array:
@@ -110,6 +114,19 @@ def interval_rule(name: str, floor: float, sums: Any = ()) -> Interval:
     if name == ADAPTIVE:
         return lambda rho, r, t: share(rho, r, t, sums, floor)
     return INTERVALS[name]
+
+
+def half(rows: Rows) -> Array:
+    """1/2 for every row, (B,)."""
+    return jnp.full_like(rows.t, 0.5)
+
+
+def middle_share(rows: Rows) -> Array:
+    """A share of t - r for every row, uniform in (0, 1) by its key; 1/2 of rows without keys."""
+    if rows.keys is None:
+        return half(rows)
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, MIDDLE))(rows.keys)
+    return jax.vmap(lambda key: jax.random.uniform(key, minval=1e-12))(keys)
 
 
 def empty() -> Array:

@@ -3,13 +3,12 @@
 Every kind gives a residual e per row, u minus a target. sg stops the gradient: it flows through
 the first u only. Here a is the share of t - r that a row steps back (`dmf.method.intervals`):
 
-    flow, all_pairs  e = u - v
-                     flow matching; flow has r = t on every row
+    flow, all_pairs  e = u - v, flow matching; flow has r = t on every row
+    teacher_path     the same, v from a teacher's path (`dmf.method.teacher`)
     discrete         e = u - T,  T = w v + (1 - w) sg u',  w = a / (1 + c a)
                      u' = u(z - D v, r, t - D),  D = a (t - r)
                      c = 1: arXiv 2604.08837 Eq. 5; c = 0: alpha-Flow
-    jvp              e = u - sg(v - (t - r) du/dt)
-                     the MeanFlow identity, arXiv 2505.13447
+    jvp              e = u - sg(v - (t - r) du/dt), the MeanFlow identity, arXiv 2505.13447
     central          e = u - sg(v - (t - r) (u+ - u-) / (2 delta))
                      u+- = u(z +- delta v, r, t +- delta); du/dt from two evaluations, no JVP
     split            e = u - T,  T = a sg u2 + (1 - a) sg u1,  a drawn for each row
@@ -23,7 +22,6 @@ Rows with r = t always have the target v. `LossConfig.tangent` may name another 
 The step back and the derivative follow that direction, and the target keeps v.
 As a -> 0, the discrete residual divided by w tends to the jvp residual. The scale "unit" divides
 by w, so that residuals of all kinds have one scale. The paper's scale "raw" shrinks with w.
-
 `KINDS` has one row per kind. No other file compares the name of a kind.
 """
 
@@ -37,9 +35,8 @@ import jax
 import jax.numpy as jnp
 
 from dmf.errors import DmfError
-from dmf.method import endpoint, flow
+from dmf.method import endpoint, intervals
 from dmf.method.flow import VELOCITY, Net, Rows, RowSplit, Sides, Tangent, Whole, expand
-from dmf.method.intervals import products
 from dmf.method.velocity import mixed
 from dmf.method.weights import LossConfig
 
@@ -118,7 +115,7 @@ class Rule(NamedTuple):
 Residual = Callable[[Net, object, Rows, RowSplit, Rule], Residuals]
 
 # How the rows of a step go through the network; the numbers are equal up to rounding.
-SPLIT, JOINT, WHOLE = LAYOUTS = ("split", "joint", "whole")
+SPLIT, SHARED, JOINT, WHOLE = LAYOUTS = ("split", "shared", "joint", "whole")
 AUTO = "auto"  # the fastest of these, which a run decides before its first step
 
 
@@ -181,7 +178,7 @@ def discrete(net: Net, params: object, rows: Rows, split: RowSplit, rule: Rule) 
     w = discrete_weight(a, pairs.r, pairs.t, rule.loss.product_rule)
     e = discrete_residual(u_pairs, u_next, v, w, rule.loss.residual_scale, rule.loss.target_clip)
     found = _apart(split, u - rows.v, e, _relative(u_pairs - u_next, u_pairs), pairs_cut=True)
-    found = found._replace(products=products(u_pairs, u_next, v, a), share=a)
+    found = found._replace(products=intervals.products(u_pairs, u_next, v, a), share=a)
     return found.beside(_of_head(sides, rows), split)
 
 
@@ -191,7 +188,7 @@ def additive(
     rows: Rows,
     split: RowSplit,
     rule: Rule,
-    share: Callable[[Rows], Array] = flow.middle_share,
+    share: Callable[[Rows], Array] = intervals.middle_share,
 ) -> Residuals:
     """SplitMeanFlow: u over [r, t] is the mean of u over [r, s] and over [s, t], with sg.
 
@@ -330,12 +327,12 @@ class Kind(NamedTuple):
         extra        forward passes of an r < t row beyond `passes`
         steps_back   the kind looks back over an interval that shrinks with rho
         v_only       every row has r = t and the interval branch is frozen, so u = v stays
+        taught       rows are pairs of states of a teacher's path (`dmf.method.teacher`)
         unguided     the same kind without guidance, "" where this kind has no guidance
         limit        the kind whose residual this one tends to as a -> 0, or ""
         passes       forward passes of every row
+        second       a second network is trained beside (`dmf.method.rectify`)
 
-    The arithmetic picks matmul precision and attention kernel. A fine difference needs exact
-    products. A derivative needs a forward mode.
     A backward pass counts as two forward passes, and a JVP's tangent as one.
     """
 
@@ -344,9 +341,11 @@ class Kind(NamedTuple):
     extra: int = 0
     steps_back: bool = False
     v_only: bool = False
+    taught: bool = False
     unguided: str = ""
     limit: str = ""
     passes: int = 3
+    second: bool = False
 
     def laid_out(self, layout: str) -> Residual:
         """The residual in a layout of `LAYOUTS`."""
@@ -371,18 +370,19 @@ class Kind(NamedTuple):
 KINDS: dict[str, Kind] = {
     "flow": Kind(flow_matching, "plain", v_only=True),
     "all_pairs": Kind(flow_matching, "plain"),
+    "teacher_path": Kind(flow_matching, "plain", taught=True),
     "discrete": Kind(discrete, "difference", extra=1, steps_back=True, limit="jvp"),
     "jvp": Kind(jvp, "derivative", extra=1),
     "central": Kind(central, "difference", extra=2),
+    "rectify": Kind(jvp, "derivative", extra=10, second=True),
     "terminal": Kind(partial(at_end, through=False), "derivative", extra=2),
-    # The gradient through the tangent costs two passes more.
-    "lagrangian": Kind(partial(at_end, through=True), "derivative", extra=4),
+    "lagrangian": Kind(partial(at_end, through=True), "derivative", extra=4),  # 2 of its gradient
     "guided_discrete": Kind(
         discrete, "difference", 1, True, unguided="discrete", limit="guided_jvp"
     ),
     "guided_jvp": Kind(jvp, "derivative", extra=1, unguided="jvp"),
     "split": Kind(additive, "difference", extra=2),
-    "midpoint": Kind(partial(additive, share=flow.half), "difference", extra=2),
+    "midpoint": Kind(partial(additive, share=intervals.half), "difference", extra=2),
     "guided_flow": Kind(flow_matching, "plain", v_only=True, unguided="flow"),
     "guided_split": Kind(additive, "difference", extra=2, unguided="split"),
 }

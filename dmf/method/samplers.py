@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from dmf.errors import DmfError
+from dmf.method import flow
 from dmf.method.flow import expand
 
 Array = jax.Array
@@ -39,8 +40,7 @@ def uniform(i: Any, steps: Any) -> Any:
 
 def shifted(i: Any, steps: Any) -> Any:
     """t' = s t / (1 + (s - 1) t) of the uniform times: more steps near noise, arXiv 2403.03206."""
-    t = uniform(i, steps)
-    return SHIFT * t / (1 + (SHIFT - 1) * t)
+    return flow.shifted(uniform(i, steps), SHIFT)
 
 
 def edm(i: Any, steps: Any) -> Any:
@@ -82,17 +82,12 @@ def few_step_on_host(u: Velocity, e: Array, steps: int, times: Times = uniform) 
 
 def euler(u: Velocity, e: Array, steps: int | Array, times: Times = uniform) -> Array:
     """Explicit Euler on dz/dt = u(z, t, t), first order. e: (B, ...) noise; returns (B, ...)."""
-    return _integrate(lambda z, r, t, L: z - L * u(z, t, t), e, steps, times)
+    return _integrate(_straight(u), e, steps, times)
 
 
 def heun(u: Velocity, e: Array, steps: int | Array, times: Times = uniform) -> Array:
     """Heun's trapezoid on dz/dt = u(z, t, t), second order. e: (B, ...) noise; returns (B, ...)."""
-
-    def step(z: Array, r: Array, t: Array, L: Array) -> Array:
-        v = u(z, t, t)
-        return z - 0.5 * L * (v + u(z - L * v, r, r))
-
-    return _integrate(step, e, steps, times)
+    return _integrate(_trapezoid(u), e, steps, times)
 
 
 def gamma(
@@ -165,6 +160,22 @@ SAMPLERS = {
 
 def _jump(u: Velocity) -> Move:
     return lambda z, r, t, L: z - L * u(z, r, t)
+
+
+def _straight(u: Velocity) -> Move:
+    return lambda z, r, t, L: z - L * u(z, t, t)
+
+
+def _trapezoid(u: Velocity) -> Move:
+    def step(z: Array, r: Array, t: Array, L: Array) -> Array:
+        v = u(z, t, t)
+        return z - 0.5 * L * (v + u(z - L * v, r, r))
+
+    return step
+
+
+# The solvers of a flow model, by the name of their sampler: u -> one step of it.
+MOVES: dict[str, Callable[[Velocity], Move]] = {"euler": _straight, "heun": _trapezoid}
 
 
 def _integrate(step: Move, e: Array, steps: int | Array, times: Times) -> Array:

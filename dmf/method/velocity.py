@@ -5,8 +5,10 @@
     ema    u(z, t, t) of the evaluated average: the EMA of the weights that is sampled and scored
     head   v(z, t) of the network's velocity head, a side output that is trained beside u
 
-The target keeps v in all four. Two shares of v may mix a direction with v, one in the tangent and
-one in the target. `dmf.method.guidance` holds the velocity that replaces v itself.
+The direction `teacher` is the velocity of a frozen flow model (`dmf.method.teacher`).
+
+The target keeps v in all of them. Two shares of v may mix a direction with v, one in the tangent
+and one in the target. `dmf.method.guidance` holds the velocity that replaces v itself.
 """
 
 from __future__ import annotations
@@ -41,12 +43,13 @@ def along_own(net: Net, params: object) -> Tangent:
 
 # Direction -> what makes it of (net, weights that are trained, frozen trees); None for v itself.
 # net is the network in evaluation mode; for "head" it is the network's velocity head.
-DATA, OWN, HEAD = "data", "own", "head"
+DATA, OWN, HEAD, TEACHER = "data", "own", "head", "teacher"
 TANGENTS: dict[str, Callable[[Net, object, Mapping[str, object]], Tangent] | None] = {
     DATA: None,
     OWN: lambda net, params, frozen: along_own(net, params),
     "ema": lambda net, params, frozen: along_own(net, frozen["average"]),
     HEAD: lambda net, params, frozen: along_own(net, params),
+    TEACHER: None,  # `dmf.method.teacher.placed` gives it
 }
 ONLINE = (OWN, HEAD)  # directions by the weights that train
 AVERAGED = ("ema",)  # directions that need the evaluated average among the frozen trees

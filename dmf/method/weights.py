@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 
 from dmf.errors import DmfError
-from dmf.fields import INF, LEAST, choice, limited
-from dmf.method.velocity import DATA, TANGENTS
+from dmf.fields import BELOW_1, INF, LEAST, choice, limited
+from dmf.method.velocity import DATA, TANGENTS, TEACHER
 
 if TYPE_CHECKING:
     from dmf.method.flow import TimeLaw
@@ -148,8 +148,10 @@ class LossConfig:
     residual_scale: str = choice("raw", ("raw", "unit"))
     # T of finite differences and of split is cut to +- this number; 0 = not at all
     target_clip: float = limited(0.0, 0, INF)
-    # direction of u' and du/dt: data = v | own = u(z, t, t) | ema = u(z, t, t) of the EMA |
-    # head = the velocity head
+    # what plays v in the target: data = e - x | teacher = the velocity of config.teacher
+    velocity: str = choice("data", (DATA, TEACHER))
+    # direction of u' and du/dt: data = e - x | own = u(z, t, t) | ema = the same of the EMA.
+    # Further: head = the velocity head | teacher = the velocity of config.teacher
     tangent: str = choice("data", TANGENTS)
     # with another tangent than data: the share of v in that direction; 1 is v alone
     tangent_data: float = limited(0.0, 0, 1)
@@ -167,9 +169,27 @@ class LossConfig:
     # off | paper, released: a learned log variance of r and t in the place of weight, p and eps;
     # it needs network.logvar
     logvar: str = choice(OFF, LOG_VARIANCES)
+    # stages of kind rectify: * how much the rectification counts beside the identity
+    rectify_weight: float = limited(1.0, 0, INF)
+    # * it counts from this share of the curriculum on
+    rectify_from: float = limited(0.0, 0, BELOW_1)
+    rectify_ramp: float = limited(0.1, LEAST, 1)  # * and rises to its weight over this share
+    # * scale of guidance of the velocity that stands for the data; 1 = none
+    rectify_guidance: float = limited(1.0, 1, INF)
 
-    def check(self, law: TimeLaw) -> None:
-        """Raises DmfError for fields that contradict each other, or the law of the times."""
+    def check(self, law: TimeLaw, head: bool) -> None:
+        """Raises DmfError for fields that contradict each other, or the law of the times.
+
+        head: the network has a head for the learned log variance, which belongs to logvar.
+        """
+        if (self.logvar != OFF) != head:
+            wanted = f"config.loss.logvar = {OFF!r}, or config.network.logvar = True with it"
+            if head:
+                wanted = "paper or released, or config.network.logvar = False"
+            raise DmfError(
+                f"config.loss.logvar = {self.logvar!r} with config.network.logvar = {head}: "
+                f"expected {wanted}"
+            )
         for name, default in (("tangent_data", 0), ("target_data", 1)):
             if self.tangent == DATA and getattr(self, name) != default:
                 raise DmfError(

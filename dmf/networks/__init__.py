@@ -46,6 +46,7 @@ __all__ = [
     "Params",
     "UNetConfig",
     "build",
+    "freeze_interval",
     "is_head",
     "is_interval_path",
     "without_head",
@@ -283,3 +284,16 @@ def _row_keys(config: NetworkConfig, rngs: jax.Array | None, batch: int) -> jax.
             f"rngs has shape {rngs.shape} of {rngs.dtype}; expected {(batch,)} of typed keys."
         )
     return rngs
+
+
+def freeze_interval(params: Any, is_interval: Callable[[tuple[str, ...]], bool]) -> Any:
+    """No gradient into the interval branch.
+
+    Pure flow matching leaves the branch at its zero start, so u = v for every r.
+    is_interval: the network's, of a parameter's path.
+    """
+
+    def freeze(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        return jax.lax.stop_gradient(x) if is_interval(tuple(p.key for p in path)) else x
+
+    return jax.tree_util.tree_map_with_path(freeze, params)

@@ -74,6 +74,7 @@ class Context:
     like: TrainState  # shape, dtype and place of each array
     local_rows: np.ndarray  # positions in the global batch of this process's rows
     steps: dict[str, Any]  # the program of one step by kind of stage
+    teacher: tuple[Any, ...]  # the weights of the frozen teacher, () without one
     init: starts.Init | None  # weights that the first start takes, where config.init names some
     guard: Guard
     stop: Stop
@@ -130,10 +131,11 @@ class Context:
         self, now: TrainState, n: int, stage: Stage, batch: dict[str, jax.Array]
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """(the state after step n, its metrics). An optimiser's decomposition follows if due."""
-        now, metrics = self.steps[stage.kind](now, batch, self.scalars(n))
+        now, metrics = self.steps[stage.kind](now, batch, self.scalars(n), *self.teacher)
         done = state.optimizer_steps(n, self.stages, self.config.curriculum)
         if optim.is_due(self.config.optimizer, done):
-            now = replace(now, opt_state=optim.decomposed(now.opt_state, self.mesh))
+            parts = optim.decomposed((now.opt_state, now.second), self.mesh)
+            now = replace(now, opt_state=parts[0], second=parts[1])
         return now, metrics
 
     def is_scheduled(self, n: int) -> bool:
@@ -184,7 +186,7 @@ def open_run(
         guard, fresh = _guard(config, workdir)
         parts = _prepare(config, guard)
         dataset = parts["dataset"]
-        about, shape = data.identity(dataset), dataset.image_shape
+        about, shape = data.identity(dataset) | parts.pop("taught"), dataset.image_shape
         init = starts.find(config, dataset) if config.init and fresh else None
         if processes.is_first():
             came_from = init.origin if init else None
@@ -251,7 +253,9 @@ def _prepare(config: Config, guard: Guard) -> dict[str, Any]:
     like = jax.tree.map(
         lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, place
     )
-    sharding.check_memory(mesh, like, like.params)
+    more = (like.params,) if config.taught else ()
+    sharding.check_memory(mesh, (like, *more), like.params)
+    *teacher, taught = starts.taught(config, dataset, mesh, like.params) or ({},)
     return dict(
         dataset=dataset,
         stages=stages,
@@ -263,11 +267,13 @@ def _prepare(config: Config, guard: Guard) -> dict[str, Any]:
         like=like,
         local_rows=sharding.local_rows(mesh, config.batch_size),
         steps=steps,
+        teacher=tuple(teacher),
+        taught=taught,
     )
 
 
 def _started(config: Config, optimizer: optax.GradientTransformation, params: Any) -> TrainState:
-    return state.create(params, optimizer, config.ema, config.curriculum.interval)
+    return state.create(params, optimizer, config.ema, config.curriculum)
 
 
 def _check_same(config: Config, workdir: Path, about: dict[str, Any], guard: Guard) -> None:
@@ -380,7 +386,7 @@ def compile_ahead(run: Context) -> Ahead:
     batch = run.batch(n) if n < run.total else {}  # of any step: the programs take its shapes
 
     def make(kind: str, at: int, first: bool) -> None:
-        made = run.steps[kind].lower(run.like, batch, run.scalars(at)).compile()
+        made = run.steps[kind].lower(run.like, batch, run.scalars(at), *run.teacher).compile()
         if first and (line := sharding.memory(run.mesh, made)):
             print(f"memory    {line}", flush=True)
 

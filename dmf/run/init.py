@@ -28,6 +28,7 @@ from jax.sharding import Mesh
 from dmf import data, networks, sharding
 from dmf.config import INIT_HINT, Config, differences, parse
 from dmf.errors import DmfError
+from dmf.method import teacher
 from dmf.storage import checkpoint, manifest, paths, records
 
 TABLES = ("y_embedder", "map_label")  # the module of the label table, in a DiT and in a U-Net
@@ -45,6 +46,29 @@ class Init(NamedTuple):
     network: Any  # its network's config
 
 
+def taught(config: Config, dataset: data.Source, mesh: Mesh, like: Params) -> tuple[Any, ...]:
+    """(weights of config.teacher, what identifies them) on the mesh, () without a teacher.
+
+    like: the run's weights, as shapes, types and places; a teacher has the same network.
+    """
+    if not config.taught:
+        return ()
+    if not (place := config.teacher.place or config.init):
+        used = teacher.uses(config.loss, config.curriculum.kinds)[0]
+        raise DmfError(
+            f"config.teacher.place = '' with {used}: expected the checkpoint of a flow model, here "
+            "or in config.init"
+        )
+    as_start = dataclasses.replace(config, init=place, init_labels="")
+
+    def read(folder: Path) -> tuple[Any, dict[str, Any]]:
+        found = opened(as_start, dataset, folder, "config.teacher.place")
+        params = weights(as_start, found, dataset.image_shape, mesh, like, "config.teacher.place")
+        return params, {"teacher": {"manifest_sha256": manifest.digest(folder)}}
+
+    return manifest.read_newest(place, read)
+
+
 def find(config: Config, dataset: data.Source) -> Init:
     """The flow model that config.init names.
 
@@ -54,12 +78,12 @@ def find(config: Config, dataset: data.Source) -> Init:
     return manifest.read_newest(config.init, partial(opened, config, dataset))
 
 
-def opened(config: Config, dataset: data.Source, folder: Path) -> Init:
-    """`find` of this step folder."""
+def opened(config: Config, dataset: data.Source, folder: Path, key: str = "config.init") -> Init:
+    """`find` of this step folder. key: of the field that names it, for messages."""
     stored = checkpoint.metadata(folder)
     if "config" not in stored:
         kind = stored["network"]["kind"]
-        raise DmfError(f"config.init = {config.init}: holds a {kind}; expected a flow model")
+        raise DmfError(f"{key} = {config.init}: holds a {kind}; expected a flow model")
     theirs = parse(stored["config"])
     old, new = dataclasses.asdict(theirs.network), dataclasses.asdict(config.network)
     routed = (old.get("time_routing"), new.get("time_routing")) == ("interval", "decoupled")
@@ -71,13 +95,14 @@ def opened(config: Config, dataset: data.Source, folder: Path) -> Init:
         new.pop("num_classes", None)
     if changed := differences(old, new, "config.network"):
         labels = any(d.startswith("config.network.num_classes:") for d in changed)
+        labels &= key == "config.init"
         raise DmfError(
-            f"config.init = {config.init}: its network differs: {'; '.join(changed)}; "
+            f"{key} = {config.init}: its network differs: {'; '.join(changed)}; "
             f"expected the same network{f'; {INIT_HINT}' if labels else ''}"
         )
     if tuple(stored["image_shape"]) != dataset.image_shape:
         raise DmfError(
-            f"config.init = {config.init}: its images are {tuple(stored['image_shape'])}; "
+            f"{key} = {config.init}: its images are {tuple(stored['image_shape'])}; "
             f"expected {dataset.image_shape}, as in {config.data.name}"
         )
     rows = _rows(config, theirs.num_classes, dataset)
@@ -85,10 +110,17 @@ def opened(config: Config, dataset: data.Source, folder: Path) -> Init:
     return Init(folder, index, origin, theirs.num_classes, rows, theirs.network)
 
 
-def weights(config: Config, init: Init, shape: tuple[int, ...], mesh: Mesh, like: Params) -> Params:
+def weights(
+    config: Config,
+    init: Init,
+    shape: tuple[int, ...],
+    mesh: Mesh,
+    like: Params,
+    key: str = "config.init",
+) -> Params:
     """The start's weights on the mesh, with the classes of the run.
 
-    shape: of an image. like: the run's weights, as shapes, types and places.
+    shape: of an image. like: the run's weights, as shapes, types and places. key: as for `opened`.
     """
     shapes = jax.eval_shape(networks.build(init.network, shape).init, jax.random.key(0))
     if not config.init_labels and set(shapes) == set(like):
@@ -100,7 +132,7 @@ def weights(config: Config, init: Init, shape: tuple[int, ...], mesh: Mesh, like
     )
     found = checkpoint.read_params(init.folder, init.ema, old)
     if "interval" in found and "interval" not in like:
-        _check_silent(config, found["interval"])
+        _check_silent(f"{key} = {config.init}", found["interval"])
     draw = networks.build(config.network, shape).init
 
     def change(found: Params) -> Params:
@@ -113,7 +145,7 @@ def weights(config: Config, init: Init, shape: tuple[int, ...], mesh: Mesh, like
     return jax.jit(change, out_shardings=jax.tree.map(lambda x: x.sharding, like))(found)
 
 
-def _check_silent(config: Config, branch: Params) -> None:
+def _check_silent(named: str, branch: Params) -> None:
     """Raises DmfError where the start's interval branch gives anything but zero."""
 
     def loud(last: Params) -> jax.Array:
@@ -121,7 +153,7 @@ def _check_silent(config: Config, branch: Params) -> None:
 
     if jax.jit(loud)(branch.get("mlp_2", branch)):
         raise DmfError(
-            f"config.init = {config.init}: its interval branch is not zero; expected a flow model, "
+            f"{named}: its interval branch is not zero; expected a flow model, "
             "as a network with time_routing 'decoupled' has no such branch"
         )
 

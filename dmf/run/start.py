@@ -16,7 +16,12 @@ from typing import Any, cast
 from dmf.run import sigterm
 
 TRAIN = "train"
-RESUMED = ("score", "reference", "encode")  # besides training: they go on from what is on disk
+RESUMED = (
+    "score",
+    "reference",
+    "encode",
+    "pairs",
+)  # besides training: they go on from what is on disk
 _stop: sigterm.Stop | None = None
 
 

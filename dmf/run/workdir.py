@@ -26,7 +26,7 @@ import jax
 from dmf import processes
 from dmf.config import Config, differences, parse, to_dict
 from dmf.errors import DmfError
-from dmf.method.objectives import AUTO
+from dmf.method.objectives import AUTO, KINDS
 from dmf.storage import checkpoint, paths, records
 from dmf.storage.manifest import steps_in
 
@@ -55,7 +55,7 @@ COMPUTED = (
     "config.rows:",
 )
 # What no flag lets through, and why. Of SWITCHES only turning them on or off is refused,
-# of INTERVAL only a change to or from adaptive.
+# of INTERVAL only a change to or from adaptive, of CURRICULUM only one that makes a second network.
 OPTIMIZER = "the optimiser's state on disk has other parts"
 FIXED = {
     "config.network.": "the weights on disk are those of this network",
@@ -67,10 +67,14 @@ FIXED = {
     "config.optimizer.weight_decay:": OPTIMIZER,
     "config.curriculum.interval:": "the state on disk has a table of intervals for adaptive, "
     "and none for any other",
+    "config.curriculum.kinds:": "the state on disk has a second network for stages that train one, "
+    "and none for any other",
     "data.": "the weights have seen these data",
 }
 SWITCHES = ("config.optimizer.clip_norm", "config.optimizer.weight_decay")
 INTERVAL = "config.curriculum.interval"
+CURRICULUM = "config.curriculum.kinds"
+RECTIFYING = [repr(name) for name, kind in KINDS.items() if kind.second]
 log = logging.getLogger(__name__)
 
 
@@ -180,6 +184,8 @@ def _why_fixed(difference: str) -> str:
         and 0.0 not in map(float, both)
         or name == INTERVAL
         and "adaptive" not in both
+        or name == CURRICULUM
+        and len({any(k in old for k in RECTIFYING) for old in both}) == 1
     ):
         return ""
     return next((reason for start, reason in FIXED.items() if difference.startswith(start)), "")

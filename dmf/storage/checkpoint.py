@@ -1,11 +1,11 @@
 """Checkpoints: the training state on disk, through Orbax.
 
 A checkpoint is a step folder with four items: `params`, `ema`, `opt_state` and `step`. A curriculum
-that keeps a table adds a fifth, `intervals`. Its metadata hold the whole config of the run, so
-weights can be read without the optimiser. Orbax writes into a temporary folder and renames it.
-What it wrote is read back. The manifest, with size and SHA-256 of every file, comes last. A folder
-without its manifest is an unfinished save, and one that does not match it is damaged. Neither is
-ever loaded.
+that keeps a table adds a fifth, `intervals`. One that trains a second network adds `second`.
+Its metadata hold the whole config of the run, so weights can be read without the optimiser.
+Orbax writes into a temporary folder and renames it. What it wrote is read back. The manifest, with
+size and SHA-256 of every file, comes last. A folder without its manifest is an unfinished save, and
+one that does not match it is damaged. Neither is ever loaded.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from dmf.state import TrainState
 
 ITEMS = ("params", "ema", "opt_state", "step")
-OPTIONAL = ("intervals",)  # not every run has one
+OPTIONAL = ("intervals", "second")  # not every run has one
 SLICE = 2**22  # bytes: of larger arrays that all devices hold, each device writes a slice
 NEWEST = 200  # complete checkpoints that are tried, one after the other
 ABOUT = {  # what stands beside the weights

@@ -147,8 +147,8 @@ def counts(config: Any, kind: str) -> Any:
     mesh, optimizer = sharding.make_mesh(config.mesh), optim.build(config.optimizer)
     network = networks.build(config.network, SHAPE, jnp.dtype(config.compute_dtype))
     params = jax.eval_shape(network.init, jax.random.key(0))
-    interval = config.curriculum.interval
-    now = jax.eval_shape(lambda p: state.create(p, optimizer, config.ema, interval), params)
+    rules = config.curriculum
+    now = jax.eval_shape(lambda p: state.create(p, optimizer, config.ema, rules), params)
     place = sharding.placed(mesh, now)
     made = step.make_train_step(kind, network, optimizer, config, mesh, place)
     scalars = programs._scalars(0, len(config.ema.halflife_images))

@@ -71,7 +71,7 @@ def state_of(config: Config) -> dict[str, Any]:
     params = jax.eval_shape(networks.build(config.network, shape).init, jax.random.key(0))
     optimizer = optim.build(config.optimizer)
     now = jax.eval_shape(
-        lambda given: state.create(given, optimizer, config.ema, config.curriculum.interval), params
+        lambda given: state.create(given, optimizer, config.ema, config.curriculum), params
     )
     return {
         "parameters": sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params)),
@@ -89,7 +89,7 @@ def temporary(config: Config, kind: str) -> int:
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     params = jax.eval_shape(networks.build(config.network, shape).init, jax.random.key(0))
     now = jax.eval_shape(
-        lambda given: state.create(given, optimizer, config.ema, config.curriculum.interval), params
+        lambda given: state.create(given, optimizer, config.ema, config.curriculum), params
     )
     scalars = step.Scalars(
         np.float32(1),

@@ -261,8 +261,8 @@ class Trainer:
     def fresh(self, seed: int) -> Any:
         """The state before the first step."""
         params = self.network.init(jax.random.key(seed))
-        interval = self.config.curriculum.interval
-        return state.create(params, self.optimizer, self.config.ema, interval)
+        rules = self.config.curriculum
+        return state.create(params, self.optimizer, self.config.ema, rules)
 
     @cache  # noqa: B019 (a trainer lives as long as the command)
     def steps(self, kind: str) -> Callable[..., tuple[Any, jax.Array]]:

@@ -8,6 +8,7 @@ Every program is compiled for chips that are not there, by --mode=plan's own cod
 A row in the file is not compiled again, so a stopped command goes on where it stopped.
 Times on two cores: minutes for a program of few blocks, an hour for a deep one.
 With JAX_EXEC_TIME_OPTIMIZATION_EFFORT=-1 it is a tenth; a row stores the effort and the depth.
+A second table has all blocks of a transformer, by the rows of two depths.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from dmf.config import Config, parse
 from dmf.measure import roofline, tpu_plan
-from dmf.method.objectives import JOINT, SPLIT, WHOLE
+from dmf.method.objectives import JOINT, SHARED, SPLIT, WHOLE
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,45 @@ def _measure(name: str, method: str, given: argparse.Namespace) -> None:
         tpu_plan.plan(laid_out, targets, given.out, label + depth, kinds)
 
 
+def of_all_blocks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of whole transformers: what two depths of a program give, continued in a straight line.
+
+    Blocks are alike, so FLOPs, bytes and memory grow by the same amount with each.
+    """
+    groups: dict[tuple[Any, ...], list[tuple[int, dict[str, Any]]]] = {}
+    for row in rows:
+        name, _, depth = row["config"].rpartition(" depth ")
+        if name and row["fits"]:
+            key = name, row["kind"], row["rows"], *_group(row)[1:]
+            groups.setdefault(key, []).append((int(depth), row))
+    found = []
+    for (name, *_), depths in groups.items():
+        if len(depths) > 1:
+            depths = sorted(depths, key=lambda pair: pair[0])
+            (few, low), (more, high) = depths[0], depths[-1]
+            case, _, method = name.partition(" ")
+            blocks = config_of(CASES[case], method, 0).network.depth
+            found.append(_continued(low, high, (blocks - few) / (more - few), name, blocks))
+    return found
+
+
+def _continued(
+    low: dict[str, Any], high: dict[str, Any], far: float, name: str, blocks: int
+) -> dict[str, Any]:
+    """low + far (high - low) of every number of a row."""
+
+    def at(a: float, b: float) -> float:
+        return a + far * (b - a)
+
+    keys = ("flops", "bytes_accessed", "temporary_bytes", "compiler_seconds")
+    row = low | {key: at(low[key], high[key]) for key in keys}
+    moved = {
+        kind: {"count": "", "bytes": at(low["collectives"].get(kind, m)["bytes"], m["bytes"])}
+        for kind, m in high["collectives"].items()
+    }
+    return row | {"config": f"{name}, {blocks} blocks", "collectives": moved}
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The stored rows as the table of docs/performance.md, each beside its official step."""
     lines = ["| program | chips | step | rows |" + "".join(f" {name} |" for name in HEADINGS)]
@@ -114,7 +154,7 @@ def _cells(row: dict[str, Any], whole: dict[str, Any] | None) -> list[str]:
         cells += [f"{row[key] / unit:.4g}", ratio]
     moved = row["collectives"]
     cells.append(f"{sum(m['bytes'] for m in moved.values()) / 1e6:.0f}")
-    cells.append(", ".join(f"{kind} {m['count']}" for kind, m in moved.items()) or "none")
+    cells.append(", ".join(f"{kind} {m['count']}".strip() for kind, m in moved.items()) or "none")
     for key in ("ms", "compiler_ms"):
         value, other = row[key], whole and whole[key]
         cells.append("-" if value is None else f"{value:.2f}")
@@ -133,7 +173,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--depth", type=int, default=0, help="blocks of a transformer; 0: all")
     parser.add_argument("--kinds", default="", help="only these, such as jvp,official")
     parser.add_argument(
-        "--rows", default=f"{SPLIT},{JOINT}", help="layouts beside the official one"
+        "--rows", default=f"{SPLIT},{SHARED},{JOINT}", help="layouts beside the official one"
     )
     parser.add_argument("--print", action="store_true", help="only print what is stored")
     given = parser.parse_args(arguments)
@@ -145,7 +185,9 @@ def main(arguments: list[str]) -> None:
             for method in given.methods.split(","):
                 if method in CASES[name].methods:  # a network without classes is not guided
                     _measure(name, method, given)
-    print(table(tpu_plan.read(given.out)))
+    rows = tpu_plan.read(given.out)
+    print(table(rows))
+    print(f"\n{table(of_all_blocks(rows))}")
 
 
 if __name__ == "__main__":

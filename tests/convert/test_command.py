@@ -140,7 +140,7 @@ TINY_UNET = UNetConfig(
             MEANFLOW_UNET,
             TINY_UNET,
             {"dropout": 0.3},
-            UNET,
+            merged(UNET, network=dict(attention_resolutions=(8,))),
             dict(stages=1, kinds=("discrete",), length=2.0),
         ),
     ],

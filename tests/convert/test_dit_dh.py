@@ -8,22 +8,25 @@ one block 48. Its layer of patches came from us: timm needs more than there was.
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmf import networks
+from dmf import networks, step
+from dmf.config import parse
 from dmf.convert.direction import Direction, turned
 from dmf.convert.dit_dh import DIT_DH, rotary_table
 from dmf.convert.leaves import flat
 from dmf.convert.rules import relative_l2
 from dmf.convert.sit import NO_INTERVAL
 from dmf.errors import DmfError
+from dmf.method.flow import Condition, Rows, RowSplit, interpolate
 from tests import GOLDEN, conversion
 from tests.conversion import needs_torch
+from tests.tiny import TINY
 
 PARITY = 5e-6  # relative L2 in float32
 
@@ -153,6 +156,22 @@ def test_a_fresh_network_knows_no_interval_and_bfloat16_is_near():
     found = jax.jit(half.apply)(params, z, times / 3, times)
     assert found.dtype == jnp.float32
     assert relative_l2(found, u(params, z, times / 3, times)) < 3e-2
+
+
+def test_a_step_reaches_the_silent_branch_and_leaves_the_frequencies():
+    config, shape, network, params = teacher()
+    x, e = jax.random.normal(jax.random.key(2), (2, 4, *shape))
+    t, label = jnp.array([0.9, 0.8, 0.7, 0.3]), jnp.array([0, 1, 7, 2])
+    z, v = interpolate(x, e, t)
+    rows = Rows(z, jnp.array([0.2, 0.1, 0.7, 0.3]), t, v, Condition(label))
+    values = dict(TINY, batch_size=4, network=asdict(config), label_dropout=0.1)
+    how = dict(kind="discrete", network=network, config=parse(values), split=RowSplit(4, 4, 2))
+    loss = jax.grad(lambda p: step.stage_loss(p, rows, 0.5, **how)[0])
+    found = flat(jax.jit(loss)(params))
+    assert all(np.isfinite(x).all() for x in found.values())
+    assert found["interval/mlp_2/kernel"].any() and found["t_embedder/mlp_0/kernel"].any()
+    assert not found["t_embedder/fourier/freqs"].any()
+    assert network.is_interval(("interval", "mlp_2", "kernel"))
 
 
 def test_what_does_not_fit_is_one_line():

@@ -145,8 +145,8 @@ def test_a_resumed_run_says_that_other_versions_made_the_finished_shards(
         and "23 images in 3 classes, 2 of 4 shards" in printed
     )
     shard(tmp_path, 3).unlink()
-    made_with = encode._made_with()
-    monkeypatch.setattr(encode, "_made_with", lambda: made_with | {"jax": "99"})
+    made_with = encode.made_with()
+    monkeypatch.setattr(encode, "made_with", lambda: made_with | {"jax": "99"})
     encode.encode(vae, str(source), tmp_path, **SETTINGS)
     assert (
         f"note      finished shards were made otherwise (jax: {jax.__version__} -> 99): the "
@@ -305,7 +305,7 @@ def test_two_processes_cannot_encode_into_one_directory(
     handle = os.open(copy / "train", os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_SH)
-        with pytest.raises(DmfError, match="train: another process encodes into it"):
+        with pytest.raises(DmfError, match="train: another process writes into it"):
             encode.encode(vae, str(source), copy, **SETTINGS)
     finally:
         os.close(handle)

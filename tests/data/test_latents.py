@@ -239,7 +239,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "flipped byte": (
         lambda d: flip_a_byte(d / SHARD_FILE),
-        f"{SHARD_FILE} is damaged .*: the encoding's command makes it",
+        f"{SHARD_FILE} is damaged .*: the command makes it",
     ),
     "other file of the size": (
         lambda d: (d / SHARD_FILE).write_bytes(bytes((d / SHARD_FILE).stat().st_size)),

@@ -18,6 +18,8 @@ from dmf.evaluation.reference import Reference, read, write
 from dmf.metrics.frechet import frechet_distance, moments
 from tests.evaluation.conftest import written
 
+ALONE = sharding.make_mesh(devices=jax.devices()[:1])  # eight would hold eight copies
+
 
 def test_a_result_is_written_before_its_sums_go_and_never_outside_its_folder(
     place, setting, tmp_path, monkeypatch
@@ -131,14 +133,14 @@ def test_weights_of_another_hash_or_kind_are_refused(place, inception):
     with pytest.raises(
         DmfError, match=r"SHA-256 abababab\.\.\.; protocol cifar10 expects 6726825d"
     ) as e:
-        Judge(Setting("cifar10", inception["folder"], str(place / "ref.npz")), sharding.make_mesh())
+        Judge(Setting("cifar10", inception["folder"], str(place / "ref.npz")), ALONE)
     assert one_line(e)
     with pytest.raises(
         DmfError, match="holds a inception; expected the directory of converted weights"
     ):
         Judge(
             Setting("edm2-dinov2", inception["folder"], str(place / "ref.npz")),
-            sharding.make_mesh(),
+            ALONE,
         )
 
 
@@ -148,7 +150,7 @@ def test_a_reference_of_another_protocol_is_refused(place, inception, tmp_path):
     ) as e:
         Judge(
             Setting(inception["protocol"], inception["folder"], str(place / "ref.npz")),
-            sharding.make_mesh(),
+            ALONE,
         )
     assert one_line(e)
     some = moments(np.random.default_rng(0).standard_normal((10, 2048)))
@@ -159,14 +161,12 @@ def test_a_reference_of_another_protocol_is_refused(place, inception, tmp_path):
     ):
         Judge(
             Setting(inception["protocol"], inception["folder"], str(tmp_path / "other.npz")),
-            sharding.make_mesh(),
+            ALONE,
         )
 
 
 def test_the_self_check_passes_here_and_fails_where_rounding_is_coarse(inception, tmp_path):
-    extract = features.Extractor(
-        protocols.load(inception["protocol"]), inception["folder"], sharding.make_mesh()
-    )
+    extract = features.Extractor(protocols.load(inception["protocol"]), inception["folder"], ALONE)
     assert re.search(
         r"passed: .*resized images \d\.\de-0[78], features [\d.]+e[-+]\d+", extract.self_check()
     )
@@ -184,9 +184,7 @@ def test_the_self_check_passes_here_and_fails_where_rounding_is_coarse(inception
     aside = known.rename(tmp_path / known.name)  # other tests use this folder too
     try:
         with pytest.raises(DmfError, match="known_features.json is missing"):
-            features.Extractor(
-                protocols.load(inception["protocol"]), inception["folder"], sharding.make_mesh()
-            )
+            features.Extractor(protocols.load(inception["protocol"]), inception["folder"], ALONE)
     finally:
         shutil.move(aside, known)
 

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import importlib.util
 import re
 
@@ -204,13 +205,16 @@ def config_fields():
     return sorted({(room, f.name) for room in rooms for f in dataclasses.fields(room)}, key=str)
 
 
+@functools.cache
+def attributes_read():
+    """The names of all attributes in the code of dmf."""
+    trees = (ast.parse(path.read_text()) for path in (ROOT / "dmf").rglob("*.py"))
+    return {n.attr for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+
+
 @pytest.mark.parametrize(("room", "name"), config_fields(), ids=lambda x: getattr(x, "__name__", x))
 def test_every_config_field_is_read_somewhere(room, name):
-    read = set()
-    for path in (ROOT / "dmf").rglob("*.py"):
-        read |= {
-            n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)
-        }
+    read = attributes_read()
     # A kind of stage names its arithmetic, and that is the name of a field of these two.
     chosen = room in (config.PrecisionConfig, config.AttentionConfig)
     assert name in read or chosen and name in {kind.arithmetic for kind in KINDS.values()}

@@ -1,6 +1,7 @@
 """`rows` = auto decides once; a run that resumes in another layout ends in the same weights."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -72,6 +73,17 @@ def test_auto_keeps_the_layout_that_the_run_began_with(cut, tmp_path, capsys):
     with pytest.raises(DmfError, match="config.rows = 'auto': expected split, joint or whole"):
         trainer.train(AUTO, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_on_a_known_chip_the_compiled_steps_decide(monkeypatch):
+    # A chip whose FLOPs bind, so that the layout with the fewest passes is the fastest.
+    monkeypatch.setitem(roofline.CHIPS, "cpu", roofline._tpu(1e9, 1e15, 0, "made"))
+    wide = merged(VALUES, rows="auto", network=dict(width=256), times=dict(r_neq_t_fraction=0.25))
+    found, why = layout.chosen(parse(wide))
+    hours = {name: float(value) for name, value in re.findall(r"(\w+) (\S+) h", why)}
+    assert found == "split" and hours["split"] == hours["shared"] < hours["joint"] < hours["whole"]
+    monkeypatch.setattr(layout.sharding, "device_bytes", lambda mesh: 1000)
+    assert layout.chosen(parse(wide)) == ("split", "no layout fits, or its time is unknown (cpu)")
 
 
 def test_a_killed_run_that_resumes_in_another_layout_ends_in_the_same_weights(cut, tmp_path):

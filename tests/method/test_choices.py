@@ -28,7 +28,7 @@ from dmf.method.velocity import along_own
 from dmf.networks import Network
 from tests import ROOT, runs
 from tests.test_train import leaves, stopped_after
-from tests.tiny import MLP, TINY, Setup, merged, residuals
+from tests.tiny import MLP, TINY, Setup, linear_network, merged, residuals
 
 SMOOTH = CurriculumConfig(stages=6, q=2.0, length=600.0, schedule="smooth")
 
@@ -132,6 +132,7 @@ def test_the_table_shows_where_a_smooth_stage_begins_and_ends():
 
 def test_the_step_is_told_the_schedule_and_compiles_once():
     setup = Setup(merged(TINY, curriculum=dict(schedule="smooth", stages=6, length=60.0)))
+    setup.network = linear_network()
     stage = setup.stages[2]
     told = [
         step.step_scalars(n, stage, setup.stages, setup.config).rho
@@ -330,6 +331,7 @@ def test_the_step_goes_along_the_evaluated_average():
     first, second = {}, {}
     for tangent in ("data", "own", "ema"):
         setup = Setup(merged(TINY, loss=dict(tangent=tangent), ema=dict(rampup_ratio=0.0)))
+        setup.network = linear_network()
         train_step, now = setup.step("discrete"), setup.state()
         for n, found in ((0, first), (1, second)):
             now, metrics = train_step(now, setup.batch(n), setup.scalars(n, "discrete"))
@@ -341,15 +343,11 @@ def test_the_step_goes_along_the_evaluated_average():
 def test_split_weights_and_microbatches_take_the_same_steps_along_a_networks_velocity(
     kind, tangent
 ):
-    values = merged(
-        TINY,
-        loss=dict(tangent=tangent),
-        optimizer=dict(eps=1e-4),
-        network=dict(width=128),
-        batch_size=32,
-    )
-    one = Setup(values).run(kind, 3)
-    many = Setup(merged(values, microbatches=2, mesh=dict(fsdp=4)), devices=4).run(kind, 3)
+    values = merged(TINY, loss=dict(tangent=tangent), optimizer=dict(eps=1e-4), batch_size=32)
+    ways = Setup(values), Setup(merged(values, microbatches=2, mesh=dict(fsdp=4)), devices=4)
+    for setup in ways:
+        setup.network = linear_network()
+    one, many = (setup.run(kind, 3) for setup in ways)
     assert many[1]["loss"] == pytest.approx(one[1]["loss"], rel=1e-5)
     for a, b in zip(jax.tree.leaves(one[0].params), jax.tree.leaves(many[0].params), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)

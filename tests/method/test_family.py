@@ -16,8 +16,8 @@ from dmf.config import check, parse
 from dmf.errors import DmfError
 from dmf.method import flow, weights
 from dmf.method.curriculum import CurriculumConfig, build_stages, rho_at
-from dmf.method.flow import TIME_LAWS, Rows, RowSplit, TimeLaw, middle_share, row_split
-from dmf.method.intervals import INTERVALS, fixed, linear
+from dmf.method.flow import TIME_LAWS, Rows, RowSplit, TimeLaw, row_split
+from dmf.method.intervals import INTERVALS, fixed, linear, middle_share
 from dmf.method.objectives import LossConfig, shift_back
 from dmf.method.velocity import along_own
 from dmf.method.weights import weighted_loss

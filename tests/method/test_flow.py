@@ -68,6 +68,29 @@ def test_uniform_times_have_the_quantiles_of_their_pairing(pairing):
         )
 
 
+def test_shifted_times_are_the_drawn_ones_nearer_to_noise():
+    """s = sqrt(values / 4096) for flows in features: 6.93 at 256 px, 13.86 at 512 px."""
+    split, key, s = row_split(50_000, 0.5), jax.random.key(0), (16 * 16 * 768 / 4096) ** 0.5
+    assert abs(s - 6.928) < 1e-3 and abs((32 * 32 * 768 / 4096) ** 0.5 - 13.856) < 1e-3
+    grid = flow.shifted(np.linspace(1, 0, 16), s)  # MF-RAE's grid of 16 states
+    np.testing.assert_allclose(grid[:5], [1, 0.9898, 0.9783, 0.9652, 0.9501], atol=5e-5)
+    for pairing in ("sorted", "zero", "above"):
+        law = TimeLaw(pairing, base="uniform", r_neq_t_fraction=0.5)
+        plain = flow.draw_times(key, law, split)
+        moved = dataclasses.replace(law, shift=s)
+        r, t = flow.draw_times(key, moved, split)
+        for found, drawn in zip((r, t), plain, strict=True):
+            # Noise and data are in the ratio t : 1 - t, which grows s times.
+            np.testing.assert_allclose(found * (1 - drawn), s * drawn * (1 - found), atol=1e-5)
+        np.testing.assert_array_equal(split.border_of(r), split.border_of(t))
+        assert (r <= t).all() and float(t.max()) <= 1
+        if pairing != "above":
+            drawn = float(jnp.mean(split.pairs_of(t - r)))
+            assert abs(moved.mean_interval() - drawn) < 5e-3
+            drawn = float(jnp.mean(split.border_of(t)))
+            assert abs(moved.mean_on_border(lambda t: t) - drawn) < 5e-3
+
+
 @pytest.mark.parametrize("parts", [1, 2, 4, 8])
 def test_split_takes_the_same_rows_whatever_the_number_of_devices(parts):
     assert row_split(64, 0.75, parts) == RowSplit(64, 4, 3)

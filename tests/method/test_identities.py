@@ -7,7 +7,7 @@ import pytest
 
 from dmf.errors import DmfError
 from dmf.method import objectives
-from dmf.method.flow import RowSplit
+from dmf.method.flow import Condition, RowSplit, expand
 from dmf.method.intervals import dagger, linear
 from dmf.method.objectives import LossConfig
 from tests.method.test_objectives import (
@@ -72,6 +72,27 @@ def test_central_differences_stay_between_r_and_one_and_pass_no_gradient(float64
     loss = lambda p: jnp.sum((net(p, rows) - target) ** 2) / 8  # noqa: E731
     fixed = jnp.concatenate([g.ravel() for g in jax.tree.leaves(jax.grad(loss)(params))])
     assert distance(gradient("central", net, params, rows, ALL_PAIRS(8), None, RAW), fixed) < 1e-12
+
+
+def test_a_central_difference_is_exact_where_u_is_quadratic_on_the_path(float64):
+    """And both of its evaluations see the row's label and key: noise of these drops out."""
+    rows = random_rows(8)
+    count = rows.t.shape[0]
+    label, keys = jnp.arange(count) % 3, jax.random.split(jax.random.key(5), count)
+    rows = rows._replace(condition=Condition(label=label), keys=keys)
+
+    def net(params, rows):
+        t, z = expand(rows.t, rows.z), rows.z
+        drawn = jax.vmap(lambda key: 1e3 * jax.random.normal(key, z.shape[1:]))(rows.keys)
+        return drawn + 1e3 * expand(rows.condition.label, z) + z * t + 3 * t**2
+
+    found = residuals("central", net, None, rows, ALL_PAIRS(8), None, linear, RAW).pairs
+    t, r = (expand(x, rows.z) for x in (rows.t, rows.r))
+    slope = rows.v * t + rows.z + 6 * t  # of z t + 3 t^2 along (v, 0, 1)
+    inside = np.asarray((rows.t - rows.r > 1e-4) & (rows.t < 1 - 1e-4))
+    wanted = net(None, rows) - (rows.v - (t - r) * slope)
+    np.testing.assert_allclose(found[inside], wanted[inside], atol=1e-6)
+    assert inside.sum() > 4
 
 
 @pytest.mark.parametrize("c", [0.0, 1.0])

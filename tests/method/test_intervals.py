@@ -22,7 +22,7 @@ from dmf.storage import checkpoint
 from dmf.storage.readers import orbaxfile
 from tests.method.test_choices import resumed_ends_as_uninterrupted
 from tests.method.test_objectives import random_net
-from tests.tiny import TINY, Setup, merged, residuals
+from tests.tiny import TINY, Setup, linear_network, merged, residuals
 
 FLOOR = interval_rule("floor", 0.25)
 RULES = CurriculumConfig(interval="floor", interval_floor=0.25)
@@ -218,7 +218,7 @@ def test_other_kinds_pass_the_table_on(kind):
 
 def test_the_table_costs_no_evaluation():
     one, other = (
-        Setup(merged(TINY, network=dict(width=64, depth=2), curriculum=dict(interval=name)))
+        Setup(merged(TINY, network=dict(width=64), curriculum=dict(interval=name)))
         for name in ("dagger", "adaptive")
     )
     flops = [
@@ -235,10 +235,12 @@ def test_the_table_costs_no_evaluation():
 def test_devices_and_microbatches_fill_the_same_table_and_share_it_by_summing_alone():
     values = merged(ADAPTIVE, batch_size=64, optimizer=dict(eps=1e-4))
     one, eight = Setup(values), Setup(merged(values, microbatches=2, mesh=dict(fsdp=2)), devices=8)
+    parts = Setup(merged(values, microbatches=2), devices=8)
+    for setup in (one, eight, parts):
+        setup.network = linear_network()
     found = [setup.run("discrete", 3)[0].intervals for setup in (one, eight)]
     np.testing.assert_allclose(found[0], found[1], rtol=1e-3, atol=1e-5)
     assert found[1].sharding.is_fully_replicated
-    parts = Setup(merged(values, microbatches=2), devices=8)
     compiled = (
         parts.step("discrete")
         .lower(parts.state(), parts.batch(0), parts.scalars(0, "discrete"))

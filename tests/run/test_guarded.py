@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import jax
 import numpy as np
@@ -115,6 +116,16 @@ def end_of(workdir):
 
 
 @pytest.fixture(scope="module")
+def early(tmp_path_factory):
+    """A run that was stopped before the stage in which it will go back; for copies."""
+    folder = tmp_path_factory.mktemp("early")
+    with pytest.MonkeyPatch.context() as patch:
+        climbs(patch, 9.0)
+        train(parse(LONGER), folder, stop=AskedAfter(11))
+    return folder
+
+
+@pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The end of a run that goes back once, and that nobody disturbs."""
     folder = tmp_path_factory.mktemp("whole")
@@ -136,8 +147,9 @@ def whole(tmp_path_factory):
     ],
 )
 def test_a_kill_in_an_intervention_changes_nothing(
-    tmp_path, monkeypatch, whole, where, name, call, after
+    tmp_path, monkeypatch, early, whole, where, name, call, after
 ):
+    shutil.copytree(early, tmp_path / "killed")
     calls, real = [], getattr(where, name)
 
     def killed(*given):
@@ -193,8 +205,9 @@ def test_a_run_that_was_asked_to_stop_goes_back_no_less_far(tmp_path, monkeypatc
 
 
 def test_a_run_that_is_asked_to_stop_while_the_guard_goes_back_starts_nothing_more(
-    tmp_path, monkeypatch, whole, capsys
+    tmp_path, monkeypatch, early, whole, capsys
 ):
+    shutil.copytree(early, tmp_path / "asked")
     stop, real = Stop(), Guard.intervene
 
     def intervene(self, *given):
