@@ -58,7 +58,7 @@ def test_the_mean_interval_is_that_of_the_pairing():
 @pytest.mark.parametrize("pairing", ["above", "dyadic"])
 def test_a_pace_of_times_that_are_no_draw_is_refused(pairing):
     with pytest.raises(DmfError, match=f"pairing = '{pairing}' with .*: expected 'own' for"):
-        LossConfig(border_weight="min_snr").check(TimeLaw(pairing))
+        LossConfig(border_weight="min_snr").check(TimeLaw(pairing), False)
     with pytest.raises(DmfError, match="expected 'own' for"):
-        LossConfig().check(TimeLaw(pairing, difficulty_clusters=4))
-    LossConfig(border_weight="min_snr").check(TimeLaw(pairing, border="own"))
+        LossConfig().check(TimeLaw(pairing, difficulty_clusters=4), False)
+    LossConfig(border_weight="min_snr").check(TimeLaw(pairing, border="own"), False)
