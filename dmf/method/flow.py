@@ -74,7 +74,7 @@ class TimeLaw:
     """
 
     # * sorted: r and t are two draws in order | min: t as drawn, r = min(r, t) | zero: r = 0.
-    # above: t is above r | dyadic: t - r = 2^-k, and both are multiples of it
+    # Also above: t is above r | dyadic: t - r = 2^-k, and both are multiples of it
     pairing: str = choice("sorted", PAIRINGS)
     # * mean of the normal draw whose sigmoid is t, or of the first draw where two are sorted
     t_mean: float = limited(-0.4, -INF, INF)
