@@ -196,7 +196,7 @@ def terminal(config: ConfigDict) -> Fields:
 
     Terminal velocity matching and Lagrangian self-distillation (arXiv 2505.18825) rest on it. The
     papers': the identity, and v of the network itself at the end point. Ours: no gradient through
-    the derivative, which saves two passes, and the start from a flow model.
+    the derivative, which saves two passes, and the start from a flow model. It ran away on digits.
     """
     return alone("terminal")
 
