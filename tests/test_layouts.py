@@ -41,7 +41,8 @@ def loss_and_gradient(values, kind):
     rows = step.draw_rows(jnp.int32(3), setup.batch(0), split=split, config=config)
     wide = lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x  # noqa: E731
     rows, params = jax.tree.map(wide, (rows, network.init(jax.random.key(1))))
-    given = {"progress": 0.5, "sums": jnp.ones((2, 8, 8)), "frozen": {}}
+    second = {"second": jax.tree.map(lambda x: 1.1 * x, params)} if KINDS[kind].second else {}
+    given = {"progress": 0.5, "sums": jnp.ones((2, 8, 8)), "frozen": second}
     loss = partial(step.stage_loss, kind=kind, network=network, config=config, split=split)
     return jax.grad(loss, has_aux=True)(params, rows, jnp.float64(0.25), given)
 

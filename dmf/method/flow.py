@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -30,8 +30,7 @@ FAR = 17.0  # a logit whose sigmoid is as near to 1 as float32 tells
 
 def _dyadic(r: Array, t: Array) -> tuple[Array, Array]:
     """An interval [low, low + 2^-k] with low a multiple of 2^-k. k is one of 0 .. 6."""
-    k = jnp.minimum(jnp.floor(7 * r), 6).astype(jnp.int32)
-    length = jnp.ldexp(jnp.ones_like(t), -k)
+    length = jnp.ldexp(jnp.ones_like(t), -jnp.minimum(jnp.floor(7 * r), 6).astype(jnp.int32))
     low = jnp.minimum(jnp.floor(t / length) * length, 1 - length)
     return low, low + length
 
@@ -45,14 +44,11 @@ PAIRINGS: dict[str, Callable[[Array, Array], tuple[Array, Array]]] = {
     "dyadic": _dyadic,
 }
 
-
-def _logit_normal(key: Array, mean: float, std: float, count: int) -> Array:
-    return jax.nn.sigmoid(mean + std * jax.random.normal(key, (count,)))
-
-
 # The law of one draw: (key, mean, std, count) -> (count,) times.
 BASES: dict[str, Callable[[Array, float, float, int], Array]] = {
-    "logit_normal": _logit_normal,
+    "logit_normal": lambda key, mean, std, count: jax.nn.sigmoid(
+        mean + std * jax.random.normal(key, (count,))
+    ),
     "uniform": lambda key, mean, std, count: jax.random.uniform(key, (count,)),
 }
 BORDERS = ("pairs", "own")
@@ -363,14 +359,16 @@ def _draws_on_border(law: TimeLaw) -> tuple[tuple[float, float], ...]:
 @cache
 def _mean_interval(law: TimeLaw) -> float:
     """E[t - r] over the rows with r < t, by quadrature."""
-    t, of_t = _quadrature(law, law.t_mean, law.t_std)
+    draws = (law.t_mean, law.t_std), (law.r_mean, law.r_std)
+    if not law.t_is_drawn:
+        (t, of_t), (r, of_r) = (_quadrature(replace(law, shift=1.0), *draw) for draw in draws)
+        with jax.ensure_compile_time_eval():  # a number, also while a step is traced
+            ends = PAIRINGS[law.pairing](*np.meshgrid(r, t))
+            low, high = (shifted(np.asarray(x, np.float64), law.shift) for x in ends)
+        return float(of_t @ (high - low) @ of_r)
+    (t, of_t), (r, of_r) = (_quadrature(law, *draw) for draw in draws)
     if law.pairing == "zero":
         return float(of_t @ t)
-    r, of_r = _quadrature(law, law.r_mean, law.r_std)
-    if not law.t_is_drawn:
-        with jax.ensure_compile_time_eval():  # a number, also while a step is traced
-            low, high = PAIRINGS[law.pairing](*np.meshgrid(r, t))
-            return float(of_t @ np.asarray(high - low, np.float64) @ of_r)
     apart = of_t @ (np.maximum(t[:, None] - r, 0) @ of_r)
     if law.pairing == "sorted":
         return float(2 * apart - of_t @ t + of_r @ r)  # |x| = 2 max(x, 0) - x
@@ -381,10 +379,11 @@ def _mean_interval(law: TimeLaw) -> float:
 
 def _mean_on_border(law: TimeLaw, f: Callable[[Array], Array]) -> float:
     """E[f(t)] over the rows with r = t, by quadrature. f: times -> values of the same shape."""
-    (times, weight), *other = (_quadrature(law, *draw) for draw in _draws_on_border(law))
-    if other:  # the larger of two draws
-        times = np.maximum(times[:, None], other[0][0]).ravel()
-        weight = np.outer(weight, other[0][1]).ravel()
+    grids = [_quadrature(law, *draw) for draw in _draws_on_border(law)]
+    times, weight = grids[0]
+    if len(grids) == 2:  # the larger of two draws
+        times = np.maximum(times[:, None], grids[1][0]).ravel()
+        weight = np.outer(weight, grids[1][1]).ravel()
     with jax.ensure_compile_time_eval():  # a number, also while a step is traced
         return float(weight @ np.asarray(f(jnp.asarray(times)), np.float64))
 
@@ -397,4 +396,4 @@ def _quadrature(law: TimeLaw, mean: float, std: float) -> tuple[np.ndarray, np.n
         x = np.linspace(-8, 8, 801)
         weight = np.exp(-(x**2) / 2)
         times, weight = 1 / (1 + np.exp(-(mean + std * x))), weight / weight.sum()
-    return (times if law.shift == 1 else shifted(times, law.shift)), weight
+    return shifted(times, law.shift), weight

@@ -44,9 +44,12 @@ LAWS = {
 # --- weights of the times -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", LAWS)
+SHIFTED = {"dyadic": TimeLaw("dyadic", base="uniform", shift=3.0)}  # its t is no draw
+
+
+@pytest.mark.parametrize("name", [*LAWS, *SHIFTED])
 def test_the_progressive_weight_has_mean_one_at_every_progress(name):
-    law = LAWS[name]
+    law = {**LAWS, **SHIFTED}[name]
     split = row_split(400_000, 1.0)
     r, t = (np.asarray(x, np.float64) for x in flow.draw_times(jax.random.key(0), law, split))
     r, t = r[r < t], t[r < t]
