@@ -124,7 +124,7 @@ _PREPARE = context._prepare
 
 def _prepared(config: Config, guard: Any) -> dict[str, Any]:
     """`context._prepare`, once for each config and interventions of the guard."""
-    return _parts(config, guard.told(), _Once(guard))
+    return dict(_parts(config, guard.told(), _Once(guard)))
 
 
 class _Once:
