@@ -10,7 +10,7 @@ import pytest
 from dmf import step
 from dmf.config import check, parse
 from dmf.errors import DmfError
-from dmf.method import teacher
+from dmf.method import curriculum, teacher
 from dmf.method.flow import Condition, Rows, RowSplit
 from dmf.method.teacher import TeacherConfig
 from dmf.networks import Network
@@ -185,7 +185,7 @@ def test_the_count_of_passes_has_those_of_the_teacher():
     def passes(kind, **values):
         values = merged(TINY, curriculum=dict(stages=2, kinds=("all_pairs", kind)), **values)
         stage = check(parse(values), 10, 1000)[-1]
-        return partial(step.curriculum.passes, stage)(0.25)
+        return partial(curriculum.passes, stage)(0.25)
 
     assert passes("discrete", loss=PLACES["both"]) == 4.25
     assert passes("discrete", loss=PLACES["tangent"]) == 3.5
